@@ -1,0 +1,187 @@
+"""The named schedules: DualPipe, DualPipeV, 1F1B and ZB1P, each a phase table that is expanded for a size.
+
+DualPipe's order is that of DeepSeek's ``step()`` (https://github.com/deepseek-ai/DualPipe, arXiv 2412.19437),
+batch by batch; DualPipeV is its fold in half (each rank holds both ends of the V).  1F1B is PipeDream-Flush as
+Megatron-LM runs it (arXiv 2104.04473), ZB1P the zero-bubble schedule ZB-H1 (arXiv 2401.10241).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dualpipe.schedule import DOWN, UP, Lane, Program, RuleError, Schedule
+from dualpipe.table import Chunk, Row, Table, expand, symbol, vary
+
+
+class SizeError(RuleError):
+    """A size that a named schedule cannot have."""
+
+
+# DualPipe.  Chunk 0 is the lane that enters at the rank's own end of the pipeline, chunk 1 the other lane.
+# N = ranks / 2, H = microbatches / 2 (those of one lane), h = distance from the nearer end, odd = h mod 2.
+#
+#   rank 0  h=0    > F F F F ...          every rank but the two in the middle runs OUTER,
+#   rank 1  h=1    >   F F ...            the two in the middle, h = N-1, run MIDDLE
+#   rank 2  h=1    <   F F ...
+#   rank 3  h=0    < F F F F ...
+
+N, H, h, odd = symbol("N"), symbol("H"), symbol("h"), symbol("odd")
+
+OUTER: Table = (
+    Row("1 warm up", 2 * (N - h - 1), "RF0 F0 SF0"),
+    Row("2 receive ahead", 1, "RF0"),
+    Row("2 other lane enters", h, "F0 RF0 RF1 F1 SF1 SF0"),
+    Row("2 last", 1, "F0 RF0 RF1 F1 SF1 SF0"),
+    Row("3 first backwards", N - h - 1, "RB1 B1 SB1 RF1 W F1 SF1"),
+    Row("4 first", 1, "RB1 F0+B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
+    Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
+    Row("5 forwards end", N - h - 1, "RB1 B1+W1 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
+    Row("6 whole", (h + odd) // 2, "RB1 B1+W1 SB1 RB0 B0+W0 SB0"),
+    Row("6 turn", 1 - odd, "RB1 B1+W1 SB1 RB0 B0 SB0"),
+    Row("6 split", (h + odd) // 2, "RB1 B1 SB1 RB0 B0 SB0"),
+    Row("7 cool down", N - h - 1, "W RB0 B0 SB0"),
+    Row("8 weights", h + 1, "W"),
+)
+
+MIDDLE: Table = vary(
+    OUTER,
+    Row("2 other lane enters", h, "F0 SF0 RF0 RF1 F1 SF1"),
+    Row("2 last", 1, "F0 SF0 RF0 RF1 F1"),
+    Row("4 first", 1, "F0 SF1 RB1 B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
+)
+
+# One lane, one stage a rank.  P = ranks, M = microbatches, r = rank.
+
+P, M, r = symbol("P"), symbol("M"), symbol("r")
+
+ONE_F_ONE_B: Table = (
+    Row("1 warm up", P - r - 1, "RF0 F0 SF0"),
+    Row("2 receive ahead", 1, "RF0"),
+    Row("2 one forward, one backward", M - P + r, "F0 SF0 RB0 B0+W0 SB0 RF0"),
+    Row("2 last", 1, "F0 SF0 RB0 B0+W0 SB0"),
+    Row("3 cool down", P - r - 1, "RB0 B0+W0 SB0"),
+)
+
+ZB1P: Table = (
+    Row("1 warm up", P - r - 1, "RF0 F0 SF0"),
+    Row("2 receive ahead", 1, "RF0"),
+    Row("2 weights wait", r, "F0 SF0 RB0 B0 SB0 RF0"),
+    Row("3 one of each", M - P, "F0 SF0 RB0 B0 SB0 RF0 W"),
+    Row("3 last", 1, "F0 SF0 RB0 B0 SB0 W"),
+    Row("4 cool down", P - r - 1, "RB0 B0 SB0 W"),
+    Row("5 weights", r, "W"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank of a schedule before expansion: its table, the table's sizes and where its chunks are."""
+
+    table: Table
+    sizes: Mapping[str, int]
+    chunks: tuple[Chunk, ...]
+    routes: Mapping[Lane, tuple[int, ...]]
+
+    def program(self) -> Program:
+        return expand(self.table, self.sizes, self.chunks, self.routes)
+
+
+Planner = Callable[[int, int, int], Plan]
+
+
+def plan_dualpipe(ranks: int, microbatches: int, rank: int) -> Plan:
+    _require(ranks >= 2 and ranks % 2 == 0, "dualpipe needs an even number of ranks, 2 or more", ranks, "ranks")
+    _require(microbatches % 2 == 0, "dualpipe needs an even number of microbatches", microbatches, "microbatches")
+    _require_twice("dualpipe", ranks, microbatches)
+    half = ranks // 2
+    near = min(rank, ranks - 1 - rank)
+    here, there = (UP, DOWN) if rank < half else (DOWN, UP)
+    return Plan(
+        MIDDLE if near == half - 1 else OUTER,
+        {"N": half, "H": microbatches // 2, "h": near, "odd": near % 2},
+        (Chunk(here, near), Chunk(there, ranks - 1 - near)),
+        {UP: tuple(range(ranks)), DOWN: tuple(reversed(range(ranks)))},
+    )
+
+
+def plan_dualpipev(ranks: int, microbatches: int, rank: int) -> Plan:
+    _require(ranks >= 1, "dualpipev needs a rank", ranks, "ranks")
+    _require_twice("dualpipev", ranks, microbatches)
+    return Plan(
+        MIDDLE if rank == ranks - 1 else OUTER,
+        {"N": ranks, "H": microbatches, "h": rank, "odd": rank % 2},
+        (Chunk(UP, rank), Chunk(UP, 2 * ranks - 1 - rank)),
+        {UP: (*range(ranks), *reversed(range(ranks)))},
+    )
+
+
+def plan_one_f_one_b(ranks: int, microbatches: int, rank: int) -> Plan:
+    return _plan_one_lane("1f1b", ONE_F_ONE_B, ranks, microbatches, rank)
+
+
+def plan_zb1p(ranks: int, microbatches: int, rank: int) -> Plan:
+    return _plan_one_lane("zb1p", ZB1P, ranks, microbatches, rank)
+
+
+def _plan_one_lane(name: str, table: Table, ranks: int, microbatches: int, rank: int) -> Plan:
+    _require(ranks >= 1, f"{name} needs a rank", ranks, "ranks")
+    _require(
+        microbatches >= ranks,
+        f"{name} needs at least as many microbatches as ranks",
+        microbatches,
+        f"microbatches for {ranks} ranks",
+        f"use {ranks} or more",
+    )
+    sizes = {"P": ranks, "M": microbatches, "r": rank}
+    return Plan(table, sizes, (Chunk(UP, rank),), {UP: tuple(range(ranks))})
+
+
+def _require_twice(name: str, ranks: int, microbatches: int) -> None:
+    _require(
+        microbatches >= 2 * ranks,
+        f"{name} needs at least two microbatches per rank",
+        microbatches,
+        f"microbatches for {ranks} ranks",
+        f"use {2 * ranks} or more, or 1f1b",
+    )
+
+
+def _require(holds: bool, rule: str, came: int, what: str, remedy: str = "") -> None:
+    if not holds:
+        raise SizeError(rule, f"got {came} {what}", remedy or f"use {came + 1}")
+
+
+def dualpipe(ranks: int, microbatches: int) -> Schedule:
+    """DualPipe over ``ranks`` (even) and ``microbatches`` in all (even, at least ``2 * ranks``), half on each lane."""
+    return generate("dualpipe", ranks, microbatches)
+
+
+def dualpipev(ranks: int, microbatches: int) -> Schedule:
+    """DualPipeV: one lane, ``2 * ranks`` stages in a V, at least ``2 * ranks`` microbatches."""
+    return generate("dualpipev", ranks, microbatches)
+
+
+def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
+    """1F1B without interleaving, at least ``ranks`` microbatches."""
+    return generate("1f1b", ranks, microbatches)
+
+
+def zb1p(ranks: int, microbatches: int) -> Schedule:
+    """ZB1P (ZB-H1): 1F1B with W put off, at 1F1B's memory; at least ``ranks`` microbatches."""
+    return generate("zb1p", ranks, microbatches)
+
+
+PLANS: Mapping[str, Planner] = {
+    "dualpipe": plan_dualpipe,
+    "dualpipev": plan_dualpipev,
+    "1f1b": plan_one_f_one_b,
+    "zb1p": plan_zb1p,
+}
+
+
+def generate(name: str, ranks: int, microbatches: int) -> Schedule:
+    """The named schedule for a size.  Raises ``SizeError`` for a size it cannot have, ``KeyError`` for the name."""
+    planner = PLANS[name]
+    plans = [planner(ranks, microbatches, rank) for rank in range(max(ranks, 1))]
+    return Schedule(plans[0].routes, tuple(plan.program() for plan in plans), name)

@@ -1,0 +1,262 @@
+"""The vocabulary that everything else consumes: ``Op``, ``Slot`` and the immutable ``Schedule``.
+
+An op is named in *world coordinates*: stage, microbatch and lane mean the same thing on every rank::
+
+    lane >   rank 0 -> rank 1 -> rank 2 -> rank 3      0F5>  stage 0 runs the forward of microbatch 5
+    lane <   rank 3 -> rank 2 -> rank 1 -> rank 0      0F5<  the same layers, the other way round
+
+``Schedule.needs`` is the only copy of the dependency rule in the package.  ``dualpipe.schedulefile`` reads
+and prints the text form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Kind(StrEnum):
+    """What an op does.  B is the backward for the input and W the one for the weights, as in the zero-bubble paper."""
+
+    F = "F"
+    B = "B"
+    W = "W"
+    SF = "SF"
+    RF = "RF"
+    SB = "SB"
+    RB = "RB"
+
+    __hash__ = str.__hash__
+
+
+class Lane(StrEnum):
+    """The direction in which a microbatch travels."""
+
+    UP = ">"
+    DOWN = "<"
+
+    __hash__ = str.__hash__
+
+
+F, B, W, SF, RF, SB, RB = Kind
+UP, DOWN = Lane
+COMPUTE = frozenset({F, B, W})
+SENDS = frozenset({SF, SB})
+RECEIVES = frozenset({RF, RB})
+MESSAGES = SENDS | RECEIVES
+
+
+class RuleError(ValueError):
+    """Bad input: the rule that was broken, what came, and what to do about it."""
+
+    def __init__(self, rule: str, came: str, remedy: str) -> None:
+        self.rule, self.came, self.remedy = rule, came, remedy
+        super().__init__(f"{rule}: {came}; {remedy}")
+
+
+class ScheduleError(RuleError):
+    """A value that cannot be a schedule."""
+
+
+class Op(NamedTuple):
+    """One thing that one rank does for one microbatch: ``Op(F, UP, stage=2, mb=3)``, printed ``2F3>``.
+
+    ``peer`` is the rank at the other end of a message where a file names it; ``None`` means the neighbour that
+    follows from the lane (see ``Schedule.peer``).
+    """
+
+    kind: Kind
+    lane: Lane
+    stage: int
+    mb: int
+    peer: int | None = None
+
+    def __str__(self) -> str:
+        peer = "" if self.peer is None else f"@{self.peer}"
+        return f"{self.stage}{self.kind}{self.mb}{self.lane}{peer}"
+
+    @property
+    def bare(self) -> Op:
+        """The op without its peer: the name under which ``needs`` speaks of it."""
+        return self if self.peer is None else Op(self.kind, self.lane, self.stage, self.mb)
+
+
+Slot = tuple[Op, ...]
+Program = tuple[Slot, ...]
+
+
+def show_slot(slot: Slot) -> str:
+    """The text of a slot: its ops joined by ``+``."""
+    return "+".join(map(str, slot))
+
+
+class Placed(NamedTuple):
+    """An op with the place where it stands: rank, slot number within the rank, position within the slot."""
+
+    rank: int
+    slot: int
+    position: int
+    op: Op
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every rank does, in order.  An immutable value.
+
+    Parameters
+    ----------
+    routes:
+        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` of two lanes is the same layers, so two
+        lanes mean two copies of each stage's weights.
+    programs:
+        For each rank its slots.  The ops of a slot are issued together, slots run in order.
+    name:
+        A label; it takes no part in what the schedule means, only in how it is printed and whether a published
+        memory bound applies.
+
+    Raises
+    ------
+    ScheduleError
+        If a route names a rank without a program, an op a lane or stage that does not exist, or a slot is
+        empty or mixes compute with messages.
+    """
+
+    routes: Mapping[Lane, tuple[int, ...]]
+    programs: tuple[Program, ...]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        check_routes(self.routes, len(self.programs))
+        for program in self.programs:
+            for slot in program:
+                check_slot(slot, self.routes)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.programs)
+
+    @cached_property
+    def stages(self) -> int:
+        """The depth of the model in stages (that of the longest lane)."""
+        return max(map(len, self.routes.values()))
+
+    @cached_property
+    def microbatches(self) -> Mapping[Lane, int]:
+        """For each lane how many microbatches its ops name: one more than the largest number."""
+        count = dict.fromkeys(self.routes, 0)
+        for placed in self:
+            lane, mb = placed.op.lane, placed.op.mb
+            if mb >= count[lane]:
+                count[lane] = mb + 1
+        return count
+
+    def __iter__(self) -> Iterator[Placed]:
+        """Every op of every rank with its place, rank by rank in program order."""
+        for rank, program in enumerate(self.programs):
+            for number, slot in enumerate(program):
+                for position, op in enumerate(slot):
+                    yield Placed(rank, number, position, op)
+
+    def rank_of(self, op: Op) -> int:
+        """The rank that holds the op's stage."""
+        return self.routes[op.lane][op.stage]
+
+    def is_first(self, op: Op) -> bool:
+        """Whether the op's stage is the one that reads the data."""
+        return op.stage == 0
+
+    def is_last(self, op: Op) -> bool:
+        """Whether the op's stage is the one that computes the loss."""
+        return op.stage == len(self.routes[op.lane]) - 1
+
+    def neighbour(self, op: Op) -> int | None:
+        """The rank that a message's partner stage is on, or ``None`` beyond the end of the lane."""
+        route = self.routes[op.lane]
+        other = op.stage + (1 if op.kind in (SF, RB) else -1)
+        return route[other] if 0 <= other < len(route) else None
+
+    def peer(self, op: Op) -> int | None:
+        """The rank at the other end of a message: the one the file names, else the lane's neighbour."""
+        return self.neighbour(op) if op.peer is None else op.peer
+
+    def crosses(self, op: Op) -> bool:
+        """Whether a message op joins two ranks: not beyond a lane's end, nor where neighbours share a rank."""
+        neighbour = self.neighbour(op)
+        return neighbour is not None and neighbour != self.rank_of(op)
+
+    def needs(self, op: Op) -> tuple[Op, ...]:
+        """The ops that must be over before ``op`` can be: the only copy of this rule.
+
+        A receive needs its send, which is on another rank; every other need is on the op's own rank.  Where
+        neighbouring stages share a rank there is no message, and F needs F (or B needs B) directly::
+
+            0F -> 0SF -> 1RF -> 1F -> ... -> lastF -> lastB -> ... -> 1SB -> 0RB -> 0B -> 0W
+        """
+        kind, lane, stage, mb, _ = op
+        match kind:
+            case Kind.F if stage == 0:
+                return ()
+            case Kind.F:
+                arrival = Op(RF, lane, stage, mb)
+                return (arrival if self.crosses(arrival) else Op(F, lane, stage - 1, mb),)
+            case Kind.B if self.is_last(op):
+                return (Op(F, lane, stage, mb),)
+            case Kind.B:
+                arrival = Op(RB, lane, stage, mb)
+                gradient = arrival if self.crosses(arrival) else Op(B, lane, stage + 1, mb)
+                return (Op(F, lane, stage, mb), gradient)
+            case Kind.W:
+                return (Op(B, lane, stage, mb),)
+            case Kind.SF:
+                return (Op(F, lane, stage, mb),)
+            case Kind.SB:
+                return (Op(B, lane, stage, mb),)
+            case Kind.RF:
+                return (Op(SF, lane, stage - 1, mb),) if stage > 0 else ()
+            case Kind.RB:
+                return () if self.is_last(op) else (Op(SB, lane, stage + 1, mb),)
+
+
+def check_routes(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> None:
+    """Raise ``ScheduleError`` unless every lane has stages, each on one of the ranks, and all the same number."""
+    if not routes:
+        raise ScheduleError("a schedule has at least one lane", "got none", "add a line such as 'lane > 0 1 2 3'")
+    for lane, route in routes.items():
+        if not route:
+            raise ScheduleError("a lane has at least one stage", f"lane {lane} has none", "name each stage's rank")
+        for stage, rank in enumerate(route):
+            if not 0 <= rank < ranks:
+                raise ScheduleError(
+                    "a stage is held by a rank that has a program",
+                    f"lane {lane} puts stage {stage} on rank {rank}, and there are {ranks} ranks, counted from 0",
+                    "add the rank or correct the lane",
+                )
+    depths = {str(lane): len(route) for lane, route in routes.items()}
+    if len(set(depths.values())) > 1:
+        counts = " and ".join(f"{depth} stages on lane {lane}" for lane, depth in depths.items())
+        raise ScheduleError("all lanes run the same model", f"got {counts}", "give each lane as many stages")
+
+
+def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]]) -> None:
+    """Raise ``ScheduleError`` unless the slot holds ops of known lanes and stages, all compute or all messages."""
+    if not slot:
+        raise ScheduleError("a slot holds at least one op", "got an empty slot", "leave it out")
+    for op in slot:
+        route = routes.get(op.lane)
+        if route is None:
+            raise ScheduleError("an op names a lane of the schedule", f"{op} names lane {op.lane}", "declare it first")
+        if not 0 <= op.stage < len(route):
+            raise ScheduleError(
+                "an op names a stage of its lane",
+                f"{op} names stage {op.stage}, and lane {op.lane} has stages 0 to {len(route) - 1}",
+                "correct the op or lengthen the lane",
+            )
+        if op.peer is not None and op.kind in COMPUTE:
+            raise ScheduleError("only a message has a peer", f"{op} is compute", f"leave out @{op.peer}")
+    if len(slot) > 1 and len({op.kind in COMPUTE for op in slot}) > 1:
+        raise ScheduleError(
+            "a slot is all compute or all messages", f"{show_slot(slot)} mixes them", "put a space between them"
+        )

@@ -1,0 +1,204 @@
+"""A phase table: the order of a pipeline schedule as data, for every size at once.
+
+A row says *how often* and *what*; an affine expression in the sizes says how often, so the same rows that are
+expanded for one size can be reasoned about for all sizes::
+
+    Row("1", 2 * (N - h - 1), "RF0 F0 SF0")
+
+``F0`` is the forward of the rank's chunk 0.  The k-th F of a chunk is of microbatch k, and so for every kind; a
+table has no counters.  ``W`` without a chunk runs the weight gradient that has waited longest.  Ops joined by ``+``
+share a slot.  The messages between two computes, whichever rows they stand in, are one batch.  A message that
+would leave the lane's end, or stay on its rank, does not exist.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from dualpipe.schedule import MESSAGES, B, Kind, Lane, Op, Program, Schedule, Slot, W
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``(sum of coefficient * symbol + constant) / divisor``, built with the ordinary operators on ``symbol``."""
+
+    terms: Mapping[str, int]
+    constant: int = 0
+    divisor: int = 1
+
+    def __add__(self, other: Affine | int) -> Affine:
+        other = affine(other)
+        if self.divisor != other.divisor:
+            divisor = self.divisor * other.divisor
+            return replace(
+                self.scaled(other.divisor) + other.scaled(self.divisor),
+                divisor=divisor,
+            )
+        names = self.terms | other.terms
+        terms = {name: self.terms.get(name, 0) + other.terms.get(name, 0) for name in names}
+        return Affine({n: c for n, c in terms.items() if c}, self.constant + other.constant, self.divisor)
+
+    def scaled(self, factor: int) -> Affine:
+        """The numerator times ``factor``, over 1."""
+        return Affine({name: factor * c for name, c in self.terms.items()}, factor * self.constant)
+
+    def __mul__(self, factor: int) -> Affine:
+        return replace(self.scaled(factor), divisor=self.divisor)
+
+    def __floordiv__(self, divisor: int) -> Affine:
+        return replace(self, divisor=self.divisor * divisor)
+
+    def __neg__(self) -> Affine:
+        return self * -1
+
+    def __sub__(self, other: Affine | int) -> Affine:
+        return self + -affine(other)
+
+    def __rsub__(self, other: int) -> Affine:
+        return affine(other) - self
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def at(self, sizes: Mapping[str, int]) -> int:
+        """The value at the given sizes; the division must come out even."""
+        value = sum(c * sizes[name] for name, c in self.terms.items()) + self.constant
+        quotient, rest = divmod(value, self.divisor)
+        if rest:
+            raise AssertionError(f"{self} is not whole at {dict(sizes)}")
+        return quotient
+
+    def __str__(self) -> str:
+        terms = [f"{c:+d} {name}" for name, c in self.terms.items()] + [f"{self.constant:+d}"] * bool(self.constant)
+        total = " ".join(terms) or "0"
+        return total if self.divisor == 1 else f"({total})/{self.divisor}"
+
+
+def affine(value: Affine | int) -> Affine:
+    """A constant as an expression; an expression as it is."""
+    return value if isinstance(value, Affine) else Affine({}, value)
+
+
+def symbol(name: str) -> Affine:
+    """The expression that is just this size."""
+    return Affine({name: 1})
+
+
+class Action(NamedTuple):
+    """A kind and the chunk it works on; ``chunk`` is ``None`` for the weight gradient that has waited longest."""
+
+    kind: Kind
+    chunk: int | None
+
+    def __str__(self) -> str:
+        return self.kind if self.chunk is None else f"{self.kind}{self.chunk}"
+
+
+Step = tuple[Action, ...]
+
+
+def steps(body: str) -> tuple[Step, ...]:
+    """Parse a row's body: ``"RF0 F0+B1+W1 W"``."""
+    return tuple(tuple(map(_action, step.split("+"))) for step in body.split())
+
+
+def _action(text: str) -> Action:
+    kind = Kind(text.rstrip("01"))
+    chunk = text[len(kind) :]
+    return Action(kind, int(chunk) if chunk else None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """``count`` repetitions of ``body``; a phase that needs several rows says so in their names ("4 first", "4")."""
+
+    name: str
+    count: Affine | int
+    body: str
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        return steps(self.body)
+
+    def times(self, sizes: Mapping[str, int]) -> int:
+        return affine(self.count).at(sizes)
+
+
+Table = tuple[Row, ...]
+
+
+def vary(table: Table, *rows: Row) -> Table:
+    """The table with the rows of the same names replaced: how a variant says only what differs."""
+    changed = {row.name: row for row in rows}
+    unknown = changed.keys() - {row.name for row in table}
+    if unknown:
+        raise AssertionError(f"no rows {sorted(unknown)} to vary")
+    return tuple(changed.get(row.name, row) for row in table)
+
+
+class Chunk(NamedTuple):
+    """What a rank's chunk is in world coordinates."""
+
+    lane: Lane
+    stage: int
+
+
+def expand(
+    table: Table, sizes: Mapping[str, int], chunks: tuple[Chunk, ...], routes: Mapping[Lane, tuple[int, ...]]
+) -> Program:
+    """The slots of one rank.
+
+    ``sizes`` gives the table's symbols; ``chunks[c]`` says which stage of which lane the table's chunk ``c`` is.
+    """
+    exists = _existing_messages(chunks, routes)
+    done: dict[Action, int] = {}
+    waiting: deque[Op] = deque()
+    slots: list[Slot] = []
+    batch: list[Op] = []
+
+    def op(action: Action) -> Op:
+        kind, chunk = action
+        if chunk is None:
+            oldest = waiting.popleft()
+            return Op(W, oldest.lane, oldest.stage, oldest.mb)
+        mb = done.get(action, 0)
+        done[action] = mb + 1
+        lane, stage = chunks[chunk]
+        return Op(kind, lane, stage, mb)
+
+    for row in table:
+        for _ in range(row.times(sizes)):
+            for step in row.steps:
+                if step[0].kind in MESSAGES:
+                    batch += [op(action) for action in step if action in exists]
+                    continue
+                if batch:
+                    slots.append(tuple(batch))
+                    batch.clear()
+                slot = tuple(map(op, step))
+                slots.append(slot)
+                waiting += _deferred(slot)
+    if batch:
+        slots.append(tuple(batch))
+    return tuple(slots)
+
+
+def _existing_messages(chunks: Iterable[Chunk], routes: Mapping[Lane, tuple[int, ...]]) -> frozenset[Action]:
+    """The message actions whose partner is another rank."""
+    world = Schedule(routes, ((),) * (1 + max(map(max, routes.values()))))
+    return frozenset(
+        Action(kind, number)
+        for number, chunk in enumerate(chunks)
+        for kind in MESSAGES
+        if world.crosses(Op(kind, chunk.lane, chunk.stage, 0))
+    )
+
+
+def _deferred(slot: Slot) -> list[Op]:
+    """The backwards of a slot whose W is not in it."""
+    own = {(op.lane, op.stage, op.mb) for op in slot if op.kind is W}
+    return [op for op in slot if op.kind is B and (op.lane, op.stage, op.mb) not in own]

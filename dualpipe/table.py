@@ -38,7 +38,7 @@ class Affine:
                 self.scaled(other.divisor) + other.scaled(self.divisor),
                 divisor=divisor,
             )
-        names = self.terms | other.terms
+        names = {**self.terms, **other.terms}
         terms = {name: self.terms.get(name, 0) + other.terms.get(name, 0) for name in names}
         return Affine({n: c for n, c in terms.items() if c}, self.constant + other.constant, self.divisor)
 

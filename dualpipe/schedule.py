@@ -17,6 +17,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
+from dualpipe.errors import RuleError as RuleError
+
 
 class Kind(StrEnum):
     """What an op does.  B is the backward for the input and W the one for the weights, as in the zero-bubble paper."""
@@ -47,14 +49,6 @@ COMPUTE = frozenset({F, B, W})
 SENDS = frozenset({SF, SB})
 RECEIVES = frozenset({RF, RB})
 MESSAGES = SENDS | RECEIVES
-
-
-class RuleError(ValueError):
-    """Bad input: the rule that was broken, what came, and what to do about it."""
-
-    def __init__(self, rule: str, came: str, remedy: str) -> None:
-        self.rule, self.came, self.remedy = rule, came, remedy
-        super().__init__(f"{rule}: {came}; {remedy}")
 
 
 class ScheduleError(RuleError):
@@ -120,8 +114,8 @@ class Schedule:
     Raises
     ------
     ScheduleError
-        If a route names a rank without a program, an op a lane or stage that does not exist, or a slot is
-        empty or mixes compute with messages.
+        If the name is not one word, a route names a rank without a program, an op a lane or stage that does not
+        exist or a number that is negative or above 999999999, or a slot is empty or mixes compute with messages.
     """
 
     routes: Mapping[Lane, tuple[int, ...]]
@@ -129,6 +123,7 @@ class Schedule:
     name: str = ""
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         check_routes(self.routes, len(self.programs))
         for program in self.programs:
             for slot in program:
@@ -137,6 +132,11 @@ class Schedule:
     @property
     def ranks(self) -> int:
         return len(self.programs)
+
+    @cached_property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes in the order in which data is dealt and gradients are summed: ``>`` before ``<``."""
+        return tuple(lane for lane in Lane if lane in self.routes)
 
     @cached_property
     def stages(self) -> int:
@@ -159,6 +159,14 @@ class Schedule:
             for number, slot in enumerate(program):
                 for position, op in enumerate(slot):
                     yield Placed(rank, number, position, op)
+
+    def only(self, kinds: frozenset[Kind]) -> Schedule:
+        """The schedule with the ops of these kinds alone, such as F, SF and RF for an evaluation."""
+        programs = tuple(
+            tuple(kept for slot in program if (kept := tuple(op for op in slot if op.kind in kinds)))
+            for program in self.programs
+        )
+        return Schedule(self.routes, programs, self.name)
 
     def rank_of(self, op: Op) -> int:
         """The rank that holds the op's stage."""
@@ -220,10 +228,22 @@ class Schedule:
                 return () if self.is_last(op) else (Op(SB, lane, stage + 1, mb),)
 
 
+LARGEST = 999_999_999
+"""The largest number that an op may name, so that what reads a file never meets one that it cannot hold."""
+
+
+def check_name(name: str) -> None:
+    """Raise ``ScheduleError`` unless the name is empty or one printable word, without ``#``, as the text form needs."""
+    if name and (not name.isprintable() or " " in name or "#" in name):
+        raise ScheduleError(
+            "a schedule's name is one printable word without #", f"it is {name!r}", "put dashes for what is not allowed"
+        )
+
+
 def check_routes(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> None:
     """Raise ``ScheduleError`` unless every lane has stages, each on one of the ranks, and all the same number."""
     if not routes:
-        raise ScheduleError("a schedule has at least one lane", "got none", "add a line such as 'lane > 0 1 2 3'")
+        raise ScheduleError("a schedule has at least one lane", "there is none", "add a line such as 'lane > 0 1 2 3'")
     for lane, route in routes.items():
         if not route:
             raise ScheduleError("a lane has at least one stage", f"lane {lane} has none", "name each stage's rank")
@@ -234,16 +254,15 @@ def check_routes(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> None:
                     f"lane {lane} puts stage {stage} on rank {rank}, and there are {ranks} ranks, counted from 0",
                     "add the rank or correct the lane",
                 )
-    depths = {str(lane): len(route) for lane, route in routes.items()}
-    if len(set(depths.values())) > 1:
-        counts = " and ".join(f"{depth} stages on lane {lane}" for lane, depth in depths.items())
-        raise ScheduleError("all lanes run the same model", f"got {counts}", "give each lane as many stages")
+    depths = [f"lane {lane} has {len(route)} stages" for lane, route in routes.items()]
+    if len(set(map(len, routes.values()))) > 1:
+        raise ScheduleError("all lanes run the same model", " and ".join(depths), "give each lane as many stages")
 
 
 def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]]) -> None:
     """Raise ``ScheduleError`` unless the slot holds ops of known lanes and stages, all compute or all messages."""
     if not slot:
-        raise ScheduleError("a slot holds at least one op", "got an empty slot", "leave it out")
+        raise ScheduleError("a slot holds at least one op", "a slot is empty", "leave it out")
     for op in slot:
         route = routes.get(op.lane)
         if route is None:
@@ -254,6 +273,8 @@ def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]]) -> None:
                 f"{op} names stage {op.stage}, and lane {op.lane} has stages 0 to {len(route) - 1}",
                 "correct the op or lengthen the lane",
             )
+        if not 0 <= op.mb <= LARGEST or not 0 <= (op.peer or 0) <= LARGEST:
+            raise ScheduleError(f"microbatch and peer are numbers from 0 to {LARGEST}", f"there is {op}", "correct it")
         if op.peer is not None and op.kind in COMPUTE:
             raise ScheduleError("only a message has a peer", f"{op} is compute", f"leave out @{op.peer}")
     if len(slot) > 1 and len({op.kind in COMPUTE for op in slot}) > 1:

@@ -5,10 +5,10 @@ expanded for one size can be reasoned about for all sizes::
 
     Row("1", 2 * (N - h - 1), "RF0 F0 SF0")
 
-``F0`` is the forward of the rank's chunk 0.  The k-th F of a chunk is of microbatch k, and so for every kind; a
-table has no counters.  ``W`` without a chunk runs the weight gradient that has waited longest.  Ops joined by ``+``
-share a slot.  The messages between two computes, whichever rows they stand in, are one batch.  A message that
-would leave the lane's end, or stay on its rank, does not exist.
+``F0`` is the forward of the rank's chunk 0.  The k-th F of a chunk is of microbatch k, and so for B and the
+messages; a table has no counters.  ``W0`` is the weight gradient of the ``B0`` before it, ``W`` without a chunk the
+one that has waited longest.  Ops joined by ``+`` share a slot.  The messages between two computes, whichever rows
+they stand in, are one batch.  A message that would leave the lane's end, or stay on its rank, does not exist.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def expand(
         if chunk is None:
             oldest = waiting.popleft()
             return Op(W, oldest.lane, oldest.stage, oldest.mb)
-        mb = done.get(action, 0)
+        mb = done[Action(B, chunk)] - 1 if kind is W else done.get(action, 0)
         done[action] = mb + 1
         lane, stage = chunks[chunk]
         return Op(kind, lane, stage, mb)

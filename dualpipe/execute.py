@@ -1,0 +1,310 @@
+"""The interpreter: runs one rank's slots, one small handler per kind of op.
+
+The order is in the schedule and nowhere else.  A message slot is posted and not waited for; a compute op waits only
+for the receive it needs.  Where B and W of a microbatch share a slot the backward is whole; elsewhere linear layers
+leave their weight gradient to W (``dualpipe.weightgrad``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dualpipe.schedule import (
+    MESSAGES,
+    RB,
+    RF,
+    SENDS,
+    SF,
+    B,
+    F,
+    Kind,
+    Lane,
+    Op,
+    Schedule,
+    Slot,
+    W,
+    show_slot,
+)
+from dualpipe.transport import Message, MessageError, TensorSpec, Transport
+from dualpipe.weightgrad import WeightGradError, WeightGradStore
+
+Tensors = tuple[Tensor, ...]
+Boundary = Callable[[int], Sequence[TensorSpec]]
+Criterion = Callable[..., Tensor]
+
+
+class Key(NamedTuple):
+    """A microbatch at a stage; printed as in the schedule file, ``3W0<``, for it names what waits for W."""
+
+    lane: Lane
+    stage: int
+    mb: int
+
+    def __str__(self) -> str:
+        return str(Op(W, *self))
+
+
+class StepError(RuntimeError):
+    """A step that could not go on: the rank, slot and op, and what it was waiting for or found missing."""
+
+    def __init__(self, rank: int, number: int, slot: Slot | None, op: Op | None, reason: str) -> None:
+        self.rank, self.slot, self.op, self.reason = rank, number, op, reason
+        super().__init__(f"{place(rank, number, slot, op)}: {reason}")
+
+
+def place(rank: int, number: int, slot: Slot | None, op: Op | None) -> str:
+    """Where a rank stopped, in words; no slot means after the last one."""
+    where = "after its last slot" if slot is None else f"in slot {number} ({show_slot(slot)})"
+    return f"rank {rank} stopped {where}" + ("" if op is None else f" at {op}")
+
+
+class OrderError(RuntimeError):
+    """The schedule asks for an op before what it needs."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The data of one step on one rank.
+
+    ``inputs[lane][mb]`` are the tensors of a microbatch for stage 0 (needed where the rank holds stage 0 of the
+    lane), ``labels[lane][mb]`` those for the criterion (needed where it holds the last stage).  Microbatches all
+    have the same shapes, contiguous and at aligned storage, where bitwise reproducibility is wanted.
+    """
+
+    inputs: Mapping[Lane, Sequence[Tensors]]
+    labels: Mapping[Lane, Sequence[Tensors]]
+
+
+@dataclass
+class StepResult:
+    """What a rank has after a step: for each lane whose last stage it holds, the losses (detached scalars) by
+    microbatch, and the last stage's outputs where they were asked for."""
+
+    losses: dict[Lane, dict[int, Tensor]] = field(default_factory=dict)
+    outputs: dict[Lane, dict[int, Tensors]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one rank brings to a schedule, the same for every step; ``dualpipe.pipeline.Pipeline`` explains each."""
+
+    schedule: Schedule
+    stages: Mapping[tuple[Lane, int], nn.Module]
+    criterion: Criterion | None
+    boundary: Boundary
+    transport: Transport
+    store: WeightGradStore
+    blocking: bool = False
+
+
+def run_step(worker: Worker, feed: Feed, forward_only: bool = False, keep_outputs: bool = False) -> StepResult:
+    """Run the rank's program once; gradients are added to the parameters' ``.grad``.
+
+    With ``forward_only`` only the forwards and their messages are run, without autograd.  Raises ``StepError``,
+    after which the process group is not usable any more.
+    """
+    schedule = worker.schedule.only(frozenset({F, SF, RF})) if forward_only else worker.schedule
+    with torch.set_grad_enabled(not forward_only):
+        return _Step(worker, schedule, feed, keep_outputs).run()
+
+
+@dataclass
+class _Live:
+    """A microbatch between its F and its B: the leaves that B fills, and where B starts."""
+
+    inputs: Tensors
+    roots: tuple[GradientEdge | None, ...]
+    seeds: Tensors = ()
+
+
+class _Step:
+    """The state of one step: what has arrived, what is live, what is to be sent."""
+
+    def __init__(self, worker: Worker, schedule: Schedule, feed: Feed, keep_outputs: bool) -> None:
+        self.worker, self.schedule, self.feed, self.keep_outputs = worker, schedule, feed, keep_outputs
+        self.transport, self.store = worker.transport, worker.store
+        self.program = schedule.programs[self.transport.rank]
+        self.whole = whole_backwards(self.program)
+        self.live: dict[Key, _Live] = {}
+        self.activations: dict[Key, Tensors] = {}
+        self.gradients: dict[Key, Tensors] = {}
+        self.arrivals: dict[Op, Message] = {}
+        self.result = StepResult()
+        self.handlers: dict[Kind, Callable[[Op, Key], None]] = {F: self.forward, B: self.backward, W: self.weight}
+
+    def run(self) -> StepResult:
+        number, slot, op = 0, None, None
+        try:
+            for number, slot in enumerate(self.program):  # noqa: B007 # read where an error is told
+                op = slot[0]
+                if op.kind in MESSAGES:
+                    self.post(slot)
+                else:
+                    for op in slot:
+                        self.handlers[op.kind](op, _key(op))
+            number, slot, op = len(self.program), None, None
+            self.finish()
+        except (MessageError, OrderError, WeightGradError) as error:
+            raise StepError(self.transport.rank, number, slot, op, str(error)) from error
+        except Exception as error:  # the stages' own: it stays as it is, with the place added
+            error.add_note(place(self.transport.rank, number, slot, op))
+            raise
+        return self.result
+
+    def post(self, slot: Slot) -> None:
+        messages = [self.message(op) for op in slot]
+        self.transport.post(messages)
+        if self.worker.blocking:
+            for message in messages:
+                self.transport.wait(message)
+
+    def message(self, op: Op) -> Message:
+        peer = self.schedule.peer(op)
+        if peer is None or not 0 <= peer < self.schedule.ranks or peer == self.transport.rank:
+            raise OrderError(f"{op} has no other rank to go to: its peer would be {peer}")
+        label = str(op.bare)
+        if op.kind in SENDS:
+            ready, producer = (self.activations, F) if op.kind is SF else (self.gradients, B)
+            tensors = _take(ready, _key(op), op, producer)
+            _require_specs(op, tensors, self.specs(op))
+            return Message(label, peer, sends=True, tensors=tensors)
+        self.arrivals[op.bare] = received = Message(label, peer, sends=False, specs=self.specs(op))
+        return received
+
+    def specs(self, op: Op) -> list[TensorSpec]:
+        """The tensors of a message: those of the boundary that it crosses, gradients for the floating ones alone."""
+        crossed = op.stage if op.kind in (SF, RB) else op.stage - 1
+        forwards = op.kind in (SF, RF)
+        return [spec for spec in self.worker.boundary(crossed) if forwards or spec.dtype.is_floating_point]
+
+    def arrived(self, op: Op) -> Tensors:
+        """What the receive ``op`` brought, waiting for it if need be."""
+        message = self.arrivals.pop(op, None)
+        if message is None:
+            raise OrderError(f"it needs {op}, which has not been posted")
+        return tuple(self.transport.wait(message))
+
+    def forward(self, op: Op, key: Key) -> None:
+        inputs = self.inputs(op, key)
+        module = self.worker.stages[op.lane, op.stage]
+        if key in self.whole or not torch.is_grad_enabled():
+            returned = module(*inputs)
+        else:
+            with self.store.splitting(key):
+                returned = module(*inputs)
+        outputs: Tensors = (returned,) if isinstance(returned, Tensor) else tuple(returned)
+        if self.schedule.is_last(op):
+            self.lose(op, key, inputs, outputs)
+        else:
+            self.activations[key] = tuple(output.detach() for output in outputs)
+            roots = tuple(_edge(output) for output in outputs if output.dtype.is_floating_point)
+            self.live[key] = _Live(inputs, roots)
+
+    def lose(self, op: Op, key: Key, inputs: Tensors, outputs: Tensors) -> None:
+        """The end of a forward on the last stage: the loss, and the seed of the backward."""
+        if self.keep_outputs:
+            self.result.outputs.setdefault(op.lane, {})[op.mb] = tuple(output.detach() for output in outputs)
+        if self.worker.criterion is None:
+            return
+        loss = self.worker.criterion(*outputs, *self.data(self.feed.labels, op, "labels"))
+        self.result.losses.setdefault(op.lane, {})[op.mb] = loss.detach()
+        self.live[key] = _Live(inputs, (_edge(loss),), (torch.ones_like(loss),))
+
+    def inputs(self, op: Op, key: Key) -> Tensors:
+        if key in self.live:
+            raise OrderError(f"{op} has run already")
+        if self.schedule.is_first(op):
+            return self.data(self.feed.inputs, op, "inputs")
+        (need,) = self.schedule.needs(op)
+        tensors = _take(self.activations, _key(need), op, F) if need.kind is F else self.arrived(need)
+        return tuple(_leaf(tensor) for tensor in tensors)
+
+    def data(self, lanes: Mapping[Lane, Sequence[Tensors]], op: Op, what: str) -> Tensors:
+        microbatches = lanes.get(op.lane, ())
+        if op.mb >= len(microbatches):
+            raise OrderError(f"the step was given {what} of {len(microbatches)} microbatches for lane {op.lane}")
+        return microbatches[op.mb]
+
+    def backward(self, op: Op, key: Key) -> None:
+        if key not in self.live:
+            raise OrderError(f"its F has not run, or {op} already has")
+        seeds = self.live[key].seeds or self.output_gradients(op)
+        live = self.live.pop(key)
+        pairs = [(root, seed) for root, seed in zip(live.roots, seeds, strict=True) if root is not None]
+        if key not in self.whole:
+            self.store.open(key)
+        with self.store.splitting(None if key in self.whole else key):
+            torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
+        if not self.schedule.is_first(op):
+            self.gradients[key] = tuple(_gradient(leaf) for leaf in live.inputs if leaf.is_floating_point())
+
+    def output_gradients(self, op: Op) -> Tensors:
+        _, need = self.schedule.needs(op)
+        return _take(self.gradients, _key(need), op, B) if need.kind is B else self.arrived(need)
+
+    def weight(self, op: Op, key: Key) -> None:
+        if key in self.whole:
+            self.whole.remove(key)  # B of the same slot has done it; a second W will find nothing
+        else:
+            self.store.run(key)
+
+    def finish(self) -> None:
+        """The end of a step: every message over, every weight gradient computed, nothing left live."""
+        self.transport.drain()
+        self.store.require_empty()
+        if self.live and torch.is_grad_enabled():
+            raise OrderError(f"no backward came for {', '.join(str(Op(F, *key)) for key in self.live)}")
+
+
+def whole_backwards(program: Sequence[Slot]) -> set[Key]:
+    """The microbatches whose W follows their B in the same slot: their backward is not split."""
+    return {
+        _key(op)
+        for slot in program
+        for position, op in enumerate(slot)
+        if op.kind is B and any(later.kind is W and _key(later) == _key(op) for later in slot[position + 1 :])
+    }
+
+
+def _key(op: Op) -> Key:
+    return Key(op.lane, op.stage, op.mb)
+
+
+def _take(held: dict[Key, Tensors], key: Key, op: Op, producer: Kind) -> Tensors:
+    tensors = held.pop(key, None)
+    if tensors is None:
+        raise OrderError(f"{op} needs {Op(producer, *key)}, which has not run or was used already")
+    return tensors
+
+
+def _edge(output: Tensor) -> GradientEdge | None:
+    """Where the backward of ``output`` starts.  It outlives the tensor, so a sent output (or the base of a view)
+    is freed as soon as autograd itself has no use for it."""
+    return get_gradient_edge(output) if output.requires_grad else None
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    leaf = tensor.detach()
+    return leaf.requires_grad_() if torch.is_grad_enabled() and leaf.is_floating_point() else leaf
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """The leaf's gradient; zeros where the stage did not use the input, for the other rank expects a message."""
+    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    leaf.grad = None
+    return gradient
+
+
+def _require_specs(op: Op, tensors: Tensors, specs: Sequence[TensorSpec]) -> None:
+    found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    if found != list(specs):
+        raise OrderError(
+            f"{op} sends {', '.join(map(str, found))} where the boundary was declared as "
+            f"{', '.join(map(str, specs))}; declare the shapes that the stage really gives"
+        )

@@ -1,0 +1,134 @@
+"""One rank's end of a pipeline: the object a training loop holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from dualpipe.execute import Boundary, Criterion, Feed, StepResult, Worker, run_step
+from dualpipe.replicas import copy_weights, reduce_gradients
+from dualpipe.schedule import Lane, RuleError, Schedule
+from dualpipe.schedulefile import digest
+from dualpipe.transport import TensorSpec, Transport
+from dualpipe.weightgrad import WeightGradStore, split_linears
+
+
+class Pipeline:
+    """Runs a schedule's steps on this rank.
+
+    ::
+
+        schedule = dualpipe(ranks=4, microbatches=8)
+        transport = ProcessGroupTransport(group)
+        pipeline = Pipeline(schedule, {(UP, rank): up, (DOWN, 3 - rank): down}, loss, [TensorSpec(...)], transport)
+        pipeline.copy_weights()
+        result = pipeline.step(Feed(inputs, labels))      # gradients are in .grad, summed over the lanes
+        optimizer.step()
+
+    Parameters
+    ----------
+    schedule:
+        The same value on every rank; compared at the first step.
+    stages:
+        The module of each (lane, stage) that the schedule places on this rank.  A module takes the tensors of a
+        microbatch and returns a tensor or a tuple of tensors.
+    criterion:
+        ``criterion(*outputs, *labels)``: a scalar loss, scaled as its gradient shall be (by one over the number of
+        microbatches for their mean).  May be ``None`` on a rank that holds no last stage.
+    boundary:
+        Shapes and dtypes of the tensors that go from a stage to the next one; a function of the sending stage
+        where they differ.
+    transport:
+        How messages travel, and which pipeline rank this is.
+    blocking:
+        Wait for every message of a slot before going on, as a plain batch-and-wait program does.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stages: Mapping[tuple[Lane, int], nn.Module],
+        criterion: Criterion | None,
+        boundary: Sequence[TensorSpec] | Boundary,
+        transport: Transport,
+        blocking: bool = False,
+    ) -> None:
+        if transport.ranks != schedule.ranks:
+            raise RuleError(
+                "a schedule runs on as many processes as it has ranks",
+                f"the schedule has {schedule.ranks} and the process group {transport.ranks}",
+                "generate it for the group's size",
+            )
+        _require_stages(schedule, transport.rank, stages)
+        self.stages = stages
+        self._worker = Worker(
+            schedule,
+            stages,
+            criterion,
+            boundary if callable(boundary) else lambda stage: boundary,
+            transport,
+            WeightGradStore(),
+            blocking,
+        )
+        for module in stages.values():
+            split_linears(module, self._worker.store)
+        self._agreed = False
+
+    def step(
+        self, feed: Feed, forward_only: bool = False, reduce_gradients: bool = True, keep_outputs: bool = False
+    ) -> StepResult:
+        """Run one step.
+
+        Gradients are added to ``.grad``, and summed over the lanes when the last W is over.  To accumulate over
+        several steps, pass ``reduce_gradients=False`` to all but the last.  ``forward_only`` runs the forwards alone.
+
+        Raises ``DisagreementError`` at the first step if the ranks were set up differently, ``StepError`` when a
+        message does not come within the transport's timeout or the schedule asks for the impossible.
+        """
+        if not self._agreed:
+            self._worker.transport.agree(self._record())
+            self._agreed = True
+        result = run_step(self._worker, feed, forward_only, keep_outputs)
+        if reduce_gradients and not forward_only:
+            self.reduce_gradients()
+        return result
+
+    def reduce_gradients(self) -> None:
+        """Sum the gradients of a stage's copies over the lanes; ``step`` does so unless told not to."""
+        reduce_gradients(self._worker.schedule, self.stages, self._worker.transport)
+
+    def copy_weights(self) -> None:
+        """Make the copies of every stage equal: that of the first lane counts."""
+        copy_weights(self._worker.schedule, self.stages, self._worker.transport)
+
+    def _record(self) -> dict[str, str]:
+        """What every rank must have alike, short enough to compare at a glance."""
+        schedule = self._worker.schedule
+        shapes = [", ".join(map(str, self._worker.boundary(stage))) for stage in range(schedule.stages - 1)]
+        same = len(set(shapes)) == 1
+        return {
+            "schedule": f"{schedule.name or 'unnamed'} of {schedule.ranks} ranks and "
+            f"{sum(schedule.microbatches.values())} microbatches, digest {digest(schedule)[:16]}",
+            "boundary between stages": shapes[0] if same else f"digest {_digest(shapes)} of {shapes[:3]}...",
+            "way of waiting": "blocking" if self._worker.blocking else "at use",
+        }
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("; ".join(texts).encode()).hexdigest()[:16]
+
+
+def _require_stages(schedule: Schedule, rank: int, stages: Mapping[tuple[Lane, int], nn.Module]) -> None:
+    placed = {(lane, s) for lane, route in schedule.routes.items() for s, holder in enumerate(route) if holder == rank}
+    if placed != set(stages):
+        raise RuleError(
+            f"rank {rank} holds the stages that the schedule places on it",
+            f"it was given {_names(stages)}, and the schedule places {_names(placed)} there",
+            "build those",
+        )
+
+
+def _names(stages: Mapping[tuple[Lane, int], nn.Module] | set[tuple[Lane, int]]) -> str:
+    return ", ".join(f"{stage}{lane}" for lane, stage in sorted(stages)) or "none"

@@ -1,0 +1,62 @@
+"""What ``dualpipe simulate`` says of a timeline, as data and as text."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from dualpipe.errors import RuleError
+from dualpipe.simulate import Costs, Timeline
+
+COSTS = ("F", "B", "W", "BW", "FB", "latency")
+
+
+class Summary(TypedDict):
+    """One value per key, or one per rank; times in the unit of the costs."""
+
+    schedule: str
+    ranks: int
+    microbatches: int
+    makespan: float
+    bubble: list[float]
+    bubble_share: float
+    peak_activations: list[int]
+    peak_pending_w: list[int]
+
+
+def parse_costs(text: str) -> Costs:
+    """``"F=1,B=1,W=1,FB=2.5"`` as costs; what is left out has its default.  Raises ``RuleError``."""
+    given: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        try:
+            given[name] = float(value)
+        except ValueError:
+            equals = ""
+        if name not in COSTS or not equals:
+            raise RuleError("--cost is NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(COSTS)}")
+    return Costs(**given)
+
+
+def summarise(timeline: Timeline) -> Summary:
+    schedule = timeline.schedule
+    return Summary(
+        schedule=schedule.name,
+        ranks=schedule.ranks,
+        microbatches=sum(schedule.microbatches.values()),
+        makespan=timeline.makespan,
+        bubble=list(timeline.bubble),
+        bubble_share=timeline.bubble_share,
+        peak_activations=list(timeline.peak_activations),
+        peak_pending_w=list(timeline.peak_pending_w),
+    )
+
+
+def tell(summary: Summary) -> str:
+    """The summary as a few aligned lines."""
+    name = summary["schedule"] or "unnamed schedule"
+    head = f"{name}, {summary['ranks']} ranks, {summary['microbatches']} microbatches"
+    rows = ["rank  bubble  peak activations  peak pending W"]
+    columns = zip(summary["bubble"], summary["peak_activations"], summary["peak_pending_w"], strict=True)
+    rows += [f"{rank:4}  {bubble:6g}  {live:16}  {waiting:14}" for rank, (bubble, live, waiting) in enumerate(columns)]
+    total = f"makespan {summary['makespan']:g}, bubble {sum(summary['bubble']):g} in all"
+    return "\n".join([head, f"{total}, {summary['bubble_share']:.1%} of the ranks' time", *rows])

@@ -1,0 +1,184 @@
+"""What a simulation needs and what it gives: the costs, and the timeline with its bubble and its peaks.
+
+Time has whatever unit the costs are in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from dualpipe.schedule import COMPUTE, B, F, Op, Placed, RuleError, Schedule, Slot, W
+
+
+class CostError(RuleError):
+    """A cost that nothing can have."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What things take, in any unit of time.
+
+    Parameters
+    ----------
+    F, B, W:
+        One forward, one backward for the input, one backward for the weights.
+    BW:
+        B and W of one microbatch in one slot, the full backward; ``B + W`` if not given.
+    FB:
+        An overlapped slot ``F+B+W``; ``F + BW``, no credit for the overlap, if not given.  A slot of F and B that
+        leaves W for later gets the same credit in proportion: it takes ``(F + B) * FB / (F + BW)``.
+    latency:
+        How long a message travels, once both sides have posted it.
+
+    The model in which one full backward costs 2 however it is split is ``Costs(B=2, BW=2)``; an overlapped pair then
+    costs 3.
+
+    Raises
+    ------
+    CostError
+        For a cost that is negative or not finite, and for ``FB`` where ``F + BW`` is 0.
+    """
+
+    F: float = 1.0
+    B: float = 1.0
+    W: float = 1.0
+    BW: float | None = None
+    FB: float | None = None
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, cost in vars(self).items():
+            if cost is not None and not 0 <= cost < math.inf:
+                raise CostError("a cost is a number, 0 or more", f"{name} is {cost}", "correct it")
+        if self.FB is not None and self.F + self.backward == 0:
+            raise CostError("what costs nothing cannot be overlapped", f"FB is {self.FB}", "give F, B or W a cost")
+
+    @property
+    def backward(self) -> float:
+        """What B and W of one microbatch take in one slot."""
+        return self.B + self.W if self.BW is None else self.BW
+
+    def slot(self, slot: Slot) -> float:
+        """What a slot of computes takes."""
+        kinds = [op.kind for op in slot]
+        whole = len(_whole(slot))
+        forwards, backwards, weights = kinds.count(F), kinds.count(B), kinds.count(W)
+        total = forwards * self.F + (backwards - whole) * self.B + (weights - whole) * self.W + whole * self.backward
+        if self.FB is None or not (forwards and backwards):
+            return total
+        return total / (self.F + self.backward) * self.FB
+
+
+class Span(NamedTuple):
+    """One slot of one rank from start to end.  A message slot ends at once, or in the blocking model once it is met."""
+
+    slot: int
+    ops: Slot
+    start: float
+    end: float
+
+
+class Message(NamedTuple):
+    """A send and the receive that it meets: where they stand, when each was posted, when the message was there."""
+
+    send: Placed
+    receive: Placed
+    sent: float
+    awaited: float
+    completed: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When everything happened.
+
+    Attributes
+    ----------
+    schedule, costs:
+        What was run.
+    spans:
+        For each rank its slots in order.
+    messages:
+        In the order in which their second side was posted.
+    """
+
+    schedule: Schedule
+    costs: Costs
+    spans: tuple[tuple[Span, ...], ...]
+    messages: tuple[Message, ...]
+
+    @cached_property
+    def makespan(self) -> float:
+        """The time at which the last slot or message is over."""
+        ends = [spans[-1].end for spans in self.spans if spans]
+        return max([0.0, *ends, *(message.completed for message in self.messages)])
+
+    @cached_property
+    def busy(self) -> tuple[float, ...]:
+        """For each rank the time that it computes."""
+        return tuple(
+            sum(span.end - span.start for span in spans if span.ops[0].kind in COMPUTE) for spans in self.spans
+        )
+
+    @cached_property
+    def bubble(self) -> tuple[float, ...]:
+        """For each rank the time that it does not compute, up to the makespan."""
+        return tuple(self.makespan - busy for busy in self.busy)
+
+    @cached_property
+    def bubble_share(self) -> float:
+        """Idle time of all ranks over ``ranks * makespan``: 0 if nobody ever waits."""
+        return sum(self.bubble) / (len(self.spans) * self.makespan) if self.makespan else 0.0
+
+    @cached_property
+    def peak_activations(self) -> tuple[int, ...]:
+        """For each rank the most microbatches that are live at once, each from its F until its W is over.
+
+        Counted per stage and lane.  Inside a slot, what is allocated counts before what is released.
+        """
+        return tuple(_peak(spans, _forwards, _weights) for spans in self.spans)
+
+    @cached_property
+    def peak_pending_w(self) -> tuple[int, ...]:
+        """For each rank the most W that wait at once: B is over and W is not.
+
+        The W of a full backward, in one slot with its B, never waits.  Inside a slot, what begins to wait counts
+        before what no longer does.
+        """
+        return tuple(_peak(spans, _deferred, _caught_up) for spans in self.spans)
+
+
+def _whole(slot: Slot) -> set[Op]:
+    """The B of a slot whose W is in it too."""
+    weights = {op for op in slot if op.kind is W}
+    return {op for op in slot if op.kind is B and op._replace(kind=W) in weights}
+
+
+def _forwards(slot: Slot) -> int:
+    return sum(op.kind is F for op in slot)
+
+
+def _weights(slot: Slot) -> int:
+    return sum(op.kind is W for op in slot)
+
+
+def _deferred(slot: Slot) -> int:
+    return sum(op.kind is B for op in slot) - len(_whole(slot))
+
+
+def _caught_up(slot: Slot) -> int:
+    return _weights(slot) - len(_whole(slot))
+
+
+def _peak(spans: tuple[Span, ...], gained: Callable[[Slot], int], lost: Callable[[Slot], int]) -> int:
+    """The highest level, where each slot first gains and then loses."""
+    level = peak = 0
+    for span in spans:
+        level += gained(span.ops)
+        peak = max(peak, level)
+        level -= lost(span.ops)
+    return peak

@@ -1,0 +1,169 @@
+"""Plain search, the first of the two methods: one pass over the programs for each check, in linear time.
+
+``complete`` counts, ``order`` ticks off what each rank has done, ``messages`` lays the sends of an ordered pair of
+ranks beside its receives, ``accumulation`` remembers the last W of each stage.  ``deadlock`` is in
+``proofs.progress`` and ``memory`` in ``proofs.memory``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, SF, Kind, Lane, Op, Placed, Schedule, W
+from proofs.findings import (
+    BadNumber,
+    Empty,
+    Finding,
+    LeftOver,
+    Mismatch,
+    Missing,
+    NoPeer,
+    NotNeighbour,
+    OutOfOrder,
+    Repeated,
+    SentTwice,
+    Stray,
+    TooEarly,
+)
+from proofs.verdict import Proved, Refuted, Verdict
+
+COMPUTES = (Kind.F, Kind.B, Kind.W)
+
+
+def complete(schedule: Schedule) -> Verdict:
+    """Every stage runs F, B and W exactly once for each microbatch of its lane.
+
+    The microbatches of a lane are 0 to the largest that any op names, messages included, so a receive for a
+    microbatch that no stage runs is found here too.  The work grows with the ops and not with that number.
+    """
+    return _verdict(_incomplete(schedule))
+
+
+def _incomplete(schedule: Schedule) -> Finding | None:
+    ran: dict[tuple[Lane, int, Kind], dict[int, Placed]] = {
+        (lane, stage, kind): {} for lane, route in schedule.routes.items() for stage in range(len(route)) for kind in COMPUTES
+    }
+    computes = [placed for placed in schedule if placed.op.kind in COMPUTE]
+    if not computes:
+        return Empty()
+    for placed in computes:
+        kind, lane, stage, mb, _ = placed.op
+        if placed.rank != schedule.rank_of(placed.op):
+            return Stray(placed, schedule.rank_of(placed.op))
+        if mb < 0:
+            return BadNumber(placed)
+        first = ran[lane, stage, kind].setdefault(mb, placed)
+        if first is not placed:
+            return Repeated(first, placed)
+    for (lane, stage, kind), done in ran.items():
+        count = schedule.microbatches[lane]
+        if len(done) < count:
+            mb = next(number for number in range(count) if number not in done)
+            return Missing(Op(kind, lane, stage, mb), schedule.routes[lane][stage], count - 1)
+    return None
+
+
+def order(schedule: Schedule) -> Verdict:
+    """Every op stands after what it needs on its own rank; ops of one slot run in the order written."""
+    done: set[Op] = set()
+    rank = -1
+    early: list[tuple[Placed, Op]] = []
+    for placed in schedule:
+        if placed.rank != rank:
+            rank, done = placed.rank, set()
+        op = placed.op
+        if op.kind not in RECEIVES:  # what a receive needs is on another rank, which is for `messages` and `deadlock`
+            early += ((placed, need) for need in schedule.needs(op) if need not in done)
+        done.add(op.bare)
+    if not early:
+        return Proved()
+    placed, need = min(early, key=lambda found: (found[0].slot, found[0].rank))
+    later = (other for other in schedule if other.rank == placed.rank and other.op.bare == need)
+    return Refuted(TooEarly(placed, need, next(later, None)))
+
+
+def messages(schedule: Schedule) -> Verdict:
+    """Peers are the lane's neighbours, and the k-th send of every ordered pair is what its k-th receive expects."""
+    sends: dict[tuple[int, int], list[Placed]] = {}
+    receives: dict[tuple[int, int], list[Placed]] = {}
+    for placed in schedule:
+        if placed.op.kind not in MESSAGES:
+            continue
+        peer = schedule.peer(placed.op)
+        wrong = _wrong_peer(schedule, placed, peer)
+        if wrong is not None or peer is None:
+            return _verdict(wrong)
+        if placed.op.kind in SENDS:
+            sends.setdefault((placed.rank, peer), []).append(placed)
+        else:
+            receives.setdefault((peer, placed.rank), []).append(placed)
+    pairs = sorted(sends.keys() | receives.keys())
+    found = [fault for pair in pairs for fault in _faults(pair, sends.get(pair, []), receives.get(pair, []))]
+    return _verdict(min(found, key=_moment, default=None))
+
+
+def _wrong_peer(schedule: Schedule, placed: Placed, peer: int | None) -> Finding | None:
+    op, ranks = placed.op, schedule.ranks
+    neighbour = schedule.neighbour(op)
+    if peer is None or neighbour is None or not 0 <= peer < ranks or peer == placed.rank:
+        return NoPeer(placed, peer, ranks)
+    if peer != neighbour or placed.rank != schedule.rank_of(op):
+        return NotNeighbour(placed, peer, schedule.rank_of(op), neighbour)
+    return None
+
+
+def _faults(pair: tuple[int, int], sends: list[Placed], receives: list[Placed]) -> Iterator[Finding]:
+    """The first mismatch of an ordered pair, its first message left over, and its first repetition."""
+    sender, receiver = pair
+    both = min(len(sends), len(receives))
+    for nth, (send, receive) in enumerate(zip(sends, receives, strict=False)):
+        if _payload(send.op) != _payload(receive.op):
+            yield Mismatch(send, receive, nth)
+            break
+    if len(sends) > both:
+        yield LeftOver(sends[both], receiver, both, both)
+    if len(receives) > both:
+        yield LeftOver(receives[both], sender, both, both)
+    seen: dict[Op, Placed] = {}
+    for send in sends:
+        first = seen.setdefault(send.op.bare, send)
+        if first is not send:
+            yield SentTwice(first, send)
+            break
+
+
+def _payload(op: Op) -> tuple[bool, Lane, int, int]:
+    """What a message carries: whether an activation, and over which boundary, named by the stage before it."""
+    forwards = op.kind in (SF, Kind.RF)
+    stage_before = op.stage if op.kind in (SF, Kind.RB) else op.stage - 1
+    return forwards, op.lane, stage_before, op.mb
+
+
+def _moment(fault: Finding) -> tuple[int, int]:
+    """Mismatches first, as they are what the reader can act on; then by how early the fault shows."""
+    match fault:
+        case Mismatch(send, receive, _):
+            return 0, max(send.slot, receive.slot)
+        case LeftOver(place, _, _, _):
+            return 1, place.slot
+        case SentTwice(_, second):
+            return 2, second.slot
+        case _:
+            raise AssertionError(fault)
+
+
+def accumulation(schedule: Schedule) -> Verdict:
+    """At each stage and lane the W run in microbatch order."""
+    last: dict[tuple[int, Lane, int], Placed] = {}
+    for placed in schedule:
+        op = placed.op
+        if op.kind is W:
+            before = last.get((placed.rank, op.lane, op.stage))
+            if before is not None and before.op.mb > op.mb:
+                return Refuted(OutOfOrder(before, placed))
+            last[placed.rank, op.lane, op.stage] = placed
+    return Proved()
+
+
+def _verdict(found: Finding | None) -> Verdict:
+    return Proved() if found is None else Refuted(found)

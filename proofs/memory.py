@@ -1,0 +1,194 @@
+"""Live activations, by walking each rank's program: against a bound in microbatches, and in bytes.
+
+A microbatch is live on a rank, at one stage and lane, from its F until its W is over; inside a slot what is
+allocated counts before what is released.  In bytes it weighs what its B needs until B is over, and what its W needs
+from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from dualpipe.schedule import COMPUTE, Kind, Lane, Op, RuleError, Schedule, Slot
+from dualpipe.schedule import B as BACKWARD
+from dualpipe.schedule import F as FORWARD
+from dualpipe.schedule import W as WEIGHT
+from proofs.findings import Live, OverBound
+from proofs.verdict import Proved, Refuted, Skipped, Verdict
+
+Key = tuple[Lane, int, int]
+
+
+class BoundError(RuleError):
+    """A bound or a weight that cannot be one."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most microbatches that each rank may hold, and whose bound that is."""
+
+    per_rank: tuple[int, ...]
+    source: str
+
+
+def _dualpipe(schedule: Schedule) -> Iterator[int]:
+    return (schedule.ranks + 1 for _ in range(schedule.ranks))
+
+
+def _dualpipev(schedule: Schedule) -> Iterator[int]:
+    return (2 * schedule.ranks + 1 for _ in range(schedule.ranks))
+
+
+def _one_f_one_b(schedule: Schedule) -> Iterator[int]:
+    microbatches = max(schedule.microbatches.values())
+    route = next(iter(schedule.routes.values()))
+    places = (route.index(rank) if rank in route else rank for rank in range(schedule.ranks))
+    return (min(schedule.ranks - place, microbatches) for place in places)
+
+
+def _zb1p(schedule: Schedule) -> Iterator[int]:
+    return (schedule.ranks for _ in range(schedule.ranks))
+
+
+PUBLISHED: Mapping[str, tuple[str, Callable[[Schedule], Iterator[int]]]] = {
+    "dualpipe": ("P+1", _dualpipe),
+    "dualpipev": ("2P+1", _dualpipev),
+    "1f1b": ("min(P-r, M)", _one_f_one_b),
+    "zb1p": ("P", _zb1p),
+}
+"""The bounds that were published with the schedules: those of DualPipe and DualPipeV in DeepSeek's README (2P stages
+over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1, the memory of 1F1B) in arXiv 2401.10241."""
+
+
+def bound_of(schedule: Schedule, max_activations: int | None = None) -> Bound | None:
+    """The bound given, else the published one of the schedule's name; the name alone decides which that is."""
+    if max_activations is not None:
+        if max_activations < 0:
+            raise BoundError("a bound on activations is 0 or more", f"got {max_activations}", "give a count")
+        return Bound((max_activations,) * schedule.ranks, "given")
+    if schedule.name not in PUBLISHED:
+        return None
+    formula, per_rank = PUBLISHED[schedule.name]
+    return Bound(tuple(per_rank(schedule)), f"{formula}, published for {schedule.name}")
+
+
+def peak_activations(schedule: Schedule) -> tuple[int, ...]:
+    """For each rank the most microbatches that it holds at once."""
+    return tuple(
+        max((during for _, during, _ in _walk(schedule, rank)), default=0) for rank in range(schedule.ranks)
+    )
+
+
+def within(schedule: Schedule, bound: Bound | None) -> Verdict:
+    """Whether each rank stays within its bound; the finding is the first slot, of any rank, that does not."""
+    if bound is None:
+        return Skipped("no bound was given and none is published for a schedule of this name: the peak is only reported")
+    over = [found for rank, most in enumerate(bound.per_rank) if (found := _first_over(schedule, rank, most)) is not None]
+    if not over:
+        return Proved()
+    rank, slot, keys = min(over, key=lambda found: (found[1], found[0]))
+    live = tuple(Live(Op(FORWARD, *key), until) for key, until in keys.items())
+    return Refuted(OverBound(rank, slot, live, bound.per_rank[rank], bound.source))
+
+
+def _first_over(schedule: Schedule, rank: int, most: int) -> tuple[int, int, dict[Key, Kind]] | None:
+    return next(
+        ((rank, number, dict(live)) for number, during, live in _walk(schedule, rank) if during > most),
+        None,
+    )
+
+
+def _walk(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, dict[Key, Kind]]]:
+    """For each compute slot its number, how many microbatches are live in it, and which."""
+    live: dict[Key, Kind] = {}
+    for number, slot in enumerate(schedule.programs[rank]):
+        if slot[0].kind not in COMPUTE:
+            continue
+        for op in slot:
+            if op.kind is FORWARD:
+                live.setdefault(_key(op), BACKWARD)
+        yield number, len(live), live
+        for op in slot:
+            if op.kind is BACKWARD and _key(op) in live:
+                live[_key(op)] = WEIGHT
+            elif op.kind is WEIGHT:
+                live.pop(_key(op), None)
+
+
+def _key(op: Op) -> Key:
+    return op.lane, op.stage, op.mb
+
+
+@dataclass(frozen=True)
+class Held:
+    """The bytes of one microbatch at one stage, while it waits for its B or its W."""
+
+    what: Live
+    size: int
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """The most bytes that a rank holds, the first slot in which it does (None: never any) and what is live then."""
+
+    rank: int
+    total: int
+    slot: int | None
+    held: tuple[Held, ...]
+
+
+def peak_bytes(
+    schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: Sequence[int]
+) -> tuple[PeakBytes, ...]:
+    """The peak of each rank in bytes.
+
+    ``waiting_for_b[stage]`` is what a microbatch holds from its F until its B is over (the saved activations),
+    ``waiting_for_w[stage]`` what it holds from its B until its W is over (inputs and output gradients of the linear
+    layers).  Both are there during a B whose W comes in a later slot, as what is allocated counts before what is
+    released.  A B that shares its slot with its W is a whole backward, which leaves nothing to W.  Raises
+    ``BoundError`` unless both sequences give every stage a size of 0 or more.
+    """
+    for name, sizes in (("waiting for B", waiting_for_b), ("waiting for W", waiting_for_w)):
+        if len(sizes) != schedule.stages or min(sizes) < 0:
+            raise BoundError(
+                f"bytes {name} are given for each of the {schedule.stages} stages, 0 or more",
+                f"got {list(sizes)}",
+                "give one size a stage",
+            )
+    return tuple(_peak_bytes(schedule, rank, waiting_for_b, waiting_for_w) for rank in range(schedule.ranks))
+
+
+def _peak_bytes(schedule: Schedule, rank: int, for_b: Sequence[int], for_w: Sequence[int]) -> PeakBytes:
+    peak = PeakBytes(rank, 0, None, ())
+    held: dict[tuple[Key, Kind], int] = {}
+    total = 0
+    for number, slot in enumerate(schedule.programs[rank]):
+        new, gone = _changes(slot, held, for_b, for_w)
+        held |= new
+        total += sum(new.values())
+        if total > peak.total:
+            now = tuple(Held(Live(Op(FORWARD, *key), until), size) for (key, until), size in held.items())
+            peak = PeakBytes(rank, total, number, now)
+        total -= sum(held.pop(entry) for entry in gone)
+    return peak
+
+
+def _changes(
+    slot: Slot, held: Mapping[tuple[Key, Kind], int], for_b: Sequence[int], for_w: Sequence[int]
+) -> tuple[dict[tuple[Key, Kind], int], set[tuple[Key, Kind]]]:
+    """What a slot allocates and what it releases."""
+    new: dict[tuple[Key, Kind], int] = {}
+    gone: set[tuple[Key, Kind]] = set()
+    whole = {_key(op) for op in slot if op.kind is WEIGHT}
+    for op in slot:
+        key = _key(op)
+        if op.kind is FORWARD and (key, BACKWARD) not in held:
+            new[key, BACKWARD] = for_b[op.stage]
+        elif op.kind is BACKWARD:
+            if key not in whole and (key, WEIGHT) not in held:
+                new[key, WEIGHT] = for_w[op.stage]
+            gone.add((key, BACKWARD))
+        elif op.kind is WEIGHT:
+            gone.add((key, WEIGHT))
+    return new, {entry for entry in gone if entry in held or entry in new}

@@ -1,0 +1,115 @@
+"""The computes before and after a batch of messages, and when they run according to a family's ``Times``.
+
+Which compute comes next depends on the size where rows may be empty: each possibility is a ``Moment`` with the
+condition under which it is the one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+from dualpipe.schedule import MESSAGES
+from dualpipe.table import Affine, Step, affine
+
+from .constraint import Constraints, at_least, below, equal, substitute
+from .family import Times
+from .symbolic import Place, Rank, is_compute
+
+
+class Moment(NamedTuple):
+    """A compute slot: when it is the one meant, which one of the rank it is, when it starts and ends.
+
+    The program's start and its end count as computes that take no time, numbers -1 and the number of computes.
+    """
+
+    name: str
+    given: Constraints
+    number: Affine
+    start: Affine
+    end: Affine
+
+
+def moments(rank: Rank, row: int, step: int, iteration: Affine, times: Times) -> Iterator[Moment]:
+    """The compute that is ``step`` of ``row`` in an iteration: two cases where the row's last one has its own time."""
+    the_row = rank.table[row]
+    place = Place(rank, row, step, 0, iteration)
+    nth = _computes(the_row.steps).index(step)
+    sizes = {**rank.sizes, "i": iteration}
+    last = affine(rank.count(the_row) - 1)
+    cases: list[tuple[str, Constraints]] = [(the_row.name, ())]
+    if f"{the_row.name}, last" in times:
+        cases = [(the_row.name, (below(iteration, last),)), (f"{the_row.name}, last", (equal(iteration, last),))]
+    for name, given in cases:
+        start = substitute(times[name][nth], sizes)
+        yield Moment(f"{place} ({name})", given, place.computes, start, start + len(place.the_step))
+
+
+def start_of(rank: Rank, given: Constraints = ()) -> Moment:
+    return Moment(f"the start of {rank.name}", given, affine(-1), affine(0), affine(0))
+
+
+def end_of(rank: Rank, times: Times, given: Constraints = ()) -> Moment:
+    end = substitute(times["end"][0], rank.sizes)
+    return Moment(f"the end of {rank.name}", given, rank.total(is_compute), end, end)
+
+
+def after(place: Place, times: Times) -> Iterator[Moment]:
+    """The compute that follows a place (the program's end if none does)."""
+    rank, row, count = place.rank, place.row, place.rank.count(place.the_row)
+    inside = [s for s in _computes(place.the_row.steps) if s > place.step]
+    if inside:
+        yield from moments(rank, row, inside[0], place.iteration, times)
+        return
+    given: Constraints = ()
+    if again := _computes(place.the_row.steps):
+        for moment in moments(rank, row, again[0], place.iteration + 1, times):
+            yield moment._replace(given=(*moment.given, below(place.iteration + 1, count)))
+        given = (equal(place.iteration + 1, count),)
+    for later in range(row + 1, len(rank.table)):
+        given = yield from _if_not_empty(rank, later, 0, given, times)
+    yield end_of(rank, times, given)
+
+
+def before(place: Place, times: Times) -> Iterator[Moment]:
+    """The compute that a place follows (the program's start if none does)."""
+    rank, row = place.rank, place.row
+    inside = [s for s in _computes(place.the_row.steps) if s < place.step]
+    if inside:
+        yield from moments(rank, row, inside[-1], place.iteration, times)
+        return
+    given: Constraints = ()
+    if again := _computes(place.the_row.steps):
+        for moment in moments(rank, row, again[-1], place.iteration - 1, times):
+            yield moment._replace(given=(*moment.given, at_least(place.iteration, 1)))
+        given = (equal(place.iteration, 0),)
+    for earlier in reversed(range(row)):
+        given = yield from _if_not_empty(rank, earlier, -1, given, times)
+    yield start_of(rank, given)
+
+
+def first(rank: Rank, times: Times) -> Iterator[Moment]:
+    """The first compute of a program."""
+    given: Constraints = ()
+    for row in range(len(rank.table)):
+        given = yield from _if_not_empty(rank, row, 0, given, times)
+    yield end_of(rank, times, given)
+
+
+def _if_not_empty(
+    rank: Rank, row: int, end: int, given: Constraints, times: Times
+) -> Generator[Moment, None, Constraints]:
+    """The row's first (``end`` 0) or last (-1) compute if it has one; what is given beyond it if not."""
+    the_row = rank.table[row]
+    computes = _computes(the_row.steps)
+    if not computes:
+        return given
+    count = rank.count(the_row)
+    iteration = affine(0) if end == 0 else count - 1
+    for moment in moments(rank, row, computes[end], iteration, times):
+        yield moment._replace(given=(*given, *moment.given, at_least(count, 1)))
+    return (*given, equal(count, 0))
+
+
+def _computes(steps: tuple[Step, ...]) -> list[int]:
+    return [s for s, step in enumerate(steps) if step[0].kind not in MESSAGES]

@@ -1,0 +1,125 @@
+"""An obligation is one case of a theorem; discharging it asks Z3 whether the case can go wrong at any size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import z3
+
+from dualpipe.table import Action, Affine
+
+from .constraint import Constraints, Values, formula
+from .symbolic import Rank
+
+Fact = tuple[str | Affine, ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One kind of ordered pair of ranks: what ``sender`` sends over it, and what each send should be to ``receiver``.
+
+    ``meets`` maps the sender's action to the receiver's; ``tie`` says which sender faces which receiver.
+    """
+
+    name: str
+    sender: Rank
+    receiver: Rank
+    meets: Mapping[Action, Action]
+    tie: Constraints
+
+    @property
+    def domain(self) -> Constraints:
+        return self.sender.domain + self.receiver.domain + self.tie
+
+
+class Obligation(NamedTuple):
+    """``given`` implies ``then``, for all integers in the scope's domain.
+
+    ``fact`` says in plain values which constraint of the expanded schedule this is, for the coverage control.
+    """
+
+    scope: Rank | Link
+    name: str
+    given: Constraints
+    then: Constraints
+    fact: Fact
+
+    def holds(self, values: Values) -> bool:
+        """Whether the implication holds at one size, in plain Python."""
+        return not self.arises(values) or all(c.holds(values) for c in self.then)
+
+    def arises(self, values: Values) -> bool:
+        """Whether the case exists at one size, in plain Python."""
+        return all(c.holds(values) for c in self.scope.domain + self.given)
+
+
+class Failure(NamedTuple):
+    """An obligation that Z3 found a size for, or (``values`` is ``None``) gave up on."""
+
+    obligation: Obligation
+    values: dict[str, int] | None
+
+
+class Discharge(NamedTuple):
+    """What became of a theorem's obligations.  ``failures`` are in the order of the obligations."""
+
+    obligations: int
+    non_vacuous: int
+    seconds: float
+    failures: tuple[Failure, ...]
+
+
+def discharge(obligations: Iterable[Obligation], timeout: float, enough: int = 1) -> Discharge:
+    """Ask Z3 about each obligation, ``timeout`` seconds at most for each question.
+
+    Stops after ``enough`` failures.  A solver that gives up is a failure without values, never a success.
+    """
+    start = time.monotonic()
+    count, arising = 0, 0
+    failures: list[Failure] = []
+    scope = None
+    for obligation in obligations:
+        if obligation.scope is not scope:
+            scope = obligation.scope
+            solver = z3.SimpleSolver()
+            solver.set("timeout", int(1000 * timeout))
+            solver.add(*map(formula, scope.domain))
+        count += 1
+        arises, failure = _ask(solver, obligation)
+        arising += arises
+        if failure:
+            failures.append(failure)
+            if len(failures) >= enough:
+                break
+    return Discharge(count, arising, time.monotonic() - start, tuple(failures))
+
+
+def _ask(solver: z3.Solver, obligation: Obligation) -> tuple[bool, Failure | None]:
+    """Whether the case arises at some size, and the failure if it can go wrong."""
+    solver.push()
+    try:
+        solver.add(*map(formula, obligation.given))
+        arises = solver.check()
+        if arises == z3.unsat:
+            return False, None
+        solver.add(z3.Not(z3.And(*map(formula, obligation.then))))
+        wrong = solver.check()
+        if wrong == z3.unsat:
+            return True, None
+        if wrong == z3.unknown:
+            return True, Failure(obligation, None)
+        return True, Failure(obligation, _values(solver.model(), obligation))
+    finally:
+        solver.pop()
+
+
+def _values(model: z3.ModelRef, obligation: Obligation) -> dict[str, int]:
+    constraints = obligation.scope.domain + obligation.given + obligation.then
+    names = sorted({name for constraint in constraints for name, _ in constraint.terms})
+    values = {name: model.eval(z3.Int(name), model_completion=True).as_long() for name in names}
+    if obligation.holds(values):
+        raise AssertionError(f"Z3 and plain arithmetic disagree about {obligation.name} at {values}")
+    return values

@@ -1,0 +1,87 @@
+"""1F1B and ZB1P at every size: ranks 0 to P - 1 in a row, one lane, one table.
+
+    down   rank r -> rank r + 1   activations     0 <= r <= P - 2
+    up     rank r + 1 -> rank r   gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dualpipe.generate import ONE_F_ONE_B, ZB1P
+from dualpipe.schedule import RB, RF, SB, SF
+from dualpipe.table import Action, Affine, Table, affine, symbol
+
+from .constraint import at_least, below, equal
+from .family import Bounds, Family, Times, i
+from .obligation import Link
+from .symbolic import Rank
+
+P, M, r = symbol("P"), symbol("M"), symbol("r")
+
+ONE_F_ONE_B_TIMES: Times = {
+    "1 warm up": (r + i,),
+    "2 one forward, one backward": (3 * P - 2 * r - 3 + 3 * i, 3 * P - 2 * r - 2 + 3 * i),
+    "2 last": (3 * M + r - 3, 3 * M + r - 2),
+    "3 cool down": (3 * M + r + 1 + 3 * i,),
+    "end": (3 * M + 3 * P - 2 * r - 3,),
+}
+
+
+def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
+    """1F1B: at most P - r microbatches in flight on rank r, and 3(P - 1) units of time more than the work itself."""
+    bounds = Bounds(
+        live=(P - r,),
+        memory=P - r,
+        pending=affine(0),
+        makespan=3 * M + 3 * (P - 1),
+        words={"live": "P - r", "memory": "P - r", "pending": "none", "makespan": "3M + 3(P - 1)"},
+    )
+    return _one_lane("1f1b", table, ONE_F_ONE_B_TIMES, bounds)
+
+
+def zb1p(table: Table = ZB1P) -> Family:
+    """ZB1P: the memory of 1F1B's first rank on every rank, at most r W wait on rank r, 2(P - 1) units of bubble."""
+    bounds = Bounds(
+        live=(P - r,),
+        memory=P,
+        pending=r + 1,
+        makespan=3 * M + 2 * (P - 1),
+        words={"live": "P - r", "memory": "P", "pending": "r + 1", "makespan": "3M + 2(P - 1)"},
+    )
+    return _one_lane("zb1p", table, {}, bounds)
+
+
+def _one_lane(name: str, table: Table, times: Times, bounds: Bounds) -> Family:
+    here, next_one = _rank(table, r, ""), _rank(table, symbol("r'"), "'")
+    tie = (equal(symbol("r'"), r + 1),)
+    return Family(
+        name=name,
+        sizes="all P >= 1 and all M >= P",
+        ranks=(here,),
+        links=(
+            Link("down", here, next_one, {Action(SF, 0): Action(RF, 0)}, tie),
+            Link("up", next_one, here, {Action(SB, 0): Action(RB, 0)}, tie),
+        ),
+        chunks=(0,),
+        each=M,
+        times={"rank": times},
+        bounds=bounds,
+        values=_values,
+    )
+
+
+def _rank(table: Table, number: Affine, suffix: str) -> Rank:
+    before, behind = (at_least(number, 1),), (below(number, P - 1),)
+    return Rank(
+        "rank",
+        table,
+        {"P": P, "M": M, "r": number},
+        (at_least(P, 1), at_least(M, P), at_least(number, 0), below(number, P)),
+        {Action(RF, 0): before, Action(SB, 0): before, Action(SF, 0): behind, Action(RB, 0): behind},
+        suffix,
+    )
+
+
+def _values(sizes: Mapping[str, int], suffix: str) -> dict[str, int]:
+    return {"P": sizes["P"], "M": sizes["M"], f"r{suffix}": sizes["r"]}

@@ -1,0 +1,38 @@
+"""Theorem ``order``: on its own rank every op comes after what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from dualpipe.schedule import RB, RF, SB, SF, B, F, Kind, W
+from dualpipe.table import Action
+
+from .constraint import at_least, equal
+from .family import Family
+from .obligation import Obligation
+from .symbolic import Rank, earlier, exactly
+
+NEEDS: Mapping[Kind, tuple[Kind, ...]] = {F: (RF,), B: (F, RB), W: (B,), SF: (F,), SB: (B,)}
+"""What a kind needs of its own chunk, where that exists (``Schedule.needs``; the coverage control compares)."""
+
+
+def order(family: Family) -> Iterator[Obligation]:
+    for rank in family.ranks:
+        for kind, needed in NEEDS.items():
+            for chunk in family.chunks:
+                for need in needed:
+                    yield from _after(rank, Action(kind, chunk), Action(need, chunk))
+        for action, need in family.turn.get(rank.kind, {}).items():
+            yield from _after(rank, action, need)
+
+
+def _after(rank: Rank, action: Action, need: Action) -> Iterator[Obligation]:
+    for second in rank.places(exactly(action), "i"):
+        for first in rank.places(exactly(need), "j"):
+            yield Obligation(
+                rank,
+                f"{second} after {first}",
+                (*second.guard, *first.guard, equal(second.mb, first.mb)),
+                (at_least(earlier(first, second), 0),),
+                (str(action), second.mb, str(need), first.mb),
+            )

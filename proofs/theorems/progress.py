@@ -1,0 +1,79 @@
+"""Theorems ``deadlock`` and ``makespan``: a time for every compute, of which Z3 checks that nothing comes later.
+
+In the blocking model a batch of messages ends when each of them has met its partner, and a batch is posted when the
+compute before it ends.  Suppose a time T for every compute slot, with E = T + the slot's duration, such that
+
+    T(next compute of the rank)            >= E(this one)
+    T(compute after the receiver's batch)  >= E(compute before the sender's batch)     for every message,
+    T(compute after the sender's batch)    >= E(compute before the receiver's batch)   for every message.
+
+Then T grows along everything that anything waits for, so nothing waits for itself: no deadlock, whatever the
+computes really take.  And with the durations that T was made for, by induction along T no compute starts after its
+T, so the last E bounds the makespan.  T comes from ``times``; where from does not matter, since it is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dualpipe.table import affine
+
+from .constraint import Constraints, at_least, equal, substitute
+from .family import Family
+from .messages import meetings
+from .moment import Moment, after, before, end_of, first, moments, start_of
+from .obligation import Link, Obligation
+from .symbolic import Place, Rank, exactly, is_compute
+
+
+def deadlock(family: Family) -> Iterator[Obligation]:
+    for rank in family.ranks:
+        yield from _own_order(family, rank)
+    for link in family.links:
+        yield from _partners(family, link)
+
+
+def makespan(family: Family) -> Iterator[Obligation]:
+    for rank in family.ranks:
+        end = end_of(rank, family.times[rank.kind]).end
+        bound = substitute(family.bounds.makespan, rank.sizes)
+        yield Obligation(rank, f"the end of {rank.name}", (), (at_least(bound, end),), ("end", end, bound))
+
+
+def _own_order(family: Family, rank: Rank) -> Iterator[Obligation]:
+    times = family.times[rank.kind]
+    for moment in first(rank, times):
+        yield _in_time(rank, (), start_of(rank), moment, ("own", "own"))
+    for place in rank.places(is_compute, "i"):
+        for this in moments(rank, place.row, place.step, place.iteration, times):
+            for moment in after(place, times):
+                yield _in_time(rank, place.guard, this, moment, ("own", "own"))
+
+
+def _partners(family: Family, link: Link) -> Iterator[Obligation]:
+    sends, receives = exactly(*link.meets), exactly(*link.meets.values())
+    for send, receive in meetings(link):
+        met = (*send.guard, *receive.guard, equal(send.before(sends), receive.before(receives)))
+        yield from _posted(family, link, met, send, receive, ("sender", "receiver"))
+        yield from _posted(family, link, met, receive, send, ("receiver", "sender"))
+
+
+def _posted(
+    family: Family, link: Link, met: Constraints, this: Place, partner: Place, roles: tuple[str, str]
+) -> Iterator[Obligation]:
+    """What follows ``partner``'s batch comes after what is before ``this`` one's."""
+    for earlier in before(this, family.times[this.rank.kind]):
+        for later in after(partner, family.times[partner.rank.kind]):
+            yield _in_time(link, met, earlier, later, roles)
+
+
+def _in_time(
+    scope: Rank | Link, given: Constraints, earlier: Moment, later: Moment, roles: tuple[str, str]
+) -> Obligation:
+    return Obligation(
+        scope,
+        f"{later.name} waits for {earlier.name}",
+        (*given, *earlier.given, *later.given),
+        (at_least(later.start, earlier.end),),
+        (*roles, affine(earlier.number), affine(later.number)),
+    )

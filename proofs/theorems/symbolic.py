@@ -1,0 +1,181 @@
+"""A rank's phase table read with the sizes left open.
+
+A ``Place`` is one action of one step of one row, in an iteration that is itself a symbol.  Everything about it is
+then affine: its microbatch, its position among the messages of a channel, the number of computes before it.
+Nothing here expands a table, and nothing is written down twice: the rows are those that ``dualpipe.generate`` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from dualpipe.schedule import MESSAGES, B, W
+from dualpipe.table import Action, Affine, Row, Step, Table, affine, symbol
+
+from .constraint import Constraints, at_least, below, substitute
+
+Mark = Callable[[Step, int], bool]
+"""Whether the action at a position of a step is of the sort that is being counted."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One kind of rank: all ranks that run this table with sizes in ``domain``.
+
+    Parameters
+    ----------
+    kind:
+        What the kind is called.
+    table:
+        The very table that the schedule is expanded from.
+    sizes:
+        What the table's own symbols are, in the symbols that the theorem quantifies over.
+    domain:
+        The sizes, and the ranks at each, that the kind stands for.
+    exists:
+        For each message action when there is such a message: an action that is not here always exists, one with
+        ``None`` never.
+    suffix:
+        What the rank's own symbols end in, so that two ranks can meet in one obligation.
+    """
+
+    kind: str
+    table: Table
+    sizes: Mapping[str, Affine]
+    domain: Constraints
+    exists: Mapping[Action, Constraints | None] = field(default_factory=dict)
+    suffix: str = ""
+
+    @property
+    def name(self) -> str:
+        """The kind, marked where two ranks meet."""
+        return self.kind + self.suffix
+
+    def count(self, row: Row) -> Affine:
+        """How often the row repeats, in the theorem's symbols."""
+        return substitute(row.count, self.sizes)
+
+    def total(self, mark: Mark) -> Affine:
+        """How many marked actions the whole program has."""
+        return self._before_row(len(self.table), mark)
+
+    def _before_row(self, number: int, mark: Mark) -> Affine:
+        total = affine(0)
+        for row in self.table[:number]:
+            if often := _occurrences(row.steps, mark):
+                total = total + often * self.count(row)
+        return total
+
+    def places(self, mark: Mark, iteration: str) -> Iterator[Place]:
+        """Every marked action that some size may have, its iteration being the symbol ``iteration``."""
+        for number, row in enumerate(self.table):
+            for s, step in enumerate(row.steps):
+                for p, action in enumerate(step):
+                    if mark(step, p) and self.exists.get(action, ()) is not None:
+                        yield Place(self, number, s, p, symbol(iteration))
+
+
+@dataclass(frozen=True)
+class Place:
+    """The action at ``position`` of ``step`` of ``row`` of a rank's table, in one iteration of the row."""
+
+    rank: Rank
+    row: int
+    step: int
+    position: int
+    iteration: Affine
+
+    @property
+    def the_row(self) -> Row:
+        return self.rank.table[self.row]
+
+    @property
+    def the_step(self) -> Step:
+        return self.the_row.steps[self.step]
+
+    @property
+    def action(self) -> Action:
+        return self.the_step[self.position]
+
+    def __str__(self) -> str:
+        return f"{self.action} in row {self.the_row.name!r} step {self.step} of {self.rank.name}"
+
+    @property
+    def guard(self) -> Constraints:
+        """The iterations there are, and that the message exists."""
+        count = self.rank.count(self.the_row)
+        exists = self.rank.exists.get(self.action, ()) or ()
+        return (at_least(self.iteration, 0), below(self.iteration, count), *exists)
+
+    def before(self, mark: Mark) -> Affine:
+        """How many marked actions come before this one in the rank's program."""
+        return self._until(mark, self.position)
+
+    def through_step(self, mark: Mark) -> Affine:
+        """How many marked actions come before this one or share its step."""
+        return self._until(mark, len(self.the_step))
+
+    def before_step(self, mark: Mark) -> Affine:
+        """How many marked actions come before this one's step."""
+        return self._until(mark, 0)
+
+    def _until(self, mark: Mark, position: int) -> Affine:
+        steps = self.the_row.steps
+        each, earlier = _occurrences(steps, mark), _occurrences(steps[: self.step], mark)
+        here = sum(mark(self.the_step, p) for p in range(position))
+        return self.rank._before_row(self.row, mark) + each * self.iteration + (earlier + here)
+
+    @property
+    def mb(self) -> Affine:
+        """The microbatch: how many of the same action came before; for W of a chunk, that of the B before it."""
+        kind, chunk = self.action
+        if kind is W:
+            return self.before(exactly(Action(B, chunk))) - 1
+        return self.before(exactly(self.action))
+
+    @property
+    def computes(self) -> Affine:
+        """How many compute slots come before this step."""
+        return self.before_step(is_compute)
+
+    @property
+    def slot(self) -> Affine:
+        """A number that orders slots: compute k is ``2k + 1``, and the batch of messages before it is ``2k``."""
+        return 2 * self.computes + (0 if self.action.kind in MESSAGES else 1)
+
+
+def earlier(first: Place, second: Place) -> Affine:
+    """At least zero exactly when ``first`` comes before ``second``: in an earlier slot, or left of it in its own."""
+    left = (first.row, first.step) == (second.row, second.step) and first.position < second.position
+    return second.slot - first.slot - (0 if left else 1)
+
+
+def _occurrences(steps: tuple[Step, ...], mark: Mark) -> int:
+    return sum(mark(step, p) for step in steps for p in range(len(step)))
+
+
+def exactly(*actions: Action) -> Mark:
+    """Marks these actions."""
+    return lambda step, p: step[p] in actions
+
+
+def is_compute(step: Step, p: int) -> bool:
+    """Marks each compute slot once."""
+    return p == 0 and step[0].kind not in MESSAGES
+
+
+def is_push(step: Step, p: int) -> bool:
+    """Marks a backward whose W is not in its slot: it joins the queue of pending W."""
+    kind, chunk = step[p]
+    return kind is B and Action(W, chunk) not in step
+
+
+def is_pop(step: Step, p: int) -> bool:
+    """Marks a W that runs whatever has waited longest."""
+    return step[p] == Action(W, None)
+
+
+def is_weight(step: Step, p: int) -> bool:
+    """Marks every W, with or without a chunk."""
+    return step[p].kind is W

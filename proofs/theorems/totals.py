@@ -1,0 +1,55 @@
+"""Theorem ``totals``: no phase is shorter than nothing, and every counter reaches the number of microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dualpipe.schedule import MESSAGES, B, F, W
+from dualpipe.table import Action
+
+from .constraint import NEVER, at_least, equal
+from .family import Family
+from .obligation import Obligation
+from .symbolic import Place, Rank, exactly, is_pop, is_push
+
+
+def totals(family: Family) -> Iterator[Obligation]:
+    for rank in family.ranks:
+        for row in rank.table:
+            count = rank.count(row)
+            yield Obligation(rank, f"row {row.name!r} of {rank.name}", (), (at_least(count, 0),), ("row", row.name, count))
+        for chunk in family.chunks:
+            for kind in (F, B, *sorted(MESSAGES)):
+                yield from _total(family, rank, Action(kind, chunk))
+        pushed, popped = rank.total(is_push), rank.total(is_pop)
+        yield Obligation(
+            rank,
+            f"every pending W of {rank.name} is run",
+            (),
+            (equal(pushed, popped),),
+            ("pending", pushed, popped),
+        )
+        for place in rank.places(lambda step, p: step[p].kind is W and step[p].chunk is not None, "i"):
+            yield Obligation(
+                rank,
+                f"{place} has its backward beside it",
+                place.guard,
+                () if _beside_its_backward(place) else (NEVER,),
+                ("beside", str(place.action), place.mb),
+            )
+
+
+def _total(family: Family, rank: Rank, action: Action) -> Iterator[Obligation]:
+    exists = rank.exists.get(action, ())
+    if exists is None:
+        return
+    total = rank.total(exactly(action))
+    yield Obligation(
+        rank, f"all {action} of {rank.name}", exists, (equal(total, family.each),), ("all", str(action), total)
+    )
+
+
+def _beside_its_backward(place: Place) -> bool:
+    step, action = place.the_step, place.action
+    backward = Action(B, action.chunk)
+    return step.count(action) == step.count(backward) == 1 and step.index(backward) < place.position

@@ -1,0 +1,84 @@
+"""Theorems ``queue``, ``pending`` and ``accumulation``: the weight gradients.
+
+The W that wait form a queue, and a queue is a channel of a rank to itself: the j-th W without a chunk runs the W of
+the j-th backward that put its own off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dualpipe.schedule import W
+from dualpipe.table import Affine
+
+from .constraint import Constraints, at_least, equal, substitute
+from .family import Family
+from .obligation import Obligation
+from .symbolic import Place, Rank, earlier, is_pop, is_push
+
+
+def queue(family: Family) -> Iterator[Obligation]:
+    """No W is asked of an empty queue: the j-th pop comes after the j-th push."""
+    for rank in family.ranks:
+        for pop in rank.places(is_pop, "i"):
+            for push in rank.places(is_push, "j"):
+                yield Obligation(
+                    rank,
+                    f"{pop} runs the W of {push}",
+                    (*pop.guard, *push.guard, equal(pop.before(is_pop), push.before(is_push))),
+                    (at_least(earlier(push, pop), 0),),
+                    (str(push.action), push.mb, pop.before(is_pop)),
+                )
+
+
+def pending(family: Family) -> Iterator[Obligation]:
+    """How many W wait at most: it is enough to look where one joins."""
+    for rank in family.ranks:
+        bound = substitute(family.bounds.pending, rank.sizes)
+        for push in rank.places(is_push, "i"):
+            waiting = push.through_step(is_push) - push.before_step(is_pop)
+            yield Obligation(
+                rank,
+                f"pending W at {push}",
+                push.guard,
+                (at_least(bound, waiting),),
+                (str(push.action), push.mb, waiting),
+            )
+
+
+def accumulation(family: Family) -> Iterator[Obligation]:
+    """The W of microbatch m + 1 comes after that of microbatch m, chunk by chunk."""
+    for rank in family.ranks:
+        for chunk in family.chunks:
+            for first in _weights(rank, chunk, "i", "j"):
+                for second in _weights(rank, chunk, "k", "l"):
+                    yield Obligation(
+                        rank,
+                        f"{second.name} after {first.name}",
+                        (*first.given, *second.given, equal(second.mb, first.mb + 1)),
+                        (at_least(earlier(first.place, second.place), 0),),
+                        (chunk_name(chunk), first.mb, second.mb),
+                    )
+
+
+def chunk_name(chunk: int) -> str:
+    return f"W{chunk}"
+
+
+class _Weight(NamedTuple):
+    """One way in which a W of a chunk can come to be run."""
+
+    name: str
+    place: Place
+    mb: Affine
+    given: Constraints
+
+
+def _weights(rank: Rank, chunk: int, iteration: str, pushed: str) -> Iterator[_Weight]:
+    for place in rank.places(lambda step, p: step[p] == (W, chunk), iteration):
+        yield _Weight(str(place), place, place.mb, place.guard)
+    for pop in rank.places(is_pop, iteration):
+        for push in rank.places(lambda step, p: is_push(step, p) and step[p].chunk == chunk, pushed):
+            same = equal(pop.before(is_pop), push.before(is_push))
+            yield _Weight(f"{pop} of {push}", pop, push.mb, (*pop.guard, *push.guard, same))

@@ -1,0 +1,106 @@
+"""What is to be verified: a schedule, a model, data, and how many steps; the same for every party."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dualpipe.errors import RuleError
+from dualpipe.schedule import Lane, Schedule
+from reference.data import Steps, training_data
+from reference.model import ModelConfig, build_stage, criterion
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+_LEARNING_RATE = 3e-3
+_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+class SettingsError(RuleError):
+    """A setting under which two runs on a GPU need not give the same bits."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One verification.
+
+    ``device`` is where production and oracle compute, ``staged`` whether messages go through host memory,
+    ``blocking`` whether message slots wait as a plain batch-and-wait program does, ``timeout`` the seconds after
+    which a wait is a hang.
+    """
+
+    schedule: Schedule
+    model: ModelConfig = field(default_factory=ModelConfig)
+    steps: int = 3
+    seed: int = 0
+    device: str = "cpu"
+    staged: bool = False
+    blocking: bool = False
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise RuleError("a verification trains for at least one step", f"got {self.steps}", "use --steps 1 or more")
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        return self.schedule.lanes
+
+    @property
+    def microbatches(self) -> int:
+        return sum(self.schedule.microbatches.values())
+
+    def stage(self, stage: int) -> nn.Module:
+        return build_stage(self.model, stage, self.schedule.stages, self.seed, self.device)
+
+    def data(self) -> Steps:
+        """``[step][lane][microbatch]``, lanes ``>`` before ``<``, on ``device``."""
+        counts = [self.schedule.microbatches[lane] for lane in self.lanes]
+        steps = training_data(self.steps, counts, self.model.batch, self.model.sequence, self.seed)
+        return [[[batch.to(self.device) for batch in lane] for lane in step] for step in steps]
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy over the number of all microbatches of the step."""
+        return criterion(logits, targets, 1 / self.microbatches)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        # one parameter at a time: grouped kernels would see other groups in each party
+        return torch.optim.AdamW(parameters, lr=_LEARNING_RATE, foreach=False)
+
+
+def make_deterministic(device: str) -> None:
+    """Choose the settings under which a GPU repeats its bits; nothing to do on a CPU."""
+    if torch.device(device).type != "cuda":
+        return
+    os.environ.setdefault(*_WORKSPACE)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    require_deterministic()
+
+
+def require_deterministic() -> None:
+    """Raise ``SettingsError`` naming every setting under which a GPU may give other bits in a second run."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    wanted = {
+        "torch.use_deterministic_algorithms(True)": torch.are_deterministic_algorithms_enabled(),
+        f"{_WORKSPACE[0]}=:4096:8 or :16:8": os.environ.get(_WORKSPACE[0]) in (":4096:8", ":16:8"),
+        "torch.backends.cuda.matmul.allow_tf32 = False": not matmul.allow_tf32,
+        "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False": (
+            not matmul.allow_bf16_reduced_precision_reduction
+        ),
+        "torch.backends.cudnn.allow_tf32 = False": not cudnn.allow_tf32,
+        "torch.backends.cudnn.benchmark = False": not cudnn.benchmark,
+    }
+    missing = [setting for setting, holds in wanted.items() if not holds]
+    if missing:
+        raise SettingsError(
+            "bitwise comparison on a GPU needs deterministic settings",
+            f"not set: {', '.join(missing)}",
+            "set them before the first CUDA call",
+        )

@@ -1,0 +1,63 @@
+"""One rank of the production pipeline under verification: what the processes of ``verify`` run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dualpipe.execute import Feed
+from dualpipe.pipeline import Pipeline
+from dualpipe.transport import ProcessGroupTransport, TensorSpec, Transport
+from reference.case import Case, make_deterministic
+from reference.oracle import gradients_of, snapshot, weights_of
+from reference.trace import StepTrace
+
+
+def transport_of(case: Case) -> ProcessGroupTransport:
+    """The transport that the case asks for, on the default process group."""
+    return ProcessGroupTransport(device=case.device, timeout=case.timeout, staged=case.staged)
+
+
+def run_rank(
+    case: Case,
+    progress: Callable[[Any], None] = lambda value: None,
+    make_transport: Callable[[Case], Transport] = transport_of,
+    make_pipeline: Callable[..., Pipeline] = Pipeline,
+) -> list[StepTrace]:
+    """Train this rank's stages for the case's steps and record every step.  A test may bring faulty parts."""
+    make_deterministic(case.device)
+    transport = make_transport(case)
+    schedule, model = case.schedule, case.model
+    held = [
+        (lane, stage)
+        for lane, route in schedule.routes.items()
+        for stage, rank in enumerate(route)
+        if rank == transport.rank
+    ]
+    stages = {(lane, stage): case.stage(stage) for lane, stage in held}
+    boundary = [TensorSpec((model.batch, model.sequence, model.hidden), model.dtype)]
+    pipeline = make_pipeline(schedule, stages, case.criterion, boundary, transport, case.blocking)
+    pipeline.copy_weights()
+    optimizers = [case.optimizer(module.parameters()) for module in stages.values()]
+    traces = []
+    for number, step in enumerate(case.data()):
+        lanes = dict(zip(case.lanes, step, strict=True))
+        feed = Feed(
+            {lane: [(batch.tokens,) for batch in batches] for lane, batches in lanes.items()},
+            {lane: [(batch.targets,) for batch in batches] for lane, batches in lanes.items()},
+        )
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        result = pipeline.step(feed, reduce_gradients=False)
+        trace = StepTrace(
+            losses={lane: {mb: snapshot(x) for mb, x in losses.items()} for lane, losses in result.losses.items()},
+            lane_gradients={held: gradients_of(module) for held, module in stages.items()},
+        )
+        pipeline.reduce_gradients()
+        trace.gradients |= {held: gradients_of(module) for held, module in stages.items()}
+        for optimizer in optimizers:
+            optimizer.step()
+        trace.weights |= {held: weights_of(module) for held, module in stages.items()}
+        traces.append(trace)
+        progress(number + 1)
+    return traces

@@ -1,0 +1,218 @@
+"""The trial: oracle, fake ranks and production processes on one case, held against each other bit by bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dualpipe.errors import RuleError
+from dualpipe.schedule import Schedule
+from reference import fake
+from reference.case import DTYPES, Case, make_deterministic
+from reference.launch import Context, Failure, Outcome, launch
+from reference.model import ModelConfig
+from reference.oracle import StepTruth, train
+from reference.production import run_rank
+from reference.trace import Difference, StepTrace, differences, merge, vital_signs
+
+FAKE, PROCESSES = "fake ranks", "processes"
+_SPARE = 30.0
+"""Seconds that a party has beyond the timeout of one wait, times the number of steps, before it is ended."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a party's name, the rank within it, and the steps it has finished."""
+RankBody = Callable[[Case, Callable[[Any], None]], list[StepTrace]]
+
+
+@dataclass(frozen=True)
+class Party:
+    """How one party came out: what differs from the oracle, or how it failed to finish."""
+
+    name: str
+    traces: Sequence[StepTrace]
+    differences: tuple[Difference, ...]
+    failures: tuple[Failure, ...]
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences and not self.failures
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a verification."""
+
+    case: Case
+    truth: tuple[StepTruth, ...]
+    complaints: tuple[str, ...]
+    parties: tuple[Party, ...]
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return not self.complaints and all(party.equal for party in self.parties)
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.equal else 1
+
+    @property
+    def losses(self) -> list[float]:
+        """The mean loss of each step: the criterion divides by the number of microbatches, so the sum is the mean."""
+        return [sum(float(loss) for lane in step.losses for loss in lane) for step in self.truth]
+
+    def as_json(self) -> dict[str, Any]:
+        case = self.case
+        return {
+            "schedule": case.schedule.name,
+            "ranks": case.schedule.ranks,
+            "microbatches": case.microbatches,
+            "stages": case.schedule.stages,
+            "dtype": str(case.model.dtype).removeprefix("torch."),
+            "device": case.device,
+            "steps": case.steps,
+            "verdict": "equal" if self.equal else "different",
+            "losses": self.losses,
+            "tensors": tensors_compared(case, self.truth),
+            "complaints": list(self.complaints),
+            "parties": {
+                party.name: {
+                    "verdict": "equal" if party.equal else "failed" if party.failures else "different",
+                    "differences": len(party.differences),
+                    "first_difference": str(party.differences[0]) if party.differences else None,
+                    "failures": [str(failure) for failure in party.failures],
+                    "seconds": round(party.seconds, 3),
+                }
+                for party in self.parties
+            },
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def make_case(
+    schedule: Schedule,
+    dtype: str,
+    steps: int,
+    seed: int,
+    device: str,
+    transport: str,
+    blocking: bool,
+    timeout: float,
+) -> Case:
+    """A case from the words of the command line.  Raises ``RuleError`` for what does not fit together."""
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise RuleError("--device is cpu or cuda", f"got {device}", "choose one of them")
+    if transport not in ("direct", "staged"):
+        raise RuleError("--transport is direct or staged", f"got {transport}", "choose one of them")
+    if kind == "cuda" and torch.version.cuda is None:
+        raise RuleError("--device cuda needs a torch built with CUDA", f"got torch {torch.__version__}", "use cpu")
+    if kind == "cuda" and transport == "direct":
+        raise RuleError(
+            "several ranks on one GPU cannot use NCCL, and gloo cannot send CUDA tensors",
+            "got --device cuda --transport direct",
+            "use --transport staged here, and tests/gpu under torchrun for NCCL with one GPU a rank",
+        )
+    if not 0 < timeout < 1e6:
+        raise RuleError("--timeout is a number of seconds", f"got {timeout}", "use 60")
+    if not any(schedule.microbatches.values()):
+        raise RuleError("a schedule to verify runs microbatches", "got one without ops", "add F, B and W")
+    model = ModelConfig(dtype=DTYPES[dtype])
+    return Case(schedule, model, steps, seed, device, transport == "staged", blocking, timeout)
+
+
+def verify(
+    case: Case, on_progress: Progress = lambda party, rank, steps: None, rank_body: RankBody = run_rank
+) -> Report:
+    """Run every party in processes of their own and compare; ``rank_body`` is for tests that bring a faulty rank."""
+    started = time.monotonic()
+    judges = launch(
+        2,
+        lambda context: _judge(case, context),
+        _allowed(case),
+        _allowed(case),  # one judge's failure is no reason to end the other
+        None,
+        lambda rank, steps: on_progress(FAKE, 0, steps),
+    )
+    truth, imitation = judges.results
+    if isinstance(truth, Failure):
+        raise RuntimeError(f"the oracle failed, so there is nothing to compare with: {truth.text}\n{truth.trace}")
+    outcome: Outcome[list[StepTrace]] = launch(
+        case.schedule.ranks,
+        lambda context: rank_body(case, context.progress),
+        _allowed(case),
+        case.timeout + 5,
+        "gloo",
+        lambda rank, value: on_progress(PROCESSES, rank, value),
+    )
+    fakes: Outcome[list[StepTrace]] = Outcome((imitation,), judges.seconds)
+    parties = (
+        judge(case, FAKE, truth, fakes),
+        judge(case, PROCESSES, truth, outcome),
+    )
+    return Report(case, tuple(truth), tuple(vital_signs(truth)), parties, time.monotonic() - started)
+
+
+def judge(case: Case, name: str, truth: Sequence[StepTruth], outcome: Outcome[list[StepTrace]]) -> Party:
+    """Hold one party's results against the oracle's; where a rank failed, its failures are the result."""
+    if outcome.failures:
+        return Party(name, (), (), outcome.failures, outcome.seconds)
+    traces = merge(outcome.values())
+    return Party(name, traces, tuple(differences(case.schedule, truth, traces)), (), outcome.seconds)
+
+
+def run_oracle(case: Case) -> list[StepTruth]:
+    """The truth for a case, in this process."""
+    make_deterministic(case.device)
+    stages = [case.stage(stage) for stage in range(case.schedule.stages)]
+    return list(train(stages, case.data(), case.criterion, case.optimizer))
+
+
+def run_fake(case: Case, progress: Callable[[Any], None]) -> list[StepTrace]:
+    """The fake ranks on a case, in this process."""
+    make_deterministic(case.device)
+    stages = [case.stage(stage) for stage in range(case.schedule.stages)]
+    steps = fake.train(
+        case.schedule,
+        stages,
+        case.data(),
+        case.criterion,
+        case.optimizer,
+        blocking=case.blocking,
+        seed=case.seed,
+    )
+    traces = []
+    for number, step in enumerate(steps, start=1):
+        losses = {
+            lane: {mb: loss for mb, loss in enumerate(found) if loss is not None}
+            for lane, found in zip(case.lanes, step.losses, strict=True)
+        }
+        traces.append(StepTrace(losses, dict(step.lane_gradients), dict(step.gradients), dict(step.weights)))
+        progress(number)
+    return traces
+
+
+def _judge(case: Case, context: Context) -> Any:
+    """Two processes side by side: the oracle and the fake ranks, which do not see each other."""
+    return run_oracle(case) if context.rank == 0 else run_fake(case, context.progress)
+
+
+def _allowed(case: Case) -> float:
+    return _SPARE * case.steps + 2 * case.timeout
+
+
+def tensors_compared(case: Case, truth: Sequence[StepTruth]) -> int:
+    """How many tensors each party is compared in: losses, and for every copy lane gradients, gradients, weights."""
+    lanes = len(case.lanes)
+    return sum(
+        sum(map(len, step.losses))
+        + sum(len(stage) for lane in step.lane_gradients for stage in lane)
+        + lanes * sum(map(len, step.gradients))
+        + lanes * sum(map(len, step.weights))
+        for step in truth
+    )

@@ -1,0 +1,99 @@
+"""The directions of import, read from the sources.
+
+    dualpipe  <-  reference, proofs        dualpipe knows neither (the command line reaches them lazily)
+    reference <-/-> proofs                 two judges who do not talk
+    oracle                                 knows no schedule at all
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STANDARD = sys.stdlib_module_names
+
+
+def imports(path: Path, lazily: bool = True) -> set[str]:
+    """The modules that a file names in its imports, in full; without ``lazily`` only those at its top level."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if lazily else tree.body
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def packages(path: Path, lazily: bool = True) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path, lazily)}
+
+
+def files(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, f"{folder} has no files to look at"
+    return found
+
+
+PURE = ["errors", "schedule", "schedulefile", "table", "generate", "lower", "simulate", "torchcsv"]
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_schedule_and_what_only_computes_on_it_need_the_standard_library_alone(name):
+    assert packages(ROOT / "dualpipe" / f"{name}.py") <= STANDARD | {"dualpipe"}
+
+
+def test_production_imports_neither_of_its_judges():
+    for path in files("dualpipe"):
+        if path.name != "cli.py":
+            assert not packages(path) & {"reference", "proofs", "z3"}, path
+
+
+def test_the_command_line_reaches_the_heavy_packages_lazily():
+    assert not packages(ROOT / "dualpipe" / "cli.py", lazily=False) & {"reference", "proofs", "z3", "torch", "megatron"}
+
+
+def test_only_the_drop_in_imports_megatron():
+    for folder in ("dualpipe", "reference", "proofs"):
+        for path in files(folder):
+            if "megatron" not in path.parts:
+                assert "megatron" not in packages(path), path
+
+
+def test_the_oracle_knows_no_schedule():
+    for name in ("oracle", "model", "data"):
+        own = {module for module in imports(ROOT / "reference" / f"{name}.py") if module.startswith(("dualpipe", "proofs"))}
+        assert own <= {"dualpipe.errors", "dualpipe.errors.RuleError"}
+
+
+def test_fake_ranks_share_the_schedule_value_with_production_and_nothing_else():
+    allowed = {"dualpipe.errors", "dualpipe.schedule", "dualpipe.schedulefile"}
+    for name in ("fake", "ledger", "mailbox", "replica"):
+        modules = {m for m in imports(ROOT / "reference" / f"{name}.py") if m.startswith("dualpipe")}
+        assert {".".join(m.split(".")[:2]) for m in modules} <= allowed
+
+
+def test_proofs_read_the_schedule_and_never_the_simulator_or_the_runtime():
+    judged = {"errors", "schedule", "schedulefile"}
+    tables = {"table", "generate"}
+    for path in files("proofs"):
+        modules = {m.split(".")[1] for m in imports(path) if m.startswith("dualpipe.")}
+        assert modules <= (judged | tables if "theorems" in path.parts else judged), path
+        assert "reference" not in packages(path)
+
+
+def test_importing_dualpipe_loads_neither_torch_nor_z3_nor_megatron():
+    code = "import sys, dualpipe; print(*sorted({'torch', 'z3', 'megatron'} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.split() == []
+
+
+def test_a_forbidden_import_is_seen(tmp_path):
+    planted = tmp_path / "execute.py"
+    planted.write_text("def run():\n    from reference.oracle import train\n")
+    assert packages(planted) == {"reference"}

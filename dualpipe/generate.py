@@ -91,9 +91,15 @@ Planner = Callable[[int, int, int], Plan]
 
 
 def plan_dualpipe(ranks: int, microbatches: int, rank: int) -> Plan:
-    _require(ranks >= 2 and ranks % 2 == 0, "dualpipe needs an even number of ranks, 2 or more", ranks, "ranks")
-    _require(microbatches % 2 == 0, "dualpipe needs an even number of microbatches", microbatches, "microbatches")
+    even_ranks = max(2, ranks + ranks % 2)
+    _require(ranks == even_ranks, "dualpipe needs an even number of ranks, 2 or more", f"{ranks}", f"use {even_ranks}")
     _require_twice("dualpipe", ranks, microbatches)
+    _require(
+        microbatches % 2 == 0,
+        "dualpipe needs an even number of microbatches, as many on one lane as on the other",
+        f"{microbatches}",
+        f"use {microbatches + 1}",
+    )
     half = ranks // 2
     near = min(rank, ranks - 1 - rank)
     here, there = (UP, DOWN) if rank < half else (DOWN, UP)
@@ -106,7 +112,7 @@ def plan_dualpipe(ranks: int, microbatches: int, rank: int) -> Plan:
 
 
 def plan_dualpipev(ranks: int, microbatches: int, rank: int) -> Plan:
-    _require(ranks >= 1, "dualpipev needs a rank", ranks, "ranks")
+    _require_rank("dualpipev", ranks)
     _require_twice("dualpipev", ranks, microbatches)
     return Plan(
         MIDDLE if rank == ranks - 1 else OUTER,
@@ -125,31 +131,38 @@ def plan_zb1p(ranks: int, microbatches: int, rank: int) -> Plan:
 
 
 def _plan_one_lane(name: str, table: Table, ranks: int, microbatches: int, rank: int) -> Plan:
-    _require(ranks >= 1, f"{name} needs a rank", ranks, "ranks")
+    _require_rank(name, ranks)
     _require(
         microbatches >= ranks,
         f"{name} needs at least as many microbatches as ranks",
-        microbatches,
-        f"microbatches for {ranks} ranks",
+        f"{microbatches} for {_ranks(ranks)}",
         f"use {ranks} or more",
     )
     sizes = {"P": ranks, "M": microbatches, "r": rank}
     return Plan(table, sizes, (Chunk(UP, rank),), {UP: tuple(range(ranks))})
 
 
+def _require_rank(name: str, ranks: int) -> None:
+    _require(ranks >= 1, f"{name} needs at least one rank", f"{ranks}", "use 1 or more")
+
+
 def _require_twice(name: str, ranks: int, microbatches: int) -> None:
+    instead = ", or 1f1b" if microbatches >= ranks else ""
     _require(
         microbatches >= 2 * ranks,
         f"{name} needs at least two microbatches per rank",
-        microbatches,
-        f"microbatches for {ranks} ranks",
-        f"use {2 * ranks} or more, or 1f1b",
+        f"{microbatches} for {_ranks(ranks)}",
+        f"use {2 * ranks} or more{instead}",
     )
 
 
-def _require(holds: bool, rule: str, came: int, what: str, remedy: str = "") -> None:
+def _ranks(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
+def _require(holds: bool, rule: str, came: str, remedy: str) -> None:
     if not holds:
-        raise SizeError(rule, f"got {came} {what}", remedy or f"use {came + 1}")
+        raise SizeError(rule, f"got {came}", remedy)
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:

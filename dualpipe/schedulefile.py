@@ -17,7 +17,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVarTuple
 
 from dualpipe.schedule import (
     Kind,
@@ -27,6 +27,7 @@ from dualpipe.schedule import (
     Schedule,
     ScheduleError,
     Slot,
+    check_name,
     check_routes,
     check_slot,
     show_slot,
@@ -34,10 +35,12 @@ from dualpipe.schedule import (
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _OP = re.compile(r"([0-9]{1,9})(F|B|W|SF|RF|SB|RB)([0-9]{1,9})([<>])(?:@([0-9]{1,9}))?")
-_NAME = re.compile(r"[^\s#]+")
-_OP_FORM = "an op: stage, F B W SF RF SB or RB, microbatch, lane, and for a message optionally @rank, as in 2SF3>@3"
+_OP_FORM = (
+    "an op: stage, F B W SF RF SB or RB, microbatch, lane, and for a message optionally @rank, as in 2SF3>@3, "
+    "with numbers of at most 9 digits"
+)
 _LINE_FORM = "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...' or 'rank N: SLOT ...'"
-_T = TypeVar("_T")
+_Args = TypeVarTuple("_Args")
 
 
 class ScheduleSyntaxError(ScheduleError):
@@ -49,9 +52,11 @@ class ScheduleSyntaxError(ScheduleError):
 
 
 def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline."""
+    """The schedule as text, ending in a newline.  Equal schedules of one name have the same text."""
     head = [f"schedule {schedule.name}"] if schedule.name else []
-    lanes = [f"lane {lane} {' '.join(map(str, route))}" for lane, route in schedule.routes.items()]
+    lanes = [
+        f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)
+    ]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
     return "\n".join([*head, *lanes, *ranks]) + "\n"
 
@@ -63,14 +68,19 @@ def digest(schedule: Schedule) -> str:
 
 def load(path: Path) -> Schedule:
     """Read a schedule file.  Raises ``ScheduleSyntaxError`` for any content, ``OSError`` for a file it cannot read."""
+    return loads(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.  Raises ``ScheduleSyntaxError`` at the first byte that is not UTF-8, ``OSError`` as usual."""
     data = path.read_bytes()
     try:
-        return loads(data.decode(), str(path))
+        return data.decode()
     except UnicodeDecodeError as error:
-        before = data[: error.start]
-        column = error.start - (before.rfind(b"\n") + 1) + 1
+        before = data[: error.start].decode()
+        column = len(before) - before.rfind("\n")
         found = f"byte 0x{data[error.start]:02x}"
-        raise ScheduleSyntaxError(str(path), before.count(b"\n") + 1, column, found, "UTF-8 text") from None
+        raise ScheduleSyntaxError(str(path), before.count("\n") + 1, column, found, "UTF-8 text") from None
 
 
 def loads(text: str, source: str = "<string>") -> Schedule:
@@ -85,7 +95,7 @@ class _Parser:
         self.source = source
         self.name: str | None = None
         self.routes: dict[Lane, tuple[int, ...]] = {}
-        self.lane_lines: dict[Lane, int] = {}
+        self.lane_lines: dict[Lane, tuple[int, list[re.Match[str]]]] = {}
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
 
     def parse(self, text: str) -> Schedule:
@@ -101,10 +111,18 @@ class _Parser:
         for rank in range(len(self.rank_lines)):
             if rank not in self.rank_lines:
                 self.fail(*end, f"no 'rank {rank}:'", f"a line for each rank from 0 to {max(self.rank_lines)}")
-        lane_line = max(self.lane_lines.values())
-        self.checked(lane_line, 1, lambda: check_routes(self.routes, len(self.rank_lines)))
+        self.check_lanes()
         programs = tuple(self.program(*self.rank_lines[rank]) for rank in range(len(self.rank_lines)))
         return Schedule(self.routes, programs, self.name or "")
+
+    def check_lanes(self) -> None:
+        ranks = len(self.rank_lines)
+        for lane, (number, words) in self.lane_lines.items():
+            missing = [word for word, rank in zip(words, self.routes[lane], strict=True) if rank >= ranks]
+            column = (missing[0] if missing else words[0]).start() + 1
+            self.checked(number, column, check_routes, {lane: self.routes[lane]}, ranks)
+        number, words = max(self.lane_lines.values(), key=lambda line: line[0])
+        self.checked(number, words[0].start() + 1, check_routes, self.routes, ranks)
 
     def line(self, number: int, content: str, words: list[re.Match[str]]) -> None:
         match words[0].group():
@@ -121,9 +139,13 @@ class _Parser:
         if self.name is not None:
             self.fail(number, words[0].start() + 1, "a second 'schedule' line", "one name at most")
         if len(words) != 2:
-            column = (words[2].start() if len(words) > 2 else len(content)) + 1
-            self.fail(number, column, f"{len(words) - 1} words", "one name after 'schedule'")
-        self.name = words[1].group()
+            found, column = (
+                (repr(_short(words[2].group())), words[2].start()) if words[2:] else ("nothing", len(content))
+            )
+            self.fail(number, column + 1, found, "one name, without spaces, after 'schedule'")
+        name = words[1].group()
+        self.checked(number, words[1].start() + 1, check_name, name)
+        self.name = name
 
     def lane_line(self, number: int, content: str, words: list[re.Match[str]]) -> None:
         if len(words) < 2 or words[1].group() not in tuple(Lane):
@@ -134,31 +156,44 @@ class _Parser:
         lane = Lane(words[1].group())
         if lane in self.routes:
             self.fail(number, words[1].start() + 1, f"lane {lane} a second time", "each lane once")
+        if len(words) == 2:
+            self.fail(number, len(content) + 1, "no ranks", "the rank that holds stage 0, 1, 2, ...")
         self.routes[lane] = tuple(self.number(number, word) for word in words[2:])
-        self.lane_lines[lane] = number
+        self.lane_lines[lane] = number, words[2:]
 
     def rank_line(self, number: int, content: str) -> None:
-        head = re.match(r"\s*rank\s+([0-9]{1,9})\s*:", content)
+        head = re.compile(r"\s*rank\s+([0-9]{1,9})\s*:").match(content)
         if head is None:
-            column = content.index("rank") + 1
-            self.fail(number, column, repr(_short(content.strip())), "'rank N: SLOT ...'")
+            self.bad_rank_line(number, content)
         rank = int(head.group(1))
         if rank in self.rank_lines:
             self.fail(number, head.start(1) + 1, f"rank {rank} a second time", "each rank once")
         self.rank_lines[rank] = number, list(re.compile(r"\S+").finditer(content, head.end()))
+
+    def bad_rank_line(self, number: int, content: str) -> NoReturn:
+        """Fail where a rank line departs from its form: at the number or where the colon should be."""
+        match = re.match(r"\s*rank\s*([0-9]{1,9}(?![0-9])\s*)?", content)
+        at = match.end() if match else 0
+        expected = "':' after the rank" if match and match.group(1) else "a rank's number below 1000000000"
+        self.fail(number, at + 1, repr(_short(content[at:].strip())) if content[at:].strip() else "nothing", expected)
 
     def program(self, number: int, words: list[re.Match[str]]) -> Program:
         return tuple(self.slot(number, word) for word in words)
 
     def slot(self, number: int, word: re.Match[str]) -> Slot:
         ops = tuple(self.op(number, column, text) for column, text in _parts(word))
-        self.checked(number, word.start() + 1, lambda: check_slot(ops, self.routes))
+        try:
+            check_slot(ops, self.routes)
+        except ScheduleError:
+            for op, (column, _) in zip(ops, _parts(word), strict=True):
+                self.checked(number, column, check_slot, (op,), self.routes)
+            self.checked(number, word.start() + 1, check_slot, ops, self.routes)
         return ops
 
     def op(self, number: int, column: int, text: str) -> Op:
         found = _OP.fullmatch(text)
         if found is None:
-            self.fail(number, column, repr(_short(text)), _OP_FORM)
+            self.fail(number, column, repr(_short(text)) if text else "nothing", _OP_FORM)
         stage, kind, mb, lane, peer = found.groups()
         return Op(Kind(kind), Lane(lane), int(stage), int(mb), None if peer is None else int(peer))
 
@@ -167,11 +202,11 @@ class _Parser:
             self.fail(line, word.start() + 1, repr(_short(word.group())), "a rank, as a number below 1000000000")
         return int(word.group())
 
-    def checked(self, line: int, column: int, check: Callable[[], _T]) -> _T:
+    def checked(self, line: int, column: int, check: Callable[[*_Args], None], *args: *_Args) -> None:
         try:
-            return check()
+            check(*args)
         except ScheduleError as error:
-            self.fail(line, column, error.came, f"what the rule says: {error.rule} ({error.remedy})")
+            self.fail(line, column, f"that {error.came}", f"that {error.rule} ({error.remedy})")
 
     def fail(self, line: int, column: int, found: str, expected: str) -> NoReturn:
         raise ScheduleSyntaxError(self.source, line, column, found, expected)

@@ -44,7 +44,7 @@ class Affine:
 
     def scaled(self, factor: int) -> Affine:
         """The numerator times ``factor``, over 1."""
-        return Affine({name: factor * c for name, c in self.terms.items()}, factor * self.constant)
+        return Affine({name: factor * c for name, c in self.terms.items() if factor}, factor * self.constant)
 
     def __mul__(self, factor: int) -> Affine:
         return replace(self.scaled(factor), divisor=self.divisor)
@@ -125,7 +125,10 @@ class Row:
         return steps(self.body)
 
     def times(self, sizes: Mapping[str, int]) -> int:
-        return affine(self.count).at(sizes)
+        count = affine(self.count).at(sizes)
+        if count < 0:
+            raise AssertionError(f"row {self.name!r} repeats {count} times at {dict(sizes)}")
+        return count
 
 
 Table = tuple[Row, ...]

@@ -14,6 +14,7 @@ NCCL      in stream order after ``wait``       likewise; ``drain`` polls on the 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from torch import Tensor
 
 _RECORD_BYTES = 4096
 _POLL_SECONDS = 0.002
+_SOURCE = re.compile(r"^\[[^]]*\] ")  # gloo's errors begin with the file and line of its own source
 
 
 class TensorSpec(NamedTuple):
@@ -52,6 +54,7 @@ class Message:
     tensors: Sequence[Tensor] = ()
     specs: Sequence[TensorSpec] = ()
     works: list[dist.Work] = field(default_factory=list)
+    posted: bool = False
     sent: Future[None] | None = None
 
 
@@ -62,7 +65,7 @@ class MessageError(RuntimeError):
         self.message = message
         kind = "send" if message.sends else "receive"
         towards = "to" if message.sends else "from"
-        why = "the time is up" if cause is None else str(cause).strip().splitlines()[0]
+        why = "the time is up" if cause is None else _SOURCE.sub("", str(cause).strip().splitlines()[0])
         super().__init__(f"{kind} {message.label} {towards} rank {message.peer} failed after {seconds:.1f} s: {why}")
 
 
@@ -134,6 +137,7 @@ class ProcessGroupTransport:
         owners: list[Message] = []
         for message in messages:
             self._allocate(message)
+            message.posted = True
             kind = dist.isend if message.sends else dist.irecv
             for tensor in message.tensors:
                 peer = self.order[message.peer]
@@ -159,7 +163,9 @@ class ProcessGroupTransport:
                     message.sent = self._helper.submit(self._finish, message)
 
     def wait(self, message: Message) -> Sequence[Tensor]:
-        """Wait for one message; returns what was received, on ``device``."""
+        """Wait for one message; returns what was received, on ``device``.  Each receive is waited for once."""
+        if not message.posted:
+            raise MessageError(message, 0.0, RuntimeError("it was never posted"))
         if message.sent is not None:
             self._await_sent(message)
         else:

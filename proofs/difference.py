@@ -2,7 +2,7 @@
 
 A set of such facts is a ``Problem``.  Z3's dense difference-logic solver decides it (``arith.solver=1`` of
 ``SimpleSolver``: Floyd-Warshall on the graph of differences), every fact guarded by a name, so that a contradiction
-comes with the names that make it.  ``smtlib`` writes the same facts for any solver.
+comes with the names that make it.  ``smtlib_of`` writes the same facts for any solver.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ from proofs.verdict import Unknown
 Why = tuple[object, ...]
 """A text with places for what follows it, as in ``str.format``; put together only when it is told."""
 
+CHAINS: set[str] = set()
+"""The texts of facts that make chains: their last two places are where a link begins and where it ends."""
+
+
+def chain(text: str) -> str:
+    """Declare the text of a chain's links, so that a core tells several in a row as one."""
+    CHAINS.add(text)
+    return text
+
 
 class Fact(NamedTuple):
     """``later - earlier >= gap``, and why."""
@@ -28,7 +37,7 @@ class Fact(NamedTuple):
     why: Why
 
     def __str__(self) -> str:
-        return str(self.why[0]).format(*self.why[1:])
+        return str(self.why[0]).format(*self.why[1:], gap=self.gap)
 
 
 @dataclass
@@ -100,6 +109,23 @@ def as_circle(facts: list[Fact]) -> tuple[Fact, ...] | None:
     return tuple(circle) if len(circle) == len(facts) else None
 
 
+def joined(circle: tuple[Fact, ...]) -> tuple[Fact, ...]:
+    """The circle with neighbouring links of a chain made one, so that it is told in as few lines as it has turns."""
+    turn = next((index for index, fact in enumerate(circle) if fact.why[0] not in CHAINS), 0)
+    told: list[Fact] = []
+    for fact in circle[turn:] + circle[:turn]:
+        last = told[-1] if told else None
+        if last is not None and _links(last, fact):
+            told[-1] = Fact(last.earlier, fact.later, last.gap + fact.gap, (*last.why[:-1], fact.why[-1]))
+        else:
+            told.append(fact)
+    return tuple(told)
+
+
+def _links(one: Fact, other: Fact) -> bool:
+    return one.why[0] in CHAINS and one.why[:-2] == other.why[:-2] and one.why[-1] == other.why[-2]
+
+
 def _check(names: list[str], facts: list[Fact], timeout_s: float | None) -> list[int] | Unknown | None:
     """The numbers of facts that contradict each other, ``None`` if none do."""
     context = z3.Context()
@@ -131,7 +157,7 @@ def _guards(context: z3.Context, count: int) -> object:
     return guards
 
 
-def smtlib(problems: list[Problem]) -> str:
+def smtlib_of(problems: list[Problem]) -> str:
     """The problems as SMT-LIB 2.6, one ``check-sat`` each: ``sat`` where the check holds, ``unsat`` where it fails."""
     parts = ["(set-logic QF_IDL)"]
     for problem in problems:

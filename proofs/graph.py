@@ -41,7 +41,10 @@ def complete(schedule: Schedule) -> Verdict:
 
 def _incomplete(schedule: Schedule) -> Finding | None:
     ran: dict[tuple[Lane, int, Kind], dict[int, Placed]] = {
-        (lane, stage, kind): {} for lane, route in schedule.routes.items() for stage in range(len(route)) for kind in COMPUTES
+        (lane, stage, kind): {}
+        for lane, route in schedule.routes.items()
+        for stage in range(len(route))
+        for kind in COMPUTES
     }
     computes = [placed for placed in schedule if placed.op.kind in COMPUTE]
     if not computes:

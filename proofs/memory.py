@@ -75,16 +75,18 @@ def bound_of(schedule: Schedule, max_activations: int | None = None) -> Bound | 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
     """For each rank the most microbatches that it holds at once."""
-    return tuple(
-        max((during for _, during, _ in _walk(schedule, rank)), default=0) for rank in range(schedule.ranks)
-    )
+    return tuple(max((during for _, during, _ in _walk(schedule, rank)), default=0) for rank in range(schedule.ranks))
 
 
 def within(schedule: Schedule, bound: Bound | None) -> Verdict:
     """Whether each rank stays within its bound; the finding is the first slot, of any rank, that does not."""
     if bound is None:
-        return Skipped("no bound was given and none is published for a schedule of this name: the peak is only reported")
-    over = [found for rank, most in enumerate(bound.per_rank) if (found := _first_over(schedule, rank, most)) is not None]
+        return Skipped(
+            "no bound was given and none is published for a schedule of this name: the peak is only reported"
+        )
+    over = [
+        found for rank, most in enumerate(bound.per_rank) if (found := _first_over(schedule, rank, most)) is not None
+    ]
     if not over:
         return Proved()
     rank, slot, keys = min(over, key=lambda found: (found[1], found[0]))
@@ -138,9 +140,7 @@ class PeakBytes:
     held: tuple[Held, ...]
 
 
-def peak_bytes(
-    schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: Sequence[int]
-) -> tuple[PeakBytes, ...]:
+def peak_bytes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: Sequence[int]) -> tuple[PeakBytes, ...]:
     """The peak of each rank in bytes.
 
     ``waiting_for_b[stage]`` is what a microbatch holds from its F until its B is over (the saved activations),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from dualpipe.schedule import COMPUTE, SENDS, Placed, Schedule, Slot
 from proofs.findings import Circle, NeverMet, Wait
+from proofs.matching import Side, other_rank, sides
 from proofs.models import Model
 from proofs.verdict import Proved, Refuted, Verdict
 
@@ -87,18 +88,19 @@ class Run:
     def post(self, rank: int, number: int, woken: set[int]) -> list[tuple[Placed, int | None]]:
         numbered: list[tuple[Placed, int | None]] = []
         for position, op in enumerate(self.schedule.programs[rank][number]):
-            peer = other_rank(self.schedule, rank, self.schedule.peer(op))
+            placed = Placed(rank, number, position, op)
+            peer = other_rank(self.schedule, placed)
             nth = None
             if peer is not None:
                 count, pair = (self.sent, (rank, peer)) if op.kind in SENDS else (self.received, (peer, rank))
                 nth = count.get(pair, 0)
                 count[pair] = nth + 1
                 woken.add(peer)
-            numbered.append((Placed(rank, number, position, op), nth))
+            numbered.append((placed, nth))
         return numbered
 
     def met(self, placed: Placed, nth: int | None) -> bool:
-        peer = other_rank(self.schedule, placed.rank, self.schedule.peer(placed.op))
+        peer = other_rank(self.schedule, placed)
         if nth is None or peer is None:
             return False
         if placed.op.kind in SENDS:
@@ -112,17 +114,17 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
     stuck = {
         state.pending[0][0].rank: state.pending for state in run.states if state.pending
     }  # in each, what the rank waits for
-    partners = _partners(schedule)
+    both = sides(schedule)
     for pending in stuck.values():
         for placed, nth in pending:
-            if _partner(schedule, model, partners, placed, nth) is None:
-                return Refuted(_never_met(schedule, model, partners, placed, nth))
+            if _partner(schedule, model, both, placed, nth) is None:
+                return Refuted(_never_met(schedule, model, both, placed, nth))
     if stuck:
         waits = {
             rank: [
                 Wait(placed, partner)
                 for placed, nth in pending
-                if (partner := _partner(schedule, model, partners, placed, nth)) is not None
+                if (partner := _partner(schedule, model, both, placed, nth)) is not None
             ]
             for rank, pending in stuck.items()
         }
@@ -130,7 +132,7 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
     for (sender, receiver), count in run.sent.items():
         posted = run.received.get((sender, receiver), 0)
         if posted < count:
-            place = partners[sender, receiver, True][posted]
+            place = both[0][sender, receiver][posted]
             return Refuted(NeverMet(model, place, receiver, posted, posted))
     return Proved()
 
@@ -157,46 +159,27 @@ def _last_needed(schedule: Schedule, slot: Slot, brought: dict[object, int]) -> 
     return max((brought.get(need, 0) for op in slot for need in schedule.needs(op)), default=0)
 
 
-def other_rank(schedule: Schedule, rank: int, peer: int | None) -> int | None:
-    """The peer if it is another rank that exists."""
-    return peer if peer is not None and 0 <= peer < schedule.ranks and peer != rank else None
-
-
-Partners = dict[tuple[int, int, bool], list[Placed]]
-
-
-def _partners(schedule: Schedule) -> Partners:
-    """All sends (True) and all receives (False) of each ordered pair, in the order posted."""
-    found: Partners = {}
-    for placed in schedule:
-        if placed.op.kind in COMPUTE:
-            continue
-        peer = other_rank(schedule, placed.rank, schedule.peer(placed.op))
-        if peer is not None:
-            sends = placed.op.kind in SENDS
-            pair = (placed.rank, peer) if sends else (peer, placed.rank)
-            found.setdefault((*pair, sends), []).append(placed)
-    return found
-
-
-def _opposite(schedule: Schedule, partners: Partners, placed: Placed) -> list[Placed]:
-    peer = other_rank(schedule, placed.rank, schedule.peer(placed.op))
+def _opposite(schedule: Schedule, both: tuple[Side, Side], placed: Placed) -> list[Placed]:
+    """The messages of the other rank among which the partner of a message is."""
+    sends, receives = both
+    peer = other_rank(schedule, placed)
     if peer is None:
         return []
-    key = (placed.rank, peer, False) if placed.op.kind in SENDS else (peer, placed.rank, True)
-    return partners.get(key, [])
+    return receives.get((placed.rank, peer), []) if placed.op.kind in SENDS else sends.get((peer, placed.rank), [])
 
 
-def _partner(schedule: Schedule, model: Model, partners: Partners, placed: Placed, nth: int | None) -> Placed | None:
+def _partner(
+    schedule: Schedule, model: Model, both: tuple[Side, Side], placed: Placed, nth: int | None
+) -> Placed | None:
     """The message whose posting a pending one waits for: its own partner, or the one whose place a send takes."""
-    opposite = _opposite(schedule, partners, placed)
+    opposite = _opposite(schedule, both, placed)
     if nth is not None and placed.op.kind in SENDS:
         nth -= model.capacity
     return opposite[nth] if nth is not None and nth < len(opposite) else None
 
 
-def _never_met(schedule: Schedule, model: Model, partners: Partners, placed: Placed, nth: int | None) -> NeverMet:
-    posted = len(_opposite(schedule, partners, placed))
+def _never_met(schedule: Schedule, model: Model, both: tuple[Side, Side], placed: Placed, nth: int | None) -> NeverMet:
+    posted = len(_opposite(schedule, both, placed))
     return NeverMet(model, placed, schedule.peer(placed.op), nth or 0, posted)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dualpipe.schedule import Lane, Schedule
+from dualpipe.schedule import MESSAGES, Lane, Schedule
 from reference.data import Batch, Steps
 from reference.fault import Awaited, Deadlock, SetupError, Waiting
 from reference.ledger import Ledger
@@ -44,7 +44,7 @@ Place = tuple[Lane, int]
 class FakeStep:
     """One training step; the tensors are detached copies on the CPU, as in ``reference.oracle.StepTruth``.
 
-    ``losses[l][mb]`` with lanes in the order of ``lanes_of`` (``None`` where the schedule never computes it); by
+    ``losses[l][mb]`` with lanes in the order of ``Schedule.lanes`` (``None`` where the schedule never computes it); by
     (lane, stage): ``lane_gradients`` before the replicas are summed, ``gradients`` that each replica's optimizer
     was handed, and ``weights`` after its step.
     """
@@ -53,11 +53,6 @@ class FakeStep:
     lane_gradients: Mapping[Place, Tensors]
     gradients: Mapping[Place, Tensors]
     weights: Mapping[Place, Tensors]
-
-
-def lanes_of(schedule: Schedule) -> tuple[Lane, ...]:
-    """The schedule's lanes in the order in which data is dealt and gradients are summed: ``>`` before ``<``."""
-    return tuple(lane for lane in Lane if lane in schedule.routes)
 
 
 def train(
@@ -74,16 +69,16 @@ def train(
 ) -> Iterator[FakeStep]:
     """Train on fake ranks, each with its own copies of its stages and its own optimizer, and tell of each step.
 
-    ``steps`` is the data by step, lane (in the order of ``lanes_of``) and microbatch; all microbatches have the
+    ``steps`` is the data by step, lane (in the order of ``Schedule.lanes``) and microbatch; all microbatches have the
     same shape.  ``stages`` stay as they are and must be deterministic.  ``ledger`` measures live activations;
     ``observe(op, module)`` is called after every compute op.
 
     Raises ``SetupError`` if stages or data do not fit, ``Misstep`` for an op that cannot be done where it stands,
     and ``Deadlock`` as soon as no rank can move.
     """
-    lanes = lanes_of(schedule)
-    _check_fit(schedule, lanes, stages, steps)
-    replicas = _replicas(schedule, lanes, stages, criterion, ledger)
+    lanes = schedule.lanes
+    _check_fit(schedule, stages, steps)
+    replicas = _replicas(schedule, stages, criterion, ledger)
     optimizers = [
         optimizer(parameters) for rank in range(schedule.ranks) if (parameters := _parameters(schedule, replicas, rank))
     ]
@@ -115,7 +110,7 @@ def train(
 
 def _run(programs: Sequence[Iterator[Pause]], chance: random.Random) -> None:
     """Move one rank that can move at a time, until all are over.  Raises ``Deadlock``."""
-    standing = {rank: next(program) for rank, program in enumerate(programs)}
+    standing = dict.fromkeys(range(len(programs)), Pause(0, None))
     while standing:
         able = [rank for rank, pause in standing.items() if all(message.met for message in pause.messages)]
         if not able:
@@ -130,11 +125,12 @@ def _run(programs: Sequence[Iterator[Pause]], chance: random.Random) -> None:
 
 def _waiting(rank: int, pause: Pause) -> Waiting:
     unmet = [message for message in pause.messages if not message.met]
-    return Waiting(rank, pause.slot, pause.op, tuple(Awaited(m.slot, m.op, m.peer) for m in unmet))
+    op = unmet[0].op if pause.op is not None and pause.op.kind in MESSAGES else pause.op
+    return Waiting(rank, pause.slot, op, tuple(Awaited(m.slot, m.op, m.peer) for m in unmet))
 
 
 def _replicas(
-    schedule: Schedule, lanes: Sequence[Lane], stages: Sequence[nn.Module], criterion: Criterion, ledger: Ledger | None
+    schedule: Schedule, stages: Sequence[nn.Module], criterion: Criterion, ledger: Ledger | None
 ) -> dict[Place, Replica]:
     last = len(stages) - 1
     return {
@@ -143,7 +139,7 @@ def _replicas(
             criterion if number == last else None,
             ledger.accounts[schedule.routes[lane][number]] if ledger else None,
         )
-        for lane in lanes
+        for lane in schedule.lanes
         for number, stage in enumerate(stages)
     }
 
@@ -187,15 +183,15 @@ def _snapshot_or_none(loss: Tensor | None) -> Tensor | None:
     return None if loss is None else snapshot(loss)
 
 
-def _check_fit(schedule: Schedule, lanes: Sequence[Lane], stages: Sequence[nn.Module], steps: Steps) -> None:
+def _check_fit(schedule: Schedule, stages: Sequence[nn.Module], steps: Steps) -> None:
     if len(stages) != schedule.stages:
         raise SetupError(
             "the model has as many stages as the schedule", f"got {len(stages)} for {schedule.stages}", "cut it anew"
         )
     for number, data in enumerate(steps):
-        if len(data) != len(lanes):
+        if len(data) != len(schedule.lanes):
             raise SetupError(
                 "every step has data for each lane of the schedule",
-                f"step {number} has {len(data)} for {len(lanes)}",
+                f"step {number} has {len(data)} for {len(schedule.lanes)}",
                 "deal the microbatches to the lanes",
             )

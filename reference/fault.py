@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dualpipe.schedule import SENDS, Op, RuleError
+from dualpipe.errors import RuleError
+from dualpipe.schedule import SENDS, Op
 
 
 class SetupError(RuleError):
     """Stages or data that do not fit the schedule."""
 
 
-class Misstep(RuleError):
+class Misstep(RuleError):  # noqa: N818 - the name says what happened
     """An op that its rank cannot do: at ``rank``, in slot ``slot`` (from 0), the op ``op``."""
 
     def __init__(self, rank: int, slot: int, op: Op, rule: str, came: str, remedy: str) -> None:
@@ -45,7 +46,7 @@ class Waiting(NamedTuple):
         return f"rank {self.rank}, {place}, waits for {', '.join(map(str, self.awaited))}"
 
 
-class Deadlock(RuleError):
+class Deadlock(RuleError):  # noqa: N818 - the field's own word
     """No rank can move.  ``waiting`` has, for each rank that is not over, where it stands and what it waits for."""
 
     def __init__(self, waiting: Sequence[Waiting]) -> None:

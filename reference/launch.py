@@ -8,6 +8,7 @@ presses Ctrl-C.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
@@ -27,6 +28,9 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+_IMPORTED_LATE = ("torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch.profiler")
+"""What torch imports at the first backward and the first optimizer: seconds, better spent here than in each rank."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ def launch(
         Called in this process with the rank and what it reported.
     """
 
+    for name in _IMPORTED_LATE:
+        importlib.import_module(name)
     sys.stdout.flush()
     sys.stderr.flush()
     fork = get_context("fork")

@@ -13,14 +13,18 @@ choice of kernel stands between two runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch.nn.utils import skip_init as _skip_init
 
 from dualpipe.errors import RuleError
+
+skip_init: Callable[..., nn.Module] = _skip_init
+"""Build a layer without filling its weights, hence without a draw from the global random state."""
 
 
 class ModelError(RuleError):
@@ -74,7 +78,7 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention, ``softmax(Q K^T / sqrt(d)) V`` in plain products: ``[b, s, hidden]`` to the same."""
 
-    hidden_future: Tensor
+    future: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -82,13 +86,13 @@ class Attention(nn.Module):
         self.scale = 1 / math.sqrt(config.hidden // config.heads)
         self.qkv = skip_init(nn.Linear, config.hidden, 3 * config.hidden, dtype=torch.float64)
         self.out = skip_init(nn.Linear, config.hidden, config.hidden, dtype=torch.float64)
-        future = torch.ones(config.sequence, config.sequence, dtype=torch.bool).triu(1)
-        self.register_buffer("hidden_future", future, persistent=False)
+        ahead = torch.ones(config.sequence, config.sequence, dtype=torch.bool).triu(1)
+        self.register_buffer("future", ahead, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, hidden = x.shape
         q, k, v = self.qkv(x).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        scores = (q @ k.transpose(-2, -1) * self.scale).masked_fill(self.hidden_future[:s, :s], -math.inf)
+        scores = (q @ k.transpose(-2, -1) * self.scale).masked_fill(self.future[:s, :s], -math.inf)
         mixed: Tensor = self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, hidden))
         return mixed
 

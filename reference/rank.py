@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from dualpipe.schedule import MESSAGES, RECEIVES, RF, SB, SENDS, SF, Kind, Lane, Op, Schedule, W
+from dualpipe.schedule import MESSAGES, RB, RECEIVES, RF, SB, SENDS, SF, Kind, Lane, Op, Schedule, W
 from reference.data import Batch
 from reference.fault import Misstep
 from reference.ledger import Key
@@ -20,7 +20,7 @@ Observer = Callable[[Op, nn.Module], None]
 
 
 class Pause(NamedTuple):
-    """Where a rank stands (``op`` is ``None`` at its end), and the messages without which it cannot go on."""
+    """Where a rank stands (``op`` is ``None`` before its first slot and at its end), and what it waits for there."""
 
     slot: int
     op: Op | None
@@ -62,15 +62,15 @@ class Rank:
     def run(self) -> Iterator[Pause]:
         """Do the whole program.  Raises ``Misstep``."""
         posted: list[Message] = []
-        for self._slot, slot in enumerate(self.program):
+        for number, slot in enumerate(self.program):
+            self._slot = number
             if slot[0].kind in MESSAGES:
                 messages = [self._post(op) for op in slot]
                 posted += messages
-                unmet = (message for message in messages if not message.met)
-                yield Pause(self._slot, next(unmet, messages[0]).op, tuple(messages) if self.blocking else ())
+                yield Pause(number, slot[0], tuple(messages) if self.blocking else ())
             else:
                 for op in slot:
-                    yield Pause(self._slot, op, self._arrivals(op))
+                    yield Pause(number, op, self._arrivals(op))
                     self._compute(op)
         yield Pause(len(self.program), None, tuple(posted))
 
@@ -95,7 +95,7 @@ class Rank:
         """The layout of a message and, of a send, the payload."""
         if op.kind in RECEIVES:
             boundary = op.stage - 1 if op.kind is RF else op.stage
-            if boundary < 0 or self.schedule.is_last(op) and op.kind is not RF:
+            if boundary < 0 or (op.kind is RB and self.schedule.is_last(op)):
                 raise self._misstep(op, "a stage receives from a neighbour", "the lane ends here", "leave it out")
             return self.supply.boundaries[boundary], None
         self._check_needs(op)
@@ -171,7 +171,8 @@ class Rank:
     def _incoming(self, source: Op) -> Tensor:
         """What came by a receive, or what the neighbour stage on this rank (``source`` is its F or B) left."""
         if source.kind in RECEIVES:
-            payload = self._received[source][0].payload
+            message = self._received[source][0]
+            payload, message.payload = message.payload, None
             assert payload is not None
             return payload
         return self._take(Op(SF if source.kind is Kind.F else SB, *source[1:4]))

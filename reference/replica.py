@@ -13,7 +13,7 @@ exactly ``nn.Linear``, called as modules; any other parameter has its gradient a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -64,7 +64,9 @@ class Replica:
         self._parameters = {linear: (linear.weight, linear.bias) for linear in linears}
         weights = {p for pair in self._parameters.values() for p in pair if p is not None}
         _check_apart(module, weights)
-        self._arguments = {name: p.detach() if p in weights else p for name, p in module.named_parameters()}
+        cut_off = {p: p.detach() for p in weights}
+        named = module.named_parameters(remove_duplicate=False)
+        self._arguments: dict[str, Tensor] = {name: cut_off.get(p, p) for name, p in named}
         held = chain(module.parameters(), module.buffers())
         self._owned = frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
         self._now: tuple[Key, Activation] | None = None
@@ -80,7 +82,7 @@ class Replica:
         activation = self._live[key] = Activation(leaf)
         self._now = key, activation
         with self.account.saving(key, self._owned) if self.account else nullcontext():
-            y: Tensor = functional_call(self.module, self._arguments, (leaf,))
+            y: Tensor = functional_call(self.module, self._arguments, (leaf,), tie_weights=False)
             if self.criterion is not None:
                 assert targets is not None
                 y = self.criterion(y, targets)
@@ -91,7 +93,8 @@ class Replica:
         """B from the output's gradient (``None`` for the loss): the gradient of the input, none in stage 0."""
         activation = self._live[key]
         x, y = activation.x, activation.y
-        assert x is not None and y is not None
+        assert x is not None
+        assert y is not None
         activation.x = activation.y = None
         if y.requires_grad:
             torch.autograd.backward(y, gradient)
@@ -116,7 +119,8 @@ class Replica:
         self._live.clear()
 
     def _note_call(self, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert self._now is not None and isinstance(linear, nn.Linear)
+        assert isinstance(linear, nn.Linear)
+        assert self._now is not None
         key, activation = self._now
         x = args[0].detach()
         holder = self._hold(key, x)
@@ -145,7 +149,7 @@ class Replica:
             yield from zip((p for p, _ in trained), found, strict=True)
 
 
-def _check_apart(module: nn.Module, weights: set[nn.Parameter]) -> None:
+def _check_apart(module: nn.Module, weights: Set[Tensor]) -> None:
     for name, layer in module.named_modules():
         for own, parameter in layer.named_parameters(recurse=False):
             if parameter in weights and type(layer) is not nn.Linear:

@@ -1,0 +1,12 @@
+"""Theorems: what holds of a named schedule at every size, proved with Z3 over free integers.
+
+The tables that ``dualpipe.generate`` expands are read with the sizes left open; see ``docs/theorems.md``.
+"""
+
+from proofs.theorems.constraint import TableError as TableError
+from proofs.theorems.prove import THEOREMS as THEOREMS
+from proofs.theorems.prove import families as families
+from proofs.theorems.prove import prove as prove
+from proofs.theorems.prove import prove_all as prove_all
+from proofs.theorems.result import Counterexample as Counterexample
+from proofs.theorems.result import TheoremResult as TheoremResult

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dualpipe.table import Action, Affine, symbol
-
-from .obligation import Link
-from .symbolic import Rank
+from proofs.theorems.constraint import Values
+from proofs.theorems.obligation import Link
+from proofs.theorems.symbolic import Rank
 
 Times = Mapping[str, tuple[Affine | int, ...]]
 """For each row the start of each of its computes in iteration ``i``, in the table's symbols.
@@ -40,6 +40,8 @@ class Family:
         What the theorems about memory and time claim, by name.
     values:
         ``values(plan_sizes, suffix)``: the symbols of a rank with this suffix, at one size.
+    world:
+        ``world(values)``: ranks and microbatches of the size that the symbols stand for.
     turn:
         For each kind of rank what an op needs of the other chunk (where a lane turns).
     """
@@ -53,6 +55,7 @@ class Family:
     times: Mapping[str, Times]
     bounds: Bounds
     values: Callable[[Mapping[str, int], str], dict[str, int]]
+    world: Callable[[Values], tuple[int, int]]
     turn: Mapping[str, Mapping[Action, Action]] = field(default_factory=dict)
 
 

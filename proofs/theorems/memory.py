@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 from dualpipe.schedule import B, F
 from dualpipe.table import Action, Affine
-
-from .constraint import at_least, substitute
-from .family import Family
-from .obligation import Obligation
-from .symbolic import Mark, Place, exactly, is_weight
+from proofs.theorems.constraint import at_least, substitute
+from proofs.theorems.family import Family
+from proofs.theorems.obligation import Obligation
+from proofs.theorems.symbolic import Mark, Place, exactly, is_weight
 
 
 def live(family: Family) -> Iterator[Obligation]:

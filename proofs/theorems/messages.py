@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .constraint import NEVER, equal
-from .family import Family
-from .obligation import Link, Obligation
-from .symbolic import Place, exactly
+from proofs.theorems.constraint import NEVER, equal
+from proofs.theorems.family import Family
+from proofs.theorems.obligation import Link, Obligation
+from proofs.theorems.symbolic import Place, exactly
 
 
 def messages(family: Family) -> Iterator[Obligation]:
@@ -23,7 +23,9 @@ def messages(family: Family) -> Iterator[Obligation]:
                 (str(send.action), send.mb, str(receive.action), receive.mb),
             )
         sent, received = link.sender.total(sends), link.receiver.total(receives)
-        yield Obligation(link, f"none is left over, {link.name}", (), (equal(sent, received),), ("total", sent, received))
+        yield Obligation(
+            link, f"none is left over, {link.name}", (), (equal(sent, received),), ("total", sent, received)
+        )
 
 
 def meetings(link: Link) -> Iterator[tuple[Place, Place]]:

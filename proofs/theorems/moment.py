@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from dualpipe.schedule import MESSAGES
 from dualpipe.table import Affine, Step, affine
-
-from .constraint import Constraints, at_least, below, equal, substitute
-from .family import Times
-from .symbolic import Place, Rank, is_compute
+from proofs.theorems.constraint import Constraints, at_least, below, equal, substitute
+from proofs.theorems.family import Times
+from proofs.theorems.symbolic import Place, Rank, is_compute
 
 
 class Moment(NamedTuple):

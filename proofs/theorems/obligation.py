@@ -10,9 +10,8 @@ from typing import NamedTuple
 import z3
 
 from dualpipe.table import Action, Affine
-
-from .constraint import Constraints, Values, formula
-from .symbolic import Rank
+from proofs.theorems.constraint import Constraints, Values, formula
+from proofs.theorems.symbolic import Rank
 
 Fact = tuple[str | Affine, ...]
 
@@ -111,15 +110,32 @@ def _ask(solver: z3.Solver, obligation: Obligation) -> tuple[bool, Failure | Non
             return True, None
         if wrong == z3.unknown:
             return True, Failure(obligation, None)
-        return True, Failure(obligation, _values(solver.model(), obligation))
+        return True, Failure(obligation, _values(_small_model(solver, obligation), obligation))
     finally:
         solver.pop()
 
 
-def _values(model: z3.ModelRef, obligation: Obligation) -> dict[str, int]:
+def _small_model(solver: z3.Solver, obligation: Obligation) -> z3.ModelRef:
+    """A model with small numbers, since a person is to look at it."""
+    model = solver.model()
+    for most in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+        solver.push()
+        solver.add(*(z3.Int(name) <= most for name in _symbols(obligation)))
+        small = solver.check() == z3.sat
+        model = solver.model() if small else model
+        solver.pop()
+        if small:
+            break
+    return model
+
+
+def _symbols(obligation: Obligation) -> list[str]:
     constraints = obligation.scope.domain + obligation.given + obligation.then
-    names = sorted({name for constraint in constraints for name, _ in constraint.terms})
-    values = {name: model.eval(z3.Int(name), model_completion=True).as_long() for name in names}
+    return sorted({name for constraint in constraints for name, _ in constraint.terms})
+
+
+def _values(model: z3.ModelRef, obligation: Obligation) -> dict[str, int]:
+    values = {n: model.eval(z3.Int(n), model_completion=True).as_long() for n in _symbols(obligation)}
     if obligation.holds(values):
         raise AssertionError(f"Z3 and plain arithmetic disagree about {obligation.name} at {values}")
     return values

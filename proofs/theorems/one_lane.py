@@ -1,7 +1,7 @@
 """1F1B and ZB1P at every size: ranks 0 to P - 1 in a row, one lane, one table.
 
-    down   rank r -> rank r + 1   activations     0 <= r <= P - 2
-    up     rank r + 1 -> rank r   gradients
+down   rank r -> rank r + 1   activations     0 <= r <= P - 2
+up     rank r + 1 -> rank r   gradients
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dualpipe.generate import ONE_F_ONE_B, ZB1P
 from dualpipe.schedule import RB, RF, SB, SF
 from dualpipe.table import Action, Affine, Table, affine, symbol
-
-from .constraint import at_least, below, equal
-from .family import Bounds, Family, Times, i
-from .obligation import Link
-from .symbolic import Rank
+from proofs.theorems.constraint import at_least, below, equal
+from proofs.theorems.family import Bounds, Family, Times, i
+from proofs.theorems.obligation import Link
+from proofs.theorems.symbolic import Rank
 
 P, M, r = symbol("P"), symbol("M"), symbol("r")
 
@@ -25,6 +24,16 @@ ONE_F_ONE_B_TIMES: Times = {
     "2 last": (3 * M + r - 3, 3 * M + r - 2),
     "3 cool down": (3 * M + r + 1 + 3 * i,),
     "end": (3 * M + 3 * P - 2 * r - 3,),
+}
+
+ZB1P_TIMES: Times = {
+    "1 warm up": (r + i,),
+    "2 weights wait": (2 * P - r - 2 + 3 * i, 2 * P - r - 1 + 3 * i),
+    "3 one of each": (2 * P + 2 * r - 2 + 3 * i, 2 * P + 2 * r - 1 + 3 * i, 2 * P + 2 * r + 3 * i),
+    "3 last": (3 * M - P + 2 * r - 2, 3 * M - P + 2 * r - 1, 3 * M - P + 2 * r),
+    "4 cool down": (3 * M + r + 2 * i, 3 * M + r + 1 + 2 * i),
+    "5 weights": (3 * M + 2 * P - r - 2 + i,),
+    "end": (3 * M + 2 * P - 2,),
 }
 
 
@@ -41,7 +50,7 @@ def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
 
 
 def zb1p(table: Table = ZB1P) -> Family:
-    """ZB1P: the memory of 1F1B's first rank on every rank, at most r W wait on rank r, 2(P - 1) units of bubble."""
+    """ZB1P: the memory of 1F1B's first rank on every rank, at most r + 1 W waiting, 2(P - 1) units of bubble."""
     bounds = Bounds(
         live=(P - r,),
         memory=P,
@@ -49,7 +58,7 @@ def zb1p(table: Table = ZB1P) -> Family:
         makespan=3 * M + 2 * (P - 1),
         words={"live": "P - r", "memory": "P", "pending": "r + 1", "makespan": "3M + 2(P - 1)"},
     )
-    return _one_lane("zb1p", table, {}, bounds)
+    return _one_lane("zb1p", table, ZB1P_TIMES, bounds)
 
 
 def _one_lane(name: str, table: Table, times: Times, bounds: Bounds) -> Family:
@@ -68,6 +77,7 @@ def _one_lane(name: str, table: Table, times: Times, bounds: Bounds) -> Family:
         times={"rank": times},
         bounds=bounds,
         values=_values,
+        world=lambda values: (values["P"], values["M"]),
     )
 
 

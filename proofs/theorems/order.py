@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 
 from dualpipe.schedule import RB, RF, SB, SF, B, F, Kind, W
 from dualpipe.table import Action
-
-from .constraint import at_least, equal
-from .family import Family
-from .obligation import Obligation
-from .symbolic import Rank, earlier, exactly
+from proofs.theorems.constraint import at_least, equal
+from proofs.theorems.family import Family
+from proofs.theorems.obligation import Obligation
+from proofs.theorems.symbolic import Rank, earlier, exactly
 
 NEEDS: Mapping[Kind, tuple[Kind, ...]] = {F: (RF,), B: (F, RB), W: (B,), SF: (F,), SB: (B,)}
 """What a kind needs of its own chunk, where that exists (``Schedule.needs``; the coverage control compares)."""

@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dualpipe.table import affine
-
-from .constraint import Constraints, at_least, equal, substitute
-from .family import Family
-from .messages import meetings
-from .moment import Moment, after, before, end_of, first, moments, start_of
-from .obligation import Link, Obligation
-from .symbolic import Place, Rank, exactly, is_compute
+from proofs.theorems.constraint import Constraints, at_least, equal, substitute
+from proofs.theorems.family import Family
+from proofs.theorems.messages import meetings
+from proofs.theorems.moment import Moment, after, before, end_of, first, moments, start_of
+from proofs.theorems.obligation import Link, Obligation
+from proofs.theorems.symbolic import Place, Rank, exactly, is_compute
 
 
 def deadlock(family: Family) -> Iterator[Obligation]:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from dualpipe.schedule import MESSAGES, B, W
 from dualpipe.table import Action, Affine, Row, Step, Table, affine, symbol
-
-from .constraint import Constraints, at_least, below, substitute
+from proofs.theorems.constraint import Constraints, at_least, below, substitute
 
 Mark = Callable[[Step, int], bool]
 """Whether the action at a position of a step is of the sort that is being counted."""

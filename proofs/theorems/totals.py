@@ -6,18 +6,19 @@ from collections.abc import Iterator
 
 from dualpipe.schedule import MESSAGES, B, F, W
 from dualpipe.table import Action
-
-from .constraint import NEVER, at_least, equal
-from .family import Family
-from .obligation import Obligation
-from .symbolic import Place, Rank, exactly, is_pop, is_push
+from proofs.theorems.constraint import NEVER, at_least, equal
+from proofs.theorems.family import Family
+from proofs.theorems.obligation import Obligation
+from proofs.theorems.symbolic import Place, Rank, exactly, is_pop, is_push
 
 
 def totals(family: Family) -> Iterator[Obligation]:
     for rank in family.ranks:
         for row in rank.table:
             count = rank.count(row)
-            yield Obligation(rank, f"row {row.name!r} of {rank.name}", (), (at_least(count, 0),), ("row", row.name, count))
+            yield Obligation(
+                rank, f"row {row.name!r} of {rank.name}", (), (at_least(count, 0),), ("row", row.name, count)
+            )
         for chunk in family.chunks:
             for kind in (F, B, *sorted(MESSAGES)):
                 yield from _total(family, rank, Action(kind, chunk))

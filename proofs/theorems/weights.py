@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 from dualpipe.schedule import W
 from dualpipe.table import Affine
-
-from .constraint import Constraints, at_least, equal, substitute
-from .family import Family
-from .obligation import Obligation
-from .symbolic import Place, Rank, earlier, is_pop, is_push
+from proofs.theorems.constraint import Constraints, at_least, equal, substitute
+from proofs.theorems.family import Family
+from proofs.theorems.obligation import Obligation
+from proofs.theorems.symbolic import Place, Rank, earlier, is_pop, is_push
 
 
 def queue(family: Family) -> Iterator[Obligation]:

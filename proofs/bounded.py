@@ -1,0 +1,242 @@
+"""Z3 for one size, the second of the two methods: each check as facts of difference logic (``proofs.difference``).
+
+Facts say what the programs are and what the check asks; together they can hold exactly where the check does.  The
+formulations are not those of ``proofs.graph``, and nothing is shared with it but the schedule value:
+
+complete
+    By counting: distinct numbers, all between 0 and the largest, and as many as that makes.
+order
+    Times: each rank's ops of a microbatch follow one another as written, and each follows what it needs.
+messages
+    Pairs by *content*, not by position: the receives that belong to the sends of an ordered pair come in the order
+    of the sends, and each message has its other half.
+memory
+    A chain of counters: how much more is live from one allocating slot to the next.
+accumulation
+    Times: the W of a stage follow one another as written, and in microbatch order.
+
+``deadlock`` is in ``proofs.meeting``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, Kind, Lane, Op, Placed, Schedule
+from proofs.difference import Contradiction, Problem, chain, decide, joined
+from proofs.memory import Bound
+from proofs.verdict import Proved, Refuted, Unknown, Verdict
+
+WHERE = "{0.op} in slot {0.slot} of rank {0.rank}"
+BEHIND = chain("rank {0.rank} has {0.op} in slot {0.slot} and {1.op} behind it in slot {1.slot}")
+GROWS = chain("rank {0} holds {gap} more in slot {2} than in slot {1}")
+
+
+def verdict(problem: Problem, timeout_s: float | None = None) -> Verdict:
+    """What Z3 says: a contradiction refutes and its facts, in words, are the core."""
+    answer = decide(problem, timeout_s)
+    match answer:
+        case None:
+            return Proved()
+        case Unknown():
+            return answer
+        case Contradiction(core):
+            return Refuted(None, tuple(map(str, joined(core))))
+
+
+def complete(schedule: Schedule) -> Problem:
+    problem = Problem("complete")
+    zero = problem.variable("zero")
+    numbers: dict[tuple[Lane, int, Kind], list[int]] = defaultdict(list)
+    strays = total = 0
+    for placed in schedule:
+        kind, lane, stage, mb, _ = placed.op
+        if kind in COMPUTE:
+            total += 1
+            strays += placed.rank != schedule.routes[lane][stage]
+            numbers[lane, stage, kind].append(mb)
+
+    def count(name: str, is_now: int, least: int, most: int | None, what: str) -> None:
+        variable = problem.variable(name)
+        problem.exactly(zero, variable, is_now, "{0}: there are {1}", what, is_now)
+        problem.later(zero, variable, "{0}: there have to be {1} or more", what, least, gap=least)
+        if most is not None:
+            problem.later(variable, zero, "{0}: there may be {1} at most", what, most, gap=-most)
+
+    count("computes", total, 1, None, "computes")
+    count("strays", strays, 0, 0, "computes on a rank that does not hold their stage")
+    for lane, route in schedule.routes.items():
+        expected = schedule.microbatches[lane]
+        for stage in range(len(route)):
+            for kind in (Kind.F, Kind.B, Kind.W):
+                found = numbers[lane, stage, kind]
+                what = f"{kind} of stage {stage} on lane {lane}"
+                name = f"{stage}{kind}{lane}"
+                count(f"{name} all", len(found), 0, expected, what)
+                count(f"{name} distinct", len(set(found)), expected, None, f"{what}, each microbatch counted once")
+                count(f"{name} negative", sum(mb < 0 for mb in found), 0, 0, f"{what}, microbatches below 0")
+    return problem
+
+
+def order(schedule: Schedule) -> Problem:
+    problem = Problem("order")
+    rows: dict[tuple[int, Lane, int], list[Placed]] = defaultdict(list)
+    for placed in schedule:
+        rows[placed.rank, placed.op.lane, placed.op.mb].append(placed)
+    for row in rows.values():
+        times = list(_in_a_row(problem, row))
+        first: dict[Op, int] = {}
+        for placed, time in zip(row, times, strict=True):
+            first.setdefault(placed.op.bare, time)
+        for placed, time in zip(row, times, strict=True):
+            if placed.op.kind in RECEIVES:
+                continue
+            for need in schedule.needs(placed.op):
+                if need not in first:
+                    first[need] = problem.variable(f"{need} r{placed.rank} never")
+                    problem.later(time, first[need], "{1} never comes on rank {0.rank}", placed, need)
+                problem.later(first[need], time, WHERE + " needs {1}", placed, need)
+    return problem
+
+
+def accumulation(schedule: Schedule) -> Problem:
+    problem = Problem("accumulation")
+    rows: dict[tuple[int, Lane, int], list[Placed]] = defaultdict(list)
+    for placed in schedule:
+        if placed.op.kind is Kind.W:
+            rows[placed.rank, placed.op.lane, placed.op.stage].append(placed)
+    for row in rows.values():
+        times = list(_in_a_row(problem, row))
+        by_microbatch = sorted(range(len(row)), key=lambda index: (row[index].op.mb, index))
+        for one, other in zip(by_microbatch, by_microbatch[1:], strict=False):
+            rule = "{1.op} is to be added after {0.op}"
+            problem.later(times[one], times[other], rule, row[one], row[other])
+    return problem
+
+
+def messages(schedule: Schedule) -> Problem:
+    problem = Problem("messages")
+    zero = problem.variable("zero")
+    peers: dict[tuple[int, Op, int | None], Placed] = {}
+    sends: dict[tuple[int, int], list[Placed]] = defaultdict(list)
+    receives: dict[tuple[int, int], list[Placed]] = defaultdict(list)
+    for placed in schedule:
+        op = placed.op
+        if op.kind not in MESSAGES:
+            continue
+        peer = schedule.peer(op)
+        peers.setdefault((placed.rank, Op(op.kind, op.lane, op.stage, 0), peer), placed)
+        if peer is not None and schedule.crosses(op):
+            (sends if op.kind in SENDS else receives)[
+                (placed.rank, peer) if op.kind in SENDS else (peer, placed.rank)
+            ].append(placed)
+    for number, ((_, _, peer), placed) in enumerate(peers.items()):
+        _joins_neighbours(problem, zero, number, placed, peer, schedule)
+    for pair in sorted(sends.keys() | receives.keys()):
+        _same_order(problem, zero, schedule, pair, sends[pair], receives[pair])
+    return problem
+
+
+def _joins_neighbours(
+    problem: Problem, zero: int, number: int, placed: Placed, peer: int | None, schedule: Schedule
+) -> None:
+    neighbour = schedule.neighbour(placed.op)
+    if peer is None or neighbour is None or not schedule.crosses(placed.op):
+        nowhere = problem.variable(f"nowhere {number}")
+        problem.later(zero, nowhere, WHERE + " joins no two ranks", placed)
+        problem.later(nowhere, zero, "every message joins two ranks", gap=0)
+        return
+    for role, is_now, wanted in (
+        ("other end", peer, neighbour),
+        ("own rank", placed.rank, schedule.rank_of(placed.op)),
+    ):
+        variable = problem.variable(f"{role} {number}")
+        problem.exactly(zero, variable, is_now, WHERE + " has as its {1} rank {2}", placed, role, is_now)
+        problem.exactly(zero, variable, wanted, "the lane gives {0.op} as its {1} rank {2}", placed, role, wanted)
+
+
+def _same_order(
+    problem: Problem, zero: int, schedule: Schedule, pair: tuple[int, int], sends: list[Placed], receives: list[Placed]
+) -> None:
+    """The receives of an ordered pair come in the order of the sends that they belong to, and none is alone."""
+    name = f"{pair[0]} to {pair[1]}"
+    end = problem.variable(f"end {name}")
+    place: dict[tuple[Op, int], int] = {}
+    row = list(_in_a_row(problem, receives))
+    if row:
+        problem.later(row[-1], end, "rank {0} receives no more from rank {1}", pair[1], pair[0])
+    sent = list(_numbered(send.op.bare for send in sends))
+    belongs = list(_numbered(schedule.needs(receive.op)[0] for receive in receives))
+    place.update(zip(belongs, row, strict=True))
+    before = None
+    for send, content in zip(sends, sent, strict=True):
+        if content not in place:
+            place[content] = problem.variable(f"receive of {content[0]} {content[1]} {name}")
+            problem.later(end, place[content], "rank {1} has no receive for " + WHERE, send, pair[1])
+            problem.later(place[content], end, WHERE + " is received", send)
+        if before is not None:
+            rule = "what {0.op} sends is received before what {1.op} sends"
+            problem.later(place[before[1]], place[content], rule, before[0], send)
+        if content[1]:
+            again = problem.variable(f"again {content[0]} {content[1]} {name}")
+            problem.later(zero, again, WHERE + " sends the same once more", send)
+            problem.later(again, zero, "every message is sent once", gap=0)
+        before = send, content
+    known = set(sent)
+    for receive, content in zip(receives, belongs, strict=True):
+        if content not in known:
+            alone = problem.variable(f"send of {content[0]} {content[1]} {name}")
+            problem.later(zero, alone, "rank {1} has no send for " + WHERE, receive, pair[0])
+            problem.later(alone, zero, "every receive has its send", gap=0)
+
+
+def _numbered(contents: Iterator[Op]) -> Iterator[tuple[Op, int]]:
+    """Each content with how often it came before."""
+    seen: Counter[Op] = Counter()
+    for content in contents:
+        yield content, seen[content]
+        seen[content] += 1
+
+
+def memory(schedule: Schedule, bound: Bound) -> Problem:
+    problem = Problem("memory")
+    zero = problem.variable("zero")
+    for rank, most in enumerate(bound.per_rank):
+        before, at, released = zero, 0, 0
+        for number, (new, gone) in sorted(_births_and_deaths(schedule, rank).items()):
+            if new:
+                during = problem.variable(f"live r{rank}s{number}")
+                problem.later(before, during, GROWS, rank, at, number, gap=new - released)
+                problem.later(during, zero, "rank {0} may hold {2} in slot {1}", rank, number, most, gap=-most)
+                before, at, released = during, number, 0
+            released += gone
+    return problem
+
+
+def _births_and_deaths(schedule: Schedule, rank: int) -> dict[int, list[int]]:
+    """For each slot how many microbatches become live in it and how many end; each is followed by itself."""
+    lives: dict[tuple[Lane, int, int], list[tuple[int, bool]]] = defaultdict(list)
+    for number, slot in enumerate(schedule.programs[rank]):
+        for op in slot:
+            if op.kind in (Kind.F, Kind.W):
+                lives[op.lane, op.stage, op.mb].append((number, op.kind is Kind.W))
+    changes: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for events in lives.values():
+        ends_next = False
+        for number, ends in sorted(events):
+            if ends is ends_next:
+                changes[number][ends] += 1
+                ends_next = not ends_next
+    return changes
+
+
+def _in_a_row(problem: Problem, row: list[Placed]) -> Iterator[int]:
+    """A time for each op, one after the other as a rank's program has them."""
+    previous = None
+    for placed in row:
+        time = problem.variable(f"{placed.op} r{placed.rank}s{placed.slot}.{placed.position}")
+        if previous is not None:
+            problem.later(previous[1], time, BEHIND, previous[0], placed)
+        yield time
+        previous = placed, time

@@ -1,0 +1,275 @@
+"""The six checks for one schedule, each by two methods, and the report.
+
+``graph`` (plain search) and ``z3`` share nothing but the schedule value; where both decide and differ the run
+crashes with both answers.  Where Z3 gives up, a proof by the graph alone is reported as unknown; a refutation
+stands, since its finding can be looked up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from dualpipe.schedule import Schedule
+from proofs import bounded, graph, meeting, progress
+from proofs.difference import Problem, smtlib_of
+from proofs.memory import Bound, PeakBytes, bound_of, peak_activations, peak_bytes, within
+from proofs.models import MODELS, Model
+from proofs.prefix import Prefix, smallest_prefix
+from proofs.story import live_lines, tell
+from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
+
+CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
+
+
+class Disagreement(AssertionError):
+    """The two methods answer differently: a bug of ours, in one of them.  Carries both answers."""
+
+    def __init__(self, check: str, by_graph: Verdict, by_z3: Verdict) -> None:
+        self.check, self.by_graph, self.by_z3 = check, by_graph, by_z3
+        super().__init__(f"{check}: plain search says {by_graph}, Z3 says {by_z3}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check's verdict, the seconds that each method took, and where it fails the smallest failing prefix.
+
+    ``models`` holds, for ``deadlock``, the result under each model of communication.
+    """
+
+    verdict: Verdict
+    seconds: Mapping[str, float]
+    prefix: Prefix | None = None
+    models: Mapping[str, Result] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        seconds = {method: round(spent, 4) for method, spent in self.seconds.items()}
+        shown: dict[str, Any] = {
+            "verdict": self.verdict.word,
+            "seconds": round(sum(seconds.values()), 4),
+            "methods": seconds,
+        }
+        match self.verdict:
+            case Refuted(finding, core):
+                if finding is not None:
+                    shown |= {"story": tell(finding), "finding": finding.as_json()}
+                if core:
+                    shown["core"] = list(core)
+            case Unknown(reason) | Skipped(reason):
+                shown["reason"] = reason
+        if self.prefix is not None:
+            shown["prefix"] = list(self.prefix)
+        if self.models:
+            shown["models"] = {name: result.as_json() for name, result in self.models.items()}
+        return shown
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known about a schedule.  ``label`` names it; ``peaks_in_bytes`` is there where sizes were given."""
+
+    label: str
+    ranks: int
+    checks: Mapping[str, Result]
+    peak_activations: tuple[int, ...]
+    peaks_in_bytes: tuple[PeakBytes, ...] = ()
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return overall(result.verdict for result in self.checks.values())
+
+    @property
+    def verdict(self) -> str:
+        """``proved``, ``refuted`` or ``unknown``."""
+        return self.exit_code.name.lower()
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``dualpipe prove --json`` prints."""
+        shown: dict[str, Any] = {
+            "schedule": self.label,
+            "ranks": self.ranks,
+            "verdict": self.verdict,
+            "checks": {name: result.as_json() for name, result in self.checks.items()},
+            "peak_activations": list(self.peak_activations),
+        }
+        if self.peaks_in_bytes:
+            shown["peak_bytes"] = [
+                {
+                    "rank": peak.rank,
+                    "bytes": peak.total,
+                    "slot": peak.slot,
+                    "live": [
+                        {"op": str(held.what.op), "until": str(held.what.until), "bytes": held.size}
+                        for held in peak.held
+                    ],
+                }
+                for peak in self.peaks_in_bytes
+            ]
+        return shown
+
+    def text(self) -> str:
+        """The report for a terminal: a line a check, the stories under theirs, the peaks."""
+        lines = [f"{self.label or 'schedule'} on {self.ranks} ranks: {self.verdict}"]
+        for name, result in self.checks.items():
+            spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
+            lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
+            lines += [f"      {line}" for line in _told(result)]
+        lines.append(f"  peak activations by rank: {' '.join(map(str, self.peak_activations))}")
+        for peak in self.peaks_in_bytes:
+            when = "" if peak.slot is None else f" in slot {peak.slot}"
+            lines.append(f"  rank {peak.rank} holds at most {peak.total} bytes{when}")
+            lines += [f"    {line}" for line in live_lines(tuple(held.what for held in peak.held))]
+        return "\n".join(lines) + "\n"
+
+
+def _told(result: Result) -> list[str]:
+    match result.verdict:
+        case Unknown(reason) | Skipped(reason):
+            return [reason]
+        case Refuted(finding, _) if finding is not None:
+            shown = tell(finding).split("\n")
+            if result.prefix is not None:
+                counts = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(result.prefix) if count)
+                shown.append(f"the first slots are enough to see it: {counts}")
+            passed = [name for name, other in result.models.items() if isinstance(other.verdict, Proved)]
+            if passed:
+                shown.append(f"proved with {' and '.join(passed)} messages")
+            return shown
+        case _:
+            return []
+
+
+def prove(
+    schedule: Schedule,
+    models: Sequence[Model] = MODELS,
+    max_activations: int | None = None,
+    smt: bool = True,
+    timeout_s: float | None = None,
+    bytes_per_stage: tuple[Sequence[int], Sequence[int]] | None = None,
+    label: str | None = None,
+) -> Report:
+    """Run the six checks of a schedule; any schedule value gives a report.
+
+    Parameters
+    ----------
+    models:
+        The models of communication for ``deadlock``, which is refuted where it is under any of them.
+    max_activations:
+        The bound of ``memory`` for every rank, instead of the published one of the schedule's name.
+    smt:
+        Whether Z3 gives its opinion too; without it a proof rests on one method.
+    timeout_s:
+        Seconds after which Z3 gives up on one question, counted from when it starts to solve it.
+    bytes_per_stage:
+        What a microbatch holds at each stage waiting for its B and for its W, in bytes (``memory.peak_bytes``).
+    label:
+        What the report calls the schedule, where that is not its own name.
+
+    Raises
+    ------
+    Disagreement
+        If the two methods answer differently.
+    BoundError
+        For a negative bound or sizes that do not fit the stages.
+    """
+    bound = bound_of(schedule, max_activations)
+    peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
+
+    def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem]) -> Result:
+        return judge(schedule, name, search, problem if smt else None, timeout_s)
+
+    checks = {
+        "complete": check("complete", lambda: graph.complete(schedule), lambda: bounded.complete(schedule)),
+        "order": check("order", lambda: graph.order(schedule), lambda: bounded.order(schedule)),
+        "messages": check("messages", lambda: graph.messages(schedule), lambda: bounded.messages(schedule)),
+        "deadlock": under_all({str(model): _deadlock(schedule, model, smt, timeout_s) for model in models}),
+        "memory": _memory(schedule, bound, smt, timeout_s),
+        "accumulation": check(
+            "accumulation", lambda: graph.accumulation(schedule), lambda: bounded.accumulation(schedule)
+        ),
+    }
+    peaks = peak_activations(schedule)
+    return Report(schedule.name if label is None else label, schedule.ranks, checks, peaks, peaks_in_bytes)
+
+
+def judge(
+    schedule: Schedule,
+    check: str,
+    search: Callable[[], Verdict],
+    problem: Callable[[], Problem] | None,
+    timeout_s: float | None = None,
+) -> Result:
+    """One check by both methods, or by plain search alone where there is no problem for Z3."""
+    started = time.perf_counter()
+    by_graph = search()
+    seconds = {"graph": time.perf_counter() - started}
+    verdict = by_graph
+    if problem is not None:
+        started = time.perf_counter()
+        by_z3 = bounded.verdict(problem(), timeout_s)
+        seconds["z3"] = time.perf_counter() - started
+        verdict = settle(check, by_graph, by_z3)
+    prefix = None
+    if isinstance(verdict, Refuted) and verdict.finding is not None:
+        prefix = smallest_prefix(schedule, verdict.finding)
+    return Result(verdict, seconds, prefix)
+
+
+def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
+    """The verdict of both methods together.  Raises ``Disagreement``."""
+    match by_graph, by_z3:
+        case Refuted(), Unknown():
+            return by_graph
+        case _, Unknown():
+            return by_z3
+        case Refuted(finding, _), Refuted(_, core):
+            return Refuted(finding, core)
+        case Proved(), Proved():
+            return by_graph
+        case _:
+            raise Disagreement(check, by_graph, by_z3)
+
+
+def _deadlock(schedule: Schedule, model: Model, smt: bool, timeout_s: float | None) -> Result:
+    problem = partial(meeting.deadlock, schedule, model) if smt else None
+    return judge(schedule, f"deadlock, {model}", lambda: progress.deadlock(schedule, model), problem, timeout_s)
+
+
+def under_all(results: Mapping[str, Result]) -> Result:
+    """The first refutation in the order of the models, else the first that is unknown, else proved."""
+    seconds: dict[str, float] = {}
+    for result in results.values():
+        for method, spent in result.seconds.items():
+            seconds[method] = seconds.get(method, 0.0) + spent
+    by_type: dict[type, Result] = {}
+    for result in results.values():
+        by_type.setdefault(type(result.verdict), result)
+    if not by_type:
+        return Result(Skipped("no model of communication was chosen"), seconds)
+    worst = by_type.get(Refuted) or by_type.get(Unknown) or by_type[Proved]
+    return Result(worst.verdict, seconds, worst.prefix, results)
+
+
+def _memory(schedule: Schedule, bound: Bound | None, smt: bool, timeout_s: float | None) -> Result:
+    problem = partial(bounded.memory, schedule, bound) if smt and bound is not None else None
+    return judge(schedule, "memory", lambda: within(schedule, bound), problem, timeout_s)
+
+
+def smtlib(schedule: Schedule, model: Model, max_activations: int | None = None) -> str:
+    """The obligations of all checks as SMT-LIB 2.6: one ``check-sat`` each, ``sat`` where the check holds.
+
+    They come in the order of ``CHECKS``; ``memory`` is left out where there is no bound.
+    """
+    return smtlib_of(problems(schedule, model, max_activations))
+
+
+def problems(schedule: Schedule, model: Model, max_activations: int | None = None) -> list[Problem]:
+    """The obligations of all checks, as Z3 gets them, in the order of ``CHECKS``."""
+    bound = bound_of(schedule, max_activations)
+    found = [bounded.complete(schedule), bounded.order(schedule), bounded.messages(schedule)]
+    found.append(meeting.deadlock(schedule, model))
+    found += [bounded.memory(schedule, bound)] if bound is not None else []
+    return [*found, bounded.accumulation(schedule)]

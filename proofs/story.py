@@ -1,0 +1,227 @@
+"""A finding told in words, for someone who did not write the schedule."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from dualpipe.schedule import SENDS, Kind, Lane, Op, Placed
+from proofs.findings import (
+    BadNumber,
+    Circle,
+    Empty,
+    Finding,
+    LeftOver,
+    Live,
+    Mismatch,
+    Missing,
+    NeverMet,
+    NoPeer,
+    NotNeighbour,
+    OutOfOrder,
+    OverBound,
+    Repeated,
+    SentTwice,
+    Stray,
+    TooEarly,
+    Wait,
+)
+from proofs.models import Model
+
+VERBS = {
+    Kind.F: "runs the forward",
+    Kind.B: "runs the backward for the input",
+    Kind.W: "computes the weight gradient",
+}
+NOUNS = {
+    Kind.F: "the forward",
+    Kind.B: "the backward for the input",
+    Kind.W: "the weight gradient",
+}
+
+
+def tell(finding: Finding) -> str:
+    """The story of a finding: one line, or one for each step of it."""
+    match finding:
+        case Empty():
+            return "no rank computes anything, so there is nothing that could be complete"
+        case Missing(op, rank, largest):
+            return (
+                f"rank {rank} never {VERBS[op.kind]} of microbatch {op.mb} at stage {op.stage} of lane {op.lane} ({op}), "
+                f"and the lane's microbatches are 0 to {largest}"
+            )
+        case Repeated(first, second):
+            verb = VERBS[first.op.kind]
+            return f"rank {first.rank} {verb} {_of(first.op)} twice: {_slot(first)} and again {_slot(second)}"
+        case Stray(place, holder):
+            stage = f"stage {place.op.stage} of lane {place.op.lane}"
+            return f"rank {place.rank} {VERBS[place.op.kind]} of {stage} {_slot(place)}, but rank {holder} holds that stage"
+        case BadNumber(place):
+            return f"rank {place.rank} names microbatch {place.op.mb} {_slot(place)}; microbatches count from 0"
+        case TooEarly():
+            return _too_early(finding)
+        case NoPeer():
+            return _no_peer(finding)
+        case NotNeighbour():
+            return _not_neighbour(finding)
+        case Mismatch(send, receive, _):
+            return (
+                f"rank {receive.rank} expects {content(receive.op)} {_slot(receive)}, but the next message from "
+                f"rank {send.rank} is {content(send.op)}, sent {_slot(send)}\n"
+                "messages carry no tag, so it takes the one for the other: the run would hang, or finish with wrong "
+                "gradients"
+            )
+        case LeftOver():
+            return _left_over(finding)
+        case SentTwice(first, second):
+            return (
+                f"rank {first.rank} sends {content(first.op)} twice, {_slot(first)} and again {_slot(second)}; "
+                "the second one is received too, and nothing consumes it"
+            )
+        case Circle(model, waits):
+            return _circle(model, waits)
+        case NeverMet():
+            return _never_met(finding)
+        case OverBound():
+            return _over_bound(finding)
+        case OutOfOrder(first, second):
+            return (
+                f"rank {first.rank} adds the weight gradient of microbatch {first.op.mb} {_slot(first)} before that of "
+                f"microbatch {second.op.mb} {_slot(second)}, both at stage {first.op.stage} of lane {first.op.lane}: "
+                "sums in another order round differently, so the gradients are not reproducible bit by bit"
+            )
+        case _:
+            raise AssertionError(finding)
+
+
+def content(op: Op) -> str:
+    """What a message carries: ``the activation of microbatch 3 of lane > (stage 1 to stage 2)``."""
+    forwards = _forwards(op)
+    here, there = op.stage, op.stage + (1 if op.kind in (Kind.SF, Kind.RB) else -1)
+    source, target = (here, there) if op.kind in SENDS else (there, here)
+    noun = "the activation" if forwards else "the gradient"
+    return f"{noun} of microbatch {op.mb} of lane {op.lane} (stage {source} to stage {target})"
+
+
+def _forwards(op: Op) -> bool:
+    return op.kind in (Kind.SF, Kind.RF)
+
+
+def _of(op: Op) -> str:
+    return f"of microbatch {op.mb} at stage {op.stage} of lane {op.lane}"
+
+
+def _slot(place: Placed) -> str:
+    return f"in slot {place.slot} ({place.op})"
+
+
+def _thing(op: Op) -> str:
+    return (
+        f"{NOUNS[op.kind]} {_of(op)}"
+        if op.kind in NOUNS
+        else f"{'sending' if op.kind in SENDS else 'receiving'} {content(op)}"
+    )
+
+
+def _too_early(finding: TooEarly) -> str:
+    place, need, later = finding.place, finding.need, finding.later
+    where = f"comes only {_slot(later)}" if later is not None else f"never comes on rank {place.rank}"
+    if later is not None and later.slot == place.slot:
+        where = "stands behind it in the same slot"
+    return f"rank {place.rank} is to do {_thing(place.op)} {_slot(place)}, but that needs {_thing(need)} ({need}), which {where}"
+
+
+def _no_peer(finding: NoPeer) -> str:
+    place, peer = finding.place, finding.peer
+    if peer is None:
+        reason = f"lane {place.op.lane} ends there, so no rank is at the other end"
+    elif peer == place.rank:
+        reason = f"the other end would be rank {place.rank} itself, where nothing is sent"
+    elif 0 <= peer < finding.ranks:
+        reason = f"lane {place.op.lane} ends there, and rank {peer} has no part in it"
+    else:
+        reason = f"there is no rank {peer}, only 0 to {finding.ranks - 1}"
+    verb = "sends" if place.op.kind in SENDS else "receives"
+    noun = "an activation" if _forwards(place.op) else "a gradient"
+    return f"rank {place.rank} {verb} {noun} at stage {place.op.stage} {_slot(place)}, but {reason}"
+
+
+def _not_neighbour(finding: NotNeighbour) -> str:
+    place = finding.place
+    verb, towards = ("sends", "to") if place.op.kind in SENDS else ("receives", "from")
+    what = f"rank {place.rank} {verb} {content(place.op)} {towards} rank {finding.peer} {_slot(place)}"
+    if place.rank != finding.holder:
+        return f"{what}, but rank {finding.holder} holds stage {place.op.stage} of lane {place.op.lane}"
+    return f"{what}, but rank {finding.neighbour} is its neighbour there"
+
+
+def _left_over(finding: LeftOver) -> str:
+    place, peer = finding.place, finding.peer
+    if place.op.kind in SENDS:
+        return (
+            f"rank {place.rank} sends {content(place.op)} {_slot(place)} as message {finding.nth + 1} to rank {peer}, "
+            f"which receives only {finding.posted}: the last ones are never received"
+        )
+    return (
+        f"rank {place.rank} waits {_slot(place)} for {content(place.op)} as message {finding.nth + 1} from rank {peer}, "
+        f"which sends only {finding.posted}: it waits for ever"
+    )
+
+
+def _circle(model: Model, waits: tuple[Wait, ...]) -> str:
+    stands = {wait.place.rank: wait.place.slot for wait in waits}
+    lines = [_wait(model, wait, stands[wait.partner.rank]) for wait in waits]
+    ranks = sorted(stands)
+    who = f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+    return "\n".join([*lines, f"so {who} wait for each other and none of them can go on ({model} messages)"])
+
+
+def _wait(model: Model, wait: Wait, stands: int) -> str:
+    place, partner = wait.place, wait.partner
+    if place.op.kind not in SENDS:
+        until = f"until rank {partner.rank} sends it {content(place.op)}"
+    elif model.capacity:
+        until = f"for room to send rank {partner.rank} {content(place.op)}"
+    else:
+        until = f"until rank {partner.rank} receives {content(place.op)}"
+    return (
+        f"rank {place.rank} waits {_slot(place)} {until}; the matching {_message(partner.op)} is in slot {partner.slot} "
+        f"({partner.op}), which rank {partner.rank} does not reach, as it stands in slot {stands}"
+    )
+
+
+def _message(op: Op) -> str:
+    return "send" if op.kind in SENDS else "receive"
+
+
+def _never_met(finding: NeverMet) -> str:
+    place, peer = finding.place, finding.peer
+    sends = place.op.kind in SENDS
+    wanted = f"{'send' if sends else 'receive'} {content(place.op)}"
+    opposite = "receives" if sends else "sends"
+    if finding.posted == 0:
+        reason = (
+            f"rank {peer} {opposite} nothing {'from' if sends else 'to'} it" if peer is not None else "no rank is there"
+        )
+    else:
+        reason = f"this is message {finding.nth + 1} of the two, and rank {peer} {opposite} only {finding.posted}"
+    return f"rank {place.rank} waits for ever {_slot(place)} to {wanted}: {reason} ({finding.model} messages)"
+
+
+def _over_bound(finding: OverBound) -> str:
+    head = (
+        f"rank {finding.rank} holds {len(finding.live)} microbatches in slot {finding.slot}, and may hold {finding.bound} "
+        f"({finding.source})"
+    )
+    return "\n".join([f"{head}; live then:", *live_lines(finding.live)])
+
+
+def live_lines(live: tuple[Live, ...]) -> list[str]:
+    """What is live, a line for each stage and lane and what it waits for."""
+    groups: dict[tuple[Lane, int, Kind], list[int]] = defaultdict(list)
+    for held in live:
+        groups[held.op.lane, held.op.stage, held.until].append(held.op.mb)
+    return [
+        f"  stage {stage} of lane {lane}, waiting for {until}: microbatch{'es' if len(mbs) > 1 else ''} "
+        + ", ".join(map(str, sorted(mbs)))
+        for (lane, stage, until), mbs in groups.items()
+    ]

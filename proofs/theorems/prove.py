@@ -1,0 +1,144 @@
+"""All theorems: what each says in plain words, what it rests on, and its verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from proofs.theorems.family import Family
+from proofs.theorems.memory import live, memory
+from proofs.theorems.messages import messages
+from proofs.theorems.obligation import Discharge, Obligation, discharge
+from proofs.theorems.one_lane import one_f_one_b, zb1p
+from proofs.theorems.order import order
+from proofs.theorems.progress import deadlock, makespan
+from proofs.theorems.result import TheoremResult, counterexample
+from proofs.theorems.totals import totals
+from proofs.theorems.two_way import dualpipe, dualpipev
+from proofs.theorems.weights import accumulation, pending, queue
+from proofs.verdict import Proved, Refuted, Unknown
+
+
+@dataclass(frozen=True)
+class Theorem:
+    """What is claimed of every family.
+
+    Parameters
+    ----------
+    says:
+        The claim; ``{live}`` and the like stand for a family's own bounds in words.
+    obligations:
+        The cases that together are the claim.
+    rests_on:
+        Theorems without which this one means nothing.
+    by_times:
+        Whether the proof goes through given times.  A case that fails then refutes the times, not the claim.
+    """
+
+    says: str
+    obligations: Callable[[Family], Iterator[Obligation]]
+    rests_on: tuple[str, ...] = ("totals",)
+    by_times: bool = False
+
+
+THEOREMS: Mapping[str, Theorem] = {
+    "totals": Theorem(
+        "every phase has a length of 0 or more, and every rank runs and exchanges each microbatch exactly once",
+        totals,
+        rests_on=(),
+    ),
+    "messages": Theorem(
+        "on every ordered pair of ranks the k-th send is the k-th receive's payload, and none is left over", messages
+    ),
+    "order": Theorem("on its rank every op comes after all that it needs there", order),
+    "deadlock": Theorem(
+        "every rank reaches its end, whatever the compute times are (blocking messages, hence any weaker ones)",
+        deadlock,
+        by_times=True,
+    ),
+    "makespan": Theorem(
+        "with F, B and W of one unit each and instant messages the step ends by {makespan}",
+        makespan,
+        rests_on=("totals", "deadlock"),
+        by_times=True,
+    ),
+    "live": Theorem("microbatches between F and the end of B: at most {live}", live),
+    "queue": Theorem(
+        "no W is taken from an empty queue: each one put off is run, after its B, in the same order", queue
+    ),
+    "memory": Theorem(
+        "live activations, pending W counted: at most {memory} on every rank", memory, rests_on=("totals", "queue")
+    ),
+    "pending": Theorem("W that wait: at most {pending}", pending, rests_on=("totals", "queue")),
+    "accumulation": Theorem(
+        "at each stage and lane the W run in microbatch order", accumulation, rests_on=("totals", "queue")
+    ),
+}
+
+
+Progress = Callable[[int, int, str], None]
+"""Called before each theorem with how many are done, how many there are, and the name of the next one."""
+
+
+def families() -> tuple[Family, ...]:
+    """The schedules for which there are theorems, the one that is easiest to read first."""
+    return one_f_one_b(), zb1p(), dualpipe(), dualpipev()
+
+
+def prove_all(
+    progress: Progress | None = None, of: Iterable[Family] | None = None, timeout: float = 10.0
+) -> list[TheoremResult]:
+    """Prove every theorem of every family for all sizes; ``timeout`` in seconds for each question to Z3.
+
+    A solver that gives up makes a theorem ``Unknown``, never proved.
+    """
+    chosen = tuple(families() if of is None else of)
+    results: list[TheoremResult] = []
+    total = len(chosen) * len(THEOREMS)
+    for family in chosen:
+        proved: set[str] = set()
+        for name in THEOREMS:
+            if progress:
+                progress(len(results), total, f"{family.name}: {name}")
+            result = prove(family, name, proved, timeout)
+            if isinstance(result.verdict, Proved):
+                proved.add(name)
+            results.append(result)
+    return results
+
+
+def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) -> TheoremResult:
+    """One theorem of a family, given the names of those that are ``proved`` already.
+
+    Raises ``TableError`` for a table that cannot be read for all sizes.
+    """
+    theorem = THEOREMS[name]
+    start = time.monotonic()
+    done = discharge(list(theorem.obligations(family)), timeout)
+    missing = [premise for premise in theorem.rests_on if premise not in proved]
+    verdict = _verdict(theorem, done, missing)
+    found = next((failure for failure in done.failures if failure.values is not None), None)
+    return TheoremResult(
+        name=f"{family.name}: {name}",
+        statement=f"for {family.sizes}, {theorem.says.format_map(family.bounds.words)}",
+        obligations=done.obligations,
+        non_vacuous=done.non_vacuous,
+        seconds=time.monotonic() - start,
+        verdict=verdict,
+        counterexample=counterexample(found, family.world(found.values or {})) if found else None,
+    )
+
+
+def _verdict(theorem: Theorem, done: Discharge, missing: list[str]) -> Proved | Refuted | Unknown:
+    given_up = [failure.obligation.name for failure in done.failures if failure.values is None]
+    wrong = tuple(failure.obligation.name for failure in done.failures if failure.values is not None)
+    if wrong and theorem.by_times:
+        return Unknown("the times of the proof do not fit this table")
+    if missing:
+        return Unknown(f"rests on {' and '.join(missing)}, not proved")
+    if wrong:
+        return Refuted(None, core=wrong)
+    if given_up:
+        return Unknown(f"the solver gave up on {given_up[0]}")
+    return Proved()

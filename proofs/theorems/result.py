@@ -1,0 +1,103 @@
+"""What became of a theorem: data first, the text made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dualpipe.table import Affine
+from proofs.theorems.obligation import Failure, Link, Obligation
+from proofs.verdict import Proved, Refuted, Unknown
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """One size, and one place at that size, where an obligation fails.
+
+    ``symbols`` are the values of everything the theorem quantifies over, ``fact`` the constraint with its numbers.
+    """
+
+    obligation: str
+    where: str
+    ranks: int
+    microbatches: int
+    symbols: Mapping[str, int]
+    fact: tuple[str | int, ...]
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "obligation": self.obligation,
+            "where": self.where,
+            "ranks": self.ranks,
+            "microbatches": self.microbatches,
+            "symbols": dict(self.symbols),
+            "fact": list(self.fact),
+        }
+
+    def __str__(self) -> str:
+        symbols = ", ".join(f"{name}={value}" for name, value in self.symbols.items())
+        return (
+            f"at {self.ranks} ranks and {self.microbatches} microbatches ({symbols}), {self.where}: {self.obligation}"
+        )
+
+
+@dataclass(frozen=True)
+class TheoremResult:
+    """A theorem and its verdict.
+
+    ``obligations`` counts the cases asked about, ``non_vacuous`` those that arise at some size.  ``Refuted`` means
+    that ``counterexample`` is a size at which the statement is false.  ``Unknown`` may have one too: then it is the
+    proof that fails there (a time that does not fit), and the statement may hold for another reason.
+    """
+
+    name: str
+    statement: str
+    obligations: int
+    non_vacuous: int
+    seconds: float
+    verdict: Proved | Refuted | Unknown
+    counterexample: Counterexample | None = None
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "statement": self.statement,
+            "obligations": self.obligations,
+            "non_vacuous": self.non_vacuous,
+            "seconds": round(self.seconds, 3),
+            "verdict": self.verdict.word,
+            "reason": self.reason,
+            "counterexample": self.counterexample and self.counterexample.as_json(),
+        }
+
+    @property
+    def reason(self) -> str:
+        """Why the verdict is not ``proved``; empty where it is."""
+        told = str(self.counterexample or "")
+        if isinstance(self.verdict, Unknown):
+            return f"{self.verdict.reason}: {told}" if told else self.verdict.reason
+        return told
+
+    @property
+    def text(self) -> str:
+        """One line, and a second one with the reason where there is no proof."""
+        counts = f"{self.obligations} obligations, {self.non_vacuous} of them arise, {self.seconds:.1f} s"
+        line = f"{self.verdict.word}: {self.name}: {self.statement} ({counts})"
+        return line if not self.reason else f"{line}\n    {self.reason}"
+
+
+def counterexample(failure: Failure, world: tuple[int, int]) -> Counterexample:
+    """The failure as data; ``world`` is the size in ranks and microbatches."""
+    obligation, values = failure
+    assert values is not None
+    return Counterexample(obligation.name, scope_name(obligation), *world, values, evaluate(obligation, values))
+
+
+def scope_name(obligation: Obligation) -> str:
+    scope = obligation.scope
+    return f"link {scope.name}" if isinstance(scope, Link) else f"rank kind {scope.kind}"
+
+
+def evaluate(obligation: Obligation, values: Mapping[str, int]) -> tuple[str | int, ...]:
+    """The obligation's fact at one size."""
+    return tuple(part.at(values) if isinstance(part, Affine) else part for part in obligation.fact)

@@ -1,0 +1,165 @@
+"""DualPipe and DualPipeV at every size: N ranks from an end to the middle, two chunks each.
+
+    DualPipe    0 -> 1 -> .. -> N-1 | N-1 <- .. <- 1 <- 0      2N ranks; the mirrored half runs the same tables
+    DualPipeV   0 -> 1 -> .. -> N-1 )                          N ranks; the lane turns in the middle rank
+
+h is a rank's distance from the nearer end.  Ranks with h <= N - 2 are *outer*, h = N - 1 is the *middle* (*lone* where
+N = 1, which has times of its own).  Since some of a table's counts depend on whether h is odd, h is ``2 e + odd``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dualpipe.generate import MIDDLE, OUTER
+from dualpipe.schedule import RB, RF, SB, SF, B, F
+from dualpipe.table import Action, Affine, Table, symbol
+from proofs.theorems.constraint import Constraints, at_least, equal
+from proofs.theorems.family import Bounds, Family, Times, i
+from proofs.theorems.obligation import Link
+from proofs.theorems.symbolic import Rank
+
+N, H, h, odd = symbol("N"), symbol("H"), symbol("h"), symbol("odd")
+half = (h + odd) // 2
+
+OUTER_TIMES: Times = {
+    "1 warm up": (h + i,),
+    "2 other lane enters": (2 * N - h - 2 + 2 * i, 2 * N - h - 1 + 2 * i),
+    "2 last": (2 * N + h - 2, 2 * N + h - 1),
+    "3 first backwards": (2 * N + h + 3 * i, 2 * N + h + 1 + 3 * i, 2 * N + h + 2 + 3 * i),
+    "3 first backwards, last": (2 * N + h + 3 * i, 5 * N - 2 * h - 4, 5 * N - 2 * h - 3),
+    "4 first": (5 * N - 2 * h - 2, 6 * N - 3 * h - 1),
+    "4 overlapped": (6 * N - 3 * h + 2 + 6 * i, 6 * N - 3 * h + 5 + 6 * i),
+    "5 forwards end": (6 * H - 6 * N + 3 * h + 2 + 6 * i, 6 * H - 6 * N + 3 * h + 5 + 6 * i),
+    "6 whole": (6 * H - 3 * h - 4 + 5 * i, 6 * H - 3 * h - 2 + 5 * i),
+    "6 turn": (6 * H - 4 - half, 6 * H - 2 - half),
+    "6 split": (6 * H - half - odd + 3 * i, 6 * H + 1 - half - odd + 3 * i),
+    "7 cool down": (6 * H + h - 1 + 2 * i, 6 * H + h + 2 * i),
+    "8 weights": (6 * H + 2 * N - h - 3 + i,),
+    "end": (6 * H + 2 * N - 2,),
+}
+
+MIDDLE_TIMES: Times = OUTER_TIMES | {
+    "2 other lane enters": (N - 1 + 2 * i, N + 2 * i),
+    "2 last": (3 * N - 3, 3 * N - 2),
+    "4 first": (3 * N - 1, 3 * N, 3 * N + 2),
+    "4 overlapped": (3 * N + 5 + 6 * i, 3 * N + 8 + 6 * i),
+    "6 whole": (6 * H - 3 * N - 1 + 5 * i, 6 * H - 3 * N + 1 + 5 * i),
+}
+
+LONE_TIMES: Times = OUTER_TIMES | {
+    "2 last": (0, 1),
+    "4 first": (2, 3, 5),
+    "4 overlapped": (8 + 6 * i, 11 + 6 * i),
+}
+
+
+def dualpipe(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
+    """DualPipe, with P = 2N ranks and M = 2H microbatches, half on each lane."""
+    return _two_way(
+        "dualpipe",
+        "all even P >= 2 and all even M >= 2P",
+        _ranks(outer, middle, folded=False),
+        {
+            "live": "P - h on the lane that enters at the nearer end, h + 1 on the other, P + 1 together",
+            "memory": "P + 1",
+            "pending": "h + 1",
+            "makespan": "3M + P - 2",
+        },
+    )
+
+
+def dualpipev(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
+    """DualPipeV, with P = N ranks and M = H microbatches, all through both chunks of every rank."""
+    return _two_way(
+        "dualpipev",
+        "all P >= 1 and all M >= 2P",
+        _ranks(outer, middle, folded=True),
+        {
+            "live": "2P - h in the lane's first half, h + 1 in its second, 2P + 1 together",
+            "memory": "2P + 1",
+            "pending": "h + 1",
+            "makespan": "6M + 2P - 2",
+        },
+    )
+
+
+Ranks = Mapping[str, Mapping[str, Rank]]
+"""For each suffix the kinds of rank by name."""
+
+
+def _two_way(name: str, sizes: str, ranks: Ranks, words: Mapping[str, str]) -> Family:
+    kinds = ranks[""]
+    folded = kinds["lone"].exists[Action(SF, 0)] is None
+    lanes = 1 if folded else 2
+    return Family(
+        name=name,
+        sizes=sizes,
+        ranks=tuple(kinds.values()),
+        links=(*_rows(ranks), *(() if folded else _mirrors(ranks))),
+        chunks=(0, 1),
+        each=H,
+        times={"outer": OUTER_TIMES, "middle": MIDDLE_TIMES, "lone": LONE_TIMES},
+        bounds=Bounds((2 * N - h, h + 1), 2 * N + 1, h + 1, 6 * H + 2 * N - 2, words),
+        values=_values,
+        world=lambda values: (values["N"] * lanes, values["H"] * lanes),
+        turn=dict.fromkeys(
+            ("middle", "lone"), {Action(F, 1): Action(F, 0), Action(B, 0): Action(B, 1)} if folded else {}
+        ),
+    )
+
+
+def _ranks(outer: Table, middle: Table, folded: bool) -> Ranks:
+    return {suffix: _kinds(outer, middle, folded, suffix) for suffix in ("", "'")}
+
+
+def _kinds(outer: Table, middle: Table, folded: bool, suffix: str) -> Mapping[str, Rank]:
+    distance = _distance(suffix)
+    sizes = {"N": N, "H": H, "h": distance, "odd": symbol(f"odd{suffix}")}
+    every = (at_least(H, 2 * N), at_least(distance, 0), at_least(sizes["odd"], 0), at_least(1, sizes["odd"]))
+    outwards = (at_least(distance, 1),)
+    edge = dict.fromkeys((Action(RF, 0), Action(SB, 0), Action(SF, 1), Action(RB, 1)), outwards)
+    nothing: dict[Action, Constraints | None] = dict.fromkeys(edge, None)
+    turn: dict[Action, Constraints | None] = dict.fromkeys(
+        (Action(SF, 0), Action(RB, 0), Action(RF, 1), Action(SB, 1)), None if folded else ()
+    )
+    return {
+        "outer": Rank("outer", outer, sizes, (*every, at_least(N - 2, distance)), edge, suffix),
+        "middle": Rank("middle", middle, sizes, (*every, at_least(N, 2), equal(N - 1, distance)), edge | turn, suffix),
+        "lone": Rank("lone", middle, sizes, (*every, equal(N, 1), equal(distance, 0)), nothing | turn, suffix),
+    }
+
+
+def _rows(ranks: Ranks) -> tuple[Link, ...]:
+    """Between neighbours on the same side of the middle: inwards from h to h + 1, and outwards again."""
+    inwards = {Action(SF, 0): Action(RF, 0), Action(SB, 1): Action(RB, 1)}
+    outwards = {Action(SF, 1): Action(RF, 1), Action(SB, 0): Action(RB, 0)}
+    tie = (equal(_distance("'"), _distance("") + 1),)
+    here = ranks[""]["outer"]
+    return tuple(
+        link
+        for kind in ("outer", "middle")
+        for there in (ranks["'"][kind],)
+        for link in (
+            Link(f"outer to {kind}", here, there, inwards, tie),
+            Link(f"{kind} to outer", there, here, outwards, tie),
+        )
+    )
+
+
+def _mirrors(ranks: Ranks) -> tuple[Link, ...]:
+    """Between the two ranks in the middle; each is to the other what the other is to it."""
+    across = {Action(SF, 0): Action(RF, 1), Action(SB, 1): Action(RB, 0)}
+    tie = (equal(_distance("'"), _distance("")),)
+    return tuple(
+        Link(f"{kind} to {kind}", ranks[""][kind], ranks["'"][kind], across, tie) for kind in ("middle", "lone")
+    )
+
+
+def _distance(suffix: str) -> Affine:
+    return 2 * symbol(f"e{suffix}") + symbol(f"odd{suffix}")
+
+
+def _values(sizes: Mapping[str, int], suffix: str) -> dict[str, int]:
+    near, parity = divmod(sizes["h"], 2)
+    return {"N": sizes["N"], "H": sizes["H"], f"e{suffix}": near, f"odd{suffix}": parity}

@@ -1,0 +1,34 @@
+"""Small cases and faulty parts that the tests of production share."""
+
+from collections.abc import Callable
+
+from dualpipe.generate import generate
+from dualpipe.schedule import Op, Schedule, Slot
+from reference.case import Case
+from reference.model import ModelConfig
+from reference.verify import PROCESSES, Party, Report
+
+TINY = ModelConfig(hidden=16, heads=2, sequence=8, batch=1)
+
+
+def tiny(name: str = "dualpipe", ranks: int = 2, microbatches: int = 4, **options) -> Case:
+    return Case(generate(name, ranks, microbatches), TINY, **{"steps": 2, "timeout": 6.0, **options})
+
+
+def processes(report: Report) -> Party:
+    (party,) = (party for party in report.parties if party.name == PROCESSES)
+    return party
+
+
+def rewrite(schedule: Schedule, rank: int, change: Callable[[Slot], list[Slot]]) -> Schedule:
+    """The schedule with every slot of one rank replaced by what ``change`` makes of it."""
+    programs = list(schedule.programs)
+    programs[rank] = tuple(new for slot in programs[rank] for new in change(slot) if new)
+    return Schedule(schedule.routes, tuple(programs), schedule.name)
+
+
+def without(schedule: Schedule, rank: int, dropped: Op) -> Schedule:
+    """The schedule with one op of one rank left out."""
+    changed = rewrite(schedule, rank, lambda slot: [tuple(op for op in slot if op != dropped)])
+    assert changed != schedule, f"rank {rank} has no {dropped}"
+    return changed

@@ -1,0 +1,225 @@
+"""Faults planted in production, each with what catches it.
+
+a fault of the schedule      two sends swapped, W skipped, W twice, a receive or a send dropped
+a fault of the runtime       labels of the lanes swapped, copies not reduced, the default group
+a fault of the world         a rank killed, a rank set up differently
+"""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from dualpipe.execute import Feed
+from dualpipe.generate import generate
+from dualpipe.pipeline import Pipeline
+from dualpipe.schedule import DOWN, RF, SENDS, SF, UP, Op, Schedule, W
+from dualpipe.transport import ProcessGroupTransport
+from reference.launch import Failure, launch
+from reference.production import run_rank
+from reference.trace import differences, merge
+from reference.verify import run_oracle, verify
+from tests.production.cases import processes, rewrite, tiny, without
+
+
+def failures_of(report) -> dict[int, Failure]:
+    return {failure.rank: failure for failure in processes(report).failures}
+
+
+def test_two_sends_of_one_batch_swapped_train_silently_on_other_gradients():
+    """Both go from rank 1 to rank 2 and have the same shape, so nothing hangs; only the bits tell."""
+    case = tiny(ranks=4, microbatches=8)
+
+    def swap(slot):
+        sends = [op for op in slot if op.kind in SENDS and case.schedule.peer(op) == 2]
+        if len(sends) < 2:
+            return [slot]
+        other = {sends[0]: sends[1], sends[1]: sends[0]}
+        return [tuple(other.get(op, op) for op in slot)]
+
+    swapped = rewrite(case.schedule, 1, swap)
+    assert swapped != case.schedule
+    party = processes(verify(replace(case, schedule=swapped)))
+    assert not party.failures
+    assert "gradient of its lane" in {difference.what for difference in party.differences}
+
+
+def test_a_skipped_w_is_missed_at_the_end_of_the_step():
+    case = tiny()
+    skipped = Op(W, UP, 0, 1)
+    report = verify(replace(case, schedule=without(case.schedule, 0, skipped)))
+    assert failures_of(report)[0].kind == "StepError"
+    assert "never computed: 0W1>" in failures_of(report)[0].text
+
+
+def test_a_w_that_runs_twice_finds_nothing_to_do():
+    case = tiny()
+    again = Op(W, UP, 0, 1)
+    twice = rewrite(case.schedule, 0, lambda slot: [slot, slot] if again in slot else [slot])
+    report = verify(replace(case, schedule=twice))
+    assert "no weight gradient waits for 0W1>" in failures_of(report)[0].text
+
+
+def test_labels_of_the_lanes_swapped_show_in_the_losses():
+    class Swapped(Pipeline):
+        def step(self, feed, **options):
+            return super().step(Feed(feed.inputs, {UP: feed.labels[DOWN], DOWN: feed.labels[UP]}), **options)
+
+    report = verify(tiny(), rank_body=lambda case, progress: run_rank(case, progress, make_pipeline=Swapped))
+    first = processes(report).differences[0]
+    assert (first.step, first.what) == (0, "loss")
+
+
+def test_copies_that_are_not_reduced_differ_from_the_sum_and_drift_apart():
+    class Unreduced(Pipeline):
+        def reduce_gradients(self):
+            pass
+
+    report = verify(tiny(), rank_body=lambda case, progress: run_rank(case, progress, make_pipeline=Unreduced))
+    found = {difference.what for difference in processes(report).differences if difference.step == 0}
+    assert found == {"gradient", "weight", "weight of one copy against the other's"}
+
+
+class Losing(ProcessGroupTransport):
+    """Rank 0 forgets to post one message, as a runtime with a wrong branch would."""
+
+    lost = ""
+
+    def post(self, messages):
+        super().post([message for message in messages if self.rank != 0 or message.label != self.lost])
+
+
+def lose(label: str):
+    case = tiny(ranks=4, microbatches=8, timeout=3.0, steps=1)
+
+    def make(case):
+        transport = Losing(timeout=case.timeout)
+        transport.lost = label
+        return transport
+
+    started = time.monotonic()
+    report = verify(case, rank_body=lambda c, p: run_rank(c, p, make))
+    assert time.monotonic() - started < 20
+    told = failures_of(report)
+    assert set(told) == {0, 1, 2, 3}
+    assert {failure.kind for failure in told.values()} == {"StepError"}
+    return told
+
+
+def test_a_send_that_the_runtime_forgets_hangs_and_ends_within_the_timeout_with_the_story():
+    """Messages carry no tag: rank 1 takes each later one for its predecessor, and the last one never comes."""
+    told = lose("0SF3>")
+    assert "at 2B3<: receive 2RB3< from rank 0 failed after 3." in told[1].text
+    assert "at 0B3>: receive 0RB3> from rank 1 failed after" in told[0].text
+
+
+def test_a_receive_that_the_runtime_forgets_is_told_where_it_is_missed():
+    told = lose("3RF1<")
+    assert "at 3F1<: receive 3RF1< from rank 1 failed after 0.0 s: it was never posted" in told[0].text
+
+
+def test_a_receive_left_out_of_the_schedule_is_told_at_once():
+    case = tiny(ranks=4, microbatches=8, timeout=4.0)
+    broken = without(case.schedule, 1, Op(RF, UP, 1, 2))
+    told = failures_of(verify(replace(case, schedule=broken)))
+    assert set(told) == {0, 1, 2, 3}
+    assert "at 1F2>: it needs 1RF2>, which has not been posted" in told[1].text
+
+
+def test_a_send_left_out_hangs_and_every_rank_ends_within_the_timeout():
+    case = tiny(ranks=4, microbatches=8, timeout=4.0)
+    broken = without(case.schedule, 3, Op(SF, DOWN, 0, 1))
+    started = time.monotonic()
+    report = verify(replace(case, schedule=broken))
+    assert time.monotonic() - started < 25
+    told = failures_of(report)
+    assert set(told) == {0, 1, 2, 3}
+    assert all(failure.kind != "TimeUp" for failure in told.values()), told
+    assert "from rank 3 failed after" in told[2].text
+
+
+def test_a_killed_rank_ends_every_other_with_what_it_waited_for():
+    class Dying(ProcessGroupTransport):
+        batches = 0
+
+        def post(self, messages):
+            self.batches += 1
+            if self.rank == 2 and self.batches == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().post(messages)
+
+    case = tiny(ranks=4, microbatches=8, timeout=6.0)
+    started = time.monotonic()
+    report = verify(case, rank_body=lambda c, p: run_rank(c, p, lambda case: Dying(timeout=case.timeout)))
+    assert time.monotonic() - started < 25
+    told = failures_of(report)
+    assert told[2].kind == "Killed"
+    for rank in (0, 1, 3):
+        assert told[rank].kind == "StepError"
+        assert "rank" in told[rank].text
+    assert "rank 2" in told[1].text + told[3].text
+
+
+def test_a_rank_with_another_schedule_is_found_before_the_first_message():
+    case = tiny(ranks=4, microbatches=8)
+
+    def rank(case, progress):
+        other = replace(case, schedule=generate("dualpipe", 4, 10))
+        return run_rank(other if dist.get_rank() == 1 else case, progress)
+
+    told = failures_of(verify(case, rank_body=rank))
+    assert {failure.kind for failure in told.values()} == {"DisagreementError"}
+    assert "rank 1 has dualpipe of 4 ranks and 10 microbatches" in told[3].text
+    assert "ranks 0, 2, 3 have dualpipe of 4 ranks and 8 microbatches" in told[3].text
+
+
+def test_ranks_with_other_boundaries_are_found_before_the_first_message():
+    def rank(case, progress):
+        if dist.get_rank() == 1:
+            case = replace(case, model=replace(case.model, batch=3))
+        return run_rank(case, progress)
+
+    told = failures_of(verify(tiny(), rank_body=rank))
+    assert "rank 1 has [3, 8, 16] float32" in told[0].text
+
+
+ORDER = [2, 0, 1, 3]
+"""Group rank of each pipeline rank, in the tests with a subgroup."""
+
+
+def in_a_subgroup(case, transport):
+    """Run a case on ranks 1 to 4 of a world of 6, the pipeline in an order of its own; outcome of those four."""
+
+    def body(context):
+        group = dist.new_group([1, 2, 3, 4])
+        if context.rank not in (1, 2, 3, 4):
+            return None
+        return run_rank(case, make_transport=lambda c: transport(group, ORDER, timeout=c.timeout))
+
+    return launch(6, body, timeout=60, grace=case.timeout + 3)
+
+
+def test_a_pipeline_in_a_subgroup_with_ranks_in_another_order():
+    case = tiny(ranks=4, microbatches=8)
+    traces = merge([steps for steps in in_a_subgroup(case, ProcessGroupTransport).values() if steps is not None])
+    assert differences(case.schedule, run_oracle(case), traces) == []
+
+
+def test_a_message_posted_on_the_default_group_is_caught_when_the_pipeline_is_a_subgroup():
+    class Default(ProcessGroupTransport):
+        def post(self, messages):
+            own, self.group = self.group, dist.group.WORLD
+            super().post(messages)
+            self.group = own
+
+    outcome = in_a_subgroup(tiny(ranks=4, microbatches=8, timeout=3.0), Default)
+    assert {1, 2, 3, 4} & {failure.rank for failure in outcome.failures}
+
+
+def test_a_verification_that_hangs_or_differs_exits_with_1():
+    case = tiny(timeout=3.0)
+    skipped: Schedule = without(case.schedule, 0, Op(W, UP, 0, 1))
+    assert verify(replace(case, schedule=skipped)).exit_code == 1
+    assert verify(case).exit_code == 0

@@ -11,8 +11,10 @@ from dualpipe.execute import Boundary, Criterion, Feed, StepResult, Worker, run_
 from dualpipe.replicas import copy_weights, reduce_gradients
 from dualpipe.schedule import Lane, RuleError, Schedule
 from dualpipe.schedulefile import digest
-from dualpipe.transport import TensorSpec, Transport
+from dualpipe.transport import ProcessGroupTransport, TensorSpec, Transport
 from dualpipe.weightgrad import WeightGradStore, split_linears
+
+__all__ = ["Feed", "Pipeline", "ProcessGroupTransport", "StepResult", "TensorSpec"]
 
 
 class Pipeline:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 
 from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, Kind, Lane, Op, Placed, Schedule
 from proofs.difference import Contradiction, Problem, chain, decide, joined
@@ -109,7 +110,7 @@ def accumulation(schedule: Schedule) -> Problem:
     for row in rows.values():
         times = list(_in_a_row(problem, row))
         by_microbatch = sorted(range(len(row)), key=lambda index: (row[index].op.mb, index))
-        for one, other in zip(by_microbatch, by_microbatch[1:], strict=False):
+        for one, other in pairwise(by_microbatch):
             rule = "{1.op} is to be added after {0.op}"
             problem.later(times[one], times[other], rule, row[one], row[other])
     return problem

@@ -97,6 +97,9 @@ def launch(
         Called in this process with the rank and what it reported.
     """
 
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # asking for a GPU must not initialise CUDA before a fork
     for name in _IMPORTED_LATE:
         importlib.import_module(name)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Theorem ``messages``: on every ordered pair of ranks the k-th send is the k-th receive's payload, none is left over."""
+"""Theorem ``messages``: on every ordered pair of ranks the k-th send is the k-th receive's payload, none left over."""
 
 from __future__ import annotations
 

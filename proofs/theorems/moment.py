@@ -55,6 +55,25 @@ def end_of(rank: Rank, times: Times, given: Constraints = ()) -> Moment:
 
 def after(place: Place, times: Times) -> Iterator[Moment]:
     """The compute that follows a place (the program's end if none does)."""
+    return filter(_is_possible, _after(place, times))
+
+
+def before(place: Place, times: Times) -> Iterator[Moment]:
+    """The compute that a place follows (the program's start if none does)."""
+    return filter(_is_possible, _before(place, times))
+
+
+def first(rank: Rank, times: Times) -> Iterator[Moment]:
+    """The first compute of a program."""
+    return filter(_is_possible, _first(rank, times))
+
+
+def _is_possible(moment: Moment) -> bool:
+    """Not if a row of constant length would have to have another length."""
+    return all(constraint.terms or constraint.holds({}) for constraint in moment.given)
+
+
+def _after(place: Place, times: Times) -> Iterator[Moment]:
     rank, row, count = place.rank, place.row, place.rank.count(place.the_row)
     inside = [s for s in _computes(place.the_row.steps) if s > place.step]
     if inside:
@@ -70,8 +89,7 @@ def after(place: Place, times: Times) -> Iterator[Moment]:
     yield end_of(rank, times, given)
 
 
-def before(place: Place, times: Times) -> Iterator[Moment]:
-    """The compute that a place follows (the program's start if none does)."""
+def _before(place: Place, times: Times) -> Iterator[Moment]:
     rank, row = place.rank, place.row
     inside = [s for s in _computes(place.the_row.steps) if s < place.step]
     if inside:
@@ -87,8 +105,7 @@ def before(place: Place, times: Times) -> Iterator[Moment]:
     yield start_of(rank, given)
 
 
-def first(rank: Rank, times: Times) -> Iterator[Moment]:
-    """The first compute of a program."""
+def _first(rank: Rank, times: Times) -> Iterator[Moment]:
     given: Constraints = ()
     for row in range(len(rank.table)):
         given = yield from _if_not_empty(rank, row, 0, given, times)

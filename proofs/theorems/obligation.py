@@ -55,6 +55,11 @@ class Obligation(NamedTuple):
         return all(c.holds(values) for c in self.scope.domain + self.given)
 
 
+def evaluate(fact: Fact, values: Values) -> tuple[str | int, ...]:
+    """A fact at one size."""
+    return tuple(part.at(values) if isinstance(part, Affine) else part for part in fact)
+
+
 class Failure(NamedTuple):
     """An obligation that Z3 found a size for, or (``values`` is ``None``) gave up on."""
 

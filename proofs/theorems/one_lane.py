@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from dualpipe.generate import ONE_F_ONE_B, ZB1P
 from dualpipe.schedule import RB, RF, SB, SF
-from dualpipe.table import Action, Affine, Table, affine, symbol
+from dualpipe.table import Action, Affine, Table, symbol
 from proofs.theorems.constraint import at_least, below, equal
 from proofs.theorems.family import Bounds, Family, Times, i
 from proofs.theorems.obligation import Link
@@ -42,9 +42,9 @@ def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
     bounds = Bounds(
         live=(P - r,),
         memory=P - r,
-        pending=affine(0),
+        pending=None,
         makespan=3 * M + 3 * (P - 1),
-        words={"live": "P - r", "memory": "P - r", "pending": "none", "makespan": "3M + 3(P - 1)"},
+        words={"live": "P - r", "memory": "P - r", "makespan": "3M + 3(P - 1)"},
     )
     return _one_lane("1f1b", table, ONE_F_ONE_B_TIMES, bounds)
 

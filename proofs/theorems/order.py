@@ -19,10 +19,10 @@ def order(family: Family) -> Iterator[Obligation]:
     for rank in family.ranks:
         for kind, needed in NEEDS.items():
             for chunk in family.chunks:
-                for need in needed:
-                    yield from _after(rank, Action(kind, chunk), Action(need, chunk))
-        for action, need in family.turn.get(rank.kind, {}).items():
-            yield from _after(rank, action, need)
+                for required in needed:
+                    yield from _after(rank, Action(kind, chunk), Action(required, chunk))
+        for action, other in family.turn.get(rank.kind, {}).items():
+            yield from _after(rank, action, other)
 
 
 def _after(rank: Rank, action: Action, need: Action) -> Iterator[Obligation]:

@@ -44,7 +44,7 @@ class Theorem:
 
 THEOREMS: Mapping[str, Theorem] = {
     "totals": Theorem(
-        "every phase has a length of 0 or more, and every rank runs and exchanges each microbatch exactly once",
+        "no phase is shorter than 0, F, B and each message come once for each microbatch, and W with its B or put off",
         totals,
         rests_on=(),
     ),
@@ -65,7 +65,8 @@ THEOREMS: Mapping[str, Theorem] = {
     ),
     "live": Theorem("microbatches between F and the end of B: at most {live}", live),
     "queue": Theorem(
-        "no W is taken from an empty queue: each one put off is run, after its B, in the same order", queue
+        "each W that is put off is run once, after its B, first come first served; none is asked of an empty queue",
+        queue,
     ),
     "memory": Theorem(
         "live activations, pending W counted: at most {memory} on every rank", memory, rests_on=("totals", "queue")
@@ -86,6 +87,11 @@ def families() -> tuple[Family, ...]:
     return one_f_one_b(), zb1p(), dualpipe(), dualpipev()
 
 
+def theorems_of(family: Family) -> tuple[str, ...]:
+    """The names of a family's theorems, premises first.  Where no W is ever put off there is nothing to bound."""
+    return tuple(name for name in THEOREMS if name != "pending" or family.bounds.pending is not None)
+
+
 def prove_all(
     progress: Progress | None = None, of: Iterable[Family] | None = None, timeout: float = 10.0
 ) -> list[TheoremResult]:
@@ -95,10 +101,10 @@ def prove_all(
     """
     chosen = tuple(families() if of is None else of)
     results: list[TheoremResult] = []
-    total = len(chosen) * len(THEOREMS)
+    total = sum(len(theorems_of(family)) for family in chosen)
     for family in chosen:
         proved: set[str] = set()
-        for name in THEOREMS:
+        for name in theorems_of(family):
             if progress:
                 progress(len(results), total, f"{family.name}: {name}")
             result = prove(family, name, proved, timeout)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dualpipe.table import Affine
-from proofs.theorems.obligation import Failure, Link, Obligation
+from proofs.theorems.obligation import Failure, Link, Obligation, evaluate
 from proofs.verdict import Proved, Refuted, Unknown
 
 
@@ -90,14 +89,9 @@ def counterexample(failure: Failure, world: tuple[int, int]) -> Counterexample:
     """The failure as data; ``world`` is the size in ranks and microbatches."""
     obligation, values = failure
     assert values is not None
-    return Counterexample(obligation.name, scope_name(obligation), *world, values, evaluate(obligation, values))
+    return Counterexample(obligation.name, scope_name(obligation), *world, values, evaluate(obligation.fact, values))
 
 
 def scope_name(obligation: Obligation) -> str:
     scope = obligation.scope
     return f"link {scope.name}" if isinstance(scope, Link) else f"rank kind {scope.kind}"
-
-
-def evaluate(obligation: Obligation, values: Mapping[str, int]) -> tuple[str | int, ...]:
-    """The obligation's fact at one size."""
-    return tuple(part.at(values) if isinstance(part, Affine) else part for part in obligation.fact)

@@ -9,7 +9,7 @@ from dualpipe.table import Action
 from proofs.theorems.constraint import NEVER, at_least, equal
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Obligation
-from proofs.theorems.symbolic import Place, Rank, exactly, is_pop, is_push
+from proofs.theorems.symbolic import Place, Rank, exactly
 
 
 def totals(family: Family) -> Iterator[Obligation]:
@@ -22,14 +22,6 @@ def totals(family: Family) -> Iterator[Obligation]:
         for chunk in family.chunks:
             for kind in (F, B, *sorted(MESSAGES)):
                 yield from _total(family, rank, Action(kind, chunk))
-        pushed, popped = rank.total(is_push), rank.total(is_pop)
-        yield Obligation(
-            rank,
-            f"every pending W of {rank.name} is run",
-            (),
-            (equal(pushed, popped),),
-            ("pending", pushed, popped),
-        )
         for place in rank.places(lambda step, p: step[p].kind is W and step[p].chunk is not None, "i"):
             yield Obligation(
                 rank,

@@ -22,7 +22,7 @@ from proofs.theorems.symbolic import Rank
 N, H, h, odd = symbol("N"), symbol("H"), symbol("h"), symbol("odd")
 half = (h + odd) // 2
 
-OUTER_TIMES: Times = {
+OUTER_TIMES: dict[str, tuple[Affine | int, ...]] = {
     "1 warm up": (h + i,),
     "2 other lane enters": (2 * N - h - 2 + 2 * i, 2 * N - h - 1 + 2 * i),
     "2 last": (2 * N + h - 2, 2 * N + h - 1),
@@ -52,6 +52,9 @@ LONE_TIMES: Times = OUTER_TIMES | {
     "4 first": (2, 3, 5),
     "4 overlapped": (8 + 6 * i, 11 + 6 * i),
 }
+
+TURN = {Action(F, 1): Action(F, 0), Action(B, 0): Action(B, 1)}
+"""What the middle rank of DualPipeV needs of its own other chunk, where DualPipe receives it from its mirror."""
 
 
 def dualpipe(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
@@ -103,9 +106,7 @@ def _two_way(name: str, sizes: str, ranks: Ranks, words: Mapping[str, str]) -> F
         bounds=Bounds((2 * N - h, h + 1), 2 * N + 1, h + 1, 6 * H + 2 * N - 2, words),
         values=_values,
         world=lambda values: (values["N"] * lanes, values["H"] * lanes),
-        turn=dict.fromkeys(
-            ("middle", "lone"), {Action(F, 1): Action(F, 0), Action(B, 0): Action(B, 1)} if folded else {}
-        ),
+        turn=dict.fromkeys(("middle", "lone"), TURN) if folded else {},
     )
 
 

@@ -18,8 +18,16 @@ from proofs.theorems.symbolic import Place, Rank, earlier, is_pop, is_push
 
 
 def queue(family: Family) -> Iterator[Obligation]:
-    """No W is asked of an empty queue: the j-th pop comes after the j-th push."""
+    """The queue is never asked when empty: the j-th pop comes after the j-th push; and it is empty in the end."""
     for rank in family.ranks:
+        pushed, popped = rank.total(is_push), rank.total(is_pop)
+        yield Obligation(
+            rank,
+            f"every pending W of {rank.name} is run",
+            (),
+            (equal(pushed, popped),),
+            ("pending", pushed, popped),
+        )
         for pop in rank.places(is_pop, "i"):
             for push in rank.places(is_push, "j"):
                 yield Obligation(
@@ -33,6 +41,7 @@ def queue(family: Family) -> Iterator[Obligation]:
 
 def pending(family: Family) -> Iterator[Obligation]:
     """How many W wait at most: it is enough to look where one joins."""
+    assert family.bounds.pending is not None
     for rank in family.ranks:
         bound = substitute(family.bounds.pending, rank.sizes)
         for push in rank.places(is_push, "i"):

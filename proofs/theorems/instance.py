@@ -1,0 +1,107 @@
+"""A theorem's obligations at one size: which cases arise there, on which ranks, and what each says.
+
+The coverage control compares this with the expanded schedule.  Plain integers, no solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from dualpipe.generate import PLANS, Plan
+from proofs.theorems.constraint import Constraint, Constraints
+from proofs.theorems.family import Family
+from proofs.theorems.obligation import Link, Obligation, evaluate
+from proofs.theorems.symbolic import Rank
+
+
+class Instance(NamedTuple):
+    """An obligation's case at one size: the rank it is about, or sender and receiver, and its fact in numbers."""
+
+    ranks: tuple[int, ...]
+    fact: tuple[str | int, ...]
+    holds: bool
+
+
+def instances(family: Family, obligations: Iterable[Obligation], ranks: int, microbatches: int) -> Iterator[Instance]:
+    """Every case of every obligation that arises at this size."""
+    plans = [PLANS[family.name](ranks, microbatches, rank) for rank in range(ranks)]
+    worlds: dict[int, list[tuple[tuple[int, ...], dict[str, int]]]] = {}
+    for obligation in obligations:
+        scope = obligation.scope
+        if id(scope) not in worlds:
+            worlds[id(scope)] = list(_worlds(family, scope, plans))
+        for where, values in worlds[id(scope)]:
+            for solution in solutions(obligation.given, values):
+                holds = all(constraint.holds(solution) for constraint in obligation.then)
+                yield Instance(where, evaluate(obligation.fact, solution), holds)
+
+
+def _worlds(family: Family, scope: Rank | Link, plans: list[Plan]) -> Iterator[tuple[tuple[int, ...], dict[str, int]]]:
+    """The ranks, or neighbours, that a scope stands for at one size, with the values of its symbols there."""
+    if isinstance(scope, Rank):
+        sides, places = (scope,), [(rank,) for rank in range(len(plans))]
+    else:
+        sides, places = (scope.sender, scope.receiver), _neighbours(plans)
+    for where in places:
+        values: dict[str, int] = {}
+        for side, rank in zip(sides, where, strict=True):
+            values |= family.values(plans[rank].sizes, side.suffix)
+        tables = all(plans[rank].table is side.table for side, rank in zip(sides, where, strict=True))
+        if tables and all(constraint.holds(values) for constraint in scope.domain):
+            yield where, values
+
+
+def _neighbours(plans: list[Plan]) -> list[tuple[int, ...]]:
+    """Every ordered pair of ranks that follow each other on a lane."""
+    routes = plans[0].routes.values()
+    pairs = {pair for route in routes for a, b in zip(route, route[1:], strict=False) for pair in ((a, b), (b, a))}
+    return sorted(pair for pair in pairs if pair[0] != pair[1])
+
+
+def solutions(given: Constraints, values: dict[str, int]) -> Iterator[dict[str, int]]:
+    """All ways to give the remaining symbols values that satisfy the constraints.
+
+    Each symbol must be bounded on both sides by constraints on it alone, as iterations of a row are.
+    """
+    ranges: dict[str, tuple[int, int]] = {}
+    rest: list[Constraint] = []
+    for constraint in given:
+        free = [(name, c) for name, c in constraint.terms if name not in values]
+        if len(free) > 1:
+            rest.append(constraint)
+            continue
+        known = constraint.constant + sum(c * values[name] for name, c in constraint.terms if name in values)
+        if not free:
+            if known < 0 or (constraint.zero and known):
+                return
+            continue
+        low, high = _interval(free[0][1], known, constraint.zero)
+        name = free[0][0]
+        now = ranges.get(name, (low, high))
+        ranges[name] = (max(now[0], low), min(now[1], high))
+    if any(low > high for low, high in ranges.values()):
+        return
+    if not ranges:
+        assert not rest, "a symbol without bounds"
+        yield values
+        return
+    name = min(ranges, key=lambda n: ranges[n][1] - ranges[n][0])
+    low, high = ranges[name]
+    assert high - low < UNBOUNDED, f"{name} has no bounds"
+    others = [c for c in given if any(n not in values for n, _ in c.terms)]
+    for value in range(low, high + 1):
+        yield from solutions(tuple(others), values | {name: value})
+
+
+UNBOUNDED = 10**6
+
+
+def _interval(coefficient: int, known: int, zero: bool) -> tuple[int, int]:
+    """The values x with ``coefficient * x + known >= 0`` (or ``= 0``), as ends that both belong to it."""
+    if zero:
+        quotient, remainder = divmod(-known, coefficient)
+        return (quotient, quotient) if not remainder else (1, 0)
+    if coefficient > 0:
+        return -(known // coefficient), UNBOUNDED
+    return -UNBOUNDED, known // -coefficient

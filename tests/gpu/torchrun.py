@@ -1,0 +1,39 @@
+"""The comparison that every process started by torchrun takes part in."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dualpipe.generate import generate
+from reference.case import DTYPES, Case
+from reference.model import ModelConfig
+from reference.production import run_rank
+from reference.trace import differences, merge, vital_signs
+from reference.verify import run_oracle
+
+TIMEOUT = 120.0
+
+
+def compare_ranks(name: str, dtype: str, backend: str) -> list[str]:
+    """Run a schedule on all ranks; every rank returns what differs from the oracle, which rank 0 computes."""
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
+    device = "cpu"
+    if backend == "nccl":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    ranks = dist.get_world_size()
+    schedule = generate(name, ranks, 2 * ranks + 2)
+    case = Case(schedule, ModelConfig(dtype=DTYPES[dtype]), device=device, timeout=TIMEOUT)
+    mine = run_rank(case)
+    everyone = [None] * ranks
+    dist.all_gather_object(everyone, mine)
+    told = [[""]]
+    if dist.get_rank() == 0:
+        truth = run_oracle(case)
+        found = differences(schedule, truth, merge(everyone))
+        told = [[*vital_signs(truth), *map(str, found)]]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]

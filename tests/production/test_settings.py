@@ -1,0 +1,24 @@
+"""What the GPU tests stand on, as far as a CPU can show it."""
+
+import pytest
+
+from reference.case import SettingsError, require_deterministic
+from reference.launch import launch
+from reference.verify import verify
+from tests.gpu.torchrun import compare_ranks
+from tests.production.cases import tiny
+
+
+def test_messages_staged_through_host_memory_change_no_bit():
+    assert verify(tiny(ranks=4, microbatches=8, staged=True)).equal
+
+
+def test_the_comparison_that_torchrun_starts_finds_no_difference():
+    assert launch(2, lambda context: compare_ranks("dualpipe", "fp32", "gloo"), timeout=60).values() == [[], []]
+
+
+def test_a_setting_that_is_not_deterministic_is_named(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(SettingsError, match="CUBLAS_WORKSPACE_CONFIG") as caught:
+        require_deterministic()
+    assert "use_deterministic_algorithms" in str(caught.value)

@@ -1,0 +1,180 @@
+"""Fake ranks train to the oracle's bits, whatever the schedule, the dtype, the order of moves and the waiting."""
+
+import pytest
+import torch
+from torch import nn
+
+from dualpipe.generate import PLANS, dualpipe, generate
+from dualpipe.schedule import SENDS
+from dualpipe.schedulefile import loads
+from reference.data import Batch
+from reference.fault import SetupError
+from reference.ledger import Ledger
+from tests.reference.trials import SGD, Trial, change_slot, decoder, matches, toy
+
+SIZES = [(name, ranks) for name in PLANS for ranks in (2, 4)] + [("1f1b", 3), ("zb1p", 3), ("dualpipev", 3)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize(("name", "ranks"), SIZES)
+def test_every_schedule_trains_to_the_oracles_bits(name, ranks, dtype):
+    schedule = generate(name, ranks, 2 * ranks)
+    trial = decoder(schedule, dtype)
+    truth = trial.truth()
+    assert matches(schedule, truth, trial.run(schedule))
+    assert matches(schedule, truth, trial.run(schedule, blocking=True, seed=1, ledger=Ledger(ranks)))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_an_uneven_number_of_microbatches_as_well(name):
+    schedule = generate(name, 2, 10)
+    trial = decoder(schedule, steps=3)
+    assert matches(schedule, trial.truth(), trial.run(schedule))
+
+
+def test_whoever_moves_next_the_bits_are_the_same():
+    schedule = dualpipe(4, 12)
+    trial = decoder(schedule, steps=1)
+    truth = trial.truth()
+    orders = set()
+    for seed in range(6):
+        seen = []
+        assert matches(schedule, truth, trial.run(schedule, seed=seed, observe=lambda op, module: seen.append(op)))  # noqa: B023 - called at once
+        orders.add(tuple(seen))
+    assert len(orders) == 6  # and the seeds did choose differently
+
+
+def test_one_rank_alone_needs_no_messages():
+    schedule = loads("lane > 0\nrank 0: 0F0> 0B0>+0W0> 0F1> 0B1> 0W1>")
+    trial = decoder(schedule)
+    assert matches(schedule, trial.truth(), trial.run(schedule))
+
+
+def test_the_turn_of_a_v_hands_its_tensors_over_directly():
+    # two stages of one rank: no message, neither for the activation nor for the gradient
+    schedule = loads("lane > 0 0\nrank 0: 0F0> 1F0> 0F1> 1B0>+1W0> 1F1> 0B0> 1B1> 0B1> 0W0> 1W1> 0W1>")
+    trial = decoder(schedule)
+    assert matches(schedule, trial.truth(), trial.run(schedule))
+
+
+def test_a_rank_may_have_nothing_to_do():
+    schedule = loads("lane > 0 2\nrank 0: 0F0> 0SF0> 0RB0> 0B0>+0W0>\nrank 1:\nrank 2: 1RF0> 1F0> 1B0>+1W0> 1SB0>")
+    trial = decoder(schedule)
+    assert matches(schedule, trial.truth(), trial.run(schedule))
+
+
+def test_the_stages_handed_in_stay_as_they_are():
+    schedule = dualpipe(2, 4)
+    trial = toy(schedule)
+    trial.run(schedule)
+    assert all(p.grad is None for stage in trial.stages for p in stage.parameters())
+    assert not any(layer._forward_hooks for stage in trial.stages for layer in stage.modules())
+
+
+def test_the_two_replicas_differ_before_the_sum_and_agree_after_it():
+    schedule = dualpipe(2, 4)
+    (step,) = decoder(schedule, steps=1).run(schedule)
+    up, down = schedule.lanes
+    name = "block0.mlp.0.weight"
+    assert not torch.equal(step.lane_gradients[up, 1][name], step.lane_gradients[down, 1][name])
+    assert torch.equal(step.gradients[up, 1][name], step.gradients[down, 1][name])
+    assert torch.equal(step.weights[up, 1][name], step.weights[down, 1][name])
+
+
+def test_swapping_two_sends_of_one_batch_trains_silently_on_garbage():
+    #   rank 0  SF SB        rank 0  SB SF     both go to rank 1, which takes the first for
+    #   rank 1  RF RB        rank 1  RF RB     an activation and the second for a gradient
+    schedule = dualpipe(4, 8)
+    rank, number, slot = next(
+        (rank, number, slot)
+        for rank, program in enumerate(schedule.programs)
+        for number, slot in enumerate(program)
+        if len({schedule.peer(op) for op in slot if op.kind in SENDS}) < sum(op.kind in SENDS for op in slot)
+    )
+    first, second = [position for position, op in enumerate(slot) if op.kind in SENDS]
+    swapped = list(slot)
+    swapped[first], swapped[second] = slot[second], slot[first]
+    trial = decoder(schedule, steps=1)
+    found = trial.run(change_slot(schedule, rank, number, tuple(swapped)))
+    assert not matches(schedule, trial.truth(), found)
+
+
+class Reuse(nn.Module):
+    """One linear layer three times, another that is not used, and one whose result is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.again, self.idle, self.lost = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.bare = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        self.lost(x)
+        return self.bare(self.again(self.again(x).tanh()) * self.again(x))
+
+
+class Tied(nn.Module):
+    """Two linear layers on one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return self.other(self.one(x).tanh())
+
+
+class Frozen(nn.Module):
+    """A linear layer that is not trained, before one that is, half frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed, self.half = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.fixed.requires_grad_(False)
+        self.half.bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.half(self.fixed(x))
+
+
+class View(nn.Module):
+    """A stage whose output is a view of another layout than its storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", [Reuse, Tied, Frozen, View])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_unusual_stages_come_out_right_wherever_they_stand(kind, place):
+    schedule = generate("dualpipev", 2, 4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stages = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(4)]
+        stages[place] = kind()
+        data = [[[Batch(torch.randn(4, 4), torch.randn(4, 4)) for _ in range(4)]] for _ in range(2)]
+    trial = Trial(stages, data, nn.functional.mse_loss, SGD)
+    assert matches(schedule, trial.truth(), trial.run(schedule))
+
+
+def test_a_linear_layer_tied_to_an_embedding_is_refused():
+    schedule = loads("lane > 0\nrank 0: 0F0> 0B0>+0W0>")
+    stage = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    stage[1].weight = stage[0].weight
+    batch = Batch(torch.tensor([1, 2]), torch.zeros(2, 4))
+    with pytest.raises(SetupError, match="0.weight of a Embedding is also a linear layer's"):
+        Trial([stage], [[[batch]]], nn.functional.mse_loss, SGD).run(schedule)
+
+
+def test_stages_and_data_must_fit_the_schedule():
+    schedule = dualpipe(2, 4)
+    trial = toy(schedule)
+    with pytest.raises(SetupError, match="got 1 for 2"):
+        Trial(trial.stages[:1], trial.data, trial.criterion).run(schedule)
+    with pytest.raises(SetupError, match="step 0 has 1 for 2"):
+        Trial(trial.stages, [trial.data[0][:1]], trial.criterion).run(schedule)

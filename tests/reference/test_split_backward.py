@@ -1,0 +1,121 @@
+"""F, B and W are real and separate: B leaves the linear layers' gradients alone, and W is all that makes them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dualpipe.generate import PLANS, generate
+from dualpipe.schedule import UP, B, F, Op, W
+from dualpipe.schedulefile import loads
+from tests.reference.trials import change_slot, decoder, same, where, without
+
+
+def linear_gradients(module):
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return [p.grad for layer in layers for p in (layer.weight, layer.bias)]
+
+
+def other_gradients(module):
+    linear = {p for layer in module.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
+    return [p.grad for p in module.parameters() if p not in linear]
+
+
+def copies(gradients):
+    return [None if g is None else g.clone() for g in gradients]
+
+
+def equal(a, b):
+    return all(
+        x is y is None or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_after_every_b_and_before_any_w_no_linear_layer_has_a_gradient(name):
+    schedule = generate(name, 2, 6)
+    weighed, checked = set(), []
+
+    def observe(op, module):
+        place = op.lane, op.stage
+        if op.kind is W:
+            weighed.add(place)
+        elif place not in weighed:
+            assert all(gradient is None for gradient in linear_gradients(module)), op
+            checked.append(op.kind)
+
+    decoder(schedule, steps=1).run(schedule, observe=observe)
+    assert checked.count(B) >= len(weighed)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_b_changes_only_the_others_gradients_and_w_only_the_linear_layers(name):
+    schedule = generate(name, 2, 6)
+    last, changes = {}, {kind: set() for kind in (F, B, W)}
+
+    def observe(op, module):
+        now = copies(linear_gradients(module)), copies(other_gradients(module))
+        before = last.get((op.lane, op.stage), ([None] * len(now[0]), [None] * len(now[1])))
+        changes[op.kind].add(tuple(equal(a, b) for a, b in zip(before, now, strict=True)))
+        last[op.lane, op.stage] = now
+
+    decoder(schedule, steps=1).run(schedule, observe=observe)
+    #                  linear stays, others stay
+    assert changes == {F: {(True, True)}, B: {(True, False)}, W: {(False, True)}}
+
+
+def test_w_dropped_leaves_exactly_its_share_out():
+    schedule = loads("lane > 0 0\nrank 0: 0F0> 1F0> 1B0>+1W0> 0B0>+0W0> 0F1> 1F1> 1B1>+1W1> 0B1>+0W1>")
+    trial = decoder(schedule, steps=1)
+    (truth,), (found,) = trial.truth(), trial.run(without(schedule, Op(W, UP, 0, 0)))
+    assert same(truth.gradients[1], found.gradients[UP, 1])
+    linear = {n for n in truth.gradients[0] if ".attention." in n or ".mlp." in n}
+    for name, gradient in truth.gradients[0].items():
+        assert torch.equal(gradient, found.gradients[UP, 0][name]) == (name not in linear), name
+
+
+def test_w_never_run_leaves_no_gradient_at_all():
+    schedule = loads("lane > 0\nrank 0: 0F0> 0B0>")
+    (step,) = decoder(schedule, steps=1).run(schedule)
+    assert {name.rpartition(".")[0] for name in step.gradients[UP, 0]} == {
+        "embedding.token", "embedding.position", "block0.attention_norm", "block0.mlp_norm", "norm"
+    }  # fmt: skip
+
+
+def test_w_run_twice_adds_its_share_twice():
+    schedule = loads("lane > 0\nrank 0: 0F0> 0B0> 0W0>")
+    trial = decoder(schedule, steps=1)
+    (once,) = trial.run(schedule)
+    rank, number = where(schedule, Op(W, UP, 0, 0))
+    slot = schedule.programs[rank][number]
+    for spoiled in (change_slot(schedule, rank, number, slot, slot), change_slot(schedule, rank, number, slot + slot)):
+        (twice,) = trial.run(spoiled)
+        for name, gradient in once.gradients[UP, 0].items():
+            doubled = "output" in name or ".attention." in name or ".mlp." in name
+            assert torch.equal(twice.gradients[UP, 0][name], 2 * gradient if doubled else gradient), name
+
+
+@pytest.mark.parametrize("op", [Op(W, UP, 1, 2), Op(W, UP, 0, 5)], ids=str)
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_w_too_few_or_too_many_never_goes_unnoticed_in_a_real_schedule(op, times):
+    schedule = generate("dualpipev", 2, 6)
+    trial = decoder(schedule, steps=1)
+    rank, number = where(schedule, op)
+    rest = tuple(other for other in schedule.programs[rank][number] if other != op)
+    (found,) = trial.run(change_slot(schedule, rank, number, rest + (op,) * times))
+    (truth,) = trial.truth()
+    spoiled = [stage for stage in range(4) if not same(truth.gradients[stage], found.gradients[UP, stage])]
+    assert spoiled == [op.stage]
+
+
+def test_w_may_come_in_any_order_after_its_b_and_only_rounding_tells():
+    early = loads("lane > 0\nrank 0: 0F0> 0B0>+0W0> 0F1> 0B1>+0W1> 0F2> 0B2>+0W2>")
+    late = loads("lane > 0\nrank 0: 0F0> 0B0> 0F1> 0B1> 0F2> 0B2> 0W2> 0W1> 0W0>")
+    trial = decoder(early, dtype=torch.float64, steps=1)
+    (a,), (b,) = trial.run(early), trial.run(late)
+    a, b = (copy.copy(step.gradients[UP, 0]) for step in (a, b))
+    assert not same(a, b)
+    for name in a:
+        # tolerance: three numbers added in the opposite order in fp64
+        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-12)

@@ -1,24 +1,44 @@
 """DualPipe that can be trusted: a pipeline schedule as a value that is run, proved and compared bit by bit.
 
-The names below need the standard library alone.  ``dualpipe.pipeline`` (which needs torch) runs a schedule.
+What is imported here needs the standard library alone.  ``dualpipe.pipeline``, which runs a schedule, needs torch, and
+so do the public names of DeepSeek's package (``DualPipe``, ``DualPipeV``, ``WeightGradStore`` and the two setters),
+which are loaded when they are first asked for.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from dualpipe.generate import dualpipe, dualpipev, one_f_one_b, zb1p
 from dualpipe.schedule import DOWN, UP, Kind, Lane, Op, Schedule
 from dualpipe.schedulefile import dumps, load, loads
 
+_DEEPSEEK = ("DualPipe", "DualPipeV", "WeightGradStore", "set_p2p_tensor_dtype", "set_p2p_tensor_shapes")
+
 __all__ = [
     "DOWN",
     "UP",
+    "DualPipe",
+    "DualPipeV",
     "Kind",
     "Lane",
     "Op",
     "Schedule",
+    "WeightGradStore",
     "dualpipe",
     "dualpipev",
     "dumps",
     "load",
     "loads",
     "one_f_one_b",
+    "set_p2p_tensor_dtype",
+    "set_p2p_tensor_shapes",
     "zb1p",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DEEPSEEK:
+        return getattr(importlib.import_module("dualpipe.deepseek"), name)
+    raise AttributeError(f"module 'dualpipe' has no attribute {name!r}")

@@ -64,18 +64,18 @@ class Pipeline:
                 "generate it for the group's size",
             )
         _require_stages(schedule, transport.rank, stages)
-        self.stages = stages
+        self.stages, self.store = stages, WeightGradStore()
         self._worker = Worker(
             schedule,
             stages,
             criterion,
             boundary if callable(boundary) else lambda stage: boundary,
             transport,
-            WeightGradStore(),
+            self.store,
             blocking,
         )
         for module in stages.values():
-            split_linears(module, self._worker.store)
+            split_linears(module, self.store)
         self._agreed = False
 
     def step(

@@ -65,15 +65,6 @@ class Stray(Finding):
 
 
 @dataclass(frozen=True)
-class BadNumber(Finding):
-    """A microbatch below 0."""
-
-    check = "complete"
-    fault = "bad number"
-    place: Placed
-
-
-@dataclass(frozen=True)
 class TooEarly(Finding):
     """An op before something that it needs on its own rank; ``later`` is where that stands, if anywhere."""
 

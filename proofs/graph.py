@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, SF, Kind, Lane, Op, Placed, Schedule, W
 from proofs.findings import (
-    BadNumber,
     Empty,
     Finding,
     LeftOver,
@@ -53,8 +52,6 @@ def _incomplete(schedule: Schedule) -> Finding | None:
         kind, lane, stage, mb, _ = placed.op
         if placed.rank != schedule.rank_of(placed.op):
             return Stray(placed, schedule.rank_of(placed.op))
-        if mb < 0:
-            return BadNumber(placed)
         first = ran[lane, stage, kind].setdefault(mb, placed)
         if first is not placed:
             return Repeated(first, placed)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dualpipe.schedule import COMPUTE, SENDS, Placed, Schedule
 
 Side = dict[tuple[int, int], list[Placed]]
+Sides = tuple[Side, Side]
 
 
 def other_rank(schedule: Schedule, placed: Placed) -> int | None:
@@ -18,7 +19,7 @@ def other_rank(schedule: Schedule, placed: Placed) -> int | None:
     return peer if peer is not None and 0 <= peer < schedule.ranks and peer != placed.rank else None
 
 
-def sides(schedule: Schedule) -> tuple[Side, Side]:
+def sides(schedule: Schedule) -> Sides:
     """The sends and the receives of each ordered pair of ranks (sender, receiver), in the order posted."""
     sends: Side = {}
     receives: Side = {}

@@ -47,10 +47,10 @@ def deadlock(schedule: Schedule, model: Model) -> Problem:
     return problem
 
 
-def _channels(schedule: Schedule) -> tuple[dict[object, list[Placed]], dict[object, list[Placed]]]:
+def _channels(schedule: Schedule) -> tuple[dict[str, list[Placed]], dict[str, list[Placed]]]:
     """The sends and the receives of each ordered pair.  A message that joins no two ranks is a pair of its own."""
-    sends: dict[object, list[Placed]] = defaultdict(list)
-    receives: dict[object, list[Placed]] = defaultdict(list)
+    sends: dict[str, list[Placed]] = defaultdict(list)
+    receives: dict[str, list[Placed]] = defaultdict(list)
     for placed in schedule:
         op, rank = placed.op, placed.rank
         if op.kind in COMPUTE:

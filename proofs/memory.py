@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dualpipe.schedule import COMPUTE, Kind, Lane, Op, RuleError, Schedule, Slot
 from dualpipe.schedule import B as BACKWARD
@@ -81,9 +82,7 @@ def peak_activations(schedule: Schedule) -> tuple[int, ...]:
 def within(schedule: Schedule, bound: Bound | None) -> Verdict:
     """Whether each rank stays within its bound; the finding is the first slot, of any rank, that does not."""
     if bound is None:
-        return Skipped(
-            "no bound was given and none is published for a schedule of this name: the peak is only reported"
-        )
+        return Skipped("no bound was given and the schedule's name has no published one: the peak is only reported")
     over = [
         found for rank, most in enumerate(bound.per_rank) if (found := _first_over(schedule, rank, most)) is not None
     ]
@@ -138,6 +137,10 @@ class PeakBytes:
     total: int
     slot: int | None
     held: tuple[Held, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        live = [{"op": str(held.what.op), "until": str(held.what.until), "bytes": held.size} for held in self.held]
+        return {"rank": self.rank, "bytes": self.total, "slot": self.slot, "live": live}
 
 
 def peak_bytes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: Sequence[int]) -> tuple[PeakBytes, ...]:

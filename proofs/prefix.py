@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from dualpipe.schedule import Placed, Schedule
 from proofs.findings import (
-    BadNumber,
     Circle,
     Finding,
     LeftOver,
@@ -47,7 +46,7 @@ def smallest_prefix(schedule: Schedule, finding: Finding) -> Prefix | None:
             return closed(schedule, up_to(schedule, [place]))
         case Mismatch(one, other, _) | SentTwice(one, other) | Repeated(one, other) | OutOfOrder(one, other):
             return up_to(schedule, [one, other])
-        case Stray(place) | BadNumber(place) | TooEarly(place) | NoPeer(place) | NotNeighbour(place):
+        case Stray(place) | TooEarly(place) | NoPeer(place) | NotNeighbour(place):
             return up_to(schedule, [place])
         case OverBound(rank, slot):
             return tuple(slot + 1 if other == rank else 0 for other in range(schedule.ranks))

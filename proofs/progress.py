@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from dualpipe.schedule import COMPUTE, SENDS, Placed, Schedule, Slot
 from proofs.findings import Circle, NeverMet, Wait
-from proofs.matching import Side, other_rank, sides
+from proofs.matching import Sides, other_rank, sides
 from proofs.models import Model
 from proofs.verdict import Proved, Refuted, Verdict
 
@@ -111,27 +111,20 @@ class Run:
 def deadlock(schedule: Schedule, model: Model) -> Verdict:
     """Every rank reaches its end and every message is received, whatever the compute times are."""
     run = Run(schedule, model)
-    stuck = {
-        state.pending[0][0].rank: state.pending for state in run.states if state.pending
-    }  # in each, what the rank waits for
+    stuck = [waiting for state in run.states for waiting in state.pending or ()]
     both = sides(schedule)
-    for pending in stuck.values():
-        for placed, nth in pending:
-            if _partner(schedule, model, both, placed, nth) is None:
-                return Refuted(_never_met(schedule, model, both, placed, nth))
-    if stuck:
-        waits = {
-            rank: [
-                Wait(placed, partner)
-                for placed, nth in pending
-                if (partner := _partner(schedule, model, both, placed, nth)) is not None
-            ]
-            for rank, pending in stuck.items()
-        }
+    waits: dict[int, list[Wait]] = {}
+    for placed, nth in stuck:
+        partner = _partner(schedule, model, both, placed, nth)
+        if partner is None:
+            posted = len(_opposite(schedule, both, placed))
+            return Refuted(NeverMet(model, placed, schedule.peer(placed.op), nth or 0, posted))
+        waits.setdefault(placed.rank, []).append(Wait(placed, partner))
+    if waits:
         return Refuted(Circle(model, shortest_circle(waits)))
     for (sender, receiver), count in run.sent.items():
         posted = run.received.get((sender, receiver), 0)
-        if posted < count:
+        if posted < count:  # the sends fitted into the buffer, and nobody empties it
             place = both[0][sender, receiver][posted]
             return Refuted(NeverMet(model, place, receiver, posted, posted))
     return Proved()
@@ -159,7 +152,7 @@ def _last_needed(schedule: Schedule, slot: Slot, brought: dict[object, int]) -> 
     return max((brought.get(need, 0) for op in slot for need in schedule.needs(op)), default=0)
 
 
-def _opposite(schedule: Schedule, both: tuple[Side, Side], placed: Placed) -> list[Placed]:
+def _opposite(schedule: Schedule, both: Sides, placed: Placed) -> list[Placed]:
     """The messages of the other rank among which the partner of a message is."""
     sends, receives = both
     peer = other_rank(schedule, placed)
@@ -168,19 +161,12 @@ def _opposite(schedule: Schedule, both: tuple[Side, Side], placed: Placed) -> li
     return receives.get((placed.rank, peer), []) if placed.op.kind in SENDS else sends.get((peer, placed.rank), [])
 
 
-def _partner(
-    schedule: Schedule, model: Model, both: tuple[Side, Side], placed: Placed, nth: int | None
-) -> Placed | None:
+def _partner(schedule: Schedule, model: Model, both: Sides, placed: Placed, nth: int | None) -> Placed | None:
     """The message whose posting a pending one waits for: its own partner, or the one whose place a send takes."""
     opposite = _opposite(schedule, both, placed)
     if nth is not None and placed.op.kind in SENDS:
         nth -= model.capacity
     return opposite[nth] if nth is not None and nth < len(opposite) else None
-
-
-def _never_met(schedule: Schedule, model: Model, both: tuple[Side, Side], placed: Placed, nth: int | None) -> NeverMet:
-    posted = len(_opposite(schedule, both, placed))
-    return NeverMet(model, placed, schedule.peer(placed.op), nth or 0, posted)
 
 
 def shortest_circle(waits: dict[int, list[Wait]]) -> tuple[Wait, ...]:

@@ -25,7 +25,7 @@ from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict,
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
 
-class Disagreement(AssertionError):
+class DisagreementError(AssertionError):
     """The two methods answer differently: a bug of ours, in one of them.  Carries both answers."""
 
     def __init__(self, check: str, by_graph: Verdict, by_z3: Verdict) -> None:
@@ -96,18 +96,7 @@ class Report:
             "peak_activations": list(self.peak_activations),
         }
         if self.peaks_in_bytes:
-            shown["peak_bytes"] = [
-                {
-                    "rank": peak.rank,
-                    "bytes": peak.total,
-                    "slot": peak.slot,
-                    "live": [
-                        {"op": str(held.what.op), "until": str(held.what.until), "bytes": held.size}
-                        for held in peak.held
-                    ],
-                }
-                for peak in self.peaks_in_bytes
-            ]
+            shown["peak_bytes"] = [peak.as_json() for peak in self.peaks_in_bytes]
         return shown
 
     def text(self) -> str:
@@ -170,7 +159,7 @@ def prove(
 
     Raises
     ------
-    Disagreement
+    DisagreementError
         If the two methods answer differently.
     BoundError
         For a negative bound or sizes that do not fit the stages.
@@ -219,7 +208,7 @@ def judge(
 
 
 def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
-    """The verdict of both methods together.  Raises ``Disagreement``."""
+    """The verdict of both methods together.  Raises ``DisagreementError``."""
     match by_graph, by_z3:
         case Refuted(), Unknown():
             return by_graph
@@ -230,7 +219,7 @@ def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
         case Proved(), Proved():
             return by_graph
         case _:
-            raise Disagreement(check, by_graph, by_z3)
+            raise DisagreementError(check, by_graph, by_z3)
 
 
 def _deadlock(schedule: Schedule, model: Model, smt: bool, timeout_s: float | None) -> Result:

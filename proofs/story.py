@@ -6,7 +6,6 @@ from collections import defaultdict
 
 from dualpipe.schedule import SENDS, Kind, Lane, Op, Placed
 from proofs.findings import (
-    BadNumber,
     Circle,
     Empty,
     Finding,
@@ -46,17 +45,14 @@ def tell(finding: Finding) -> str:
             return "no rank computes anything, so there is nothing that could be complete"
         case Missing(op, rank, largest):
             return (
-                f"rank {rank} never {VERBS[op.kind]} of microbatch {op.mb} at stage {op.stage} of lane {op.lane} ({op}), "
-                f"and the lane's microbatches are 0 to {largest}"
+                f"rank {rank} never {VERBS[op.kind]} {_of(op)} ({op}), and the lane's microbatches are 0 to {largest}"
             )
         case Repeated(first, second):
             verb = VERBS[first.op.kind]
             return f"rank {first.rank} {verb} {_of(first.op)} twice: {_slot(first)} and again {_slot(second)}"
         case Stray(place, holder):
-            stage = f"stage {place.op.stage} of lane {place.op.lane}"
-            return f"rank {place.rank} {VERBS[place.op.kind]} of {stage} {_slot(place)}, but rank {holder} holds that stage"
-        case BadNumber(place):
-            return f"rank {place.rank} names microbatch {place.op.mb} {_slot(place)}; microbatches count from 0"
+            what = f"{VERBS[place.op.kind]} {_of(place.op)} {_slot(place)}"
+            return f"rank {place.rank} {what}, but rank {holder} holds that stage"
         case TooEarly():
             return _too_early(finding)
         case NoPeer():
@@ -115,11 +111,9 @@ def _slot(place: Placed) -> str:
 
 
 def _thing(op: Op) -> str:
-    return (
-        f"{NOUNS[op.kind]} {_of(op)}"
-        if op.kind in NOUNS
-        else f"{'sending' if op.kind in SENDS else 'receiving'} {content(op)}"
-    )
+    if op.kind in NOUNS:
+        return f"{NOUNS[op.kind]} {_of(op)}"
+    return f"{'sending' if op.kind in SENDS else 'receiving'} {content(op)}"
 
 
 def _too_early(finding: TooEarly) -> str:
@@ -127,7 +121,8 @@ def _too_early(finding: TooEarly) -> str:
     where = f"comes only {_slot(later)}" if later is not None else f"never comes on rank {place.rank}"
     if later is not None and later.slot == place.slot:
         where = "stands behind it in the same slot"
-    return f"rank {place.rank} is to do {_thing(place.op)} {_slot(place)}, but that needs {_thing(need)} ({need}), which {where}"
+    what = f"rank {place.rank} comes {_slot(place)} to {_thing(place.op)}"
+    return f"{what}, but that needs {_thing(need)} ({need}), which {where}"
 
 
 def _no_peer(finding: NoPeer) -> str:
@@ -162,8 +157,8 @@ def _left_over(finding: LeftOver) -> str:
             f"which receives only {finding.posted}: the last ones are never received"
         )
     return (
-        f"rank {place.rank} waits {_slot(place)} for {content(place.op)} as message {finding.nth + 1} from rank {peer}, "
-        f"which sends only {finding.posted}: it waits for ever"
+        f"rank {place.rank} waits {_slot(place)} for {content(place.op)} as message {finding.nth + 1} from rank "
+        f"{peer}, which sends only {finding.posted}: it waits for ever"
     )
 
 
@@ -183,14 +178,11 @@ def _wait(model: Model, wait: Wait, stands: int) -> str:
         until = f"for room to send rank {partner.rank} {content(place.op)}"
     else:
         until = f"until rank {partner.rank} receives {content(place.op)}"
+    matching = "send" if partner.op.kind in SENDS else "receive"
     return (
-        f"rank {place.rank} waits {_slot(place)} {until}; the matching {_message(partner.op)} is in slot {partner.slot} "
-        f"({partner.op}), which rank {partner.rank} does not reach, as it stands in slot {stands}"
+        f"rank {place.rank} waits {_slot(place)} {until}; the matching {matching} stands there {_slot(partner)}, "
+        f"which rank {partner.rank} does not reach, as it waits in slot {stands}"
     )
-
-
-def _message(op: Op) -> str:
-    return "send" if op.kind in SENDS else "receive"
 
 
 def _never_met(finding: NeverMet) -> str:
@@ -198,20 +190,18 @@ def _never_met(finding: NeverMet) -> str:
     sends = place.op.kind in SENDS
     wanted = f"{'send' if sends else 'receive'} {content(place.op)}"
     opposite = "receives" if sends else "sends"
-    if finding.posted == 0:
-        reason = (
-            f"rank {peer} {opposite} nothing {'from' if sends else 'to'} it" if peer is not None else "no rank is there"
-        )
+    if peer is None:
+        reason = "no rank is at the other end"
+    elif finding.posted == 0:
+        reason = f"rank {peer} {opposite} nothing {'from' if sends else 'to'} it"
     else:
         reason = f"this is message {finding.nth + 1} of the two, and rank {peer} {opposite} only {finding.posted}"
     return f"rank {place.rank} waits for ever {_slot(place)} to {wanted}: {reason} ({finding.model} messages)"
 
 
 def _over_bound(finding: OverBound) -> str:
-    head = (
-        f"rank {finding.rank} holds {len(finding.live)} microbatches in slot {finding.slot}, and may hold {finding.bound} "
-        f"({finding.source})"
-    )
+    held, bound = len(finding.live), f"{finding.bound} ({finding.source})"
+    head = f"rank {finding.rank} holds {held} microbatches in slot {finding.slot}, and may hold {bound}"
     return "\n".join([f"{head}; live then:", *live_lines(finding.live)])
 
 

@@ -17,7 +17,7 @@ def schedules(draw, max_ranks=4, max_stages=5):
     route = st.tuples(*[st.integers(0, ranks - 1)] * stages)
     stage = st.integers(0, stages - 1)
     lane = st.sampled_from(lanes)
-    compute = st.builds(Op, st.sampled_from(sorted(COMPUTE)), lane, stage, NUMBERS)
+    compute = st.builds(Op, st.sampled_from(sorted(COMPUTE)), lane, stage, NUMBERS, st.none())
     message = st.builds(Op, st.sampled_from(sorted(MESSAGES)), lane, stage, NUMBERS, st.none() | NUMBERS)
     slot = st.lists(compute, min_size=1, max_size=4) | st.lists(message, min_size=1, max_size=4)
     program = st.lists(slot.map(tuple), max_size=6).map(tuple)

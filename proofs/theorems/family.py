@@ -64,7 +64,8 @@ class Bounds:
     """The figures that are claimed, in the table's symbols (so that they may differ from rank to rank).
 
     ``live`` is for each chunk the microbatches between F and the end of B, ``memory`` all chunks' between F and the
-    end of W, ``pending`` the W that wait (``None`` if none ever does), ``makespan`` the end with every F, B and W taking one unit of time.
+    end of W, ``pending`` the W that wait (``None`` if none ever does), ``makespan`` the end with every F, B and W
+    taking one unit of time.
     The texts say the same in words.
     """
 

@@ -6,6 +6,7 @@ The coverage control compares this with the expanded schedule.  Plain integers, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from dualpipe.generate import PLANS, Plan
@@ -39,10 +40,9 @@ def instances(family: Family, obligations: Iterable[Obligation], ranks: int, mic
 
 def _worlds(family: Family, scope: Rank | Link, plans: list[Plan]) -> Iterator[tuple[tuple[int, ...], dict[str, int]]]:
     """The ranks, or neighbours, that a scope stands for at one size, with the values of its symbols there."""
-    if isinstance(scope, Rank):
-        sides, places = (scope,), [(rank,) for rank in range(len(plans))]
-    else:
-        sides, places = (scope.sender, scope.receiver), _neighbours(plans)
+    sides = (scope,) if isinstance(scope, Rank) else (scope.sender, scope.receiver)
+    everyone = [(rank,) for rank in range(len(plans))]
+    places: Iterable[tuple[int, ...]] = everyone if isinstance(scope, Rank) else _neighbours(plans)
     for where in places:
         values: dict[str, int] = {}
         for side, rank in zip(sides, where, strict=True):
@@ -55,8 +55,8 @@ def _worlds(family: Family, scope: Rank | Link, plans: list[Plan]) -> Iterator[t
 def _neighbours(plans: list[Plan]) -> list[tuple[int, ...]]:
     """Every ordered pair of ranks that follow each other on a lane."""
     routes = plans[0].routes.values()
-    pairs = {pair for route in routes for a, b in zip(route, route[1:], strict=False) for pair in ((a, b), (b, a))}
-    return sorted(pair for pair in pairs if pair[0] != pair[1])
+    steps = [step for route in routes for step in pairwise(route)]
+    return sorted({pair for a, b in steps for pair in ((a, b), (b, a)) if a != b})
 
 
 def solutions(given: Constraints, values: dict[str, int]) -> Iterator[dict[str, int]]:

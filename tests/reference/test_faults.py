@@ -3,12 +3,15 @@
 import random
 
 import pytest
+import torch
+from torch import nn
 
 from dualpipe.generate import generate
 from dualpipe.schedule import MESSAGES, RB, RF, UP, Op, Schedule
 from dualpipe.schedulefile import dumps, loads
+from reference.data import Batch
 from reference.fault import Awaited, Deadlock, Misstep, Waiting
-from tests.reference.trials import change_slot, decoder, matches, toy, with_program, without
+from tests.reference.trials import SGD, Trial, change_slot, decoder, matches, toy, with_program, without
 
 #   rank 0   0F0> 0SF0>                   0RB0> 0B0>+0W0>
 #   rank 1             1RF0> 1F0> 1B0>+1W0> 1SB0>
@@ -118,12 +121,6 @@ def test_a_message_to_a_wrong_neighbour_starves_the_right_one():
 
 def test_a_message_of_another_shape_than_its_receiver_expects_is_refused():
     # stage 1 widens: what it sends on is no activation for stage 1 itself
-    import torch
-    from torch import nn
-
-    from reference.data import Batch
-    from tests.reference.trials import SGD, Trial
-
     schedule = loads("""
         lane > 0 1 2
         rank 0: 0F0> 0SF0> 0RB0> 0B0>+0W0>

@@ -1,0 +1,5 @@
+"""A module of DeepSeek's package that programs written for it import from; see ``dualpipe.deepseek``."""
+
+from dualpipe.deepseek import set_p2p_tensor_dtype, set_p2p_tensor_shapes
+
+__all__ = ["set_p2p_tensor_dtype", "set_p2p_tensor_shapes"]

@@ -1,0 +1,187 @@
+"""The public names of DeepSeek's package, on our interpreter, so that programs written for theirs run on ours.
+
+The interface is that of https://github.com/deepseek-ai/DualPipe: ``DualPipe``, ``DualPipeV``, ``WeightGradStore``,
+``set_p2p_tensor_shapes`` and ``set_p2p_tensor_dtype``.  It keeps module-wide state because theirs does; new programs
+use ``dualpipe.pipeline``.  As in theirs, ``step`` does not add up the gradients of a stage's two copies.  Stock
+``nn.Linear`` layers are split into B and W without their help.  A module's ``overlapped_forward_backward`` is not
+called: an overlapped pair runs its forward, then its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dualpipe.errors import RuleError
+from dualpipe.execute import Criterion, Feed, StepResult, Tensors
+from dualpipe.generate import generate
+from dualpipe.pipeline import Pipeline
+from dualpipe.schedule import DOWN, UP, Lane
+from dualpipe.transport import ProcessGroupTransport, TensorSpec
+from dualpipe.weightgrad import WeightGradError
+from dualpipe.weightgrad import WeightGradStore as _Store
+
+_shapes: list[tuple[int, ...]] | None = None
+_dtype: torch.dtype | None = None
+_active: _Store | None = None
+
+
+def set_p2p_tensor_shapes(shapes: Sequence[Sequence[int]]) -> None:
+    """The shapes of the tensors that go from a stage to the next, for all pipelines built from now on."""
+    global _shapes
+    _shapes = [tuple(shape) for shape in shapes]
+
+
+def set_p2p_tensor_dtype(dtype: torch.dtype) -> None:
+    """The dtype of the tensors that go from a stage to the next, for all pipelines built from now on."""
+    global _dtype
+    _dtype = dtype
+
+
+class _WhileStepping(type):
+    @property
+    def enabled(cls) -> bool:
+        """Whether a backward is running whose weight gradients belong to a later W."""
+        return _active is not None and _active.key is not None
+
+
+class WeightGradStore(metaclass=_WhileStepping):
+    """Where a custom layer leaves its weight gradient: ``if WeightGradStore.enabled: WeightGradStore.put(f)``."""
+
+    @classmethod
+    def put(cls, func: Callable[[], None]) -> None:
+        """Keep ``func`` for the W of the microbatch whose backward is running."""
+        if _active is None or _active.key is None:
+            raise WeightGradError("put() is for a backward that is split: check WeightGradStore.enabled first")
+        _active.put(_active.key, func)
+
+
+def run_backward(tensors: Sequence[Tensor], grad_tensors: Sequence[Tensor]) -> None:
+    """Autograd's backward from ``tensors``."""
+    torch.autograd.backward(list(tensors), list(grad_tensors))
+
+
+class _Stepper(nn.Module):
+    """What ``DualPipe`` and ``DualPipeV`` share: two modules, one process group, ``step``."""
+
+    name: str
+    lanes: tuple[Lane, ...]
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        batch_dim: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        rank_mapping: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = nn.ModuleList(modules)
+        self.batch_dim = batch_dim
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        order = None if rank_mapping is None else [rank_mapping.index(r) for r in range(len(rank_mapping))]
+        self._transport = ProcessGroupTransport(process_group, order, device)
+        self._pipelines: dict[int, Pipeline] = {}
+        self._criterion: Criterion | None = None
+
+    def held(self) -> dict[tuple[Lane, int], nn.Module]:
+        """Which stage of which lane each module is."""
+        raise AssertionError("a subclass says so")
+
+    def step(
+        self,
+        *inputs: Tensor | None,
+        num_chunks: int = 0,
+        criterion: Criterion | None = None,
+        labels: Sequence[Tensor | None] = (),
+        return_outputs: bool = False,
+    ) -> tuple[Tensor | None, Any]:
+        """Run a training step, or under ``torch.no_grad()`` an evaluation.
+
+        ``inputs`` and ``labels`` are cut into microbatches along ``batch_dim``; both are needed at an end of the
+        pipeline only.  Returns the losses ``[microbatches]`` and the outputs where a lane ends, else ``None``.
+        """
+        global _active
+        pipeline = self._pipeline(num_chunks)
+        self._criterion = criterion
+        chunks = num_chunks // len(self.lanes)
+        data = _cut(inputs, chunks, self.batch_dim)
+        answers = _cut(labels, chunks, self.batch_dim)
+        feed = Feed(dict.fromkeys(self.lanes, data), dict.fromkeys(self.lanes, answers))
+        _active = pipeline.store
+        try:
+            result = pipeline.step(
+                feed,
+                forward_only=not torch.is_grad_enabled(),
+                reduce_gradients=False,
+                keep_outputs=return_outputs,
+            )
+        finally:
+            _active = None
+        return _losses(result), _joined(result, self.batch_dim)
+
+    def _pipeline(self, microbatches: int) -> Pipeline:
+        if microbatches not in self._pipelines:
+            if _shapes is None or _dtype is None:
+                raise RuleError(
+                    "the shapes and dtype of messages are declared before a step",
+                    "got none",
+                    "call set_p2p_tensor_shapes and set_p2p_tensor_dtype",
+                )
+            schedule = generate(self.name, self._transport.ranks, microbatches)
+            boundary = [TensorSpec(shape, _dtype) for shape in _shapes]
+            self._pipelines[microbatches] = Pipeline(schedule, self.held(), self._loss, boundary, self._transport)
+        return self._pipelines[microbatches]
+
+    def _loss(self, *tensors: Tensor) -> Tensor:
+        if self._criterion is None:
+            raise RuleError("a rank where a lane ends has a criterion", "got none", "pass criterion= to step()")
+        return self._criterion(*tensors)
+
+
+class DualPipe(_Stepper):
+    """DualPipe over the ranks of a group: ``modules`` are stage ``rank`` and stage ``ranks - 1 - rank``.
+
+    The first rank's inputs travel up and its labels belong to the microbatches that arrive, those of the last rank;
+    likewise at the other end.  ``rank_mapping[i]`` is the pipeline rank of group rank ``i``.
+    """
+
+    name, lanes = "dualpipe", (UP, DOWN)
+
+    def held(self) -> dict[tuple[Lane, int], nn.Module]:
+        rank = self._transport.rank
+        return {(UP, rank): self.module[0], (DOWN, self._transport.ranks - 1 - rank): self.module[1]}
+
+
+class DualPipeV(_Stepper):
+    """DualPipeV: ``modules`` are stage ``rank`` and stage ``2 * ranks - 1 - rank`` of one lane."""
+
+    name, lanes = "dualpipev", (UP,)
+
+    def held(self) -> dict[tuple[Lane, int], nn.Module]:
+        rank = self._transport.rank
+        return {(UP, rank): self.module[0], (UP, 2 * self._transport.ranks - 1 - rank): self.module[1]}
+
+
+def _cut(tensors: Sequence[Tensor | None], chunks: int, dim: int) -> list[Tensors]:
+    """Microbatches of the tensors that are there; none where an inner rank passes ``None``."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return []
+    return list(zip(*(tensor.tensor_split(chunks, dim=dim) for tensor in present), strict=True))
+
+
+def _losses(result: StepResult) -> Tensor | None:
+    for losses in result.losses.values():
+        return torch.stack([losses[mb] for mb in sorted(losses)])
+    return None
+
+
+def _joined(result: StepResult, dim: int) -> Any:
+    for outputs in result.outputs.values():
+        joined = tuple(torch.cat(pieces, dim) for pieces in zip(*(outputs[mb] for mb in sorted(outputs)), strict=True))
+        return joined[0] if len(joined) == 1 else joined
+    return None

@@ -54,7 +54,7 @@ def find_schedule(name: str, ranks: int | None, microbatches: int | None) -> Sch
             raise RuleError(
                 "the sizes of a schedule file are its own",
                 f"{path} has {has}, {option} asks for {asked}",
-                "leave it out",
+                f"leave {option} out",
             )
     return schedule
 

@@ -61,7 +61,7 @@ class StepError(RuntimeError):
 def place(rank: int, number: int, slot: Slot | None, op: Op | None) -> str:
     """Where a rank stopped, in words; no slot means after the last one."""
     where = "after its last slot" if slot is None else f"in slot {number} ({show_slot(slot)})"
-    return f"rank {rank} stopped {where}" + ("" if op is None else f" at {op}")
+    return f"rank {rank} stopped {where}" + (f" at {op}" if slot and len(slot) > 1 else "")
 
 
 class OrderError(RuntimeError):

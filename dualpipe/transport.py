@@ -65,8 +65,14 @@ class MessageError(RuntimeError):
         self.message = message
         kind = "send" if message.sends else "receive"
         towards = "to" if message.sends else "from"
-        why = "the time is up" if cause is None else _SOURCE.sub("", str(cause).strip().splitlines()[0])
-        super().__init__(f"{kind} {message.label} {towards} rank {message.peer} failed after {seconds:.1f} s: {why}")
+        super().__init__(
+            f"{kind} {message.label} {towards} rank {message.peer} failed after {seconds:.1f} s: {_why(cause)}"
+        )
+
+
+def _why(cause: BaseException | None) -> str:
+    """The first sentence of an error."""
+    return "the time is up" if cause is None else _SOURCE.sub("", str(cause).strip()).splitlines()[0].split(". ")[0]
 
 
 class DisagreementError(RuntimeError):

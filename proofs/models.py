@@ -21,8 +21,10 @@ is posted (the first c need nothing).  Capacity 0 is blocking.  *stream* is NCCL
 communicator: the host posts without waiting, the groups run one after the other on the communicator's stream, each
 after the computes that were issued before it, and computes go on meanwhile on a stream of their own.
 
-Each of the weaker models only takes waits away, so what is free of deadlock when blocking is free of it in all
-three.  The checks do not lean on that: each model is decided by itself.
+Each of the other two only takes waits away, so what is free of deadlock when blocking is free of it in all three.
+*stream* takes none away that matters for deadlock alone: a group waits for the groups before it in any case, and so
+for all that the computes between them would have waited for.  The checks lean on neither of these facts: each model
+is decided by itself.
 """
 
 from __future__ import annotations

@@ -173,15 +173,14 @@ def _circle(model: Model, waits: tuple[Wait, ...]) -> str:
 def _wait(model: Model, wait: Wait, stands: int) -> str:
     place, partner = wait.place, wait.partner
     if place.op.kind not in SENDS:
-        until = f"until rank {partner.rank} sends it {content(place.op)}"
+        until = f"until rank {partner.rank} sends it {content(place.op)}; the send that meets it"
     elif model.capacity:
-        until = f"for room to send rank {partner.rank} {content(place.op)}"
+        until = f"for room to send rank {partner.rank} {content(place.op)}; the receive that makes room"
     else:
-        until = f"until rank {partner.rank} receives {content(place.op)}"
-    matching = "send" if partner.op.kind in SENDS else "receive"
+        until = f"until rank {partner.rank} receives {content(place.op)}; the receive that meets it"
     return (
-        f"rank {place.rank} waits {_slot(place)} {until}; the matching {matching} stands there {_slot(partner)}, "
-        f"which rank {partner.rank} does not reach, as it waits in slot {stands}"
+        f"rank {place.rank} waits {_slot(place)} {until} is {_slot(partner)} there, "
+        f"and rank {partner.rank} gets no further than slot {stands}"
     )
 
 

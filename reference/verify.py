@@ -42,6 +42,11 @@ class Party:
     def equal(self) -> bool:
         return not self.differences and not self.failures
 
+    @property
+    def told(self) -> list[str]:
+        """How the party failed, in words; the fake ranks are one process, whose own rank says nothing."""
+        return [f"{f.kind}: {f.text}" if self.name == FAKE else str(f) for f in self.failures]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -85,7 +90,7 @@ class Report:
                     "verdict": "equal" if party.equal else "failed" if party.failures else "different",
                     "differences": len(party.differences),
                     "first_difference": str(party.differences[0]) if party.differences else None,
-                    "failures": [str(failure) for failure in party.failures],
+                    "failures": party.told,
                     "seconds": round(party.seconds, 3),
                 }
                 for party in self.parties

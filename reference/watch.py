@@ -85,5 +85,5 @@ def _tell_party(console: Console, party: Party) -> None:
         console.print(f"{party.name}: {difference}", style="red", markup=False, soft_wrap=True)
     if len(party.differences) > _MOST_TOLD:
         console.print(f"{party.name}: and {len(party.differences) - _MOST_TOLD} more", style="red")
-    for failure in party.failures:
+    for failure in party.told:
         console.print(f"{party.name}: {failure}", style="red", markup=False, soft_wrap=True)

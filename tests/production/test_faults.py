@@ -111,13 +111,13 @@ def lose(label: str):
 def test_a_send_that_the_runtime_forgets_hangs_and_ends_within_the_timeout_with_the_story():
     """Messages carry no tag: rank 1 takes each later one for its predecessor, and the last one never comes."""
     told = lose("0SF3>")
-    assert "at 2B3<: receive 2RB3< from rank 0 failed after 3." in told[1].text
-    assert "at 0B3>: receive 0RB3> from rank 1 failed after" in told[0].text
+    assert "(2B3<): receive 2RB3< from rank 0 failed after 3." in told[1].text
+    assert "(0B3>): receive 0RB3> from rank 1 failed after" in told[0].text
 
 
 def test_a_receive_that_the_runtime_forgets_is_told_where_it_is_missed():
     told = lose("3RF1<")
-    assert "at 3F1<: receive 3RF1< from rank 1 failed after 0.0 s: it was never posted" in told[0].text
+    assert "(3F1<): receive 3RF1< from rank 1 failed after 0.0 s: it was never posted" in told[0].text
 
 
 def test_a_receive_left_out_of_the_schedule_is_told_at_once():
@@ -125,7 +125,7 @@ def test_a_receive_left_out_of_the_schedule_is_told_at_once():
     broken = without(case.schedule, 1, Op(RF, UP, 1, 2))
     told = failures_of(verify(replace(case, schedule=broken)))
     assert set(told) == {0, 1, 2, 3}
-    assert "at 1F2>: it needs 1RF2>, which has not been posted" in told[1].text
+    assert "(1F2>): it needs 1RF2>, which has not been posted" in told[1].text
 
 
 def test_a_send_left_out_hangs_and_every_rank_ends_within_the_timeout():

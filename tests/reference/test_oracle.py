@@ -25,7 +25,7 @@ def test_a_line_through_two_points_by_hand():
     assert by_lane == [(24, 12), (-4, -4)]
     assert (float(step.gradients[0]["weight"]), float(step.gradients[0]["bias"])) == (20, 8)
     assert (float(step.weights[0]["weight"]), float(step.weights[0]["bias"])) == (3 - 0.5 * 20, 1 - 0.5 * 8)
-    assert float(line.weight) == 3  # the module that was handed in is as before
+    assert line.weight.item() == 3  # the module that was handed in is as before
 
 
 def test_one_lane_is_the_ordinary_training_loop():

@@ -1,0 +1,99 @@
+"""``dualpipe show`` and ``dualpipe simulate``: what they print, and what bad input is told."""
+
+import json
+
+import pytest
+
+from dualpipe.generate import PLANS, generate
+from dualpipe.schedulefile import dumps, loads
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_show_prints_is_the_schedule(run, name):
+    result = run("show", "-P", 4, "-M", 10, "--schedule", name)
+    assert (result.code, result.err) == (0, "")
+    assert loads(result.out) == generate(name, 4, 10)
+
+
+def test_a_shown_file_is_read_again(run, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text(dumps(generate("zb1p", 3, 5)))
+    assert run("show", "--schedule", file).out == file.read_text()
+
+
+def test_simulate_prints_the_makespan_the_bubble_and_the_peaks(run):
+    told = run("simulate", "-P", 8, "-M", 32)
+    assert told.code == 0
+    assert "makespan 102, bubble 48 in all, 5.9% of the ranks' time" in told.out
+    summary = json.loads(run("simulate", "-P", 8, "-M", 32, "--json").out)
+    assert summary["makespan"] == 3 * 32 + 8 - 2
+    assert summary["peak_activations"] == [9] * 8
+    assert summary["peak_pending_w"] == [1, 2, 3, 4, 4, 3, 2, 1]
+    assert summary["bubble_share"] == pytest.approx(48 / (8 * 102))
+
+
+def test_simulate_takes_costs(run):
+    """DeepSeek's formula for the bubble of a rank, (P/2-1)(F&B + B - 3W) with B the full backward: here 3 (2.5+2-3)."""
+    summary = json.loads(run("simulate", "-P", 8, "-M", 32, "--cost", "F=1,B=1,W=1,FB=2.5", "--json").out)
+    assert summary["bubble"][3] == 4.5
+
+
+BAD = {
+    "odd ranks": (["-P", 3], "even number of ranks", "got 3", "use 4"),
+    "no ranks": (["-P", 0], "even number of ranks", "got 0", "use 2"),
+    "odd microbatches": (["-M", 9], "even number of microbatches", "got 9", "use 10"),
+    "too few microbatches": (["-P", 4, "-M", 6], "two microbatches per rank", "got 6", "use 8 or more, or 1f1b"),
+    "too few for 1f1b": (["-P", 4, "-M", 2, "--schedule", "1f1b"], "as many microbatches as ranks", "got 2", "use 4"),
+    "no such file": (
+        ["--schedule", "missing.txt"],
+        "dualpipe, dualpipev, 1f1b, zb1p, or a file",
+        "missing.txt",
+        "no such",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["show", "simulate", "verify"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_by_rule_what_came_and_what_to_do(run, command, case):
+    arguments, *told = BAD[case]
+    result = run(command, *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("dualpipe: ")
+    assert result.err.count("\n") == 1
+    for words in told:
+        assert words in result.err
+
+
+def test_a_rank_count_that_does_not_fit_the_file(run, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text(dumps(generate("1f1b", 3, 5)))
+    result = run("verify", file, "-P", 4)
+    assert result.code == 2
+    assert f"{file} has 3, -P asks for 4; leave -P out" in result.err
+
+
+def test_a_file_with_an_error_is_told_by_line_and_column(run, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("lane > 0\nrank 0: 0F0> 0X0>\n")
+    result = run("verify", file)
+    assert result.code == 2
+    assert f"{file}:2:14: found '0X0>'; expected an op" in result.err
+
+
+def test_a_folder_is_not_a_schedule_file(run, tmp_path):
+    assert run("show", "--schedule", tmp_path).code == 2
+
+
+@pytest.mark.parametrize("cost", ["X=1", "F", "F=one", "F=-1", "F=nan", "F=inf"])
+def test_a_cost_that_is_none(run, cost):
+    result = run("simulate", "--cost", cost)
+    assert result.code == 2
+    assert result.err.startswith("dualpipe: ")
+
+
+def test_every_command_has_a_help(run):
+    for command in ("show", "simulate", "verify"):
+        result = run(command, "--help")
+        assert result.code == 0
+        assert command in result.out

@@ -1,0 +1,80 @@
+"""``dualpipe verify``: equal, different, hung, bad input; as text and as JSON."""
+
+import json
+
+import pytest
+
+from dualpipe.generate import generate
+from dualpipe.schedule import RF, SENDS, UP, Op, Schedule
+from dualpipe.schedulefile import dumps
+from tests.production.cases import rewrite, without
+
+
+def test_an_equal_run_prints_a_row_per_stage_and_exits_with_0(run):
+    result = run("verify", "-P", 2, "--steps", 2)
+    assert result.code == 0
+    assert "EQUAL" in result.out
+    rows = [line.split() for line in result.out.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert all(row[-2:] == ["equal", "equal"] for row in rows)
+
+
+def test_an_equal_run_in_json(run):
+    told = json.loads(run("verify", "-P", 2, "--steps", 2, "--json").out)
+    assert told["verdict"] == "equal"
+    assert told["losses"][0] > told["losses"][1]
+    assert {party["verdict"] for party in told["parties"].values()} == {"equal"}
+    assert told["tensors"] > 200
+
+
+def swapped(schedule: Schedule) -> Schedule:
+    def swap(slot):
+        sends = [op for op in slot if op.kind in SENDS and schedule.peer(op) == 2]
+        other = {sends[0]: sends[1], sends[1]: sends[0]} if len(sends) == 2 else {}
+        return [tuple(other.get(op, op) for op in slot)]
+
+    return rewrite(schedule, 1, swap)
+
+
+def test_a_different_run_names_the_first_parameter_step_and_stage_with_units_in_the_last_place(run, tmp_path):
+    file = tmp_path / "swapped.txt"
+    file.write_text(dumps(swapped(generate("dualpipe", 4, 8))))
+    result = run("verify", file, "--steps", 1)
+    assert result.code == 1
+    assert "NOT EQUAL" in result.out
+    assert "processes: step 0, stage" in result.out
+    assert "units in the last place" in result.out
+    told = json.loads(run("verify", file, "--steps", 1, "--json").out)
+    assert told["verdict"] == "different"
+    assert told["parties"]["processes"]["differences"] > 10
+    assert told["parties"]["fake ranks"]["first_difference"] == told["parties"]["processes"]["first_difference"]
+
+
+def test_a_hung_run_tells_what_every_rank_waited_for_and_exits_with_1(run, tmp_path):
+    file = tmp_path / "dropped.txt"
+    file.write_text(dumps(without(generate("1f1b", 2, 2), 1, Op(RF, UP, 1, 1))))
+    result = run("verify", file, "--steps", 1, "--timeout", 3)
+    assert result.code == 1
+    assert "(1F1>): it needs 1RF1>, which has not been posted" in result.out
+    assert "fake ranks: Misstep: F comes after what it needs on its rank: rank 1, slot 4, 1F1>" in result.out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--steps", 0, "at least one step"),
+        ("--device", "tpu", "cpu or cuda"),
+        ("--transport", "pigeon", "direct or staged"),
+        ("--timeout", 0, "number of seconds"),
+    ],
+)
+def test_bad_options(run, option, value, told):
+    result = run("verify", option, value)
+    assert (result.code, result.out) == (2, "")
+    assert told in result.err
+
+
+def test_a_schedule_without_ops(run, tmp_path):
+    file = tmp_path / "empty.txt"
+    file.write_text("lane > 0\nrank 0:\n")
+    assert "without ops" in run("verify", file).err

@@ -1,0 +1,129 @@
+"""The named schedules: drawn at a size that can be read, kept in golden files, refused with a remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from dualpipe.generate import PLANS, SizeError, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule import COMPUTE, DOWN, UP, Schedule
+from dualpipe.schedulefile import dumps, load
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def computes(schedule: Schedule, rank: int) -> str:
+    """A rank's computes with the lane as the field draws it: a full backward is one letter pair, no messages."""
+    slots = schedule.only(COMPUTE).programs[rank]
+    return " ".join("+".join(f"{op.kind}{op.mb}{op.lane}" for op in slot) for slot in slots)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_order_is_the_golden_one(name):
+    path = GOLDEN / f"{name}-P4-M8.txt"
+    assert dumps(generate(name, 4, 8)) == path.read_text()
+    assert load(path) == generate(name, 4, 8)
+
+
+def test_outer_rank_of_dualpipe_overlaps_from_its_first_pair_on():
+    assert computes(dualpipe(4, 8), 0) == (
+        "F0> F1> F2> F0< "
+        "B0< W0< F1< "
+        "F3>+B1<+W1< F2<+B0>+W0> "
+        "B2<+W2< F3<+B1>+W1> "
+        "B3<+W3< B2> "
+        "W2> B3> W3>"
+    )
+
+
+def test_middle_rank_runs_its_first_backward_apart():
+    assert computes(dualpipe(4, 8), 1) == (
+        "F0> F0< F1> F1< "
+        "F2> B0<+W0< F2<+B0>+W0> "
+        "F3>+B1<+W1< F3<+B1>+W1> "
+        "B2<+W2< B2>+W2> B3< B3> "
+        "W3< W3>"
+    )
+
+
+def test_opposite_ranks_of_dualpipe_are_mirror_images():
+    up_and_down = str.maketrans("<>", "><")
+    schedule = dualpipe(6, 14)
+    for rank in range(3):
+        assert computes(schedule, rank) == computes(schedule, 5 - rank).translate(up_and_down)
+
+
+def test_dualpipev_is_dualpipe_folded():
+    """Chunk by chunk, rank r of the V does what rank r of twice as many ranks does; the other lane is its way back."""
+    folded, whole = dualpipev(3, 8), dualpipe(6, 16)
+
+    def unfold(rank):
+        return [
+            [(op.kind, op.mb, UP if op.stage < 3 else DOWN) for op in slot] for slot in folded.only(COMPUTE).programs[rank]
+        ]
+
+    for rank in range(3):
+        assert unfold(rank) == [
+            [(op.kind, op.mb, op.lane) for op in slot] for slot in whole.only(COMPUTE).programs[rank]
+        ]
+
+
+def test_one_f_one_b_as_it_is_drawn():
+    schedule = one_f_one_b(3, 4)
+    assert computes(schedule, 0).replace(">", "") == "F0 F1 F2 B0+W0 F3 B1+W1 B2+W2 B3+W3"
+    assert computes(schedule, 1).replace(">", "") == "F0 F1 B0+W0 F2 B1+W1 F3 B2+W2 B3+W3"
+    assert computes(schedule, 2).replace(">", "") == "F0 B0+W0 F1 B1+W1 F2 B2+W2 F3 B3+W3"
+
+
+def test_zb1p_runs_each_w_as_many_microbatches_late_as_its_rank():
+    schedule = zb1p(3, 4)
+    assert computes(schedule, 0).replace(">", "") == "F0 F1 F2 B0 W0 F3 B1 W1 B2 W2 B3 W3"
+    assert computes(schedule, 1).replace(">", "") == "F0 F1 B0 F2 B1 W0 F3 B2 W1 B3 W2 W3"
+    assert computes(schedule, 2).replace(">", "") == "F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3"
+
+
+@pytest.mark.parametrize("make", [dualpipev, one_f_one_b, zb1p])
+def test_one_rank_sends_nothing(make):
+    schedule = make(1, 4)
+    assert schedule.only(COMPUTE) == schedule
+
+
+REFUSED = {
+    ("dualpipe", 0, 8): "dualpipe needs an even number of ranks, 2 or more: got 0; use 2",
+    ("dualpipe", -3, 8): "dualpipe needs an even number of ranks, 2 or more: got -3; use 2",
+    ("dualpipe", 1, 8): "dualpipe needs an even number of ranks, 2 or more: got 1; use 2",
+    ("dualpipe", 5, 20): "dualpipe needs an even number of ranks, 2 or more: got 5; use 6",
+    ("dualpipe", 4, 6): "dualpipe needs at least two microbatches per rank: got 6 for 4 ranks; use 8 or more, or 1f1b",
+    ("dualpipe", 4, 3): "dualpipe needs at least two microbatches per rank: got 3 for 4 ranks; use 8 or more",
+    ("dualpipe", 4, 0): "dualpipe needs at least two microbatches per rank: got 0 for 4 ranks; use 8 or more",
+    ("dualpipe", 4, 9): "dualpipe needs an even number of microbatches, as many on one lane as on the other: "
+    "got 9; use 10",
+    ("dualpipev", 0, 8): "dualpipev needs at least one rank: got 0; use 1 or more",
+    ("dualpipev", 1, 1): "dualpipev needs at least two microbatches per rank: got 1 for 1 rank; use 2 or more, or 1f1b",
+    ("1f1b", -1, 8): "1f1b needs at least one rank: got -1; use 1 or more",
+    ("1f1b", 4, 3): "1f1b needs at least as many microbatches as ranks: got 3 for 4 ranks; use 4 or more",
+    ("zb1p", 4, -8): "zb1p needs at least as many microbatches as ranks: got -8 for 4 ranks; use 4 or more",
+}
+
+
+@pytest.mark.parametrize("size", REFUSED)
+def test_a_size_that_cannot_be_is_refused_with_a_remedy(size):
+    with pytest.raises(SizeError) as error:
+        generate(*size)
+    assert str(error.value) == REFUSED[size]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_size_is_generated_or_refused(name):
+    for ranks in range(-1, 7):
+        for microbatches in range(-1, 16):
+            try:
+                schedule = generate(name, ranks, microbatches)
+            except SizeError:
+                continue
+            assert schedule.ranks == ranks
+            assert sum(schedule.microbatches.values()) == microbatches
+
+
+def test_an_unknown_name_is_a_key_error():
+    with pytest.raises(KeyError):
+        generate("dualpipes", 4, 8)

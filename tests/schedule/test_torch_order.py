@@ -1,0 +1,41 @@
+"""DualPipeV computes in the order of torch's own ``ScheduleDualPipeV``."""
+
+from dataclasses import replace
+
+import pytest
+
+from dualpipe.generate import dualpipev
+from dualpipe.schedule import COMPUTE, Schedule, show_slot
+from tests.schedule import torch_tables
+
+KINDS = {"F": "F", "I": "B", "W": "W"}
+
+
+def slot(action) -> str:
+    """A slot as we write it: torch's B is the full backward, its I the one for the input."""
+    if action.sub_actions:
+        return "+".join(map(slot, action.sub_actions))
+    stage, kind, mb = action.stage_index, action.computation_type.value, action.microbatch_index
+    return f"{stage}B{mb}>+{stage}W{mb}>" if kind == "B" else f"{stage}{KINDS[kind]}{mb}>"
+
+
+def theirs(ranks: int, microbatches: int) -> list[str]:
+    order = torch_tables.order("dualpipev", ranks, microbatches)
+    return [" ".join(slot(action) for action in order[rank] if action) for rank in range(ranks)]
+
+
+def ours(schedule: Schedule) -> list[str]:
+    return [" ".join(map(show_slot, program)) for program in schedule.only(COMPUTE).programs]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("more", [0, 1, 2, 5, 16])
+def test_order_is_that_of_torch(ranks, more):
+    assert ours(dualpipev(ranks, 2 * ranks + more)) == theirs(ranks, 2 * ranks + more)
+
+
+def test_one_compute_moved_is_another_order():
+    schedule = dualpipev(4, 8).only(COMPUTE)
+    first, second, *rest = schedule.programs[3]
+    moved = replace(schedule, programs=(*schedule.programs[:3], (second, first, *rest)))
+    assert ours(moved) != theirs(4, 8)

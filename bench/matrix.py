@@ -1,4 +1,4 @@
-"""The whole matrix of verifications: schedules, sizes and number formats; a line each.  Exit code 1 if any is not equal."""
+"""The whole matrix of verifications: schedules, sizes, number formats; a line each.  Exit code 1 if any differs."""
 
 import sys
 import time

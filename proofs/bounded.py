@@ -25,13 +25,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, Kind, Lane, Op, Placed, Schedule
-from proofs.difference import Contradiction, Problem, chain, decide, joined
+from proofs.difference import Contradiction, Link, Problem, decide, joined
 from proofs.memory import Bound
 from proofs.verdict import Proved, Refuted, Unknown, Verdict
 
 WHERE = "{0.op} in slot {0.slot} of rank {0.rank}"
-BEHIND = chain("rank {0.rank} has {0.op} in slot {0.slot} and {1.op} behind it in slot {1.slot}")
-GROWS = chain("rank {0} holds {gap} more in slot {2} than in slot {1}")
+BEHIND = Link("rank {0.rank} has {0.op} in slot {0.slot} and {1.op} behind it in slot {1.slot}")
+GROWS = Link("rank {0} holds {gap} more in slot {2} than in slot {1}")
 
 
 def verdict(problem: Problem, timeout_s: float | None = None) -> Verdict:

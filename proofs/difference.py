@@ -18,14 +18,12 @@ from proofs.verdict import Unknown
 Why = tuple[object, ...]
 """A text with places for what follows it, as in ``str.format``; put together only when it is told."""
 
-CHAINS: set[str] = set()
-"""The texts of facts that make chains: their last two places are where a link begins and where it ends."""
 
+class Link(str):
+    """The text of a fact that is one link of a chain: its last two places are where the link begins and ends.
 
-def chain(text: str) -> str:
-    """Declare the text of a chain's links, so that a core tells several in a row as one."""
-    CHAINS.add(text)
-    return text
+    Several in a row are told as one.
+    """
 
 
 class Fact(NamedTuple):
@@ -111,7 +109,7 @@ def as_circle(facts: list[Fact]) -> tuple[Fact, ...] | None:
 
 def joined(circle: tuple[Fact, ...]) -> tuple[Fact, ...]:
     """The circle with neighbouring links of a chain made one, so that it is told in as few lines as it has turns."""
-    turn = next((index for index, fact in enumerate(circle) if fact.why[0] not in CHAINS), 0)
+    turn = next((index for index, fact in enumerate(circle) if not isinstance(fact.why[0], Link)), 0)
     told: list[Fact] = []
     for fact in circle[turn:] + circle[:turn]:
         last = told[-1] if told else None
@@ -123,7 +121,7 @@ def joined(circle: tuple[Fact, ...]) -> tuple[Fact, ...]:
 
 
 def _links(one: Fact, other: Fact) -> bool:
-    return one.why[0] in CHAINS and one.why[:-2] == other.why[:-2] and one.why[-1] == other.why[-2]
+    return isinstance(one.why[0], Link) and one.why[:-2] == other.why[:-2] and one.why[-1] == other.why[-2]
 
 
 def _check(names: list[str], facts: list[Fact], timeout_s: float | None) -> list[int] | Unknown | None:

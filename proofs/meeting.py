@@ -16,10 +16,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from dualpipe.schedule import COMPUTE, SENDS, Op, Placed, Schedule, Slot
-from proofs.difference import Problem, chain
+from proofs.difference import Link, Problem
 from proofs.models import Model
 
-AFTER = chain("rank {0} reaches slot {2} after slot {1}")
+AFTER = Link("rank {0} reaches slot {2} after slot {1}")
 HOLDS_UP = "{0.op} in slot {0.slot} of rank {0.rank} ends after rank {1.rank} reaches {1.op} in slot {1.slot}"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.schedule import COMPUTE, Kind, Lane, Op, RuleError, Schedule, Slot
+from dualpipe.schedule import COMPUTE, Kind, Lane, Op, Program, RuleError, Schedule, Slot
 from dualpipe.schedule import B as BACKWARD
 from dualpipe.schedule import F as FORWARD
 from dualpipe.schedule import W as WEIGHT
@@ -152,6 +152,34 @@ def peak_bytes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: 
     released.  A B that shares its slot with its W is a whole backward, which leaves nothing to W.  Raises
     ``BoundError`` unless both sequences give every stage a size of 0 or more.
     """
+    _require_sizes(schedule, waiting_for_b, waiting_for_w)
+    return tuple(_peak_bytes(schedule, rank, waiting_for_b, waiting_for_w) for rank in range(schedule.ranks))
+
+
+def settled_bytes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: Sequence[int]) -> tuple[int, ...]:
+    """For each rank the most bytes that it holds *between* two ops, run one at a time: what can be measured exactly.
+
+    Here every B leaves its share to W, also where W follows in the same slot.  Sizes and errors are those of
+    ``peak_bytes``.
+    """
+    _require_sizes(schedule, waiting_for_b, waiting_for_w)
+    return tuple(_settled(program, waiting_for_b, waiting_for_w) for program in schedule.programs)
+
+
+def _settled(program: Program, for_b: Sequence[int], for_w: Sequence[int]) -> int:
+    held: dict[Key, int] = {}
+    total = most = 0
+    for slot in program:
+        for op in slot:
+            if op.kind in COMPUTE:
+                size = {FORWARD: for_b[op.stage], BACKWARD: for_w[op.stage]}.get(op.kind, 0)
+                total += size - held.pop(_key(op), 0)
+                held[_key(op)] = size
+                most = max(most, total)
+    return most
+
+
+def _require_sizes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: Sequence[int]) -> None:
     for name, sizes in (("waiting for B", waiting_for_b), ("waiting for W", waiting_for_w)):
         if len(sizes) != schedule.stages or min(sizes) < 0:
             raise BoundError(
@@ -159,7 +187,6 @@ def peak_bytes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: 
                 f"got {list(sizes)}",
                 "give one size a stage",
             )
-    return tuple(_peak_bytes(schedule, rank, waiting_for_b, waiting_for_w) for rank in range(schedule.ranks))
 
 
 def _peak_bytes(schedule: Schedule, rank: int, for_b: Sequence[int], for_w: Sequence[int]) -> PeakBytes:

@@ -112,6 +112,9 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
     """Every rank reaches its end and every message is received, whatever the compute times are."""
     run = Run(schedule, model)
     stuck = [waiting for state in run.states for waiting in state.pending or ()]
+    buffered = [pair for pair, count in run.sent.items() if run.received.get(pair, 0) < count]
+    if not stuck and not buffered:
+        return Proved()
     both = sides(schedule)
     waits: dict[int, list[Wait]] = {}
     for placed, nth in stuck:
@@ -122,12 +125,9 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
         waits.setdefault(placed.rank, []).append(Wait(placed, partner))
     if waits:
         return Refuted(Circle(model, shortest_circle(waits)))
-    for (sender, receiver), count in run.sent.items():
-        posted = run.received.get((sender, receiver), 0)
-        if posted < count:  # the sends fitted into the buffer, and nobody empties it
-            place = both[0][sender, receiver][posted]
-            return Refuted(NeverMet(model, place, receiver, posted, posted))
-    return Proved()
+    sender, receiver = buffered[0]  # the sends fitted into the buffer, and nobody empties it
+    posted = run.received.get((sender, receiver), 0)
+    return Refuted(NeverMet(model, both[0][sender, receiver][posted], receiver, posted, posted))
 
 
 def thread(schedule: Schedule, rank: int, model: Model) -> Thread:

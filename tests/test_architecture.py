@@ -67,7 +67,8 @@ def test_only_the_drop_in_imports_megatron():
 
 def test_the_oracle_knows_no_schedule():
     for name in ("oracle", "model", "data"):
-        own = {module for module in imports(ROOT / "reference" / f"{name}.py") if module.startswith(("dualpipe", "proofs"))}
+        found = imports(ROOT / "reference" / f"{name}.py")
+        own = {module for module in found if module.startswith(("dualpipe", "proofs"))}
         assert own <= {"dualpipe.errors", "dualpipe.errors.RuleError"}
 
 

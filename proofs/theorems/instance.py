@@ -22,24 +22,34 @@ class Instance(NamedTuple):
     ranks: tuple[int, ...]
     fact: tuple[str | int, ...]
     holds: bool
+    obligation: Obligation
 
 
 def instances(family: Family, obligations: Iterable[Obligation], ranks: int, microbatches: int) -> Iterator[Instance]:
     """Every case of every obligation that arises at this size."""
     plans = [PLANS[family.name](ranks, microbatches, rank) for rank in range(ranks)]
-    worlds: dict[int, list[tuple[tuple[int, ...], dict[str, int]]]] = {}
+    worlds: dict[int, list[World]] = {}
     for obligation in obligations:
         scope = obligation.scope
         if id(scope) not in worlds:
-            worlds[id(scope)] = list(_worlds(family, scope, plans))
-        for where, values in worlds[id(scope)]:
+            worlds[id(scope)] = _worlds(family, scope, plans)
+        for values, places in worlds[id(scope)]:
             for solution in solutions(obligation.given, values):
+                fact = evaluate(obligation.fact, solution)
                 holds = all(constraint.holds(solution) for constraint in obligation.then)
-                yield Instance(where, evaluate(obligation.fact, solution), holds)
+                yield from (Instance(where, fact, holds, obligation) for where in places)
 
 
-def _worlds(family: Family, scope: Rank | Link, plans: list[Plan]) -> Iterator[tuple[tuple[int, ...], dict[str, int]]]:
-    """The ranks, or neighbours, that a scope stands for at one size, with the values of its symbols there."""
+class World(NamedTuple):
+    """The values of a scope's symbols, and the ranks or neighbours that have them (mirror images share theirs)."""
+
+    values: dict[str, int]
+    places: list[tuple[int, ...]]
+
+
+def _worlds(family: Family, scope: Rank | Link, plans: list[Plan]) -> list[World]:
+    """What a scope stands for at one size."""
+    found: dict[tuple[int, ...], World] = {}
     sides = (scope,) if isinstance(scope, Rank) else (scope.sender, scope.receiver)
     everyone = [(rank,) for rank in range(len(plans))]
     places: Iterable[tuple[int, ...]] = everyone if isinstance(scope, Rank) else _neighbours(plans)
@@ -49,7 +59,8 @@ def _worlds(family: Family, scope: Rank | Link, plans: list[Plan]) -> Iterator[t
             values |= family.values(plans[rank].sizes, side.suffix)
         tables = all(plans[rank].table is side.table for side, rank in zip(sides, where, strict=True))
         if tables and all(constraint.holds(values) for constraint in scope.domain):
-            yield where, values
+            found.setdefault(tuple(values.values()), World(values, [])).places.append(where)
+    return list(found.values())
 
 
 def _neighbours(plans: list[Plan]) -> list[tuple[int, ...]]:

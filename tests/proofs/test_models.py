@@ -1,0 +1,85 @@
+"""What the models of communication let through, on the smallest schedules that tell them apart."""
+
+import pytest
+
+from dualpipe.schedulefile import loads
+from proofs.bounded import verdict
+from proofs.findings import Circle, NeverMet
+from proofs.meeting import deadlock as times
+from proofs.models import BLOCKING, EAGER, MODELS, STREAM, ModelError, eager, parse_models
+from proofs.progress import deadlock
+from proofs.prove import prove
+from proofs.story import tell
+from proofs.verdict import Proved, Refuted
+
+
+def crossing(sends: int):
+    """Both ranks send first, ``sends`` messages each, and receive afterwards."""
+    here = " ".join(f"0F{mb}> 0SF{mb}>" for mb in range(sends)) + " " + " ".join(f"1RF{mb}<" for mb in range(sends))
+    there = here.replace("<", "^").replace(">", "<").replace("^", ">")
+    return loads(f"lane > 0 1\nlane < 1 0\nrank 0: {here}\nrank 1: {there}\n")
+
+
+def both(schedule, model):
+    """The verdict of both methods, which have to agree."""
+    by_search, by_z3 = deadlock(schedule, model), verdict(times(schedule, model))
+    assert type(by_search) is type(by_z3)
+    return by_search
+
+
+def test_senders_that_face_each_other_block():
+    found = both(crossing(1), BLOCKING)
+    assert isinstance(found.finding, Circle)
+    assert [wait.place.rank for wait in found.finding.waits] == [0, 1]
+
+
+@pytest.mark.parametrize("sends", [1, 2, 3])
+def test_a_buffer_of_as_many_messages_lets_them_go_on_and_one_place_less_does_not(sends):
+    assert isinstance(both(crossing(sends), eager(sends)), Proved)
+    if sends > 1:
+        found = both(crossing(sends), eager(sends - 1))
+        assert "for room to send rank 1 the activation" in tell(found.finding)
+        assert f"({eager(sends - 1)} messages)" in tell(found.finding)
+
+
+def test_no_buffer_helps_receivers_that_face_each_other():
+    facing = loads("lane > 0 1\nlane < 1 0\nrank 0: 1RF0< 0F0> 0SF0>\nrank 1: 1RF0> 0F0< 0SF0<\n")
+    assert all(isinstance(both(facing, model), Refuted) for model in (*MODELS, eager(99)))
+
+
+def test_a_message_left_in_the_buffer_is_one_that_never_meets_its_partner():
+    alone = loads("lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1:\n")
+    for model in MODELS:
+        found = both(alone, model)
+        assert isinstance(found.finding, NeverMet)
+        assert "rank 1 receives nothing from it" in tell(found.finding)
+
+
+def test_a_stream_keeps_the_groups_of_a_communicator_in_order():
+    # Each rank's first group is met only by the other's second: computes may go on, the groups may not.
+    crossed = loads("lane > 0 1\nlane < 1 0\nrank 0: 1RF0< 0F0> 0SF0>\nrank 1: 1RF0> 0F0< 0SF0<\n")
+    batched = loads("lane > 0 1\nlane < 1 0\nrank 0: 0F0> 0SF0>+1RF0<\nrank 1: 0F0< 0SF0<+1RF0>\n")
+    assert isinstance(both(crossed, STREAM), Refuted)
+    assert isinstance(both(batched, STREAM), Proved)
+
+
+def test_a_message_to_nobody_is_never_met():
+    for text in ("1RF0>@5", "1RF0>@1", "0RF0>"):
+        found = both(loads(f"lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1: {text}\n"), BLOCKING)
+        assert isinstance(found.finding, NeverMet)
+
+
+def test_deadlock_is_refuted_where_any_chosen_model_is_and_says_which_are_proved():
+    report = prove(crossing(1))
+    assert report.checks["deadlock"].as_json()["models"]["eager"]["verdict"] == "proved"
+    assert "proved with eager messages" in report.text()
+    assert isinstance(prove(crossing(1), models=[EAGER]).checks["deadlock"].verdict, Proved)
+
+
+def test_models_are_named_on_the_command_line():
+    assert parse_models("all") == MODELS
+    assert parse_models("eager:3") == (eager(3),)
+    assert parse_models("stream") == (STREAM,)
+    for text in ("", "eager:0", "eager:-1", "nccl"):
+        with pytest.raises(ModelError):
+            parse_models(text)

@@ -1,0 +1,152 @@
+"""What a user gets: the JSON object, the exit code, the text, the stories in full."""
+
+import json
+import time
+
+import pytest
+
+from dualpipe.generate import dualpipe, one_f_one_b
+from dualpipe.schedule import Op, Placed
+from proofs.findings import Live, Mismatch
+from proofs.prefix import cut
+from proofs.prove import CHECKS, prove
+from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, overall, worst
+from tests.mutations import drop
+from tests.proofs.museum import both_sides_send_first, two_sends_of_a_batch_swapped
+
+
+def told(schedule, check, **options) -> list[str]:
+    """The lines under a check in the text of the report."""
+    lines = prove(schedule, **options).text().split("\n")
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"  {check} "))
+    story = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("      "):
+            break
+        story.append(line[6:])
+    return story
+
+
+def test_the_story_of_a_deadlock():
+    assert told(both_sides_send_first(), "deadlock") == [
+        "rank 0 waits in slot 3 (0SF1>) until rank 1 receives the activation of microbatch 1 of lane > "
+        "(stage 0 to stage 1); the receive that meets it is in slot 4 (1RF1>) there, and rank 1 gets no further than "
+        "slot 3",
+        "rank 1 waits in slot 3 (1SB0>) until rank 0 receives the gradient of microbatch 0 of lane > "
+        "(stage 1 to stage 0); the receive that meets it is in slot 4 (0RB0>) there, and rank 0 gets no further than "
+        "slot 3",
+        "so ranks 0 and 1 wait for each other and none of them can go on (blocking messages)",
+        "the first slots are enough to see it: 5 of rank 0, 5 of rank 1",
+        "proved with eager messages",
+    ]
+
+
+def test_the_story_of_messages_that_mix():
+    assert told(two_sends_of_a_batch_swapped(), "messages") == [
+        "rank 1 expects the activation of microbatch 3 of lane > (stage 0 to stage 1) in slot 13 (1RF3>), but the next "
+        "message from rank 0 is the gradient of microbatch 1 of lane < (stage 3 to stage 2), sent in slot 13 (3SB1<)",
+        "messages carry no tag, so it takes the one for the other: the run would hang, or finish with wrong gradients",
+        "the first slots are enough to see it: 14 of rank 0, 14 of rank 1",
+    ]
+
+
+def test_the_story_of_too_much_memory():
+    assert told(dualpipe(4, 8), "memory", max_activations=4) == [
+        "rank 1 holds 5 microbatches in slot 8, and may hold 4 (given); live then:",
+        "  stage 1 of lane >, waiting for B: microbatches 0, 1, 2",
+        "  stage 2 of lane <, waiting for B: microbatches 0, 1",
+        "the first slots are enough to see it: 9 of rank 1",
+    ]
+
+
+def test_the_finding_is_in_the_json_beside_its_story():
+    shown = prove(two_sends_of_a_batch_swapped()).as_json()["checks"]["messages"]
+    assert shown["finding"] == {
+        "fault": "mismatch",
+        "send": {"rank": 0, "slot": 13, "op": "3SB1<"},
+        "receive": {"rank": 1, "slot": 13, "op": "1RF3>"},
+        "nth": 4,
+    }
+    assert shown["story"].startswith("rank 1 expects")
+    assert shown["prefix"] == [14, 14, 0, 0]
+    assert shown["core"]
+
+
+def test_the_object_is_json_and_has_the_keys_of_the_format():
+    schedule = dualpipe(4, 8)
+    shown = json.loads(json.dumps(prove(schedule).as_json()))
+    assert list(shown) == ["schedule", "ranks", "verdict", "checks", "peak_activations"]
+    assert (shown["schedule"], shown["ranks"], shown["verdict"]) == ("dualpipe", 4, "proved")
+    assert tuple(shown["checks"]) == CHECKS
+    assert shown["peak_activations"] == [5, 5, 5, 5]
+    for check in shown["checks"].values():
+        assert check["verdict"] == "proved"
+        assert set(check["methods"]) == {"graph", "z3"}
+        assert check["seconds"] == pytest.approx(sum(check["methods"].values()), abs=1e-3)
+    json.dumps(prove(two_sends_of_a_batch_swapped()).as_json())
+    json.dumps(prove(both_sides_send_first(), max_activations=0).as_json())
+
+
+def test_a_report_goes_by_the_name_that_it_is_given():
+    assert prove(dualpipe(2, 4), label="mine.txt").as_json()["schedule"] == "mine.txt"
+    assert prove(dualpipe(2, 4)).text().startswith("dualpipe on 2 ranks: proved\n")
+
+
+def test_without_z3_a_proof_rests_on_one_method_and_says_so():
+    shown = prove(dualpipe(2, 4), smt=False).as_json()
+    assert {tuple(check["methods"]) for check in shown["checks"].values()} == {("graph",)}
+
+
+def test_every_check_runs_although_an_earlier_one_fails():
+    schedule = one_f_one_b(2, 4)
+    faulty = drop(schedule, 1, len(schedule.programs[1]) - 1, 0)
+    words = {name: result.verdict.word for name, result in prove(faulty).checks.items()}
+    assert words == dict.fromkeys(CHECKS, "proved") | {"messages": "refuted", "deadlock": "refuted"}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code"),
+    [
+        ([Proved(), Proved()], ExitCode.PROVED),
+        ([Proved(), Skipped("no bound")], ExitCode.PROVED),
+        ([Unknown("timeout"), Proved()], ExitCode.UNKNOWN),
+        ([Unknown("timeout"), Refuted(None)], ExitCode.REFUTED),
+    ],
+)
+def test_a_schedule_is_as_good_as_its_worst_check(verdicts, code):
+    assert overall(verdicts) == code
+
+
+def test_of_several_files_bad_input_is_the_worst_and_unknown_better_than_refuted():
+    assert [worst(codes) for codes in ([0, 3], [0, 3, 1], [0, 3, 1, 2], [])] == [3, 1, 2, 0]
+    assert list(map(int, ExitCode)) == [0, 1, 2, 3]
+
+
+def test_the_prefix_shows_the_fault_alone():
+    schedule = both_sides_send_first()
+    result = prove(schedule).checks["deadlock"]
+    short = cut(schedule, result.prefix)
+    assert [len(program) for program in short.programs] == [5, 5]
+    assert prove(short).checks["deadlock"].verdict.finding == result.verdict.finding
+
+
+def test_a_finding_is_data():
+    send, receive = Placed(0, 1, 0, Op("SF", ">", 0, 3)), Placed(1, 2, 1, Op("RF", ">", 1, 2))
+    assert Mismatch(send, receive, 4).as_json()["receive"] == {"rank": 1, "slot": 2, "op": "1RF2>"}
+    assert Live(send.op, "B").until == "B"
+
+
+def test_plain_search_is_fast_at_sixteen_ranks():
+    schedule = dualpipe(16, 64)
+    started = time.perf_counter()
+    assert prove(schedule, smt=False).verdict == "proved"
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.long
+def test_both_methods_prove_64_ranks_and_256_microbatches_in_time():
+    report = prove(dualpipe(64, 256))
+    assert report.verdict == "proved"
+    spent = {method: sum(r.seconds[method] for r in report.checks.values()) for method in ("graph", "z3")}
+    assert spent["graph"] < 10  # 2 on an idle machine
+    assert spent["z3"] < 120  # 30 on an idle machine

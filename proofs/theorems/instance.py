@@ -6,14 +6,35 @@ The coverage control compares this with the expanded schedule.  Plain integers, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 from dualpipe.generate import PLANS, Plan
+from dualpipe.schedule import Schedule
 from proofs.theorems.constraint import Constraint, Constraints
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Link, Obligation, evaluate
 from proofs.theorems.symbolic import Rank
+
+
+def plans_at(family: Family, ranks: int, microbatches: int) -> list[Plan]:
+    """Each rank before expansion, with the family's tables (which need not be the named schedule's own)."""
+    plans = [PLANS[family.name](ranks, microbatches, rank) for rank in range(ranks)]
+    return [replace(plan, table=_kind(family, plan).table) for plan in plans]
+
+
+def schedule_at(family: Family, ranks: int, microbatches: int) -> Schedule:
+    """The family's schedule at one size, expanded."""
+    plans = plans_at(family, ranks, microbatches)
+    return Schedule(plans[0].routes, tuple(plan.program() for plan in plans), family.name)
+
+
+def _kind(family: Family, plan: Plan) -> Rank:
+    """The kind of rank that a plan is of; every plan is of exactly one."""
+    values = family.values(plan.sizes, "")
+    (kind,) = [rank for rank in family.ranks if all(constraint.holds(values) for constraint in rank.domain)]
+    return kind
 
 
 class Instance(NamedTuple):
@@ -27,7 +48,7 @@ class Instance(NamedTuple):
 
 def instances(family: Family, obligations: Iterable[Obligation], ranks: int, microbatches: int) -> Iterator[Instance]:
     """Every case of every obligation that arises at this size."""
-    plans = [PLANS[family.name](ranks, microbatches, rank) for rank in range(ranks)]
+    plans = plans_at(family, ranks, microbatches)
     worlds: dict[int, list[World]] = {}
     for obligation in obligations:
         scope = obligation.scope

@@ -1,0 +1,104 @@
+"""What ``dualpipe prove`` does: proves each schedule that it is given and prints text, or one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualpipe.errors import RuleError
+from dualpipe.schedule import Schedule
+from proofs.models import parse_models
+from proofs.prove import Report, prove, smtlib
+from proofs.theorems import prove_all
+from proofs.verdict import ExitCode, Refuted, Unknown, worst
+
+Source = tuple[str, Callable[[], Schedule]]
+"""A name for reports, and how to get the schedule; getting it may raise ``RuleError`` or ``OSError``."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command line, as they were typed."""
+
+    model: str = "all"
+    max_activations: int | None = None
+    bytes_for_b: str | None = None
+    bytes_for_w: str | None = None
+    smtlib: Path | None = None
+    solver_timeout: float | None = None
+    as_json: bool = False
+
+
+def prove_sources(sources: Sequence[Source], options: Options) -> ExitCode:
+    """Prove every source in order; bad input in one does not keep the others from being proved."""
+    parse_models(options.model)
+    if options.smtlib is not None and len(sources) != 1:
+        raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
+    codes = []
+    for name, get in sources:
+        try:
+            report = _prove(get(), name, options)
+        except (RuleError, OSError) as error:
+            codes.append(ExitCode.BAD_INPUT)
+            print(f"dualpipe: {error}", file=sys.stderr)
+            if options.as_json:
+                print(json.dumps({"schedule": name, "verdict": "bad input", "error": str(error)}))
+            continue
+        codes.append(report.exit_code)
+        print(json.dumps(report.as_json()) if options.as_json else report.text(), end="\n" if options.as_json else "")
+    return worst(codes)
+
+
+def prove_all_sizes(as_json: bool) -> ExitCode:
+    """Prove the theorems for every size, one line each."""
+
+    def progress(done: int, total: int, name: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{done}/{total} {name}", end="\r", file=sys.stderr, flush=True)
+
+    results = prove_all(progress)
+    if sys.stderr.isatty():
+        print("\033[K", end="", file=sys.stderr)
+    for result in results:
+        print(json.dumps(result.as_json()) if as_json else result.text)
+    if not as_json:
+        obligations, arise = (sum(getattr(r, f) for r in results) for f in ("obligations", "non_vacuous"))
+        seconds = sum(result.seconds for result in results)
+        print(f"{len(results)} theorems, {obligations} obligations, {arise} of them arise, {seconds:.1f} s")
+    codes = {Refuted: ExitCode.REFUTED, Unknown: ExitCode.UNKNOWN}
+    return worst(codes.get(type(result.verdict), ExitCode.PROVED) for result in results)
+
+
+def _prove(schedule: Schedule, name: str, options: Options) -> Report:
+    models = parse_models(options.model)
+    if options.smtlib is not None:
+        options.smtlib.write_text("\n".join(smtlib(schedule, model, options.max_activations) for model in models[:1]))
+    return prove(
+        schedule,
+        models,
+        options.max_activations,
+        timeout_s=options.solver_timeout,
+        bytes_per_stage=_bytes_per_stage(schedule, options),
+        label=schedule.name or name,
+    )
+
+
+def _bytes_per_stage(schedule: Schedule, options: Options) -> tuple[list[int], list[int]] | None:
+    if options.bytes_for_b is None and options.bytes_for_w is None:
+        return None
+    both = [_sizes(text, schedule.stages) for text in (options.bytes_for_b, options.bytes_for_w)]
+    return both[0], both[1]
+
+
+def _sizes(text: str | None, stages: int) -> list[int]:
+    words = (text or "").split(",")
+    if len(words) != stages or not all(word.strip().isascii() and word.strip().isdigit() for word in words):
+        raise RuleError(
+            "--bytes-for-b and --bytes-for-w each give a whole number of bytes per stage",
+            f"got {text or 'nothing'} for {stages} stages",
+            "separate the numbers by commas",
+        )
+    return [int(word) for word in words]

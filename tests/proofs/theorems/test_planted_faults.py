@@ -1,0 +1,136 @@
+"""The second control: a fault planted in a table makes a named obligation satisfiable."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+
+from dualpipe.generate import MIDDLE, ONE_F_ONE_B, OUTER, ZB1P
+from dualpipe.table import Row, symbol, vary
+from proofs import graph, progress
+from proofs.models import BLOCKING
+from proofs.theorems import THEOREMS, TableError, prove_all
+from proofs.theorems.family import Family
+from proofs.theorems.instance import schedule_at
+from proofs.theorems.obligation import discharge
+from proofs.theorems.one_lane import one_f_one_b, zb1p
+from proofs.theorems.two_way import dualpipe, dualpipev
+from proofs.verdict import Proved, Refuted, Unknown
+
+N, H, h, odd, P, M, r = map(symbol, ("N", "H", "h", "odd", "P", "M", "r"))
+
+
+class Fault(NamedTuple):
+    what: str
+    family: Family
+    theorem: str
+    obligation: str  # how the name of the obligation that breaks begins
+
+
+def in_1f1b(*rows: Row) -> Family:
+    return one_f_one_b(vary(ONE_F_ONE_B, *rows))
+
+
+def in_zb1p(*rows: Row) -> Family:
+    return zb1p(vary(ZB1P, *rows))
+
+
+def in_outer(*rows: Row) -> Family:
+    return dualpipe(outer=vary(OUTER, *rows))
+
+
+def in_middle(*rows: Row) -> Family:
+    return dualpipe(middle=vary(MIDDLE, *rows))
+
+
+STEADY = "2 one forward, one backward"
+LATE_W = in_zb1p(
+    Row("3 one of each", M - P, "F0 SF0 RB0 B0 SB0 RF0"),
+    Row("5 weights", M - P + r, "W"),
+)
+W_OVERTAKES = in_zb1p(Row("3 one of each", M - P, "F0 SF0 RB0 B0+W0 SB0 RF0"))
+DEEPER = in_1f1b(
+    Row("1 warm up", P - r, "RF0 F0 SF0"),
+    Row(STEADY, M - P + r - 1, "F0 SF0 RB0 B0+W0 SB0 RF0"),
+    Row("3 cool down", P - r, "RB0 B0+W0 SB0"),
+)
+LATER_W_OF_THE_FIRST_HALF = in_outer(
+    Row("6 whole", (h + odd) // 2, "RB1 B1 SB1 RB0 B0+W0 SB0"),
+    Row("8 weights", h + 1 + (h + odd) // 2, "W"),
+)
+
+FAULTS = [
+    Fault("a warm-up too long", in_1f1b(Row("1 warm up", P - r, "RF0 F0 SF0")), "totals", "all F0 of rank"),
+    Fault("a phase of length -1", DEEPER, "totals", f"row '{STEADY}'"),
+    Fault("W without its B", in_1f1b(Row("3 cool down", P - r - 1, "RB0 W0 B0 SB0")), "totals", "W0 in row '3 cool"),
+    Fault("a send left out", in_1f1b(Row("2 last", 1, "F0 RB0 B0+W0 SB0")), "messages", "none is left over, down"),
+    Fault("B before its gradient", in_1f1b(Row("2 last", 1, "F0 SF0 B0+W0 RB0 SB0")), "order", "B0 in row '2 last'"),
+    Fault("sent before computed", in_1f1b(Row("2 last", 1, "SF0 F0 RB0 B0+W0 SB0")), "order", "SF0 in row '2 last'"),
+    Fault("a receive too early", in_1f1b(Row(STEADY, M - P + r, "F0 SF0 RB0 RF0 B0+W0 SB0")), "deadlock", "B0 in row"),
+    Fault("one more in flight", DEEPER, "live", "live at F0"),
+    Fault("one more in flight", DEEPER, "memory", "live at F0"),
+    Fault("W from an empty queue", in_zb1p(Row("3 last", 1, "F0 SF0 W RB0 B0 SB0")), "queue", "W in row '3 last'"),
+    Fault("a W never run", in_zb1p(Row("5 weights", r - 1, "W")), "queue", "every pending W"),
+    Fault("every W waits to the end", LATE_W, "pending", "pending W at B0 in row '3 one"),
+    Fault("every W waits to the end", LATE_W, "memory", "live at F0 in row '3 one"),
+    Fault("a W overtakes those that wait", W_OVERTAKES, "accumulation", "W in row '4"),
+    Fault(
+        "two sends swapped in the main loop",
+        in_outer(Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0 RF1 RB0 F1+B0+W0 SF1 SB0")),
+        "messages",
+        "SB1 in row '4 overlapped'",
+    ),
+    Fault(
+        "two sends swapped in the middle",
+        in_middle(Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SB0 SF1")),
+        "messages",
+        "SB0 in row '4 overlapped'",
+    ),
+    Fault(
+        "a receive too early in the middle",
+        in_middle(Row("4 first", 1, "RB1 F0 SF1 B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0")),
+        "deadlock",
+        "",
+    ),
+    Fault(
+        "a receive too early in the main loop",
+        in_outer(Row("4 overlapped", H - 2 * N + h, "RF0 RB1 RB0 F0+B1+W1 SF0 SB1 RF1 F1+B0+W0 SF1 SB0")),
+        "deadlock",
+        "",
+    ),
+    Fault(
+        "B before its gradient",
+        in_outer(Row("3 first backwards", N - h - 1, "B1 RB1 SB1 RF1 W F1 SF1")),
+        "order",
+        "B1 in row '3 first backwards'",
+    ),
+    Fault(
+        "W before its B",
+        in_outer(Row("3 first backwards", N - h - 1, "RB1 W B1 SB1 RF1 F1 SF1")),
+        "queue",
+        "W in row '3 first backwards'",
+    ),
+    Fault("a phase too long", in_outer(Row("7 cool down", N - h, "W RB0 B0 SB0")), "totals", "all B0 of outer"),
+    Fault("a W never run", in_middle(Row("8 weights", h, "W")), "queue", "every pending W of middle"),
+    Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "pending", "pending W at B"),
+    Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "memory", "live at F"),
+    Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "accumulation", "W"),
+    Fault(
+        "a W overtakes those that wait",
+        in_outer(Row("6 split", (h + odd) // 2, "RB1 B1 SB1 RB0 B0+W0 SB0"), Row("8 weights", N, "W")),
+        "accumulation",
+        "",
+    ),
+    Fault(
+        "the turn before the lane comes to it",
+        dualpipev(middle=vary(MIDDLE, Row("2 other lane enters", h, "F1 SF1 RF0 RF1 F0 SF0"))),
+        "order",
+        "F1 in row '2 other lane enters'",
+    ),
+    Fault(
+        "two sends swapped where the lane turns",
+        dualpipev(middle=vary(MIDDLE, Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 F1+B0+W0 SB0 SF1"))),
+        "messages",
+        "SB0 in row '4 overlapped'",
+    ),
+]

@@ -6,12 +6,13 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup verify test check bench clean
+.PHONY: help setup verify test check prove bench clean
 
 help:
-	@echo "make verify  run DualPipe on processes and compare it with plain PyTorch, bitwise"
+	@echo "make verify  prove DualPipe, run it on processes and compare it with plain PyTorch, bitwise"
 	@echo "make test    the whole test suite on CPU"
 	@echo "make check   lint, types and the fast tests"
+	@echo "make prove   the theorems, for every size, and one size of each schedule"
 	@echo "make bench   measurements, none of which is a test"
 
 setup: $(READY)
@@ -23,7 +24,12 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 verify: $(READY)
+	$(BIN)/dualpipe prove -P 4 -M 8
 	$(BIN)/dualpipe verify -P 4 -M 8
+
+prove: $(READY)
+	$(BIN)/dualpipe prove --all-sizes
+	for name in dualpipe dualpipev 1f1b zb1p; do $(BIN)/dualpipe prove -P 8 -M 20 --schedule $$name || exit 1; done
 
 test: $(READY)
 	$(BIN)/pytest -n 2 -q

@@ -58,6 +58,14 @@ LATER_W_OF_THE_FIRST_HALF = in_outer(
     Row("6 whole", (h + odd) // 2, "RB1 B1 SB1 RB0 B0+W0 SB0"),
     Row("8 weights", h + 1 + (h + odd) // 2, "W"),
 )
+W_AFTER_THE_LAST_FORWARD = in_outer(
+    Row("5 forwards end", N - h - 1, "RB1 B1 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
+    Row("8 weights", N, "W"),
+)
+TOO_SOON_BY_ONE = [
+    replace(family, bounds=replace(family.bounds, makespan=family.bounds.makespan - 1))
+    for family in (one_f_one_b(), zb1p(), dualpipe(), dualpipev())
+]
 
 FAULTS = [
     Fault("a warm-up too long", in_1f1b(Row("1 warm up", P - r, "RF0 F0 SF0")), "totals", "all F0 of rank"),
@@ -73,7 +81,7 @@ FAULTS = [
     Fault("a W never run", in_zb1p(Row("5 weights", r - 1, "W")), "queue", "every pending W"),
     Fault("every W waits to the end", LATE_W, "pending", "pending W at B0 in row '3 one"),
     Fault("every W waits to the end", LATE_W, "memory", "live at F0 in row '3 one"),
-    Fault("a W overtakes those that wait", W_OVERTAKES, "accumulation", "W in row '4"),
+    Fault("a W overtakes those that wait", W_OVERTAKES, "accumulation", "W0 in row '3 one"),
     Fault(
         "two sends swapped in the main loop",
         in_outer(Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0 RF1 RB0 F1+B0+W0 SF1 SB0")),
@@ -88,15 +96,15 @@ FAULTS = [
     ),
     Fault(
         "a receive too early in the middle",
-        in_middle(Row("4 first", 1, "RB1 F0 SF1 B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0")),
+        in_middle(Row("4 first", 1, "F0 SF1 RB1 RB0 B1+W1 SF0 SB1 RF1 F1+B0+W0 SF1 SB0")),
         "deadlock",
-        "",
+        "B1 in row '4 first'",
     ),
     Fault(
         "a receive too early in the main loop",
         in_outer(Row("4 overlapped", H - 2 * N + h, "RF0 RB1 RB0 F0+B1+W1 SF0 SB1 RF1 F1+B0+W0 SF1 SB0")),
         "deadlock",
-        "",
+        "F0 in row '4 overlapped'",
     ),
     Fault(
         "B before its gradient",
@@ -113,13 +121,13 @@ FAULTS = [
     Fault("a phase too long", in_outer(Row("7 cool down", N - h, "W RB0 B0 SB0")), "totals", "all B0 of outer"),
     Fault("a W never run", in_middle(Row("8 weights", h, "W")), "queue", "every pending W of middle"),
     Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "pending", "pending W at B"),
-    Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "memory", "live at F"),
-    Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "accumulation", "W"),
+    Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "accumulation", "W1 in row '6 turn'"),
+    Fault("W put off while forwards go on", W_AFTER_THE_LAST_FORWARD, "memory", "live at F1 in row '5 forwards end'"),
     Fault(
         "a W overtakes those that wait",
         in_outer(Row("6 split", (h + odd) // 2, "RB1 B1 SB1 RB0 B0+W0 SB0"), Row("8 weights", N, "W")),
         "accumulation",
-        "",
+        "W0 in row '6 split'",
     ),
     Fault(
         "the turn before the lane comes to it",
@@ -133,4 +141,77 @@ FAULTS = [
         "messages",
         "SB0 in row '4 overlapped'",
     ),
+    *(Fault("a makespan one too short", family, "makespan", "the end of") for family in TOO_SOON_BY_ONE),
 ]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.family.name}: {f.what}: {f.theorem}" for f in FAULTS])
+def test_a_planted_fault_breaks_a_named_obligation(fault):
+    done = discharge(list(THEOREMS[fault.theorem].obligations(fault.family)), timeout=10, enough=100)
+    broken = [failure for failure in done.failures if failure.obligation.name.startswith(fault.obligation)]
+    assert broken
+    assert all(failure.values is not None for failure in broken)
+
+
+@pytest.mark.parametrize("theorem", THEOREMS)
+def test_every_theorem_has_a_fault_planted_against_it(theorem):
+    assert any(fault.theorem == theorem for fault in FAULTS)
+
+
+def verdicts(family: Family) -> dict:
+    return {result.name.partition(": ")[2]: result for result in prove_all(of=[family])}
+
+
+def test_a_counterexample_is_one_size_and_one_place():
+    swapped = in_outer(Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0 RF1 RB0 F1+B0+W0 SF1 SB0"))
+    result = verdicts(swapped)["messages"]
+    assert isinstance(result.verdict, Refuted)
+    found = result.counterexample
+    assert found is not None
+    assert (found.ranks % 2, found.microbatches % 2) == (0, 0)
+    assert found.ranks <= 8
+    assert "swapped" not in result.text
+    assert result.as_json()["counterexample"] == found.as_json()
+    assert isinstance(graph.messages(schedule_at(swapped, found.ranks, found.microbatches)), Refuted)
+
+
+def test_a_deadlock_is_refuted_by_running_into_it():
+    early = in_1f1b(Row(STEADY, M - P + r, "F0 SF0 RB0 RF0 B0+W0 SB0"))
+    result = verdicts(early)["deadlock"]
+    assert isinstance(result.verdict, Refuted)
+    assert result.verdict.finding is not None
+    found = result.counterexample
+    assert isinstance(progress.deadlock(schedule_at(early, found.ranks, found.microbatches), BLOCKING), Refuted)
+
+
+def test_times_that_do_not_fit_refute_nothing():
+    """Half the warm-up is a poor schedule and no deadlock; the times are those of another one."""
+    shallow = in_1f1b(
+        Row("1 warm up", 0, "RF0 F0 SF0"),
+        Row(STEADY, M - 1, "F0 SF0 RB0 B0+W0 SB0 RF0"),
+        Row("3 cool down", 0, "RB0 B0+W0 SB0"),
+    )
+    results = verdicts(shallow)
+    assert isinstance(results["deadlock"].verdict, Unknown)
+    assert isinstance(results["makespan"].verdict, Unknown)
+    assert isinstance(results["messages"].verdict, Proved)
+    assert "the times of the proof do not fit" in results["deadlock"].text
+
+
+def test_a_theorem_whose_premise_fails_is_not_proved():
+    results = verdicts(in_1f1b(Row("1 warm up", P - r, "RF0 F0 SF0")))
+    assert isinstance(results["totals"].verdict, Refuted)
+    assert all(not isinstance(result.verdict, Proved) for result in results.values())
+
+
+def test_a_receive_may_be_early_where_nobody_waits_for_it():
+    """Not every change is a fault: the middle rank may post its first gradient before a forward, at every size."""
+    early = in_middle(Row("4 first", 1, "RB1 F0 SF1 B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"))
+    assert all(isinstance(result.verdict, Proved) for result in verdicts(early).values())
+    for ranks in (2, 4, 6):
+        assert isinstance(progress.deadlock(schedule_at(early, ranks, 2 * ranks), BLOCKING), Proved)
+
+
+def test_a_count_that_is_not_whole_is_an_error_of_the_table():
+    with pytest.raises(TableError, match="whole at every size"):
+        prove_all(of=[in_1f1b(Row("3 cool down", (P - r - 1) // 2, "RB0 B0+W0 SB0"))])

@@ -1,0 +1,162 @@
+"""``dualpipe prove``: verdicts, exit codes, several files, foreign tables, hostile bytes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dualpipe.cli import find_schedule
+from dualpipe.generate import PLANS, generate
+from dualpipe.schedule import RF, UP, Op
+from dualpipe.schedulefile import ScheduleSyntaxError, dumps
+from proofs.prove import CHECKS, prove
+from tests.production.cases import without
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.fixture
+def proved_file(tmp_path):
+    file = tmp_path / "proved.txt"
+    file.write_text(dumps(generate("dualpipe", 2, 4)))
+    return file
+
+
+@pytest.fixture
+def refuted_file(tmp_path):
+    file = tmp_path / "refuted.txt"
+    file.write_text(dumps(without(generate("1f1b", 2, 2), 1, Op(RF, UP, 1, 1))))
+    return file
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_named_schedules_are_proved(run, name):
+    result = run("prove", "-P", 4, "-M", 8, "--schedule", name)
+    assert result.code == 0
+    assert result.out.startswith(f"{name} on 4 ranks: proved\n")
+    for check in CHECKS:
+        assert f"  {check}" in result.out
+
+
+def test_json_has_the_contract_keys(run, proved_file):
+    told = json.loads(run("prove", proved_file, "--json").out)
+    assert (told["schedule"], told["ranks"], told["verdict"]) == ("dualpipe", 2, "proved")
+    assert list(told["checks"]) == list(CHECKS)
+    assert all(check["verdict"] == "proved" and check["seconds"] >= 0 for check in told["checks"].values())
+    assert told["peak_activations"] == [3, 3]
+
+
+def test_a_refuted_schedule_tells_a_story_and_exits_with_1(run, refuted_file):
+    result = run("prove", refuted_file)
+    assert result.code == 1
+    assert "rank 1 comes in slot 4 (1F1>) to the forward of microbatch 1" in result.out
+    told = json.loads(run("prove", refuted_file, "--json").out)
+    assert told["checks"]["deadlock"]["verdict"] == "refuted"
+    assert "rank 0 waits for ever" in told["checks"]["deadlock"]["story"]
+
+
+def test_several_files_give_a_line_each_and_the_worst_exit_code(run, proved_file, refuted_file, tmp_path):
+    result = run("prove", proved_file, refuted_file, "--json")
+    assert result.code == 1
+    assert [json.loads(line)["verdict"] for line in result.out.splitlines()] == ["proved", "refuted"]
+    bad = tmp_path / "bad.txt"
+    bad.write_text("lane > 0\nrank 0: 0X\n")
+    result = run("prove", refuted_file, bad, proved_file, "--json")
+    assert result.code == 2
+    assert [json.loads(line)["verdict"] for line in result.out.splitlines()] == ["refuted", "bad input", "proved"]
+    assert f"{bad}:2:9" in result.err
+
+
+@pytest.mark.parametrize("table", ["dualpipev", "zbv", "interleaved1f1b"])
+def test_tables_of_torch_are_lowered_and_proved(run, table):
+    (file,) = GOLDEN.glob(f"torch-{table}-*.csv")
+    result = run("prove", file)
+    assert result.code == 0, result.out
+
+
+def test_a_bound_that_does_not_hold_is_refuted(run):
+    result = run("prove", "--max-activations", 4)
+    assert result.code == 1
+    assert "holds 5 microbatches" in result.out
+
+
+def test_bytes_per_stage_give_the_peak_in_bytes(run):
+    sizes = ["--bytes-for-b", "9,8,8,12", "--bytes-for-w", "3,2,2,4"]
+    result = run("prove", *sizes)
+    assert result.code == 0
+    assert "rank 0 holds at most" in result.out
+    assert run("prove", *sizes[:2]).code == 2
+    assert run("prove", "--bytes-for-b", "9,8", "--bytes-for-w", "3,2").code == 2
+
+
+def test_smtlib_is_written_for_another_solver(run, tmp_path):
+    file = tmp_path / "obligations.smt2"
+    assert run("prove", "-P", 2, "--smtlib", file, "--model", "blocking").code == 0
+    assert file.read_text().count("(check-sat)") == len(CHECKS)
+
+
+@pytest.mark.parametrize("model", ["blocking", "eager", "eager:2", "stream", "all"])
+def test_a_model_of_communication_can_be_chosen(run, model):
+    assert run("prove", "-P", 2, "--model", model).code == 0
+
+
+def test_an_unknown_model_is_bad_input(run):
+    assert run("prove", "--model", "hopeful").code == 2
+
+
+def test_all_sizes_says_each_theorem_in_a_line(run):
+    result = run("prove", "--all-sizes", "--json")
+    assert result.code == 0
+    told = [json.loads(line) for line in result.out.splitlines()]
+    assert {theorem["verdict"] for theorem in told} == {"proved"}
+    names = {theorem["name"] for theorem in told}
+    for family in PLANS:
+        for claim in ("totals", "messages", "order", "queue", "deadlock", "memory", "accumulation", "makespan"):
+            assert f"{family}: {claim}" in names
+    assert all(0 < theorem["non_vacuous"] <= theorem["obligations"] for theorem in told)
+
+
+WORDS = st.sampled_from(
+    [
+        "lane",
+        "rank",
+        "schedule",
+        ">",
+        "<",
+        "0",
+        "1",
+        "0:",
+        "1:",
+        "0F0>",
+        "0W0>",
+        "1RF0>@7",
+        "0SF0>",
+        "+",
+        "#",
+        "\n",
+        "\t",
+    ]
+)
+TEXTS = st.one_of(st.binary(max_size=200), st.lists(WORDS, max_size=40).map(lambda words: " ".join(words).encode()))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=TEXTS, suffix=st.sampled_from([".txt", ".csv"]))
+def test_any_bytes_give_a_verdict_or_an_error_with_line_and_column(tmp_path, data, suffix):
+    file = tmp_path / f"hostile{suffix}"
+    file.write_bytes(data)
+    outcome = read(file)
+    if isinstance(outcome, ScheduleSyntaxError):
+        assert re.match(rf"{re.escape(str(file))}:\d+:\d+: found ", str(outcome))
+    else:
+        assert prove(outcome, smt=False).exit_code in (0, 1)
+
+
+def read(file):
+    try:
+        return find_schedule(str(file), None, None)
+    except ScheduleSyntaxError as error:
+        return error

@@ -1,0 +1,103 @@
+"""torch's compute-only table: read as it was dumped, placed, and lowered."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualpipe.generate import dualpipev
+from dualpipe.schedule import COMPUTE, UP, Schedule
+from dualpipe.schedulefile import ScheduleSyntaxError, dumps
+from dualpipe.torchcsv import load_csv, loads_csv
+from tests.schedule import torch_tables
+
+PLACEMENTS = {
+    "dualpipev": (0, 1, 2, 3, 3, 2, 1, 0),
+    "zbv": (0, 1, 2, 3, 3, 2, 1, 0),
+    "interleaved1f1b": (0, 1, 2, 3, 0, 1, 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", torch_tables.CLASSES)
+def test_golden_tables_are_what_torch_makes(name):
+    made = torch_tables.table(name, torch_tables.RANKS, torch_tables.MICROBATCHES)
+    assert torch_tables.path(name).read_bytes() == made.encode()
+
+
+@pytest.mark.parametrize("name", torch_tables.CLASSES)
+def test_placement_follows_from_who_runs_a_stage(name):
+    schedule = load_csv(torch_tables.path(name))
+    assert schedule.routes == {UP: PLACEMENTS[name]}
+    assert schedule.microbatches == {UP: 8}
+
+
+def test_dualpipev_of_torch_is_ours():
+    theirs = load_csv(torch_tables.path("dualpipev"))
+    assert theirs.only(COMPUTE).programs == dualpipev(4, 8).only(COMPUTE).programs
+
+
+def test_every_kind_of_cell_is_read():
+    text = "0F0,,0F1,(0F2;0B0)OVERLAP_F_B, ( 0F3 ; 0I1 )OVERLAP_F_B ,0W1,0B2\r\n"
+    assert dumps(loads_csv(text)) == "lane > 0\nrank 0: 0F0> 0F1> 0F2>+0B0>+0W0> 0F3>+0B1> 0W1> 0B2>+0W2>\n"
+
+
+BAD = {
+    "empty": ("", 1, 1, "no action"),
+    "no action of a rank": ("0F0\n,,\n1F0", 2, 1, "no action"),
+    "blank line between": ("0F0\n\n1F0\n", 2, 1, "no action"),
+    "a word": ("0F0,hello", 1, 5, "'hello'"),
+    "a message": ("0F0,0SEND_F0", 1, 5, "'0SEND_F0'"),
+    "no microbatch": ("0F0,0B", 1, 5, "'0B'"),
+    "a sign": ("0F-1", 1, 1, "'0F-1'"),
+    "too many digits": ("0F1234567890", 1, 1, "'0F1234567890'"),
+    "a quote": ('0F0,"0F1"', 1, 5, "'\"0F1\"'"),
+    "a byte order mark": ("\ufeff0F0", 1, 1, r"'\ufeff0F0'"),
+    "overlap of two forwards": ("0F0, (0F1;0F2)OVERLAP_F_B", 1, 11, "'0F2'"),
+    "overlap that begins with a backward": ("(0B1;0F2)OVERLAP_F_B", 1, 2, "'0B1'"),
+    "overlap of nothing": ("(;)OVERLAP_F_B", 1, 2, "nothing"),
+    "overlap cut short": ("(0F1;0B0)", 1, 1, "'(0F1;0B0)'"),
+    "a stage on two ranks": ("0F0,1F0\n1F1", 2, 1, "stage 1, which rank 0 runs too"),
+    "a stage on none": ("0F0\n2F0", 2, 1, "no stage 1 anywhere"),
+    "a stage far away": ("0F0,999999999F0", 1, 1, "no stage 1 anywhere"),
+    "a compute twice": ("0F0,0F1,,0F0", 1, 10, "rank 0 runs 0F0> twice"),
+    "what cannot be run": ("0F0,0B0\n1B0,1F0", 1, 5, "rank 0 stops in slot 1 at 0B0> for want of 1B0>"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_an_error_says_where_it_is_and_what_is_there(what):
+    text, line, column, says = BAD[what]
+    with pytest.raises(ScheduleSyntaxError) as error:
+        loads_csv(text, "my.csv")
+    assert str(error.value).startswith(f"my.csv:{line}:{column}: found ")
+    assert says in str(error.value)
+    assert "; expected " in str(error.value)
+
+
+def test_a_file_that_is_not_text_is_pointed_at(tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(b"0F0,0F1\n\xfe")
+    with pytest.raises(ScheduleSyntaxError, match=r"bad\.csv:2:1: found byte 0xfe"):
+        load_csv(path)
+
+
+CELLS = st.sampled_from(["0F0", "0F1", "1F0", "0B0", "0I0", "0W0", "1B0", "", "(0F1;1B0)OVERLAP_F_B", "(;", "9F9", "0F٣"])
+TABLES = st.lists(st.lists(CELLS, max_size=5).map(",".join), max_size=4).map("\n".join)
+
+
+@given(st.text() | st.text(st.sampled_from("0123FIWB,;()\n\r OVERLAP_F_B\x00"), max_size=60) | TABLES)
+def test_any_text_is_a_schedule_or_an_error_with_its_place(text):
+    try:
+        assert isinstance(loads_csv(text), Schedule)
+    except ScheduleSyntaxError as error:
+        assert 1 <= error.line <= text.count("\n") + 1
+        assert 1 <= error.column <= max(map(len, text.split("\n"))) + 1
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_schedule_or_an_error(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path.write_bytes(data)
+    try:
+        assert isinstance(load_csv(path), Schedule)
+    except ScheduleSyntaxError as error:
+        assert error.source == str(path)

@@ -204,17 +204,23 @@ class _Step:
         else:
             self.activations[key] = tuple(output.detach() for output in outputs)
             roots = tuple(_edge(output) for output in outputs if output.dtype.is_floating_point)
-            self.live[key] = _Live(inputs, roots)
+            self.keep(key, _Live(inputs, roots))
 
     def lose(self, op: Op, key: Key, inputs: Tensors, outputs: Tensors) -> None:
         """The end of a forward on the last stage: the loss, and the seed of the backward."""
         if self.keep_outputs:
             self.result.outputs.setdefault(op.lane, {})[op.mb] = tuple(output.detach() for output in outputs)
         if self.worker.criterion is None:
+            if torch.is_grad_enabled():
+                raise OrderError(f"{op} is on the last stage, which trains with a criterion; the pipeline has none")
             return
         loss = self.worker.criterion(*outputs, *self.data(self.feed.labels, op, "labels"))
         self.result.losses.setdefault(op.lane, {})[op.mb] = loss.detach()
-        self.live[key] = _Live(inputs, (_edge(loss),), (torch.ones_like(loss),))
+        self.keep(key, _Live(inputs, (_edge(loss),), (torch.ones_like(loss),)))
+
+    def keep(self, key: Key, live: _Live) -> None:
+        """Hold what B needs; an evaluation holds nothing, but still knows that F has run."""
+        self.live[key] = live if torch.is_grad_enabled() else _Live((), ())
 
     def inputs(self, op: Op, key: Key) -> Tensors:
         if key in self.live:
@@ -239,8 +245,9 @@ class _Step:
         pairs = [(root, seed) for root, seed in zip(live.roots, seeds, strict=True) if root is not None]
         if key not in self.whole:
             self.store.open(key)
-        with self.store.splitting(None if key in self.whole else key):
-            torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
+        if pairs:  # a frozen stage whose input needs no gradient has nothing to do
+            with self.store.splitting(None if key in self.whole else key):
+                torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
         if not self.schedule.is_first(op):
             self.gradients[key] = tuple(_gradient(leaf) for leaf in live.inputs if leaf.is_floating_point())
 

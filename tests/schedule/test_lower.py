@@ -163,7 +163,7 @@ def test_an_order_that_cannot_be_run_names_where_each_rank_stops(what):
 def test_of_many_ranks_that_stop_a_few_are_told():
     ranks = range(20)
     text = f"lane > {' '.join(map(str, ranks))}\n" + "\n".join(f"rank {r}: {r}F0>" if r else "rank 0:" for r in ranks)
-    with pytest.raises(OrderError, match=r"rank 8 stops in slot 0 at 8F0> .*, and 11 ranks more stop;") as error:
+    with pytest.raises(OrderError, match=r"rank 8 stops in slot 0 at 8F0> .*, and so do 11 ranks more;") as error:
         lower(loads(text))
     assert len(error.value.blocked) == 19
 

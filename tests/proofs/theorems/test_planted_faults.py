@@ -58,9 +58,13 @@ LATER_W_OF_THE_FIRST_HALF = in_outer(
     Row("6 whole", (h + odd) // 2, "RB1 B1 SB1 RB0 B0+W0 SB0"),
     Row("8 weights", h + 1 + (h + odd) // 2, "W"),
 )
-W_AFTER_THE_LAST_FORWARD = in_outer(
-    Row("5 forwards end", N - h - 1, "RB1 B1 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
-    Row("8 weights", N, "W"),
+W_PUT_OFF_IN_THE_MAIN_LOOP = in_outer(
+    Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
+    Row("8 weights", H - 2 * N + 2 * h + 1, "W"),
+)
+GRADIENT_AWAITED_IN_WARM_UP = in_1f1b(
+    Row("1 warm up", P - r - 1, "RF0 RB0 F0 SF0"),
+    Row("3 cool down", P - r - 1, "B0+W0 SB0"),
 )
 TOO_SOON_BY_ONE = [
     replace(family, bounds=replace(family.bounds, makespan=family.bounds.makespan - 1))
@@ -74,7 +78,7 @@ FAULTS = [
     Fault("a send left out", in_1f1b(Row("2 last", 1, "F0 RB0 B0+W0 SB0")), "messages", "none is left over, down"),
     Fault("B before its gradient", in_1f1b(Row("2 last", 1, "F0 SF0 B0+W0 RB0 SB0")), "order", "B0 in row '2 last'"),
     Fault("sent before computed", in_1f1b(Row("2 last", 1, "SF0 F0 RB0 B0+W0 SB0")), "order", "SF0 in row '2 last'"),
-    Fault("a receive too early", in_1f1b(Row(STEADY, M - P + r, "F0 SF0 RB0 RF0 B0+W0 SB0")), "deadlock", "B0 in row"),
+    Fault("a gradient awaited in warm-up", GRADIENT_AWAITED_IN_WARM_UP, "deadlock", "F0 in row '1 warm up'"),
     Fault("one more in flight", DEEPER, "live", "live at F0"),
     Fault("one more in flight", DEEPER, "memory", "live at F0"),
     Fault("W from an empty queue", in_zb1p(Row("3 last", 1, "F0 SF0 W RB0 B0 SB0")), "queue", "W in row '3 last'"),
@@ -102,7 +106,7 @@ FAULTS = [
     ),
     Fault(
         "a receive too early in the main loop",
-        in_outer(Row("4 overlapped", H - 2 * N + h, "RF0 RB1 RB0 F0+B1+W1 SF0 SB1 RF1 F1+B0+W0 SF1 SB0")),
+        in_middle(Row("4 overlapped", H - 2 * N + h, "RF0 RB1 RF1 F0+B1+W1 SF0 SB1 RB0 F1+B0+W0 SF1 SB0")),
         "deadlock",
         "F0 in row '4 overlapped'",
     ),
@@ -122,7 +126,7 @@ FAULTS = [
     Fault("a W never run", in_middle(Row("8 weights", h, "W")), "queue", "every pending W of middle"),
     Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "pending", "pending W at B"),
     Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "accumulation", "W1 in row '6 turn'"),
-    Fault("W put off while forwards go on", W_AFTER_THE_LAST_FORWARD, "memory", "live at F1 in row '5 forwards end'"),
+    Fault("every W1 waits to the end", W_PUT_OFF_IN_THE_MAIN_LOOP, "memory", "live at F0 in row '4 overlapped'"),
     Fault(
         "a W overtakes those that wait",
         in_outer(Row("6 split", (h + odd) // 2, "RB1 B1 SB1 RB0 B0+W0 SB0"), Row("8 weights", N, "W")),
@@ -176,12 +180,16 @@ def test_a_counterexample_is_one_size_and_one_place():
 
 
 def test_a_deadlock_is_refuted_by_running_into_it():
-    early = in_1f1b(Row(STEADY, M - P + r, "F0 SF0 RB0 RF0 B0+W0 SB0"))
-    result = verdicts(early)["deadlock"]
+    result = verdicts(GRADIENT_AWAITED_IN_WARM_UP)["deadlock"]
     assert isinstance(result.verdict, Refuted)
     assert result.verdict.finding is not None
-    found = result.counterexample
-    assert isinstance(progress.deadlock(schedule_at(early, found.ranks, found.microbatches), BLOCKING), Refuted)
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.theorem == "deadlock"], ids=lambda f: f.what)
+def test_where_the_times_break_on_a_planted_fault_the_ranks_really_hang(fault):
+    done = discharge(list(THEOREMS["deadlock"].obligations(fault.family)), timeout=10)
+    schedule = schedule_at(fault.family, *fault.family.world(done.failures[0].values))
+    assert isinstance(progress.deadlock(schedule, BLOCKING), Refuted)
 
 
 def test_times_that_do_not_fit_refute_nothing():

@@ -20,7 +20,8 @@ _MOST_TOLD = 6
 def watch(case: Case, quiet: bool = False) -> Iterator[OnProgress]:
     """A bar per party on standard error; yields the callback that moves them."""
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bars:
         ranks = case.schedule.ranks
         tasks = {FAKE: bars.add_task(FAKE, total=case.steps), PROCESSES: bars.add_task(PROCESSES, total=case.steps)}
         done: dict[str, dict[int, int]] = {FAKE: {0: 0}, PROCESSES: dict.fromkeys(range(ranks), 0)}

@@ -10,7 +10,7 @@ NUMBERS = st.integers(0, 12) | st.integers(0, 999_999_999)
 
 @st.composite
 def schedules(draw, max_ranks=4, max_stages=5):
-    """Any value that is a schedule, whether or not it makes sense: one lane or two, any placement, peers of any rank."""
+    """Any value that is a schedule, whether or not it makes sense: any lanes and placement, peers of any rank."""
     ranks = draw(st.integers(1, max_ranks))
     stages = draw(st.integers(1, max_stages))
     lanes = draw(st.sampled_from([(UP,), (DOWN,), (UP, DOWN), (DOWN, UP)]))

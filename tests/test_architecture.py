@@ -40,7 +40,7 @@ def files(folder: str) -> list[Path]:
     return found
 
 
-PURE = ["errors", "schedule", "schedulefile", "table", "generate", "lower", "simulate", "torchcsv"]
+PURE = ["errors", "schedule", "schedulefile", "table", "generate", "lower", "simulate", "summary", "timeline", "torchcsv"]
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -74,7 +74,7 @@ def test_the_oracle_knows_no_schedule():
 
 def test_fake_ranks_share_the_schedule_value_with_production_and_nothing_else():
     allowed = {"dualpipe.errors", "dualpipe.schedule", "dualpipe.schedulefile"}
-    for name in ("fake", "ledger", "mailbox", "replica"):
+    for name in ("fake", "fault", "ledger", "mailbox", "rank", "replica"):
         modules = {m for m in imports(ROOT / "reference" / f"{name}.py") if m.startswith("dualpipe")}
         assert {".".join(m.split(".")[:2]) for m in modules} <= allowed
 

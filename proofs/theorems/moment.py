@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 from dualpipe.schedule import MESSAGES
 from dualpipe.table import Affine, Step, affine
-from proofs.theorems.constraint import Constraints, at_least, below, equal, substitute
+from proofs.theorems.constraint import Constraints, TableError, at_least, below, equal, substitute
 from proofs.theorems.family import Times
 from proofs.theorems.symbolic import Place, Rank, is_compute
+
+
+class UntimedError(TableError):
+    """A table with computes that the family's times say nothing of."""
 
 
 class Moment(NamedTuple):
@@ -30,17 +34,27 @@ class Moment(NamedTuple):
 
 
 def moments(rank: Rank, row: int, step: int, iteration: Affine, times: Times) -> Iterator[Moment]:
-    """The compute that is ``step`` of ``row`` in an iteration: two cases where the row's last one has its own time."""
+    """The compute that is ``step`` of ``row`` in an iteration: two cases where the row's last one has its own time.
+
+    Raises ``UntimedError`` where ``times`` and the table do not fit.
+    """
     the_row = rank.table[row]
     place = Place(rank, row, step, 0, iteration)
-    nth = _computes(the_row.steps).index(step)
+    computes = _computes(the_row.steps)
     sizes = {**rank.sizes, "i": iteration}
     last = affine(rank.count(the_row) - 1)
     cases: list[tuple[str, Constraints]] = [(the_row.name, ())]
     if f"{the_row.name}, last" in times:
         cases = [(the_row.name, (below(iteration, last),)), (f"{the_row.name}, last", (equal(iteration, last),))]
     for name, given in cases:
-        start = substitute(times[name][nth], sizes)
+        starts = times.get(name, ())
+        if len(starts) != len(computes):
+            raise UntimedError(
+                "each compute of each row has a time",
+                f"row {name!r} of {rank.kind} has {len(computes)} computes and {len(starts)} times",
+                "give the family times that fit its table",
+            )
+        start = substitute(starts[computes.index(step)], sizes)
         yield Moment(f"{place} ({name})", given, place.computes, start, start + len(place.the_step))
 
 

@@ -12,6 +12,7 @@ from proofs.theorems.family import Family
 from proofs.theorems.instance import schedule_at
 from proofs.theorems.memory import live, memory
 from proofs.theorems.messages import messages
+from proofs.theorems.moment import UntimedError
 from proofs.theorems.obligation import Discharge, Obligation, discharge
 from proofs.theorems.one_lane import one_f_one_b, zb1p
 from proofs.theorems.order import order
@@ -127,9 +128,13 @@ def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) ->
     """
     theorem = THEOREMS[name]
     start = time.monotonic()
-    done = discharge(list(theorem.obligations(family)), timeout)
+    untimed = ""
+    try:
+        done = discharge(list(theorem.obligations(family)), timeout)
+    except UntimedError as error:
+        done, untimed = Discharge(0, 0, 0.0, ()), str(error)
     missing = [premise for premise in theorem.rests_on if premise not in proved]
-    verdict = _verdict(theorem, done, missing)
+    verdict = Unknown(untimed) if untimed else _verdict(theorem, done, missing)
     found = next((failure for failure in done.failures if failure.values is not None), None)
     if name == "deadlock" and found and {"totals", "queue"} <= proved:
         stuck = blocking_run.deadlock(schedule_at(family, *family.world(found.values or {})), BLOCKING)

@@ -12,7 +12,7 @@ from reference.fault import SetupError
 from reference.ledger import Ledger
 from tests.reference.trials import SGD, Trial, change_slot, decoder, matches, toy
 
-SIZES = [(name, ranks) for name in PLANS for ranks in (2, 4)] + [("1f1b", 3), ("zb1p", 3), ("dualpipev", 3)]
+SIZES = [(name, ranks) for name in PLANS for ranks in (2, 4)] + [("1f1b", 3), ("zb1p", 3)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 

@@ -188,7 +188,7 @@ def test_whatever_is_spoiled_it_ends_in_an_answer_and_the_same_one_for_every_see
             return type(error)
         return "equal" if matches(sound, truth, found) else "different"
 
-    for _ in range(60):
+    for _ in range(40):
         spoiled = spoil(spoil(sound, chance) if chance.random() < 0.3 else sound, chance)
         given = answer(spoiled)
         answers[given] += 1

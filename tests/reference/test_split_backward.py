@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import UP, B, F, Op, W
 from dualpipe.schedulefile import loads
-from tests.reference.trials import change_slot, decoder, same, where, without
+from tests.reference.trials import change_slot, decoder, same, toy, where, without
 
 
 def linear_gradients(module):
@@ -63,6 +64,23 @@ def test_b_changes_only_the_others_gradients_and_w_only_the_linear_layers(name):
     decoder(schedule, steps=1).run(schedule, observe=observe)
     #                  linear stays, others stay
     assert changes == {F: {(True, True)}, B: {(True, False)}, W: {(False, True)}}
+
+
+def test_after_b_nothing_is_left_of_what_came_in():
+    # 1F1B on its last rank: F, then B at once.  The norm kept the activation that had come; W has no use for it.
+    schedule = generate("1f1b", 2, 3)
+    trial = toy(schedule)
+    came, checked = [], []
+    trial.stages[1].register_forward_pre_hook(
+        lambda module, args: came.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+
+    def observe(op, module):
+        if op.stage == 1 and op.kind in (F, B):
+            checked.append((op.kind, came[-1].expired()))
+
+    trial.run(schedule, observe=observe)
+    assert checked == [(F, False), (B, True)] * 3
 
 
 def test_w_dropped_leaves_exactly_its_share_out():

@@ -136,6 +136,7 @@ def show(op):
 
 def main():
     import dualpipe.dualpipe as upstream
+
     from dualpipe import comm
 
     comm.set_p2p_tensor_shapes([(1,)])
@@ -144,7 +145,7 @@ def main():
         mock.patch.object(comm, "append_isend", append_isend),
         mock.patch.object(comm, "append_irecv", append_irecv),
         mock.patch.object(upstream.dist, "batch_isend_irecv", batch),
-        mock.patch.object(torch.cuda, "current_device", lambda: "cpu"),
+        mock.patch.object(torch.cuda, "current_device", return_value="cpu"),
     ):
         recorded = recorder(upstream)
         for size in sys.argv[1:]:

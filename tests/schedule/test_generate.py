@@ -26,22 +26,13 @@ def test_order_is_the_golden_one(name):
 
 def test_outer_rank_of_dualpipe_overlaps_from_its_first_pair_on():
     assert computes(dualpipe(4, 8), 0) == (
-        "F0> F1> F2> F0< "
-        "B0< W0< F1< "
-        "F3>+B1<+W1< F2<+B0>+W0> "
-        "B2<+W2< F3<+B1>+W1> "
-        "B3<+W3< B2> "
-        "W2> B3> W3>"
+        "F0> F1> F2> F0< B0< W0< F1< F3>+B1<+W1< F2<+B0>+W0> B2<+W2< F3<+B1>+W1> B3<+W3< B2> W2> B3> W3>"
     )
 
 
 def test_middle_rank_runs_its_first_backward_apart():
     assert computes(dualpipe(4, 8), 1) == (
-        "F0> F0< F1> F1< "
-        "F2> B0<+W0< F2<+B0>+W0> "
-        "F3>+B1<+W1< F3<+B1>+W1> "
-        "B2<+W2< B2>+W2> B3< B3> "
-        "W3< W3>"
+        "F0> F0< F1> F1< F2> B0<+W0< F2<+B0>+W0> F3>+B1<+W1< F3<+B1>+W1> B2<+W2< B2>+W2> B3< B3> W3< W3>"
     )
 
 
@@ -58,7 +49,8 @@ def test_dualpipev_is_dualpipe_folded():
 
     def unfold(rank):
         return [
-            [(op.kind, op.mb, UP if op.stage < 3 else DOWN) for op in slot] for slot in folded.only(COMPUTE).programs[rank]
+            [(op.kind, op.mb, UP if op.stage < 3 else DOWN) for op in slot]
+            for slot in folded.only(COMPUTE).programs[rank]
         ]
 
     for rank in range(3):

@@ -49,7 +49,13 @@ def orders(draw):
     routes = {lane: tuple(draw(st.integers(0, ranks - 1)) for _ in range(stages)) for lane in lanes}
     pick = random.Random(draw(st.integers(0, 10**6)))
     empty = Schedule(routes, ((),) * ranks)
-    left = [Op(kind, lane, s, mb) for kind in (F, B, W) for lane in lanes for s in range(stages) for mb in range(microbatches)]
+    left = [
+        Op(kind, lane, s, mb)
+        for kind in (F, B, W)
+        for lane in lanes
+        for s in range(stages)
+        for mb in range(microbatches)
+    ]
     over: set[Op] = set()
     programs: list[list] = [[] for _ in range(ranks)]
 
@@ -171,7 +177,10 @@ def test_of_many_ranks_that_stop_a_few_are_told():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1:", "messages are added to an order that has none: slot 1 of rank 0 has 0SF0>"),
+        (
+            "lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1:",
+            "messages are added to an order that has none: slot 1 of rank 0 has 0SF0>",
+        ),
         ("lane > 0 1\nrank 0: 0F0>\nrank 1: 0F1>", "rank 1 runs 0F1>, and stage 0 of lane > is on rank 0"),
         ("lane > 0\nrank 0: 0F0> 0F0>", "a compute runs once: rank 0 runs 0F0> twice"),
     ],

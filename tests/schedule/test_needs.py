@@ -1,7 +1,7 @@
 """``needs`` and its neighbours: the one copy of the dependency rule.
 
-    UP   rank 0 -> rank 1 -> rank 2      DOWN   rank 2 -> rank 1 -> rank 0      V   rank 0 -> rank 1
-                                                                                         <-  (turn)
+UP   rank 0 -> rank 1 -> rank 2      DOWN   rank 2 -> rank 1 -> rank 0      V   rank 0 -> rank 1
+                                                                                     <-  (turn)
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """The compute-only tables of torch.distributed.pipelining's schedules, without a process group or a model.
 
-    python -m tests.schedule.torch_tables      writes tests/golden/torch-*.csv anew
+python -m tests.schedule.torch_tables      writes tests/golden/torch-*.csv anew
 """
 
 import csv

@@ -1,0 +1,153 @@
+"""What is proved for all sizes, with how many obligations, and what a verdict looks like."""
+
+import json
+
+import pytest
+import z3
+
+from dualpipe.generate import generate
+from dualpipe.simulate import simulate
+from dualpipe.table import symbol
+from proofs import memory
+from proofs.theorems import THEOREMS, families, prove_all
+from proofs.theorems.constraint import NEVER, TableError, at_least, below, equal, formula, substitute
+from proofs.theorems.one_lane import one_f_one_b
+from proofs.verdict import Proved, Unknown
+
+ARISING = {
+    "1f1b": {
+        "totals": 14,
+        "messages": 10,
+        "order": 24,
+        "queue": 1,
+        "deadlock": 36,
+        "makespan": 1,
+        "live": 3,
+        "memory": 3,
+        "accumulation": 4,
+    },
+    "zb1p": {
+        "totals": 13,
+        "messages": 16,
+        "order": 32,
+        "queue": 14,
+        "deadlock": 61,
+        "makespan": 1,
+        "live": 4,
+        "memory": 4,
+        "pending": 4,
+        "accumulation": 39,
+    },
+    "dualpipe": {
+        "totals": 92,
+        "messages": 84,
+        "order": 200,
+        "queue": 15,
+        "deadlock": 253,
+        "makespan": 3,
+        "live": 25,
+        "memory": 25,
+        "pending": 9,
+        "accumulation": 65,
+    },
+    "dualpipev": {
+        "totals": 84,
+        "messages": 67,
+        "order": 185,
+        "queue": 15,
+        "deadlock": 223,
+        "makespan": 3,
+        "live": 25,
+        "memory": 25,
+        "pending": 9,
+        "accumulation": 65,
+    },
+}
+"""How many obligations arise at some size.  A smaller number means that something is no longer looked at."""
+
+FAMILIES = [family.name for family in families()]
+
+
+def test_every_theorem_is_proved_for_every_family(proved):
+    assert [result.text for result in proved.values() if not isinstance(result.verdict, Proved)] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_as_many_obligations_arise_as_ever(name, proved):
+    mine = {key.partition(": ")[2]: result.non_vacuous for key, result in proved.items() if key.startswith(f"{name}:")}
+    assert mine == ARISING[name]
+    assert all(result.obligations >= result.non_vacuous > 0 for result in proved.values())
+
+
+def test_all_theorems_together_take_less_than_a_minute(proved):
+    assert sum(result.seconds for result in proved.values()) < 60
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_makespan_that_is_proved_as_a_bound_is_reached(name):
+    family = next(family for family in families() if family.name == name)
+    for ranks, microbatches in [(2, 4), (4, 8), (4, 12), (6, 14)]:
+        halves = ranks // 2, microbatches // 2
+        sizes = {"P": ranks, "M": microbatches, "N": ranks, "H": microbatches}
+        if name == "dualpipe":
+            sizes["N"], sizes["H"] = halves
+        end = simulate(generate(name, ranks, microbatches), blocking=True).makespan
+        assert end == family.bounds.makespan.at(sizes)
+
+
+@pytest.mark.parametrize(("name", "peak"), [("dualpipe", 9), ("dualpipev", 17), ("zb1p", 8)])
+def test_the_memory_that_is_proved_as_a_bound_is_reached_on_every_rank(name, peak):
+    assert set(memory.peak_activations(generate(name, 8, 20))) == {peak}
+
+
+def test_a_solver_that_gives_up_proves_nothing(monkeypatch):
+    class GivesUp(z3.Solver):
+        def check(self, *assumptions):
+            return z3.unknown
+
+    monkeypatch.setattr(z3, "SimpleSolver", GivesUp)
+    for result in prove_all(of=[one_f_one_b()]):
+        assert isinstance(result.verdict, Unknown)
+        assert result.counterexample is None
+        assert result.text.startswith("unknown: ")
+
+
+def test_progress_is_told_before_each_theorem():
+    told = []
+    results = prove_all(lambda *where: told.append(where), of=[one_f_one_b()])
+    assert [(done, name) for done, _, name in told] == [(k, result.name) for k, result in enumerate(results)]
+    assert {total for _, total, _ in told} == {len(results)}
+
+
+def test_a_result_is_data_and_one_line(proved):
+    result = proved["dualpipe: memory"]
+    assert json.loads(json.dumps(result.as_json())) == result.as_json()
+    assert result.as_json()["verdict"] == "proved"
+    assert result.text.startswith(
+        "proved: dualpipe: memory: for all even P >= 2 and all even M >= 2P, live activations"
+    )
+    assert "\n" not in result.text
+
+
+def test_premises_stand_before_what_rests_on_them():
+    seen = set()
+    for name, theorem in THEOREMS.items():
+        assert set(theorem.rests_on) <= seen
+        seen.add(name)
+
+
+def test_a_constraint_means_the_same_to_z3_and_in_plain_arithmetic():
+    x, y = symbol("x"), symbol("y")
+    for constraint in (at_least(x, y), below(x, y), equal(2 * x, y + 1), at_least(x, 3), NEVER):
+        for a in range(-2, 5):
+            for b in range(-2, 5):
+                solver = z3.SimpleSolver()
+                solver.add(formula(constraint), z3.Int("x") == a, z3.Int("y") == b)
+                assert (solver.check() == z3.sat) == constraint.holds({"x": a, "y": b})
+
+
+def test_a_count_is_rounded_only_where_its_parity_is_known():
+    h, e, odd = symbol("h"), symbol("e"), symbol("odd")
+    assert str(substitute((h + odd) // 2, {"h": 2 * e + odd})) == "+1 e +1 odd"
+    with pytest.raises(TableError):
+        substitute((h + 1) // 2, {"h": 2 * e + odd})

@@ -8,6 +8,7 @@ presses Ctrl-C.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import pickle
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 _IMPORTED_LATE = ("torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch.profiler")
 """What torch imports at the first backward and the first optimizer: seconds, better spent here than in each rank."""
 
@@ -173,6 +175,7 @@ def _child(
 ) -> NoReturn:
     """The life of a rank.  It leaves by ``os._exit``: a process group with a broken connection may never close."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the ranks
+    _die_with_parent()
     torch.set_num_threads(1)
 
     def send(what: str, value: Any) -> None:
@@ -194,3 +197,9 @@ def _child(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _die_with_parent() -> None:
+    """On Linux, be killed when the parent is gone, however it went; elsewhere a rank ends by its timeouts."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,92 @@
+"""No rank outlives its launch."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from reference.launch import Failure, launch
+
+
+def gone(pid: int) -> bool:
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":  # ended, and waiting for whoever inherited it to notice
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_results_come_back_by_rank():
+    assert launch(3, lambda context: context.rank**2, backend=None).values() == [0, 1, 4]
+
+
+def test_a_rank_that_fails_is_told_with_its_error_and_the_others_results_stay():
+    def body(context):
+        if context.rank == 1:
+            raise KeyError("missing")
+        return context.rank
+
+    outcome = launch(3, body, backend=None)
+    assert outcome.results[::2] == (0, 2)
+    assert isinstance(outcome.results[1], Failure)
+    assert outcome.results[1].kind == "KeyError"
+    assert "in body" in outcome.results[1].trace
+    with pytest.raises(RuntimeError, match="rank 1: KeyError"):
+        outcome.values()
+
+
+def test_ranks_that_do_not_end_are_ended():
+    pids = []
+    outcome = launch(
+        2,
+        lambda context: (context.progress(os.getpid()), time.sleep(60)),
+        timeout=1.0,
+        backend=None,
+        on_progress=lambda rank, pid: pids.append(pid),
+    )
+    assert {failure.kind for failure in outcome.failures} == {"TimeUp"}
+    assert outcome.seconds < 10
+    assert len(pids) == 2
+    assert all(map(gone, pids))
+
+
+def test_after_a_failure_the_others_have_the_grace_time_and_no_more():
+    def body(context):
+        if context.rank == 0:
+            raise ValueError("first")
+        time.sleep(60)
+
+    outcome = launch(2, body, timeout=50.0, grace=1.0, backend=None)
+    assert [failure.kind for failure in outcome.failures] == ["ValueError", "TimeUp"]
+    assert outcome.seconds < 10
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_ranks_end_with_their_parent_however_it_ends(how):
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        os.close(reading)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def told(rank, pid):
+            os.write(writing, f"{pid} ".encode())
+
+        try:
+            launch(2, lambda context: (context.progress(os.getpid()), time.sleep(60)), 50.0, 1.0, None, told)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    pids: list[int] = []
+    while len(pids) < 2:
+        pids += map(int, os.read(reading, 100).split())
+    os.kill(parent, how)
+    os.waitpid(parent, 0)
+    os.close(reading)
+    assert all(map(gone, pids))

@@ -6,11 +6,11 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup verify test check prove bench clean
+.PHONY: help setup verify test test-long check prove bench clean
 
 help:
 	@echo "make verify  prove DualPipe, run it on processes and compare it with plain PyTorch, bitwise"
-	@echo "make test    the whole test suite on CPU"
+	@echo "make test    the test suite on CPU; make test-long for the few long tests"
 	@echo "make check   lint, types and the fast tests"
 	@echo "make prove   the theorems, for every size, and one size of each schedule"
 	@echo "make bench   measurements, none of which is a test"
@@ -32,13 +32,16 @@ prove: $(READY)
 	for name in dualpipe dualpipev 1f1b zb1p; do $(BIN)/dualpipe prove -P 8 -M 20 --schedule $$name || exit 1; done
 
 test: $(READY)
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n 2 -q -m "not long"
+
+test-long: $(READY)
+	$(BIN)/pytest -n 2 -q -m long
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 -q -m "not long"
+	$(BIN)/pytest -n 2 -q -m "not long" tests/test_architecture.py tests/schedule tests/cli/test_show_and_simulate.py
 
 bench: $(READY)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done

@@ -3,3 +3,11 @@
 import torch
 
 torch.set_num_threads(1)
+
+try:
+    from hypothesis import settings
+except ImportError:  # the GPU tests run where no test tool but pytest is installed
+    pass
+else:
+    settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing about it
+    settings.load_profile("untimed")

@@ -150,6 +150,9 @@ def prove(
     smtlib: Annotated[Path | None, typer.Option(help="Write the obligations there, for another solver.")] = None,
     solver_timeout: Annotated[float | None, typer.Option(help="Seconds for Z3; then a check is unknown.")] = None,
     all_sizes: Annotated[bool, typer.Option("--all-sizes", help="Prove the theorems for every size instead.")] = False,
+    optimal: Annotated[
+        bool, typer.Option("--optimal", help="Instead, the least makespan within DualPipe's memory, for -P and -M.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
@@ -160,6 +163,10 @@ def prove(
 
     if all_sizes:
         raise typer.Exit(command.prove_all_sizes(as_json))
+    if optimal:
+        size = 4 if ranks is None else ranks
+        count = 2 * size if microbatches is None else microbatches
+        raise typer.Exit(command.prove_optimal(size, count, solver_timeout, as_json))
     options = command.Options(model, max_activations, bytes_for_b, bytes_for_w, smtlib, solver_timeout, as_json)
     sources: list[command.Source]
     if files:

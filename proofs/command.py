@@ -11,6 +11,7 @@ from pathlib import Path
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 from proofs.models import parse_models
+from proofs.optimal import optimal
 from proofs.prove import Report, prove, smtlib
 from proofs.theorems import prove_all
 from proofs.verdict import ExitCode, Refuted, Unknown, worst
@@ -70,6 +71,13 @@ def prove_all_sizes(as_json: bool) -> ExitCode:
         print(f"{len(results)} theorems, {obligations} obligations, {arise} of them arise, {seconds:.1f} s")
     codes = {Refuted: ExitCode.REFUTED, Unknown: ExitCode.UNKNOWN}
     return worst(codes.get(type(result.verdict), ExitCode.PROVED) for result in results)
+
+
+def prove_optimal(ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool) -> ExitCode:
+    """Find and prove the least makespan of a size; unknown where the solver gave up."""
+    found = optimal(ranks, microbatches) if solver_timeout is None else optimal(ranks, microbatches, solver_timeout)
+    print(json.dumps(found.as_json()) if as_json else found.text)
+    return ExitCode.UNKNOWN if isinstance(found.verdict, Unknown) else ExitCode.PROVED
 
 
 def _prove(schedule: Schedule, name: str, options: Options) -> Report:

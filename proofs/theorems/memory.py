@@ -17,7 +17,7 @@ from proofs.theorems.symbolic import Mark, Place, exactly, is_weight
 
 
 def live(family: Family) -> Iterator[Obligation]:
-    """From F to the end of B, for each chunk, and for all chunks together within the memory bound."""
+    """From F to the end of B, for each chunk."""
     for rank in family.ranks:
         for chunk, most in zip(family.chunks, family.bounds.live, strict=True):
             allocate, release = exactly(Action(F, chunk)), exactly(Action(B, chunk))

@@ -44,7 +44,7 @@ def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
         memory=P - r,
         pending=None,
         makespan=3 * M + 3 * (P - 1),
-        words={"live": "P - r", "memory": "P - r", "makespan": "3M + 3(P - 1)"},
+        words={"live": "P - r on rank r", "memory": "P - r on rank r", "makespan": "3M + 3(P - 1)"},
     )
     return _one_lane("1f1b", table, ONE_F_ONE_B_TIMES, bounds)
 
@@ -56,7 +56,12 @@ def zb1p(table: Table = ZB1P) -> Family:
         memory=P,
         pending=r + 1,
         makespan=3 * M + 2 * (P - 1),
-        words={"live": "P - r", "memory": "P", "pending": "r + 1", "makespan": "3M + 2(P - 1)"},
+        words={
+            "live": "P - r on rank r",
+            "memory": "P on every rank",
+            "pending": "r + 1 on rank r",
+            "makespan": "3M + 2(P - 1)",
+        },
     )
     return _one_lane("zb1p", table, ZB1P_TIMES, bounds)
 

@@ -72,9 +72,7 @@ THEOREMS: Mapping[str, Theorem] = {
         by_times=True,
     ),
     "live": Theorem("microbatches between F and the end of B: at most {live}", live),
-    "memory": Theorem(
-        "live activations, pending W counted: at most {memory} on every rank", memory, rests_on=("totals", "queue")
-    ),
+    "memory": Theorem("live activations, pending W counted: at most {memory}", memory, rests_on=("totals", "queue")),
     "pending": Theorem("W that wait: at most {pending}", pending, rests_on=("totals", "queue")),
     "accumulation": Theorem(
         "at each stage and lane the W run in microbatch order", accumulation, rests_on=("totals", "queue")

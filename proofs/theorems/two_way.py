@@ -64,9 +64,9 @@ def dualpipe(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
         "all even P >= 2 and all even M >= 2P",
         _ranks(outer, middle, folded=False),
         {
-            "live": "P - h on the lane that enters at the nearer end, h + 1 on the other, P + 1 together",
-            "memory": "P + 1",
-            "pending": "h + 1",
+            "live": "P - h on the lane that enters at the nearer end, h + 1 on the other (h = min(r, P - 1 - r))",
+            "memory": "P + 1 on every rank",
+            "pending": "min(r, P - 1 - r) + 1 on rank r",
             "makespan": "3M + P - 2",
         },
     )
@@ -79,9 +79,9 @@ def dualpipev(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
         "all P >= 1 and all M >= 2P",
         _ranks(outer, middle, folded=True),
         {
-            "live": "2P - h in the lane's first half, h + 1 in its second, 2P + 1 together",
-            "memory": "2P + 1",
-            "pending": "h + 1",
+            "live": "2P - r in the lane's first half, r + 1 in its second on rank r",
+            "memory": "2P + 1 on every rank",
+            "pending": "r + 1 on rank r",
             "makespan": "6M + 2P - 2",
         },
     )

@@ -160,3 +160,8 @@ def read(file):
         return find_schedule(str(file), None, None)
     except ScheduleSyntaxError as error:
         return error
+
+
+def test_optimal_proves_the_least_makespan_from_both_sides(run):
+    assert "12 slots are enough and 11 are not" in run("prove", "--optimal", "-P", 2, "-M", 4).out
+    assert run("prove", "--optimal", "-P", 3, "-M", 4).code == 2

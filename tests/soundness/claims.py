@@ -1,0 +1,230 @@
+"""What verdicts say about runs: each claim holds or not for what was observed of one schedule.
+
+The fake ranks run in two ways.  *Blocking*, a rank waits for every slot of messages: the model ``blocking``.  *Not
+blocking*, it posts its messages and goes on, waits for a receive where a compute needs it, and for everything at its
+end.  No model of the prover is as lenient, but one is once the schedule is rewritten: sends that are buffered without
+limit, and receives posted only where they are needed (``put_off``).  We call that the model ``ahead``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dualpipe.schedule import MESSAGES, SENDS, Op, Schedule, Slot, W
+from proofs.models import eager
+from proofs.prove import Report, prove
+from proofs.verdict import Proved, Refuted
+from tests.soundness.mutants import Specimen
+from tests.soundness.runs import Ending, Outcome, on_fakes
+
+AHEAD = "ahead"
+MODES = {False: AHEAD, True: "blocking"}
+"""By whether a run blocks, the model that speaks of it."""
+Prover = Callable[..., Report]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One schedule: its verdicts by check and by model, of plain search alone and of both methods, and its runs.
+
+    ``repeats`` says that all there is against its messages is one that is sent and received twice.
+    """
+
+    specimen: Specimen
+    verdicts: Mapping[str, str]
+    by_graph: Mapping[str, str]
+    repeats: bool
+    fakes: Mapping[bool, Outcome]
+    processes: Mapping[bool, Outcome]
+
+    def refuted(self, *checks: str) -> bool:
+        return any(self.verdicts[check] == Refuted.word for check in checks)
+
+    def proved(self, *checks: str) -> bool:
+        return all(self.verdicts[check] == Proved.word for check in checks)
+
+    def deadlock(self, blocking: bool) -> str:
+        """The name of the check that speaks of such a run."""
+        return f"deadlock, {MODES[blocking]}"
+
+    @property
+    def well_formed(self) -> bool:
+        return self.proved("complete", "order", "messages")
+
+    @property
+    def blames_bits_alone(self) -> bool:
+        return self.well_formed and self.proved("deadlock") and self.refuted("accumulation")
+
+
+def observe(specimen: Specimen, prover: Prover = prove) -> Observation:
+    """Prove and run one schedule on fake ranks.  Raises ``DisagreementError``."""
+    schedule = specimen.schedule
+    later, lenient = put_off(schedule), eager(max(1, sum(op.op.kind in MESSAGES for op in schedule)))
+
+    def verdicts(smt: bool) -> tuple[dict[str, str], Report]:
+        report = prover(schedule, smt=smt)
+        ahead = prover(later, models=(lenient,), smt=smt).checks["deadlock"]
+        words = {name: result.verdict.word for name, result in report.checks.items()}
+        words |= {f"deadlock, {name}": result.verdict.word for name, result in report.checks["deadlock"].models.items()}
+        return words | {f"deadlock, {AHEAD}": ahead.verdict.word}, report
+
+    by_graph, _ = verdicts(smt=False)
+    by_both, report = verdicts(smt=True)
+    match report.checks["messages"].verdict:
+        case Refuted(finding, _):
+            repeats = finding is not None and finding.fault == "sent twice"
+        case _:
+            repeats = False
+    fakes = {blocking: on_fakes(schedule, blocking) for blocking in MODES}
+    return Observation(specimen, by_both, by_graph, repeats, fakes, {})
+
+
+def put_off(schedule: Schedule) -> Schedule:
+    """Every op in a slot of its own, and each receive where its rank first waits for it.
+
+    Where a compute waits for a receive, the earlier ones from the same rank come before it: their sends were posted
+    earlier, so that this adds no wait.  What no compute waits for is received at the end, all at once.
+    """
+    programs = tuple(tuple(_put_off(schedule, rank)) for rank in range(schedule.ranks))
+    return Schedule(schedule.routes, programs, schedule.name)
+
+
+def _put_off(schedule: Schedule, rank: int) -> Iterator[Slot]:
+    waiting: defaultdict[int | None, list[Op]] = defaultdict(list)
+    received: set[Op] = set()
+    for op in (op for slot in schedule.programs[rank] for op in slot):
+        if op.kind in MESSAGES and op.kind not in SENDS:
+            waiting[schedule.peer(op)].append(op)
+            continue
+        for need in schedule.needs(op) if op.kind not in MESSAGES else ():
+            for row in waiting.values():
+                bare = [other.bare for other in row]
+                if need in bare and need not in received:
+                    first, row[:] = row[: bare.index(need) + 1], row[bare.index(need) + 1 :]
+                    received |= {other.bare for other in first}
+                    yield from ((other,) for other in first)
+        yield (op,)
+    rest = tuple(op for row in waiting.values() for op in row)
+    if rest:
+        yield rest
+
+
+class Claim(NamedTuple):
+    """Where ``applies`` is true of an observation, ``holds`` has to be."""
+
+    text: str
+    applies: Callable[[Observation], bool]
+    holds: Callable[[Observation], bool]
+
+
+def _both(says: Callable[[Observation, bool], bool]) -> Callable[[Observation], bool]:
+    return lambda o: all(says(o, blocking) for blocking in MODES)
+
+
+def _never(*endings: Ending) -> Callable[[Observation], bool]:
+    return _both(lambda o, blocking: o.fakes[blocking].ending not in endings)
+
+
+def _always(*endings: Ending) -> Callable[[Observation], bool]:
+    return _both(lambda o, blocking: o.fakes[blocking].ending in endings)
+
+
+def _any(o: Observation) -> bool:
+    return True
+
+
+CHECKS = ("complete", "order", "messages", "deadlock", "accumulation")
+STOPS = (Ending.HUNG, Ending.REFUSED)
+"""The ways not to reach the end."""
+
+CLAIMS = (
+    Claim("all checks but memory proved: equal, blocking or not", lambda o: o.proved(*CHECKS), _always(Ending.EQUAL)),
+    Claim("a run hangs or is refused, and never breaks", _any, _never(Ending.BROKEN)),
+    Claim("plain search alone says what both methods say", _any, lambda o: o.by_graph == o.verdicts),
+    Claim(
+        "a run that hangs has its deadlock refuted",
+        _any,
+        _both(lambda o, b: o.fakes[b].ending is not Ending.HUNG or o.refuted(o.deadlock(b))),
+    ),
+    Claim(
+        "deadlock refuted: the run hangs, or is refused before it does",
+        _any,
+        _both(lambda o, b: o.fakes[b].ending in STOPS or o.proved(o.deadlock(b))),
+    ),
+    Claim(
+        "complete, order and messages proved: the run hangs exactly where deadlock is refuted",
+        lambda o: o.well_formed,
+        _both(lambda o, b: (o.fakes[b].ending is Ending.HUNG) == o.refuted(o.deadlock(b))),
+    ),
+    Claim(
+        "free of deadlock when blocking: free of it in every model",
+        lambda o: o.proved("deadlock, blocking"),
+        lambda o: o.proved("deadlock", "deadlock, eager", "deadlock, stream", f"deadlock, {AHEAD}"),
+    ),
+    Claim("order refuted: the run hangs or is refused", lambda o: o.refuted("order"), _always(*STOPS)),
+    Claim("complete refuted: never equal", lambda o: o.refuted("complete"), _never(Ending.EQUAL)),
+    Claim(
+        "messages refuted, and not for a repetition alone: never equal",
+        lambda o: o.refuted("messages") and not o.repeats,
+        _never(Ending.EQUAL),
+    ),
+    Claim(
+        "a run is refused only where complete, order or messages is refuted",
+        lambda o: o.well_formed,
+        _never(Ending.REFUSED),
+    ),
+    Claim(
+        "complete, order, messages, accumulation proved: never different",
+        lambda o: o.well_formed and o.proved("accumulation"),
+        _never(Ending.DIFFERENT),
+    ),
+    Claim(
+        "accumulation alone refuted: every loss is right",
+        lambda o: o.blames_bits_alone,
+        lambda o: all(run.ending in (Ending.EQUAL, Ending.DIFFERENT) and "loss" not in run.what for run in _runs(o)),
+    ),
+    Claim(
+        "accumulation alone refuted: equal exactly where no sum but one's first two addends changed places",
+        lambda o: o.blames_bits_alone,
+        lambda o: all((run.ending is Ending.EQUAL) == commutes(o.specimen.schedule) for run in _runs(o)),
+    ),
+    Claim(
+        "processes are equal exactly where fake ranks are, a repeated message aside",
+        lambda o: not o.repeats,
+        lambda o: all((o.fakes[b].ending is Ending.EQUAL) == (run.ending is Ending.EQUAL) for b, run in _ran(o)),
+    ),
+    Claim(
+        "processes fail where fake ranks hang or are refused",
+        _any,
+        lambda o: all(run.ending is Ending.FAILED for b, run in _ran(o) if o.fakes[b].ending in STOPS),
+    ),
+)
+
+
+def _runs(o: Observation) -> list[Outcome]:
+    return list(o.fakes.values())
+
+
+def _ran(o: Observation) -> list[tuple[bool, Outcome]]:
+    return list(o.processes.items())
+
+
+def contradictions(observation: Observation) -> list[Claim]:
+    """The claims that do not hold."""
+    return [claim for claim in CLAIMS if claim.applies(observation) and not claim.holds(observation)]
+
+
+def commutes(schedule: Schedule) -> bool:
+    """Whether every sum over microbatches is in order but for its first two addends: a + b is b + a, bit by bit."""
+    rows: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for placed in schedule:
+        if placed.op.kind in ADDING:
+            rows[placed.rank, placed.op.kind, placed.op.lane, placed.op.stage].append(placed.op.mb)
+    return all(sorted(row[:2]) + row[2:] == sorted(row) for row in rows.values())
+
+
+ADDING = frozenset({W})
+"""The computes that add to gradients."""

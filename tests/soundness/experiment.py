@@ -1,0 +1,137 @@
+"""The experiment as a whole: every specimen proved and run, a sample of them on processes, and the tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from random import Random
+
+import torch
+
+from dualpipe import schedulefile
+from proofs.prove import prove
+from proofs.verdict import Proved, Refuted
+from tests.soundness.claims import CLAIMS, MODES, Claim, Observation, Prover, contradictions, observe
+from tests.soundness.mutants import Specimen, specimens
+from tests.soundness.runs import Ending, Outcome, on_processes
+
+AT_ONCE = 2
+"""Specimens that are worked on at the same time."""
+TOLD = ("complete", "order", "messages", "deadlock, blocking", "deadlock, ahead", "accumulation")
+"""The checks by which the table groups the specimens."""
+FAKES = (Ending.EQUAL, Ending.DIFFERENT, Ending.HUNG, Ending.REFUSED)
+PROCESSES = (Ending.EQUAL, Ending.DIFFERENT, Ending.FAILED)
+
+
+def observations(count: int, seed: int, prover: Prover = prove) -> Iterator[Observation]:
+    """Every specimen on fake ranks, as they come.  Raises ``DisagreementError``."""
+    with ProcessPoolExecutor(AT_ONCE, get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(partial(observe, prover=prover), specimens(count, seed), chunksize=4)
+
+
+def with_processes(found: Sequence[Observation], count: int, seed: int) -> Iterator[Observation]:
+    """A sample of the observations, run on processes as well."""
+    with ProcessPoolExecutor(AT_ONCE, get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(_with_processes, sample(found, count, seed))
+
+
+def _with_processes(o: Observation) -> Observation:
+    return replace(o, processes={blocking: on_processes(o.specimen.schedule, blocking) for blocking in MODES})
+
+
+def sample(found: Sequence[Observation], count: int, seed: int) -> list[Observation]:
+    """Some of every kind of outcome in turn, so that the rare kinds are among them."""
+    random = Random(seed)
+    kinds: dict[tuple[object, ...], list[Observation]] = {}
+    for o in random.sample(list(found), len(found)):
+        kinds.setdefault((_refuted(o), *(o.fakes[b].ending for b in MODES)), []).append(o)
+    rows = sorted(kinds.values(), key=len)
+    turns = max(map(len, rows), default=0)
+    return [row[turn] for turn in range(turns) for row in rows if turn < len(row)][:count]
+
+
+def broken_claims(found: Iterable[Observation]) -> Iterator[tuple[Observation, Claim]]:
+    """Every contradiction between theory and run."""
+    for o in found:
+        for claim in contradictions(o):
+            yield o, claim
+
+
+def tell(o: Observation, claim: Claim) -> str:
+    """A contradiction with all there is to know, the schedule's text included."""
+    runs = [
+        f"{party} {MODES[blocking]}: {run.ending.value} {', '.join(sorted(run.what))}".rstrip()
+        for party, found in (("fake ranks", o.fakes), ("processes", o.processes))
+        for blocking, run in found.items()
+    ]
+    verdicts = [f"{check} {word}" for check, word in o.verdicts.items()]
+    return "\n".join(
+        [f"CONTRADICTION to «{claim.text}»", str(o.specimen), "; ".join(verdicts), *runs, _text(o.specimen)]
+    )
+
+
+def _text(specimen: Specimen) -> str:
+    return schedulefile.dumps(specimen.schedule)
+
+
+def tables(found: Sequence[Observation], ran: Sequence[Observation]) -> str:
+    """The counts, in Markdown."""
+    return "\n\n".join(
+        [
+            _verdicts(found),
+            _outcomes("fake ranks", found, FAKES, lambda o, blocking: o.fakes[blocking]),
+            *([_outcomes("processes", ran, PROCESSES, lambda o, blocking: o.processes[blocking])] if ran else []),
+            _claims([*found, *ran]),
+        ]
+    )
+
+
+def _verdicts(found: Sequence[Observation]) -> str:
+    rows = []
+    for check in (*TOLD, "deadlock, eager", "deadlock, stream"):
+        counts = [
+            sum(words[check] == word for words in column)
+            for column in ([o.by_graph for o in found], [o.verdicts for o in found])
+            for word in (Proved.word, Refuted.word)
+        ]
+        unknown = sum(o.verdicts[check] not in (Proved.word, Refuted.word) for o in found)
+        rows.append([check, *counts, unknown])
+    both = ["graph and Z3: proved", "refuted", "Z3 gave up"]
+    return _table(["check", "graph alone: proved", "refuted", *both], rows)
+
+
+def _outcomes(
+    party: str, found: Sequence[Observation], endings: Sequence[Ending], run: Callable[[Observation, bool], Outcome]
+) -> str:
+    groups = Counter(_refuted(o) for o in found)
+    rows = []
+    for group, count in sorted(groups.items(), key=lambda item: (len(item[0]), -item[1])):
+        counts = [
+            sum(_refuted(o) == group and run(o, blocking).ending is ending for o in found)
+            for blocking in MODES
+            for ending in endings
+        ]
+        rows.append([", ".join(group) or "nothing", count, *(number or "" for number in counts)])
+    modes = [f"{how}: {endings[0].value}" for how in ("not blocking", "blocking")]
+    rest = [ending.value for ending in endings[1:]]
+    return _table([f"refuted ({party})", "schedules", modes[0], *rest, modes[1], *rest], rows)
+
+
+def _claims(found: Sequence[Observation]) -> str:
+    rows = [
+        [claim.text, sum(map(claim.applies, found)), sum(claim in contradictions(o) for o in found)] for claim in CLAIMS
+    ]
+    return _table(["claim", "spoken of", "contradicted"], rows)
+
+
+def _refuted(o: Observation) -> tuple[str, ...]:
+    return tuple(check for check in TOLD if o.refuted(check))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, [":--", *("--:" for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

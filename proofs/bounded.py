@@ -13,7 +13,7 @@ messages
 memory
     A chain of counters: how much more is live from one allocating slot to the next.
 accumulation
-    Times: the W of a stage follow one another as written, and in microbatch order.
+    Times: the B of a stage follow one another as written, and in microbatch order; likewise the W.
 
 ``deadlock`` is in ``proofs.meeting``.
 """
@@ -102,10 +102,10 @@ def order(schedule: Schedule) -> Problem:
 
 def accumulation(schedule: Schedule) -> Problem:
     problem = Problem("accumulation")
-    rows: dict[tuple[int, Lane, int], list[Placed]] = defaultdict(list)
+    rows: dict[tuple[int, Kind, Lane, int], list[Placed]] = defaultdict(list)
     for placed in schedule:
-        if placed.op.kind is Kind.W:
-            rows[placed.rank, placed.op.lane, placed.op.stage].append(placed)
+        if placed.op.kind in (Kind.B, Kind.W):  # the parameters outside linear layers have their gradients after B
+            rows[placed.rank, placed.op.kind, placed.op.lane, placed.op.stage].append(placed)
     for row in rows.values():
         times = list(_in_a_row(problem, row))
         by_microbatch = sorted(range(len(row)), key=lambda index: (row[index].op.mb, index))

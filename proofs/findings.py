@@ -187,7 +187,7 @@ class OverBound(Finding):
 
 @dataclass(frozen=True)
 class OutOfOrder(Finding):
-    """A weight gradient that is added after that of a later microbatch of the same stage and lane."""
+    """A B or W, which add to gradients, that runs after that of a later microbatch of the same stage and lane."""
 
     check = "accumulation"
     fault = "out of order"

@@ -1,7 +1,7 @@
 """Plain search, the first of the two methods: one pass over the programs for each check, in linear time.
 
 ``complete`` counts, ``order`` ticks off what each rank has done, ``messages`` lays the sends of an ordered pair of
-ranks beside its receives, ``accumulation`` remembers the last W of each stage.  ``deadlock`` is in
+ranks beside its receives, ``accumulation`` remembers the last B and W of each stage.  ``deadlock`` is in
 ``proofs.progress`` and ``memory`` in ``proofs.memory``.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, SF, Kind, Lane, Op, Placed, Schedule, W
+from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, SF, B, Kind, Lane, Op, Placed, Schedule, W
 from proofs.findings import (
     Empty,
     Finding,
@@ -153,15 +153,19 @@ def _moment(fault: Finding) -> tuple[int, int]:
 
 
 def accumulation(schedule: Schedule) -> Verdict:
-    """At each stage and lane the W run in microbatch order."""
-    last: dict[tuple[int, Lane, int], Placed] = {}
+    """At each stage and lane the B run in microbatch order, and the W too.
+
+    W adds the gradients of linear layers, B those of all other parameters.
+    """
+    last: dict[tuple[int, Kind, Lane, int], Placed] = {}
     for placed in schedule:
         op = placed.op
-        if op.kind is W:
-            before = last.get((placed.rank, op.lane, op.stage))
+        if op.kind in (B, W):
+            row = placed.rank, op.kind, op.lane, op.stage
+            before = last.get(row)
             if before is not None and before.op.mb > op.mb:
                 return Refuted(OutOfOrder(before, placed))
-            last[placed.rank, op.lane, op.stage] = placed
+            last[row] = placed
     return Proved()
 
 

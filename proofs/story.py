@@ -80,8 +80,9 @@ def tell(finding: Finding) -> str:
         case OverBound():
             return _over_bound(finding)
         case OutOfOrder(first, second):
+            done = "adds the weight gradient" if first.op.kind is Kind.W else "runs the backward"
             return (
-                f"rank {first.rank} adds the weight gradient of microbatch {first.op.mb} {_slot(first)} before that of "
+                f"rank {first.rank} {done} of microbatch {first.op.mb} {_slot(first)} before that of "
                 f"microbatch {second.op.mb} {_slot(second)}, both at stage {first.op.stage} of lane {first.op.lane}: "
                 "sums in another order round differently, so the gradients are not reproducible bit by bit"
             )

@@ -1,8 +1,8 @@
 """The directions of import, read from the sources.
 
-    dualpipe  <-  reference, proofs        dualpipe knows neither (the command line reaches them lazily)
-    reference <-/-> proofs                 two judges who do not talk
-    oracle                                 knows no schedule at all
+dualpipe  <-  reference, proofs        dualpipe knows neither (the command line reaches them lazily)
+reference <-/-> proofs                 two judges who do not talk
+oracle                                 knows no schedule at all
 """
 
 import ast
@@ -40,7 +40,8 @@ def files(folder: str) -> list[Path]:
     return found
 
 
-PURE = ["errors", "schedule", "schedulefile", "table", "generate", "lower", "simulate", "summary", "timeline", "torchcsv"]
+PURE = ["errors", "generate", "lower", "schedule", "schedulefile"]
+PURE += ["simulate", "summary", "table", "timeline", "torchcsv"]
 
 
 @pytest.mark.parametrize("name", PURE)

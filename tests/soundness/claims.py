@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dualpipe.schedule import MESSAGES, SENDS, Op, Schedule, Slot, W
+from dualpipe.schedule import MESSAGES, SENDS, B, Op, Schedule, Slot, W
 from proofs.models import eager
 from proofs.prove import Report, prove
 from proofs.verdict import Proved, Refuted
@@ -226,5 +226,5 @@ def commutes(schedule: Schedule) -> bool:
     return all(sorted(row[:2]) + row[2:] == sorted(row) for row in rows.values())
 
 
-ADDING = frozenset({W})
-"""The computes that add to gradients."""
+ADDING = frozenset({B, W})
+"""The computes that add to gradients: W to those of linear layers, B to all others."""

@@ -85,8 +85,10 @@ def gently(whole_slot: bool) -> Mutation:
             to = random.randrange(len(schedule.programs[rank]))
             position = random.randrange(len(schedule.programs[rank][slot]))
             moved = move(schedule, rank, slot, to) if whole_slot else take_out(schedule, rank, slot, position, to)
-            if moved.programs != schedule.programs and _goes(moved, rank) and _row_of(moved, rank) == _row_of(
-                schedule, rank
+            if (
+                moved.programs != schedule.programs
+                and _goes(moved, rank)
+                and _row_of(moved, rank) == _row_of(schedule, rank)
             ):
                 return moved
         return None

@@ -53,6 +53,6 @@ class Deadlock(RuleError):  # noqa: N818 - the field's own word
         self.waiting = tuple(waiting)
         super().__init__(
             "every rank reaches its end",
-            "all that are left wait\n  " + "\n  ".join(map(str, waiting)) + "\n",
+            "all that are left wait\n  " + "\n  ".join(map(str, waiting)),
             "give each of these messages its partner, in the order in which the other rank posts",
         )

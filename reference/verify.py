@@ -127,6 +127,14 @@ def make_case(
         raise RuleError("--timeout is a number of seconds", f"got {timeout}", "use 60")
     if not any(schedule.microbatches.values()):
         raise RuleError("a schedule to verify runs microbatches", "got one without ops", "add F, B and W")
+    for lane, count in schedule.microbatches.items():
+        named = {placed.op.mb for placed in schedule if placed.op.lane == lane}
+        if len(named) != count:
+            raise RuleError(
+                "the microbatches of a lane are numbered from 0 without gaps",
+                f"lane {lane} names {len(named)}, the largest being {count - 1}",
+                "number them anew",
+            )
     model = ModelConfig(dtype=DTYPES[dtype])
     return Case(schedule, model, steps, seed, device, transport == "staged", blocking, timeout)
 

@@ -78,3 +78,11 @@ def test_a_schedule_without_ops(run, tmp_path):
     file = tmp_path / "empty.txt"
     file.write_text("lane > 0\nrank 0:\n")
     assert "without ops" in run("verify", file).err
+
+
+def test_a_gap_in_the_numbers_of_microbatches(run, tmp_path):
+    file = tmp_path / "gap.txt"
+    file.write_text("lane > 0\nrank 0: 0F999999999> 0B999999999> 0W999999999>\n")
+    result = run("verify", file)
+    assert result.code == 2
+    assert "lane > names 1, the largest being 999999999; number them anew" in result.err

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dualpipe.errors import RuleError
+from dualpipe.errors import RuleError, UndecidedError
 from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import dumps, load
@@ -119,7 +119,10 @@ def verify(
     """Train a small language model on real processes and on fake ranks; compare with plain PyTorch, bit by bit.
 
     Exit code 0: every loss, gradient and weight is equal.  1: something differs, or hangs.  2: bad input.
+    3: the oracle itself failed, so nothing can be said.
     """
+    if file is not None and schedule != "dualpipe":
+        raise RuleError("one schedule is verified", f"got {file} and --schedule {schedule}", "leave one out")
     value = find_schedule(schedule if file is None else str(file), ranks, microbatches)
     from reference.verify import make_case
     from reference.verify import verify as run
@@ -183,7 +186,11 @@ def main() -> NoReturn:
         app()
     except (RuleError, OSError) as error:
         typer.echo(f"dualpipe: {error}", err=True)
-    sys.exit(2)
+        sys.exit(2)
+    except UndecidedError as error:
+        typer.echo(f"dualpipe: {error}", err=True)
+        sys.exit(3)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

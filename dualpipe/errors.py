@@ -7,3 +7,7 @@ class RuleError(ValueError):
     def __init__(self, rule: str, came: str, remedy: str) -> None:
         self.rule, self.came, self.remedy = rule, came, remedy
         super().__init__(f"{rule}: {came}; {remedy}")
+
+
+class UndecidedError(RuntimeError):
+    """A question that could not be answered, which is neither a yes nor a no."""

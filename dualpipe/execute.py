@@ -132,6 +132,7 @@ class _Step:
         self.program = schedule.programs[self.transport.rank]
         self.whole = whole_backwards(self.program)
         self.live: dict[Key, _Live] = {}
+        self.backward_done: set[Key] = set()
         self.activations: dict[Key, Tensors] = {}
         self.gradients: dict[Key, Tensors] = {}
         self.arrivals: dict[Op, Message] = {}
@@ -174,6 +175,8 @@ class _Step:
             tensors = _take(ready, _key(op), op, producer)
             _require_specs(op, tensors, self.specs(op))
             return Message(label, peer, sends=True, tensors=tensors)
+        if op.bare in self.arrivals:
+            raise OrderError(f"{op} has been posted already")
         self.arrivals[op.bare] = received = Message(label, peer, sends=False, specs=self.specs(op))
         return received
 
@@ -198,7 +201,7 @@ class _Step:
         else:
             with self.store.splitting(key):
                 returned = module(*inputs)
-        outputs: Tensors = (returned,) if isinstance(returned, Tensor) else tuple(returned)
+        outputs = _tensors(returned, op)
         if self.schedule.is_last(op):
             self.lose(op, key, inputs, outputs)
         else:
@@ -215,6 +218,8 @@ class _Step:
                 raise OrderError(f"{op} is on the last stage, which trains with a criterion; the pipeline has none")
             return
         loss = self.worker.criterion(*outputs, *self.data(self.feed.labels, op, "labels"))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise OrderError(f"the criterion gives a scalar tensor; at {op} it gave {_kind(loss)}")
         self.result.losses.setdefault(op.lane, {})[op.mb] = loss.detach()
         self.keep(key, _Live(inputs, (_edge(loss),), (torch.ones_like(loss),)))
 
@@ -242,6 +247,7 @@ class _Step:
             raise OrderError(f"its F has not run, or {op} already has")
         seeds = self.live[key].seeds or self.output_gradients(op)
         live = self.live.pop(key)
+        self.backward_done.add(key)
         pairs = [(root, seed) for root, seed in zip(live.roots, seeds, strict=True) if root is not None]
         if key not in self.whole:
             self.store.open(key)
@@ -256,17 +262,21 @@ class _Step:
         return _take(self.gradients, _key(need), op, B) if need.kind is B else self.arrived(need)
 
     def weight(self, op: Op, key: Key) -> None:
-        if key in self.whole:
+        if key in self.whole and key in self.backward_done:
             self.whole.remove(key)  # B of the same slot has done it; a second W will find nothing
         else:
             self.store.run(key)
 
     def finish(self) -> None:
         """The end of a step: every message over, every weight gradient computed, nothing left live."""
+        left = [*(f"the output of {Op(F, *key)} was not used" for key in self.activations)]
+        left += [f"the gradient of {Op(B, *key)} was not used" for key in self.gradients]
+        left += [f"what {op} receives was not used" for op in self.arrivals]
+        left += [f"no backward came for {Op(F, *key)}" for key in self.live if torch.is_grad_enabled()]
+        if left:
+            raise OrderError("; ".join(left))
         self.transport.drain()
         self.store.require_empty()
-        if self.live and torch.is_grad_enabled():
-            raise OrderError(f"no backward came for {', '.join(str(Op(F, *key)) for key in self.live)}")
 
 
 def whole_backwards(program: Sequence[Slot]) -> set[Key]:
@@ -277,6 +287,17 @@ def whole_backwards(program: Sequence[Slot]) -> set[Key]:
         for position, op in enumerate(slot)
         if op.kind is B and any(later.kind is W and _key(later) == _key(op) for later in slot[position + 1 :])
     }
+
+
+def _tensors(returned: object, op: Op) -> Tensors:
+    outputs = (returned,) if isinstance(returned, Tensor) else returned
+    if not isinstance(outputs, (tuple, list)) or not all(isinstance(output, Tensor) for output in outputs):
+        raise OrderError(f"a stage returns a tensor or a tuple of tensors; at {op} it returned {_kind(returned)}")
+    return tuple(outputs)
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _key(op: Op) -> Key:

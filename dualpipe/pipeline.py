@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
-from dualpipe.execute import Boundary, Criterion, Feed, StepResult, Worker, run_step
+from dualpipe.execute import Boundary, Criterion, Feed, StepError, StepResult, Worker, run_step
 from dualpipe.replicas import copy_weights, reduce_gradients
-from dualpipe.schedule import Lane, RuleError, Schedule
+from dualpipe.schedule import MESSAGES, Lane, RuleError, Schedule
 from dualpipe.schedulefile import digest
-from dualpipe.transport import ProcessGroupTransport, TensorSpec, Transport
+from dualpipe.transport import MessageError, ProcessGroupTransport, TensorSpec, Transport
 from dualpipe.weightgrad import WeightGradStore, split_linears
 
 __all__ = ["Feed", "Pipeline", "ProcessGroupTransport", "StepResult", "TensorSpec"]
@@ -64,6 +65,7 @@ class Pipeline:
                 "generate it for the group's size",
             )
         _require_stages(schedule, transport.rank, stages)
+        _require_own_ops(schedule, transport.rank)
         self.stages, self.store = stages, WeightGradStore()
         self._worker = Worker(
             schedule,
@@ -89,9 +91,7 @@ class Pipeline:
         Raises ``DisagreementError`` at the first step if the ranks were set up differently, ``StepError`` when a
         message does not come within the transport's timeout or the schedule asks for the impossible.
         """
-        if not self._agreed:
-            self._worker.transport.agree(self._record())
-            self._agreed = True
+        self._agree()
         result = run_step(self._worker, feed, forward_only, keep_outputs)
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
@@ -99,23 +99,52 @@ class Pipeline:
 
     def reduce_gradients(self) -> None:
         """Sum the gradients of a stage's copies over the lanes; ``step`` does so unless told not to."""
-        reduce_gradients(self._worker.schedule, self.stages, self._worker.transport)
+        self._agree()
+        with _told("adding up the gradients of the copies of its stages", self._worker.transport.rank):
+            reduce_gradients(self._worker.schedule, self.stages, self._worker.transport)
 
     def copy_weights(self) -> None:
         """Make the copies of every stage equal: that of the first lane counts."""
-        copy_weights(self._worker.schedule, self.stages, self._worker.transport)
+        self._agree()
+        with _told("copying the weights of its stages", self._worker.transport.rank):
+            copy_weights(self._worker.schedule, self.stages, self._worker.transport)
+
+    def _agree(self) -> None:
+        """Before the first message of any kind: compare the ranks' set-ups."""
+        if not self._agreed:
+            self._worker.transport.agree(self._record())
+            self._agreed = True
 
     def _record(self) -> dict[str, str]:
         """What every rank must have alike, short enough to compare at a glance."""
         schedule = self._worker.schedule
         shapes = [", ".join(map(str, self._worker.boundary(stage))) for stage in range(schedule.stages - 1)]
         same = len(set(shapes)) == 1
+        weights = {f"weights of stage {stage}": _weights(module) for (_, stage), module in self.stages.items()}
         return {
             "schedule": f"{schedule.name or 'unnamed'} of {schedule.ranks} ranks and "
             f"{sum(schedule.microbatches.values())} microbatches, digest {digest(schedule)[:16]}",
             "boundary between stages": shapes[0] if same else f"digest {_digest(shapes)} of {shapes[:3]}...",
             "way of waiting": "blocking" if self._worker.blocking else "at use",
+            **weights,
         }
+
+
+@contextmanager
+def _told(doing: str, rank: int) -> Iterator[None]:
+    try:
+        yield
+    except MessageError as error:
+        raise StepError(rank, 0, None, None, f"{doing}: {error}") from error
+
+
+def _weights(module: nn.Module) -> str:
+    """The names, shapes and dtypes of a module's parameters and buffers, in brief."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    told = [f"{name} {list(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors]
+    numbers = sum(t.numel() for _, t in tensors)
+    dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for _, t in tensors}))
+    return f"{len(tensors)} tensors of {numbers} numbers in {dtypes or 'no dtype'}, digest {_digest(told)}"
 
 
 def _digest(texts: Sequence[str]) -> str:
@@ -130,6 +159,17 @@ def _require_stages(schedule: Schedule, rank: int, stages: Mapping[tuple[Lane, i
             f"it was given {_names(stages)}, and the schedule places {_names(placed)} there",
             "build those",
         )
+
+
+def _require_own_ops(schedule: Schedule, rank: int) -> None:
+    for slot in schedule.programs[rank]:
+        for op in slot:
+            if schedule.rank_of(op) != rank:
+                came = f"rank {rank} is to run {op}, whose stage is on rank {schedule.rank_of(op)}"
+                raise RuleError("a rank runs the ops of its own stages", came, "move the op there")
+            if op.kind in MESSAGES and schedule.neighbour(op) is None:
+                came = f"rank {rank} is to run {op}, where the lane ends"
+                raise RuleError("a message goes to the next stage or the previous one", came, "leave it out")
 
 
 def _names(stages: Mapping[tuple[Lane, int], nn.Module] | set[tuple[Lane, int]]) -> str:

@@ -7,24 +7,31 @@ A send's tensors are held, untouched, until the send is over, and let go then.  
 backend   a receive is over                    a send is over
 ======== ==================================== =====================================================
 gloo      when ``wait`` returns, on the host   when a helper thread's ``wait`` returns (there is no polling)
-NCCL      in stream order after ``wait``       likewise; ``drain`` polls on the host
+NCCL      in stream order after ``wait``       likewise; ``drain`` polls on the host, with the timeout
 ======== ==================================== =====================================================
+
+NCCL joins a batch into one work and runs batches in posting order, so there a receive is over when its whole batch
+is: what is proved for the models ``stream`` and ``blocking`` is what counts.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dualpipe.errors import RuleError
 
 _RECORD_BYTES = 4096
 _POLL_SECONDS = 0.002
@@ -55,6 +62,7 @@ class Message:
     specs: Sequence[TensorSpec] = ()
     works: list[dist.Work] = field(default_factory=list)
     posted: bool = False
+    over: bool = False
     sent: Future[None] | None = None
 
 
@@ -123,10 +131,13 @@ class ProcessGroupTransport:
         self.order = list(range(dist.get_world_size(self.group))) if order is None else list(order)
         self.ranks = len(self.order)
         if sorted(self.order) != list(range(dist.get_world_size(self.group))):
-            raise DisagreementError(
-                f"order names each rank of the group once: got {self.order} for a group of "
-                f"{dist.get_world_size(self.group)}; give a permutation"
+            raise RuleError(
+                "order names each rank of the group once",
+                f"got {self.order} for a group of {dist.get_world_size(self.group)}",
+                "give a permutation",
             )
+        if torch.device(device).type == "cuda" and not staged and dist.get_backend(self.group) == "gloo":
+            raise RuleError("gloo sends no CUDA tensors", f"got device {device} on a gloo group", "pass staged=True")
         self.rank = self.order.index(dist.get_rank(self.group))
         self.device = torch.device(device)
         self.timeout = timeout
@@ -134,7 +145,9 @@ class ProcessGroupTransport:
         self.wire = torch.device("cpu") if staged else self.device
         self.stream_ordered = self.wire.type != "cpu"
         self._outstanding: list[Message] = []
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="dualpipe-sends")
+        self._sends: SimpleQueue[Message] = SimpleQueue()
+        # a daemon: a rank that failed must be able to exit while a send of its own still waits
+        threading.Thread(target=self._finish_sends, name="dualpipe-sends", daemon=True).start()
 
     def post(self, messages: Sequence[Message]) -> None:
         """Post the messages as one group, in the order given."""
@@ -166,7 +179,8 @@ class ProcessGroupTransport:
         if not self.stream_ordered:
             for message in messages:
                 if message.sends:
-                    message.sent = self._helper.submit(self._finish, message)
+                    message.sent = Future()
+                    self._sends.put(message)
 
     def wait(self, message: Message) -> Sequence[Tensor]:
         """Wait for one message; returns what was received, on ``device``.  Each receive is waited for once."""
@@ -178,21 +192,26 @@ class ProcessGroupTransport:
             self._finish(message)
         if message.sends:
             return ()
-        if self.staged:
-            return [tensor.to(self.device, non_blocking=True) for tensor in message.tensors]
+        if self.staged and not message.over:
+            message.tensors = [tensor.to(self.device, non_blocking=True) for tensor in message.tensors]
+        message.over = True
         return message.tensors
 
     def drain(self) -> None:
         """Wait until every message that was posted is over."""
         deadline = time.monotonic() + self.timeout
         for message in self._outstanding:
-            self.wait(message)
+            if not message.over:
+                self.wait(message)
         for message in self._outstanding:
             self._poll(message, deadline)
         self._outstanding.clear()
 
     def agree(self, record: Mapping[str, str]) -> None:
-        """Compare ``record`` across the ranks.  Raises ``DisagreementError`` that says which rank differs in what."""
+        """Compare ``record`` across the ranks, each entry among those that have it.
+
+        Raises ``DisagreementError`` that says which rank differs in what, or that not all came to compare.
+        """
         text = json.dumps(dict(record)).encode()
         if len(text) > _RECORD_BYTES:
             raise DisagreementError(f"a record has at most {_RECORD_BYTES} bytes: got {len(text)}; send digests")
@@ -202,22 +221,38 @@ class ProcessGroupTransport:
         gathered = [torch.zeros_like(mine) for _ in range(self.ranks)]
         work = dist.all_gather(gathered, mine, group=self.group, async_op=True)
         comparison = Message("the comparison of set-ups", self.rank, sends=True, works=[work])
-        self._wait_all(comparison)
-        self._poll(comparison, time.monotonic() + self.timeout)
+        try:
+            self._wait_all(comparison)
+            self._poll(comparison, time.monotonic() + self.timeout)
+        except MessageError as error:
+            raise DisagreementError(
+                f"every rank compares its set-up with the others' before the first message: rank {self.rank} waited "
+                f"{self.timeout:g} s and not all came ({_why(error.__cause__)}); see why the others did not"
+            ) from error
         records = [
             json.loads(bytes(gathered[self.order[rank]].cpu().tolist()).rstrip(b"\0")) for rank in range(self.ranks)
         ]
-        for name in record:
+        for name in dict.fromkeys(name for other in records for name in other):
             groups: dict[str, list[int]] = {}
             for rank, other in enumerate(records):
-                groups.setdefault(other.get(name, "nothing"), []).append(rank)
+                if name in other:
+                    groups.setdefault(other[name], []).append(rank)
             if len(groups) > 1:
                 told = "; ".join(f"{_ranks(ranks)} {value}" for value, ranks in groups.items())
                 raise DisagreementError(f"every rank runs with the same {name}: {told}; set them up alike")
 
-    def close(self) -> None:
-        """Let the helper thread go."""
-        self._helper.shutdown(wait=False, cancel_futures=True)
+    def _finish_sends(self) -> None:
+        """The helper thread: see every send to its end, in order."""
+        while True:
+            message = self._sends.get()
+            assert message.sent is not None
+            try:
+                self._finish(message)
+            except BaseException as error:
+                message.sent.set_exception(error)
+            else:
+                message.sent.set_result(None)
+            del message  # a thread that waits for the next one must not hold this one's tensors
 
     def _allocate(self, message: Message) -> None:
         if not message.sends:
@@ -242,7 +277,10 @@ class ProcessGroupTransport:
         started = time.monotonic()
         try:
             for work in message.works:
-                work.wait(timedelta(seconds=self.timeout))
+                if self.stream_ordered:
+                    work.wait()  # a timeout here would make the host wait, and nothing could run ahead
+                else:
+                    work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
             raise MessageError(message, time.monotonic() - started, error) from error
 

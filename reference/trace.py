@@ -141,10 +141,11 @@ def _ordered(bits: Tensor) -> Tensor:
     return torch.where(wide < 0, lowest - wide, wide)
 
 
-def vital_signs(truth: Sequence[StepTruth]) -> list[str]:
+def vital_signs(truth: Sequence[StepTruth], initial: Sequence[Tensors]) -> list[str]:
     """What shows that something happened at all; a list of complaints, empty when all is well.
 
-    A run in which nothing happens matches, too: gradients must be finite and not all zero, weights and losses move.
+    A run in which nothing happens matches, too: gradients must be finite and not all zero, and weights move from
+    ``initial`` on at every step; so do the losses, where there is more than one step.
     """
     complaints = []
     for step, result in enumerate(truth):
@@ -157,8 +158,12 @@ def vital_signs(truth: Sequence[StepTruth]) -> list[str]:
     for step, (before, after) in enumerate(pairwise(truth), start=1):
         if _flat(before) == _flat(after):
             complaints.append(f"step {step}: the losses are those of the step before")
-        for stage, (old, new) in enumerate(zip(before.weights, after.weights, strict=True)):
-            complaints += [f"step {step}, stage {stage}: {n} did not move" for n in old if torch.equal(old[n], new[n])]
+    weights = [initial, *(step.weights for step in truth)]
+    for step, (old, new) in enumerate(pairwise(weights)):
+        for stage, (a, b) in enumerate(zip(old, new, strict=True)):
+            complaints += [
+                f"step {step}, stage {stage}: {name} did not move" for name in a if torch.equal(a[name], b[name])
+            ]
     return complaints
 
 

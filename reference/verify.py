@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dualpipe.errors import RuleError
+from dualpipe.errors import RuleError, UndecidedError
 from dualpipe.schedule import Schedule
 from reference import fake
 from reference.case import DTYPES, Case, make_deterministic
 from reference.launch import Context, Failure, Outcome, launch
 from reference.model import ModelConfig
-from reference.oracle import StepTruth, train
+from reference.oracle import StepTruth, train, weights_of
 from reference.production import run_rank
 from reference.trace import Difference, StepTrace, differences, merge, vital_signs
 
 FAKE, PROCESSES = "fake ranks", "processes"
-_SPARE = 30.0
-"""Seconds that a party has beyond the timeout of one wait, times the number of steps, before it is ended."""
+_SPARE, _PER_OP = 30.0, 0.1
+"""Seconds that a party has for a step, and for each of its ops, beyond the timeout of a wait, before it is ended."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a party's name, the rank within it, and the steps it has finished."""
@@ -115,8 +116,9 @@ def make_case(
         raise RuleError("--device is cpu or cuda", f"got {device}", "choose one of them")
     if transport not in ("direct", "staged"):
         raise RuleError("--transport is direct or staged", f"got {transport}", "choose one of them")
-    if kind == "cuda" and torch.version.cuda is None:
-        raise RuleError("--device cuda needs a torch built with CUDA", f"got torch {torch.__version__}", "use cpu")
+    if kind == "cuda" and torch.cuda.device_count() == 0:
+        came = f"torch {torch.__version__} sees none"
+        raise RuleError("--device cuda needs a GPU and a torch built for it", came, "use cpu")
     if kind == "cuda" and transport == "direct":
         raise RuleError(
             "several ranks on one GPU cannot use NCCL, and gloo cannot send CUDA tensors",
@@ -152,9 +154,10 @@ def verify(
         None,
         lambda rank, steps: on_progress(FAKE, 0, steps),
     )
-    truth, imitation = judges.results
+    judged, imitation = judges.results
+    truth, initial = (judged, ()) if isinstance(judged, Failure) else judged
     if isinstance(truth, Failure):
-        raise RuntimeError(f"the oracle failed, so there is nothing to compare with: {truth.text}\n{truth.trace}")
+        raise UndecidedError(f"the oracle failed, so there is nothing to compare with: {truth.text}\n{truth.trace}")
     outcome: Outcome[list[StepTrace]] = launch(
         case.schedule.ranks,
         lambda context: rank_body(case, context.progress),
@@ -168,7 +171,7 @@ def verify(
         judge(case, FAKE, truth, fakes),
         judge(case, PROCESSES, truth, outcome),
     )
-    return Report(case, tuple(truth), tuple(vital_signs(truth)), parties, time.monotonic() - started)
+    return Report(case, tuple(truth), tuple(vital_signs(truth, initial)), parties, time.monotonic() - started)
 
 
 def judge(case: Case, name: str, truth: Sequence[StepTruth], outcome: Outcome[list[StepTrace]]) -> Party:
@@ -184,6 +187,11 @@ def run_oracle(case: Case) -> list[StepTruth]:
     make_deterministic(case.device)
     stages = [case.stage(stage) for stage in range(case.schedule.stages)]
     return list(train(stages, case.data(), case.criterion, case.optimizer))
+
+
+def initial_weights(case: Case) -> tuple[Mapping[str, Tensor], ...]:
+    """The weights with which every party begins, stage by stage."""
+    return tuple(weights_of(case.stage(stage)) for stage in range(case.schedule.stages))
 
 
 def run_fake(case: Case, progress: Callable[[Any], None]) -> list[StepTrace]:
@@ -212,11 +220,12 @@ def run_fake(case: Case, progress: Callable[[Any], None]) -> list[StepTrace]:
 
 def _judge(case: Case, context: Context) -> Any:
     """Two processes side by side: the oracle and the fake ranks, which do not see each other."""
-    return run_oracle(case) if context.rank == 0 else run_fake(case, context.progress)
+    return (run_oracle(case), initial_weights(case)) if context.rank == 0 else run_fake(case, context.progress)
 
 
 def _allowed(case: Case) -> float:
-    return _SPARE * case.steps + 2 * case.timeout
+    ops = sum(1 for _ in case.schedule)
+    return (_SPARE + _PER_OP * ops) * case.steps + 2 * case.timeout
 
 
 def tensors_compared(case: Case, truth: Sequence[StepTruth]) -> int:

@@ -21,7 +21,9 @@ def watch(case: Case, quiet: bool = False) -> Iterator[OnProgress]:
     """A bar per party on standard error; yields the callback that moves them."""
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bars:
+    with Progress(
+        *columns, console=console, disable=quiet or not console.is_terminal, transient=True, auto_refresh=False
+    ) as bars:  # no thread: ranks are forked
         ranks = case.schedule.ranks
         tasks = {FAKE: bars.add_task(FAKE, total=case.steps), PROCESSES: bars.add_task(PROCESSES, total=case.steps)}
         done: dict[str, dict[int, int]] = {FAKE: {0: 0}, PROCESSES: dict.fromkeys(range(ranks), 0)}
@@ -29,6 +31,7 @@ def watch(case: Case, quiet: bool = False) -> Iterator[OnProgress]:
         def on_progress(party: str, rank: int, steps: int) -> None:
             done[party][rank] = steps
             bars.update(tasks[party], completed=min(done[party].values()))
+            bars.refresh()
 
         yield on_progress
 

@@ -1,6 +1,7 @@
 """``dualpipe verify``: equal, different, hung, bad input; as text and as JSON."""
 
 import json
+import time
 
 import pytest
 
@@ -50,13 +51,26 @@ def test_a_different_run_names_the_first_parameter_step_and_stage_with_units_in_
     assert told["parties"]["fake ranks"]["first_difference"] == told["parties"]["processes"]["first_difference"]
 
 
-def test_a_hung_run_tells_what_every_rank_waited_for_and_exits_with_1(run, tmp_path):
+def test_a_refused_run_tells_why_and_exits_with_1(run, tmp_path):
     file = tmp_path / "dropped.txt"
     file.write_text(dumps(without(generate("1f1b", 2, 2), 1, Op(RF, UP, 1, 1))))
     result = run("verify", file, "--steps", 1, "--timeout", 3)
     assert result.code == 1
     assert "(1F1>): it needs 1RF1>, which has not been posted" in result.out
     assert "fake ranks: Misstep: F comes after what it needs on its rank: rank 1, slot 4, 1F1>" in result.out
+
+
+def test_a_hung_run_ends_in_time_with_what_every_rank_waited_for_and_exits_with_1(run, tmp_path):
+    """Rank 0 waits for the gradient before it sends the activation; rank 1 for the activation."""
+    file = tmp_path / "hang.txt"
+    file.write_text("lane > 0 1\nrank 0: 0F0> 0RB0> 0B0>+0W0> 0SF0>\nrank 1: 1RF0> 1F0> 1B0>+1W0> 1SB0>\n")
+    started = time.monotonic()
+    result = run("verify", file, "--steps", 1, "--timeout", 2)
+    assert time.monotonic() - started < 20
+    assert result.code == 1
+    assert "at 0B0>: receive 0RB0> from rank 1 failed after" in result.out
+    assert "(1F0>): receive 1RF0> from rank 0 failed after" in result.out
+    assert "fake ranks: Deadlock" in result.out
 
 
 @pytest.mark.parametrize(

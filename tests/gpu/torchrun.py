@@ -11,7 +11,7 @@ from reference.case import DTYPES, Case
 from reference.model import ModelConfig
 from reference.production import run_rank
 from reference.trace import differences, merge, vital_signs
-from reference.verify import run_oracle
+from reference.verify import initial_weights, run_oracle
 
 TIMEOUT = 120.0
 
@@ -34,6 +34,6 @@ def compare_ranks(name: str, dtype: str, backend: str) -> list[str]:
     if dist.get_rank() == 0:
         truth = run_oracle(case)
         found = differences(schedule, truth, merge(everyone))
-        told = [[*vital_signs(truth), *map(str, found)]]
+        told = [[*vital_signs(truth, initial_weights(case)), *map(str, found)]]
     dist.broadcast_object_list(told, src=0)
     return told[0]

@@ -21,8 +21,16 @@ from tests.soundness.runs import Ending, Outcome, on_processes
 
 AT_ONCE = 2
 """Specimens that are worked on at the same time."""
-TOLD = ("complete", "order", "messages", "deadlock, blocking", "deadlock, ahead", "accumulation")
-"""The checks by which the table groups the specimens."""
+TOLD = {
+    "complete": "complete",
+    "order": "order",
+    "messages": "messages",
+    "deadlock, blocking": "deadlock (blocking)",
+    "deadlock, ahead": "deadlock (ahead)",
+    "accumulation": "accumulation",
+}
+"""The checks by which the table groups the specimens, and what it calls them."""
+REPEATS = "messages (a repetition alone)"
 FAKES = (Ending.EQUAL, Ending.DIFFERENT, Ending.HUNG, Ending.REFUSED)
 PROCESSES = (Ending.EQUAL, Ending.DIFFERENT, Ending.FAILED)
 
@@ -44,14 +52,18 @@ def _with_processes(o: Observation) -> Observation:
 
 
 def sample(found: Sequence[Observation], count: int, seed: int) -> list[Observation]:
-    """Some of every kind of outcome in turn, so that the rare kinds are among them."""
+    """A third with everything proved, and of the others some of every kind of outcome in turn, the rare ones first."""
     random = Random(seed)
+    proved = [o for o in found if not _refuted(o)]
+    chosen = random.sample(proved, min(len(proved), count // 3))
+    found = [o for o in found if _refuted(o)]
     kinds: dict[tuple[object, ...], list[Observation]] = {}
     for o in random.sample(list(found), len(found)):
         kinds.setdefault((_refuted(o), *(o.fakes[b].ending for b in MODES)), []).append(o)
     rows = sorted(kinds.values(), key=len)
     turns = max(map(len, rows), default=0)
-    return [row[turn] for turn in range(turns) for row in rows if turn < len(row)][:count]
+    in_turn = [row[turn] for turn in range(turns) for row in rows if turn < len(row)]
+    return [*chosen, *in_turn][:count]
 
 
 def broken_claims(found: Iterable[Observation]) -> Iterator[tuple[Observation, Claim]]:
@@ -85,7 +97,7 @@ def tables(found: Sequence[Observation], ran: Sequence[Observation]) -> str:
             _verdicts(found),
             _outcomes("fake ranks", found, FAKES, lambda o, blocking: o.fakes[blocking]),
             *([_outcomes("processes", ran, PROCESSES, lambda o, blocking: o.processes[blocking])] if ran else []),
-            _claims([*found, *ran]),
+            _claims([*{o.specimen.number: o for o in (*found, *ran)}.values()]),
         ]
     )
 
@@ -129,7 +141,7 @@ def _claims(found: Sequence[Observation]) -> str:
 
 
 def _refuted(o: Observation) -> tuple[str, ...]:
-    return tuple(check for check in TOLD if o.refuted(check))
+    return tuple(TOLD[check] if check != "messages" or not o.repeats else REPEATS for check in TOLD if o.refuted(check))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
+from random import Random
 
 import pytest
 
@@ -11,7 +13,7 @@ from proofs import prove as proving
 from proofs.models import eager
 from proofs.prove import prove
 from proofs.verdict import Proved, Refuted
-from tests.mutations import drop, split_all, swap
+from tests.mutations import drop, split_all
 from tests.soundness.claims import CLAIMS, Observation, commutes, contradictions, observe, put_off
 from tests.soundness.experiment import broken_claims, sample, tables, tell
 from tests.soundness.mutants import Specimen, backwards_out_of_turn, named, specimens
@@ -22,7 +24,7 @@ COUNT = 60
 
 @cache
 def observed() -> tuple[Observation, ...]:
-    small = (specimen for specimen in specimens(4 * COUNT, seed=5) if specimen.schedule.ranks < 6)
+    small = (specimen for specimen in specimens(4 * COUNT, seed=5) if specimen.schedule.stages < 6)
     return tuple(observe(specimen) for specimen, _ in zip(small, range(COUNT), strict=False))
 
 
@@ -35,7 +37,8 @@ def test_no_run_contradicts_a_verdict():
 
 
 def test_every_claim_about_fake_ranks_spoke_of_something():
-    assert [claim.text for claim in CLAIMS if not any(map(claim.applies, observed()))] == []
+    silent = [claim.text for claim in CLAIMS if not any(map(claim.applies, observed()))]
+    assert [text for text in silent if not text.startswith("processes")] == []
 
 
 def test_every_ending_was_seen():
@@ -133,8 +136,6 @@ def test_processes_that_end_otherwise_than_fake_ranks_are_caught():
 
 def test_backwards_out_of_turn_change_bits_although_every_w_is_in_its_place():
     """B adds the gradients of norms and embeddings, so `accumulation` has to look at B as well as at W."""
-    from random import Random
-
     odd = next(
         changed
         for seed in range(50)
@@ -166,7 +167,7 @@ def test_a_receive_is_put_off_to_the_compute_that_needs_it():
     for rank, program in enumerate(later.programs):
         ops = [op for slot in program for op in slot]
         assert sorted(map(str, ops)) == sorted(str(p.op) for p in generate("1f1b", 2, 2) if p.rank == rank)
-        for before, op in zip(ops, ops[1:], strict=False):
+        for before, op in pairwise(ops):
             if before.kind is Kind.RF:
                 assert op == Op(F, before.lane, before.stage, before.mb)
 
@@ -183,7 +184,8 @@ def test_what_the_named_schedules_put_off_stays_free_of_deadlock():
 def test_processes_agree_with_fake_ranks_on_a_sound_and_on_a_stuck_schedule():
     sound = generate("dualpipe", 2, 4)
     assert on_processes(sound, blocking=True) == on_fakes(sound, blocking=True) == Outcome(Ending.EQUAL)
-    stuck = swap(generate("1f1b", 2, 4), 0, 1)
+    stuck = split_all(sound, lambda op: op.kind not in SENDS)
+    assert on_processes(stuck, blocking=False).ending is Ending.EQUAL
     assert on_processes(stuck, blocking=True).ending is Ending.FAILED
 
 

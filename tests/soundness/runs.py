@@ -16,7 +16,7 @@ from reference.verify import judge, run_fake, run_oracle
 from tests.production.cases import TINY
 
 TIMEOUT = 2.5
-"""Seconds after which a process calls a wait a hang; its longest wait otherwise is some tenths of a second."""
+"""Seconds after which a process calls a wait a hang; a whole run that does not hang takes less."""
 _WHOLE_RUN = 40.0
 
 

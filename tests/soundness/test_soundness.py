@@ -19,7 +19,7 @@ from tests.soundness.experiment import broken_claims, sample, tables, tell
 from tests.soundness.mutants import Specimen, backwards_out_of_turn, named, specimens
 from tests.soundness.runs import Ending, Outcome, on_fakes, on_processes
 
-COUNT = 60
+COUNT = 40
 
 
 @cache

@@ -65,7 +65,7 @@ def test_a_stage_may_return_a_view():
 
 
 def test_a_view_that_was_sent_is_freed_with_its_base():
-    """Stage 0 returns a tenth of a large tensor, which goes when the activation was taken: when its gradient is back."""
+    """Stage 0 returns part of a large tensor, which goes when the activation was taken: when its gradient is back."""
     bases = []
 
     class Slice(nn.Module):

@@ -59,8 +59,9 @@ class StepError(RuntimeError):
 
 
 def place(rank: int, number: int, slot: Slot | None, op: Op | None) -> str:
-    """Where a rank stopped, in words; no slot means after the last one."""
-    where = "after its last slot" if slot is None else f"in slot {number} ({show_slot(slot)})"
+    """Where a rank stopped, in words; no slot means after the last one, or with a negative number outside a step."""
+    elsewhere = "between steps" if number < 0 else "after its last slot"
+    where = elsewhere if slot is None else f"in slot {number} ({show_slot(slot)})"
     return f"rank {rank} stopped {where}" + (f" at {op}" if slot and len(slot) > 1 else "")
 
 

@@ -135,7 +135,7 @@ def _told(doing: str, rank: int) -> Iterator[None]:
     try:
         yield
     except MessageError as error:
-        raise StepError(rank, 0, None, None, f"{doing}: {error}") from error
+        raise StepError(rank, -1, None, None, f"{doing}: {error}") from error
 
 
 def _weights(module: nn.Module) -> str:

@@ -219,7 +219,11 @@ def test_a_message_posted_on_the_default_group_is_caught_when_the_pipeline_is_a_
             self.group = own
 
     outcome = in_a_subgroup(tiny(ranks=4, microbatches=8, timeout=3.0), Default)
-    assert {1, 2, 3, 4} & {failure.rank for failure in outcome.failures}
+    assert [failure.rank for failure in sorted(outcome.failures, key=lambda f: f.rank)] == [1, 2, 3, 4]
+    for failure in outcome.failures:
+        assert failure.kind == "StepError"
+        assert "between steps: copying the weights of its stages" in failure.text
+        assert "failed after" in failure.text
 
 
 OTHERWISE = {

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dualpipe.cli import find_schedule
+from dualpipe.cli.options import find_schedule
 from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import RF, UP, Op
 from dualpipe.schedulefile import ScheduleSyntaxError, dumps

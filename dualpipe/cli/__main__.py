@@ -1,0 +1,5 @@
+"""``python -m dualpipe.cli``."""
+
+from dualpipe.cli import main
+
+main()

@@ -1,0 +1,54 @@
+"""``dualpipe verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualpipe.cli.app import app
+from dualpipe.cli.options import Dtype, Json, Microbatches, Named, Ranks, find_schedule
+from dualpipe.errors import RuleError
+
+
+@app.command()
+def verify(
+    file: Annotated[Path | None, typer.Argument(help="A schedule file; or name one with --schedule.")] = None,
+    ranks: Ranks = None,
+    microbatches: Microbatches = None,
+    schedule: Named = "dualpipe",
+    dtype: Annotated[Dtype, typer.Option(help="Weights and activations.")] = Dtype.fp32,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of weights, data and the fake ranks' interleaving.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    transport: Annotated[
+        str, typer.Option(help="direct, or staged: through pinned host memory, for several ranks on one GPU.")
+    ] = "direct",
+    blocking: Annotated[
+        bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a wait is a hang.")] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Train a small language model on real processes and on fake ranks; compare with plain PyTorch, bit by bit.
+
+    Exit code 0: every loss, gradient and weight is equal.  1: something differs, or hangs.  2: bad input.
+    3: the oracle itself failed, so nothing can be said.
+    """
+    if file is not None and schedule != "dualpipe":
+        raise RuleError("one schedule is verified", f"got {file} and --schedule {schedule}", "leave one out")
+    value = find_schedule(schedule if file is None else str(file), ranks, microbatches)
+    from reference.verify import make_case
+    from reference.verify import verify as run
+    from reference.watch import tell, watch
+
+    case = make_case(value, dtype.value, steps, seed, device, transport, blocking, timeout)
+    with watch(case, quiet=as_json) as on_progress:
+        report = run(case, on_progress)
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+    else:
+        tell(report)
+    raise typer.Exit(report.exit_code)

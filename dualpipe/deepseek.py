@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualpipe.errors import RuleError
-from dualpipe.execute import Criterion, Feed, StepResult, Tensors
+from dualpipe.execute import Tensors
 from dualpipe.generate import generate
+from dualpipe.modules import Criterion, Feed, StepResult
 from dualpipe.pipeline import Pipeline
 from dualpipe.schedule import DOWN, UP, Lane
 from dualpipe.transport import ProcessGroupTransport, TensorSpec

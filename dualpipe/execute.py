@@ -7,12 +7,14 @@ leave their weight gradient to W (``dualpipe.weightgrad``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualpipe.schedule import (
@@ -36,7 +38,11 @@ from dualpipe.weightgrad import WeightGradError, WeightGradStore
 
 Tensors = tuple[Tensor, ...]
 Boundary = Callable[[int], Sequence[TensorSpec]]
-Criterion = Callable[..., Tensor]
+Observer = Callable[[Slot, Op, float, float], None]
+"""Called after each op with its slot and when it began and ended, in seconds of ``time.monotonic``.
+
+A message op lasts as long as it takes to post its slot; the W of a whole backward is part of its B and lasts no time.
+On a GPU it is the time to launch the work."""
 
 
 class Key(NamedTuple):
@@ -69,26 +75,22 @@ class OrderError(RuntimeError):
     """The schedule asks for an op before what it needs."""
 
 
-@dataclass(frozen=True)
-class Feed:
-    """The data of one step on one rank.
+class Computation(Protocol):
+    """What the interpreter asks of the stages that a rank holds; it knows nothing else of a model.
 
-    ``inputs[lane][mb]`` are the tensors of a microbatch for stage 0 (needed where the rank holds stage 0 of the
-    lane), ``labels[lane][mb]`` those for the criterion (needed where it holds the last stage).  Microbatches all
-    have the same shapes, contiguous and at aligned storage, where bitwise reproducibility is wanted.
+    ``dualpipe.modules`` answers for plain modules, ``dualpipe.megatron`` for Megatron's.
     """
 
-    inputs: Mapping[Lane, Sequence[Tensors]]
-    labels: Mapping[Lane, Sequence[Tensors]]
+    def forward(self, op: Op, inputs: Tensors) -> Tensors:
+        """Run the F ``op``.
 
+        ``inputs`` came from the previous stage, as leaves that collect the gradient; the first stage gets none and
+        reads its data.  Returns what goes to the next stage; on the last stage what B starts from, the loss (a
+        scalar).  In an evaluation what the last stage returns is ignored.
+        """
 
-@dataclass
-class StepResult:
-    """What a rank has after a step: for each lane whose last stage it holds, the losses (detached scalars) by
-    microbatch, and the last stage's outputs where they were asked for."""
-
-    losses: dict[Lane, dict[int, Tensor]] = field(default_factory=dict)
-    outputs: dict[Lane, dict[int, Tensors]] = field(default_factory=dict)
+    def around(self, op: Op) -> AbstractContextManager[object]:
+        """Entered around the work of the B or W ``op``."""
 
 
 @dataclass(frozen=True)
@@ -96,23 +98,22 @@ class Worker:
     """What one rank brings to a schedule, the same for every step; ``dualpipe.pipeline.Pipeline`` explains each."""
 
     schedule: Schedule
-    stages: Mapping[tuple[Lane, int], nn.Module]
-    criterion: Criterion | None
     boundary: Boundary
     transport: Transport
     store: WeightGradStore
     blocking: bool = False
+    observe: Observer | None = None
 
 
-def run_step(worker: Worker, feed: Feed, forward_only: bool = False, keep_outputs: bool = False) -> StepResult:
-    """Run the rank's program once; gradients are added to the parameters' ``.grad``.
+def run_step(worker: Worker, computation: Computation, forward_only: bool = False) -> None:
+    """Run the rank's program once; gradients are added to the parameters.
 
     With ``forward_only`` only the forwards and their messages are run, without autograd.  Raises ``StepError``,
     after which the process group is not usable any more.
     """
     schedule = worker.schedule.only(frozenset({F, SF, RF})) if forward_only else worker.schedule
     with torch.set_grad_enabled(not forward_only):
-        return _Step(worker, schedule, feed, keep_outputs).run()
+        _Step(worker, schedule, computation).run()
 
 
 @dataclass
@@ -127,8 +128,8 @@ class _Live:
 class _Step:
     """The state of one step: what has arrived, what is live, what is to be sent."""
 
-    def __init__(self, worker: Worker, schedule: Schedule, feed: Feed, keep_outputs: bool) -> None:
-        self.worker, self.schedule, self.feed, self.keep_outputs = worker, schedule, feed, keep_outputs
+    def __init__(self, worker: Worker, schedule: Schedule, computation: Computation) -> None:
+        self.worker, self.schedule, self.computation = worker, schedule, computation
         self.transport, self.store = worker.transport, worker.store
         self.program = schedule.programs[self.transport.rank]
         self.whole = whole_backwards(self.program)
@@ -137,19 +138,21 @@ class _Step:
         self.activations: dict[Key, Tensors] = {}
         self.gradients: dict[Key, Tensors] = {}
         self.arrivals: dict[Op, Message] = {}
-        self.result = StepResult()
         self.handlers: dict[Kind, Callable[[Op, Key], None]] = {F: self.forward, B: self.backward, W: self.weight}
 
-    def run(self) -> StepResult:
+    def run(self) -> None:
         number, slot, op = 0, None, None
         try:
             for number, slot in enumerate(self.program):  # noqa: B007 # read where an error is told
                 op = slot[0]
+                began = time.monotonic()
                 if op.kind in MESSAGES:
                     self.post(slot)
+                    self.observe(slot, slot, began)
                 else:
                     for op in slot:
                         self.handlers[op.kind](op, _key(op))
+                        began = self.observe(slot, (op,), began)
             number, slot, op = len(self.program), None, None
             self.finish()
         except (MessageError, OrderError, WeightGradError) as error:
@@ -157,7 +160,14 @@ class _Step:
         except Exception as error:  # the stages' own: it stays as it is, with the place added
             error.add_note(place(self.transport.rank, number, slot, op))
             raise
-        return self.result
+
+    def observe(self, slot: Slot, ops: Sequence[Op], began: float) -> float:
+        """Tell the observer, if there is one, that these ops are over; returns when that was."""
+        ended = time.monotonic()
+        if self.worker.observe is not None:
+            for op in ops:
+                self.worker.observe(slot, op, began, ended)
+        return ended
 
     def post(self, slot: Slot) -> None:
         messages = [self.message(op) for op in slot]
@@ -195,53 +205,28 @@ class _Step:
         return tuple(self.transport.wait(message))
 
     def forward(self, op: Op, key: Key) -> None:
-        inputs = self.inputs(op, key)
-        module = self.worker.stages[op.lane, op.stage]
-        if key in self.whole or not torch.is_grad_enabled():
-            returned = module(*inputs)
-        else:
-            with self.store.splitting(key):
-                returned = module(*inputs)
-        outputs = _tensors(returned, op)
-        if self.schedule.is_last(op):
-            self.lose(op, key, inputs, outputs)
-        else:
-            self.activations[key] = tuple(output.detach() for output in outputs)
-            roots = tuple(_edge(output) for output in outputs if output.dtype.is_floating_point)
-            self.keep(key, _Live(inputs, roots))
-
-    def lose(self, op: Op, key: Key, inputs: Tensors, outputs: Tensors) -> None:
-        """The end of a forward on the last stage: the loss, and the seed of the backward."""
-        if self.keep_outputs:
-            self.result.outputs.setdefault(op.lane, {})[op.mb] = tuple(output.detach() for output in outputs)
-        if self.worker.criterion is None:
-            if torch.is_grad_enabled():
-                raise OrderError(f"{op} is on the last stage, which trains with a criterion; the pipeline has none")
-            return
-        loss = self.worker.criterion(*outputs, *self.data(self.feed.labels, op, "labels"))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise OrderError(f"the criterion gives a scalar tensor; at {op} it gave {_kind(loss)}")
-        self.result.losses.setdefault(op.lane, {})[op.mb] = loss.detach()
-        self.keep(key, _Live(inputs, (_edge(loss),), (torch.ones_like(loss),)))
-
-    def keep(self, key: Key, live: _Live) -> None:
-        """Hold what B needs; an evaluation holds nothing, but still knows that F has run."""
-        self.live[key] = live if torch.is_grad_enabled() else _Live((), ())
-
-    def inputs(self, op: Op, key: Key) -> Tensors:
         if key in self.live:
             raise OrderError(f"{op} has run already")
+        inputs = self.inputs(op)
+        trains = torch.is_grad_enabled()
+        with self.store.splitting(None if key in self.whole or not trains else key):
+            outputs = self.computation.forward(op, inputs)
+        if not trains:
+            self.live[key] = _Live((), ())  # nothing to hold, but F has run
+        elif self.schedule.is_last(op):
+            (loss,) = outputs
+            self.live[key] = _Live(inputs, (_edge(loss),), (torch.ones_like(loss),))
+        else:
+            self.live[key] = _Live(inputs, tuple(_edge(output) for output in outputs if output.is_floating_point()))
+        if not self.schedule.is_last(op):
+            self.activations[key] = tuple(output.detach() for output in outputs)
+
+    def inputs(self, op: Op) -> Tensors:
         if self.schedule.is_first(op):
-            return self.data(self.feed.inputs, op, "inputs")
+            return ()
         (need,) = self.schedule.needs(op)
         tensors = _take(self.activations, _key(need), op, F) if need.kind is F else self.arrived(need)
         return tuple(_leaf(tensor) for tensor in tensors)
-
-    def data(self, lanes: Mapping[Lane, Sequence[Tensors]], op: Op, what: str) -> Tensors:
-        microbatches = lanes.get(op.lane, ())
-        if op.mb >= len(microbatches):
-            raise OrderError(f"the step was given {what} of {len(microbatches)} microbatches for lane {op.lane}")
-        return microbatches[op.mb]
 
     def backward(self, op: Op, key: Key) -> None:
         if key not in self.live:
@@ -253,7 +238,7 @@ class _Step:
         if key not in self.whole:
             self.store.open(key)
         if pairs:  # a frozen stage whose input needs no gradient has nothing to do
-            with self.store.splitting(None if key in self.whole else key):
+            with self.computation.around(op), self.store.splitting(None if key in self.whole else key):
                 torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
         if not self.schedule.is_first(op):
             self.gradients[key] = tuple(_gradient(leaf) for leaf in live.inputs if leaf.is_floating_point())
@@ -263,10 +248,11 @@ class _Step:
         return _take(self.gradients, _key(need), op, B) if need.kind is B else self.arrived(need)
 
     def weight(self, op: Op, key: Key) -> None:
-        if key in self.whole and key in self.backward_done:
-            self.whole.remove(key)  # B of the same slot has done it; a second W will find nothing
-        else:
-            self.store.run(key)
+        with self.computation.around(op):
+            if key in self.whole and key in self.backward_done:
+                self.whole.remove(key)  # B of the same slot has done it; a second W will find nothing
+            else:
+                self.store.run(key)
 
     def finish(self) -> None:
         """The end of a step: every message over, every weight gradient computed, nothing left live."""
@@ -288,17 +274,6 @@ def whole_backwards(program: Sequence[Slot]) -> set[Key]:
         for position, op in enumerate(slot)
         if op.kind is B and any(later.kind is W and _key(later) == _key(op) for later in slot[position + 1 :])
     }
-
-
-def _tensors(returned: object, op: Op) -> Tensors:
-    outputs = (returned,) if isinstance(returned, Tensor) else returned
-    if not isinstance(outputs, (tuple, list)) or not all(isinstance(output, Tensor) for output in outputs):
-        raise OrderError(f"a stage returns a tensor or a tuple of tensors; at {op} it returned {_kind(returned)}")
-    return tuple(outputs)
-
-
-def _kind(value: object) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _key(op: Op) -> Key:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from dualpipe.execute import Boundary, Criterion, Feed, StepError, StepResult, Worker, run_step
+from dualpipe.execute import Boundary, Observer, StepError, Worker, run_step
+from dualpipe.modules import Criterion, Feed, ModuleComputation, StepResult
 from dualpipe.replicas import copy_weights, reduce_gradients
 from dualpipe.schedule import MESSAGES, Lane, RuleError, Schedule
 from dualpipe.schedulefile import digest
@@ -47,6 +48,8 @@ class Pipeline:
         How messages travel, and which pipeline rank this is.
     blocking:
         Wait for every message of a slot before going on, as a plain batch-and-wait program does.
+    observe:
+        Called after every op with when it began and ended (see ``dualpipe.execute.Observer``).
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Pipeline:
         boundary: Sequence[TensorSpec] | Boundary,
         transport: Transport,
         blocking: bool = False,
+        observe: Observer | None = None,
     ) -> None:
         if transport.ranks != schedule.ranks:
             raise RuleError(
@@ -66,15 +70,14 @@ class Pipeline:
             )
         _require_stages(schedule, transport.rank, stages)
         _require_own_ops(schedule, transport.rank)
-        self.stages, self.store = stages, WeightGradStore()
+        self.stages, self.store, self.criterion = stages, WeightGradStore(), criterion
         self._worker = Worker(
             schedule,
-            stages,
-            criterion,
             boundary if callable(boundary) else lambda stage: boundary,
             transport,
             self.store,
             blocking,
+            observe,
         )
         for module in stages.values():
             split_linears(module, self.store)
@@ -92,10 +95,11 @@ class Pipeline:
         message does not come within the transport's timeout or the schedule asks for the impossible.
         """
         self._agree()
-        result = run_step(self._worker, feed, forward_only, keep_outputs)
+        computation = ModuleComputation(self._worker.schedule, self.stages, self.criterion, feed, keep_outputs)
+        run_step(self._worker, computation, forward_only)
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
-        return result
+        return computation.result
 
     def reduce_gradients(self) -> None:
         """Sum the gradients of a stage's copies over the lanes; ``step`` does so unless told not to."""

@@ -7,15 +7,14 @@ the model.  Both copies compute that same sum of the same two numbers, so they s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dualpipe.modules import Stages
 from dualpipe.schedule import Lane, Schedule
 from dualpipe.transport import Message, TensorSpec, Transport
-
-Stages = Mapping[tuple[Lane, int], nn.Module]
 
 
 def reduce_gradients(schedule: Schedule, stages: Stages, transport: Transport) -> None:

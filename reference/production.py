@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dualpipe.execute import Feed
-from dualpipe.pipeline import Pipeline
+from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.transport import ProcessGroupTransport, TensorSpec, Transport
 from reference.case import Case, make_deterministic
 from reference.oracle import gradients_of, snapshot, weights_of

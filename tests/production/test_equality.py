@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dualpipe.execute import Feed
 from dualpipe.generate import generate
-from dualpipe.pipeline import Pipeline
+from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.schedule import UP
 from dualpipe.transport import ProcessGroupTransport, TensorSpec
 from reference.case import DTYPES

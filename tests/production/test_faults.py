@@ -16,9 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dualpipe.execute import Feed
 from dualpipe.generate import generate
-from dualpipe.pipeline import Pipeline
+from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.schedule import DOWN, RF, SB, SENDS, SF, UP, Op, W
 from dualpipe.transport import ProcessGroupTransport
 from reference.launch import Failure, launch

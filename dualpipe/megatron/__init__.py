@@ -1,0 +1,46 @@
+"""DualPipe as a drop-in for Megatron-core: what a training script imports.
+
+Nothing of megatron-core is imported before a name of this package is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dualpipe.megatron.arguments import add_dualpipe_args as add_dualpipe_args
+    from dualpipe.megatron.arguments import validate_dualpipe_args as validate_dualpipe_args
+    from dualpipe.megatron.checkpoint import load_checkpoint as load_checkpoint
+    from dualpipe.megatron.checkpoint import save_checkpoint as save_checkpoint
+    from dualpipe.megatron.checkpoint import sharded_state_dict as sharded_state_dict
+    from dualpipe.megatron.iterators import split_data_iterator as split_data_iterator
+    from dualpipe.megatron.model import build_dualpipe_model as build_dualpipe_model
+    from dualpipe.megatron.optimizer import build_dualpipe_optimizer as build_dualpipe_optimizer
+    from dualpipe.megatron.schedule import forward_backward_dualpipe as forward_backward_dualpipe
+    from dualpipe.megatron.select import get_forward_backward_func as get_forward_backward_func
+    from dualpipe.megatron.select import install as install
+    from dualpipe.megatron.select import uninstall as uninstall
+
+_HOME = {
+    "add_dualpipe_args": "arguments",
+    "build_dualpipe_model": "model",
+    "build_dualpipe_optimizer": "optimizer",
+    "forward_backward_dualpipe": "schedule",
+    "get_forward_backward_func": "select",
+    "install": "select",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "sharded_state_dict": "checkpoint",
+    "split_data_iterator": "iterators",
+    "uninstall": "select",
+    "validate_dualpipe_args": "arguments",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

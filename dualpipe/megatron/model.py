@@ -1,0 +1,193 @@
+"""Builds the two chunks of a rank, so that everything around them sees two replicas of a pipeline.
+
+Megatron's training loop calls its model provider once for each pipeline rank.  Here it is called twice, for stage r
+(lane >) and for stage P-1-r (lane <).  What the loop then holds is a list of two wrapped chunks in order of stage.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from torch import nn
+
+from dualpipe.errors import RuleError
+from dualpipe.megatron.arguments import validate_dualpipe_config
+from dualpipe.megatron.groups import Groups, Place, create_groups
+from dualpipe.megatron.layers import Delayed, split_layers
+from dualpipe.megatron.random_streams import RandomStream, capture, exchange
+from dualpipe.schedule import UP
+from dualpipe.transport import ProcessGroupTransport
+from dualpipe.weightgrad import WeightGradStore
+
+Provider = Callable[..., nn.Module]
+
+
+@dataclass
+class Pipeline:
+    """What the two chunks of a rank share.  Reached from either of them; there is no global state."""
+
+    groups: Groups
+    transport: ProcessGroupTransport
+    stream: RandomStream
+    store: WeightGradStore = field(default_factory=WeightGradStore)
+    agreed: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one chunk of the model is: where it stands, and what W has to call besides the store."""
+
+    place: Place
+    pipeline: Pipeline
+    delayed: tuple[Delayed, ...]
+
+    def drawing(self) -> AbstractContextManager[object]:
+        """Around a forward: random numbers come from this chunk's stream."""
+        return nullcontext() if self.place.lane is UP else self.pipeline.stream.drawing()
+
+
+def chunk_of(module: nn.Module) -> Chunk:
+    """The ``Chunk`` behind a model chunk, however it is wrapped.  Raises ``RuleError`` where there is none."""
+    try:
+        chunk: Chunk = get_attr_wrapped_model(module, "dualpipe_chunk")
+    except RuntimeError:
+        raise RuleError(
+            "DualPipe runs the model that build_dualpipe_model made", f"got a {type(module).__name__}", "build it there"
+        ) from None
+    return chunk
+
+
+def build_dualpipe_model(
+    model_provider: Provider,
+    ddp_config: DistributedDataParallelConfig | None = None,
+    *,
+    wrap_with_ddp: bool = True,
+    data_parallel_random_init: bool = False,
+    timeout: float = 600.0,
+    **provider_options: Any,
+) -> list[nn.Module]:
+    """The two chunks of this rank, in order of stage: ``[min(r, P-1-r), max(r, P-1-r)]``.
+
+    Every process of the job calls it together, after ``initialize_model_parallel`` and after the random generators
+    were seeded as Megatron does.  The weights of stage s are then those that Megatron's pipeline rank s would have,
+    on both replicas.
+
+    Parameters
+    ----------
+    model_provider:
+        ``provider(pre_process=..., post_process=..., pg_collection=...)`` returns the chunk.  It hands
+        ``pg_collection`` to the model, which numbers its layers by it.  ``provider_options`` are passed on.
+    ddp_config:
+        Of Megatron's ``DistributedDataParallel``; its defaults if ``None``.
+    wrap_with_ddp:
+        Leave the chunks unwrapped if false, for inference.
+    data_parallel_random_init:
+        The data-parallel ranks were seeded differently: copy the first one's weights to the others.
+    timeout:
+        Seconds after which a message that does not come ends the job with an error that names it.
+
+    Raises ``RuleError`` for a configuration that would train wrongly, or a provider that does not follow.
+    """
+    groups = create_groups()
+    _require_size(groups)
+    built: dict[int, nn.Module] = {}
+    places = sorted(groups.places, key=lambda place: place.lane is not UP)
+    states = None
+    for place in places:  # lane > first: it draws the numbers that Megatron's rank would draw
+        built[place.stage] = _provide(model_provider, place, groups.size, provider_options)
+        validate_dualpipe_config(get_model_config(built[place.stage]), ddp_config)
+        _require_position(built[place.stage], place)
+        if states is None:
+            states = capture()
+    assert states is not None
+    config = get_model_config(built[places[0].stage])
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    pipeline = Pipeline(groups, _transport(groups, device, timeout), RandomStream(exchange(states, groups.pair)))
+    ddp_config = ddp_config or DistributedDataParallelConfig()
+    wrapped = []
+    for place in groups.places:
+        module = built[place.stage].to(device)
+        _equalise(module, place, groups)
+        if not ddp_config.use_distributed_optimizer:
+            _mark_shared(module, place)
+        module.dualpipe_chunk = Chunk(  # type: ignore[assignment] # a plain attribute, not a module
+            place, pipeline, tuple(split_layers(module, pipeline.store))
+        )
+        if config.fp16 or config.bf16:
+            module = Float16Module(config, module)
+        if wrap_with_ddp:
+            module = DistributedDataParallel(config, ddp_config, module, pg_collection=place.collection)
+            if data_parallel_random_init:
+                module.broadcast_params()
+        wrapped.append(module)
+    return wrapped
+
+
+def _require_size(groups: Groups) -> None:
+    if groups.size < 2 or groups.size % 2:
+        raise RuleError(
+            "DualPipe needs an even number of pipeline ranks, 2 or more",
+            f"got a pipeline of {groups.size}",
+            "set --pipeline-model-parallel-size to an even number",
+        )
+
+
+def _provide(provider: Provider, place: Place, stages: int, options: dict[str, Any]) -> nn.Module:
+    parameters = inspect.signature(provider).parameters
+    if "pg_collection" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise RuleError(
+            "the model provider takes pg_collection and hands it to the model, which numbers its layers by it",
+            f"got one that takes {', '.join(parameters)}",
+            "add the parameter and pass it to GPTModel(..., pg_collection=pg_collection)",
+        )
+    module = provider(
+        pre_process=place.stage == 0,
+        post_process=place.stage == stages - 1,
+        pg_collection=place.collection,
+        **options,
+    )
+    for parameter in module.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return module
+
+
+def _require_position(module: nn.Module, place: Place) -> None:
+    """The chunk's layers must be those of its stage: a provider that drops ``pg_collection`` builds those of rank r."""
+    decoder = getattr(module, "decoder", None)
+    numbers = [layer.layer_number for layer in getattr(decoder, "layers", ())]
+    first = get_transformer_layer_offset(get_model_config(module), None, place.stage) + 1
+    if numbers and numbers[0] != first:
+        raise RuleError(
+            f"the chunk of lane {place.lane} on this rank is stage {place.stage}, whose first layer is {first}",
+            f"the provider built layers {numbers[0]} to {numbers[-1]}",
+            "hand pg_collection to the model",
+        )
+
+
+def _transport(groups: Groups, device: torch.device, timeout: float) -> ProcessGroupTransport:
+    staged = device.type == "cuda" and dist.get_backend(groups.pipeline) == "gloo"
+    return ProcessGroupTransport(groups.pipeline, device=device, timeout=timeout, staged=staged)
+
+
+def _equalise(module: nn.Module, place: Place, groups: Groups) -> None:
+    """Give both replicas of a stage the weights and buffers of lane >, where pipeline rank s holds stage s."""
+    source = dist.get_process_group_ranks(groups.pipeline)[place.stage]
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(tensor.data, src=source, group=groups.pair)
+
+
+def _mark_shared(module: nn.Module, place: Place) -> None:
+    """Let the gradient norm count each stage once: rank r counts stage r, as Megatron's rank does."""
+    for parameter in module.parameters():
+        parameter.shared = place.lane is not UP  # type: ignore[attr-defined] # Megatron's own mark

@@ -1,0 +1,61 @@
+"""The random numbers of dropout: each chunk draws from a stream of its own, as its stage does under 1F1B.
+
+Under 1F1B a stage draws in the order of its microbatches.  So does each chunk here, although the two chunks of a
+rank take turns: lane > draws from the process's own generators, and lane < from a copy of the generators that the
+same stage has at the other end.  A mask then depends on stage and microbatch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+States = dict[str, Any]
+
+
+class RandomStream:
+    """The generators from which lane < draws."""
+
+    def __init__(self, states: States) -> None:
+        self.states = states
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within it, random numbers come from this stream, which goes on where it stopped."""
+        outer = capture()
+        restore(self.states)
+        try:
+            yield
+        finally:
+            self.states = capture()
+            restore(outer)
+
+
+def capture() -> States:
+    """The states of the process's generators: CPU, the current GPU, and Megatron's tracker of named ones."""
+    tracker = get_cuda_rng_tracker()
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": {name: state.clone() for name, state in tracker.get_states().items()},
+    }
+
+
+def restore(states: States) -> None:
+    """Put the process's generators into these states."""
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states({name: state.clone() for name, state in states["tracker"].items()})
+
+
+def exchange(states: States, pair: dist.ProcessGroup) -> States:
+    """The states that the other rank of the pair hands over."""
+    both: list[States] = [{}, {}]
+    dist.all_gather_object(both, states, group=pair)
+    return both[1 - pair.rank()]

@@ -1,0 +1,95 @@
+"""How many microbatches the steps of a run have, read from Megatron's arguments.
+
+Megatron's arithmetic (``megatron.core.num_microbatches_calculator``): a step's global batch is cut into
+``global_batch_size / (micro_batch_size * data_parallel_size)`` microbatches on each data-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """A global batch size, in samples, that the run reaches, and where it comes from."""
+
+    samples: int
+    origin: str
+
+
+def data_parallel_size(args: Any) -> int:
+    """The data-parallel size that is set, or else what the world size leaves to it."""
+    size = getattr(args, "data_parallel_size", None)
+    if size is not None:
+        return int(size)
+    model_ranks = 1
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        model_ranks *= int(getattr(args, name, None) or 1)
+    return max(1, int(getattr(args, "world_size", None) or 1) // model_ranks)
+
+
+def training_batches(args: Any) -> Iterator[Batch]:
+    """Every global batch size of training: the ramp-up's, those of a schedule of steps, or the one there is.
+
+    Raises:
+        ValueError: If a schedule of batch sizes can't be read.
+    """
+    final = getattr(args, "global_batch_size", None)
+    steps = getattr(args, "step_batch_size_schedule", None)
+    rampup = getattr(args, "rampup_batch_size", None)
+    if steps is not None:
+        for entry in steps.replace(",", " ").split():
+            yield Batch(int(entry.partition(":")[2]), f"--step-batch-size-schedule at {entry}")
+    elif rampup is not None and final is not None:
+        start, increment, _ = (int(number) for number in rampup)
+        if increment <= 0 or start <= 0:
+            raise ValueError(
+                f"--rampup-batch-size needs a start and an increment above 0, and got {start}, {increment}"
+            )
+        for samples in range(start, int(final), increment):
+            yield Batch(samples, "--rampup-batch-size on its way")
+        yield Batch(int(final), "--global-batch-size")
+    elif final is not None:
+        yield Batch(int(final), "--global-batch-size")
+
+
+def problem(args: Any, batch: Batch, micro_batch_size: int, may_decrease: bool = False) -> str | None:
+    """What keeps a global batch from DualPipe, or ``None``: its microbatches are even and >= 2 x pipeline size.
+
+    ``may_decrease`` is Megatron's ``--decrease-batch-size-if-needed``: what doesn't divide is rounded down.
+    """
+    ranks = data_parallel_size(args)
+    stages = int(getattr(args, "pipeline_model_parallel_size", None) or 1)
+    count, rest = divmod(batch.samples, micro_batch_size * ranks)
+    here = f"{batch.origin} = {batch.samples} over micro-batch size {micro_batch_size} x data parallel size {ranks}"
+    if rest and not may_decrease:
+        return f"{here} leaves {rest} samples over"
+    if count % 2:
+        return f"{here} is {count} microbatches, which is odd"
+    if count < 2 * stages:
+        return f"{here} is {count} microbatches for pipeline size {stages}"
+    return None
+
+
+def training_problem(args: Any) -> str | None:
+    """The first global batch size of training that DualPipe can't run, told, or ``None``."""
+    micro = getattr(args, "micro_batch_size", None)
+    if micro is None:
+        return None
+    may_decrease = bool(getattr(args, "decrease_batch_size_if_needed", False))
+    try:
+        told = (problem(args, batch, int(micro), may_decrease) for batch in training_batches(args))
+        return next(filter(None, told), None)
+    except ValueError as error:
+        return str(error)
+
+
+def evaluation_problem(args: Any) -> str | None:
+    """The same for evaluation, where Megatron-LM gives it batch sizes of its own, unless there is none."""
+    if getattr(args, "eval_iters", None) == 0:
+        return None
+    micro = getattr(args, "eval_micro_batch_size", None) or getattr(args, "micro_batch_size", None)
+    samples = getattr(args, "eval_global_batch_size", None)
+    if micro is None or samples is None:
+        return None
+    return problem(args, Batch(int(samples), "--eval-global-batch-size"), int(micro))

@@ -1,0 +1,244 @@
+"""Data dealt to two lanes: which item goes where, how far the stream is read, and what an end in mid-step says.
+
+item of the step         0   1   2   3   4   5
+microbatch of lane >     0       1       2
+microbatch of lane <         0       1       2
+"""
+
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualpipe.errors import RuleError
+from dualpipe.generate import generate
+from dualpipe.megatron.iterators import LaneData, LaneIterator, _Dealer, split_data_iterator
+from dualpipe.schedule import DOWN, UP, F
+
+interleavings = st.lists(st.sampled_from([UP, DOWN]), max_size=40)
+
+
+class Stream:
+    """Counts upwards, and how often it was asked."""
+
+    def __init__(self, items):
+        self.items, self.read = iter(items), 0
+
+    def __next__(self):
+        item = next(self.items)
+        self.read += 1
+        return item
+
+
+def stream():
+    return Stream(count())
+
+
+def forced(ups, downs):
+    """How many items of the stream must be read before so many microbatches of each lane are at hand."""
+    return max(2 * ups - 1 if ups else 0, 2 * downs)
+
+
+def fault(requests, split=split_data_iterator):
+    """The first thing that is wrong with a splitter of one stream, or ``None``."""
+    source = stream()
+    data = split(source)
+    taken = {UP: 0, DOWN: 0}
+    for lane in requests:
+        item = next(data[lane])
+        if item != 2 * taken[lane] + (lane is DOWN):
+            return f"lane {lane} got item {item} as its microbatch {taken[lane]}"
+        taken[lane] += 1
+        must = forced(taken[UP], taken[DOWN])
+        if source.read != must:
+            return f"{source.read} items were read where {must} suffice"
+        if data.waiting != must - taken[UP] - taken[DOWN]:
+            return f"{data.waiting} items are kept"
+    data.finish()
+    if source.read % 2 or data.waiting:
+        return "the next step starts in mid-round"
+    return None
+
+
+@given(interleavings)
+def test_any_interleaving_gives_each_lane_its_items_and_reads_no_further_than_it_must(requests):
+    assert fault(requests) is None
+
+
+@given(interleavings)
+def test_one_iterator_for_both_chunks_and_one_for_each_deal_the_same(requests):
+    both = stream()
+    forms = [stream(), [stream()], (stream(),), [both, both], [stream(), stream()], [None, stream()], [stream(), None]]
+    for form in forms:
+        data = split_data_iterator(form)
+        taken = {UP: 0, DOWN: 0}
+        for lane in requests:
+            assert next(data[lane]) == 2 * taken[lane] + (lane is DOWN)
+            taken[lane] += 1
+        data.finish()
+
+
+@given(st.lists(interleavings, max_size=4))
+def test_two_iterators_with_the_same_data_stay_together_from_step_to_step(steps):
+    first, second = stream(), stream()
+    for requests in steps:
+        per_lane = max(requests.count(UP), requests.count(DOWN))
+        data = split_data_iterator([first, second])
+        for up, down in ((next(data[UP]), next(data[DOWN])) for _ in range(per_lane)):
+            assert (up % 2, down) == (0, up + 1)
+        assert data.waiting == 0
+        data.finish()
+        assert first.read == second.read
+
+
+# Planted faults
+
+
+def swapped(source):
+    data = split_data_iterator(source)
+    return LaneData({UP: data[DOWN], DOWN: data[UP]}, data._dealers)
+
+
+def halves(source):
+    """The first half of what is asked to one lane, the rest to the other, in the order of asking."""
+    dealer = _Dealer(source, [UP, DOWN])
+    dealer.deal = lambda: [queue.append(next(source)) for queue in dealer.waiting.values()]
+    return LaneData({lane: LaneIterator(lane, dealer) for lane in (UP, DOWN)}, [dealer])
+
+
+class Eager(_Dealer):
+    def take(self, lane):
+        item = super().take(lane)
+        self.deal()
+        return item
+
+
+def eager(source):
+    dealer = Eager(source, [UP, DOWN])
+    return LaneData({lane: LaneIterator(lane, dealer) for lane in (UP, DOWN)}, [dealer])
+
+
+def doubly_fed(source):
+    """Each lane reads the stream for itself, as two copies that nobody deals would be read."""
+    dealers = [_Dealer(source, [lane]) for lane in (UP, DOWN)]
+    return LaneData({lane: LaneIterator(lane, d) for d in dealers for lane in d.waiting}, dealers)
+
+
+class Unfinished(LaneData):
+    def finish(self):
+        pass
+
+
+def unfinished(source):
+    data = split_data_iterator(source)
+    return Unfinished(data._lanes, data._dealers)
+
+
+@pytest.mark.parametrize("planted", [swapped, halves, eager, doubly_fed, unfinished])
+def test_a_planted_fault_is_seen(planted):
+    requests = [UP, UP, DOWN, UP, DOWN, DOWN, UP]
+    assert fault(requests) is None
+    assert fault(requests, planted) is not None
+
+
+# With the order of the schedule
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (2, 10), (4, 8), (4, 20), (8, 16), (8, 40)])
+def test_a_rank_at_an_end_keeps_no_more_than_the_other_lanes_way_through_the_pipeline(ranks, microbatches):
+    schedule = generate("dualpipe", ranks, microbatches)
+    for rank in (0, ranks - 1):
+        source = Stream(range(microbatches))
+        data = split_data_iterator(source)
+        most = 0
+        for op in (op for slot in schedule.programs[rank] for op in slot if op.kind is F):
+            assert next(data[op.lane]) == 2 * op.mb + (op.lane is DOWN)
+            most = max(most, data.waiting)
+        assert source.read == microbatches
+        assert data.waiting == 0
+        assert most <= ranks
+
+
+# The end of the data
+
+
+def test_an_iterator_that_ends_says_at_which_microbatch_of_which_lane():
+    data = split_data_iterator(Stream(range(5)))
+    assert [next(data[UP]) for _ in range(3)] == [0, 2, 4]
+    assert [next(data[DOWN]) for _ in range(2)] == [1, 3]
+    with pytest.raises(RuleError) as caught:
+        next(data[DOWN])
+    assert str(caught.value) == (
+        "the data lasts to the end of a step: it ended before microbatch 2 of lane <, which is item 5 of this step; "
+        "give an iterator with as many items as the step has microbatches (it gave 5), or one that starts over"
+    )
+
+
+def test_the_end_of_the_data_ends_no_loop_in_silence():
+    up, _ = split_data_iterator(Stream(range(3)))
+    with pytest.raises(RuleError):
+        list(up)
+
+
+def test_an_error_in_the_data_pipeline_comes_through_as_it_is():
+    def failing():
+        yield 0
+        raise OSError("disk")
+
+    up, _ = split_data_iterator(failing())
+    assert next(up) == 0
+    with pytest.raises(OSError, match="disk"):
+        next(up)
+
+
+# Steps
+
+
+def test_the_next_step_goes_on_where_this_one_ended():
+    source = stream()
+    for first in (0, 4):
+        data = split_data_iterator(source)
+        assert [next(data[UP]), next(data[DOWN]), next(data[DOWN]), next(data[UP])] == [first + i for i in (0, 1, 3, 2)]
+        data.finish()
+
+
+@pytest.mark.parametrize("lane", [UP, DOWN])
+def test_a_rank_where_one_lane_alone_looks_at_the_data_stays_with_the_others(lane):
+    source = stream()
+    data = split_data_iterator(source)
+    assert [next(data[lane]) for _ in range(3)] == [i + (lane is DOWN) for i in (0, 2, 4)]
+    data.finish()
+    assert next(source) == 6
+
+
+def test_a_rank_that_looks_at_no_data_reads_none():
+    source = stream()
+    split_data_iterator(source).finish()
+    assert source.read == 0
+
+
+def test_a_step_may_end_where_the_data_ends():
+    data = split_data_iterator(Stream(range(1)))
+    assert next(data[UP]) == 0
+    data.finish()
+
+
+# What comes in
+
+
+@pytest.mark.parametrize("nothing", [None, [None], [None, None]])
+def test_a_rank_without_data_has_none_for_both_lanes(nothing):
+    assert list(split_data_iterator(nothing)) == [None, None]
+
+
+def test_lane_iterators_are_iterators():
+    up, down = split_data_iterator(stream())
+    assert iter(up) is up
+    assert (up.lane, down.lane) == (UP, DOWN)
+
+
+@pytest.mark.parametrize("wrong", [[], [iter([]), iter([]), iter([])], range(3), [range(3)], "data"])
+def test_what_is_no_iterator_is_refused(wrong):
+    with pytest.raises(RuleError):
+        split_data_iterator(wrong)

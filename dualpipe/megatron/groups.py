@@ -135,7 +135,5 @@ def _collection(
         "intra_dp_cp": groups["dp_cp"],
         "expt_dp": groups["expt_dp"],
         "intra_expt_dp": groups["expt_dp"],
-        "embd": None,  # embeddings are not tied, so nothing is reduced over these
-        "pos_embd": None,
     }
     return ProcessGroupCollection(**{**vars(own), **changed})

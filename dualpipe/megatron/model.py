@@ -25,7 +25,7 @@ from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
 from dualpipe.megatron.groups import Groups, Place, create_groups
 from dualpipe.megatron.layers import Delayed, split_layers
-from dualpipe.megatron.random_streams import RandomStream, capture, exchange
+from dualpipe.megatron.random_streams import RandomStream, capture, exchange, restore
 from dualpipe.schedule import UP
 from dualpipe.transport import ProcessGroupTransport
 from dualpipe.weightgrad import WeightGradStore
@@ -111,6 +111,7 @@ def build_dualpipe_model(
         if states is None:
             states = capture()
     assert states is not None
+    restore(states)
     config = get_model_config(built[places[0].stage])
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     pipeline = Pipeline(groups, _transport(groups, device, timeout), RandomStream(exchange(states, groups.pair)))

@@ -157,8 +157,7 @@ def _finalize(
         dist.all_reduce(tokens, group=pipeline.groups.pipeline)  # lane < counted at the first rank, lane > at the last
     if config.moe_router_enable_expert_bias:
         _add_up_expert_tokens(chunks, pipeline)
-    collection = ProcessGroupCollection(**{**vars(groups), "embd": None, "pos_embd": None})
-    config.finalize_model_grads_func(model, tokens, pg_collection=collection, force_all_reduce=force_all_reduce)
+    config.finalize_model_grads_func(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
 
 
 def _add_up_expert_tokens(chunks: Sequence[tuple[nn.Module, Chunk]], pipeline: Pipeline) -> None:

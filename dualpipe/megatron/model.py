@@ -125,6 +125,7 @@ def build_dualpipe_model(
         module.dualpipe_chunk = Chunk(  # type: ignore[assignment] # a plain attribute, not a module
             place, pipeline, tuple(split_layers(module, pipeline.store))
         )
+        _shard_over_stage(module, place)
         if config.fp16 or config.bf16:
             module = Float16Module(config, module)
         if wrap_with_ddp:
@@ -186,6 +187,19 @@ def _equalise(module: nn.Module, place: Place, groups: Groups) -> None:
     source = dist.get_process_group_ranks(groups.pipeline)[place.stage]
     for tensor in (*module.parameters(), *module.buffers()):
         dist.broadcast(tensor.data, src=source, group=groups.pair)
+
+
+def _shard_over_stage(module: Any, place: Place) -> None:
+    """Let checkpoints number a stage's replicas over both lanes, so that one of them is the main one."""
+    stock = module.sharded_state_dict
+
+    def sharded_state_dict(
+        prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        metadata = {**(metadata or {}), "dp_cp_group": place.collection.dp_cp}
+        return stock(prefix=prefix, sharded_offsets=sharded_offsets, metadata=metadata, **options)
+
+    module.sharded_state_dict = sharded_state_dict
 
 
 def _mark_shared(module: nn.Module, place: Place) -> None:

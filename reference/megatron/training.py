@@ -1,0 +1,159 @@
+"""Megatron's training loop in small: what a rank does around a schedule, and what it records of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor, nn
+
+from reference.megatron.case import Case
+from reference.megatron.data import Batch
+from reference.megatron.trace import Microbatch, Place, StepTrace, Tensors
+
+Schedule = Callable[[Callable[..., Any], Iterator[Batch] | None], list[dict[str, Tensor]]]
+"""Runs one step, given the forward step function and the data iterator; returns what Megatron's schedules return."""
+
+
+def train(
+    case: Case,
+    chunks: Sequence[tuple[Place, DistributedDataParallel]],
+    optimizer: Any,
+    schedule: Schedule,
+    data: Callable[[int], Iterator[Batch] | None],
+    reports: bool,
+    progress: Callable[[Any], None] = lambda value: None,
+) -> list[StepTrace]:
+    """Train this rank's ``chunks`` for the case's steps and record every step.
+
+    ``data`` gives a step's iterator, ``None`` on a rank that has none.  ``reports``: whether this rank's losses are read, as
+    the training loop reads those of the last rank of a pipeline.
+    """
+    config = chunks[0][1].config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if case.overlap_grad_reduce:
+        functions = [chunk.no_sync for _, chunk in chunks]
+        config.no_sync_func = functions[0] if len(functions) == 1 else functions
+    places = {id(gpt_of(chunk)): place for place, chunk in chunks}
+    traces = []
+    for step in range(case.steps):
+        for _, chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        store = schedule(ForwardStep(case, step, places), data(step))
+        trace = StepTrace(losses=losses_of(store) if reports else {})
+        trace.gradients |= {place: main_gradients(chunk) for place, chunk in chunks}
+        done, norm, _ = optimizer.step()
+        own = chunks[0][0]
+        trace.norms[own], trace.done[own] = float(norm or 0.0), bool(done)
+        trace.weights |= {place: weights(chunk) for place, chunk in chunks}
+        trace.main_weights |= {place: main_weights(chunk) for place, chunk in chunks}
+        traces.append(trace)
+        progress(step + 1)
+    return traces
+
+
+class ForwardStep:
+    """The ``forward_step_func`` of one step.
+
+    With dropout, the generators are set from (step, replica, stage, microbatch) before each forward, so that the masks depend
+    neither on the order of execution nor on which rank a stage is on.
+    """
+
+    def __init__(self, case: Case, step: int, places: dict[int, Place]) -> None:
+        self._case, self._step, self._places = case, step, places
+        self._count = dict.fromkeys(places.values(), 0)
+
+    def __call__(self, iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        gpt = gpt_of(model)
+        place = self._places[id(gpt)]
+        if self._case.dropout:
+            _seed(hash((self._case.seed, self._step, *place[:2], self._count[place])) % 2**31, place.tp)
+        self._count[place] += 1
+        if not (gpt.pre_process or gpt.post_process):
+            return model(None, None, None), partial(loss, None)
+        assert iterator is not None, "the ends of a pipeline have data"
+        batch = next(iterator)
+        if not gpt.post_process:
+            return model(batch.tokens, positions(batch), None), partial(loss, batch)
+        tokens = batch.tokens if gpt.pre_process else None
+        return model(tokens, positions(batch), None, labels=batch.labels), partial(loss, batch)
+
+
+def _seed(seed: int, tp: int) -> None:
+    torch.manual_seed(seed)
+    states = get_cuda_rng_tracker().get_states()
+    for offset, name in enumerate(sorted(states)):
+        states[name] = torch.Generator().manual_seed(seed + 1 + tp + 1000 * offset).get_state()
+    get_cuda_rng_tracker().set_states(states)
+
+
+def positions(batch: Batch) -> Tensor:
+    """Position ids of a microbatch, int64 ``[batch, sequence]``."""
+    return torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens).contiguous()
+
+
+def loss(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss of a microbatch: sum over unmasked tokens, their number, and what is reported of them and of whose they are."""
+    total = (output.float() * batch.mask).sum()
+    tokens = batch.mask.sum().to(torch.int)
+    reported = torch.stack([total.detach().clone(), tokens.float()])
+    return total, tokens, {"lm loss": reported, "microbatch": torch.tensor([batch.replica, batch.number])}
+
+
+def losses_of(store: Sequence[dict[str, Tensor]]) -> dict[Microbatch, list[Tensor]]:
+    """The losses that a schedule returned, by the microbatch that each says it is of."""
+    found: dict[Microbatch, list[Tensor]] = {}
+    for entry in store:
+        replica, number = (int(value) for value in entry["microbatch"])
+        found.setdefault(Microbatch(replica, number), []).append(entry["lm loss"].clone())
+    return found
+
+
+def gpt_of(chunk: nn.Module) -> Any:
+    """The GPTModel inside its wrappers."""
+    return get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
+
+
+def weights(chunk: nn.Module) -> Tensors:
+    return {name: _copy(parameter) for name, parameter in gpt_of(chunk).named_parameters()}
+
+
+def main_weights(chunk: nn.Module) -> Tensors:
+    """The optimizer's own float32 copies of the parameters, where it keeps any."""
+    found = {name: getattr(parameter, "main_param", None) for name, parameter in gpt_of(chunk).named_parameters()}
+    return {name: _copy(copy) for name, copy in found.items() if copy is not None}
+
+
+def main_gradients(chunk: DistributedDataParallel) -> Tensors:
+    """Every parameter's whole reduced ``main_grad``.
+
+    The distributed optimizer leaves a replica with its shard of each bucket, and rubbish elsewhere: the shards of
+    all replicas are gathered, bucket by bucket.  All ranks of the chunk's group must call this together.
+    """
+    names = {parameter: name for name, parameter in gpt_of(chunk).named_parameters()}
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return {name: _copy(parameter.main_grad) for parameter, name in names.items()}
+    found: dict[str, Tensor] = {}
+    for bucket_group in chunk.bucket_groups:
+        group = bucket_group.intra_distributed_optimizer_instance_group
+        for bucket in bucket_group.buckets:
+            mine = bucket.grad_data.chunk(group.size())[group.rank()]
+            shards = [torch.empty_like(mine) for _ in range(group.size())]
+            dist.all_gather(shards, mine.contiguous(), group=group)
+            whole = torch.cat(shards)
+            for parameter in bucket.params_list:
+                start, stop = bucket.param_to_index[parameter]
+                found[names[parameter]] = whole[start:stop].view(parameter.shape).clone()
+    return found
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()

@@ -62,29 +62,36 @@ class Case:
                 raise RuleError(rule, came, remedy)
 
     def _rules(self) -> list[tuple[str, bool, str, str]]:
-        count, parallel = self.count, self.sequence_parallel
+        """Each rule with whether it holds, what came, and what to do."""
+        pp, dp, tp, count, parallel = self.pp, self.dp, self.tp, self.count, self.sequence_parallel
         return [
-            ("a pipeline has an even number of ranks", self.pp > 1 and self.pp % 2 == 0, f"got {self.pp}", "use 2 or 4"),
+            ("a pipeline has an even number of ranks", pp > 1 and pp % 2 == 0, f"got {pp}", "use 2 or 4"),
             (
                 "microbatches are even and at least twice the ranks of a pipeline",
-                count % 2 == 0 and count >= 2 * self.pp,
-                f"got {count} for {self.pp} ranks",
-                f"use {2 * self.pp} or a larger even number",
+                count % 2 == 0 and count >= 2 * pp,
+                f"got {count} for {pp} ranks",
+                f"use {2 * pp} or a larger even number",
             ),
-            ("data and tensor parallel sizes are positive", min(self.dp, self.tp) > 0, f"got {self.dp} and {self.tp}", "use 1"),
-            ("heads divide among tensor parallel ranks", self.heads % max(self.tp, 1) == 0, f"got {self.tp}", "use 1, 2 or 4"),
-            ("sequence parallelism needs tensor parallelism", self.tp > 1 or not parallel, f"got tp {self.tp}", "use tp 2"),
+            ("data and tensor parallel sizes are positive", min(dp, tp) > 0, f"got {dp} and {tp}", "use 1"),
+            (
+                "heads divide among tensor parallel ranks",
+                tp < 1 or self.heads % tp == 0,
+                f"got {self.heads} heads for {tp} ranks",
+                "use 1, 2 or 4",
+            ),
+            ("sequence parallelism needs tensor parallelism", tp > 1 or not parallel, f"got tp {tp}", "use tp 2"),
             (
                 "Megatron trains experts under tensor parallelism only with sequence parallelism",
-                self.model is Model.GPT or self.tp == 1 or parallel,
-                f"got tp {self.tp} without it",
-                "set sequence_parallel",
+                self.model is Model.GPT or tp == 1 or parallel,
+                f"got tp {tp} without it",
+                "set sequence parallelism",
             ),
             (f"the number format is {' or '.join(DTYPES)}", self.dtype in DTYPES, f"got {self.dtype}", "use fp32"),
             ("a verification trains for at least one step", self.steps > 0, f"got {self.steps}", "use 3"),
             ("dropout is a probability below 1", 0 <= self.dropout < 1, f"got {self.dropout}", "use 0"),
             ("the clipping norm is not negative", self.clip >= 0, f"got {self.clip}", "use 0 for none"),
-        ]  # fmt: skip
+            ("a timeout is a number of seconds", 0 < self.timeout < 1e6, f"got {self.timeout}", "use 120"),
+        ]
 
     @cached_property
     def count(self) -> int:

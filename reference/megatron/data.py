@@ -1,7 +1,7 @@
 """Synthetic text for every party: which microbatch goes where follows from its numbers alone.
 
-A DualPipe rank deals its microbatches to its lanes in turn, 0 to lane ``>``, 1 to lane ``<``, 2 to ``>``, ...  Each lane of
-each pipeline is one replica; replicas are numbered lane by lane:
+A DualPipe rank deals its microbatches to its lanes in turn, 0 to lane ``>``, 1 to lane ``<``, 2 to ``>``, ...  Each
+lane of each pipeline is one replica; replicas are numbered lane by lane:
 
     replica   0 .. d-1    lane ``>`` of pipeline 0 .. d-1    microbatches 0, 2, 4, ... of that pipeline
     replica   d .. 2d-1   lane ``<`` of pipeline 0 .. d-1    microbatches 1, 3, 5, ... of that pipeline
@@ -21,7 +21,7 @@ _MASKED = 0.25
 
 
 class Batch(NamedTuple):
-    """One microbatch: its ``number`` in its replica; int64 ``tokens`` and ``labels``, float ``mask``, ``[batch, seq]``."""
+    """Microbatch ``number`` of a replica: int64 ``tokens`` and ``labels``, float32 ``mask``; all ``[batch, seq]``."""
 
     replica: int
     number: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from reference.megatron.case import Case, Model
@@ -56,9 +58,19 @@ def transformer_config(case: Case) -> TransformerConfig:
     )
 
 
+def seed(case: Case, pipeline_rank: int, **ranks: int) -> None:
+    """Seed the random generators of a rank as Megatron's training loop does, before it builds its model.
+
+    ``ranks`` are handed to ``model_parallel_cuda_manual_seed``, for a process without parallel groups.
+    """
+    value = case.seed + _SEED_STEP * pipeline_rank
+    random.seed(value)
+    torch.manual_seed(value)
+    model_parallel_cuda_manual_seed(value, **ranks)
+
+
 def build_gpt(case: Case, config: TransformerConfig, pre_process: bool, post_process: bool, groups: Any) -> GPTModel:
-    """One stage.  Its weights depend on the seed and the stage, ``groups.pp.rank()``, alone."""
-    torch.manual_seed(case.seed + _SEED_STEP * groups.pp.rank())
+    """One stage: which one follows from ``groups.pp``, its weights from the state of the random generators."""
     return GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(

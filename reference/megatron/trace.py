@@ -33,11 +33,11 @@ class Microbatch(NamedTuple):
 class StepTrace:
     """One step, as seen on one rank or on all.  Tensors are detached, on the CPU.
 
-    ``losses``: the sum over a microbatch's unmasked tokens, and their number, float32 ``[2]``, as returned by the schedule.
-    By place and parameter name: ``gradients``, the whole ``main_grad`` when the schedule returns (reduced over the replicas);
-    ``weights`` after the optimizer's step, and ``main_weights``, the optimizer's float32 copies, where it keeps
-    any (under the distributed optimizer, the replica's own shard).  ``norms``: as the optimizer returned it, and ``done``:
-    whether it made its step; by place, one of the places of each rank.
+    ``losses``: the sum over a microbatch's unmasked tokens, and their number, float32 ``[2]``, each as often as it was
+    returned.  By place and parameter name: ``gradients``, the whole ``main_grad`` when the schedule returns, reduced
+    over the replicas; ``weights`` after the optimizer's step; ``main_weights``, the optimizer's float32 copies, where
+    it keeps any (under the distributed optimizer the replica's own shard).  By one place of each rank: ``norms``, the
+    gradient norm that the optimizer returned, and ``done``, whether it made its step.
     """
 
     losses: dict[Microbatch, list[Tensor]] = field(default_factory=dict)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
@@ -32,8 +31,8 @@ def train(
 ) -> list[StepTrace]:
     """Train this rank's ``chunks`` for the case's steps and record every step.
 
-    ``data`` gives a step's iterator, ``None`` on a rank that has none.  ``reports``: whether this rank's losses are read, as
-    the training loop reads those of the last rank of a pipeline.
+    ``data`` gives a step's iterator, ``None`` on a rank that has none.  ``reports``: whether this rank's losses are
+    read, as the training loop reads those of the last rank of a pipeline.
     """
     config = chunks[0][1].config
     config.grad_scale_func = optimizer.scale_loss
@@ -41,13 +40,12 @@ def train(
     if case.overlap_grad_reduce:
         functions = [chunk.no_sync for _, chunk in chunks]
         config.no_sync_func = functions[0] if len(functions) == 1 else functions
-    places = {id(gpt_of(chunk)): place for place, chunk in chunks}
     traces = []
     for step in range(case.steps):
         for _, chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        store = schedule(ForwardStep(case, step, places), data(step))
+        store = schedule(forward_step, data(step))
         trace = StepTrace(losses=losses_of(store) if reports else {})
         trace.gradients |= {place: main_gradients(chunk) for place, chunk in chunks}
         done, norm, _ = optimizer.step()
@@ -60,39 +58,19 @@ def train(
     return traces
 
 
-class ForwardStep:
-    """The ``forward_step_func`` of one step.
-
-    With dropout, the generators are set from (step, replica, stage, microbatch) before each forward, so that the masks depend
-    neither on the order of execution nor on which rank a stage is on.
-    """
-
-    def __init__(self, case: Case, step: int, places: dict[int, Place]) -> None:
-        self._case, self._step, self._places = case, step, places
-        self._count = dict.fromkeys(places.values(), 0)
-
-    def __call__(self, iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        gpt = gpt_of(model)
-        place = self._places[id(gpt)]
-        if self._case.dropout:
-            _seed(hash((self._case.seed, self._step, *place[:2], self._count[place])) % 2**31, place.tp)
-        self._count[place] += 1
-        if not (gpt.pre_process or gpt.post_process):
-            return model(None, None, None), partial(loss, None)
-        assert iterator is not None, "the ends of a pipeline have data"
-        batch = next(iterator)
-        if not gpt.post_process:
-            return model(batch.tokens, positions(batch), None), partial(loss, batch)
-        tokens = batch.tokens if gpt.pre_process else None
-        return model(tokens, positions(batch), None, labels=batch.labels), partial(loss, batch)
+def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The ``forward_step_func``: reads the data where the stage is an end of the pipeline."""
+    gpt = gpt_of(model)
+    if not (gpt.pre_process or gpt.post_process):
+        return model(None, None, None), no_loss
+    assert iterator is not None, "the ends of a pipeline have data"
+    batch = next(iterator)
+    tokens, labels = batch.tokens if gpt.pre_process else None, batch.labels if gpt.post_process else None
+    return model(tokens, positions(batch), None, labels=labels), partial(loss, batch)
 
 
-def _seed(seed: int, tp: int) -> None:
-    torch.manual_seed(seed)
-    states = get_cuda_rng_tracker().get_states()
-    for offset, name in enumerate(sorted(states)):
-        states[name] = torch.Generator().manual_seed(seed + 1 + tp + 1000 * offset).get_state()
-    get_cuda_rng_tracker().set_states(states)
+def no_loss(output: Tensor) -> NoReturn:
+    raise AssertionError("the loss function is of the last stage")
 
 
 def positions(batch: Batch) -> Tensor:
@@ -101,7 +79,7 @@ def positions(batch: Batch) -> Tensor:
 
 
 def loss(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss of a microbatch: sum over unmasked tokens, their number, and what is reported of them and of whose they are."""
+    """A microbatch's loss: sum over unmasked tokens, their number, and what is reported of them and whose they are."""
     total = (output.float() * batch.mask).sum()
     tokens = batch.mask.sum().to(torch.int)
     reported = torch.stack([total.detach().clone(), tokens.float()])

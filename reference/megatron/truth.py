@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from functools import partial
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 from reference.launch import Context
 from reference.megatron import data
 from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings
-from reference.megatron.model import build_gpt, ddp_config, optimizer_config, transformer_config
+from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
 from reference.megatron.standins import install_cpu_standins
 from reference.megatron.trace import Place, StepTrace
 from reference.megatron.training import train
@@ -61,11 +58,3 @@ def run_rank(case: Case, context: Context) -> list[StepTrace]:
         reports=last and place.tp == 0,
         progress=context.progress,
     )
-
-
-def seed(case: Case, pipeline_rank: int) -> None:
-    """Seed as Megatron's training loop does."""
-    value = case.seed + 100 * pipeline_rank
-    random.seed(value)
-    torch.manual_seed(value)
-    model_parallel_cuda_manual_seed(value)

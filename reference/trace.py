@@ -75,7 +75,7 @@ def _of_step(schedule: Schedule, step: int, truth: StepTruth, found: StepTrace) 
     for lane, losses in zip(schedule.lanes, truth.losses, strict=True):
         seen = found.losses.get(lane, {})
         for mb, loss in enumerate(losses):
-            yield from _compare(partial(Difference, step, "loss", last, f"{mb}{lane}"), loss, seen.get(mb))
+            yield from compare(partial(Difference, step, "loss", last, f"{mb}{lane}"), loss, seen.get(mb))
         for mb in sorted(seen.keys() - set(range(len(losses)))):
             yield Difference(step, "loss", last, f"{mb}{lane}", None, "is of a microbatch that does not exist")
     for lane, stage in _copies(schedule):
@@ -88,7 +88,7 @@ def _of_step(schedule: Schedule, step: int, truth: StepTruth, found: StepTrace) 
             tensors = copies.get((lane, stage), {})
             for name in dict.fromkeys([*true, *tensors]):
                 place = partial(Difference, step, what, stage, f"{name} (copy {lane})")
-                yield from _compare(place, true.get(name), tensors.get(name))
+                yield from compare(place, true.get(name), tensors.get(name))
     for stage in range(schedule.stages):
         yield from _between_copies(schedule, step, stage, found)
 
@@ -99,7 +99,7 @@ def _between_copies(schedule: Schedule, step: int, stage: int, found: StepTrace)
     for other in others:
         for name in dict.fromkeys([*first, *other]):
             place = partial(Difference, step, "weight of one copy against the other's", stage, name)
-            yield from _compare(place, first.get(name), other.get(name))
+            yield from compare(place, first.get(name), other.get(name))
 
 
 def _copies(schedule: Schedule) -> Iterator[Copy]:
@@ -108,7 +108,7 @@ def _copies(schedule: Schedule) -> Iterator[Copy]:
             yield lane, stage
 
 
-def _compare(
+def compare(
     place: Callable[[int | None, str], Difference], true: Tensor | None, found: Tensor | None
 ) -> Iterator[Difference]:
     if true is None and found is None:

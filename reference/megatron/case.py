@@ -1,0 +1,116 @@
+"""What is to be verified on Megatron: a model, how it is laid out over ranks, and how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import torch
+
+from dualpipe.errors import RuleError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Model(StrEnum):
+    """A dense GPT, or one with four experts a layer."""
+
+    GPT = "gpt"
+    MOE = "moe"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One verification.  The same for every party; sizes are DualPipe's.
+
+    ``pp`` ranks in a pipeline, ``dp`` pipelines, ``tp`` ranks that share a layer; ``microbatches`` for each
+    pipeline, half of them for each lane.  A lane is a data-parallel replica, so that the truth, Megatron's 1F1B, has
+    2 x ``dp`` replicas of ``microbatches`` / 2 each.  ``clip`` is the norm to which gradients are clipped (0: not at
+    all), ``timeout`` the seconds after which a party is ended.
+    """
+
+    model: Model = Model.GPT
+    pp: int = 2
+    dp: int = 1
+    tp: int = 1
+    microbatches: int | None = None
+    sequence_parallel: bool = False
+    overlap_grad_reduce: bool = False
+    distributed_optimizer: bool = False
+    recompute: bool = False
+    dtype: str = "fp32"
+    clip: float = 0.1
+    dropout: float = 0.0
+    per_token_loss: bool = False
+    steps: int = 3
+    seed: int = 1234
+    timeout: float = 120.0
+
+    hidden = 32
+    heads = 4
+    sequence = 16
+    vocabulary = 64
+    batch = 2
+    experts = 4
+    learning_rate = 1e-2
+    weight_decay = 0.1
+
+    def __post_init__(self) -> None:
+        for rule, holds, came, remedy in self._rules():
+            if not holds:
+                raise RuleError(rule, came, remedy)
+
+    def _rules(self) -> list[tuple[str, bool, str, str]]:
+        """Each rule with whether it holds, what came, and what to do."""
+        pp, dp, tp, count, parallel = self.pp, self.dp, self.tp, self.count, self.sequence_parallel
+        return [
+            ("a pipeline has an even number of ranks", pp > 1 and pp % 2 == 0, f"got {pp}", "use 2 or 4"),
+            (
+                "microbatches are even and at least twice the ranks of a pipeline",
+                count % 2 == 0 and count >= 2 * pp,
+                f"got {count} for {pp} ranks",
+                f"use {2 * pp} or a larger even number",
+            ),
+            ("data and tensor parallel sizes are positive", min(dp, tp) > 0, f"got {dp} and {tp}", "use 1"),
+            (
+                "heads divide among tensor parallel ranks",
+                tp < 1 or self.heads % tp == 0,
+                f"got {self.heads} heads for {tp} ranks",
+                "use 1, 2 or 4",
+            ),
+            ("sequence parallelism needs tensor parallelism", tp > 1 or not parallel, f"got tp {tp}", "use tp 2"),
+            (
+                "Megatron trains experts under tensor parallelism only with sequence parallelism",
+                self.model is Model.GPT or tp == 1 or parallel,
+                f"got tp {tp} without it",
+                "set sequence parallelism",
+            ),
+            (f"the number format is {' or '.join(DTYPES)}", self.dtype in DTYPES, f"got {self.dtype}", "use fp32"),
+            ("a verification trains for at least one step", self.steps > 0, f"got {self.steps}", "use 3"),
+            ("dropout is a probability below 1", 0 <= self.dropout < 1, f"got {self.dropout}", "use 0"),
+            ("the clipping norm is not negative", self.clip >= 0, f"got {self.clip}", "use 0 for none"),
+            ("a timeout is a number of seconds", 0 < self.timeout < 1e6, f"got {self.timeout}", "use 120"),
+        ]
+
+    @cached_property
+    def count(self) -> int:
+        """Microbatches of a pipeline: as asked for, or 2 x ``pp`` + 2, so that the middle of the schedule repeats."""
+        return 2 * self.pp + 2 if self.microbatches is None else self.microbatches
+
+    @property
+    def per_lane(self) -> int:
+        return self.count // 2
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the model train: two lanes in each pipeline."""
+        return 2 * self.dp
+
+    @property
+    def layers(self) -> int:
+        return 2 * self.pp
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]

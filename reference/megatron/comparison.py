@@ -1,0 +1,104 @@
+"""How a party that trained on Megatron is held against the truth: every loss, gradient, weight and norm, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from reference.megatron.case import Case
+from reference.megatron.trace import Place, StepTrace, Tensors
+from reference.trace import Difference, compare
+
+
+def differences(case: Case, truth: Sequence[StepTrace], found: Sequence[StepTrace]) -> list[Difference]:
+    """Every tensor that is not ``torch.equal`` to the truth's, in order of step, kind and place."""
+    return [d for step, (t, f) in enumerate(zip(truth, found, strict=True)) for d in _of_step(case, step, t, f)]
+
+
+def _of_step(case: Case, step: int, truth: StepTrace, found: StepTrace) -> Iterator[Difference]:
+    last = case.pp - 1
+    for microbatch in sorted(truth.losses.keys() | found.losses.keys()):
+        where = f"microbatch {microbatch.number} of replica {microbatch.replica}"
+        place = partial(Difference, step, "loss", last, where)
+        seen = found.losses.get(microbatch, [])
+        if len(seen) > 1:
+            yield place(None, f"was returned {len(seen)} times")
+        (true,) = truth.losses.get(microbatch, [None])
+        yield from compare(place, true, seen[0] if seen else None)
+    kinds = ("gradients", "weights", "main_weights")
+    for what in kinds:
+        yield from _of_places(step, what.replace("_", " ").removesuffix("s"), getattr(truth, what), getattr(found, what))
+    yield from _between_replicas(step, found)
+    yield from _of_norms(step, truth, found)
+
+
+def _of_places(
+    step: int, what: str, truth: Mapping[Place, Tensors], found: Mapping[Place, Tensors]
+) -> Iterator[Difference]:
+    for place in sorted(truth.keys() | found.keys()):
+        true, seen = truth.get(place, {}), found.get(place, {})
+        for name in dict.fromkeys([*true, *seen]):
+            where = f"{name} (replica {place.replica}, tensor rank {place.tp})"
+            yield from compare(partial(Difference, step, what, place.stage, where), true.get(name), seen.get(name))
+
+
+def _between_replicas(step: int, found: StepTrace) -> Iterator[Difference]:
+    """The replicas of a stage against each other, so that this shows even where all are wrong."""
+    first: dict[tuple[int, int], Tensors] = {}
+    for place in sorted(found.weights):
+        mine = found.weights[place]
+        reference = first.setdefault((place.stage, place.tp), mine)
+        for name in dict.fromkeys([*reference, *mine]):
+            where = f"{name} (replica {place.replica}, tensor rank {place.tp})"
+            told = partial(Difference, step, "weight against the first replica's", place.stage, where)
+            yield from compare(told, reference.get(name), mine.get(name))
+
+
+def _of_norms(step: int, truth: StepTrace, found: StepTrace) -> Iterator[Difference]:
+    """One norm for all ranks of both, and every rank made its optimizer's step."""
+    true = next(iter(truth.norms.values()))
+    for place, norm in [*truth.norms.items(), *found.norms.items()]:
+        if norm != true:
+            told = f"is {norm:.9g} instead of {true:.9g}, relative difference {abs(norm - true) / true:.1g}"
+            yield Difference(step, "gradient norm", place.stage, str(place), None, told)
+    for place, done in found.done.items():
+        if not done:
+            yield Difference(step, "optimizer's step", place.stage, str(place), None, "was not made")
+
+
+def vital_signs(truth: Sequence[StepTrace]) -> list[str]:
+    """What shows that something happened at all; a list of complaints, empty when all is well.
+
+    A run in which nothing happens matches, too: every gradient must be finite and not all zero, every weight move at
+    every step, and so must the loss.
+    """
+    complaints = []
+    for step, result in enumerate(truth):
+        for place, gradients in result.gradients.items():
+            for name, gradient in gradients.items():
+                if not torch.isfinite(gradient).all():
+                    complaints.append(f"step {step}, {place}: the gradient of {name} is not finite")
+                elif not gradient.any():
+                    complaints.append(f"step {step}, {place}: the gradient of {name} is zero")
+        if not all(norm > 0 for norm in result.norms.values()):
+            complaints.append(f"step {step}: the gradient norm is not positive")
+    for step, (before, after) in enumerate(pairwise(truth), start=1):
+        if mean_loss(before) == mean_loss(after):
+            complaints.append(f"step {step}: the loss is that of the step before")
+        for place, weights in after.weights.items():
+            complaints += [
+                f"step {step}, {place}: {name} did not move"
+                for name, weight in weights.items()
+                if torch.equal(weight, before.weights[place][name])
+            ]
+    return complaints
+
+
+def mean_loss(step: StepTrace) -> float:
+    """The loss per token of all microbatches, in nats."""
+    total: Tensor = torch.stack([losses[0] for losses in step.losses.values()]).double().sum(dim=0)
+    return float(total[0] / total[1])

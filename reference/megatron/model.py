@@ -1,0 +1,107 @@
+"""The models and settings of a case, in Megatron's terms.  Every party builds its stages here."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+
+from reference.megatron.case import Case, Model
+
+_SEED_STEP = 100
+"""Megatron's training loop adds this times the pipeline rank to the seed."""
+_BUCKET = 4000
+"""Elements in a bucket where reduction overlaps: several buckets a stage, as in a model of real size."""
+
+
+def transformer_config(case: Case) -> TransformerConfig:
+    experts: dict[str, Any] = {}
+    if case.model is Model.MOE:
+        experts = {
+            "num_moe_experts": case.experts,
+            "moe_router_topk": 2,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 1e-2,
+            "moe_ffn_hidden_size": case.hidden,
+            "add_bias_linear": False,  # Megatron has no bias in experts under tensor parallelism
+        }
+    recompute: dict[str, Any] = {}
+    if case.recompute:
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=case.layers,
+        hidden_size=case.hidden,
+        num_attention_heads=case.heads,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        sequence_parallel=case.sequence_parallel,
+        hidden_dropout=case.dropout,
+        attention_dropout=case.dropout,
+        bf16=case.dtype == "bf16",
+        params_dtype=case.torch_dtype,
+        pipeline_dtype=case.torch_dtype,
+        calculate_per_token_loss=case.per_token_loss,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        batch_p2p_comm=False,
+        deallocate_pipeline_outputs=False,
+        cuda_graph_scope=[],  # the default is deprecated, and warns
+        **experts,
+        **recompute,
+    )
+
+
+def seed(case: Case, pipeline_rank: int, **ranks: int) -> None:
+    """Seed the random generators of a rank as Megatron's training loop does, before it builds its model.
+
+    ``ranks`` are handed to ``model_parallel_cuda_manual_seed``, for a process without parallel groups.
+    """
+    value = case.seed + _SEED_STEP * pipeline_rank
+    random.seed(value)
+    torch.manual_seed(value)
+    model_parallel_cuda_manual_seed(value, **ranks)
+
+
+def build_gpt(case: Case, config: TransformerConfig, pre_process: bool, post_process: bool, groups: Any) -> GPTModel:
+    """One stage: which one follows from ``groups.pp``, its weights from the state of the random generators."""
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            num_experts=case.experts if case.model is Model.MOE else None, moe_grouped_gemm=False
+        ),
+        vocab_size=case.vocabulary,
+        max_sequence_length=case.sequence,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=False,
+        pg_collection=groups,
+    )
+
+
+def ddp_config(case: Case) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=case.overlap_grad_reduce,
+        use_distributed_optimizer=case.distributed_optimizer,
+        bucket_size=_BUCKET if case.overlap_grad_reduce else None,
+    )
+
+
+def optimizer_config(case: Case) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=case.learning_rate,
+        min_lr=0.0,
+        weight_decay=case.weight_decay,
+        clip_grad=case.clip,
+        bf16=case.dtype == "bf16",
+        params_dtype=case.torch_dtype,
+        use_distributed_optimizer=case.distributed_optimizer,
+    )

@@ -1,0 +1,61 @@
+"""Production under verification: the drop-in, at half the data parallelism of the truth and twice its microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from dualpipe.megatron import build_dualpipe_model, build_dualpipe_optimizer, forward_backward_dualpipe
+from dualpipe.megatron.schedule import lanes_of
+from dualpipe.schedule import UP
+from reference.launch import Context
+from reference.megatron import data
+from reference.megatron.case import Case
+from reference.megatron.importing import expected_warnings
+from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
+from reference.megatron.standins import install_cpu_standins
+from reference.megatron.trace import Place, StepTrace
+from reference.megatron.training import train
+
+
+def ranks(case: Case) -> int:
+    """How many processes production runs in."""
+    return case.dp * case.pp * case.tp
+
+
+@expected_warnings()
+def run_rank(
+    case: Case, context: Context, step: Callable[..., list[Any]] = forward_backward_dualpipe
+) -> list[StepTrace]:
+    """One rank of production, in a process whose default process group exists.  A test may bring a faulty ``step``."""
+    install_cpu_standins()
+    parallel_state.initialize_model_parallel(case.tp, case.pp, create_gloo_process_groups=False)
+    rank, pipeline = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    tp = parallel_state.get_tensor_model_parallel_rank()
+    seed(case, rank)
+    config = transformer_config(case)
+
+    def provider(pre_process: bool, post_process: bool, pg_collection: Any) -> GPTModel:
+        return build_gpt(case, config, pre_process, post_process, pg_collection)
+
+    model = build_dualpipe_model(provider, ddp_config(case), timeout=case.timeout / 4)
+    optimizer = build_dualpipe_optimizer(optimizer_config(case), model)
+    places = [
+        Place(data.replica_of(case, 0 if lane is UP else 1, pipeline), stage, tp) for lane, stage in lanes_of(model)
+    ]
+    schedule = partial(
+        step, model=model, num_microbatches=case.count, seq_length=case.sequence, micro_batch_size=case.batch
+    )
+    return train(
+        case,
+        list(zip(places, model, strict=True)),
+        optimizer,
+        lambda forward_step, iterator: schedule(forward_step_func=forward_step, data_iterator=iterator),
+        lambda number: data.of_pipeline(case, number, pipeline) if rank in (0, case.pp - 1) else None,
+        reports=rank == case.pp - 1 and tp == 0,
+        progress=context.progress,
+    )

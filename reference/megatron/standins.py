@@ -1,0 +1,140 @@
+"""The stand-ins with which megatron-core 0.16.1 trains on a CPU over gloo.
+
+Megatron names the GPU in places that do not depend on it.  ``install_cpu_standins`` replaces exactly these, and nothing
+where there is a GPU.  It belongs to the test harness: production never needs it on the hardware it is for.
+
+=========================================  ==================================================================
+what Megatron does                         what stands in
+=========================================  ==================================================================
+``torch.cuda.current_device()`` as device  returns ``"cpu"``
+literal ``device="cuda"``                  these modules see a ``torch`` whose constructors read it as the CPU
+state of the GPU's random generator        the CPU generator's, kept apart in the tracker as on a GPU
+``Tensor.type()`` compared with a string   a CPU tensor calls itself ``torch.cuda...``
+``moe_utils.te_general_gemm``              ``None``, which Megatron tests for but never sets
+layer norms under sequence parallelism     PyTorch's, marked for the all-reduce as Apex's are
+=========================================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONSTRUCTORS = ("empty", "ones", "tensor", "zeros")
+_LITERAL_CUDA = (
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.utils",
+    "megatron.core.utils",
+)
+_installed: list[tuple[Any, str, Any]] = []
+_ABSENT = object()
+
+
+def install_cpu_standins() -> None:
+    """Let megatron-core run on the CPU.  Does nothing where a GPU is present, or a second time."""
+    if _installed or torch.cuda.is_available():
+        return
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    for name in _LITERAL_CUDA:
+        _replace(importlib.import_module(name), "torch", _TorchOnCpu())
+    _replace(torch.cuda, "current_device", lambda: "cpu")
+    _replace(torch.Tensor, "type", _type_as_on_gpu(torch.Tensor.type))
+    _replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
+    _replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))
+    _replace(random.CudaRNGStatesTracker, "add", _add_state)
+    _replace(random.CudaRNGStatesTracker, "fork", _fork_state)
+    _replace(moe_utils, "te_general_gemm", None)
+    _replace(WrappedTorchNorm, "__new__", _norm_for_sequence_parallel(WrappedTorchNorm.__new__))
+
+
+def remove_cpu_standins() -> None:
+    """Undo ``install_cpu_standins``."""
+    while _installed:
+        owner, name, before = _installed.pop()
+        if before is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _installed.append((owner, name, vars(owner).get(name, _ABSENT)))
+    setattr(owner, name, value)
+
+
+class _TorchOnCpu(ModuleType):
+    """``torch``, but that its constructors read the device "cuda" as the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _CONSTRUCTORS:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(construct: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def constructed(*args: Any, **kwargs: Any) -> Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return construct(*args, **kwargs)
+
+    return constructed
+
+
+def _type_as_on_gpu(of: Callable[..., Any]) -> Callable[..., Any]:
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        told = of(self, *args, **kwargs)
+        return told.replace("torch.", "torch.cuda.", 1) if isinstance(told, str) else told
+
+    return type_
+
+
+def _norm_for_sequence_parallel(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False  # PyTorch's norm is refused for one reason only: nobody marks its parameters
+        module = build(cls, plain, *args, **kwargs)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return module
+
+    return norm
+
+
+def _add_state(self: Any, name: str, seed: int) -> None:
+    """``CudaRNGStatesTracker.add`` with a generator of the CPU: a new state, the running one untouched."""
+    if seed in self.seeds_ or name in self.states_:
+        raise ValueError(f"the tracker of random states has seed {seed} or name {name} already")
+    self._is_initialized = True
+    self.seeds_.add(seed)
+    self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+
+@contextlib.contextmanager
+def _fork_state(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """``CudaRNGStatesTracker.fork`` with the CPU's generator: the named state inside, the running one after."""
+    running = torch.get_rng_state()
+    torch.set_rng_state(self.states_[name])
+    try:
+        yield
+    finally:
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(running)

@@ -1,0 +1,137 @@
+"""Megatron's training loop in small: what a rank does around a schedule, and what it records of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor, nn
+
+from reference.megatron.case import Case
+from reference.megatron.data import Batch
+from reference.megatron.trace import Microbatch, Place, StepTrace, Tensors
+
+Schedule = Callable[[Callable[..., Any], Iterator[Batch] | None], list[dict[str, Tensor]]]
+"""Runs one step, given the forward step function and the data iterator; returns what Megatron's schedules return."""
+
+
+def train(
+    case: Case,
+    chunks: Sequence[tuple[Place, DistributedDataParallel]],
+    optimizer: Any,
+    schedule: Schedule,
+    data: Callable[[int], Iterator[Batch] | None],
+    reports: bool,
+    progress: Callable[[Any], None] = lambda value: None,
+) -> list[StepTrace]:
+    """Train this rank's ``chunks`` for the case's steps and record every step.
+
+    ``data`` gives a step's iterator, ``None`` on a rank that has none.  ``reports``: whether this rank's losses are
+    read, as the training loop reads those of the last rank of a pipeline.
+    """
+    config = chunks[0][1].config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if case.overlap_grad_reduce:
+        functions = [chunk.no_sync for _, chunk in chunks]
+        config.no_sync_func = functions[0] if len(functions) == 1 else functions
+    traces = []
+    for step in range(case.steps):
+        for _, chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        store = schedule(forward_step, data(step))
+        trace = StepTrace(losses=losses_of(store) if reports else {})
+        trace.gradients |= {place: main_gradients(chunk) for place, chunk in chunks}
+        done, norm, _ = optimizer.step()
+        own = chunks[0][0]
+        trace.norms[own], trace.done[own] = float(norm or 0.0), bool(done)
+        trace.weights |= {place: weights(chunk) for place, chunk in chunks}
+        trace.main_weights |= {place: main_weights(chunk) for place, chunk in chunks}
+        traces.append(trace)
+        progress(step + 1)
+    return traces
+
+
+def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The ``forward_step_func``: reads the data where the stage is an end of the pipeline."""
+    gpt = gpt_of(model)
+    if not (gpt.pre_process or gpt.post_process):
+        return model(None, None, None), no_loss
+    assert iterator is not None, "the ends of a pipeline have data"
+    batch = next(iterator)
+    tokens, labels = batch.tokens if gpt.pre_process else None, batch.labels if gpt.post_process else None
+    return model(tokens, positions(batch), None, labels=labels), partial(loss, batch)
+
+
+def no_loss(output: Tensor) -> NoReturn:
+    raise AssertionError("the loss function is of the last stage")
+
+
+def positions(batch: Batch) -> Tensor:
+    """Position ids of a microbatch, int64 ``[batch, sequence]``."""
+    return torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens).contiguous()
+
+
+def loss(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A microbatch's loss: sum over unmasked tokens, their number, and what is reported of them and whose they are."""
+    total = (output.float() * batch.mask).sum()
+    tokens = batch.mask.sum().to(torch.int)
+    reported = torch.stack([total.detach().clone(), tokens.float()])
+    return total, tokens, {"lm loss": reported, "microbatch": torch.tensor([batch.replica, batch.number])}
+
+
+def losses_of(store: Sequence[dict[str, Tensor]]) -> dict[Microbatch, list[Tensor]]:
+    """The losses that a schedule returned, by the microbatch that each says it is of."""
+    found: dict[Microbatch, list[Tensor]] = {}
+    for entry in store:
+        replica, number = (int(value) for value in entry["microbatch"])
+        found.setdefault(Microbatch(replica, number), []).append(entry["lm loss"].clone())
+    return found
+
+
+def gpt_of(chunk: nn.Module) -> Any:
+    """The GPTModel inside its wrappers."""
+    return get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
+
+
+def weights(chunk: nn.Module) -> Tensors:
+    return {name: _copy(parameter) for name, parameter in gpt_of(chunk).named_parameters()}
+
+
+def main_weights(chunk: nn.Module) -> Tensors:
+    """The optimizer's own float32 copies of the parameters, where it keeps any."""
+    found = {name: getattr(parameter, "main_param", None) for name, parameter in gpt_of(chunk).named_parameters()}
+    return {name: _copy(copy) for name, copy in found.items() if copy is not None}
+
+
+def main_gradients(chunk: DistributedDataParallel) -> Tensors:
+    """Every parameter's whole reduced ``main_grad``.
+
+    The distributed optimizer leaves a replica with its shard of each bucket, and rubbish elsewhere: the shards of
+    all replicas are gathered, bucket by bucket.  All ranks of the chunk's group must call this together.
+    """
+    names = {parameter: name for name, parameter in gpt_of(chunk).named_parameters()}
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return {name: _copy(parameter.main_grad) for parameter, name in names.items()}
+    found: dict[str, Tensor] = {}
+    for bucket_group in chunk.bucket_groups:
+        group = bucket_group.intra_distributed_optimizer_instance_group
+        for bucket in bucket_group.buckets:
+            mine = bucket.grad_data.chunk(group.size())[group.rank()]
+            shards = [torch.empty_like(mine) for _ in range(group.size())]
+            dist.all_gather(shards, mine.contiguous(), group=group)
+            whole = torch.cat(shards)
+            for parameter in bucket.params_list:
+                start, stop = bucket.param_to_index[parameter]
+                found[names[parameter]] = whole[start:stop].view(parameter.shape).clone()
+    return found
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()

@@ -31,7 +31,9 @@ def _of_step(case: Case, step: int, truth: StepTrace, found: StepTrace) -> Itera
         yield from compare(place, true, seen[0] if seen else None)
     kinds = ("gradients", "weights", "main_weights")
     for what in kinds:
-        yield from _of_places(step, what.replace("_", " ").removesuffix("s"), getattr(truth, what), getattr(found, what))
+        yield from _of_places(
+            step, what.replace("_", " ").removesuffix("s"), getattr(truth, what), getattr(found, what)
+        )
     yield from _between_replicas(step, found)
     yield from _of_norms(step, truth, found)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from dualpipe.megatron.arguments import validate_dualpipe_args
-from dualpipe.megatron.position import at_stage
 
 Function = Callable[..., Any]
 Switch = Callable[[], Any]
@@ -118,8 +117,7 @@ def _build(
     validate_dualpipe_args(args)
 
     def placed(**place: Any) -> Any:
-        with at_stage(place["pg_collection"].pp.rank()):
-            module = provider(**place, **(options or {}))
+        module = provider(**place, **(options or {}))
         module.model_type = model_type
         return module
 

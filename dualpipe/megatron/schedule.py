@@ -77,13 +77,13 @@ def forward_backward_dualpipe(
     boundary = [TensorSpec(tuple(shape), config.pipeline_dtype or config.params_dtype) for shape in shapes]
     schedule = schedule_for(pipeline.groups.size, num_microbatches, forward_only)
     _agree(pipeline, schedule, boundary)
-    iterators = dict(zip((UP, DOWN), split_data_iterator(data_iterator), strict=True))
+    data = split_data_iterator(data_iterator)
     computation = MegatronComputation(
         schedule,
         {(chunk.place.lane, chunk.place.stage): (module, chunk) for module, chunk in chunks},
         Call(
             forward_step_func,
-            iterators,
+            {lane: data[lane] for lane in (UP, DOWN)},
             config,
             forward_only,
             collect_non_loss_data,
@@ -94,6 +94,7 @@ def forward_backward_dualpipe(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     run_step(Worker(schedule, lambda stage: boundary, pipeline.transport, pipeline.store), computation, forward_only)
+    data.finish(num_microbatches)
     collected = bring_losses(computation.collected, pipeline.transport, pipeline.transport.device)
     if not forward_only:
         _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)

@@ -41,7 +41,8 @@ def get_forward_backward_func(config_or_args: Any, *args: Any, **kwargs: Any) ->
         from dualpipe.megatron.schedule import forward_backward_dualpipe
 
         return forward_backward_dualpipe
-    return _megatrons_selector()(*args, **kwargs)
+    selected: Function = _megatrons_selector()(*args, **kwargs)
+    return selected
 
 
 def install(args: Any = None) -> None:

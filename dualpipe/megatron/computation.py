@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dualpipe.execute import OrderError, Tensors
 from dualpipe.megatron.model import Chunk
+from dualpipe.megatron.position import at_stage
 from dualpipe.schedule import B, Lane, Op, Schedule, W
 
 NoSync = Callable[[], AbstractContextManager[object]]
@@ -53,7 +54,7 @@ class MegatronComputation:
         module, chunk = self.model[op.lane, op.stage]
         call, last = self.call, self.schedule.is_last(op)
         collected: list[Any] = self.collected.setdefault(op.lane, []) if last else []
-        with chunk.drawing():
+        with chunk.drawing(), at_stage(op.stage):
             output, tokens = forward_step(
                 call.forward_step_func,
                 call.iterators[op.lane],

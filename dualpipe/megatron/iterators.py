@@ -48,9 +48,9 @@ class _Dealer:
             self.deal()
         return self.waiting[lane].popleft()
 
-    def round_up(self) -> None:
-        """Read to the end of a round, unless nothing was read at all or nothing is left."""
-        while self.read % len(LANES):
+    def read_to(self, end: int) -> None:
+        """Read on to an item, unless nothing was read at all or nothing is left."""
+        while 0 < self.read < end:
             try:
                 self.deal()
             except StopIteration:
@@ -109,20 +109,20 @@ class LaneData:
         """How many items were read on the way to others and have not been asked for."""
         return sum(len(items) for dealer in self._dealers for items in dealer.waiting.values())
 
-    def finish(self) -> None:
-        """End a step: drop what nobody asked for, and leave the stream where the next step begins.
+    def finish(self, microbatches: int) -> None:
+        """End a step of so many microbatches, both lanes': leave the stream where the next step begins.
 
         A rank where only one lane's stage looks at the data stops at an item of that lane.  Reading on to the end of
-        the round keeps every rank at the same item of the stream.
+        the step, and dropping what nobody asked for, keeps every rank at the same item of the stream.
         """
         for dealer in self._dealers:
-            dealer.round_up()
+            dealer.read_to(microbatches)
             for items in dealer.waiting.values():
                 items.clear()
 
 
 def split_data_iterator(data_iterator: Any) -> LaneData:
-    """Deal a step's data to the two lanes; call it anew for each step, and ``finish()`` at the step's end.
+    """Deal a step's data to the two lanes; call it anew for each step, and ``finish`` at the step's end.
 
     The stream is read in its own order, when a microbatch is asked for, and no further than that microbatch; only items
     passed over on the way, which belong to the other lane, are kept.  So Megatron-LM's ``RerunDataIterator``, which

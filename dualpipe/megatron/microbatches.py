@@ -82,14 +82,3 @@ def training_problem(args: Any) -> str | None:
         return next(filter(None, told), None)
     except ValueError as error:
         return str(error)
-
-
-def evaluation_problem(args: Any) -> str | None:
-    """The same for evaluation, where Megatron-LM gives it batch sizes of its own, unless there is none."""
-    if getattr(args, "eval_iters", None) == 0:
-        return None
-    micro = getattr(args, "eval_micro_batch_size", None) or getattr(args, "micro_batch_size", None)
-    samples = getattr(args, "eval_global_batch_size", None)
-    if micro is None or samples is None:
-        return None
-    return problem(args, Batch(int(samples), "--eval-global-batch-size"), int(micro))

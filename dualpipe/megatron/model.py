@@ -25,6 +25,7 @@ from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
 from dualpipe.megatron.groups import Groups, Place, create_groups
 from dualpipe.megatron.layers import Delayed, split_layers
+from dualpipe.megatron.position import at_stage
 from dualpipe.megatron.random_streams import RandomStream, capture, exchange, restore
 from dualpipe.schedule import UP
 from dualpipe.transport import ProcessGroupTransport
@@ -105,9 +106,10 @@ def build_dualpipe_model(
     places = sorted(groups.places, key=lambda place: place.lane is not UP)
     states = None
     for place in places:  # lane > first: it draws the numbers that Megatron's rank would draw
-        built[place.stage] = _provide(model_provider, place, groups.size, provider_options)
-        validate_dualpipe_config(get_model_config(built[place.stage]), ddp_config)
-        _require_position(built[place.stage], place)
+        with at_stage(place.stage):
+            built[place.stage] = _provide(model_provider, place, groups.size, provider_options)
+            validate_dualpipe_config(get_model_config(built[place.stage]), ddp_config)
+            _require_position(built[place.stage], place)
         if states is None:
             states = capture()
     assert states is not None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from dualpipe.errors import RuleError
-from dualpipe.megatron.microbatches import evaluation_problem, training_problem
+from dualpipe.megatron.microbatches import training_problem
 from dualpipe.megatron.settings import Settings, holds, is_above_one, is_given, is_other_than, is_set, tell
 
 
@@ -101,18 +101,17 @@ RULES: tuple[Rule, ...] = (
         ),
         "leave out --num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank",
     ),
-    Rule("one schedule", "the two place stages differently", is_set("use_dualpipev"), "leave out --use-dualpipev"),
+    Rule(
+        "one schedule",
+        "the two place stages differently",
+        is_set("use_dualpipev", "moe_fb_overlap"),
+        "leave out --use-dualpipev",
+    ),
     Rule(
         "microbatches are even and at least twice the pipeline size",
         "half go each way, and each way fills the pipeline",
         training_problem,
         "change --global-batch-size, --rampup-batch-size or --micro-batch-size",
-    ),
-    Rule(
-        "evaluation's microbatches are even and at least twice the pipeline size",
-        "it runs both ways too",
-        evaluation_problem,
-        "change --eval-global-batch-size or --eval-micro-batch-size",
     ),
     # The model
     Rule(
@@ -149,6 +148,12 @@ RULES: tuple[Rule, ...] = (
         "leave out --enable-mhc-connections",
     ),
     Rule(
+        "weights are built where they are compared",
+        "the two copies of a stage are made equal as they are built",
+        is_set("init_model_with_meta_device"),
+        "leave out --init-model-with-meta-device",
+    ),
+    Rule(
         "no vision pretraining",
         "its teacher is updated on the first model chunk alone",
         is_set("vision_pretraining"),
@@ -160,12 +165,6 @@ RULES: tuple[Rule, ...] = (
         "global statistics gather over data-parallel ranks, without the other lane's copy of the stage",
         holds("moe_router_load_balancing_type", "global_aux_loss", "quantile_balancing"),
         "set --moe-router-load-balancing-type to aux_loss, seq_aux_loss, sinkhorn or none",
-    ),
-    Rule(
-        "no expert bias",
-        "it is updated from one copy's tokens, so the two copies of a router would part",
-        is_set("moe_router_enable_expert_bias"),
-        "leave out --moe-router-enable-expert-bias",
     ),
     Rule(
         "no paged stash of expert activations",
@@ -279,7 +278,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "no distillation and no reading or writing of logits",
         "they hook into the last pipeline rank, where half the losses are",
-        is_set("export_kd_teacher_load", "logits_save_dir", "logits_load_dir"),
+        is_set("export_kd_teacher_load", "logits_save_dir", "logits_load_dir", "freeze_all_layers"),
         "distil without --use-dualpipe",
     ),
     Rule(

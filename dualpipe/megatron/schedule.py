@@ -94,7 +94,7 @@ def forward_backward_dualpipe(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     run_step(Worker(schedule, lambda stage: boundary, pipeline.transport, pipeline.store), computation, forward_only)
-    data.finish()
+    data.finish(num_microbatches)
     collected = bring_losses(computation.collected, pipeline.transport, pipeline.transport.device)
     if not forward_only:
         _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)

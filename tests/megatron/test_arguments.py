@@ -51,10 +51,12 @@ PLANTED = [
     ("no virtual", {"num_layers_per_virtual_pipeline_stage": 1}, "num_layers_per_virtual"),
     ("no virtual", {"num_virtual_stages_per_pipeline_rank": 2}, "num_virtual_stages"),
     ("one schedule", {"use_dualpipev": True}, "use_dualpipev is True"),
+    ("one schedule", {"moe_fb_overlap": True}, "moe_fb_overlap is True"),
+    ("weights are built", {"init_model_with_meta_device": True}, "init_model_with_meta_device"),
+    ("no distillation", {"freeze_all_layers": True}, "freeze_all_layers"),
     ("microbatches are even", {"global_batch_size": 54}, "is 9 microbatches, which is odd"),
     ("microbatches are even", {"global_batch_size": 36}, "is 6 microbatches for pipeline size 4"),
     ("microbatches are even", {"global_batch_size": 50}, "leaves 2 samples over"),
-    ("evaluation's microbatches", {"eval_global_batch_size": 12, "eval_micro_batch_size": 1}, "is 6 microbatches"),
     ("embedding and output", {"untie_embeddings_and_output_weights": False}, "untie_embeddings"),
     ("embedding and output", {"share_embeddings_and_output_weights": True}, "share_embeddings"),
     ("no multi-token", {"mtp_num_layers": 1}, "mtp_num_layers is 1"),
@@ -66,7 +68,6 @@ PLANTED = [
     ("load is balanced", {"moe_router_load_balancing_type": "global_aux_loss"}, "global_aux_loss"),
     ("load is balanced", {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"]}, "'aux_loss', 'glob"),
     ("load is balanced", {"moe_router_load_balancing_type": "quantile_balancing"}, "quantile_balancing"),
-    ("no expert bias", {"moe_router_enable_expert_bias": True}, "expert_bias"),
     ("no paged stash", {"moe_paged_stash": True}, "moe_paged_stash"),
     ("no paged stash", {"moe_expert_rank_capacity_factor": 1.5}, "1.5"),
     ("no upcycling", {"moe_use_upcycling": True}, "moe_use_upcycling"),
@@ -132,7 +133,8 @@ def test_a_clean_run_passes():
         {"pipeline_model_parallel_layout": "Et|t|t|tL"},
         {"fp8": "hybrid", "fp8_recipe": "blockwise"},
         {"ckpt_format": "torch", "save": None},
-        {"eval_iters": 0, "eval_global_batch_size": 3},
+        {"eval_global_batch_size": 3, "eval_micro_batch_size": 1},  # any number of microbatches can be evaluated
+        {"moe_router_enable_expert_bias": True},
         {"global_batch_size": None},  # a config has none
     ],
 )

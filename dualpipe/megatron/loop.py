@@ -1,0 +1,163 @@
+"""What a training loop calls to build model and optimizer, with DualPipe behind the same signatures.
+
+These stand in for functions of Megatron-LM's ``megatron.training`` (main and core_v0.16.1) while ``install()`` is in
+force.  Each asks on every call whether DualPipe is on, and is the function it stands in for when it is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from dualpipe.megatron.arguments import validate_dualpipe_args
+
+Function = Callable[..., Any]
+Switch = Callable[[], Any]
+"""Gives the arguments of a run that uses DualPipe, or ``None``."""
+
+_ARGUMENT_OF = {
+    "average_in_collective": "ddp_average_in_collective",
+    "bucket_size": "ddp_bucket_size",
+    "check_for_nan_in_grad": "check_for_nan_in_loss_and_grad",
+    "grad_reduce_in_fp32": "accumulate_allreduce_grads_in_fp32",
+    "pad_buckets_for_high_nccl_busbw": "ddp_pad_buckets_for_high_nccl_busbw",
+    "reduce_scatter_with_fp32_accumulation": "ddp_reduce_scatter_with_fp32_accumulation",
+}
+"""Fields of ``DistributedDataParallelConfig`` whose argument has another name."""
+
+
+def get_model(own: Function, switch: Switch) -> Function:
+    """``megatron.training.training.get_model``: two chunks, in order of stage."""
+
+    @functools.wraps(own)
+    def chosen(*given: Any, **named: Any) -> Any:
+        args = switch()
+        if args is None:
+            return own(*given, **named)
+        call = _bound(own, given, named)
+        args.model_type = call["model_type"]
+        return _build(
+            args,
+            call["model_provider_func"],
+            _ddp_config(args),
+            model_type=call["model_type"],
+            wrap_with_ddp=call["wrap_with_ddp"],
+            data_parallel_random_init=bool(getattr(args, "data_parallel_random_init", False)),
+            options={"config": call["config"]},
+        )
+
+    return chosen
+
+
+def build_distributed_models(own: Function, switch: Switch) -> Function:
+    """``megatron.training.models.dist_utils.unimodal_build_distributed_models``, where model builders end in main."""
+
+    @functools.wraps(own)
+    def chosen(*given: Any, **named: Any) -> Any:
+        args = switch()
+        if args is None:
+            return own(*given, **named)
+        call = _bound(own, given, named)
+        hook = call.get("pre_wrap_hook")
+
+        def provider(**place: Any) -> Any:
+            module = call["build_model_func"](**place)
+            hooked = None if hook is None else hook([module])
+            return module if hooked is None else hooked[0]
+
+        return _build(
+            args,
+            provider,
+            call["ddp_config"],
+            model_type=call["model_type"],
+            wrap_with_ddp=call["wrap_with_ddp"],
+            data_parallel_random_init=call["data_parallel_random_init"],
+        )
+
+    return chosen
+
+
+def get_megatron_optimizer(own: Function, switch: Switch) -> Function:
+    """``megatron.core.optimizer.get_megatron_optimizer``: over two chunks, each parameter counted once."""
+
+    @functools.wraps(own)
+    def chosen(*given: Any, **named: Any) -> Any:
+        if switch() is None:
+            return own(*given, **named)
+        from dualpipe.megatron.optimizer import build_dualpipe_optimizer
+
+        call = inspect.signature(own).bind(*given, **named).arguments
+        call.pop("use_gloo_process_groups", None)
+        call.pop("pg_collection", None)
+        return build_dualpipe_optimizer(call.pop("config"), call.pop("model_chunks"), **call)
+
+    return chosen
+
+
+def _bound(own: Function, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(own).bind(*given, **named)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _build(
+    args: Any,
+    provider: Function,
+    ddp_config: Any,
+    *,
+    model_type: Any,
+    options: dict[str, Any] | None = None,
+    **building: Any,
+) -> list[Any]:
+    from dualpipe.megatron.model import build_dualpipe_model
+
+    validate_dualpipe_args(args)
+
+    def placed(**place: Any) -> Any:
+        module = provider(**place, **(options or {}))
+        module.model_type = model_type
+        return module
+
+    model = build_dualpipe_model(placed, ddp_config, **building)
+    for chunk in model:
+        _face_the_loop(chunk)
+    return model
+
+
+def _face_the_loop(chunk: Any) -> None:
+    """Let a chunk tell a training loop what it needs: the rank's own groups, and one owner for each shard.
+
+    The loop takes the groups of its first chunk for those of the rank: with them it finds out who reports losses, over
+    whom they are summed, and whose random state a checkpoint holds.  The layers keep the groups of their stage.
+    A checkpoint of Megatron-LM counts replicas over the rank's data-parallel group, which misses the other lane's.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import get_attr_wrapped_model
+
+    from dualpipe.megatron.model import chunk_of
+
+    module = get_attr_wrapped_model(chunk, "pg_collection", return_model_obj=True)
+    stage = chunk_of(chunk).place.collection
+    module.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+    plain = module.sharded_state_dict
+
+    @functools.wraps(plain)
+    def sharded_state_dict(prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        return plain(prefix, sharded_offsets, {**(metadata or {}), "dp_cp_group": stage.dp_cp})
+
+    module.sharded_state_dict = sharded_state_dict
+
+
+def _ddp_config(args: Any) -> Any:
+    """The ``DistributedDataParallelConfig`` that Megatron-LM makes of its arguments."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    settings = {}
+    for field in dataclasses.fields(DistributedDataParallelConfig):
+        name = _ARGUMENT_OF.get(field.name, field.name)
+        if hasattr(args, name):
+            settings[field.name] = getattr(args, name)
+    return DistributedDataParallelConfig(**settings)

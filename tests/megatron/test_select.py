@@ -1,0 +1,418 @@
+"""Which schedule a program gets, and what ``install`` puts in the place of Megatron's functions and takes back."""
+
+import inspect
+import sys
+import types
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dualpipe.errors import RuleError
+
+EXPECTED = [  # what megatron-core 0.16.1 says at import, where there is neither Transformer Engine nor Apex
+    (r"\s*Transformer Engine and Apex are not installed", UserWarning),
+    (r"\s*Apex is not installed", UserWarning),
+    (r"\s*`torch\.jit\.script_method` is deprecated", DeprecationWarning),
+    (r"\s*The following imports from `dynamic_context\.py`", DeprecationWarning),
+    (r"\s*The 'megatron\.core\.transformer\.custom_layers\.transformer_engine'", DeprecationWarning),
+]
+
+with warnings.catch_warnings():
+    for text, category in EXPECTED:
+        warnings.filterwarnings("ignore", text, category)
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel.schedules as schedules
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
+    from megatron.core.transformer import TransformerConfig
+
+    import dualpipe.megatron.model
+    import dualpipe.megatron.optimizer
+    from dualpipe.megatron import select
+    from dualpipe.megatron.arguments import validate_dualpipe_config
+    from dualpipe.megatron.iterators import split_data_iterator
+    from dualpipe.megatron.position import at_stage
+    from dualpipe.megatron.schedule import forward_backward_dualpipe
+
+MEGATRONS = SimpleNamespace(  # not names of this module, or they would be replaced as in any other
+    selector=schedules.get_forward_backward_func, optimizer=megatron.core.optimizer.get_megatron_optimizer
+)
+
+ON = SimpleNamespace(
+    use_dualpipe=True,
+    pipeline_model_parallel_size=2,
+    accumulate_allreduce_grads_in_fp32=True,
+    check_for_nan_in_loss_and_grad=False,
+    ddp_bucket_size=1000,
+    overlap_grad_reduce=True,
+)
+OFF = SimpleNamespace(use_dualpipe=False)
+
+
+@pytest.fixture(autouse=True)
+def _afterwards_everything_is_megatrons():
+    yield
+    select.uninstall()
+    assert megatron.core.pipeline_parallel.get_forward_backward_func is MEGATRONS.selector
+    assert schedules.get_forward_backward_func is MEGATRONS.selector
+    assert megatron.core.optimizer.get_megatron_optimizer is MEGATRONS.optimizer
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """A training loop like Megatron-LM's: it imports the functions by name, and has a get_model of its own."""
+    loop = types.ModuleType("megatron.training.training")
+
+    def get_model(model_provider_func, model_type="any", wrap_with_ddp=True, config=None, pg_collection=None):
+        return "Megatron's model", model_provider_func, model_type, wrap_with_ddp, config
+
+    loop.get_model = get_model
+    loop.get_forward_backward_func = MEGATRONS.selector
+    loop.their_name_for_it = MEGATRONS.selector
+    loop.get_megatron_optimizer = MEGATRONS.optimizer
+    monkeypatch.setitem(sys.modules, loop.__name__, loop)
+    return loop
+
+
+def held(training):
+    return dict(vars(training))
+
+
+# A program of one's own
+
+
+def test_with_the_flag_the_schedule_is_dualpipe():
+    assert select.get_forward_backward_func(ON) is forward_backward_dualpipe
+    assert select.get_forward_backward_func(ON, pp_size=4, vp_size=None) is forward_backward_dualpipe
+
+
+@pytest.mark.parametrize("settings", [OFF, SimpleNamespace(), None])
+def test_without_the_flag_the_schedule_is_megatrons_own_object(settings):
+    chosen = select.get_forward_backward_func(settings, pp_size=4)
+    assert chosen is schedules.forward_backward_pipelining_without_interleaving
+    chosen = select.get_forward_backward_func(settings, 4, 2)
+    assert chosen is schedules.forward_backward_pipelining_with_interleaving
+    assert select.get_forward_backward_func(settings, 1) is schedules.forward_backward_no_pipelining
+
+
+def test_a_program_of_ones_own_is_answered_alike_while_a_loop_is_patched():
+    with select.installed(ON):
+        chosen = select.get_forward_backward_func(OFF, pp_size=4)
+    assert chosen is schedules.forward_backward_pipelining_without_interleaving
+
+
+# A training loop
+
+
+def test_install_reaches_every_name_that_a_loop_holds(training):
+    select.install(ON)
+    for selector in (
+        schedules.get_forward_backward_func,
+        megatron.core.pipeline_parallel.get_forward_backward_func,
+        training.get_forward_backward_func,
+        training.their_name_for_it,
+    ):
+        assert selector(schedule_pg_collection=None) is forward_backward_dualpipe
+
+
+def test_what_is_imported_later_is_reached_too():
+    select.install(ON)
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    assert get_forward_backward_func() is forward_backward_dualpipe
+
+
+def test_a_loop_imported_after_the_first_install_is_reached_by_the_second(request):
+    select.install(ON)
+    training = request.getfixturevalue("training")
+    own = training.get_model
+    select.install(ON)
+    assert training.get_model is not own
+    select.uninstall()
+    assert training.get_model is own
+
+
+def test_uninstall_gives_back_the_very_objects(training):
+    before = held(training)
+    select.install(ON)
+    assert held(training) != before
+    select.uninstall()
+    assert held(training) == before
+    assert all(held(training)[name] is value for name, value in before.items())
+
+
+def test_a_second_install_wraps_nothing_twice(training):
+    select.install(ON)
+    once = held(training)
+    select.install(ON)
+    assert held(training) == once
+
+
+def test_a_second_install_takes_the_new_arguments(training):
+    select.install(ON)
+    select.install(OFF)
+    own = schedules.forward_backward_pipelining_without_interleaving
+    assert training.get_forward_backward_func(pp_size=2) is own
+
+
+def test_uninstall_without_install_changes_nothing(training):
+    before = held(training)
+    select.uninstall()
+    assert held(training) == before
+
+
+def test_the_block_form_uninstalls_after_an_error(training):
+    before = held(training)
+    with pytest.raises(RuntimeError), select.installed(ON):
+        raise RuntimeError
+    assert held(training) == before
+
+
+def test_stand_ins_keep_name_and_signature(training):
+    select.install(ON)
+    for now, own in (
+        (training.get_forward_backward_func, MEGATRONS.selector),
+        (training.get_megatron_optimizer, MEGATRONS.optimizer),
+    ):
+        assert now.__name__ == own.__name__
+        assert inspect.signature(now) == inspect.signature(own)
+
+
+# With the flag absent, everything is Megatron's
+
+
+def test_without_the_flag_a_patched_loop_runs_megatrons_own(training):
+    select.install(OFF)
+    own = schedules.forward_backward_pipelining_without_interleaving
+    assert training.get_forward_backward_func(pp_size=2) is own
+    assert training.get_model("provider", wrap_with_ddp=False)[0] == "Megatron's model"
+
+
+def test_without_a_program_that_has_arguments_the_flag_is_absent(training):
+    select.install()
+    own = schedules.forward_backward_pipelining_without_interleaving
+    assert training.get_forward_backward_func(pp_size=2) is own
+
+
+def test_the_flag_is_read_from_the_programs_own_arguments_once_they_are_parsed(training, monkeypatch):
+    variables = types.ModuleType("megatron.training.global_vars")
+    parsed = []
+
+    def get_args():
+        assert parsed, "args is not initialized."
+        return parsed[0]
+
+    variables.get_args = get_args
+    monkeypatch.setitem(sys.modules, variables.__name__, variables)
+    select.install()
+    own = schedules.forward_backward_pipelining_without_interleaving
+    assert training.get_forward_backward_func(pp_size=2) is own
+    parsed.append(ON)
+    assert training.get_forward_backward_func(pp_size=2) is forward_backward_dualpipe
+
+
+# With the flag, the loop builds what DualPipe runs
+
+
+class Layer:
+    """As much of a model chunk as a loop looks at."""
+
+    def __init__(self):
+        self.pg_collection = "the stage's"
+        self.dualpipe_chunk = SimpleNamespace(place=SimpleNamespace(collection=SimpleNamespace(dp_cp="the stage's")))
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return prefix, sharded_offsets, metadata
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Records how the model is built; nothing is."""
+    calls = []
+
+    def build_dualpipe_model(provider, ddp_config=None, **options):
+        calls.append((provider, ddp_config, options))
+        return [provider(pre_process=True, post_process=False), provider(pre_process=False, post_process=True)]
+
+    def rank_groups(*_, **__):
+        return "the rank's"
+
+    monkeypatch.setattr(dualpipe.megatron.model, "build_dualpipe_model", build_dualpipe_model)
+    monkeypatch.setattr(
+        "megatron.core.process_groups_config.ProcessGroupCollection.use_mpu_process_groups", rank_groups
+    )
+    return calls
+
+
+def test_get_model_builds_two_chunks_by_the_loops_arguments(training, built):
+    select.install(ON)
+    places = []
+
+    def provider(pre_process, post_process, config):
+        places.append((pre_process, post_process, config))
+        return Layer()
+
+    model = training.get_model(provider, "decoder", config="given")
+    assert places == [(True, False, "given"), (False, True, "given")]
+    assert [chunk.model_type for chunk in model] == ["decoder", "decoder"]
+    assert ON.model_type == "decoder"
+    ((_, ddp, options),) = built
+    assert options == {"wrap_with_ddp": True, "data_parallel_random_init": False}
+    assert (ddp.bucket_size, ddp.grad_reduce_in_fp32, ddp.overlap_grad_reduce) == (1000, True, True)
+    assert ddp.check_for_nan_in_grad is False
+
+
+def test_the_loop_takes_the_ranks_groups_for_losses_and_the_stages_for_checkpoints(training, built):
+    select.install(ON)
+    chunk, _ = training.get_model(lambda **_: Layer())
+    assert chunk.pg_collection == "the rank's"
+    prefix, _, metadata = chunk.sharded_state_dict("p.", metadata={"dp_cp_group": "the rank's", "kind": 1})
+    assert (prefix, metadata) == ("p.", {"dp_cp_group": "the stage's", "kind": 1})
+
+
+def test_what_would_train_wrongly_is_refused_before_a_model_is_built(training, built):
+    select.install(SimpleNamespace(**{**vars(ON), "mtp_num_layers": 1}))
+    with pytest.raises(RuleError, match="mtp_num_layers is 1"):
+        training.get_model(lambda **_: Layer())
+    assert built == []
+
+
+def test_the_model_builders_of_later_megatron_lm_build_two_chunks_too(built, monkeypatch):
+    builders = types.ModuleType("megatron.training.models.dist_utils")
+
+    def unimodal_build_distributed_models(
+        build_model_func,
+        transformer_config,
+        pg_collection,
+        ddp_config=None,
+        wrap_with_ddp=True,
+        data_parallel_random_init=True,
+        pre_wrap_hook=None,
+        model_type="decoder",
+    ):
+        return "Megatron's"
+
+    builders.unimodal_build_distributed_models = unimodal_build_distributed_models
+    monkeypatch.setitem(sys.modules, builders.__name__, builders)
+
+    def hook(chunks):
+        chunks[0].hooked = True  # and returns None, as Megatron-LM allows
+
+    def build():
+        return builders.unimodal_build_distributed_models(
+            lambda **_: Layer(), "config", "groups", "ddp", pre_wrap_hook=hook
+        )
+
+    select.install(OFF)
+    assert build() == "Megatron's"
+    select.install(ON)
+    model = build()
+    assert [chunk.hooked for chunk in model] == [True, True]
+    assert built[0][1:] == ("ddp", {"wrap_with_ddp": True, "data_parallel_random_init": True})
+
+
+def test_the_optimizer_is_built_over_both_chunks(training, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        dualpipe.megatron.optimizer, "build_dualpipe_optimizer", lambda *given, **named: calls.append((given, named))
+    )
+    select.install(ON)
+    training.get_megatron_optimizer("config", ["low", "high"], config_overrides={}, use_gloo_process_groups=True)
+    assert calls == [(("config", ["low", "high"]), {"config_overrides": {}})]
+
+
+def test_dualpipes_own_optimizer_goes_on_calling_megatrons(training):
+    select.install(ON)
+    assert dualpipe.megatron.optimizer.get_megatron_optimizer is MEGATRONS.optimizer
+
+
+# Against Megatron's own pieces
+
+
+def config(**changes):
+    options = {"num_layers": 8, "hidden_size": 8, "num_attention_heads": 2, "pipeline_model_parallel_size": 4}
+    options |= {"pipeline_dtype": torch.float32, "use_cpu_initialization": True, "cuda_graph_scope": []}
+    return TransformerConfig(**options | changes)
+
+
+def test_megatrons_default_configs_break_no_rule():
+    validate_dualpipe_config(config(), DistributedDataParallelConfig())
+
+
+def test_a_real_config_that_defers_is_refused():
+    deferring = config(defer_embedding_wgrad_compute=True, gradient_accumulation_fusion=True)
+    with pytest.raises(RuleError, match="defer_embedding_wgrad_compute is True"):
+        validate_dualpipe_config(deferring, DistributedDataParallelConfig(num_distributed_optimizer_instances=2))
+
+
+def test_global_state_tells_the_stage_within_and_the_rank_outside():
+    parallel_state.set_pipeline_model_parallel_rank(0)
+    try:
+        with at_stage(3):
+            assert parallel_state.get_pipeline_model_parallel_rank() == 3
+            with at_stage(1):
+                assert parallel_state.get_pipeline_model_parallel_rank() == 1
+            assert parallel_state.get_pipeline_model_parallel_rank() == 3
+        assert parallel_state.get_pipeline_model_parallel_rank() == 0
+        with pytest.raises(RuntimeError), at_stage(3):
+            raise RuntimeError
+        assert parallel_state.get_pipeline_model_parallel_rank() == 0
+    finally:
+        parallel_state.set_pipeline_model_parallel_rank(None)
+
+
+def kinds(stage):
+    """Which layers of a stage are mixtures of experts, when the first three of eight are dense."""
+    sparse = config(
+        num_moe_experts=4, moe_ffn_hidden_size=8, moe_layer_freq=[0, 0, 0, 1, 1, 1, 1, 1], add_bias_linear=False
+    )
+    with at_stage(stage):
+        block = get_gpt_decoder_block_spec(sparse, use_transformer_engine=False)
+    return ["MoELayer" in str(layer.submodules.mlp.module) for layer in block.layer_specs]
+
+
+def test_a_mirrored_chunk_has_the_layers_of_its_stage_even_where_a_provider_asks_global_state():
+    assert [kinds(stage) for stage in range(4)] == [[False, False], [False, True], [True, True], [True, True]]
+
+
+@pytest.fixture
+def rerunning():
+    machine = get_rerun_state_machine()
+    mode = machine.get_mode()
+    machine.set_mode(RerunMode.VALIDATE_RESULTS)
+    yield
+    machine.set_mode(mode)
+
+
+def test_megatrons_replaying_iterator_replays_a_step_for_both_lanes(rerunning):
+    def step(order):
+        data = split_data_iterator(stream)
+        up, down = data
+        taken = [next(up if lane == ">" else down) for lane in order]
+        data.finish(len(order))
+        return taken
+
+    stream = RerunDataIterator(iter(range(8)))
+    first = step(">><>><<<")
+    assert first == [0, 2, 1, 4, 6, 3, 5, 7]
+    assert stream.saved_microbatches == list(range(8))
+    stream.rewind()
+    assert step(">><>><<<") == first
+    stream.rewind()
+    assert step("><><><><") == list(range(8))
+
+
+def test_the_step_after_a_replay_reads_on(rerunning):
+    stream = RerunDataIterator(iter(range(8)))
+    for start in (0, 4):
+        stream.advance()
+        for _ in range(2):
+            data = split_data_iterator(stream)
+            up, down = data
+            assert [next(up), next(up), next(down), next(down)] == [start, start + 2, start + 1, start + 3]
+            data.finish(4)
+            stream.rewind()

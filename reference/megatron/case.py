@@ -11,6 +11,7 @@ import torch
 from dualpipe.errors import RuleError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CLIP = 0.1
 
 
 class Model(StrEnum):
@@ -26,8 +27,9 @@ class Case:
 
     ``pp`` ranks in a pipeline, ``dp`` pipelines, ``tp`` ranks that share a layer; ``microbatches`` for each
     pipeline, half of them for each lane.  A lane is a data-parallel replica, so that the truth, Megatron's 1F1B, has
-    2 x ``dp`` replicas of ``microbatches`` / 2 each.  ``clip`` is the norm to which gradients are clipped (0: not at
-    all), ``timeout`` the seconds after which a party is ended.
+    2 x ``dp`` replicas of ``microbatches`` / 2 each.  ``clip`` is the norm to which gradients are clipped, 0 for not at
+    all; by default small enough to clip at every step, or 0 under the distributed optimizer.  ``timeout``: the
+    seconds after which a party is ended.
     """
 
     model: Model = Model.GPT
@@ -40,7 +42,7 @@ class Case:
     distributed_optimizer: bool = False
     recompute: bool = False
     dtype: str = "fp32"
-    clip: float = 0.1
+    clip: float | None = None
     dropout: float = 0.0
     per_token_loss: bool = False
     steps: int = 3
@@ -89,7 +91,14 @@ class Case:
             (f"the number format is {' or '.join(DTYPES)}", self.dtype in DTYPES, f"got {self.dtype}", "use fp32"),
             ("a verification trains for at least one step", self.steps > 0, f"got {self.steps}", "use 3"),
             ("dropout is a probability below 1", 0 <= self.dropout < 1, f"got {self.dropout}", "use 0"),
-            ("the clipping norm is not negative", self.clip >= 0, f"got {self.clip}", "use 0 for none"),
+            ("the clipping norm is not negative", self.clip_norm >= 0, f"got {self.clip}", "use 0 for none"),
+            (
+                "under the distributed optimizer the norm of the gradients is added up in another order, so that "
+                "weights agree bitwise only without clipping",
+                not self.distributed_optimizer or self.clip_norm == 0,
+                f"got a clipping norm of {self.clip}",
+                "use 0; the norm itself is compared",
+            ),
             ("a timeout is a number of seconds", 0 < self.timeout < 1e6, f"got {self.timeout}", "use 120"),
         ]
 
@@ -97,6 +106,24 @@ class Case:
     def count(self) -> int:
         """Microbatches of a pipeline: as asked for, or 2 x ``pp`` + 2, so that the middle of the schedule repeats."""
         return 2 * self.pp + 2 if self.microbatches is None else self.microbatches
+
+    @property
+    def clip_norm(self) -> float:
+        """The norm to which gradients are clipped; 0 for not at all."""
+        if self.clip is not None:
+            return self.clip
+        return 0.0 if self.distributed_optimizer else _CLIP
+
+    @property
+    def norm_rounding(self) -> float:
+        """By how much, relatively, the gradient norms of truth and production may differ.
+
+        The plain optimizer sums the same numbers in the same order.  The distributed one sums a square for each shard,
+        all ranks' in float32: over the truth's ranks one by one, over production's in pairs first.  n positive numbers
+        summed in two orders differ by at most 2 (n - 1) roundings of 2**-24, their roots by half of that; production
+        takes the root of each pair's sum and squares it again, 4 more.
+        """
+        return (self.replicas * self.pp * self.tp + 4) * 2.0**-24 if self.distributed_optimizer else 0.0
 
     @property
     def per_lane(self) -> int:
@@ -110,6 +137,11 @@ class Case:
     @property
     def layers(self) -> int:
         return 2 * self.pp
+
+    @property
+    def has_main_weights(self) -> bool:
+        """Whether the optimizer keeps float32 copies of the weights."""
+        return self.dtype != "fp32"
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -14,12 +14,29 @@ from reference.megatron.trace import Place, StepTrace, Tensors
 from reference.trace import Difference, compare
 
 
-def differences(case: Case, truth: Sequence[StepTrace], found: Sequence[StepTrace]) -> list[Difference]:
-    """Every tensor that is not ``torch.equal`` to the truth's, in order of step, kind and place."""
-    return [d for step, (t, f) in enumerate(zip(truth, found, strict=True)) for d in _of_step(case, step, t, f)]
+KINDS = ("gradients", "weights", "main_weights")
 
 
-def _of_step(case: Case, step: int, truth: StepTrace, found: StepTrace) -> Iterator[Difference]:
+def differences(
+    case: Case, truth: Sequence[StepTrace], found: Sequence[StepTrace], kinds: Sequence[str] = KINDS
+) -> list[Difference]:
+    """Every tensor that is not ``torch.equal`` to the truth's, in order of step, kind and place.
+
+    ``kinds``: the fields of a trace, besides losses and norms, that the party has to show.
+    """
+    steps = enumerate(zip(truth, found, strict=True))
+    return [d for step, (t, f) in steps for d in _of_step(case, step, t, f, kinds)]
+
+
+def tensors_compared(truth: Sequence[StepTrace]) -> int:
+    """How many tensors a party is compared in."""
+    return sum(
+        len(step.losses) + sum(len(tensors) for kind in KINDS for tensors in getattr(step, kind).values())
+        for step in truth
+    )
+
+
+def _of_step(case: Case, step: int, truth: StepTrace, found: StepTrace, kinds: Sequence[str]) -> Iterator[Difference]:
     last = case.pp - 1
     for microbatch in sorted(truth.losses.keys() | found.losses.keys()):
         where = f"microbatch {microbatch.number} of replica {microbatch.replica}"
@@ -29,13 +46,12 @@ def _of_step(case: Case, step: int, truth: StepTrace, found: StepTrace) -> Itera
             yield place(None, f"was returned {len(seen)} times")
         (true,) = truth.losses.get(microbatch, [None])
         yield from compare(place, true, seen[0] if seen else None)
-    kinds = ("gradients", "weights", "main_weights")
     for what in kinds:
         yield from _of_places(
             step, what.replace("_", " ").removesuffix("s"), getattr(truth, what), getattr(found, what)
         )
     yield from _between_replicas(step, found)
-    yield from _of_norms(step, truth, found)
+    yield from _of_norms(case, step, truth, found)
 
 
 def _of_places(
@@ -60,13 +76,15 @@ def _between_replicas(step: int, found: StepTrace) -> Iterator[Difference]:
             yield from compare(told, reference.get(name), mine.get(name))
 
 
-def _of_norms(step: int, truth: StepTrace, found: StepTrace) -> Iterator[Difference]:
-    """One norm for all ranks of both, and every rank made its optimizer's step."""
-    true = next(iter(truth.norms.values()))
-    for place, norm in [*truth.norms.items(), *found.norms.items()]:
-        if norm != true:
+def _of_norms(case: Case, step: int, truth: StepTrace, found: StepTrace) -> Iterator[Difference]:
+    """One norm for all ranks, the truth's, and every rank made its optimizer's step."""
+    (true,) = set(truth.norms.values())
+    for place, norm in found.norms.items():
+        if not abs(norm - true) <= case.norm_rounding * true:
             told = f"is {norm:.9g} instead of {true:.9g}, relative difference {abs(norm - true) / true:.1g}"
             yield Difference(step, "gradient norm", place.stage, str(place), None, told)
+    if len(set(found.norms.values())) != 1:
+        yield Difference(step, "gradient norm", 0, "all ranks", None, "is not one number")
     for place, done in found.done.items():
         if not done:
             yield Difference(step, "optimizer's step", place.stage, str(place), None, "was not made")

@@ -85,12 +85,17 @@ def build_gpt(case: Case, config: TransformerConfig, pre_process: bool, post_pro
     )
 
 
+def bucket_limit(case: Case) -> int | None:
+    """Elements after which a bucket of gradients is full; without overlap a stage has one bucket."""
+    return _BUCKET if case.overlap_grad_reduce else None
+
+
 def ddp_config(case: Case) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=case.overlap_grad_reduce,
         use_distributed_optimizer=case.distributed_optimizer,
-        bucket_size=_BUCKET if case.overlap_grad_reduce else None,
+        bucket_size=bucket_limit(case),
     )
 
 
@@ -100,7 +105,7 @@ def optimizer_config(case: Case) -> OptimizerConfig:
         lr=case.learning_rate,
         min_lr=0.0,
         weight_decay=case.weight_decay,
-        clip_grad=case.clip,
+        clip_grad=case.clip_norm,
         bf16=case.dtype == "bf16",
         params_dtype=case.torch_dtype,
         use_distributed_optimizer=case.distributed_optimizer,

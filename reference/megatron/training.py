@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ def train(
     if case.overlap_grad_reduce:
         functions = [chunk.no_sync for _, chunk in chunks]
         config.no_sync_func = functions[0] if len(functions) == 1 else functions
+    scheduler = _scheduler(case, optimizer)
     traces = []
     for step in range(case.steps):
         for _, chunk in chunks:
@@ -49,6 +51,7 @@ def train(
         trace = StepTrace(losses=losses_of(store) if reports else {})
         trace.gradients |= {place: main_gradients(chunk) for place, chunk in chunks}
         done, norm, _ = optimizer.step()
+        scheduler.step(increment=1)
         own = chunks[0][0]
         trace.norms[own], trace.done[own] = float(norm or 0.0), bool(done)
         trace.weights |= {place: weights(chunk) for place, chunk in chunks}
@@ -56,6 +59,23 @@ def train(
         traces.append(trace)
         progress(step + 1)
     return traces
+
+
+def _scheduler(case: Case, optimizer: Any) -> OptimizerParamScheduler:
+    """Constant rates.  It is Megatron's scheduler that sets the decay of each group of parameters, zero for biases."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=case.learning_rate,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=case.steps,
+        lr_decay_style="constant",
+        start_wd=case.weight_decay,
+        end_wd=case.weight_decay,
+        wd_incr_steps=case.steps,
+        wd_incr_style="constant",
+    )
 
 
 def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -128,8 +148,9 @@ def main_gradients(chunk: DistributedDataParallel) -> Tensors:
             dist.all_gather(shards, mine.contiguous(), group=group)
             whole = torch.cat(shards)
             for parameter in bucket.params_list:
-                start, stop = bucket.param_to_index[parameter]
-                found[names[parameter]] = whole[start:stop].view(parameter.shape).clone()
+                start = parameter.main_grad.storage_offset() - bucket.grad_data.storage_offset()
+                flat = whole[start : start + parameter.numel()]
+                found[names[parameter]] = flat.view(parameter.shape).clone()
     return found
 
 

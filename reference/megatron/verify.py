@@ -1,0 +1,137 @@
+"""The trial on Megatron: its own 1F1B is the truth; the drop-in and the single-process oracle are held against it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from dualpipe.errors import UndecidedError
+from reference.launch import Context, Failure, launch
+from reference.megatron import plain, production, truth
+from reference.megatron.case import Case
+from reference.megatron.comparison import KINDS, differences, mean_loss, tensors_compared, vital_signs
+from reference.megatron.trace import StepTrace, merge
+from reference.trace import Difference
+
+TRUTH, PRODUCTION, ORACLE = "1F1B", "DualPipe", "plain PyTorch"
+Body = Callable[[Case, Context], list[StepTrace]]
+Progress = Callable[[str, int, int], None]
+"""Called with a party's name, the rank within it, and the steps it has finished."""
+
+
+@dataclass(frozen=True)
+class Party:
+    """How one party came out: what differs from the truth, or how it failed to finish."""
+
+    name: str
+    differences: tuple[Difference, ...]
+    failures: tuple[Failure, ...]
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences and not self.failures
+
+    @property
+    def verdict(self) -> str:
+        return "equal" if self.equal else "failed" if self.failures else "different"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a verification."""
+
+    case: Case
+    truth: tuple[StepTrace, ...]
+    complaints: tuple[str, ...]
+    parties: tuple[Party, ...]
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return not self.complaints and all(party.equal for party in self.parties)
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.equal else 1
+
+    @property
+    def losses(self) -> list[float]:
+        """The mean loss per token of each step, in nats."""
+        return [mean_loss(step) for step in self.truth]
+
+    @property
+    def norms(self) -> list[float]:
+        """The gradient norm before each step of the optimizer."""
+        return [next(iter(step.norms.values())) for step in self.truth]
+
+    def as_json(self) -> dict[str, Any]:
+        case = self.case
+        return {
+            "model": str(case.model),
+            "pp": case.pp,
+            "dp": case.dp,
+            "tp": case.tp,
+            "microbatches": case.count,
+            "sequence_parallel": case.sequence_parallel,
+            "overlap_grad_reduce": case.overlap_grad_reduce,
+            "distributed_optimizer": case.distributed_optimizer,
+            "recompute": case.recompute,
+            "per_token_loss": case.per_token_loss,
+            "dropout": case.dropout,
+            "dtype": case.dtype,
+            "clip": case.clip_norm,
+            "steps": case.steps,
+            "verdict": "equal" if self.equal else "different",
+            "losses": self.losses,
+            "gradient_norms": self.norms,
+            "tensors": tensors_compared(self.truth),
+            "complaints": list(self.complaints),
+            "parties": {
+                party.name: {
+                    "verdict": party.verdict,
+                    "differences": len(party.differences),
+                    "first_difference": str(party.differences[0]) if party.differences else None,
+                    "failures": [str(failure) for failure in party.failures],
+                    "seconds": round(party.seconds, 3),
+                }
+                for party in self.parties
+            },
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def verify(
+    case: Case,
+    on_progress: Progress = lambda party, rank, steps: None,
+    production_body: Body = production.run_rank,
+) -> Report:
+    """Run the parties one after the other, each in processes forked from this one, and compare.
+
+    The oracle takes part where there is no tensor parallelism.  Raises ``UndecidedError`` where Megatron itself
+    fails.  A test may bring a faulty ``production_body``.
+    """
+    started = time.monotonic()
+
+    def run(name: str, body: Body, ranks: int) -> tuple[list[StepTrace], tuple[Failure, ...], float]:
+        outcome = launch(ranks, partial(body, case), case.timeout, on_progress=partial(on_progress, name))
+        traces = [] if outcome.failures else merge(outcome.values())
+        return traces, outcome.failures, outcome.seconds
+
+    true, failures, _ = run(TRUTH, truth.run_rank, truth.ranks(case))
+    if failures:
+        told = "; ".join(map(str, failures))
+        raise UndecidedError(f"Megatron's own 1F1B did not finish, so nothing can be said: {told}")
+
+    def judge(name: str, body: Body, ranks: int, kinds: Sequence[str] = KINDS) -> Party:
+        found, failures, seconds = run(name, body, ranks)
+        return Party(name, () if failures else tuple(differences(case, true, found, kinds)), failures, seconds)
+
+    parties = [judge(PRODUCTION, production_body, production.ranks(case))]
+    if case.tp == 1:
+        kinds = KINDS[:2] if case.distributed_optimizer else KINDS  # the oracle shards nothing
+        parties.append(judge(ORACLE, plain.run, 1, kinds))
+    return Report(case, tuple(true), tuple(vital_signs(true)), tuple(parties), time.monotonic() - started)

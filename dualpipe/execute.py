@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from dualpipe.errors import RuleError
 from dualpipe.schedule import (
     MESSAGES,
     RB,
@@ -103,6 +104,14 @@ class Worker:
     store: WeightGradStore
     blocking: bool = False
     observe: Observer | None = None
+
+    def __post_init__(self) -> None:
+        if self.transport.ranks != self.schedule.ranks:
+            raise RuleError(
+                "a schedule runs on as many processes as it has ranks",
+                f"the schedule has {self.schedule.ranks} and the process group {self.transport.ranks}",
+                "generate it for the group's size",
+            )
 
 
 def run_step(worker: Worker, computation: Computation, forward_only: bool = False) -> None:

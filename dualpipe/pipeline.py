@@ -62,12 +62,6 @@ class Pipeline:
         blocking: bool = False,
         observe: Observer | None = None,
     ) -> None:
-        if transport.ranks != schedule.ranks:
-            raise RuleError(
-                "a schedule runs on as many processes as it has ranks",
-                f"the schedule has {schedule.ranks} and the process group {transport.ranks}",
-                "generate it for the group's size",
-            )
         _require_stages(schedule, transport.rank, stages)
         _require_own_ops(schedule, transport.rank)
         self.stages, self.store, self.criterion = stages, WeightGradStore(), criterion

@@ -86,7 +86,7 @@ class MegatronComputation:
         with self.synchronising(op):
             yield
             if op.kind is W:
-                for backward_dw in self.model[op.lane, op.stage][1].delayed:
+                for backward_dw in self.model[op.lane, op.stage][1].split.delayed:
                     backward_dw()
         if config.timers is not None:
             config.timers("backward-compute").stop()

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -137,12 +137,20 @@ def _forward_impl(self: nn.Module, input: Tensor, weight: nn.Parameter, *args: A
     return y
 
 
-def split_layers(module: nn.Module, store: WeightGradStore) -> list[Delayed]:
+class Split(NamedTuple):
+    """What was prepared: how many layers leave their weight gradient to the store, and the ``backward_dw`` of those
+    that delay it themselves, which whoever runs W calls."""
+
+    prepared: int
+    delayed: tuple[Delayed, ...]
+
+
+def split_layers(module: nn.Module, store: WeightGradStore) -> Split:
     """Prepare every layer of ``module`` that can leave its weight gradient to ``store``.
 
-    Returns the ``backward_dw`` of the layers that delay their weight gradient themselves; whoever runs W calls them.
     What has a matrix of weights and cannot be split is named in the log, once for each kind of layer.
     """
+    prepared = 0
     delayed: list[Delayed] = []
     whole: dict[str, int] = {}
     for layer in module.modules():
@@ -151,16 +159,17 @@ def split_layers(module: nn.Module, store: WeightGradStore) -> list[Delayed]:
         if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and vars(kind).get("_forward_impl") in _STOCK:
             layer.weight_grad_store = store
             layer._forward_impl = MethodType(_forward_impl, layer)
+            prepared += 1
         elif _delays(layer):
             delayed.append(layer.backward_dw)  # type: ignore[arg-type] # a method, which torch's types do not know
         elif isinstance(layer, nn.Linear) and kind.forward is nn.Linear.forward:
-            split_linears(layer, store)
+            prepared += split_linears(layer, store)
         elif matrices:
             whole[kind.__name__] = whole.get(kind.__name__, 0) + 1
     if whole:
         names = ", ".join(f"{name} ({count})" for name, count in sorted(whole.items()))
         logger.info("dualpipe: the weight gradients of these layers are computed in B, not in W: %s", names)
-    return delayed
+    return Split(prepared, tuple(delayed))
 
 
 _STOCK = (ColumnParallelLinear._forward_impl, RowParallelLinear._forward_impl)

@@ -7,6 +7,7 @@ Megatron's training loop calls its model provider once for each pipeline rank.  
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,12 +25,14 @@ from torch import nn
 from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
 from dualpipe.megatron.groups import Groups, Place, create_groups
-from dualpipe.megatron.layers import Delayed, split_layers
+from dualpipe.megatron.layers import Split, split_layers
 from dualpipe.megatron.position import at_stage
 from dualpipe.megatron.random_streams import RandomStream, capture, exchange, restore
 from dualpipe.schedule import UP
 from dualpipe.transport import ProcessGroupTransport
 from dualpipe.weightgrad import WeightGradStore
+
+logger = logging.getLogger(__name__)
 
 Provider = Callable[..., nn.Module]
 
@@ -47,11 +50,11 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one chunk of the model is: where it stands, and what W has to call besides the store."""
+    """What one chunk of the model is: where it stands, and what of it is split into B and W."""
 
     place: Place
     pipeline: Pipeline
-    delayed: tuple[Delayed, ...]
+    split: Split
 
     def drawing(self) -> AbstractContextManager[object]:
         """Around a forward: random numbers come from this chunk's stream."""
@@ -125,7 +128,7 @@ def build_dualpipe_model(
         if not ddp_config.use_distributed_optimizer:
             _mark_shared(module, place)
         module.dualpipe_chunk = Chunk(  # type: ignore[assignment] # a plain attribute, not a module
-            place, pipeline, tuple(split_layers(module, pipeline.store))
+            place, pipeline, split_layers(module, pipeline.store)
         )
         _shard_over_stage(module, place)
         if config.fp16 or config.bf16:
@@ -135,6 +138,8 @@ def build_dualpipe_model(
             if data_parallel_random_init:
                 module.broadcast_params()
         wrapped.append(module)
+    if not any(split.prepared or split.delayed for split in (chunk_of(module).split for module in wrapped)):
+        logger.warning("dualpipe: no layer of this rank leaves its weight gradient to W, which then has nothing to do")
     return wrapped
 
 

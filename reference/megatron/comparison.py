@@ -13,7 +13,6 @@ from reference.megatron.case import Case
 from reference.megatron.trace import Place, StepTrace, Tensors
 from reference.trace import Difference, compare
 
-
 KINDS = ("gradients", "weights", "main_weights")
 
 

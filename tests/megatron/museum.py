@@ -1,0 +1,342 @@
+"""Faults of the glue between a schedule and Megatron that real implementations shipped, each planted into production.
+
+A plant runs in every rank before production does, and changes what a faulty implementation would have different.  The
+numbers and titles are those of the museum of faults in docs/museum.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from reference.megatron.case import Case
+
+BASE = Case(pp=2, steps=2, timeout=40)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: its number and title, how it is planted, on which case, and how the complaint must begin or read."""
+
+    number: int
+    title: str
+    plant: Callable[[], None]
+    caught: str
+    case: Case = BASE
+
+    def __str__(self) -> str:
+        return f"{self.number}-{self.plant.__name__}"
+
+
+def weights_never_run() -> None:
+    from dualpipe.weightgrad import WeightGradStore
+
+    WeightGradStore.run = lambda self, key: self._waiting.pop(key)
+
+
+def layer_counted_twice() -> None:
+    from dualpipe.megatron import layers
+
+    real = layers._accumulate
+
+    def accumulate(x, dy, call):
+        for _ in range(2 if call.weight.shape[0] == 4 * BASE.hidden else 1):
+            real(x, dy, call)
+
+    layers._accumulate = accumulate
+
+
+def hooks_bypassed() -> None:
+    from dualpipe.megatron import layers
+
+    def accumulate(x, dy, call):
+        gradient = dy.reshape(-1, dy.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
+        call.weight.grad = gradient if call.weight.grad is None else call.weight.grad + gradient
+
+    layers._accumulate = accumulate
+
+
+def weight_gradient_after_the_reduction() -> None:
+    from dualpipe.megatron import schedule
+    from dualpipe.weightgrad import WeightGradStore
+
+    late: list[Callable[[], None]] = []
+    real = schedule._finalize
+
+    def finalize(*args):
+        real(*args)
+        for closure in late:
+            closure()
+        late.clear()
+
+    WeightGradStore.run = lambda self, key: late.extend(self._waiting.pop(key))
+    schedule._finalize = finalize
+
+
+def replicas_not_reduced_together() -> None:
+    from dualpipe.megatron import groups
+
+    real = groups._collection
+    groups._collection = lambda own, stage, made: real(own, stage, {kind: getattr(own, kind) for kind in groups.KINDS})
+
+
+def norm_counts_both_replicas() -> None:
+    from dualpipe.megatron import model
+
+    model._mark_shared = lambda module, place: None
+
+
+def norm_of_one_stage_only() -> None:
+    from dualpipe.megatron import optimizer
+
+    real = optimizer.ProcessGroupCollection
+
+    def alone(**groups: Any) -> Any:
+        return real(**{**groups, "mp": groups["tp"]})
+
+    alone.use_mpu_process_groups = real.use_mpu_process_groups
+    optimizer.ProcessGroupCollection = alone
+
+
+def gradients_rescaled_at_each_accumulation() -> None:
+    from dualpipe.megatron.computation import MegatronComputation
+    from dualpipe.schedule import W
+
+    real = MegatronComputation.synchronising
+
+    def synchronising(self, op):
+        if op.kind is W:
+            self.model[op.lane, op.stage][0].scale_gradients(0.5)
+        return real(self, op)
+
+    MegatronComputation.synchronising = synchronising
+
+
+def _microbatches_in_forward_step(count: Callable[[int], int]) -> None:
+    from dualpipe.megatron import computation
+
+    real = computation.forward_step
+
+    def forward_step(func, iterator, model, microbatches, *args, **options):
+        return real(func, iterator, model, count(microbatches), *args, **options)
+
+    computation.forward_step = forward_step
+
+
+def not_normalised_by_microbatches() -> None:
+    _microbatches_in_forward_step(lambda count: 1)
+
+
+def normalised_twice() -> None:
+    _microbatches_in_forward_step(lambda count: count * count)
+
+
+def normalised_by_both_lanes() -> None:
+    _microbatches_in_forward_step(lambda count: 2 * count)
+
+
+def gradients_cleared_in_mid_accumulation() -> None:
+    from dualpipe.megatron.computation import MegatronComputation
+    from dualpipe.schedule import B
+
+    real = MegatronComputation.synchronising
+
+    def synchronising(self, op):
+        if op.kind is B and op.mb == 1:
+            for parameter in self.model[op.lane, op.stage][0].parameters():
+                parameter.main_grad.zero_()
+        return real(self, op)
+
+    MegatronComputation.synchronising = synchronising
+
+
+def losses_read_on_the_first_rank() -> None:
+    from dualpipe.megatron import schedule
+
+    schedule.bring_losses = lambda collected, transport, device: [v for values in collected.values() for v in values]
+
+
+def losses_cleared_before_they_are_returned() -> None:
+    from dualpipe.megatron import schedule
+
+    real = schedule.bring_losses
+
+    def bring_losses(collected, transport, device):
+        for values in collected.values():
+            values.clear()
+        return real(collected, transport, device)
+
+    schedule.bring_losses = bring_losses
+
+
+def dropout_drawn_in_order_of_execution() -> None:
+    from dualpipe.megatron.model import Chunk
+
+    Chunk.drawing = lambda self: nullcontext()
+
+
+def labels_of_the_lanes_swapped() -> None:
+    from dualpipe.megatron import schedule
+
+    real = schedule.split_data_iterator
+
+    def split(iterator):
+        data = real(iterator)
+        data._lanes = dict(zip(data._lanes, reversed(data._lanes.values()), strict=True))
+        return data
+
+    schedule.split_data_iterator = split if dist.get_rank() else real
+
+
+def messages_on_the_default_group() -> None:
+    from dualpipe.megatron import model
+
+    real = model._transport
+    model._transport = lambda groups, device, timeout: real(replace(groups, pipeline=dist.group.WORLD), device, timeout)
+
+
+def delayed_gradient_overwrites() -> None:
+    from dualpipe.megatron import layers
+
+    real = layers._accumulate
+
+    def accumulate(x, dy, call):
+        call.weight.main_grad.zero_()
+        real(x, dy, call)
+
+    layers._accumulate = accumulate
+
+
+def mirror_chunk_used_by_the_wrong_lane() -> None:
+    from dualpipe.megatron import schedule
+
+    real = schedule.MegatronComputation
+
+    def computation(plan, model, call):
+        if dist.get_rank() == plan.ranks // 2:  # a middle rank, whose two chunks look alike
+            model = dict(zip(model, reversed(model.values()), strict=True))
+        return real(plan, model, call)
+
+    schedule.MegatronComputation = computation
+
+
+def one_receive_too_many_on_a_middle_rank() -> None:
+    from dualpipe.megatron import schedule
+    from dualpipe.schedule import RF, Op, Schedule
+
+    real = schedule.schedule_for
+
+    def schedule_for(ranks, microbatches, forward_only=False):
+        made = real(ranks, microbatches, forward_only)
+        lane, stage = next((lane, route.index(1)) for lane, route in made.routes.items())
+        extra = (Op(RF, lane, stage, microbatches),)
+        programs = tuple((extra, *p) if rank == 1 else p for rank, p in enumerate(made.programs))
+        return Schedule(made.routes, programs, made.name)
+
+    schedule.schedule_for = schedule_for
+
+
+def outputs_freed_under_the_backward() -> None:
+    from dualpipe import execute
+
+    def edge(output):
+        if output.requires_grad and output.dim():
+            output.data = torch.empty(1, dtype=output.dtype)
+        return output if output.requires_grad else None
+
+    execute._edge = edge
+
+
+def mirror_chunk_numbered_as_rank_r() -> None:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from dualpipe.megatron import model
+
+    real = model._provide
+
+    def provide(provider, place, stages, options):
+        own = ProcessGroupCollection.use_mpu_process_groups()
+        return real(provider, replace(place, collection=own), stages, options)
+
+    model._provide = provide
+
+
+def gradients_never_finalized() -> None:
+    from dualpipe.megatron import schedule
+
+    schedule._finalize = lambda *args: None
+
+
+def initial_weights_differ() -> None:
+    from dualpipe.megatron import model
+
+    model._equalise = lambda module, place, groups: None
+
+
+UNCLIPPED = replace(BASE, clip=0.0)  # the norm alone is wrong, and nothing that follows from it
+OVERLAPPED = replace(BASE, overlap_grad_reduce=True)
+FOUR = replace(BASE, pp=4, steps=1)
+
+FAULTS = [
+    Fault(11, "W stored and never run", weights_never_run, "gradient of .* differs"),
+    Fault(12, "a weight counted twice in the W split", layer_counted_twice, "gradient of .*linear_fc1.weight"),
+    Fault(13, "the split backward bypasses DDP's hooks", hooks_bypassed, "gradient of .*weight .* differs"),
+    Fault(14, "a weight gradient arrives after the all-reduce", weight_gradient_after_the_reduction, "gradient of"),
+    Fault(15, "the replicas are not reduced together", replicas_not_reduced_together, "gradient of .*replica 0"),
+    Fault(15, "the replicas start apart", initial_weights_differ, "loss of microbatch|gradient of"),
+    Fault(16, "the norm counts a parameter twice", norm_counts_both_replicas, "gradient norm", UNCLIPPED),
+    Fault(17, "the norm of one stage only", norm_of_one_stage_only, "gradient norm", UNCLIPPED),
+    Fault(18, "gradients rescaled at each accumulation", gradients_rescaled_at_each_accumulation, "gradient of"),
+    Fault(19, "gradients not normalised by microbatches", not_normalised_by_microbatches, "gradient of"),
+    Fault(20, "normalised twice", normalised_twice, "gradient of"),
+    Fault(20, "normalised by the microbatches of both lanes", normalised_by_both_lanes, "gradient of"),
+    Fault(21, "gradients cleared in mid-accumulation", gradients_cleared_in_mid_accumulation, "gradient of"),
+    Fault(22, "the loss read on the wrong rank", losses_read_on_the_first_rank, "loss of microbatch .* is missing"),
+    Fault(
+        26,
+        "dropout depends on the order of execution",
+        dropout_drawn_in_order_of_execution,
+        "loss of microbatch|gradient of",
+        replace(BASE, dropout=0.1),
+    ),
+    Fault(27, "labels of the two lanes swapped", labels_of_the_lanes_swapped, "loss of microbatch"),
+    Fault(
+        28,
+        "a message on the default group",
+        messages_on_the_default_group,
+        "RuleError: a schedule runs on as many processes as it has ranks",
+        replace(BASE, dp=2, steps=1),
+    ),
+    Fault(30, "a delayed weight gradient overwrites", delayed_gradient_overwrites, "gradient of .*weight"),
+    Fault(32, "the losses are cleared before they are returned", losses_cleared_before_they_are_returned, "loss of"),
+    Fault(
+        33, "the mirror chunk used by the wrong lane", mirror_chunk_used_by_the_wrong_lane, "loss of|gradient of", FOUR
+    ),
+    Fault(
+        34,
+        "one receive too many on a middle rank",
+        one_receive_too_many_on_a_middle_rank,
+        "StepError|DisagreementError",
+        replace(FOUR, timeout=12),
+    ),
+    Fault(
+        36,
+        "freed outputs break the backward's shape check",
+        outputs_freed_under_the_backward,
+        r"sends \[1\] float32 where the boundary was declared",
+    ),
+    Fault(37, "the mirror chunk numbered as rank r", mirror_chunk_numbered_as_rank_r, "whose first layer is"),
+    Fault(38, "gradients never finalized", gradients_never_finalized, "gradient of"),
+    Fault(
+        38,
+        "gradients finalized before the last W, reduction overlapped",
+        weight_gradient_after_the_reduction,
+        "Communication call has not been issued|gradient of",
+        OVERLAPPED,
+    ),
+]

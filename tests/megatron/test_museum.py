@@ -1,0 +1,76 @@
+"""Every fault of the glue in the museum is caught by the court, with a complaint that names what is wrong."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+
+import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from reference.launch import launch
+from reference.megatron import production, truth
+from reference.megatron.comparison import differences
+from reference.megatron.trace import merge
+from tests.megatron.museum import BASE, FAULTS
+
+
+@cache
+def the_truth(case):
+    return merge(launch(truth.ranks(case), lambda context: truth.run_rank(case, context), case.timeout).values())
+
+
+def complaint(case, plant=lambda: None) -> str:
+    """The first thing that the court says of production with a fault planted; empty when it is equal."""
+
+    def body(context):
+        plant()
+        return production.run_rank(case, context)
+
+    outcome = launch(production.ranks(case), body, case.timeout)
+    if outcome.failures:
+        return str(outcome.failures[0])
+    return next(map(str, differences(case, the_truth(case), merge(outcome.values()))), "")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_of_the_museum_is_caught_by_name(fault):
+    told = complaint(fault.case, fault.plant)
+    assert re.search(fault.caught, told), told or "nothing was noticed"
+
+
+def test_without_a_fault_production_is_equal_to_the_truth():
+    assert complaint(BASE) == ""
+
+
+def split_gradients(plant=lambda: None) -> set[int]:
+    """For each rank, how many weight gradients each B left to its W, over a whole run; B and W joined leave none."""
+
+    def body(context):
+        from dualpipe.weightgrad import WeightGradStore
+
+        real, counts = WeightGradStore.run, []
+        WeightGradStore.run = lambda self, key: (counts.append(len(self._waiting.get(key, ()))), real(self, key))
+        plant()
+        production.run_rank(BASE, context)
+        return counts
+
+    return {count for rank in launch(production.ranks(BASE), body, BASE.timeout).values() for count in rank}
+
+
+def test_b_leaves_every_linear_layer_of_a_stage_to_w():
+    layers_per_stage = BASE.layers // BASE.pp
+    linear = 4 * layers_per_stage  # qkv, projection, fc1, fc2
+    assert split_gradients() <= {linear, linear + 1}  # the last stage has the output layer as well
+
+
+def test_35_a_store_that_is_never_fed_is_caught_as_w_has_nothing_to_do():
+    """Gradients stay right when nothing is split, so the court is silent about it."""
+
+    def plant():
+        from dualpipe.megatron import model
+        from dualpipe.megatron.layers import Split
+
+        model.split_layers = lambda module, store: Split(0, ())
+
+    assert split_gradients(plant) == {0}

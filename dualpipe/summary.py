@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from dualpipe.errors import RuleError
+from dualpipe.schedule import Schedule
 from dualpipe.simulate import Costs, Timeline
 
 COSTS = ("F", "B", "W", "BW", "FB", "latency")
@@ -35,6 +36,20 @@ def parse_costs(text: str) -> Costs:
         if name not in COSTS or not equals:
             raise RuleError("--cost is NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(COSTS)}")
     return Costs(**given)
+
+
+def tell_costs(costs: Costs) -> str:
+    """Costs as ``parse_costs`` reads them; BW, FB and latency only where they say something."""
+    default = Costs()
+    given = {name: getattr(costs, name) for name in COSTS}
+    told = {n: value for n, value in given.items() if n in ("F", "B", "W") or value != getattr(default, n)}
+    return ",".join(f"{name}={value:g}" for name, value in told.items())
+
+
+def headline(schedule: Schedule) -> tuple[str, str]:
+    """A schedule's name, and its sizes in words."""
+    count = sum(schedule.microbatches.values())
+    return schedule.name or "unnamed schedule", f"{schedule.ranks} ranks, {count} microbatches"
 
 
 def summarise(timeline: Timeline) -> Summary:

@@ -1,7 +1,7 @@
 """The colours of a timeline: a hue for each kind of compute, a shade for each tone (see ``dualpipe.cells.Tone``).
 
-Forward is blue, backward orange and weights grey, hues that every common kind of colour blindness tells apart; the
-first tone is light and the last one dark, so that they also differ in print.
+Forward is blue, backward orange and weights grey, hues that every kind of colour blindness tells apart.  The first tone
+is light and the last one dark, and within a tone forward is the darkest, so that a print in black and white tells too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Shades(NamedTuple):
 
 
 SHADES: Mapping[Kind, Shades] = {
-    F: Shades("#9cc9f5", "#1f5fa8"),
-    B: Shades("#ffc66b", "#a85208"),
-    W: Shades("#d9d9d9", "#555555"),
+    F: Shades("#86b9ee", "#113f78"),
+    B: Shades("#ffc970", "#9e4c05"),
+    W: Shades("#e4e4e4", "#6e6e6e"),
 }
 NAMES: Mapping[Kind, str] = {F: "forward", B: "backward", W: "weights"}
 INK, GROUND, FAINT, HATCH = "#1b1f24", "#ffffff", "#f6f7f8", "#c3c9d0"

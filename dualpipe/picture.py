@@ -40,11 +40,12 @@ _CELL, _NARROWEST, _WIDEST = 0.2, 7.0, 26.0
 """Inches: what the median op gets where the figure's width allows, and the limits of the rows' width."""
 _ROW, _GAP = 0.30, 0.12
 """Inches: a rank's row; the part of it that stays empty."""
-_LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND_ROW = 0.72, 0.2, 0.66, 0.46, 0.2
+_LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND_ROW, _FOOT = 0.72, 0.2, 0.66, 0.52, 0.2, 0.12
+"""Inches: the margins around the rows, what the legend has for a row, and what stays free below it."""
 _LARGEST, _SMALLEST, _DIGIT, _FILL = 8.5, 4.0, 0.64, 0.9
 """Numbers in the cells: sizes in points, the width of a digit over its size, how much of a cell they may fill."""
-_INSET = 0.35
-"""Points that are left free at either end of a cell."""
+_INSET, _FRAME = 0.35, 1.1
+"""Points: what is left free at either end of a cell; the line of a frame, thinner where frames are narrow."""
 _DPI = 150
 
 
@@ -98,7 +99,7 @@ def _figure(drawing: Chart) -> Figure:
     point = makespan / (width * _POINTS)
     _gaps(axes, drawing)
     _cells(axes, drawing, _INSET * point)
-    _frames(axes, drawing)
+    _frames(axes, drawing, point)
     left_out = _numbers(axes, drawing, point)
     _axes(axes, ranks, makespan)
     _caption(figure, drawing, left_out, whole)
@@ -139,11 +140,12 @@ def _cells(axes: Axes, drawing: Chart, inset: float) -> None:
         axes.add_collection(collection, autolim=False)
 
 
-def _frames(axes: Axes, drawing: Chart) -> None:
+def _frames(axes: Axes, drawing: Chart, point: float) -> None:
     areas = [_rectangle(*frame) for frame in drawing.frames]
+    widths = [min(_FRAME, (frame.end - frame.start) / point / 15) for frame in drawing.frames]
     axes.add_collection(
         PolyCollection(
-            areas, facecolors="none", edgecolors=INK, linewidths=1.1, gid="overlap", zorder=3, clip_on=False
+            areas, facecolors="none", edgecolors=INK, linewidths=widths, gid="overlap", zorder=3, clip_on=False
         ),
         autolim=False,
     )
@@ -209,14 +211,14 @@ def _legend(figure: Figure, drawing: Chart, whole: tuple[float, float]) -> None:
     ]
     marks = [Patch(facecolor=FAINT, edgecolor=HATCH, linewidth=0, hatch="/////", label="bubble")]
     if drawing.frames:
-        marks.append(Patch(facecolor="none", edgecolor=INK, linewidth=1.1, label="F and B overlap"))
+        marks.append(Patch(facecolor="none", edgecolor=INK, linewidth=_FRAME, label="F and B overlap"))
     columns = 3 + -(-len(marks) // rows)
     blanks = [Patch(visible=False, label=" ")] * (columns * rows - len(handles) - len(marks))
     figure.legend(
         handles=[*handles, *marks, *blanks],
         ncols=columns,
         loc="lower left",
-        bbox_to_anchor=((_LEFT - 0.06) / whole[0], 0.05 / whole[1]),
+        bbox_to_anchor=((_LEFT - 0.06) / whole[0], _FOOT / whole[1]),
         frameon=False,
         fontsize=8,
         labelcolor=INK,

@@ -49,7 +49,10 @@ class Grid:
 
 
 def lines(timeline: Timeline, width: int) -> list[Text]:
-    """The timeline in lines of at most ``width`` columns (or 20 and a label): title, time, ranks, key, what is missing."""
+    """The timeline: a title, the time, a line a rank, the key, and what had no room.
+
+    The ranks' lines have at most ``width`` columns, or 20 and their label where that is more.
+    """
     drawing = chart(timeline)
     grid = fit(drawing, width)
     name, sizes = headline(timeline.schedule)

@@ -27,7 +27,7 @@ MICROSECONDS = 1e6
 MEASURED = "measured"
 
 _WITH = "B and W are one call of autograd here: the time of {} is in it"
-_WITHIN = "part of {}: B and W are one call of autograd here, so this lasts no time of its own"
+_WITHIN = "part of {}: B and W are one call of autograd here, so this lasts next to no time of its own"
 
 
 def write_trace(report: Report, path: Path) -> str:

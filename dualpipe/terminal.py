@@ -1,10 +1,14 @@
-"""A timeline in a terminal: one line a rank, as wide as the terminal allows.
+"""A timeline in a terminal: one line a rank, as wide as the terminal, continued below as music is.
 
 ::
 
-    time    0           4           8           12
-    rank 0  F0 F1 F2 f0 b0 w0 f1 F3+b1+w1 ····f2+B0+W0      capitals: lane >, small letters: lane <
-    rank 1  ···F0 f0 F1 f1 F2 b0+w0 ···                      + joins what is in one slot, · is a bubble
+    time    0       3       6       9
+    rank 0  F0 F1 F2 f0 b0 w0 f1 F3+b1+w1      capitals: lane >, small letters: lane <
+    rank 1  ···F0 f0 F1 f1 F2 b0+w0 f2+B0      + joins what is in one slot, · is a bubble
+
+    time    12      15
+    rank 0  ···f2+B0+W0 b2+w2 ···
+    rank 1  +W0 F3+b1+w1 f3+B1+W1
 
 The text is the same with and without colours; colours are added where there is a terminal to show them.
 """
@@ -30,26 +34,30 @@ _LEAST = 20
 """Columns that the rows have even where the terminal is narrower than that."""
 _APART = 6
 """Columns between the numbers of the time line, at least."""
+_BANDS = 3
+"""Into how many bands the rows may be broken for the sake of numbers in the cells."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How time is laid on columns: ``scale`` of them a unit, ``numbers`` where microbatches' numbers have room.
+    """How time is laid on columns.
 
-    ``full`` is the width, in columns, of a terminal in which they would.
+    ``label`` columns come before a row, then ``room`` of its own in each band; ``scale`` columns are one unit of time.
+    With ``numbers`` the cells have those of their microbatches; ``wanted`` columns are what a terminal needs for that.
     """
 
     label: int
+    room: int
     scale: float
     numbers: bool
-    full: int
+    wanted: int
 
     def column(self, time: float) -> int:
         return floor(time * self.scale + 0.5)
 
 
 def lines(timeline: Timeline, width: int) -> list[Text]:
-    """The timeline: a title, the time, a line a rank, the key, and what had no room.
+    """The timeline: a title, bands of the time and a line a rank, the key, and what had no room.
 
     The ranks' lines have at most ``width`` columns, or 20 and their label where that is more.
     """
@@ -57,41 +65,50 @@ def lines(timeline: Timeline, width: int) -> list[Text]:
     grid = fit(drawing, width)
     name, sizes = headline(timeline.schedule)
     told = f"makespan {timeline.makespan:g}, bubble {timeline.bubble_share:.1%} of the ranks' time"
+    rows = [_row(drawing, grid, rank) for rank in range(len(timeline.spans))]
     return [
         Text(f"{name}, {sizes}: {told}"),
-        _ruler(drawing, grid),
-        *(_row(drawing, grid, rank) for rank in range(len(timeline.spans))),
-        *_key(drawing, grid),
-        *_missing(timeline, grid, width),
+        *_bands([_ruler(drawing, grid), *rows], grid),
+        _key(drawing, any(JOINT in row.plain for row in rows)),
+        *_missing(drawing, grid, width),
     ]
 
 
 def fit(drawing: Chart, width: int) -> Grid:
-    """The widest layout that fits: numbers and a gap, numbers alone, one letter an op, or what columns there are."""
+    """The widest layout that fits: numbers and a gap in one band, numbers in a few, letters in as many as it takes."""
     makespan = drawing.timeline.makespan or 1.0
     label = len(f"rank {len(drawing.timeline.spans) - 1}  ")
-    room = max(width - label, _LEAST)
     digits = max((len(str(cell.at.op.mb)) for cell in drawing.cells), default=1)
     op = median([cell.end - cell.start for cell in drawing.cells if cell.end > cell.start] or [makespan])
-    full = label + ceil(makespan / op * (digits + 1))
-    for columns in (digits + 2, digits + 1, 1):
-        if makespan / op * columns <= room:
-            return Grid(label, columns / op, columns > 1, full)
-    return Grid(label, room / makespan, False, full)
+    widest = max(width - label, _LEAST)
+    for columns, bands in ((digits + 2, 1), (digits + 1, _BANDS)):
+        if makespan / op * columns <= widest // columns * columns * bands:
+            return Grid(label, widest // columns * columns, columns / op, True, width)
+    numbered = ceil(makespan / op / _BANDS) * (digits + 1)
+    return Grid(label, widest, 1 / op, False, label + numbered)
+
+
+def _bands(rows: list[Text], grid: Grid) -> Iterator[Text]:
+    """The rows, broken to the terminal's width."""
+    columns = max(len(row) for row in rows) - grid.label
+    for start in range(0, max(columns, 1), grid.room):
+        if start:
+            yield Text()
+        for row in rows:
+            yield row[: grid.label] + row[grid.label + start : grid.label + start + grid.room]
 
 
 def _row(drawing: Chart, grid: Grid, rank: int) -> Text:
-    end = grid.column(drawing.timeline.makespan)
     row = Text(f"rank {rank}".ljust(grid.label))
     reached = 0
     cells = [cell for cell in drawing.cells if cell.at.rank == rank]
-    for cell, after in zip(cells, [*cells[1:], None], strict=True):
+    for number, cell in enumerate(cells):
         start, stop = grid.column(cell.start), grid.column(cell.end)
         row.append(BUBBLE * (start - reached), Style(dim=True))
-        joined = after is not None and after.at.slot == cell.at.slot
+        joined = number + 1 < len(cells) and cells[number + 1].at.slot == cell.at.slot
         row.append(_cell(drawing, cell, stop - start, grid.numbers, joined), _style(drawing, cell))
         reached = max(reached, stop)
-    row.append(BUBBLE * (end - reached), Style(dim=True))
+    row.append(BUBBLE * (grid.column(drawing.timeline.makespan) - reached), Style(dim=True))
     return row
 
 
@@ -118,14 +135,15 @@ def _style(drawing: Chart, cell: Cell) -> Style:
 
 
 def _ruler(drawing: Chart, grid: Grid) -> Text:
-    """The times over the rows, at round numbers."""
-    makespan = drawing.timeline.makespan
+    """The times over the rows, at round numbers that a band has room for."""
+    end = max(grid.column(drawing.timeline.makespan), 1)
     line = "time".ljust(grid.label)
-    for time in _ticks(makespan, grid.scale):
-        text = f"{time:g}"
-        if grid.column(time) + len(text) <= max(grid.column(makespan), 1):
-            line = line.ljust(grid.label + grid.column(time)) + text
-    return Text(line, Style(dim=True))
+    for time in _ticks(drawing.timeline.makespan, grid.scale):
+        first, text = grid.column(time), f"{time:g}"
+        last = first + len(text) - 1
+        if last < end and first // grid.room == last // grid.room:
+            line = line.ljust(grid.label + first) + text
+    return Text(line.ljust(grid.label + end), Style(dim=True))
 
 
 def _ticks(makespan: float, scale: float) -> Iterator[float]:
@@ -136,7 +154,7 @@ def _ticks(makespan: float, scale: float) -> Iterator[float]:
     yield from (step * number for number in range(floor(makespan / step) + 1))
 
 
-def _key(drawing: Chart, grid: Grid) -> list[Text]:
+def _key(drawing: Chart, joined: bool) -> Text:
     """What the letters mean, in their colours."""
     key = Text()
     for number, (name, stages) in enumerate(drawing.tones.items()):
@@ -148,16 +166,15 @@ def _key(drawing: Chart, grid: Grid) -> list[Text]:
             lanes = len({other.lane for other in drawing.tones}) > 1
             key.append(f"lane {name.lane}  " if lanes else f"stages {stages[0]}–{stages[-1]}  ")
     key.append(f"{BUBBLE} bubble")
-    joins = any(JOINT in _row(drawing, grid, rank).plain for rank in range(len(drawing.timeline.spans)))
-    if joins:
-        key.append(f"  {JOINT} one slot")
-    return [key]
+    return key.append(f"  {JOINT} one slot" if joined else "")
 
 
-def _missing(timeline: Timeline, grid: Grid, width: int) -> list[Text]:
+def _missing(drawing: Chart, grid: Grid, width: int) -> Iterator[Text]:
     """What had no room, and where it can be seen."""
-    if grid.numbers:
-        return []
-    squeezed = f"a column is {1 / grid.scale:.3g} of time; " if grid.scale < 1 else ""
-    told = f"{squeezed}microbatch numbers need {grid.full} columns, and there are {width}"
-    return [Text(told), Text("to see more: --svg FILE or --png FILE, or `dualpipe simulate --trace FILE`")]
+    vanished = sum(grid.column(cell.start) == grid.column(cell.end) for cell in drawing.cells)
+    if vanished:
+        yield Text(f"{vanished} of {len(drawing.cells)} ops are too short to be seen")
+    if not grid.numbers:
+        yield Text(f"microbatch numbers need {grid.wanted} columns, and there are {width}")
+    if vanished or not grid.numbers:
+        yield Text("to see more: --svg FILE or --png FILE, or `dualpipe simulate --trace FILE`")

@@ -1,6 +1,6 @@
 """The drawing of a timeline: a cell an op, frames, gaps and tones.
 
-    rank 0   | 0F0> |......| 0B0> 0W0> |           a slot's time is divided among its ops; .. is a gap
+rank 0   | 0F0> |......| 0B0> 0W0> |           a slot's time is divided among its ops; .. is a gap
 """
 
 from collections import Counter

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_the_counters_follow_idle_ranks_and_live_activations(timeline):
     if sum(timeline.busy):
         counted = [(e["ts"], e["args"]["value"]) for e in trace["traceEvents"] if e["name"] == "idle ranks"]
         assert counted[-1][1] == timeline.schedule.ranks
-        area = sum(level * (b - a) for (a, level), (b, _) in zip(counted, counted[1:], strict=False)) / 1000
+        area = sum(level * (b - a) for (a, level), (b, _) in pairwise(counted)) / 1000
         last = counted[-1][0] / 1000
         assert area == pytest.approx(sum(timeline.bubble) - timeline.schedule.ranks * (timeline.makespan - last))
 

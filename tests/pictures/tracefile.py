@@ -1,6 +1,7 @@
-"""What is wrong with a trace: a reader of the trace event format that knows the schedule, and not how it was written."""
+"""What is wrong with a trace: a reader of the trace event format who knows the schedule, and not how it was written."""
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 from typing import Any
 
 from dualpipe.schedule import COMPUTE, MESSAGES, SENDS, Schedule
@@ -22,7 +23,7 @@ def complaints(trace: dict[str, Any], schedule: Schedule, runs: dict[str, int]) 
     if found:
         return found
     times = [event["ts"] for event in events if event["ph"] != "M"]
-    found += [f"time goes back to {b}" for a, b in zip(times, times[1:], strict=False) if b < a]
+    found += [f"time goes back to {b}" for a, b in pairwise(times) if b < a]
     found += [f"lasts {event['dur']}: {event['name']}" for event in events if event.get("dur", 0) < 0]
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     if sorted(names.values()) != sorted(runs):

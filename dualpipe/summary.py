@@ -48,8 +48,11 @@ def tell_costs(costs: Costs) -> str:
 
 def headline(schedule: Schedule) -> tuple[str, str]:
     """A schedule's name, and its sizes in words."""
-    count = sum(schedule.microbatches.values())
-    return schedule.name or "unnamed schedule", f"{schedule.ranks} ranks, {count} microbatches"
+    return _headline(schedule.name, schedule.ranks, sum(schedule.microbatches.values()))
+
+
+def _headline(name: str, ranks: int, microbatches: int) -> tuple[str, str]:
+    return name or "unnamed schedule", f"{ranks} ranks, {microbatches} microbatches"
 
 
 def summarise(timeline: Timeline) -> Summary:
@@ -68,8 +71,7 @@ def summarise(timeline: Timeline) -> Summary:
 
 def tell(summary: Summary) -> str:
     """The summary as a few aligned lines."""
-    name = summary["schedule"] or "unnamed schedule"
-    head = f"{name}, {summary['ranks']} ranks, {summary['microbatches']} microbatches"
+    head = ", ".join(_headline(summary["schedule"], summary["ranks"], summary["microbatches"]))
     rows = ["rank  bubble  peak activations  peak pending W"]
     columns = zip(summary["bubble"], summary["peak_activations"], summary["peak_pending_w"], strict=True)
     rows += [f"{rank:4}  {bubble:6g}  {live:16}  {waiting:14}" for rank, (bubble, live, waiting) in enumerate(columns)]

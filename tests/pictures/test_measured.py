@@ -119,10 +119,9 @@ def test_verify_writes_what_the_processes_did_beside_the_simulation(run, tmp_pat
     assert complaints(found, generate("dualpipe", 2, 4), {MEASURED: 2, SIMULATED: 2}) == []
     ran = [e for e in found["traceEvents"] if e["ph"] == "X" and e["pid"] == 1 and e["cat"] in ("F", "B")]
     assert all(e["dur"] > 0 for e in ran)
-    assert max(e["ts"] + e["dur"] for e in ran) < 120e6
     noted = {e["name"] for e in found["traceEvents"] if "note" in e.get("args", {})}
     assert {"0B0<", "0W0<"} <= noted
-    assert "1B1<" not in noted
+    assert not {"0B1>", "0W1>", "0B1<", "0W1<"} & noted
 
 
 def test_processes_that_do_not_finish_leave_no_trace(run, tmp_path):

@@ -1,0 +1,141 @@
+"""What a page shows of a proof: findings as marks on the timeline, checks as a table.
+
+Here, and not with the page or with the proofs, since neither of the two knows the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dualpipe.page.model import Comparison, Counterexample, Mark, Table
+from dualpipe.schedule import COMPUTE, SENDS, Op, Placed, Schedule
+
+if TYPE_CHECKING:
+    from proofs.findings import Finding, Mismatch, OverBound, Wait
+    from proofs.prove import Report
+
+
+def comparison(report: Report, after: Schedule, before: Schedule | None = None, source: str = "") -> Comparison:
+    """A proved schedule as a section of the page, beside the one that it replaces.
+
+    Where it deadlocks, the timeline blocks as the proof does, so that it stops where the story says.
+    """
+    from proofs.verdict import Refuted
+
+    return Comparison(
+        name=report.label or "schedule",
+        before=before,
+        after=after,
+        verdict=report.verdict,
+        source=source,
+        counterexamples=counterexamples(report, after),
+        tables=(verdicts(report),),
+        blocking=isinstance(report.checks["deadlock"].verdict, Refuted),
+    )
+
+
+def counterexamples(report: Report, schedule: Schedule) -> tuple[Counterexample, ...]:
+    """The stories of the checks that fail, each with its marks."""
+    from proofs.story import tell
+    from proofs.verdict import Refuted
+
+    found = []
+    for name, result in report.checks.items():
+        match result.verdict:
+            case Refuted(finding, _) if finding is not None:
+                found.append(Counterexample(name, tell(finding), marks(finding, schedule)))
+    return tuple(found)
+
+
+def verdicts(report: Report) -> Table:
+    """The checks with their verdicts, the seconds of each method, and the story or the reason."""
+    from proofs.prove import told
+
+    methods = sorted({method for result in report.checks.values() for method in result.seconds})
+    rows = [
+        (
+            name,
+            result.verdict.word,
+            *(f"{result.seconds[method]:.2f}" if method in result.seconds else "" for method in methods),
+            "\n".join(told(result)),
+        )
+        for name, result in report.checks.items()
+    ]
+    return Table("Checks", ("check", "verdict", *(f"{method}, s" for method in methods), "story"), rows)
+
+
+def marks(finding: Finding, schedule: Schedule) -> tuple[Mark, ...]:
+    """The places of a finding, each with its sentence of the story."""
+    from proofs import findings
+    from proofs.story import tell
+
+    story = tell(finding)
+    match finding:
+        case findings.Circle(_, waits):
+            lines = story.split("\n")
+            return tuple(_wait(wait, line) for wait, line in zip(waits, lines, strict=False))
+        case findings.Mismatch():
+            return _mismatch(finding, schedule)
+        case findings.NeverMet(_, place, peer, _, _) | findings.LeftOver(place, peer, _, _):
+            return (_mark(place, story, peer=_rank(peer, schedule)),)
+        case findings.NoPeer(place, peer, _):
+            return (_mark(place, story, peer=_rank(peer, schedule)),)
+        case findings.NotNeighbour(place, peer, _, _) | findings.Stray(place, peer):
+            return (_mark(place, story, peer=_rank(peer, schedule)),)
+        case findings.TooEarly(place, _, later):
+            return (_mark(place, story, later),)
+        case findings.Repeated(first, second) | findings.SentTwice(first, second) | findings.OutOfOrder(first, second):
+            return (_mark(second, story, first),)
+        case findings.Missing(op, rank, _):
+            return tuple(_mark(at, story) for at in _same_work(schedule, rank, op)[-1:])
+        case findings.OverBound():
+            return _over_bound(finding, schedule, story.split("\n")[0])
+        case _:
+            return ()
+
+
+def _mark(place: Placed, sentence: str, target: Placed | None = None, peer: int | None = None) -> Mark:
+    if target is None:
+        return Mark(place.rank, place.slot, str(place.op), sentence, peer)
+    return Mark(place.rank, place.slot, str(place.op), sentence, target.rank, target.slot, str(target.op))
+
+
+def _wait(wait: Wait, line: str) -> Mark:
+    return _mark(wait.place, line, wait.partner)
+
+
+def _rank(peer: int | None, schedule: Schedule) -> int | None:
+    return peer if peer is not None and peer < schedule.ranks else None
+
+
+def _mismatch(finding: Mismatch, schedule: Schedule) -> tuple[Mark, ...]:
+    """What the receive expects, and what it gets instead."""
+    from proofs.story import content
+
+    send, receive = finding.send, finding.receive
+    expects = f"rank {receive.rank} expects {content(receive.op)} in slot {receive.slot} ({receive.op})"
+    gets = (
+        f"the next message from rank {send.rank} is {content(send.op)}, sent in slot {send.slot} ({send.op}); "
+        "messages carry no tag, so it takes the one for the other"
+    )
+    wanted = _places(schedule, schedule.needs(receive.op.bare))
+    return (*(_mark(receive, f"{expects}, which {at} sends", at_) for at, at_ in wanted), _mark(send, gets, receive))
+
+
+def _places(schedule: Schedule, ops: Sequence[Op]) -> list[tuple[str, Placed]]:
+    found = [at for at in schedule if at.op.bare in ops and at.op.kind in SENDS]
+    return [(f"rank {at.rank} in slot {at.slot}", at) for at in found[:1]]
+
+
+def _same_work(schedule: Schedule, rank: int, op: Op) -> list[Placed]:
+    """The computes of the op's microbatch at its stage, on that rank."""
+    return [at for at in schedule if at.rank == rank and at.op[1:4] == op[1:4] and at.op.kind in COMPUTE]
+
+
+def _over_bound(finding: OverBound, schedule: Schedule, sentence: str) -> tuple[Mark, ...]:
+    """The slot that is one too many, and the forwards of all that is live in it."""
+    slot = Mark(finding.rank, finding.slot, "", sentence)
+    live = {held.op: held.until for held in finding.live}
+    held = [at for at in schedule if at.rank == finding.rank and at.op in live and at.slot <= finding.slot]
+    return (slot, *(_mark(at, f"{at.op} is live, waiting for {live[at.op]}") for at in held))

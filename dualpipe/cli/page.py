@@ -6,14 +6,36 @@ Here, and not with the page or with the proofs, since neither of the two knows t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualpipe.page.model import Comparison, Counterexample, Mark, Table
+from dualpipe.page.model import Comparison, Counterexample, Mark, Page, Table
 from dualpipe.schedule import COMPUTE, SENDS, Op, Placed, Schedule
 
 if TYPE_CHECKING:
+    from proofs.command import Outcome
     from proofs.findings import Finding, Mismatch, OverBound, Wait
     from proofs.prove import Report
+
+
+def write_proofs(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write the page of a run of ``dualpipe prove``."""
+    from dualpipe.page.render import render
+
+    sections = [_section(outcome) for outcome in outcomes]
+    verdicts = [section.verdict for section in sections]
+    worst = next((verdict for verdict in ("bad input", "refuted", "unknown") if verdict in verdicts), "proved")
+    title = sections[0].name if len(sections) == 1 else f"{len(sections)} schedules"
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+    path.write_text(render(Page(title, worst, sections, "" if len(sections) == 1 else counts)), encoding="utf-8")
+
+
+def _section(outcome: Outcome) -> Comparison:
+    if outcome.schedule is None or outcome.report is None:
+        error = Table("What is wrong", ("error",), ((outcome.error,),))
+        return Comparison(outcome.name, verdict="bad input", tables=(error,))
+    source = "" if outcome.name == outcome.report.label else outcome.name
+    return comparison(outcome.report, outcome.schedule, source=source)
 
 
 def comparison(report: Report, after: Schedule, before: Schedule | None = None, source: str = "") -> Comparison:

@@ -30,6 +30,7 @@ def prove(
     optimal: Annotated[
         bool, typer.Option("--optimal", help="Instead, the least makespan within DualPipe's memory, for -P and -M.")
     ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples there.")] = None,
     as_json: Json = False,
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
@@ -51,4 +52,11 @@ def prove(
     else:
         value = find_schedule(schedule, ranks, microbatches)
         sources = [(schedule, lambda: value)]
-    raise typer.Exit(command.prove_sources(sources, options))
+    if html is None:
+        raise typer.Exit(command.prove_sources(sources, options))
+    from dualpipe.cli.page import write_proofs
+
+    outcomes: list[command.Outcome] = []
+    code = command.prove_sources(sources, options, outcomes.append)
+    write_proofs(html, outcomes)
+    raise typer.Exit(code)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualpipe.page.model import Comparison, Counterexample, Mark, Page, Table
-from dualpipe.schedule import COMPUTE, SENDS, Op, Placed, Schedule
+from dualpipe.schedule import COMPUTE, Op, Placed, Schedule
 
 if TYPE_CHECKING:
     from proofs.command import Outcome
     from proofs.findings import Finding, Mismatch, OverBound, Wait
-    from proofs.prove import Report
+    from proofs.prove import Report, Result
 
 
 def write_proofs(path: Path, outcomes: Sequence[Outcome]) -> None:
@@ -25,7 +25,7 @@ def write_proofs(path: Path, outcomes: Sequence[Outcome]) -> None:
     sections = [_section(outcome) for outcome in outcomes]
     verdicts = [section.verdict for section in sections]
     worst = next((verdict for verdict in ("bad input", "refuted", "unknown") if verdict in verdicts), "proved")
-    title = sections[0].name if len(sections) == 1 else f"{len(sections)} schedules"
+    title = f"{sections[0].name}, proof" if len(sections) == 1 else f"{len(sections)} schedules"
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
     path.write_text(render(Page(title, worst, sections, "" if len(sections) == 1 else counts)), encoding="utf-8")
 
@@ -72,19 +72,30 @@ def counterexamples(report: Report, schedule: Schedule) -> tuple[Counterexample,
 
 def verdicts(report: Report) -> Table:
     """The checks with their verdicts, the seconds of each method, and the story or the reason."""
-    from proofs.prove import told
-
     methods = sorted({method for result in report.checks.values() for method in result.seconds})
     rows = [
         (
             name,
             result.verdict.word,
             *(f"{result.seconds[method]:.2f}" if method in result.seconds else "" for method in methods),
-            "\n".join(told(result)),
+            _brief(result),
         )
         for name, result in report.checks.items()
     ]
     return Table("Checks", ("check", "verdict", *(f"{method}, s" for method in methods), "story"), rows)
+
+
+def _brief(result: Result) -> str:
+    """The first line of the story, with what is known besides; the story itself has its own place on the page."""
+    from proofs.prove import told
+    from proofs.story import tell
+    from proofs.verdict import Refuted
+
+    lines = told(result)
+    match result.verdict:
+        case Refuted(finding, _) if finding is not None:
+            lines = [*lines[:1], *lines[len(tell(finding).split("\n")) :]]
+    return "\n".join(lines)
 
 
 def marks(finding: Finding, schedule: Schedule) -> tuple[Mark, ...]:
@@ -98,7 +109,7 @@ def marks(finding: Finding, schedule: Schedule) -> tuple[Mark, ...]:
             lines = story.split("\n")
             return tuple(_wait(wait, line) for wait, line in zip(waits, lines, strict=False))
         case findings.Mismatch():
-            return _mismatch(finding, schedule)
+            return _mismatch(finding, schedule, story.split("\n")[0])
         case findings.NeverMet(_, place, peer, _, _) | findings.LeftOver(place, peer, _, _):
             return (_mark(place, story, peer=_rank(peer, schedule)),)
         case findings.NoPeer(place, peer, _):
@@ -131,23 +142,15 @@ def _rank(peer: int | None, schedule: Schedule) -> int | None:
     return peer if peer is not None and peer < schedule.ranks else None
 
 
-def _mismatch(finding: Mismatch, schedule: Schedule) -> tuple[Mark, ...]:
-    """What the receive expects, and what it gets instead."""
-    from proofs.story import content
-
-    send, receive = finding.send, finding.receive
-    expects = f"rank {receive.rank} expects {content(receive.op)} in slot {receive.slot} ({receive.op})"
-    gets = (
-        f"the next message from rank {send.rank} is {content(send.op)}, sent in slot {send.slot} ({send.op}); "
-        "messages carry no tag, so it takes the one for the other"
-    )
-    wanted = _places(schedule, schedule.needs(receive.op.bare))
-    return (*(_mark(receive, f"{expects}, which {at} sends", at_) for at, at_ in wanted), _mark(send, gets, receive))
-
-
-def _places(schedule: Schedule, ops: Sequence[Op]) -> list[tuple[str, Placed]]:
-    found = [at for at in schedule if at.op.bare in ops and at.op.kind in SENDS]
-    return [(f"rank {at.rank} in slot {at.slot}", at) for at in found[:1]]
+def _mismatch(finding: Mismatch, schedule: Schedule, sentence: str) -> tuple[Mark, ...]:
+    """What a receive gets, and where the message that it expects is sent."""
+    needs = schedule.needs(finding.receive.op.bare)
+    wanted = next((at for at in schedule if at.op.bare in needs), None)
+    gets = _mark(finding.receive, sentence, finding.send)
+    if wanted is None:
+        return (gets,)
+    told = f"what it expects is sent by rank {wanted.rank} in slot {wanted.slot} ({wanted.op})"
+    return (gets, _mark(finding.receive, told, wanted))
 
 
 def _same_work(schedule: Schedule, rank: int, op: Op) -> list[Placed]:

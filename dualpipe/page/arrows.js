@@ -12,21 +12,24 @@ function shape(tag, attributes, ...children) {
 /* Draw the marks anew; `focused` is the number of the one that the reader points at, or null. */
 function drawArrows(svg, scene, marks, focused) {
   svg.replaceChildren(
-    ...marks.map((mark, index) => {
-      const group = arrow(scene, mark, index);
+    ...marks.map((_, index) => {
+      const group = arrow(scene, marks, index);
       if (focused !== null && focused !== index) group.setAttribute("class", "faded");
       return group;
     }),
   );
 }
 
-function arrow(scene, mark, index) {
+function arrow(scene, marks, index) {
+  const mark = marks[index];
   const { ops } = scene.schedule;
   const from = boxOf(scene, mark.at.map((number) => ops[number]));
   const to = target(scene, mark, from, ops);
   const shapes = to ? curve(from, to) : [];
   const badge = [shape("circle", { r: 9 }), shape("text", {}, String(index + 1))];
-  const at = `translate(${from.middle} ${to && to.centre < from.centre ? from.bottom + 8 : from.top - 6})`;
+  const earlier = marks.slice(0, index).filter((other) => other.at[0] === mark.at[0]).length;
+  const below = to && to.centre < from.centre;
+  const at = `translate(${from.middle + 19 * earlier} ${below ? from.bottom + 8 : from.top - 6})`;
   return shape("g", { "data-mark": index }, ...shapes, shape("g", { transform: at }, ...badge));
 }
 

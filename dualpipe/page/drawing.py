@@ -4,9 +4,11 @@ The dependency rule stays in ``Schedule.needs``: the page gets each op's needs a
 
 ==========  =====================================================================================================
 programs    for each rank its slots in the text form; the lane ``<`` is written ``{``, which HTML leaves alone
-times       for each rank and slot two numbers: how long after the end of the slot before it starts, and how long it takes
-reached     for each rank how many slots ended; those behind are drawn after ``stuck``, in program order
-stuck       the time at which nothing goes on, or null
+times       for each rank and slot two numbers: how long after the end of the slot before it starts, how long it takes
+reached     for each rank how many slots ended.  The next one lasts until ``line``; those behind, which are never
+            reached, are drawn after it in program order
+stuck       the time at which the last thing ended, or null for a schedule that gets to its end
+line        where the page draws the end of what is reached
 needs       for each op, ``;`` between: the needed ops, each as its distance back in the list of all ops, or as ``?``
             and its text where the schedule has no such op
 peers       for each message op the rank at the other end, or null
@@ -49,7 +51,7 @@ def drawing(ran: Run, changed: Iterable[tuple[int, int]] = ()) -> dict[str, Any]
     """The JSON of one schedule.  ``changed`` has the rank and number of slots to highlight."""
     timeline = ran.timeline
     schedule = timeline.schedule
-    stuck = timeline.makespan if ran.waits else None
+    line = timeline.makespan + _gap(timeline.costs)
     placed = list(schedule)
     numbers = {(at.rank, at.slot, at.position): number for number, at in enumerate(placed)}
     highlighted: list[list[int]] = [[] for _ in schedule.programs]
@@ -57,9 +59,10 @@ def drawing(ran: Run, changed: Iterable[tuple[int, int]] = ()) -> dict[str, Any]
         highlighted[rank].append(slot)
     return {
         "programs": [" ".join(map(show_slot, program)).replace("<", "{") for program in schedule.programs],
-        "times": [_times(timeline, rank, stuck) for rank in range(schedule.ranks)],
+        "times": [_times(timeline, rank, line) for rank in range(schedule.ranks)],
         "reached": [len(spans) for spans in timeline.spans],
-        "stuck": stuck,
+        "stuck": timeline.makespan if ran.waits else None,
+        "line": line if ran.waits else timeline.makespan,
         "costs": {str(kind): getattr(timeline.costs, kind) for kind in sorted(COMPUTE)},
         "needs": _needs(schedule, placed),
         "peers": [schedule.peer(at.op) for at in placed if at.op.kind in MESSAGES],
@@ -113,11 +116,13 @@ def _ops(schedule: Schedule, starts: list[list[int]], rank: int, slot: int, op: 
     return found[-1:] if op else found
 
 
-def _times(timeline: Timeline, rank: int, stuck: float | None) -> list[float]:
+def _times(timeline: Timeline, rank: int, line: float) -> list[float]:
     program, spans = timeline.schedule.programs[rank], timeline.spans[rank]
     shown = [(span.start, span.end) for span in spans]
-    clock = (stuck or 0.0) + _gap(timeline.costs)
-    for slot in program[len(spans) :]:
+    stands = spans[-1].end if spans else 0.0
+    shown += [(stands, line)] if len(spans) < len(program) else []
+    clock = line + _gap(timeline.costs) / 4
+    for slot in program[len(shown) :]:
         takes = timeline.costs.slot(slot) if slot[0].kind in COMPUTE else 0.0
         shown.append((clock, clock + takes))
         clock += takes
@@ -130,7 +135,7 @@ def _times(timeline: Timeline, rank: int, stuck: float | None) -> list[float]:
 
 
 def _gap(costs: Costs) -> float:
-    """The room between the time at which a schedule is stuck and what it never reaches."""
+    """How long a rank that stands still is drawn to do so after the last thing ended."""
     return max(costs.F, costs.B, costs.W)
 
 

@@ -24,7 +24,7 @@ function layOut(schedule) {
   }
   schedule.sizes = sizes;
   schedule.unit = unit;
-  schedule.height = AXIS + sizes.row * schedule.ranks.length + 4;
+  schedule.height = AXIS + sizes.row * schedule.ranks.length + 16;
   schedule.rowTop = (rank) => AXIS + sizes.row * rank + 4;
 }
 

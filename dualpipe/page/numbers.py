@@ -21,14 +21,14 @@ def numbers(runs: Sequence[Run], compared: bool) -> Table:
 
 def _row(name: str, values: list[float | tuple[int, ...] | None], compared: bool) -> list[str]:
     percent = name.endswith("share")
-    told = [_text(value, percent) for value in values]
+    told = [_text(value, percent, name) for value in values]
     return [name, *told, _change(values[0], values[-1], percent)] if compared else [name, *told]
 
 
-def _text(value: float | tuple[int, ...] | None, percent: bool) -> str:
+def _text(value: float | tuple[int, ...] | None, percent: bool, name: str) -> str:
     match value:
         case None:
-            return "never ends"
+            return "never ends" if name == "makespan" else "—"
         case tuple():
             return " ".join(map(str, value))
         case _:
@@ -39,7 +39,7 @@ def _change(before: float | tuple[int, ...] | None, after: float | tuple[int, ..
     if before == after:
         return "same"
     if before is None or after is None:
-        return "ends" if before is None else "no longer ends"
+        return "—"
     if isinstance(before, tuple) or isinstance(after, tuple):
         return "differs"
     more = after - before

@@ -30,7 +30,7 @@ function paint(context, scene) {
 }
 
 function paintRows(context, { schedule, width, colours, x }) {
-  const [left, right] = [Math.max(GUTTER, x(0)), Math.min(width, x(schedule.stuck === null ? schedule.end : schedule.stuck))];
+  const [left, right] = [Math.max(GUTTER, x(0)), Math.min(width, x(schedule.line))];
   context.fillStyle = colours.idle;
   if (right > left) schedule.ranks.forEach((_, rank) => context.fillRect(left, schedule.rowTop(rank), right - left, schedule.sizes.compute));
 }
@@ -47,11 +47,10 @@ function paintAxis(context, { schedule, view, width, colours, x }) {
   const least = ((view.to - view.from) / (width - GUTTER)) * 64;
   const power = 10 ** Math.floor(Math.log10(least));
   const step = [1, 2, 5, 10].map((times) => times * power).find((size) => size >= least);
-  const last = schedule.stuck === null ? schedule.end : schedule.stuck;
   context.font = "11px system-ui, sans-serif";
   context.textAlign = "center";
   context.textBaseline = "middle";
-  for (let time = Math.max(0, Math.ceil(view.from / step) * step); time <= Math.min(view.to, last) + 1e-9; time += step) {
+  for (let time = Math.max(0, Math.ceil(view.from / step) * step); time <= Math.min(view.to, schedule.line) + 1e-9; time += step) {
     const at = Math.round(x(time)) + 0.5;
     context.strokeStyle = colours.line;
     context.lineWidth = 1;
@@ -69,13 +68,15 @@ function paintSlot(context, scene, slot) {
   const compute = isCompute(slot.ops[0]);
   if (!compute && slot.end > slot.start) paintWaiting(context, scene, slot, top);
   for (const op of slot.ops) {
-    context.globalAlpha = scene.marked && !scene.marked.has(op) ? 0.5 : 1;
+    context.globalAlpha = scene.marked && !scene.marked.has(op) ? 0.55 : 1;
     if (compute) paintCompute(context, scene, op, top);
     else paintMessage(context, scene, op, top);
   }
   context.globalAlpha = 1;
-  if (slot.paired) frame(context, colours.text, 1, x(slot.start), top, x(slot.end) - x(slot.start) - 1, schedule.sizes.compute);
-  if (slot.changed) outline(context, scene, slot.ops, colours.changed, 2);
+  const wide = x(slot.end) - x(slot.start) > 36;
+  if (slot.paired) frame(context, wide ? colours.muted : colours.line, 1, x(slot.start), top, x(slot.end) - x(slot.start) - 1, schedule.sizes.compute);
+  if (slot.changed) paintChanged(context, scene, slot.ops);
+  if (scene.marked) for (const op of slot.ops) if (scene.marked.has(op)) outline(context, scene, [op], colours.fault, 2.5);
 }
 
 function paintCompute(context, scene, op, top) {
@@ -89,11 +90,11 @@ function paintCompute(context, scene, op, top) {
     context.fillRect(left, top + op.y0, width, height);
   } else {
     context.setLineDash([3, 2]);
-    frame(context, op.slot.waits ? colours.fault : colour, 1.3, left, top + op.y0, width, height);
+    frame(context, op.slot.waits ? colours.fault : colour, op.slot.waits ? 2 : 1.3, left, top + op.y0, width, height);
     context.setLineDash([]);
   }
   context.fillStyle = op.slot.reached ? colours["cell-text"] : colours.muted;
-  write(context, op, left, top + op.y0, width, height, Math.min(11.5, height - 2));
+  write(context, op, left, top + op.y0, width, height, Math.min(11.5, height < 13 ? height - 1.5 : height - 3));
 }
 
 /* A send is filled, a receive outlined; activations and gradients differ in colour. */
@@ -104,7 +105,7 @@ function paintMessage(context, scene, op, top) {
   const height = op.y1 - op.y0;
   const wrong = isMismatched(op) || op.reason;
   const colour = wrong ? colours.fault : colours[op.kind[1] === "F" ? "activation" : "gradient"];
-  if (!op.slot.reached) context.globalAlpha *= op.reason ? 1 : 0.55;
+  if (!op.slot.reached && !op.slot.waits) context.globalAlpha *= 0.55;
   if (isSend(op)) {
     context.fillStyle = colour;
     context.fillRect(left, top + op.y0, width, height);
@@ -115,11 +116,20 @@ function paintMessage(context, scene, op, top) {
   if (width > 30) write(context, op, left, top + op.y0, width, height, Math.min(9.5, height - 1));
 }
 
+/* A bar below a slot that the other schedule does not have; around it too, where there is room. */
+function paintChanged(context, scene, ops) {
+  const box = boxOf(scene, ops);
+  const width = box.right - box.left;
+  context.fillStyle = scene.colours.changed;
+  context.fillRect(box.left, box.bottom + 1, width, 3);
+  if (width > 12 * ops.length) frame(context, scene.colours.changed, 1.5, box.left - 1, box.top - 1, width + 2, box.bottom - box.top + 3);
+}
+
 /* A message slot that blocks: a bar from when it was posted until everything in it has met. */
 function paintWaiting(context, { schedule, colours, x }, slot, top) {
   const y = top + schedule.sizes.compute + 2 + schedule.sizes.message / 2;
-  context.strokeStyle = colours.muted;
-  context.lineWidth = 1.5;
+  context.strokeStyle = slot.reached ? colours.muted : colours.fault;
+  context.lineWidth = slot.reached ? 1.5 : 2.5;
   context.setLineDash([1.5, 3]);
   line(context, x(slot.start), y, x(slot.end), y);
   context.setLineDash([]);
@@ -127,7 +137,7 @@ function paintWaiting(context, { schedule, colours, x }, slot, top) {
 
 /* The op's whole name where it fits, else its microbatch, else nothing. */
 function write(context, op, left, top, width, height, size) {
-  if (width < 8 || height < 6) return;
+  if (width < 12 || size < 7.5) return;
   context.font = `${size}px ${FONT}`;
   context.textAlign = "center";
   context.textBaseline = "middle";
@@ -137,7 +147,7 @@ function write(context, op, left, top, width, height, size) {
 }
 
 function paintStuck(context, { schedule, width, colours, x, view }) {
-  const at = x(schedule.stuck + (schedule.unit * 0.5));
+  const at = x(schedule.line);
   if (at > width) return;
   context.fillStyle = colours.fault;
   context.globalAlpha = 0.05;
@@ -151,7 +161,7 @@ function paintStuck(context, { schedule, width, colours, x, view }) {
   context.font = "600 11.5px system-ui, sans-serif";
   context.fillStyle = colours.fault;
   context.textAlign = "left";
-  if (view.to > schedule.stuck + schedule.unit) context.fillText("stuck; behind it, what is never reached", Math.max(at + 6, GUTTER + 6), 10);
+  if (view.to > schedule.line + schedule.unit) context.fillText("stuck here · never reached:", Math.max(at + 6, GUTTER + 6), 10);
 }
 
 /* What an op needs and what it meets, joined to it. */

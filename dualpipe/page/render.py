@@ -18,7 +18,7 @@ from typing import Any
 
 from dualpipe.page.changes import Change, changed_lanes, changes
 from dualpipe.page.drawing import Run, drawing, marked, run
-from dualpipe.page.model import VERDICTS, Comparison, Page, Table
+from dualpipe.page.model import VERDICTS, Comparison, Counterexample, Page, Table
 from dualpipe.page.numbers import numbers
 from dualpipe.schedule import Schedule, show_slot
 
@@ -65,13 +65,14 @@ def _comparison(section: Comparison, anchor: str) -> str:
         f'<section class="comparison" id="{anchor}" aria-labelledby="{anchor}-name">',
         f'<header><h2 id="{anchor}-name">{escape(section.name)}</h2>{_badge(section.verdict)}',
         f'<p class="source">{escape(_facts(section))}</p></header>',
-        '<div class="board"></div>' if shown else "",
-        "".join(_noscript(section)),
+        f'<div class="layout{" told" if section.counterexamples else ""}">',
+        '<div class="board"></div>',
+        _stories(section.counterexamples),
         '<div class="tables">',
         *(_table(table) for table in section.tables),
         _table(numbers(runs, both)) if runs else "",
         _difference(section.before, section.after, found) if section.before and section.after else "",
-        "</div>",
+        "</div></div>",
         f'<script type="application/json" class="data">{_json(data)}</script>',
         "</section>",
     ]
@@ -112,22 +113,24 @@ def _facts(section: Comparison) -> str:
     if schedule is not None:
         counts = ", ".join(f"{count} on lane {lane}" for lane, count in schedule.microbatches.items())
         size = f"{schedule.ranks} ranks, {schedule.stages} stages, microbatches: {counts}"
-        size += f"; messages {'block' if section.blocking else 'are posted and run'}"
+        size += "; drawn with blocking messages" if section.blocking else ""
     return " · ".join(filter(None, [section.source, size]))
 
 
 def _contents(comparisons: Sequence[Comparison]) -> str:
     rows = "".join(
-        f'<li><a href="#s{number}">{escape(section.name)}</a> {_badge(section.verdict)}</li>'
+        f'<li><a href="#s{number}">{escape(section.name)}</a> {_badge(section.verdict)}'
+        f"<small>{escape(section.source)}</small></li>"
         for number, section in enumerate(comparisons, 1)
     )
     return f'<nav aria-label="Schedules on this page"><ol class="contents">{rows}</ol></nav>'
 
 
-def _noscript(section: Comparison) -> Iterator[str]:
-    """The stories for a browser without script, which draws no timeline."""
-    for example in section.counterexamples:
-        yield f"<noscript><h3>{escape(example.title)}</h3><p>{escape(example.story)}</p></noscript>"
+def _stories(counterexamples: Sequence[Counterexample]) -> str:
+    """The stories in words; the script makes them point at the timeline."""
+    told = (f'<h3>{escape(one.title)}</h3><p class="plain">{escape(one.story)}</p>' for one in counterexamples)
+    text = "".join(told)
+    return f'<aside class="stories" aria-label="Counterexample">{text}</aside>' if text else ""
 
 
 def _table(table: Table) -> str:
@@ -142,11 +145,7 @@ def _table(table: Table) -> str:
 def _cell(text: str) -> str:
     if text in VERDICTS:
         return f"<td>{_badge(text)}</td>"
-    return f'<td class="number">{escape(text)}</td>' if _numeric(text) else f"<td>{escape(text)}</td>"
-
-
-def _numeric(text: str) -> bool:
-    return text.lstrip("+-−").removesuffix("%").replace(".", "", 1).isdigit()
+    return f"<td>{escape(text)}</td>"
 
 
 def _badge(verdict: str) -> str:

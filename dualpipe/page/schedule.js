@@ -21,7 +21,7 @@ function readSchedule(drawing) {
   joinNeeds(ops, drawing.needs);
   joinPartners(ops, drawing);
   const end = ranks.flat().reduce((latest, slot) => Math.max(latest, slot.end), 0);
-  return { title: drawing.title, ops, ranks, end, stuck: drawing.stuck, costs: drawing.costs };
+  return { title: drawing.title, ops, ranks, end, stuck: drawing.stuck, line: drawing.line, costs: drawing.costs };
 }
 
 function readOp(word, slot, ops) {

@@ -1,6 +1,6 @@
 /* One section of the page: its timelines with one view, the toolbar, the stories beside them. */
 
-const READABLE = 26; // pixels for one unit of compute, so that the names of ops can be read
+const READABLE = 52; // pixels for one unit of compute, so that the names of ops can be read
 
 function makeSection(node) {
   const data = JSON.parse(node.querySelector("script.data").textContent);
@@ -20,16 +20,12 @@ function makeSection(node) {
   section.aim = () => aim(section, judged);
   const figures = timelines.map((timeline, index) => figureOf(schedules[index], timeline));
   const stage = element("div", { class: "stage" }, toolbarOf(section, schedules), ...figures, hint(), ...schedules.map(programOf));
-  const board = node.querySelector(".board");
-  board.append(stage);
-  if (data.counterexamples.length) {
-    board.classList.add("told");
-    board.append(storiesOf(section, judged));
-  }
+  node.querySelector(".board").append(stage);
+  const stories = node.querySelector(".stories");
+  if (stories) fillStories(stories, section, judged);
   section.showExample();
   timelines.forEach((timeline) => timeline.resize());
-  section.start = () => section.example !== null && isCrowded(section, judged) && section.aim();
-  section.start();
+  if (section.example !== null) section.aim();
   return section;
 }
 
@@ -42,8 +38,6 @@ function figureOf(schedule, timeline) {
   const caption = schedule.title ? [element("figcaption", {}, schedule.title[0].toUpperCase() + schedule.title.slice(1))] : [];
   return element("figure", { class: "timeline" }, ...caption, timeline.node);
 }
-
-const isCrowded = ({ view }, { scene }) => ((scene.width - GUTTER) / (view.to - view.from)) * scene.schedule.unit < READABLE / 2;
 
 /* Zoom to the marks of the counterexample, close enough to read. */
 function aim({ view }, { scene, marks }) {
@@ -121,7 +115,7 @@ function programOf(schedule) {
   return details;
 }
 
-function storiesOf(section, judged) {
+function fillStories(aside, section, judged) {
   const { counterexamples } = section.data;
   const body = element("div", { class: "story", role: "tabpanel", tabindex: -1 });
   const tabs = counterexamples.map((example, index) => {
@@ -145,11 +139,11 @@ function storiesOf(section, judged) {
     });
     body.replaceChildren(...storyOf(section, judged, counterexamples[index]));
     section.showExample();
-    if (asked && isCrowded(section, judged)) section.aim();
+    if (asked) section.aim();
   };
   choose(section.example, false);
   const heading = element("h3", {}, counterexamples.length > 1 ? "Why it is refuted, check by check" : "Why it is refuted");
-  return element("aside", { class: "stories", "aria-label": "Counterexample" }, heading, list, body);
+  aside.replaceChildren(heading, list, body);
 }
 
 /* The steps that the timeline numbers, and what the story says besides. */

@@ -121,7 +121,7 @@ def marks(finding: Finding, schedule: Schedule) -> tuple[Mark, ...]:
         case findings.Repeated(first, second) | findings.SentTwice(first, second) | findings.OutOfOrder(first, second):
             return (_mark(second, story, first),)
         case findings.Missing(op, rank, _):
-            return tuple(_mark(at, story) for at in _same_work(schedule, rank, op)[-1:])
+            return tuple(_mark(at, story) for at in _nearest_work(schedule, rank, op))
         case findings.OverBound():
             return _over_bound(finding, schedule, story.split("\n")[0])
         case _:
@@ -153,9 +153,11 @@ def _mismatch(finding: Mismatch, schedule: Schedule, sentence: str) -> tuple[Mar
     return (gets, _mark(finding.receive, told, wanted))
 
 
-def _same_work(schedule: Schedule, rank: int, op: Op) -> list[Placed]:
-    """The computes of the op's microbatch at its stage, on that rank."""
-    return [at for at in schedule if at.rank == rank and at.op[1:4] == op[1:4] and at.op.kind in COMPUTE]
+def _nearest_work(schedule: Schedule, rank: int, op: Op) -> list[Placed]:
+    """The last compute of the op's microbatch at its stage; without one, whatever names the microbatch at all."""
+    named = [at for at in schedule if (at.op.lane, at.op.mb) == (op.lane, op.mb)]
+    here = [at for at in named if at.rank == rank and at.op.stage == op.stage and at.op.kind in COMPUTE]
+    return here[-1:] or named[-1:]
 
 
 def _over_bound(finding: OverBound, schedule: Schedule, sentence: str) -> tuple[Mark, ...]:

@@ -22,6 +22,8 @@ function layOut(schedule) {
     for (const slot of slots) if (isCompute(slot.ops[0])) layOutCompute(slot, schedule.costs, sizes);
     layOutMessages(slots.filter((slot) => !isCompute(slot.ops[0])), unit, sizes);
   }
+  const ends = schedule.ops.map((op) => Math.max(op.x1, op.slot.end));
+  schedule.end = ends.reduce((latest, end) => Math.max(latest, end), 0);
   schedule.sizes = sizes;
   schedule.unit = unit;
   schedule.height = AXIS + sizes.row * schedule.ranks.length + 16;

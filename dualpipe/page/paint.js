@@ -197,7 +197,9 @@ function outline(context, scene, ops, colour, thick) {
 
 function join(context, scene, from, to, colour) {
   const [one, other] = [boxOf(scene, [from]), boxOf(scene, [to])];
-  const [x0, x1] = from.slot.rank === to.slot.rank ? [one.middle, other.middle] : [one.right, other.left];
+  const same = from.slot.rank === to.slot.rank && one.centre < other.top + 8;
+  if (same) return arch(context, one, other, colour);
+  const [x0, x1] = [one.right, other.left];
   context.strokeStyle = colour;
   context.lineWidth = 1.8;
   context.beginPath();
@@ -205,9 +207,27 @@ function join(context, scene, from, to, colour) {
   const bend = Math.max(14, Math.abs(x1 - x0) / 3);
   context.bezierCurveTo(x0 + bend, one.centre, x1 - bend, other.centre, x1, other.centre);
   context.stroke();
+  return dot(context, x1, other.centre, colour);
+}
+
+/* Between two ops of one row: over the cells, not across their names. */
+function arch(context, one, other, colour) {
+  const [y0, y1] = [one.top, other.top];
+  const rise = Math.min(16, 6 + Math.abs(other.middle - one.middle) / 20);
+  context.strokeStyle = colour;
+  context.lineWidth = 1.8;
+  context.beginPath();
+  context.moveTo(one.middle, y0);
+  const top = Math.min(y0, y1) - rise;
+  context.bezierCurveTo(one.middle + 6, top, other.middle - 6, top, other.middle, y1);
+  context.stroke();
+  dot(context, other.middle, y1, colour);
+}
+
+function dot(context, x, y, colour) {
   context.fillStyle = colour;
   context.beginPath();
-  context.arc(x1, other.centre, 3, 0, 2 * Math.PI);
+  context.arc(x, y, 3, 0, 2 * Math.PI);
   context.fill();
 }
 

@@ -20,8 +20,7 @@ function readSchedule(drawing) {
   drawing.changed.forEach((numbers, rank) => numbers.forEach((number) => (ranks[rank][number].changed = true)));
   joinNeeds(ops, drawing.needs);
   joinPartners(ops, drawing);
-  const end = ranks.flat().reduce((latest, slot) => Math.max(latest, slot.end), 0);
-  return { title: drawing.title, ops, ranks, end, stuck: drawing.stuck, line: drawing.line, costs: drawing.costs };
+  return { title: drawing.title, ops, ranks, stuck: drawing.stuck, line: drawing.line, costs: drawing.costs };
 }
 
 function readOp(word, slot, ops) {

@@ -30,7 +30,7 @@ function makeSection(node) {
 }
 
 function labelOf(name, schedule) {
-  const end = schedule.stuck === null ? `ends at ${number(schedule.end)}` : `stuck at ${number(schedule.stuck)}`;
+  const end = schedule.stuck === null ? `ends at ${number(schedule.line)}` : `stuck at ${number(schedule.stuck)}`;
   return `Timeline of ${name}${schedule.title && ` ${schedule.title}`}: ${schedule.ranks.length} ranks, ${schedule.ops.length} ops, ${end}. Arrow keys walk the ops.`;
 }
 
@@ -117,9 +117,10 @@ function programOf(schedule) {
 
 function fillStories(aside, section, judged) {
   const { counterexamples } = section.data;
-  const body = element("div", { class: "story", role: "tabpanel", tabindex: -1 });
+  const panel = `${section.node.id}-story`;
+  const body = element("div", { class: "story", role: "tabpanel", id: panel, "aria-label": "Story" });
   const tabs = counterexamples.map((example, index) => {
-    const tab = element("button", { type: "button", role: "tab" }, example.title);
+    const tab = element("button", { type: "button", role: "tab", "aria-controls": panel }, example.title);
     tab.addEventListener("click", () => choose(index, true));
     return tab;
   });

@@ -28,14 +28,13 @@ function makeTimeline(schedule, view, label) {
     scene.colours = readColours();
     timeline.repaint();
   };
-  timeline.resize = () => {
-    const width = node.clientWidth;
+  timeline.resize = (width = node.clientWidth, scale = Math.max(window.devicePixelRatio || 1, 1)) => {
     if (!width) return;
-    const scale = Math.max(window.devicePixelRatio || 1, 1);
     scene.width = width;
     canvas.width = Math.round(width * scale);
     canvas.height = Math.round(schedule.height * scale);
     canvas.style.height = `${schedule.height}px`;
+    svg.setAttribute("viewBox", `0 0 ${width} ${schedule.height}`);
     context.setTransform(scale, 0, 0, scale, 0, 0);
     timeline.repaint();
   };
@@ -75,7 +74,7 @@ function makeTimeline(schedule, view, label) {
     tooltip.show(op, { left: frame.left + left, right: frame.left + right, top: frame.top + box.top, bottom: frame.top + box.bottom });
   };
   view.onChange(timeline.refresh);
-  new ResizeObserver(timeline.resize).observe(node);
+  new ResizeObserver(() => timeline.resize()).observe(node);
   listenToPointer(timeline);
   listenToKeys(timeline);
   return timeline;

@@ -42,6 +42,7 @@ def files(folder: str) -> list[Path]:
 
 PURE = ["cells", "errors", "generate", "lower", "palette", "perfetto", "recording", "schedule", "schedulefile"]
 PURE += ["simulate", "summary", "table", "timeline", "torchcsv"]
+PURE += [f"page/{path.stem}" for path in files("dualpipe/page")]
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -165,7 +165,13 @@ def test_buttons_keys_wheel_and_drag_move_the_view(show, driver):
     assert width() < (whole[1] - whole[0]) / 1.8
     page.press("0")
     assert page.run(RANGE) == pytest.approx(whole)
-    page.run("t.canvas.dispatchEvent(new WheelEvent('wheel', { deltaY: -100, ctrlKey: true, cancelable: true }))")
+    held = page.run(
+        "const x = 700, time = t.time(x), clientX = t.canvas.getBoundingClientRect().left + x;"
+        "const turn = { deltaY: -100, clientX, ctrlKey: true, cancelable: true };"
+        "t.canvas.dispatchEvent(new WheelEvent('wheel', turn));"
+        "return [time, t.time(x)]"
+    )
+    assert held[0] == pytest.approx(held[1]), "the time under the pointer stays there"
     assert width() < whole[1] - whole[0]
     before = page.run(RANGE)
     page.run("t.canvas.scrollIntoView({ block: 'center', behavior: 'instant' })")
@@ -221,6 +227,7 @@ def test_a_deadlock_opens_on_its_counterexample_and_says_what_is_never_reached(s
     start, end = page.run(RANGE)
     places = page.run("return t.marks.flatMap((m) => [...m.at, ...m.to]).map((n) => t.scene.schedule.ops[n].x0)")
     assert all(start <= place <= end for place in places)
+    assert end - start < page.run("return t.scene.schedule.end"), "closer than the whole"
     page.point_at("2RB0>")
     assert "stuck here: rank 2 in slot 5 waits for rank 3 to post the partner of 2RB0>" in page.tooltip()
     page.point_at("3B1>")

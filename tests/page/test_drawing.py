@@ -40,6 +40,14 @@ def test_needs_are_those_of_the_schedule(exhibit):
         assert all((f"?{need}" in told) == (need not in ops) for need in wanted)
 
 
+def test_of_a_repeated_op_the_one_just_before_is_what_is_needed():
+    good = one_f_one_b(1, 1)
+    (slot, behind) = good.programs[0]
+    twice = Schedule(good.routes, ((slot, slot, behind),))
+    told = dict(reading.needs(drawing(run(twice, Costs(), blocking=False)), twice))
+    assert told[2] == [1], "the backward needs the second of the two forwards"
+
+
 def test_messages_meet_as_they_did_in_the_simulation():
     schedule = two_sends_of_a_batch_swapped()
     ops = [at.op for at in schedule]

@@ -159,7 +159,7 @@ PAIRS += [("warn", "warn-ground"), ("text", "added-ground"), ("text", "removed-g
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("text", "ground"), PAIRS, ids="-on-".join)
+@pytest.mark.parametrize(("text", "ground"), PAIRS)
 def test_text_has_enough_contrast(text, ground, scheme):
     palette = colours()[scheme == "dark"]
     assert contrast(palette[text], palette[ground]) >= 4.5

@@ -97,6 +97,26 @@ def get_megatron_optimizer(own: Function, switch: Switch) -> Function:
     return chosen
 
 
+def sharded_state_dict_metadata(own: Function, switch: Switch) -> Function:
+    """``megatron.training.checkpointing._build_sharded_state_dict_metadata``: how an optimizer's state is laid out.
+
+    Megatron-LM offers two layouts of the distributed optimizer's state that rest on its one data-parallel group.  Under
+    DualPipe each chunk has its own, so the layout is the one that needs none.
+    The checkpoint says so, and loads anywhere.
+    """
+
+    @functools.wraps(own)
+    def chosen(*given: Any, **named: Any) -> Any:
+        metadata = own(*given, **named)
+        if switch() is not None and "distrib_optim_sharding_type" in metadata:
+            from dualpipe.megatron.optimizer import MODEL_SPACE
+
+            metadata["distrib_optim_sharding_type"] = MODEL_SPACE
+        return metadata
+
+    return chosen
+
+
 def _bound(own: Function, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     bound = inspect.signature(own).bind(*given, **named)
     bound.apply_defaults()
@@ -128,27 +148,16 @@ def _build(
 
 
 def _face_the_loop(chunk: Any) -> None:
-    """Let a chunk tell a training loop what it needs: the rank's own groups, and one owner for each shard.
+    """Let a training loop read the rank's own groups from a chunk; the layers keep those of their stage.
 
     The loop takes the groups of its first chunk for those of the rank: with them it finds out who reports losses, over
-    whom they are summed, and whose random state a checkpoint holds.  The layers keep the groups of their stage.
-    A checkpoint of Megatron-LM counts replicas over the rank's data-parallel group, which misses the other lane's.
+    whom they are summed, and whose random state a checkpoint holds.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_attr_wrapped_model
 
-    from dualpipe.megatron.model import chunk_of
-
     module = get_attr_wrapped_model(chunk, "pg_collection", return_model_obj=True)
-    stage = chunk_of(chunk).place.collection
     module.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-    plain = module.sharded_state_dict
-
-    @functools.wraps(plain)
-    def sharded_state_dict(prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
-        return plain(prefix, sharded_offsets, {**(metadata or {}), "dp_cp_group": stage.dp_cp})
-
-    module.sharded_state_dict = sharded_state_dict
 
 
 def _ddp_config(args: Any) -> Any:

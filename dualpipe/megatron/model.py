@@ -121,6 +121,7 @@ def build_dualpipe_model(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     pipeline = Pipeline(groups, _transport(groups, device, timeout), RandomStream(exchange(states, groups.pair)))
     ddp_config = ddp_config or DistributedDataParallelConfig()
+    _require_hooks_for_delayed(config, ddp_config)
     wrapped = []
     for place in groups.places:
         module = built[place.stage].to(device)
@@ -181,6 +182,16 @@ def _require_position(module: nn.Module, place: Place) -> None:
             f"the chunk of lane {place.lane} on this rank is stage {place.stage}, whose first layer is {first}",
             f"the provider built layers {numbers[0]} to {numbers[-1]}",
             "hand pg_collection to the model",
+        )
+
+
+def _require_hooks_for_delayed(config: Any, ddp_config: DistributedDataParallelConfig) -> None:
+    """Layers of Transformer Engine that delay their weight gradient call the data-parallel hooks, if told."""
+    if config.delay_wgrad_compute and not ddp_config.delay_wgrad_compute:
+        raise RuleError(
+            "weight gradients that Transformer Engine's layers delay are reduced from there",
+            "delay_wgrad_compute is set in the TransformerConfig and not in the DistributedDataParallelConfig",
+            "set it in both",
         )
 
 

@@ -186,14 +186,10 @@ RULES: tuple[Rule, ...] = (
         "leave out --defer-embedding-wgrad-compute",
     ),
     Rule(
-        "Megatron doesn't split B from W",
-        "DualPipe does, and twice is once too often",
-        is_set(
-            "delay_wgrad_compute",
-            "overlap_moe_expert_parallel_comm",
-            "overlap_dispatch_backward_with_experts_wgrad",
-        ),
-        "leave out --delay-wgrad-compute and --overlap-moe-expert-parallel-comm",
+        "Megatron's own split of B from W is off",
+        "DualPipe says when each runs",
+        is_set("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad"),
+        "leave out --overlap-moe-expert-parallel-comm",
     ),
     Rule(
         "no CUDA graphs of layers or iterations",

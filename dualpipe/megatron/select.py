@@ -11,6 +11,7 @@ function                                     in
 ``get_megatron_optimizer``                   ``megatron.core.optimizer``
 ``get_model``                                ``megatron.training.training``, if it is imported
 ``unimodal_build_distributed_models``        ``megatron.training.models.dist_utils``, if it is imported
+``_build_sharded_state_dict_metadata``       ``megatron.training.checkpointing``, if it is imported
 ===========================================  =======================================================
 """
 
@@ -134,4 +135,5 @@ _REPLACED: tuple[tuple[str, str, Callable[[Function, Switch], Function]], ...] =
     ("megatron.core.optimizer", "get_megatron_optimizer", loop.get_megatron_optimizer),
     ("megatron.training.training", "get_model", loop.get_model),
     ("megatron.training.models.dist_utils", "unimodal_build_distributed_models", loop.build_distributed_models),
+    ("megatron.training.checkpointing", "_build_sharded_state_dict_metadata", loop.sharded_state_dict_metadata),
 )

@@ -213,10 +213,6 @@ class Layer:
 
     def __init__(self):
         self.pg_collection = "the stage's"
-        self.dualpipe_chunk = SimpleNamespace(place=SimpleNamespace(collection=SimpleNamespace(dp_cp="the stage's")))
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        return prefix, sharded_offsets, metadata
 
 
 @pytest.fixture
@@ -256,12 +252,10 @@ def test_get_model_builds_two_chunks_by_the_loops_arguments(training, built):
     assert ddp.check_for_nan_in_grad is False
 
 
-def test_the_loop_takes_the_ranks_groups_for_losses_and_the_stages_for_checkpoints(training, built):
+def test_the_loop_reads_the_ranks_groups_from_a_chunk(training, built):
     select.install(ON)
     chunk, _ = training.get_model(lambda **_: Layer())
     assert chunk.pg_collection == "the rank's"
-    prefix, _, metadata = chunk.sharded_state_dict("p.", metadata={"dp_cp_group": "the rank's", "kind": 1})
-    assert (prefix, metadata) == ("p.", {"dp_cp_group": "the stage's", "kind": 1})
 
 
 def test_what_would_train_wrongly_is_refused_before_a_model_is_built(training, built):
@@ -303,6 +297,19 @@ def test_the_model_builders_of_later_megatron_lm_build_two_chunks_too(built, mon
     model = build()
     assert [chunk.hooked for chunk in model] == [True, True]
     assert built[0][1:] == ("ddp", {"wrap_with_ddp": True, "data_parallel_random_init": True})
+
+
+def test_a_checkpoint_of_the_distributed_optimizer_is_laid_out_by_parameter(monkeypatch):
+    checkpointing = types.ModuleType("megatron.training.checkpointing")
+    checkpointing._build_sharded_state_dict_metadata = lambda args: dict(args)
+    monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
+    sharded, plain = {"distrib_optim_sharding_type": "dp_reshardable", "more": 1}, {"more": 1}
+    with select.installed(ON):
+        built = checkpointing._build_sharded_state_dict_metadata
+        assert built(sharded) == {"distrib_optim_sharding_type": "fully_sharded_model_space", "more": 1}
+        assert built(plain) == plain
+    with select.installed(OFF):
+        assert checkpointing._build_sharded_state_dict_metadata(sharded) == sharded
 
 
 def test_the_optimizer_is_built_over_both_chunks(training, monkeypatch):

@@ -12,12 +12,16 @@ from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 from proofs.models import parse_models
 from proofs.optimal import optimal
-from proofs.prove import Report, prove, smtlib
+from proofs.prove import Begin, Report, prove, smtlib
 from proofs.theorems import prove_all
 from proofs.verdict import ExitCode, Refuted, Unknown, worst
 
 Source = tuple[str, Callable[[], Schedule]]
 """A name for reports, and how to get the schedule; getting it may raise ``RuleError`` or ``OSError``."""
+
+
+def _silent(done: int, total: int, name: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Options:
     as_json: bool = False
 
 
-def prove_sources(sources: Sequence[Source], options: Options) -> ExitCode:
+def prove_sources(sources: Sequence[Source], options: Options, begin: Begin = _silent) -> ExitCode:
     """Prove every source in order; bad input in one does not keep the others from being proved."""
     parse_models(options.model)
     if options.smtlib is not None and len(sources) != 1:
@@ -41,28 +45,24 @@ def prove_sources(sources: Sequence[Source], options: Options) -> ExitCode:
     codes = []
     for name, get in sources:
         try:
-            report = _prove(get(), name, options)
+            report = _prove(get(), name, options, begin)
         except (RuleError, OSError) as error:
             codes.append(ExitCode.BAD_INPUT)
             print(f"dualpipe: {error}", file=sys.stderr)
             if options.as_json:
-                print(json.dumps({"schedule": name, "verdict": "bad input", "error": str(error)}))
+                print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
             continue
         codes.append(report.exit_code)
-        print(json.dumps(report.as_json()) if options.as_json else report.text(), end="\n" if options.as_json else "")
+        if options.as_json:
+            print(json.dumps(report.as_json() | {"source": name}))
+        else:
+            print(report.text(), end="")
     return worst(codes)
 
 
-def prove_all_sizes(as_json: bool) -> ExitCode:
+def prove_all_sizes(as_json: bool, begin: Begin = _silent) -> ExitCode:
     """Prove the theorems for every size, one line each."""
-
-    def progress(done: int, total: int, name: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{done}/{total} {name}", end="\r", file=sys.stderr, flush=True)
-
-    results = prove_all(progress)
-    if sys.stderr.isatty():
-        print("\033[K", end="", file=sys.stderr)
+    results = prove_all(begin)
     for result in results:
         print(json.dumps(result.as_json()) if as_json else result.text)
     if not as_json:
@@ -80,7 +80,7 @@ def prove_optimal(ranks: int, microbatches: int, solver_timeout: float | None, a
     return ExitCode.UNKNOWN if isinstance(found.verdict, Unknown) else ExitCode.PROVED
 
 
-def _prove(schedule: Schedule, name: str, options: Options) -> Report:
+def _prove(schedule: Schedule, name: str, options: Options, begin: Begin) -> Report:
     models = parse_models(options.model)
     if options.smtlib is not None:
         options.smtlib.write_text("\n".join(smtlib(schedule, model, options.max_activations) for model in models[:1]))
@@ -91,6 +91,7 @@ def _prove(schedule: Schedule, name: str, options: Options) -> Report:
         timeout_s=options.solver_timeout,
         bytes_per_stage=_bytes_per_stage(schedule, options),
         label=schedule.name or name,
+        begin=lambda done, total, check: begin(done, total, f"{name}: {check}"),
     )
 
 

@@ -63,6 +63,7 @@ def prove_sources(sources: Sequence[Source], options: Options, begin: Begin = _s
 def prove_all_sizes(as_json: bool, begin: Begin = _silent) -> ExitCode:
     """Prove the theorems for every size, one line each."""
     results = prove_all(begin)
+    begin(len(results), len(results), "")
     for result in results:
         print(json.dumps(result.as_json()) if as_json else result.text)
     if not as_json:
@@ -73,9 +74,13 @@ def prove_all_sizes(as_json: bool, begin: Begin = _silent) -> ExitCode:
     return worst(codes.get(type(result.verdict), ExitCode.PROVED) for result in results)
 
 
-def prove_optimal(ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool) -> ExitCode:
+def prove_optimal(
+    ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool, begin: Begin = _silent
+) -> ExitCode:
     """Find and prove the least makespan of a size; unknown where the solver gave up."""
+    begin(0, 1, "the least makespan")
     found = optimal(ranks, microbatches) if solver_timeout is None else optimal(ranks, microbatches, solver_timeout)
+    begin(1, 1, "")
     print(json.dumps(found.as_json()) if as_json else found.text)
     return ExitCode.UNKNOWN if isinstance(found.verdict, Unknown) else ExitCode.PROVED
 

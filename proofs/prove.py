@@ -27,7 +27,7 @@ CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
 
 Begin = Callable[[int, int, str], None]
-"""Called with how many checks are done, how many there are, and the name of the next one."""
+"""Called with how many checks are done, how many there are, and the name of the next one; at the end with all done."""
 
 
 class DisagreementError(AssertionError):
@@ -163,7 +163,7 @@ def prove(
     label:
         What the report calls the schedule, where that is not its own name.
     begin:
-        Called before each check, and before each model of ``deadlock``.
+        Called before each check and each model of ``deadlock``, and at the end.
 
     Raises
     ------
@@ -175,10 +175,10 @@ def prove(
     bound = bound_of(schedule, max_activations)
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
-    done = count()
+    done, total = count(), len(CHECKS) - 1 + len(models)
 
     def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem] | None) -> Result:
-        begin(next(done), len(CHECKS) - 1 + len(models), name)
+        begin(next(done), total, name)
         return judge(schedule, name, search, problem if smt else None, timeout_s)
 
     def deadlock(model: Model) -> Result:
@@ -197,6 +197,7 @@ def prove(
         ),
     }
     peaks = peak_activations(schedule)
+    begin(total, total, "")
     return Report(schedule.name if label is None else label, schedule.ranks, checks, peaks, peaks_in_bytes)
 
 

@@ -18,8 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dualpipe.cli.nearest import nearest
-from dualpipe.errors import RuleError
+from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import loads
 

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from dualpipe.cli import entrypoint
-from dualpipe.cli.nearest import nearest
-from dualpipe.errors import RuleError
+from dualpipe.errors import RuleError, nearest
 from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import load

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[int, int, str], None]
-"""Called with what is done, of how many, and the name of what comes next."""
+"""Called with what is done, of how many, and the name of what comes next; with all done before anything is printed."""
 
 
 @contextmanager
@@ -24,10 +24,18 @@ def progress() -> Iterator[Report]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=None)
+    bars = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    task = bars.add_task("", total=None)
 
-        def report(done: int, total: int, name: str) -> None:
-            bars.update(task, completed=done, total=total, description=name)
+    def report(done: int, total: int, name: str) -> None:
+        if done == total:
+            bars.stop()
+            return
+        bars.update(task, completed=done, total=total, description=name)
+        bars.start()
+        bars.refresh()
 
+    try:
         yield report
+    finally:
+        bars.stop()

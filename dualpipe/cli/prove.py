@@ -66,8 +66,7 @@ def prove(
         if optimal:
             size = 4 if ranks is None else ranks
             count = 2 * size if microbatches is None else microbatches
-            begin(0, 1, "the least makespan")
-            raise typer.Exit(interruptible(lambda: command.prove_optimal(size, count, solver_timeout, as_json)))
+            raise typer.Exit(interruptible(lambda: command.prove_optimal(size, count, solver_timeout, as_json, begin)))
         options = command.Options(model, max_activations, bytes_for_b, bytes_for_w, smtlib, solver_timeout, as_json)
         sources: list[Source]
         if schedules:

@@ -15,6 +15,7 @@ All commands of a file run in one empty folder.  A comment right before a block 
     <!-- not run: it needs eight GPUs -->      the reason is listed by the test
     <!-- long: proves every size -->           run with the long tests only
     <!-- file: mine.py -->                     written to that file instead
+    <!-- given: a.csv from tests/a.csv -->     copied from the project before the block is run
     <!-- exit code: 1 -->                      of the block's last command; 0 where nothing is said
 
 ``make TARGET`` is not run, since CI runs the targets; that the target exists is checked.  A block in any other
@@ -42,7 +43,7 @@ from dualpipe.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 120.0
-_COMMENT = re.compile(r"\s*<!-- (not run|long|file|exit code): (.+?) -->\s*")
+_COMMENT = re.compile(r"\s*<!-- (not run|long|file|given|exit code): (.+?) -->\s*")
 _LIKE_A_COMMAND = re.compile(
     r"^\s*(\$ |dualpipe (-|[a-z]+ [-./\w])|python3? (-m |\S+\.py)|torchrun |pip install )", re.M
 )
@@ -151,6 +152,9 @@ class Document:
         if "file" in block.notes:
             self.path(block).write_text(block.text)
             return False
+        if "given" in block.notes:
+            name, _, origin = block.notes["given"].partition(" from ")
+            (self.folder / name).write_bytes((self.root / origin).read_bytes())
         match block.language:
             case "console" | "bash" | "sh":
                 commands = commands_of(block)

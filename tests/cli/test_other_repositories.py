@@ -14,6 +14,7 @@ import yaml
 from dualpipe.generate import generate
 from dualpipe.schedule import RF, UP, Op
 from dualpipe.schedulefile import dumps
+from tests.docs.snippets import blocks_of
 from tests.production.cases import without
 
 ROOT = Path(__file__).parent.parent.parent
@@ -105,6 +106,24 @@ def test_ci_calls_what_exists():
     assert {name for name, each in inputs.items() if each.get("required")} <= jobs["prove"]["with"].keys()
     for pattern in jobs["prove"]["with"]["schedules"].split():
         assert list(ROOT.glob(pattern)), f"{pattern} matches nothing here"
+
+
+def test_the_document_names_inputs_and_hooks_that_exist():
+    page = ROOT / "docs" / "other-repositories.md"
+    examples = [
+        yaml.safe_load(block.text) for block in blocks_of(page.read_text(), page.name) if block.language == "yaml"
+    ]
+    jobs = [job for example in examples for job in example.get("jobs", {}).values()]
+    hooks = [hook for example in examples for repo in example.get("repos", []) for hook in repo["hooks"]]
+    assert len(jobs) == 2
+    inputs = PROVE[True]["workflow_call"]["inputs"]
+    for job in jobs:
+        assert job["uses"].partition("/.github/workflows/")[2].partition("@")[0] == "prove.yml"
+        assert {"schedules"} <= job["with"].keys() <= inputs.keys()
+    assert [hook["id"] for hook in hooks] == list(HOOKS)
+    for name, each in inputs.items():
+        assert f"| `{name}` | " in page.read_text()
+        assert str(each.get("default", "required") or "none") in page.read_text()
 
 
 ACTIONLINT = shutil.which("actionlint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")

@@ -98,7 +98,7 @@ def test_ctrl_c_during_a_verification_ends_every_process_with_130_and_without_a_
 
     ended = interrupted("verify", "-P", 4, "-M", 8, "--steps", steps, when=all_run, group=group)
     assert (ended.code, ended.out) == (130, "")
-    assert ended.seconds < 5
+    assert ended.seconds < 10
     assert members(sessions[0]) == []
 
 
@@ -108,12 +108,12 @@ def test_ctrl_c_during_a_verification_ends_every_process_with_130_and_without_a_
 def test_ctrl_c_while_a_solver_works_is_130_and_no_verdict(arguments):
     ended = interrupted("prove", *arguments, when=lambda pid: cpu_seconds(pid) > 2.5)
     assert (ended.code, ended.out) == (130, "")
-    assert ended.seconds < 5
+    assert ended.seconds < 10
 
 
 def test_ctrl_c_on_a_terminal_leaves_no_bar_and_gives_the_cursor_back():
     ended = on_a_terminal("prove", "--optimal", "-P", 8, "-M", 16, interrupt_at="the least makespan")
     assert ended.code == 130
-    assert ended.seconds < 5
+    assert ended.seconds < 10
     assert "Traceback" not in ended.out
     assert ended.out.rindex("\x1b[?25h") > ended.out.rindex("\x1b[?25l")

@@ -32,6 +32,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,9 +204,11 @@ class Document:
         with (
             mock.patch.object(sys, "argv", ["dualpipe", *arguments]),
             mock.patch.dict(os.environ, {"COLUMNS": "120"}),
+            warnings.catch_warnings(),
             contextlib.redirect_stdout(both if target is None else out),
             contextlib.redirect_stderr(both),
         ):
+            warnings.simplefilter("ignore")  # a reader's command is not stopped by the warnings of other packages
             try:
                 main()
             except SystemExit as end:

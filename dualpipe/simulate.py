@@ -40,10 +40,10 @@ class Wait(NamedTuple):
 
 
 class Stuck(ScheduleError):  # noqa: N818 - the field says that a pipeline is stuck
-    """A schedule that cannot finish.  ``waits`` says who waits for what."""
+    """A schedule that cannot finish.  ``waits`` says who waits for what, ``reached`` is the timeline up to there."""
 
-    def __init__(self, waits: tuple[Wait, ...]) -> None:
-        self.waits = waits
+    def __init__(self, waits: tuple[Wait, ...], reached: Timeline) -> None:
+        self.waits, self.reached = waits, reached
         more = [f"and {len(waits) - _MOST_TOLD} more wait"] if len(waits) > _MOST_TOLD else []
         super().__init__(
             "every rank reaches its end and every message meets a partner",
@@ -125,10 +125,11 @@ class _Run:
         waits = [state.wait for state in self.ranks if state.wait is not None]
         told = {wait.at for wait in waits}
         waits += [side.wait() for side in self.sides if side.completed is None and side.at not in told]
-        if waits:
-            raise Stuck(tuple(sorted(waits, key=lambda wait: wait.at)))
         spans = tuple(tuple(state.spans) for state in self.ranks)
-        return Timeline(self.schedule, self.costs, spans, tuple(self.messages))
+        timeline = Timeline(self.schedule, self.costs, spans, tuple(self.messages))
+        if waits:
+            raise Stuck(tuple(sorted(waits, key=lambda wait: wait.at)), timeline)
+        return timeline
 
     def advance(self, rank: int) -> None:
         state, program = self.ranks[rank], self.schedule.programs[rank]

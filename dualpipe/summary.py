@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from dualpipe.errors import RuleError
+from dualpipe.schedule import Schedule
 from dualpipe.simulate import Costs, Timeline
 
 COSTS = ("F", "B", "W", "BW", "FB", "latency")
@@ -37,6 +38,23 @@ def parse_costs(text: str) -> Costs:
     return Costs(**given)
 
 
+def tell_costs(costs: Costs) -> str:
+    """Costs as ``parse_costs`` reads them; BW, FB and latency only where they say something."""
+    default = Costs()
+    given = {name: getattr(costs, name) for name in COSTS}
+    told = {n: value for n, value in given.items() if n in ("F", "B", "W") or value != getattr(default, n)}
+    return ",".join(f"{name}={value:g}" for name, value in told.items())
+
+
+def headline(schedule: Schedule) -> tuple[str, str]:
+    """A schedule's name, and its sizes in words."""
+    return _headline(schedule.name, schedule.ranks, sum(schedule.microbatches.values()))
+
+
+def _headline(name: str, ranks: int, microbatches: int) -> tuple[str, str]:
+    return name or "unnamed schedule", f"{ranks} ranks, {microbatches} microbatches"
+
+
 def summarise(timeline: Timeline) -> Summary:
     schedule = timeline.schedule
     return Summary(
@@ -53,8 +71,7 @@ def summarise(timeline: Timeline) -> Summary:
 
 def tell(summary: Summary) -> str:
     """The summary as a few aligned lines."""
-    name = summary["schedule"] or "unnamed schedule"
-    head = f"{name}, {summary['ranks']} ranks, {summary['microbatches']} microbatches"
+    head = ", ".join(_headline(summary["schedule"], summary["ranks"], summary["microbatches"]))
     rows = ["rank  bubble  peak activations  peak pending W"]
     columns = zip(summary["bubble"], summary["peak_activations"], summary["peak_pending_w"], strict=True)
     rows += [f"{rank:4}  {bubble:6g}  {live:16}  {waiting:14}" for rank, (bubble, live, waiting) in enumerate(columns)]

@@ -37,26 +37,48 @@ class Options:
     as_json: bool = False
 
 
-def prove_sources(sources: Sequence[Source], options: Options, begin: Begin = _silent) -> ExitCode:
-    """Prove every source in order; bad input in one does not keep the others from being proved."""
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a source: its schedule and the report, or for bad input the error's text."""
+
+    name: str
+    schedule: Schedule | None = None
+    report: Report | None = None
+    error: str = ""
+
+
+def prove_sources(
+    sources: Sequence[Source],
+    options: Options,
+    see: Callable[[Outcome], None] | None = None,
+    begin: Begin = _silent,
+) -> ExitCode:
+    """Prove every source in order; bad input in one does not keep the others from being proved.
+
+    ``see`` gets what became of each source, after it was printed; ``begin`` is called as ``prove`` calls it.
+    """
+    show = see or (lambda outcome: None)
     parse_models(options.model)
     if options.smtlib is not None and len(sources) != 1:
         raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
     codes = []
     for name, get in sources:
         try:
-            report = _prove(get(), name, options, begin)
+            schedule = get()
+            report = _prove(schedule, name, options, begin)
         except (RuleError, OSError) as error:
             codes.append(ExitCode.BAD_INPUT)
             print(f"dualpipe: {error}", file=sys.stderr)
             if options.as_json:
                 print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
+            show(Outcome(name, error=str(error)))
             continue
         codes.append(report.exit_code)
         if options.as_json:
             print(json.dumps(report.as_json() | {"source": name}))
         else:
             print(report.text(), end="")
+        show(Outcome(name, schedule, report))
     return worst(codes)
 
 

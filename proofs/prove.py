@@ -110,7 +110,7 @@ class Report:
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
-            lines += [f"      {line}" for line in _told(result)]
+            lines += [f"      {line}" for line in told(result)]
         lines.append(f"  peak activations by rank: {' '.join(map(str, self.peak_activations))}")
         for peak in self.peaks_in_bytes:
             when = "" if peak.slot is None else f" in slot {peak.slot}"
@@ -119,7 +119,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def _told(result: Result) -> list[str]:
+def told(result: Result) -> list[str]:
     match result.verdict:
         case Unknown(reason) | Skipped(reason):
             return [reason]

@@ -29,7 +29,7 @@ class Case:
 
     ``device`` is where production and oracle compute, ``staged`` whether messages go through host memory,
     ``blocking`` whether message slots wait as a plain batch-and-wait program does, ``timeout`` the seconds after
-    which a wait is a hang.
+    which a wait is a hang, ``timed`` whether production keeps the times of its ops.
     """
 
     schedule: Schedule
@@ -40,6 +40,7 @@ class Case:
     staged: bool = False
     blocking: bool = False
     timeout: float = 60.0
+    timed: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
+
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.transport import ProcessGroupTransport, TensorSpec, Transport
 from reference.case import Case, make_deterministic
 from reference.oracle import gradients_of, snapshot, weights_of
+from reference.stopwatch import Stopwatch, Timed
 from reference.trace import StepTrace
 
 
@@ -35,7 +38,10 @@ def run_rank(
     ]
     stages = {(lane, stage): case.stage(stage) for lane, stage in held}
     boundary = [TensorSpec((model.batch, model.sequence, model.hidden), model.dtype)]
-    pipeline = make_pipeline(schedule, stages, case.criterion, boundary, transport, case.blocking)
+    watch = Stopwatch(transport.rank) if case.timed else None
+    observed = {} if watch is None else {"observe": watch.observe}
+    carrier = transport if watch is None else Timed(transport, watch)
+    pipeline = make_pipeline(schedule, stages, case.criterion, boundary, carrier, case.blocking, **observed)
     pipeline.copy_weights()
     optimizers = [case.optimizer(module.parameters()) for module in stages.values()]
     traces = []
@@ -47,10 +53,14 @@ def run_rank(
         )
         for optimizer in optimizers:
             optimizer.zero_grad()
+        if watch is not None:
+            dist.barrier()
+            watch.start()
         result = pipeline.step(feed, reduce_gradients=False)
         trace = StepTrace(
             losses={lane: {mb: snapshot(x) for mb, x in losses.items()} for lane, losses in result.losses.items()},
             lane_gradients={held: gradients_of(module) for held, module in stages.items()},
+            times={} if watch is None else {watch.rank: watch.read()},
         )
         pipeline.reduce_gradients()
         trace.gradients |= {held: gradients_of(module) for held, module in stages.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dualpipe.schedule import Lane, Schedule
 from reference.oracle import StepTruth
+from reference.stopwatch import StepTimes
 
 Copy = tuple[Lane, int]
 """One of a stage's copies: its lane and stage."""
@@ -25,13 +26,14 @@ class StepTrace:
     """One step, as seen on one rank or on all: tensors are detached, on the CPU.
 
     ``losses[lane][mb]``; by copy and parameter name ``lane_gradients`` (before the copies are reduced),
-    ``gradients`` (after) and ``weights`` (after the optimizer's step).
+    ``gradients`` (after) and ``weights`` (after the optimizer's step).  ``times`` by rank, of a timed case.
     """
 
     losses: dict[Lane, dict[int, Tensor]] = field(default_factory=dict)
     lane_gradients: dict[Copy, Tensors] = field(default_factory=dict)
     gradients: dict[Copy, Tensors] = field(default_factory=dict)
     weights: dict[Copy, Tensors] = field(default_factory=dict)
+    times: dict[int, StepTimes] = field(default_factory=dict)
 
 
 def merge(ranks: Sequence[Sequence[StepTrace]]) -> list[StepTrace]:
@@ -45,6 +47,7 @@ def merge(ranks: Sequence[Sequence[StepTrace]]) -> list[StepTrace]:
             whole.lane_gradients |= part.lane_gradients
             whole.gradients |= part.gradients
             whole.weights |= part.weights
+            whole.times |= part.times
         merged.append(whole)
     return merged
 

@@ -109,6 +109,7 @@ def make_case(
     transport: str,
     blocking: bool,
     timeout: float,
+    timed: bool = False,
 ) -> Case:
     """A case from the words of the command line.  Raises ``RuleError`` for what does not fit together."""
     kind = device.partition(":")[0]
@@ -138,7 +139,7 @@ def make_case(
                 "number them anew",
             )
     model = ModelConfig(dtype=DTYPES[dtype])
-    return Case(schedule, model, steps, seed, device, transport == "staged", blocking, timeout)
+    return Case(schedule, model, steps, seed, device, transport == "staged", blocking, timeout, timed)
 
 
 def verify(

@@ -40,8 +40,9 @@ def files(folder: str) -> list[Path]:
     return found
 
 
-PURE = ["errors", "generate", "lower", "schedule", "schedulefile"]
+PURE = ["cells", "errors", "generate", "lower", "palette", "perfetto", "recording", "schedule", "schedulefile"]
 PURE += ["simulate", "summary", "table", "timeline", "torchcsv"]
+PURE += [f"page/{path.stem}" for path in files("dualpipe/page")]
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -57,7 +58,14 @@ def test_production_imports_neither_of_its_judges():
 
 def test_the_command_line_reaches_the_heavy_packages_lazily():
     for path in files("dualpipe/cli"):
-        assert not packages(path, lazily=False) & {"reference", "proofs", "z3", "torch", "megatron"}, path
+        assert not packages(path, lazily=False) & {"reference", "proofs", "z3", "torch", "megatron", "matplotlib"}, path
+
+
+def test_only_the_picture_imports_matplotlib():
+    for folder in ("dualpipe", "reference", "proofs"):
+        for path in files(folder):
+            if path != ROOT / "dualpipe" / "picture.py":
+                assert "matplotlib" not in packages(path), path
 
 
 def test_only_the_drop_in_imports_megatron():
@@ -90,8 +98,8 @@ def test_proofs_read_the_schedule_and_never_the_simulator_or_the_runtime():
         assert "reference" not in packages(path)
 
 
-def test_importing_dualpipe_loads_neither_torch_nor_z3_nor_megatron():
-    code = "import sys, dualpipe; print(*sorted({'torch', 'z3', 'megatron'} & sys.modules.keys()))"
+def test_importing_dualpipe_loads_neither_torch_nor_z3_nor_megatron_nor_matplotlib():
+    code = "import sys, dualpipe; print(*sorted({'torch', 'z3', 'megatron', 'matplotlib'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.split() == []
 

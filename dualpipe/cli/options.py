@@ -42,6 +42,14 @@ Positional = typer.Argument(
 One = Annotated[str | None, Positional]
 Several = Annotated[list[str] | None, Positional]
 Blocking = Annotated[bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")]
+Cost = Annotated[
+    str | None,
+    typer.Option(
+        help="F, B, W; BW: a full backward; FB: an overlapped pair; latency: of a message.",
+        metavar="NAME=NUMBER,...",
+        show_default="F=1,B=1,W=1",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

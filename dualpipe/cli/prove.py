@@ -17,7 +17,7 @@ from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 
 if TYPE_CHECKING:
-    from proofs.command import Source
+    from proofs.command import Outcome, Source
 
 
 @app.command(
@@ -45,6 +45,7 @@ def prove(
     optimal: Annotated[
         bool, typer.Option("--optimal", help="Instead, the least makespan within DualPipe's memory, for -P and -M.")
     ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples there.")] = None,
     as_json: Json = False,
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
@@ -74,7 +75,13 @@ def prove(
         else:
             value = find_schedule(schedule, ranks, microbatches)
             sources = [(schedule, lambda: value)]
-        raise typer.Exit(interruptible(lambda: command.prove_sources(sources, options, begin)))
+        outcomes: list[Outcome] = []
+        code = interruptible(lambda: command.prove_sources(sources, options, outcomes.append, begin))
+    if html is not None:
+        from dualpipe.cli.page import write_proofs
+
+        write_proofs(html, outcomes)
+    raise typer.Exit(code)
 
 
 def _alone(option: str, schedules: list[str], both: bool) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dualpipe.cli.app import app, examples
-from dualpipe.cli.options import Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule
 
 
 @app.command(epilog=examples("dualpipe simulate -P 8 -M 32 --cost F=1,B=1,W=1", "dualpipe simulate mine.txt --json"))
@@ -17,12 +18,13 @@ def simulate(
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
-    cost: Annotated[
-        str, typer.Option(help="F, B, W; BW: a full backward; FB: an overlapped pair; latency: of a message.")
-    ] = "F=1,B=1,W=1",
+    cost: Cost = None,
     blocking: Annotated[
         bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")
     ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Also write a trace for ui.perfetto.dev; a unit of time is a millisecond.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a schedule on ideal ranks: makespan, bubble, peak activations and pending weight gradients."""
@@ -30,5 +32,10 @@ def simulate(
     from dualpipe.summary import parse_costs, summarise, tell
 
     value = find_schedule(choose(positional, schedule), ranks, microbatches)
-    summary = summarise(run(value, parse_costs(cost), blocking=blocking))
+    timeline = run(value, parse_costs(cost or ""), blocking=blocking)
+    if trace is not None:
+        from dualpipe.perfetto import of_timeline, write
+
+        write(of_timeline(timeline), trace)
+    summary = summarise(timeline)
     typer.echo(json.dumps(summary) if as_json else tell(summary))

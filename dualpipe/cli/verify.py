@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,6 +29,12 @@ def verify(
         bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds after which a wait is a hang.")] = 60.0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what the processes did when, beside the simulation, for ui.perfetto.dev: file or folder."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a small language model on real processes and on fake ranks; compare with plain PyTorch, bit by bit.
@@ -43,11 +50,15 @@ def verify(
     from reference.verify import verify as run
     from reference.watch import tell, watch
 
-    case = make_case(value, dtype.value, steps, seed, device, transport, blocking, timeout)
+    case = make_case(value, dtype.value, steps, seed, device, transport, blocking, timeout, trace is not None)
     with watch(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)
     if as_json:
         typer.echo(json.dumps(report.as_json()))
     else:
         tell(report)
+    if trace is not None:
+        from reference.measured import write_trace
+
+        typer.echo(write_trace(report, trace), err=True)
     raise typer.Exit(report.exit_code)

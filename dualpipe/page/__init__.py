@@ -1,0 +1,11 @@
+"""One self-contained HTML page about schedules: timelines, the counterexample drawn over them, tables.
+
+``render`` is pure and gives the whole page as text.  It needs neither the prover nor torch: what was proved comes in
+as plain values, ``Counterexample`` and ``Table``.
+"""
+
+from dualpipe.page.changes import Change, changes
+from dualpipe.page.model import Comparison, Counterexample, Mark, Page, Table
+from dualpipe.page.render import render
+
+__all__ = ["Change", "Comparison", "Counterexample", "Mark", "Page", "Table", "changes", "render"]

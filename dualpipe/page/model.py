@@ -1,0 +1,99 @@
+"""What a page shows, as plain values.  ``dualpipe.page.render`` turns them into HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dualpipe.schedule import Schedule
+from dualpipe.timeline import Costs
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One step of a counterexample: a place, and where there is one the place that it waits for or clashes with.
+
+    Parameters
+    ----------
+    rank, slot:
+        The place, counted from 0.
+    op:
+        The op as the schedule file writes it, such as ``2RF3>``; empty for the whole slot.
+    sentence:
+        The step in words.
+    peer_rank, peer_slot, peer_op:
+        The other end of the arrow.  Without a slot the arrow ends on the rank's row: it never gets there.  Without a
+        rank there is no arrow.
+    """
+
+    rank: int
+    slot: int
+    op: str
+    sentence: str
+    peer_rank: int | None = None
+    peer_slot: int | None = None
+    peer_op: str = ""
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """Why a check fails: its name, the story in words, and the story's places on the timeline."""
+
+    title: str
+    story: str
+    marks: Sequence[Mark] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text.  A cell that is one of the words in ``VERDICTS`` is shown as a badge."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A schedule, or what became of it.
+
+    Parameters
+    ----------
+    before, after:
+        Either may be missing: a schedule that is new, removed, or just looked at (``after`` alone).  With both, the
+        page shows what changed, slot by slot.
+    verdict:
+        One of ``VERDICTS``, or any other short text.
+    source:
+        Where the schedule comes from, such as a file's path.
+    counterexamples:
+        Their marks point into ``after`` (into ``before`` where that is all there is).
+    tables:
+        Shown below the timelines, before the numbers and the changed slots, which the page works out by itself.
+    costs, blocking:
+        How the timelines are simulated; see ``dualpipe.simulate``.
+    """
+
+    name: str
+    before: Schedule | None = None
+    after: Schedule | None = None
+    verdict: str = ""
+    source: str = ""
+    counterexamples: Sequence[Counterexample] = ()
+    tables: Sequence[Table] = ()
+    costs: Costs = field(default_factory=Costs)
+    blocking: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """The whole page: a title, one verdict over all, a sentence or two, then the sections in order."""
+
+    title: str
+    verdict: str
+    sections: Sequence[Comparison | Table]
+    lead: str = ""
+
+
+VERDICTS = ("proved", "refuted", "unknown", "skipped", "bad input", "equal", "changed", "new", "removed")
+"""The verdicts that have a colour and a sign of their own."""

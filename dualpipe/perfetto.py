@@ -1,0 +1,222 @@
+"""Recordings in the trace event format, which https://ui.perfetto.dev and chrome://tracing show.
+
+A recording is a process.  In it every rank has a track of its computes and as many of messages as are under way at
+once; arrows go from sends to receives, and counters follow the idle ranks and each rank's live activations::
+
+    rank 0            | 0F0> | 0F1> |  waits for 0RB0> |      0F3>+0B0>+0W0>       |
+                                                         | 0F3> | 0B0> | 0W0>      |
+    rank 0 messages          | 0SF0> ---> arrow to 1RF0>
+
+Times are whole or fractional microseconds, from 0; what a unit of the recording becomes is in ``otherData``.  Source of
+the format: the document "Trace Event Format" of the Chromium project.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dualpipe.recording import Recording, Work, simulated
+from dualpipe.schedule import F, Op, Placed, W, show_slot
+from dualpipe.summary import headline, tell_costs
+from dualpipe.timeline import Timeline
+
+Event = dict[str, Any]
+
+MICROSECONDS_PER_UNIT = 1000.0
+"""How long one unit of simulated time lasts in a trace."""
+TICK = 1.0
+"""Microseconds by which a message's slice is longer than the message, so that an arrow has something to hold on to."""
+
+_MESSAGES = 1000
+"""Thread ids: a rank's own is 1 + rank; those of its messages begin at this, times 1 + rank."""
+
+
+class Scaled(NamedTuple):
+    """A recording with the microseconds that its unit lasts, and where it begins, in microseconds."""
+
+    recording: Recording
+    scale: float = MICROSECONDS_PER_UNIT
+    offset: float = 0.0
+
+    def at(self, time: float) -> float:
+        """A time of the recording in the trace, to the nanosecond."""
+        return round(self.offset + time * self.scale, 3)
+
+
+def write(trace: dict[str, Any], path: Path) -> None:
+    """Write a trace as JSON, one event a line."""
+    rest = {key: value for key, value in trace.items() if key != "traceEvents"}
+    events = ",\n".join(json.dumps(event) for event in trace["traceEvents"])
+    path.write_text(f'{{"traceEvents": [\n{events}\n],\n{json.dumps(rest)[1:]}\n')
+
+
+def of_timeline(timeline: Timeline) -> dict[str, Any]:
+    """The trace of a simulation."""
+    name, sizes = headline(timeline.schedule)
+    about = {
+        "schedule": name,
+        "sizes": sizes,
+        "costs": tell_costs(timeline.costs),
+        "scale": f"one unit of time is {MICROSECONDS_PER_UNIT:g} us",
+    }
+    return trace([Scaled(simulated(timeline, f"simulated {name}, {sizes}"))], about)
+
+
+def trace(parts: Sequence[Scaled], about: dict[str, Any]) -> dict[str, Any]:
+    """The trace of recordings; those with the same name share a process, one after the other.
+
+    ``about`` is told in ``otherData``.
+    """
+    names = list(dict.fromkeys(part.recording.name for part in parts))
+    heads = [head for pid, name in enumerate(names, start=1) for head in _names(pid, name, parts)]
+    events: list[Event] = []
+    arrows = 0
+    for part in parts:
+        pid = 1 + names.index(part.recording.name)
+        events += [*_work(pid, part), *_idle(pid, part), *_messages(pid, part, arrows), *_counters(pid, part)]
+        arrows += len(part.recording.messages)
+    events.sort(key=lambda event: float(event["ts"]))  # stable: what encloses, or lasts no time, stays first
+    return {"traceEvents": [*heads, *events], "displayTimeUnit": "ms", "otherData": about}
+
+
+def _names(pid: int, name: str, parts: Sequence[Scaled]) -> Iterator[Event]:
+    """The names and the order of a process and its tracks."""
+    own = [part for part in parts if part.recording.name == name]
+    yield _head("process_name", pid, 0, {"name": name})
+    yield _head("process_sort_index", pid, 0, {"sort_index": pid})
+    ranks = own[0].recording.schedule.ranks
+    tracks = {1 + rank: f"rank {rank}" for rank in range(ranks)}
+    for rank in range(ranks):
+        lanes = 1 + max((lane for part in own for lane in _packed(part, rank).values()), default=-1)
+        for lane in range(lanes):
+            tracks[_message_track(rank, lane)] = f"rank {rank} messages" + (f" {lane + 1}" if lane else "")
+    for order, (tid, told) in enumerate(tracks.items()):
+        yield _head("thread_name", pid, tid, {"name": told})
+        yield _head("thread_sort_index", pid, tid, {"sort_index": order})
+
+
+def _head(what: str, pid: int, tid: int, args: dict[str, Any]) -> Event:
+    return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": args}
+
+
+def _work(pid: int, part: Scaled) -> Iterator[Event]:
+    """A slice for each compute op; where a slot has several, also one around them."""
+    for (rank, number), works in _slots(part.recording):
+        slot = tuple(work.at.op for work in works)
+        start, end = part.at(works[0].start), part.at(works[-1].end)
+        if len(works) > 1:
+            told = {"rank": rank, "slot": number}
+            yield _slice(show_slot(slot), "slot", pid, 1 + rank, start, end, told)
+        for work in works:
+            args = _args(part.recording, work.at) | ({"note": work.note} if work.note else {})
+            yield _slice(str(work.at.op), work.at.op.kind, pid, 1 + rank, part.at(work.start), part.at(work.end), args)
+
+
+def _idle(pid: int, part: Scaled) -> Iterator[Event]:
+    for rank, start, end, need in part.recording.idle:
+        name = "bubble" if need is None else f"waits for {need}"
+        yield _slice(name, "bubble", pid, 1 + rank, part.at(start), part.at(end), {"rank": rank})
+
+
+def _messages(pid: int, part: Scaled, first: int) -> Iterator[Event]:
+    """Two slices for a message, from when each side was posted until it was there, and an arrow between them."""
+    lanes = [_packed(part, rank) for rank in range(part.recording.schedule.ranks)]
+    for number, message in enumerate(part.recording.messages, start=first):
+        there = part.at(message.completed)
+        ends = {message.send: part.at(message.sent), message.receive: part.at(message.awaited)}
+        for at, start in ends.items():
+            tid = _message_track(at.rank, lanes[at.rank][at])
+            args = _args(part.recording, at) | {"peer": part.recording.schedule.peer(at.op)}
+            yield _slice(str(at.op), at.op.kind, pid, tid, start, there + TICK, args)
+        arrow = {"name": str(message.send.op), "cat": "message", "id": number, "pid": pid}
+        send, receive = message.send, message.receive
+        yield arrow | {"ph": "s", "tid": _message_track(send.rank, lanes[send.rank][send]), "ts": ends[send]}
+        landing = {"ph": "f", "bp": "e", "ts": round(there + TICK / 2, 3)}
+        yield arrow | landing | {"tid": _message_track(receive.rank, lanes[receive.rank][receive])}
+
+
+def _packed(part: Scaled, rank: int) -> dict[Placed, int]:
+    """For each message of a rank a track on which no two overlap; the first that is free."""
+    spans = []
+    for message in part.recording.messages:
+        for at, posted in ((message.send, message.sent), (message.receive, message.awaited)):
+            if at.rank == rank:
+                spans.append((part.at(posted), part.at(message.completed) + TICK, at))
+    free: list[int] = []
+    taken: list[tuple[float, int]] = []
+    lanes: dict[Placed, int] = {}
+    for start, end, at in sorted(spans):
+        while taken and taken[0][0] <= start:
+            heappush(free, heappop(taken)[1])
+        lane = heappop(free) if free else len(taken)
+        heappush(taken, (end, lane))
+        lanes[at] = lane
+    return lanes
+
+
+def _message_track(rank: int, lane: int) -> int:
+    return _MESSAGES * (1 + rank) + lane
+
+
+def _counters(pid: int, part: Scaled) -> Iterator[Event]:
+    """How many ranks compute nothing, and how many microbatches are live on each rank, whenever that changes."""
+    live: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    idle: list[tuple[float, int]] = [(part.at(0.0), part.recording.schedule.ranks)]
+    for (rank, _), works in _slots(part.recording):
+        start, end = part.at(works[0].start), part.at(works[-1].end)
+        live[rank] += [(start, +1) for work in works if work.at.op.kind is F]
+        live[rank] += [(end, -1) for work in works if work.at.op.kind is W]
+        for work in works:
+            idle += [(part.at(work.start), -1), (part.at(work.end), +1)]
+    for time, level in _levels(idle):
+        yield _counter("idle ranks", pid, time, level)
+    for rank, changes in sorted(live.items()):
+        for time, level in _levels(changes):
+            yield _counter(f"live activations of rank {rank}", pid, time, level)
+
+
+def _levels(changes: Iterable[tuple[float, int]]) -> Iterator[tuple[float, int]]:
+    """The level after each moment of change."""
+    moments = [(time, sum(step for _, step in steps)) for time, steps in groupby(sorted(changes), lambda c: c[0])]
+    return zip((time for time, _ in moments), accumulate(step for _, step in moments), strict=True)
+
+
+def _counter(name: str, pid: int, time: float, level: int) -> Event:
+    return {"ph": "C", "name": name, "pid": pid, "tid": 0, "ts": time, "args": {"value": level}}
+
+
+def _slots(recording: Recording) -> Iterator[tuple[tuple[int, int], list[Work]]]:
+    """The compute ops of each slot, by rank and the slot's number."""
+    for place, works in groupby(recording.work, lambda work: (work.at.rank, work.at.slot)):
+        yield place, list(works)
+
+
+def _slice(name: str, kind: str, pid: int, tid: int, start: float, end: float, args: dict[str, Any]) -> Event:
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": str(kind),
+        "pid": pid,
+        "tid": tid,
+        "ts": start,
+        "dur": round(end - start, 3),
+        "args": args,
+    }
+
+
+def _args(recording: Recording, at: Placed) -> dict[str, Any]:
+    op: Op = at.op
+    return {
+        "rank": at.rank,
+        "slot": at.slot,
+        "stage": op.stage,
+        "mb": op.mb,
+        "lane": str(op.lane),
+        "needs": [str(need) for need in recording.schedule.needs(op)],
+    }

@@ -1,0 +1,79 @@
+"""What a run of a schedule shows, simulated or measured: the work, the waiting and the messages, op by op.
+
+::
+
+    rank 0   work 0F0> 0..1   work 0F1> 1..2                     message 0SF0> posted 1, there 1
+    rank 1   idle 0..1 for 1RF0>   work 1F0> 1..2                        1RF0> posted 0, there 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from dualpipe.cells import divide
+from dualpipe.schedule import COMPUTE, RECEIVES, Op, Placed, Schedule
+from dualpipe.timeline import Message, Span, Timeline
+
+
+class Work(NamedTuple):
+    """A compute op from start to end.  ``note`` says what the times alone do not."""
+
+    at: Placed
+    start: float
+    end: float
+    note: str = ""
+
+
+class Idle(NamedTuple):
+    """A stretch in which a rank does not compute, and the receive that it waits for, where there is one."""
+
+    rank: int
+    start: float
+    end: float
+    need: Op | None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A run of a schedule.  Times are in any one unit; every op of the schedule is in it once.
+
+    Attributes
+    ----------
+    work:
+        The compute ops, rank by rank in order.
+    idle:
+        When ranks waited.
+    messages:
+        A send and a receive each, with when they were posted and when the message was there.
+    """
+
+    name: str
+    schedule: Schedule
+    work: tuple[Work, ...]
+    idle: tuple[Idle, ...]
+    messages: tuple[Message, ...]
+
+
+def simulated(timeline: Timeline, name: str = "simulated") -> Recording:
+    """The recording of a timeline; a slot of several computes is divided among them by cost."""
+    work: list[Work] = []
+    idle: list[Idle] = []
+    there = {message.receive.op.bare: message.completed for message in timeline.messages}
+    for rank, spans in enumerate(timeline.spans):
+        computes = [span for span in spans if span.ops[0].kind in COMPUTE]
+        for span in computes:
+            work += [Work(*cell) for cell in divide(rank, span, timeline.costs)]
+        start, end = Span(-1, (), 0.0, 0.0), Span(-1, (), timeline.makespan, timeline.makespan)
+        for before, after in pairwise([start, *computes, end]):
+            if after.start > before.end:
+                idle.append(Idle(rank, before.end, after.start, _last_need(timeline.schedule, after, there)))
+    return Recording(name, timeline.schedule, tuple(work), tuple(idle), timeline.messages)
+
+
+def _last_need(schedule: Schedule, span: Span, there: dict[Op, float]) -> Op | None:
+    """The receive that came as the slot began."""
+    needs: Iterator[Op] = (need for op in span.ops for need in schedule.needs(op) if need.kind in RECEIVES)
+    return next((need for need in needs if there.get(need) == span.start), None)

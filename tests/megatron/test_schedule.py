@@ -1,0 +1,241 @@
+"""``forward_backward_dualpipe`` by its keywords: what a training loop calls, and what it gets.
+
+data        0  1  2  3  4  5  ...      read on both end ranks
+lane >      0     1     2              first rank -> last rank
+lane <         0     1     2           last rank -> first rank
+losses      0  1  2  3  4  5  ...      on the last rank, each once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.megatron.schedule import forward_backward_dualpipe as step
+from dualpipe.megatron.schedule import schedule_for
+from dualpipe.schedule import DOWN, UP
+from proofs.prove import prove
+from reference.launch import launch
+from reference.megatron import data, production
+from reference.megatron.case import Case
+from reference.megatron.data import Batch
+from reference.megatron.training import forward_step
+
+CASE = Case(pp=2, steps=1, timeout=40)
+
+
+def on_each_rank(body: Callable[..., Any], case: Case = CASE) -> list[Any]:
+    """Run ``body(**keywords of the schedule)`` once on every rank, where a training step would be."""
+
+    def rank(context):
+        found: list[Any] = []
+
+        def instead(**keywords):
+            found.append(body(**keywords))
+            return []
+
+        production.run_rank(case, context, instead)
+        return found[0]
+
+    return launch(production.ranks(case), rank, case.timeout).values()
+
+
+def numbers(returned: list[dict[str, torch.Tensor]]) -> list[tuple[int, int]]:
+    """Replica and number of the microbatch of each loss that was returned."""
+    return [tuple(entry["microbatch"].tolist()) for entry in returned]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_an_evaluation_of_any_length_returns_each_microbatch_once_on_the_last_rank(count):
+    def body(data_iterator, **keywords):
+        keywords["num_microbatches"] = count
+        return numbers(step(data_iterator=data_iterator, forward_only=True, **keywords))
+
+    first, last = on_each_rank(body)
+    assert first == []
+    assert last == [(item % 2, item // 2) for item in range(count)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6])
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 13])
+def test_the_forwards_of_an_evaluation_are_proved_like_a_schedule(ranks, count):
+    schedule = schedule_for(ranks, count, forward_only=True)
+    assert schedule.microbatches == {UP: (count + 1) // 2, DOWN: count // 2}
+    checks = prove(schedule).as_json()["checks"]
+    refuted = {name for name, check in checks.items() if check["verdict"] != "proved"}
+    assert refuted <= {"complete", "memory"}  # there are no B and W, which would also end what is live
+
+
+def test_training_returns_the_losses_of_both_lanes_in_the_order_of_the_data():
+    first, last = on_each_rank(lambda **keywords: numbers(step(**keywords)))
+    assert first == []
+    assert last == [(item % 2, item // 2) for item in range(CASE.count)]
+
+
+def test_non_loss_data_is_collected_as_the_loss_function_gives_it():
+    def collecting(data_iterator, model):
+        output, _ = forward_step(data_iterator, model)
+
+        def collect(output, non_loss_data=False):
+            assert non_loss_data
+            return {"nested": (output.mean(), [tuple(output.shape)])}
+
+        return output, collect
+
+    def body(forward_step_func, **keywords):
+        found = step(forward_step_func=collecting, forward_only=True, collect_non_loss_data=True, **keywords)
+        return [entry["nested"][1] for entry in found]
+
+    _, last = on_each_rank(body)
+    assert last == [[(CASE.batch, CASE.sequence)]] * CASE.count
+
+
+@pytest.mark.parametrize(("first_val_step", "times"), [(None, 1), (True, 1), (False, 0)])
+def test_modules_are_told_of_the_first_microbatch_of_each_lane(first_val_step, times):
+    def body(model, **keywords):
+        told = []
+        for chunk in model:
+            chunk.set_is_first_microbatch = lambda chunk=chunk: told.append(id(chunk))
+        step(model=model, forward_only=True, first_val_step=first_val_step, **keywords)
+        return [told.count(id(chunk)) for chunk in model]
+
+    assert on_each_rank(body) == [[times, times]] * 2
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_grad_sync_func_gets_each_chunks_parameters_once_when_the_last_w_is_over(as_list):
+    def body(model, **keywords):
+        config, calls = model[0].config, []
+
+        def synchronise(parameters):
+            names = {id(p) for p in parameters}
+            calls.append([names == {id(p) for p in chunk.parameters()} for chunk in model].index(True))
+            model[calls[-1]].start_grad_sync()
+
+        config.grad_sync_func = [synchronise, synchronise] if as_list else synchronise
+        step(model=model, **keywords)
+        return calls, [bool(p.main_grad.any()) for chunk in model for p in chunk.parameters()]
+
+    for calls, moved in on_each_rank(body, replace(CASE, overlap_grad_reduce=True)):
+        assert calls == [0, 1]
+        assert all(moved)
+
+
+def test_one_no_sync_func_for_the_whole_model_serves_as_well_as_a_list():
+    def gradients(single):
+        def body(model, **keywords):
+            from contextlib import ExitStack, contextmanager
+
+            @contextmanager
+            def no_sync():
+                with ExitStack() as stack:
+                    for chunk in model:
+                        stack.enter_context(chunk.no_sync())
+                    yield
+
+            if single:
+                model[0].config.no_sync_func = no_sync
+            step(model=model, **keywords)
+            return [p.main_grad.clone() for chunk in model for p in chunk.parameters()]
+
+        return on_each_rank(body, replace(CASE, overlap_grad_reduce=True))
+
+    for one, many in zip(gradients(True), gradients(False), strict=True):
+        assert all(map(torch.equal, one, many))
+
+
+def test_force_all_reduce_and_the_number_of_tokens_reach_finalize_model_grads():
+    def body(model, **keywords):
+        told = {}
+
+        def finalize(chunks, num_tokens=None, pg_collection=None, force_all_reduce=False):
+            told.update(chunks=len(chunks), tokens=int(num_tokens), force=force_all_reduce)
+            told["stages"] = [chunk.module.pre_process for chunk in chunks]
+
+        model[0].config.finalize_model_grads_func = finalize
+        step(model=model, force_all_reduce=True, **keywords)
+        return told
+
+    case = replace(CASE, per_token_loss=True)
+    tokens = sum(int(batch.mask.sum()) for batch in data.of_pipeline(case, 0, 0))
+    for told in on_each_rank(body, case):
+        assert told == {"chunks": 2, "tokens": tokens, "force": True, "stages": [True, False]}
+
+
+def test_the_loss_scale_multiplies_the_gradients_and_not_the_losses():
+    def body(model, **keywords):
+        model[0].config.finalize_model_grads_func = None
+        step(model=model, **keywords)
+        once = [p.main_grad.clone() for chunk in model for p in chunk.parameters()]
+        model[0].config.grad_scale_func = lambda loss: loss * 4
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        step(**{**keywords, "data_iterator": None if keywords["data_iterator"] is None else batches()}, model=model)
+        return all(torch.equal(4 * a, p.main_grad) for a, p in zip(once, parameters(model), strict=True))
+
+    assert on_each_rank(body) == [True, True]
+
+
+def batches() -> Any:
+    return data.of_pipeline(CASE, 0, 0)
+
+
+def parameters(model) -> list[torch.nn.Parameter]:
+    return [p for chunk in model for p in chunk.parameters()]
+
+
+def refused(**changed: Any) -> list[str]:
+    """What each rank is told when these keywords differ; a list gives one value to each rank."""
+
+    def body(model, **keywords):
+        import torch.distributed as dist
+
+        for name, value in changed.items():
+            keywords[name] = value[dist.get_rank()] if isinstance(value, list) else value
+        with pytest.raises(Exception) as caught:  # noqa: PT011 # the caller looks at type and text
+            step(model=model, **keywords)
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+    return on_each_rank(body, replace(CASE, timeout=20))
+
+
+def test_too_few_or_odd_microbatches_are_refused_before_any_message():
+    assert all("at least two microbatches per rank" in told for told in refused(num_microbatches=2))
+    assert all("even" in told for told in refused(num_microbatches=7))
+
+
+def test_ranks_with_different_numbers_of_microbatches_or_shapes_are_told_who_differs():
+    for told in refused(num_microbatches=[4, 6]):
+        assert told.startswith("DisagreementError: every rank runs with the same schedule")
+        assert "rank 0 has" in told
+        assert "rank 1 has" in told
+    for told in refused(micro_batch_size=[2, 4]):
+        assert "the same boundary between stages" in told
+
+
+def test_what_is_not_supported_is_refused_by_name():
+    assert all("adjust_tensor_shapes_fn" in told for told in refused(adjust_tensor_shapes_fn=print))
+
+
+def test_data_that_ends_early_names_microbatch_and_lane():
+    def body(model, data_iterator, **keywords):
+        items: list[Batch] = [] if data_iterator is None else [next(data_iterator) for _ in range(3)]
+        with pytest.raises(Exception) as caught:  # noqa: PT011 # one rank lacks data, the other waits for it in vain
+            step(model=model, data_iterator=iter(items), **keywords)
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+    told = on_each_rank(body, replace(CASE, timeout=12))
+    assert any("before microbatch 1 of lane <" in each for each in told), told
+
+
+def test_a_model_that_was_built_otherwise_is_refused():
+    def body(model, **keywords):
+        with pytest.raises(ValueError, match="build_dualpipe_model"):
+            step(model=[torch.nn.Linear(1, 1)], **keywords)
+
+    on_each_rank(body)

@@ -1,0 +1,277 @@
+"""The page in a real browser: drawn without errors, explained under the pointer, moved by hand and by keys."""
+
+import pytest
+
+from dualpipe.cli.page import comparison
+from dualpipe.generate import dualpipe
+from dualpipe.page import Comparison, Counterexample, Mark, Page, render
+from dualpipe.schedule import Schedule
+from proofs.prove import prove
+from tests.page.browser import Shown, chromium, missing
+from tests.proofs.museum import (
+    a_ring_sends_before_it_receives,
+    receives_and_sends_not_coalesced,
+    two_sends_of_a_batch_swapped,
+)
+
+pytestmark = pytest.mark.skipif(
+    bool(missing()),
+    reason=f"{missing()}: would have shown that a browser draws every op of a page without an error, says what an op "
+    "needs under the pointer and on keys, zooms, draws the counterexample's arrows, and follows the dark scheme",
+)
+
+LEFT, RIGHT, DOWN, ESCAPE = "\ue012", "\ue014", "\ue015", "\ue00c"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def show(driver, tmp_path):
+    """Open a page of these sections; afterwards the console must be empty and the media as they were."""
+    opened = []
+
+    def call(*sections):
+        opened.append(Shown(driver, render(Page("a page", "proved", sections)), tmp_path / "page.html"))
+        return opened[-1]
+
+    yield call
+    for page in opened:
+        assert page.problems() == []
+        page.media()
+
+
+def refuted(schedule, before=None):
+    return comparison(prove(schedule, smt=False), schedule, before)
+
+
+HIT = """
+  s.view.fit();
+  const zoom = args[0], ops = t.scene.schedule.ops;
+  let [missed, seen] = [[], 0];
+  for (const one of ops) {
+    s.view.show(one.x0 - zoom, one.x1 + zoom);
+    t.repaint();
+    const box = t.boxOf(one);
+    if (box.left < 0 || box.right > t.scene.width) missed.push(`${one.text} is out of view`);
+    const found = t.opAt(box.middle, box.centre);
+    if (found !== one) missed.push(`${one.text}: ${found?.text}`);
+    seen += 1;
+  }
+  return [seen, missed];
+"""
+
+
+@pytest.mark.parametrize(
+    "schedule", [dualpipe(4, 8), a_ring_sends_before_it_receives()], ids=["dualpipe", "a ring that is stuck"]
+)
+def test_every_op_of_the_schedule_is_found_where_it_is_drawn(show, schedule):
+    page = show(Comparison("x", after=schedule, blocking=True))
+    seen, missed = page.run(HIT, 4)
+    assert (seen, missed) == (sum(1 for _ in schedule), [])
+
+
+def test_cells_have_the_colour_of_their_kind_and_lane(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    for op, name in (("0F0>", "f-up"), ("3F0<", "f-down"), ("3B0<", "b-down"), ("0W3>", "w-up")):
+        assert page.pixel(op) == page.colour(name), op
+
+
+def test_pointing_at_an_op_tells_its_needs(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    assert page.tooltip() == ""
+    page.point_at("1B1>")
+    told = page.tooltip()
+    assert told.startswith("1B1>")
+    assert "backward for the input, microbatch 1 at stage 1" in told
+    assert "rank 1, slot 16" in told
+    assert "1F1>: rank 1, slot 5" in told
+    assert "1RB1>: rank 1, slot 15" in told
+    assert page.run("return t.scene.hovered.text") == "1B1>"
+    page.run("t.canvas.dispatchEvent(new PointerEvent('pointerleave'))")
+    assert page.tooltip() == ""
+
+
+def test_needs_are_outlined_on_the_timeline(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    edge = "const box = t.boxOf(op('1F1>')); return pixel(box.left + 1, box.centre);"
+    page.run("s.view.fit()")
+    assert page.run(edge) != page.colour("need")
+    page.point_at("1B1>")
+    assert page.run(edge) == page.colour("need")
+
+
+def test_a_message_that_meets_another_says_so(show):
+    page = show(refuted(two_sends_of_a_batch_swapped()))
+    page.point_at("1RF3>")
+    assert "meets 3SB1< of rank 0, slot 13: not its partner" in page.tooltip()
+    page.point_at("1RF2>")
+    assert "not its partner" not in page.tooltip()
+
+
+def test_keys_walk_the_ops_and_follow_needs_and_messages(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    page.run("t.canvas.focus(); s.view.fit();")
+    selected = "return t.scene.selected?.text ?? null"
+    walk = [
+        (RIGHT, "0F0>"),
+        (RIGHT, "0SF0>"),
+        ("m", "1RF0>"),
+        ("n", "0SF0>"),
+        ("n", "0F0>"),
+        (DOWN, "1F0>"),
+        (LEFT, "1RF0>"),
+    ]
+    for key, op in walk:
+        page.press(key)
+        assert page.run(selected) == op
+    announced = page.run("return document.getElementById('announcer').textContent")
+    assert announced.startswith("1RF0>: receives the activation of microbatch 0 for stage 1 from rank 0")
+    assert "Needs 0SF0>: rank 0, slot 1." in announced
+    assert page.tooltip().startswith("1RF0>")
+    page.press(ESCAPE)
+    assert page.run(selected) is None
+
+
+RANGE = "return [s.view.from, s.view.to]"
+
+
+def test_buttons_keys_wheel_and_drag_move_the_view(show, driver):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    page = show(Comparison("x", dualpipe(4, 8), dualpipe(4, 8)))
+    whole = page.run(RANGE)
+
+    def width():
+        start, end = page.run(RANGE)
+        return end - start
+
+    def click(label):
+        driver.find_element(By.CSS_SELECTOR, f"button[aria-label='{label}']").click()
+
+    click("Zoom in")
+    assert width() == pytest.approx((whole[1] - whole[0]) / 1.5)
+    start = page.run(RANGE)[0]
+    click("Later")
+    assert page.run(RANGE)[0] > start
+    click("Show everything")
+    assert page.run(RANGE) == pytest.approx(whole)
+    page.run("t.canvas.focus()")
+    page.press("+", "+")
+    assert width() < (whole[1] - whole[0]) / 1.8
+    page.press("0")
+    assert page.run(RANGE) == pytest.approx(whole)
+    held = page.run(
+        "const x = 700, time = t.time(x), clientX = t.canvas.getBoundingClientRect().left + x;"
+        "const turn = { deltaY: -100, clientX, ctrlKey: true, cancelable: true };"
+        "t.canvas.dispatchEvent(new WheelEvent('wheel', turn));"
+        "return [time, t.time(x)]"
+    )
+    assert held[0] == pytest.approx(held[1]), "the time under the pointer stays there"
+    assert width() < whole[1] - whole[0]
+    before = page.run(RANGE)
+    page.run("t.canvas.scrollIntoView({ block: 'center', behavior: 'instant' })")
+    ActionChains(driver).drag_and_drop_by_offset(driver.find_elements(By.TAG_NAME, "canvas")[-1], -120, 0).perform()
+    after = page.run(RANGE)
+    assert after[0] > before[0]
+    assert after[1] - after[0] == pytest.approx(before[1] - before[0])
+    assert page.run("return s.timelines.every((one) => one.scene.view === s.view)"), "both timelines move together"
+
+
+def test_two_fingers_zoom(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    before = page.run(RANGE)
+    page.run(
+        "const frame = t.canvas.getBoundingClientRect();"
+        "t.canvas.setPointerCapture = () => {};"
+        "const touch = (kind, id, x) => t.canvas.dispatchEvent(new PointerEvent(kind, { pointerId: id, "
+        "pointerType: 'touch', clientX: frame.left + x, clientY: frame.top + 60, bubbles: true }));"
+        "touch('pointerdown', 1, 400); touch('pointerdown', 2, 600); touch('pointermove', 2, 900);"
+        "touch('pointerup', 1, 400); touch('pointerup', 2, 900);"
+    )
+    start, end = page.run(RANGE)
+    assert end - start == pytest.approx((before[1] - before[0]) * 200 / 500)
+
+
+def test_the_counterexample_is_drawn_over_the_timeline(show, driver):
+    from selenium.webdriver.common.by import By
+
+    page = show(refuted(a_ring_sends_before_it_receives()))
+    marks = driver.find_elements(By.CSS_SELECTOR, "svg.arrows > g")
+    assert [mark.get_attribute("data-mark") for mark in marks] == ["0", "1", "2", "3"]
+    ends = page.run(
+        "return t.marks.map((mark, index) => {"
+        "const path = t.node.querySelectorAll('path.shaft')[index], length = path.getTotalLength();"
+        "const tip = path.getPointAtLength(length), tail = path.getPointAtLength(0);"
+        "const [from, to] = [mark.at, mark.to].map(([number]) => t.boxOf(t.scene.schedule.ops[number]));"
+        "const away = (point, box) => Math.hypot(point.x - box.middle, point.y - box.centre);"
+        "return [away(tail, from), away(tip, to)];"
+        "})"
+    )
+    assert len(ends) == 4
+    assert all(distance < 20 for pair in ends for distance in pair), "from who waits to what it waits for"
+    steps = driver.find_elements(By.CSS_SELECTOR, ".story li button")
+    assert [step.text.split("\n")[-1].split(" (")[0] for step in steps] == [
+        f"rank {rank} waits in slot {slot}" for rank, slot in enumerate((7, 8, 5, 2))
+    ]
+    driver.find_element(By.CSS_SELECTOR, "button[aria-pressed]").click()
+    assert page.run("return t.node.querySelectorAll('svg.arrows > g').length") == 0
+
+
+def test_a_deadlock_opens_on_its_counterexample_and_says_what_is_never_reached(show):
+    page = show(refuted(receives_and_sends_not_coalesced()))
+    start, end = page.run(RANGE)
+    places = page.run("return t.marks.flatMap((m) => [...m.at, ...m.to]).map((n) => t.scene.schedule.ops[n].x0)")
+    assert all(start <= place <= end for place in places)
+    assert end - start < page.run("return t.scene.schedule.end"), "closer than the whole"
+    page.point_at("2RB0>")
+    assert "stuck here: rank 2 in slot 5 waits for rank 3 to post the partner of 2RB0>" in page.tooltip()
+    page.point_at("3B1>")
+    assert "not reached" in page.tooltip()
+
+
+def test_the_dark_scheme_repaints_the_canvas(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    light = page.pixel("0F0>")
+    page.media(prefers_color_scheme="dark")
+    assert page.colour("ground") == [0x12, 0x15, 0x1A]
+    dark = page.pixel("0F0>")
+    assert dark == page.colour("f-up") != light
+
+
+def test_paper_is_light_and_shows_everything(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    whole = page.run(RANGE)
+    page.media(prefers_color_scheme="dark")
+    page.run("s.view.zoom(4); dispatchEvent(new Event('beforeprint'));")
+    assert page.run(RANGE) == pytest.approx(whole)
+    assert page.pixel("0F0>") == [0x8D, 0xB9, 0xF5]
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert page.pixel("0F0>") == page.colour("f-up") != [0x8D, 0xB9, 0xF5]
+
+
+def test_hostile_text_runs_nothing(show):
+    hostile = "<img/src=x/onerror=window.hit=1></script><script>window.hit=1</script>"
+    schedule = dualpipe(2, 4)
+    named = Schedule(schedule.routes, schedule.programs, hostile)
+    story = Counterexample(hostile, hostile, (Mark(0, 0, "", hostile, 1),))
+    page = show(Comparison(hostile, named, named, hostile, hostile, (story,)))
+    assert page.run("return window.hit ?? null") is None
+    assert page.run("return document.querySelector('.story').innerText").count(hostile) == 1
+    assert page.run("return document.querySelectorAll('img').length") == 0
+
+
+def test_sixteen_ranks_and_sixty_four_microbatches_are_smooth(show):
+    """7,000 ops; the bound is ten times what a quiet machine needs, for one that is not."""
+    page = show(Comparison("x", after=dualpipe(16, 64)))
+    spent = page.run(
+        "const start = performance.now();"
+        "for (let turn = 0; turn < 5; turn++) { s.view.zoom(turn % 2 ? 0.5 : 2); t.repaint(); }"
+        "pixel(0, 0);"
+        "return (performance.now() - start) / 5"
+    )
+    assert spent < 300

@@ -7,7 +7,7 @@ a fenced block        what becomes of it
                       for anything and any run of blanks for one; no output there, nothing compared
 ``bash``, ``sh``      every line is a command; ``#`` begins a comment
 ``python``            run, in one namespace for the whole file
-``text``, indented    for reading; a line in it that looks like a command is a fault
+``text``, indented    for reading; a line in it that looks like a command or an import is a fault
 ====================  ==============================================================================================
 
 All commands of a file run in one empty folder.  A comment right before a block says more about it::
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 120.0
 _COMMENT = re.compile(r"\s*<!-- (not run|long|file|given|exit code): (.+?) -->\s*")
 _LIKE_A_COMMAND = re.compile(
-    r"^\s*(\$ |dualpipe (-|[a-z]+ [-./\w])|python3? (-m |\S+\.py)|torchrun |pip install )", re.M
+    r"^\s*(\$ |dualpipe (-|[a-z]+ [-./\w])|python3? (-m |\S+\.py)|torchrun |pip install |from \S+ import )", re.M
 )
 _SHELL = re.compile(r"[|;&<`]|\$\(|>>")
 

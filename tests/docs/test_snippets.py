@@ -77,9 +77,10 @@ def test_an_error_in_python_names_the_documents_line(document):
     assert 'page.md", line 5' in str(caught.value)
 
 
-def test_an_indented_command_is_caught(document):
+@pytest.mark.parametrize("line", ["dualpipe show -P 2", "python -m pytest", "from dualpipe import UP"])
+def test_an_indented_command_or_import_is_caught(document, line):
     with pytest.raises(SnippetError, match="looks like a command"):
-        document("Do:\n\n    dualpipe show -P 2\n").run(long=False)
+        document(f"Do:\n\n    {line}\n").run(long=False)
 
 
 def test_comments_before_a_block(document):

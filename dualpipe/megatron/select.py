@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -63,16 +63,14 @@ def install(args: Any = None) -> None:
         own = getattr(sys.modules.get(module), name, None)
         if own is not None and id(own) not in known:
             _standing_in.append((own, stand_in(own, _switch)))
-    for own, ours in _standing_in:
-        _swap(own, ours)
+    _swap(_standing_in)
 
 
 def uninstall() -> None:
     """Put Megatron's own functions back wherever a stand-in is held."""
     global _source
-    while _standing_in:
-        own, ours = _standing_in.pop()
-        _swap(ours, own)
+    _swap([(ours, own) for own, ours in _standing_in])
+    _standing_in.clear()
     _source = lambda: None  # noqa: E731
 
 
@@ -121,13 +119,14 @@ def _megatrons_selector() -> Function:
     return next((own for own, ours in _standing_in if ours is current), current)
 
 
-def _swap(old: Function, new: Function) -> None:
-    """Let every module outside this package that holds ``old``, under whatever name, hold ``new``."""
+def _swap(pairs: Sequence[tuple[Function, Function]]) -> None:
+    """Let every module outside this package that holds the first of a pair, under whatever name, hold the second."""
+    replacement = {id(old): new for old, new in pairs}
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and not name.startswith(_OWN_PACKAGE):
             for attribute, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, attribute, new)
+                if id(value) in replacement:
+                    setattr(module, attribute, replacement[id(value)])
 
 
 _REPLACED: tuple[tuple[str, str, Callable[[Function, Switch], Function]], ...] = (

@@ -3,25 +3,15 @@
 import inspect
 import sys
 import types
-import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dualpipe.errors import RuleError
+from reference.megatron.importing import expected_warnings
 
-EXPECTED = [  # what megatron-core 0.16.1 says at import, where there is neither Transformer Engine nor Apex
-    (r"\s*Transformer Engine and Apex are not installed", UserWarning),
-    (r"\s*Apex is not installed", UserWarning),
-    (r"\s*`torch\.jit\.script_method` is deprecated", DeprecationWarning),
-    (r"\s*The following imports from `dynamic_context\.py`", DeprecationWarning),
-    (r"\s*The 'megatron\.core\.transformer\.custom_layers\.transformer_engine'", DeprecationWarning),
-]
-
-with warnings.catch_warnings():
-    for text, category in EXPECTED:
-        warnings.filterwarnings("ignore", text, category)
+with expected_warnings():
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel.schedules as schedules
     from megatron.core import parallel_state

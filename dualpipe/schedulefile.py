@@ -17,7 +17,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVarTuple
+from typing import Any, NoReturn, TypeVarTuple
 
 from dualpipe.schedule import (
     Kind,
@@ -59,6 +59,18 @@ def dumps(schedule: Schedule) -> str:
     ]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
     return "\n".join([*head, *lanes, *ranks]) + "\n"
+
+
+def as_json(schedule: Schedule) -> dict[str, Any]:
+    """The schedule as an object for JSON: what its text says, each slot in the words of the text form."""
+    return {
+        "schedule": schedule.name,
+        "ranks": schedule.ranks,
+        "stages": schedule.stages,
+        "microbatches": {str(lane): count for lane, count in schedule.microbatches.items()},
+        "lanes": {str(lane): list(route) for lane, route in schedule.routes.items()},
+        "programs": [[show_slot(slot) for slot in program] for program in schedule.programs],
+    }
 
 
 def digest(schedule: Schedule) -> str:

@@ -12,12 +12,16 @@ from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 from proofs.models import parse_models
 from proofs.optimal import optimal
-from proofs.prove import Report, prove, smtlib
+from proofs.prove import Begin, Report, prove, smtlib
 from proofs.theorems import prove_all
 from proofs.verdict import ExitCode, Refuted, Unknown, worst
 
 Source = tuple[str, Callable[[], Schedule]]
 """A name for reports, and how to get the schedule; getting it may raise ``RuleError`` or ``OSError``."""
+
+
+def _silent(done: int, total: int, name: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,14 @@ class Outcome:
 
 
 def prove_sources(
-    sources: Sequence[Source], options: Options, see: Callable[[Outcome], None] | None = None
+    sources: Sequence[Source],
+    options: Options,
+    see: Callable[[Outcome], None] | None = None,
+    begin: Begin = _silent,
 ) -> ExitCode:
     """Prove every source in order; bad input in one does not keep the others from being proved.
 
-    ``see`` gets what became of each source, after it was printed.
+    ``see`` gets what became of each source, after it was printed; ``begin`` is called as ``prove`` calls it.
     """
     show = see or (lambda outcome: None)
     parse_models(options.model)
@@ -58,30 +65,27 @@ def prove_sources(
     for name, get in sources:
         try:
             schedule = get()
-            report = _prove(schedule, name, options)
+            report = _prove(schedule, name, options, begin)
         except (RuleError, OSError) as error:
             codes.append(ExitCode.BAD_INPUT)
             print(f"dualpipe: {error}", file=sys.stderr)
             if options.as_json:
-                print(json.dumps({"schedule": name, "verdict": "bad input", "error": str(error)}))
+                print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
             show(Outcome(name, error=str(error)))
             continue
         codes.append(report.exit_code)
-        print(json.dumps(report.as_json()) if options.as_json else report.text(), end="\n" if options.as_json else "")
+        if options.as_json:
+            print(json.dumps(report.as_json() | {"source": name}))
+        else:
+            print(report.text(), end="")
         show(Outcome(name, schedule, report))
     return worst(codes)
 
 
-def prove_all_sizes(as_json: bool) -> ExitCode:
+def prove_all_sizes(as_json: bool, begin: Begin = _silent) -> ExitCode:
     """Prove the theorems for every size, one line each."""
-
-    def progress(done: int, total: int, name: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{done}/{total} {name}", end="\r", file=sys.stderr, flush=True)
-
-    results = prove_all(progress)
-    if sys.stderr.isatty():
-        print("\033[K", end="", file=sys.stderr)
+    results = prove_all(begin)
+    begin(len(results), len(results), "")
     for result in results:
         print(json.dumps(result.as_json()) if as_json else result.text)
     if not as_json:
@@ -92,14 +96,18 @@ def prove_all_sizes(as_json: bool) -> ExitCode:
     return worst(codes.get(type(result.verdict), ExitCode.PROVED) for result in results)
 
 
-def prove_optimal(ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool) -> ExitCode:
+def prove_optimal(
+    ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool, begin: Begin = _silent
+) -> ExitCode:
     """Find and prove the least makespan of a size; unknown where the solver gave up."""
+    begin(0, 1, "the least makespan")
     found = optimal(ranks, microbatches) if solver_timeout is None else optimal(ranks, microbatches, solver_timeout)
+    begin(1, 1, "")
     print(json.dumps(found.as_json()) if as_json else found.text)
     return ExitCode.UNKNOWN if isinstance(found.verdict, Unknown) else ExitCode.PROVED
 
 
-def _prove(schedule: Schedule, name: str, options: Options) -> Report:
+def _prove(schedule: Schedule, name: str, options: Options, begin: Begin) -> Report:
     models = parse_models(options.model)
     if options.smtlib is not None:
         options.smtlib.write_text("\n".join(smtlib(schedule, model, options.max_activations) for model in models[:1]))
@@ -110,6 +118,7 @@ def _prove(schedule: Schedule, name: str, options: Options) -> Report:
         timeout_s=options.solver_timeout,
         bytes_per_stage=_bytes_per_stage(schedule, options),
         label=schedule.name or name,
+        begin=lambda done, total, check: begin(done, total, f"{name}: {check}"),
     )
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from dualpipe.schedule import RuleError
+from dualpipe.errors import RuleError, nearest
 
 
 class ModelError(RuleError):
@@ -79,5 +79,6 @@ def parse_models(text: str) -> tuple[Model, ...]:
             return (model,)
     found = re.fullmatch(r"eager:([0-9]{1,9})", text)
     if found is None:
-        raise ModelError("a model is all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", "name one")
+        remedy = nearest(text, ["all", *(model.name for model in MODELS)], "name one")
+        raise ModelError("a model is all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", remedy)
     return (eager(int(found.group(1))),)

@@ -11,18 +11,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 from dualpipe.schedule import Schedule
 from proofs import bounded, graph, meeting, progress
 from proofs.difference import Problem, smtlib_of
-from proofs.memory import Bound, PeakBytes, bound_of, peak_activations, peak_bytes, within
+from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import Prefix, smallest_prefix
 from proofs.story import live_lines, tell
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
 
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
+
+
+Begin = Callable[[int, int, str], None]
+"""Called with how many checks are done, how many there are, and the name of the next one; at the end with all done."""
 
 
 class DisagreementError(AssertionError):
@@ -139,6 +144,7 @@ def prove(
     timeout_s: float | None = None,
     bytes_per_stage: tuple[Sequence[int], Sequence[int]] | None = None,
     label: str | None = None,
+    begin: Begin = lambda done, total, check: None,
 ) -> Report:
     """Run the six checks of a schedule; any schedule value gives a report.
 
@@ -156,6 +162,8 @@ def prove(
         What a microbatch holds at each stage waiting for its B and for its W, in bytes (``memory.peak_bytes``).
     label:
         What the report calls the schedule, where that is not its own name.
+    begin:
+        Called before each check and each model of ``deadlock``, and at the end.
 
     Raises
     ------
@@ -167,20 +175,29 @@ def prove(
     bound = bound_of(schedule, max_activations)
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
-    def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem]) -> Result:
+    done, total = count(), len(CHECKS) - 1 + len(models)
+
+    def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem] | None) -> Result:
+        begin(next(done), total, name)
         return judge(schedule, name, search, problem if smt else None, timeout_s)
 
+    def deadlock(model: Model) -> Result:
+        search, problem = (partial(method.deadlock, schedule, model) for method in (progress, meeting))
+        return check(f"deadlock, {model}", search, problem)
+
+    bounded_memory = None if bound is None else partial(bounded.memory, schedule, bound)
     checks = {
         "complete": check("complete", lambda: graph.complete(schedule), lambda: bounded.complete(schedule)),
         "order": check("order", lambda: graph.order(schedule), lambda: bounded.order(schedule)),
         "messages": check("messages", lambda: graph.messages(schedule), lambda: bounded.messages(schedule)),
-        "deadlock": under_all({str(model): _deadlock(schedule, model, smt, timeout_s) for model in models}),
-        "memory": _memory(schedule, bound, smt, timeout_s),
+        "deadlock": under_all({str(model): deadlock(model) for model in models}),
+        "memory": check("memory", lambda: within(schedule, bound), bounded_memory),
         "accumulation": check(
             "accumulation", lambda: graph.accumulation(schedule), lambda: bounded.accumulation(schedule)
         ),
     }
     peaks = peak_activations(schedule)
+    begin(total, total, "")
     return Report(schedule.name if label is None else label, schedule.ranks, checks, peaks, peaks_in_bytes)
 
 
@@ -222,11 +239,6 @@ def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
             raise DisagreementError(check, by_graph, by_z3)
 
 
-def _deadlock(schedule: Schedule, model: Model, smt: bool, timeout_s: float | None) -> Result:
-    problem = partial(meeting.deadlock, schedule, model) if smt else None
-    return judge(schedule, f"deadlock, {model}", lambda: progress.deadlock(schedule, model), problem, timeout_s)
-
-
 def under_all(results: Mapping[str, Result]) -> Result:
     """The first refutation in the order of the models, else the first that is unknown, else proved."""
     seconds: dict[str, float] = {}
@@ -240,11 +252,6 @@ def under_all(results: Mapping[str, Result]) -> Result:
         return Result(Skipped("no model of communication was chosen"), seconds)
     worst = by_type.get(Refuted) or by_type.get(Unknown) or by_type[Proved]
     return Result(worst.verdict, seconds, worst.prefix, results)
-
-
-def _memory(schedule: Schedule, bound: Bound | None, smt: bool, timeout_s: float | None) -> Result:
-    problem = partial(bounded.memory, schedule, bound) if smt and bound is not None else None
-    return judge(schedule, "memory", lambda: within(schedule, bound), problem, timeout_s)
 
 
 def smtlib(schedule: Schedule, model: Model, max_activations: int | None = None) -> str:

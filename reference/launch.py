@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, get_context
@@ -111,15 +112,16 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
         processes, pipes = [], []
         try:
-            for rank in range(ranks):
-                receiving, sending = fork.Pipe(duplex=False)
-                process = fork.Process(
-                    target=_child, args=(rank, ranks, body, sending, Path(folder), timeout, backend, started)
-                )
-                process.start()
-                sending.close()
-                processes.append(process)
-                pipes.append(receiving)
+            with _without_interrupts():
+                for rank in range(ranks):
+                    receiving, sending = fork.Pipe(duplex=False)
+                    process = fork.Process(
+                        target=_child, args=(rank, ranks, body, sending, Path(folder), timeout, backend, started)
+                    )
+                    process.start()
+                    sending.close()
+                    processes.append(process)
+                    pipes.append(receiving)
             results = _collect(pipes, started, timeout, grace, on_progress)
         finally:
             for process in processes:
@@ -129,6 +131,16 @@ def launch(
             for pipe in pipes:
                 pipe.close()
     return Outcome(tuple(results), time.monotonic() - started)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Put Ctrl-C off until the end: Python drops an exception that is raised in what it calls around a fork."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(

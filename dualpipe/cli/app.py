@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
-    help="DualPipe that can be trusted: print, simulate, prove and verify pipeline schedules.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
 )
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help: whole command lines, one a line."""
+    return "\n".join(["Examples:", *(f"[cyan]$ {command}[/cyan]" for command in commands)])
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        try:
+            installed = version("dualpipe-harness")
+        except PackageNotFoundError:  # run from its sources
+            installed = "(not installed)"
+        typer.echo(f"dualpipe {installed}")
+        raise typer.Exit
+
+
+@app.callback(epilog=examples("dualpipe show -P 4 -M 8", "dualpipe prove my_schedule.txt", "dualpipe verify -P 4 -M 8"))
+def dualpipe(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """DualPipe that can be trusted: print, simulate, prove and verify pipeline schedules.
+
+    A SCHEDULE is one of these:
+    - dualpipe, dualpipev, 1f1b or zb1p, made for -P ranks and -M microbatches
+    - a schedule file, as show prints it
+    - a compute-only table of torch.distributed.pipelining (.csv)
+    - module:function in Python, that returns a Schedule or its text
+    """

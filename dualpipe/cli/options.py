@@ -8,17 +8,39 @@ from typing import Annotated
 
 import typer
 
-from dualpipe.errors import RuleError
+from dualpipe.cli import entrypoint
+from dualpipe.errors import RuleError, nearest
 from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import load
 
 NAMES = ", ".join(PLANS)
-Ranks = Annotated[int | None, typer.Option("-P", "--ranks", help="Pipeline size.", show_default="4, or the file's")]
-Microbatches = Annotated[
-    int | None, typer.Option("-M", "--microbatches", help="Microbatches, all lanes.", show_default="2P, or the file's")
+
+
+def complete_schedule(incomplete: str) -> list[str]:
+    """The names that a shell offers for a schedule; where none fits, the shell goes on to files by itself."""
+    return [name for name in PLANS if name.startswith(incomplete)]
+
+
+Ranks = Annotated[
+    int | None, typer.Option("-P", "--ranks", help="Pipeline size: 4, or the file's.", show_default=False)
 ]
-Named = Annotated[str, typer.Option("--schedule", help=f"{NAMES}, or a schedule file.")]
+Microbatches = Annotated[
+    int | None,
+    typer.Option("-M", "--microbatches", help="Microbatches, all lanes: 2P, or the file's.", show_default=False),
+]
+Named = Annotated[
+    str,
+    typer.Option("--schedule", help=f"{NAMES}, a schedule file or module:function.", autocompletion=complete_schedule),
+]
+Positional = typer.Argument(
+    metavar="SCHEDULE",
+    help=f"A schedule file, a table (.csv), module:function, or {NAMES}.",
+    show_default=False,
+    autocompletion=complete_schedule,
+)
+One = Annotated[str | None, Positional]
+Several = Annotated[list[str] | None, Positional]
 Blocking = Annotated[bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")]
 Cost = Annotated[
     str | None,
@@ -39,24 +61,59 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
+def choose(positional: str | None, named: str) -> str:
+    """The one schedule of a command that takes it as an argument or with ``--schedule``."""
+    if positional is not None and named != "dualpipe":
+        raise RuleError(
+            "one schedule is asked for", f"got {positional} and --schedule {named}", "leave one of them out"
+        )
+    return named if positional is None else positional
+
+
 def find_schedule(name: str, ranks: int | None, microbatches: int | None) -> Schedule:
-    """The schedule that the options ask for: a named one for a size, or a file's, whose size the options must fit."""
+    """The one schedule of a name: see ``find_schedules``."""
+    found = find_schedules(name, ranks, microbatches)
+    if len(found) > 1:
+        raise RuleError(
+            "this command takes one schedule", f"{name} returns {len(found)}", "name a function that returns one"
+        )
+    return found[0]
+
+
+def find_schedules(name: str, ranks: int | None, microbatches: int | None) -> list[Schedule]:
+    """The schedules that a name stands for; sizes of their own must be those that the options ask for, if any.
+
+    A name is one of ``PLANS``, generated for the sizes; a file; or an entry point ``module:function``.
+    """
     if name in PLANS:
         size = 4 if ranks is None else ranks
-        return generate(name, size, 2 * size if microbatches is None else microbatches)
+        return [generate(name, size, 2 * size if microbatches is None else microbatches)]
     path = Path(name)
-    if not path.exists():
-        raise RuleError(f"--schedule is {NAMES}, or a file", f"got {name}, and no such file exists", "correct it")
-    schedule = read_schedule(path)
-    found = {"-P": (ranks, schedule.ranks), "-M": (microbatches, sum(schedule.microbatches.values()))}
-    for option, (asked, has) in found.items():
+    if path.exists():
+        found = [read_schedule(path)]
+    elif entrypoint.is_entry_point(name):
+        found = entrypoint.call(name, ranks, microbatches)
+    else:
+        near = [*PLANS, *(file.name for file in path.parent.glob("*") if path.parent == Path() and file.is_file())]
+        raise RuleError(
+            f"a schedule is {NAMES}, or a file, or module:function",
+            f"got {name}, and no such file exists",
+            nearest(name, near, "correct it"),
+        )
+    for schedule in found:
+        _check_sizes(name, schedule, ranks, microbatches)
+    return found
+
+
+def _check_sizes(name: str, schedule: Schedule, ranks: int | None, microbatches: int | None) -> None:
+    sizes = {"-P": (ranks, schedule.ranks), "-M": (microbatches, sum(schedule.microbatches.values()))}
+    for option, (asked, has) in sizes.items():
         if asked not in (None, has):
             raise RuleError(
-                "the sizes of a schedule file are its own",
-                f"{path} has {has}, {option} asks for {asked}",
+                "the sizes of a schedule file or of an entry point are its own",
+                f"{name} has {has}, {option} asks for {asked}",
                 f"leave {option} out",
             )
-    return schedule
 
 
 def read_schedule(path: Path) -> Schedule:

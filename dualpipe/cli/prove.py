@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualpipe.cli.app import app
-from dualpipe.cli.options import Json, Microbatches, Named, Ranks, find_schedule
+from dualpipe.cli import entrypoint
+from dualpipe.cli.app import app, examples
+from dualpipe.cli.interrupt import interruptible
+from dualpipe.cli.options import Json, Microbatches, Named, Ranks, Several, find_schedule, find_schedules
+from dualpipe.cli.progress import progress
+from dualpipe.errors import RuleError
+from dualpipe.schedule import Schedule
+
+if TYPE_CHECKING:
+    from proofs.command import Outcome, Source
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "dualpipe prove -P 8 -M 20",
+        "dualpipe prove mine.txt theirs.csv --json",
+        "dualpipe prove -P 8 -M 16 my_package.schedules:build",
+        "dualpipe prove --all-sizes",
+    )
+)
 def prove(
-    files: Annotated[list[Path] | None, typer.Argument(help="Schedule files; or -P, -M and --schedule.")] = None,
+    schedules: Several = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
@@ -35,28 +50,62 @@ def prove(
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
 
-    Exit code 0: proved.  1: refuted, with a story.  2: bad input.  3: a solver gave up.
+    Each check is made twice, by plain search and by Z3.  Exit codes:
+    0: proved
+    1: refuted; a story says how it goes wrong
+    2: bad input
+    3: a solver gave up, so it is not known
+    With several schedules it is the worst of them: 2, then 1, 3, 0.
     """
     from proofs import command
 
-    if all_sizes:
-        raise typer.Exit(command.prove_all_sizes(as_json))
-    if optimal:
-        size = 4 if ranks is None else ranks
-        count = 2 * size if microbatches is None else microbatches
-        raise typer.Exit(command.prove_optimal(size, count, solver_timeout, as_json))
-    options = command.Options(model, max_activations, bytes_for_b, bytes_for_w, smtlib, solver_timeout, as_json)
-    sources: list[command.Source]
-    if files:
-        sources = [(str(path), partial(find_schedule, str(path), ranks, microbatches)) for path in files]
-    else:
-        value = find_schedule(schedule, ranks, microbatches)
-        sources = [(schedule, lambda: value)]
-    if html is None:
-        raise typer.Exit(command.prove_sources(sources, options))
-    from dualpipe.cli.page import write_proofs
+    if all_sizes or optimal:
+        _alone("--all-sizes" if all_sizes else "--optimal", schedules or [], all_sizes and optimal)
+    with progress() as begin:
+        if all_sizes:
+            raise typer.Exit(interruptible(lambda: command.prove_all_sizes(as_json, begin)))
+        if optimal:
+            size = 4 if ranks is None else ranks
+            count = 2 * size if microbatches is None else microbatches
+            raise typer.Exit(interruptible(lambda: command.prove_optimal(size, count, solver_timeout, as_json, begin)))
+        options = command.Options(model, max_activations, bytes_for_b, bytes_for_w, smtlib, solver_timeout, as_json)
+        sources: list[Source]
+        if schedules:
+            sources = [source for name in schedules for source in _sources(name, ranks, microbatches)]
+        else:
+            value = find_schedule(schedule, ranks, microbatches)
+            sources = [(schedule, lambda: value)]
+        outcomes: list[Outcome] = []
+        code = interruptible(lambda: command.prove_sources(sources, options, outcomes.append, begin))
+    if html is not None:
+        from dualpipe.cli.page import write_proofs
 
-    outcomes: list[command.Outcome] = []
-    code = command.prove_sources(sources, options, outcomes.append)
-    write_proofs(html, outcomes)
+        write_proofs(html, outcomes)
     raise typer.Exit(code)
+
+
+def _alone(option: str, schedules: list[str], both: bool) -> None:
+    if both or schedules:
+        came = "--optimal" if both else " ".join(schedules)
+        raise RuleError(f"{option} is a question of its own", f"got {came} as well", "ask one at a time")
+
+
+def _sources(name: str, ranks: int | None, microbatches: int | None) -> list[Source]:
+    """What is to be proved under a name: the several schedules of an entry point each for itself."""
+    if not entrypoint.is_entry_point(name):
+        return [(name, partial(find_schedule, name, ranks, microbatches))]
+    try:
+        found = find_schedules(name, ranks, microbatches)
+    except (RuleError, OSError) as error:
+        return [(name, partial(_fail, error))]
+    if len(found) == 1:
+        return [(name, lambda: found[0])]
+    return [(f"{name}[{at}]", partial(_same, schedule)) for at, schedule in enumerate(found)]
+
+
+def _same(schedule: Schedule) -> Schedule:
+    return schedule
+
+
+def _fail(error: Exception) -> Schedule:
+    raise error

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dualpipe.cli.app import app
-from dualpipe.cli.options import Cost, Microbatches, Named, Ranks, find_schedule
+from dualpipe.cli.app import app, examples
+from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
+from dualpipe.schedulefile import as_json as schedule_as_json
 from dualpipe.schedulefile import dumps
 
 
-@app.command()
+@app.command(
+    epilog=examples("dualpipe show -P 4 -M 8", "dualpipe show zb1p -P 3 -M 6 --timeline", "dualpipe show table.csv")
+)
 def show(
+    positional: One = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
@@ -27,17 +32,20 @@ def show(
     svg: Annotated[Path | None, typer.Option(help="Write a picture of that there instead.")] = None,
     png: Annotated[Path | None, typer.Option(help="Likewise, as PNG.")] = None,
     cost: Cost = None,
+    as_json: Json = False,
 ) -> None:
     """Print a schedule in the text form that every other command reads; or draw when everything happens."""
-    value = find_schedule(schedule, ranks, microbatches)
+    value = find_schedule(choose(positional, schedule), ranks, microbatches)
     if timeline or svg or png:
+        if as_json:
+            raise RuleError("--json prints the schedule", "got a drawing to make as well", "ask for one of them")
         _draw(value, timeline, svg, png, cost)
         return
     if cost is not None:
         raise RuleError(
             "--cost is for a drawing", f"got --cost {cost} alone", "add --timeline, --svg FILE or --png FILE"
         )
-    sys.stdout.write(dumps(value))
+    sys.stdout.write(json.dumps(schedule_as_json(value)) + "\n" if as_json else dumps(value))
 
 
 def _draw(schedule: Schedule, timeline: bool, svg: Path | None, png: Path | None, cost: str | None) -> None:

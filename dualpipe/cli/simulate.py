@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from dualpipe.cli.app import app
-from dualpipe.cli.options import Cost, Json, Microbatches, Named, Ranks, find_schedule
+from dualpipe.cli.app import app, examples
+from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule
 
 
-@app.command()
+@app.command(epilog=examples("dualpipe simulate -P 8 -M 32 --cost F=1,B=1,W=1", "dualpipe simulate mine.txt --json"))
 def simulate(
+    positional: One = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
@@ -30,7 +31,7 @@ def simulate(
     from dualpipe.simulate import simulate as run
     from dualpipe.summary import parse_costs, summarise, tell
 
-    value = find_schedule(schedule, ranks, microbatches)
+    value = find_schedule(choose(positional, schedule), ranks, microbatches)
     timeline = run(value, parse_costs(cost or ""), blocking=blocking)
     if trace is not None:
         from dualpipe.perfetto import of_timeline, write

@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
-from dualpipe.cli.app import app
-from dualpipe.cli.options import Dtype, Json, Microbatches, Named, Ranks, find_schedule
-from dualpipe.errors import RuleError
+from dualpipe.cli.app import app, examples
+from dualpipe.cli.options import Dtype, Json, Microbatches, Named, One, Ranks, choose, find_schedule
 
 
-@app.command()
+@app.command(epilog=examples("dualpipe verify -P 8 -M 20 --dtype bf16", "dualpipe verify mine.txt --steps 1"))
 def verify(
-    file: Annotated[Path | None, typer.Argument(help="A schedule file; or name one with --schedule.")] = None,
+    positional: One = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
@@ -40,12 +39,13 @@ def verify(
 ) -> None:
     """Train a small language model on real processes and on fake ranks; compare with plain PyTorch, bit by bit.
 
-    Exit code 0: every loss, gradient and weight is equal.  1: something differs, or hangs.  2: bad input.
-    3: the oracle itself failed, so nothing can be said.
+    Exit codes:
+    0: every loss, gradient and weight is equal
+    1: something differs, or hangs
+    2: bad input
+    3: the oracle itself failed, so nothing can be said
     """
-    if file is not None and schedule != "dualpipe":
-        raise RuleError("one schedule is verified", f"got {file} and --schedule {schedule}", "leave one out")
-    value = find_schedule(schedule if file is None else str(file), ranks, microbatches)
+    value = find_schedule(choose(positional, schedule), ranks, microbatches)
     from reference.verify import make_case
     from reference.verify import verify as run
     from reference.watch import tell, watch

@@ -1,0 +1,51 @@
+"""Ctrl-C while a solver works.
+
+Python tells of Ctrl-C between two of its own instructions, and one call of the solver can last minutes.  So the work
+runs in a second thread, while the first does nothing but wait, which Ctrl-C ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
+_workers: list[threading.Thread] = []
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """What ``work`` returns or raises; ``KeyboardInterrupt`` as soon as Ctrl-C is pressed, the work then abandoned.
+
+    For work that solves, and starts no processes: whoever gets the interrupt leaves by ``leave``.
+    """
+    import z3
+
+    z3.set_param("ctrl_c", False)  # else Z3 takes the signal for itself and answers "unknown"
+    outcome: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=run, daemon=True)
+    _workers.append(worker)
+    worker.start()
+    worker.join()
+    if errors:
+        raise errors[0]
+    return outcome[0]
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; work that was abandoned does not keep it, nor does it see the interpreter go."""
+    if any(worker.is_alive() for worker in _workers):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

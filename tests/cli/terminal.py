@@ -1,0 +1,119 @@
+"""The command line as a process of its own, on a terminal or piped, and what Ctrl-C does to it."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+COMMAND = [sys.executable, "-m", "dualpipe.cli"]
+WAIT = 60.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    seconds: float
+    """From the interrupt, if there was one."""
+
+
+def on_a_terminal(*arguments: object, interrupt_at: str | None = None, stdout=None, **environment: str) -> Ended:
+    """Run on a terminal of 100 columns, standard output unless it is given another place.
+
+    Ctrl-C is typed when the text ``interrupt_at`` has appeared.
+    """
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs if stdout is None else stdout,
+        stderr=theirs,
+        env=quiet() | {"TERM": "xterm-256color", "COLUMNS": "100", **environment},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        out, begun, typed = b"", time.monotonic(), False
+        while time.monotonic() - begun < WAIT:
+            if not select.select([ours], [], [], 0.05)[0]:
+                if child.poll() is not None:
+                    break
+                continue
+            try:
+                got = os.read(ours, 65536)
+            except OSError:  # the other side is closed
+                break
+            if not got:
+                break
+            out += got
+            if interrupt_at is not None and not typed and interrupt_at.encode() in out:
+                typed, begun = True, time.monotonic()
+                os.killpg(child.pid, signal.SIGINT)
+        code = child.wait(timeout=10)
+        return Ended(code, out.decode(), time.monotonic() - begun)
+    finally:
+        end(child)
+        os.close(ours)
+
+
+def interrupted(*arguments: object, when, group: bool = True) -> Ended:
+    """Run piped, and interrupt once ``when(pid)`` is true: the whole group as a terminal does, or the parent alone."""
+    child = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=quiet(),
+        start_new_session=True,
+    )
+    try:
+        begun = time.monotonic()
+        while not when(child.pid):
+            assert child.poll() is None, f"over before it could be interrupted: {child.communicate()[0]}"
+            assert time.monotonic() - begun < WAIT, "what was waited for did not come"
+            time.sleep(0.02)
+        begun = time.monotonic()
+        (os.killpg if group else os.kill)(child.pid, signal.SIGINT)
+        out = child.communicate(timeout=WAIT)[0]
+        return Ended(child.returncode, out, time.monotonic() - begun)
+    finally:
+        end(child)
+
+
+def members(session: int) -> list[int]:
+    """The living processes of a session, read from /proc; the ended ones that nobody has collected do not count."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat") as file:
+                    state, _, _, of = file.read().rpartition(")")[2].split()[:4]
+            except OSError:  # it ended meanwhile
+                continue
+            if int(of) == session and state != "Z":
+                found.append(int(name))
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def quiet() -> dict[str, str]:
+    """This process's environment without what forces colours on or off."""
+    forcing = {"NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH"}
+    return {name: value for name, value in os.environ.items() if name not in forcing}
+
+
+def end(child: subprocess.Popen) -> None:
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    if child.stdout is not None:
+        child.stdout.close()

@@ -1,0 +1,179 @@
+"""``module:function``: what may be returned, how sizes come in, and how each fault is told."""
+
+import json
+import sys
+
+import pytest
+
+from dualpipe.cli import entrypoint
+from dualpipe.generate import generate
+from dualpipe.schedulefile import loads
+
+MODULE = '''
+import dualpipe as d
+
+def one():
+    return d.zb1p(2, 4)
+
+def text():
+    return d.dumps(one())
+
+def sized(ranks, microbatches=8):
+    return d.dualpipe(ranks, microbatches)
+
+def any_size(**sizes):
+    return d.one_f_one_b(**sizes)
+
+def several():
+    print("on its way")
+    yield one()
+    yield d.dumps(d.dualpipe(2, 4))
+
+def stuck():
+    """Rank 0 waits for the gradient before it sends the activation."""
+    return """lane > 0 1
+rank 0: 0F0> 0RB0> 0B0>+0W0> 0SF0>
+rank 1: 1RF0> 1F0> 1B0>+1W0> 1SB0>
+"""
+
+def odd():
+    return d.dualpipe(3, 6)
+
+def crash():
+    return 1 / 0
+
+def leaves():
+    raise SystemExit(0)
+
+def needs(stages):
+    return one()
+
+def number():
+    return 7
+
+def mapping():
+    return {"zb1p": one()}
+
+def mixed():
+    return [one(), None]
+
+def nothing():
+    return []
+
+def for_ever():
+    while True:
+        yield one()
+
+def no_text():
+    return "lane > 0\\nrank 0: 0F0> 0X0>"
+
+class Family:
+    @staticmethod
+    def member():
+        return one()
+
+VALUE = one()
+'''
+
+
+@pytest.fixture
+def run(run, tmp_path, monkeypatch):
+    """The command line in a folder with the module ``mine``; what it imports is forgotten afterwards."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text("import json\nraise LookupError('not today')\n")
+    (tmp_path / "needy.py").write_text("import a_module_that_nobody_has\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    yield run
+    for name in ("mine", "broken", "needy"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["mine:one", "mine:text", "mine:Family.member"])
+def test_a_schedule_or_its_text_is_shown(run, name):
+    assert loads(run("show", name).out) == generate("zb1p", 2, 4)
+    assert loads(run("show", "--schedule", name).out) == generate("zb1p", 2, 4)
+
+
+def test_sizes_are_passed_by_name_where_the_function_takes_them(run):
+    assert loads(run("show", "mine:sized", "-P", 2).out) == generate("dualpipe", 2, 8)
+    assert loads(run("show", "mine:sized", "-P", 2, "-M", 6).out) == generate("dualpipe", 2, 6)
+    assert loads(run("show", "mine:any_size", "-P", 3, "-M", 5).out) == generate("1f1b", 3, 5)
+
+
+def test_a_function_without_sizes_must_have_those_that_are_asked_for(run):
+    assert run("show", "mine:one", "-P", 2, "-M", 4).code == 0
+    result = run("show", "mine:one", "-P", 4)
+    assert result.code == 2
+    assert "mine:one has 2, -P asks for 4" in result.err
+
+
+def test_every_command_takes_one(run):
+    assert json.loads(run("simulate", "mine:one", "--json").out)["makespan"] == 13
+    assert json.loads(run("prove", "mine:one", "--json").out)["verdict"] == "proved"
+    assert json.loads(run("verify", "mine:one", "--steps", 1, "--json").out)["verdict"] == "equal"
+
+
+def test_a_wrong_schedule_is_refuted(run):
+    result = run("prove", "mine:stuck")
+    assert result.code == 1
+    assert "mine:stuck on 2 ranks: refuted" in result.out
+
+
+def test_several_are_proved_one_by_one_and_what_the_function_prints_stays_out_of_the_report(run):
+    result = run("prove", "mine:several", "mine:one", "--json")
+    assert result.code == 0
+    told = [json.loads(line) for line in result.out.splitlines()]
+    assert [(one["source"], one["schedule"]) for one in told] == [
+        ("mine:several[0]", "zb1p"),
+        ("mine:several[1]", "dualpipe"),
+        ("mine:one", "zb1p"),
+    ]
+    assert result.err == "on its way\n"
+
+
+def test_a_fault_in_one_does_not_keep_the_others_from_being_proved(run):
+    result = run("prove", "mine:crash", "mine:one", "--json")
+    assert result.code == 2
+    assert [json.loads(line)["verdict"] for line in result.out.splitlines()] == ["bad input", "proved"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("mime:one", "there is no module mime; did you mean mine?"),
+        ("nowhere.at_all:one", "there is no module nowhere; correct the name"),
+        ("mine:on", "mine has no on; did you mean one?"),
+        ("mine:Family.membre", "Family has no membre; did you mean member?"),
+        ("mine:VALUE", "mine:VALUE is of type Schedule; return it from a function"),
+        ("mine:sized", "mine:sized needs ranks; give -P"),
+        ("mine:needs", "mine:needs needs stages; give it a default"),
+        ("mine:crash", "mine:crash raised ZeroDivisionError: division by zero"),
+        ("mine:leaves", "mine:leaves raised SystemExit: 0"),
+        ("mine:odd", "raised SizeError: dualpipe needs an even number of ranks, 2 or more: got 3; use 4"),
+        ("mine:number", "mine:number is of type int"),
+        ("mine:mapping", "mine:mapping is of type dict"),
+        ("mine:mixed", "mine:mixed[1] is of type NoneType"),
+        ("mine:nothing", "mine:nothing returned none"),
+        ("mine:for_ever", f"at most {entrypoint.MOST} schedules"),
+        ("mine:no_text", "mine:no_text:2:14: found '0X0>'; expected an op"),
+        ("mine:several", "this command takes one schedule: mine:several returns 2"),
+        ("broken:one", "importing broken raised LookupError: not today"),
+        ("needy:one", "importing needy raised ModuleNotFoundError: No module named 'a_module_that_nobody_has'"),
+    ],
+)
+def test_faults_are_told_in_one_line_with_exit_code_2(run, name, told):
+    result = run("show", name)
+    assert (result.code, result.out) == (2, "")
+    assert told in result.err
+    assert "Traceback" not in result.err
+
+
+def test_an_error_says_where_it_was_raised(run, tmp_path):
+    line = MODULE.splitlines().index("    return 1 / 0") + 1
+    assert f"({tmp_path / 'mine.py'}:{line})" in run("show", "mine:crash").err
+
+
+def test_a_file_of_that_name_comes_first(run, tmp_path):
+    (tmp_path / "mine:one").write_text("lane > 0\nrank 0: 0F0> 0B0>+0W0>\n")
+    assert run("show", "mine:one").out == (tmp_path / "mine:one").read_text()

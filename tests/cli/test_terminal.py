@@ -1,0 +1,119 @@
+"""A terminal gets colours and a bar, a pipe gets neither, and Ctrl-C ends everything at once."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.terminal import COMMAND, cpu_seconds, interrupted, members, on_a_terminal, quiet
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads /proc; would show that no process outlives Ctrl-C"
+)
+COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-8]|9[0-7])[0-9;]*m")
+ESCAPE = "\x1b"
+
+
+def piped(*arguments, **environment):
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        env=quiet() | environment,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_is_coloured_on_a_terminal_unless_NO_COLOR_says_no():  # noqa: N802 # the variable's name
+    assert COLOUR.search(on_a_terminal("prove", "--help").out)
+    assert not COLOUR.search(on_a_terminal("prove", "--help", NO_COLOR="1").out)
+
+
+def test_nothing_that_is_piped_has_escapes():
+    for arguments in (["--help"], ["show", "-P", "2"], ["prove", "-P", "2"], ["prove", "--optimal", "-P", "2"]):
+        done = piped(*arguments)
+        assert done.returncode == 0
+        assert done.stdout
+        assert ESCAPE not in done.stdout + done.stderr
+        assert done.stderr == ""
+
+
+def test_proving_shows_how_far_it_has_come_on_a_terminal_and_takes_it_away_again():
+    done = on_a_terminal("prove", "-P", 4, "-M", 8)
+    assert done.code == 0
+    assert "dualpipe: deadlock, eager" in done.out
+    assert "3/8" in done.out
+    shown, _, left = done.out.rpartition("\x1b[2K")  # the bar's line is erased
+    assert "7/8" in shown
+    assert left.startswith("dualpipe on 4 ranks: proved\r\n")
+
+
+def test_the_report_goes_to_standard_output_although_the_bar_is_on_the_terminal(tmp_path):
+    with open(tmp_path / "report.txt", "w") as file:
+        done = on_a_terminal("prove", "-P", 2, stdout=file)
+    assert (tmp_path / "report.txt").read_text().startswith("dualpipe on 2 ranks: proved\n")
+    assert "7/8" in done.out
+    assert "proved" not in done.out
+
+
+def test_a_verification_shows_a_bar_for_each_party_on_a_terminal_alone(run):
+    arguments = ("verify", "-P", "2", "-M", "4", "--steps", "1")
+    shown = on_a_terminal(*arguments)
+    assert shown.code == 0
+    assert "fake ranks" in shown.out
+    assert "1/1" in shown.out
+    done = run(*arguments)
+    assert done.err == ""
+    assert ESCAPE not in done.out
+
+
+def test_ctrl_c_at_a_fork_is_not_lost():
+    """Python drops an exception that is raised in a hook of a fork, and torch and logging have such hooks."""
+    code = """
+import os, signal, time
+from reference.launch import launch
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+try:
+    launch(2, lambda context: time.sleep(20), backend=None)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+@pytest.mark.parametrize(
+    ("processes", "steps", "group"),
+    [(3, 500, True), (3, 500, False), (5, 1, True)],
+    ids=["oracle and fake ranks, as a terminal does", "the same, the parent alone", "four ranks"],
+)
+def test_ctrl_c_during_a_verification_ends_every_process_with_130_and_without_a_word(processes, steps, group):
+    sessions = []
+
+    def all_run(pid):
+        sessions[:] = [pid]
+        return len(members(pid)) >= processes
+
+    ended = interrupted("verify", "-P", 4, "-M", 8, "--steps", steps, when=all_run, group=group)
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.seconds < 10
+    assert members(sessions[0]) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--optimal", "-P", 8, "-M", 16), ("--all-sizes",)], ids=["one long question", "many questions"]
+)
+def test_ctrl_c_while_a_solver_works_is_130_and_no_verdict(arguments):
+    ended = interrupted("prove", *arguments, when=lambda pid: cpu_seconds(pid) > 2.5)
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.seconds < 10
+
+
+def test_ctrl_c_on_a_terminal_leaves_no_bar_and_gives_the_cursor_back():
+    ended = on_a_terminal("prove", "--optimal", "-P", 8, "-M", 16, interrupt_at="the least makespan")
+    assert ended.code == 130
+    assert ended.seconds < 10
+    assert "Traceback" not in ended.out
+    assert ended.out.rindex("\x1b[?25h") > ended.out.rindex("\x1b[?25l")

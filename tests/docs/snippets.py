@@ -1,0 +1,260 @@
+"""Runs what a Markdown file tells its reader to type.
+
+====================  ==============================================================================================
+a fenced block        what becomes of it
+====================  ==============================================================================================
+``console``           lines that begin with ``$ `` are commands; what follows each is its output, compared with ``...``
+                      for anything and any run of blanks for one; no output there, nothing compared
+``bash``, ``sh``      every line is a command; ``#`` begins a comment
+``python``            run, in one namespace for the whole file
+``text``, indented    for reading; a line in it that looks like a command or an import is a fault
+====================  ==============================================================================================
+
+All commands of a file run in one empty folder.  A comment right before a block says more about it::
+
+    <!-- not run: it needs eight GPUs -->      the reason is listed by the test
+    <!-- long: proves every size -->           run with the long tests only
+    <!-- file: mine.py -->                     written to that file instead
+    <!-- given: a.csv from tests/a.csv -->     copied from the project before the block is run
+    <!-- exit code: 1 -->                      of the block's last command; 0 where nothing is said
+
+``make TARGET`` is not run, since CI runs the targets; that the target exists is checked.  A block in any other
+language needs one of these comments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+from markdown_it import MarkdownIt
+
+from dualpipe.cli import main
+
+ROOT = Path(__file__).parent.parent.parent
+TIMEOUT = 120.0
+_COMMENT = re.compile(r"\s*<!-- (not run|long|file|given|exit code): (.+?) -->\s*")
+_LIKE_A_COMMAND = re.compile(
+    r"^\s*(\$ |dualpipe (-|[a-z]+ [-./\w])|python3? (-m |\S+\.py)|torchrun |pip install |from \S+ import )", re.M
+)
+_SHELL = re.compile(r"[|;&<`]|\$\(|>>")
+
+
+class SnippetError(AssertionError):
+    """A block that does not do what the document says."""
+
+    def __init__(self, block: Block, complaint: str) -> None:
+        super().__init__(f"{block.source}:{block.line}: {complaint}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code.  ``line`` counts from 1; ``notes`` are the comments before it, by their first words."""
+
+    source: str
+    line: int
+    language: str
+    text: str
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line to type, and the output that is shown under it, if any."""
+
+    line: str
+    shown: str = ""
+
+
+def blocks_of(markdown: str, source: str) -> list[Block]:
+    """The blocks of code of a document, in order.  Raises ``SnippetError`` for a comment that no block follows."""
+    found, notes = [], {}
+    for token in MarkdownIt("commonmark").parse(markdown):
+        line = token.map[0] + 1 if token.map else 0
+        comments = list(_COMMENT.finditer(token.content)) if token.type == "html_block" else []
+        if comments:
+            notes |= {comment.group(1): comment.group(2) for comment in comments}
+        elif token.type in ("fence", "code_block"):
+            language = token.info.strip() if token.type == "fence" else "text"
+            found.append(Block(source, line, language, token.content, notes))
+            notes = {}
+        elif notes:
+            raise SnippetError(Block(source, line, "", ""), f"a comment on a block, and no block after it: {notes}")
+    if notes:
+        raise SnippetError(Block(source, 0, "", ""), f"a comment on a block, and no block after it: {notes}")
+    return found
+
+
+def commands_of(block: Block) -> list[Command]:
+    """The commands of a console or bash block."""
+    if block.language != "console":
+        lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in block.text.replace("\\\n", " ").splitlines())
+        return [Command(line) for line in lines if line]
+    parts = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
+    if parts[0].strip():
+        raise SnippetError(block, f"output before the first command: {parts[0].strip()!r}")
+    split = (part.replace("\\\n", " ").partition("\n") for part in parts[1:])
+    return [Command(re.sub(r"\s#\s.*", "", line).strip(), shown) for line, _, shown in split]
+
+
+def unlike(shown: str, printed: str) -> bool:
+    """Whether an output is another than the one shown, in which ``...`` stands for anything."""
+    pieces = [r"\s+".join(map(re.escape, piece.split())) for piece in shown.strip().split("...")]
+    return re.fullmatch(r"[\s\S]*".join(rf"\s*{piece}\s*" for piece in pieces), printed.strip()) is None
+
+
+class Document:
+    """The blocks of one document, run in order in a folder."""
+
+    def __init__(self, path: Path, folder: Path, root: Path = ROOT) -> None:
+        self.source = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+        self.blocks = blocks_of(path.read_text(), self.source)
+        self.folder, self.root = folder, root
+        self.namespace: dict[str, object] = {"__name__": "__main__"}
+
+    @property
+    def long(self) -> bool:
+        return any("long" in block.notes for block in self.blocks)
+
+    def not_run(self) -> Iterator[tuple[Block, str]]:
+        """The blocks and commands that stay untried, with the reason."""
+        for block in self.blocks:
+            if "not run" in block.notes:
+                yield block, block.notes["not run"]
+            elif block.language in ("console", "bash", "sh") and "file" not in block.notes:
+                for command in commands_of(block):
+                    if command.line.startswith("make "):
+                        yield block, f"`{command.line}`: CI runs the targets"
+
+    def run(self, long: bool) -> int:
+        """Run the blocks, and the long ones if asked to; how many were run.  Raises ``SnippetError``."""
+        with contextlib.chdir(self.folder), mock.patch.object(sys, "path", [str(self.folder), *sys.path]):
+            before = set(sys.modules)
+            try:
+                return sum(self.run_block(block) for block in self.blocks if long or "long" not in block.notes)
+            finally:
+                self._forget(set(sys.modules) - before)
+
+    def run_block(self, block: Block) -> bool:
+        """Run one block; whether there was anything to run."""
+        if "not run" in block.notes:
+            return False
+        if "file" in block.notes:
+            self.path(block).write_text(block.text)
+            return False
+        if "given" in block.notes:
+            name, _, origin = block.notes["given"].partition(" from ")
+            (self.folder / name).write_bytes((self.root / origin).read_bytes())
+        match block.language:
+            case "console" | "bash" | "sh":
+                commands = commands_of(block)
+                for command in commands:
+                    expected = int(block.notes.get("exit code", 0)) if command is commands[-1] else 0
+                    self.run_command(block, command, expected)
+            case "python":
+                self.run_python(block)
+            case "text":
+                if found := _LIKE_A_COMMAND.search(block.text):
+                    raise SnippetError(block, f"{found.group().strip()!r} looks like a command; make the block console")
+                return False
+            case other:
+                raise SnippetError(block, f"a block in {other or 'no language'}: say what it is, or why it is not run")
+        return True
+
+    def path(self, block: Block) -> Path:
+        path = self.folder / block.notes["file"]
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise SnippetError(block, f"{path} is not in the document's folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def run_command(self, block: Block, command: Command, expected: int) -> None:
+        words = shlex.split(command.line, comments=True)
+        if words[0] == "make":
+            targets = re.findall(r"^([a-z-]+):", (self.root / "Makefile").read_text(), re.M)
+            if missing := [word for word in words[1:] if "=" not in word and word not in targets]:
+                raise SnippetError(block, f"there is no target {missing[0]}")
+            return
+        if words[0] == "dualpipe" and not _SHELL.search(command.line):
+            code, printed = self._in_process(words[1:])
+        else:
+            code, printed = self._in_a_shell(command.line)
+        if code != expected:
+            raise SnippetError(block, f"`{command.line}` ended with {code}, not {expected}:\n{printed}")
+        if command.shown.strip() and unlike(command.shown, printed):
+            raise SnippetError(block, f"`{command.line}` is shown with\n{command.shown}\nand printed\n{printed}")
+
+    def _in_process(self, arguments: list[str]) -> tuple[int, str]:
+        """The console script called here, which saves seconds of imports; ``> FILE`` is understood."""
+        target = None
+        if ">" in arguments[-2:-1]:
+            arguments, target = arguments[:-2], arguments[-1]
+        out, both = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.object(sys, "argv", ["dualpipe", *arguments]),
+            mock.patch.dict(os.environ, {"COLUMNS": "120"}),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(both if target is None else out),
+            contextlib.redirect_stderr(both),
+        ):
+            warnings.simplefilter("ignore")  # a reader's command is not stopped by the warnings of other packages
+            try:
+                main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+        if target is not None:
+            (self.folder / target).write_text(out.getvalue())
+        return code, both.getvalue()
+
+    def _in_a_shell(self, line: str) -> tuple[int, str]:
+        """Any other command, by bash, with this interpreter first on the path and the root's packages importable."""
+        shims = self.folder / ".bin"
+        shims.mkdir(exist_ok=True)
+        for name, arguments in {"dualpipe": "-m dualpipe.cli", "python": "", "pytest": "-m pytest"}.items():
+            (shims / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
+            (shims / name).chmod(0o755)
+        environment = os.environ | {
+            "PATH": f"{shims}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{self.root}:{os.environ.get('PYTHONPATH', '')}",
+        }
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def run_python(self, block: Block) -> None:
+        code = "\n" * block.line + block.text  # errors then name the document's own lines
+        try:
+            exec(compile(code, block.source, "exec"), self.namespace)
+        except Exception:
+            raise SnippetError(block, f"the snippet raised\n{traceback.format_exc()}") from None
+
+    def _forget(self, modules: set[str]) -> None:
+        """Take modules of the folder out of the interpreter, so that the next document finds its own."""
+        for name in modules:
+            origin = getattr(sys.modules[name], "__file__", None) or ""
+            if Path(origin).is_relative_to(self.folder):
+                del sys.modules[name]
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """README.md and everything in docs/."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]

@@ -1,0 +1,30 @@
+"""Everything that README.md and docs/ tell a reader to type is typed."""
+
+import pytest
+
+from tests.docs.snippets import ROOT, Document, documents
+
+PAGES = documents()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_the_document_says_happens(path, tmp_path):
+    Document(path, tmp_path).run(long=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_long_parts_too(path, tmp_path):
+    document = Document(path, tmp_path)
+    if document.long:
+        document.run(long=True)
+
+
+def test_what_is_not_run_has_a_reason_and_is_listed(tmp_path, capsys):
+    listed = [(block, reason) for path in PAGES for block, reason in Document(path, tmp_path).not_run()]
+    with capsys.disabled():
+        print(f"\n{len(listed)} snippets of the documentation are not run:")
+        for block, reason in listed:
+            print(f"  {block.source}:{block.line}: {reason}")
+    for block, reason in listed:
+        assert len(reason.split()) >= 3, f"{block.source}:{block.line}: {reason!r} is no reason"

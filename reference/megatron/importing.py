@@ -15,6 +15,7 @@ _MODULES = (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.moe.moe_layer",
+    "torch.utils.serialization.config",
 )
 """What training a GPT imports; a process that forks ranks imports them once for all."""
 

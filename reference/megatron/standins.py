@@ -12,6 +12,7 @@ state of the GPU's random generator        the CPU generator's, kept apart in th
 ``Tensor.type()`` compared with a string   a CPU tensor calls itself ``torch.cuda...``
 ``moe_utils.te_general_gemm``              ``None``, which Megatron tests for but never sets
 layer norms under sequence parallelism     PyTorch's, marked for the all-reduce as Apex's are
+small functions under ``torch.compile``    run as they are: no compiler is needed, and no seconds in each rank
 =========================================  ==================================================================
 """
 
@@ -60,10 +61,13 @@ def install_cpu_standins() -> None:
     _replace(random.CudaRNGStatesTracker, "fork", _fork_state)
     _replace(moe_utils, "te_general_gemm", None)
     _replace(WrappedTorchNorm, "__new__", _norm_for_sequence_parallel(WrappedTorchNorm.__new__))
+    torch.compiler.set_stance("force_eager")
 
 
 def remove_cpu_standins() -> None:
     """Undo ``install_cpu_standins``."""
+    if _installed:
+        torch.compiler.set_stance("default")
     while _installed:
         owner, name, before = _installed.pop()
         if before is _ABSENT:

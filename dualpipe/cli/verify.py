@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.options import Dtype, Json, Microbatches, Named, One, Ranks, choose, find_schedule
 
+_MEGATRON = "Megatron (--model gpt or moe)"
+
+
+class Model(StrEnum):
+    """What is trained."""
+
+    lm = "lm"
+    gpt = "gpt"
+    moe = "moe"
+
+
+def _flag(name: str, told: str) -> Any:
+    return typer.Option(name, help=told, rich_help_panel=_MEGATRON)
+
 
 @app.command(epilog=examples("dualpipe verify -P 8 -M 20 --dtype bf16", "dualpipe verify mine.txt --steps 1"))
 def verify(
     positional: One = None,
+    model: Annotated[
+        Model, typer.Option(help="lm: a small language model; gpt, moe: Megatron's, against Megatron's own 1F1B.")
+    ] = Model.lm,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
@@ -35,9 +53,23 @@ def verify(
             help="Write what the processes did when, beside the simulation, for ui.perfetto.dev: file or folder."
         ),
     ] = None,
+    dp: Annotated[int, _flag("--dp", "Data parallel pipelines of DualPipe; 1F1B runs twice as many.")] = 1,
+    tp: Annotated[int, _flag("--tp", "Tensor parallel ranks.")] = 1,
+    sequence_parallel: Annotated[bool, _flag("--sequence-parallel", "Split norms and dropout, too.")] = False,
+    overlap_grad_reduce: Annotated[bool, _flag("--overlap-grad-reduce", "Reduce gradients as they appear.")] = False,
+    distributed_optimizer: Annotated[bool, _flag("--distributed-optimizer", "Shard the optimizer's state.")] = False,
+    recompute: Annotated[bool, _flag("--recompute", "Recompute every layer in the backward.")] = False,
+    per_token_loss: Annotated[bool, _flag("--per-token-loss", "Normalise by tokens, not by microbatches.")] = False,
+    dropout: Annotated[float, _flag("--dropout", "Probability of dropout.")] = 0.0,
+    clip: Annotated[
+        float | None, _flag("--clip", "Norm to clip gradients to; 0: none.  [default: clips at every step]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a small language model on real processes and on fake ranks; compare with plain PyTorch, bit by bit.
+    """Train on real processes and on fake ranks; compare with plain PyTorch, bit by bit.
+
+    With --model gpt or moe: train a Megatron model with the drop-in, and compare with Megatron's own 1F1B and plain
+    PyTorch.
 
     Exit codes:
     0: every loss, gradient and weight is equal
@@ -45,7 +77,26 @@ def verify(
     2: bad input
     3: the oracle itself failed, so nothing can be said
     """
-    value = find_schedule(choose(positional, schedule), ranks, microbatches)
+    chosen = choose(positional, schedule)
+    small = {f"the schedule {chosen}": chosen != "dualpipe", "--transport": transport != "direct"}
+    small |= {"--device": device != "cpu", "--blocking": blocking, "--trace": trace}
+    large: dict[str, Any] = {
+        "sequence_parallel": sequence_parallel,
+        "overlap_grad_reduce": overlap_grad_reduce,
+        "distributed_optimizer": distributed_optimizer,
+        "recompute": recompute,
+        "per_token_loss": per_token_loss,
+        "dropout": dropout,
+    }
+    if model is not Model.lm:
+        _refuse(small, f"--model {model} runs DualPipe on Megatron's model and nothing else", "leave it out")
+        sizes = {"pp": ranks or 4, "dp": dp, "tp": tp, "microbatches": microbatches}
+        training = {"dtype": dtype.value, "clip": clip, "steps": steps, "seed": seed, "timeout": timeout}
+        raise typer.Exit(_verify_megatron(model, as_json, **sizes, **large, **training))
+    given = {f"--{name.replace('_', '-')}": value for name, value in large.items()}
+    given |= {"--dp": dp != 1, "--tp": tp != 1, "--clip": clip is not None}
+    _refuse(given, "a small language model has no such option", "add --model gpt or --model moe")
+    value = find_schedule(chosen, ranks, microbatches)
     from reference.verify import make_case
     from reference.verify import verify as run
     from reference.watch import tell, watch
@@ -62,3 +113,25 @@ def verify(
 
         typer.echo(write_trace(report, trace), err=True)
     raise typer.Exit(report.exit_code)
+
+
+def _refuse(options: dict[str, Any], rule: str, remedy: str) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise RuleError(rule, f"got {', '.join(given)}", remedy)
+
+
+def _verify_megatron(model: Model, as_json: bool, **options: Any) -> int:
+    from reference.megatron.case import Case
+    from reference.megatron.case import Model as MegatronModel
+    from reference.megatron.verify import verify as run
+    from reference.megatron.watch import tell, watch
+
+    case = Case(MegatronModel(model.value), **options)
+    with watch(case, quiet=as_json) as on_progress:
+        report = run(case, on_progress)
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+    else:
+        tell(report)
+    return report.exit_code

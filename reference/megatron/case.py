@@ -29,7 +29,7 @@ class Case:
     pipeline, half of them for each lane.  A lane is a data-parallel replica, so that the truth, Megatron's 1F1B, has
     2 x ``dp`` replicas of ``microbatches`` / 2 each.  ``clip`` is the norm to which gradients are clipped, 0 for not at
     all; by default small enough to clip at every step, or 0 under the distributed optimizer.  ``timeout``: the
-    seconds after which a party is ended.
+    seconds after which a wait is a hang.
     """
 
     model: Model = Model.GPT
@@ -47,7 +47,7 @@ class Case:
     per_token_loss: bool = False
     steps: int = 3
     seed: int = 1234
-    timeout: float = 120.0
+    timeout: float = 60.0
 
     hidden = 32
     heads = 4
@@ -99,7 +99,7 @@ class Case:
                 f"got a clipping norm of {self.clip}",
                 "use 0; the norm itself is compared",
             ),
-            ("a timeout is a number of seconds", 0 < self.timeout < 1e6, f"got {self.timeout}", "use 120"),
+            ("a timeout is a number of seconds", 0 < self.timeout < 1e6, f"got {self.timeout}", "use 60"),
         ]
 
     @cached_property

@@ -42,7 +42,7 @@ def run_rank(
     def provider(pre_process: bool, post_process: bool, pg_collection: Any) -> GPTModel:
         return build_gpt(case, config, pre_process, post_process, pg_collection)
 
-    model = build_dualpipe_model(provider, ddp_config(case), timeout=case.timeout / 4)
+    model = build_dualpipe_model(provider, ddp_config(case), timeout=case.timeout)
     optimizer = build_dualpipe_optimizer(optimizer_config(case), model)
     places = [
         Place(data.replica_of(case, 0 if lane is UP else 1, pipeline), stage, tp) for lane, stage in lanes_of(model)

@@ -6,6 +6,7 @@ oracle                                 knows no schedule at all
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,23 @@ def test_fake_ranks_share_the_schedule_value_with_production_and_nothing_else():
     for name in ("fake", "fault", "ledger", "mailbox", "rank", "replica"):
         modules = {m for m in imports(ROOT / "reference" / f"{name}.py") if m.startswith("dualpipe")}
         assert {".".join(m.split(".")[:2]) for m in modules} <= allowed
+
+
+def test_of_the_court_on_megatron_only_the_party_production_knows_the_drop_in():
+    allowed = {"dualpipe.errors", "dualpipe.errors.RuleError", "dualpipe.errors.UndecidedError"}
+    for path in files("reference/megatron"):
+        if path.name != "production.py":
+            assert {module for module in imports(path) if module.startswith(("dualpipe", "proofs"))} <= allowed, path
+
+
+def test_the_oracle_on_megatron_sees_neither_other_party_nor_megatrons_schedules():
+    others = ("production", "training", "truth", "verify", "comparison")
+    for name in ("plain", "reduction"):
+        found = imports(ROOT / "reference" / "megatron" / f"{name}.py")
+        assert not {module for module in found for other in others if f"reference.megatron.{other}" in module}
+        assert not {
+            module for module in found if re.match(r"megatron\.core\.(pipeline_parallel|distributed|optim)", module)
+        }
 
 
 def test_proofs_read_the_schedule_and_never_the_simulator_or_the_runtime():

@@ -104,8 +104,8 @@ class Case:
 
     @cached_property
     def count(self) -> int:
-        """Microbatches of a pipeline: as asked for, or 2 x ``pp`` + 2, so that the middle of the schedule repeats."""
-        return 2 * self.pp + 2 if self.microbatches is None else self.microbatches
+        """Microbatches of a pipeline: as asked for, or 2 x ``pp``, the fewest."""
+        return 2 * self.pp if self.microbatches is None else self.microbatches
 
     @property
     def clip_norm(self) -> float:

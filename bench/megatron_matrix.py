@@ -1,0 +1,70 @@
+"""The matrix of verifications on Megatron: every option against a base, and what may disturb each other; a line each.
+
+``--cells WORDS`` runs the cells whose name has every one of the comma-separated words, such as ``pp4,moe``.  Exit
+code 1 if any differs.
+"""
+
+import argparse
+import sys
+import time
+
+from reference.megatron.case import Case, Model
+from reference.megatron.comparison import tensors_compared
+from reference.megatron.verify import verify
+
+SIZES = {"pp2": {"pp": 2}, "pp4": {"pp": 4}, "pp2 dp2": {"pp": 2, "dp": 2}, "pp4 dp2": {"pp": 4, "dp": 2}}
+SIZES |= {"pp2 tp2": {"pp": 2, "tp": 2}, "pp2 tp2 sp": {"pp": 2, "tp": 2, "sequence_parallel": True}}
+OPTIONS = {
+    "": {},
+    "overlap": {"overlap_grad_reduce": True},
+    "distopt": {"distributed_optimizer": True},
+    "recompute": {"recompute": True},
+    "bf16": {"dtype": "bf16"},
+    "all": {"overlap_grad_reduce": True, "distributed_optimizer": True, "recompute": True, "dtype": "bf16"},
+}
+MORE = {
+    "gpt pp2 no clipping": Case(clip=0),
+    "gpt pp4 12 microbatches": Case(pp=4, microbatches=12),
+    "gpt pp2 dropout": Case(dropout=0.1),
+    "gpt pp4 dropout recompute": Case(pp=4, dropout=0.1, recompute=True),
+    "gpt pp2 tp2 sp dropout": Case(tp=2, sequence_parallel=True, dropout=0.1),
+    "gpt pp2 per token": Case(per_token_loss=True),
+    "gpt pp4 dp2 per token": Case(pp=4, dp=2, per_token_loss=True),
+    "moe pp2 per token": Case(Model.MOE, per_token_loss=True),
+    "gpt pp2 tp2 sp dp2 all": Case(dp=2, tp=2, sequence_parallel=True, **OPTIONS["all"]),
+    "gpt pp6": Case(pp=6),
+}
+
+
+def cells() -> dict[str, Case]:
+    """Every cell by its name.  Experts under tensor parallelism need sequence parallelism: no ``moe tp2`` alone."""
+    found = {}
+    for model in Model:
+        for size, layout in SIZES.items():
+            if model is Model.MOE and size == "pp2 tp2":
+                continue
+            for option, settings in OPTIONS.items():
+                found[f"{model} {size} {option}".strip()] = Case(model, **layout, **settings)
+    return found | MORE
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cells", default="", help="comma-separated words that a cell's name has; all by default")
+    words = [word for word in parser.parse_args().cells.split(",") if word]
+    chosen = {name: case for name, case in cells().items() if all(word in name.split() for word in words)}
+    unequal, started = 0, time.monotonic()
+    for name, case in chosen.items():
+        report = verify(case)
+        unequal += not report.equal
+        told = "  ".join(f"{party.name} {party.verdict}" for party in report.parties)
+        print(f"{name:26} {told:34} {tensors_compared(report.truth):6} tensors  {report.seconds:5.1f} s", flush=True)
+        for party in report.parties:
+            for trouble in [*party.failures, *party.differences][:2]:
+                print(f"    {party.name}: {trouble}")
+    print(f"{len(chosen)} cells, {unequal} not equal, {time.monotonic() - started:.0f} s")
+    return 1 if unequal or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

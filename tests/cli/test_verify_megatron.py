@@ -1,0 +1,41 @@
+"""``dualpipe verify --model gpt``: equal as text and as JSON, and options that do not go together."""
+
+import json
+
+import pytest
+
+
+def test_an_equal_run_prints_a_row_per_stage_and_exits_with_0(run):
+    result = run("verify", "--model", "gpt", "-P", 2, "--steps", 2)
+    assert result.code == 0
+    assert "DualPipe: 1 x 4 microbatches on 2 ranks; Megatron's 1F1B: 2 x 2 on 4" in result.out
+    rows = [line.split() for line in result.out.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert all(row[-2:] == ["equal", "equal"] for row in rows)
+    assert "are bitwise those of Megatron's 1F1B" in result.out
+
+
+def test_an_equal_run_in_json(run):
+    told = json.loads(run("verify", "--model", "moe", "-P", 2, "--steps", 2, "--dtype", "bf16", "--json").out)
+    assert told["verdict"] == "equal"
+    assert told["losses"][0] > told["losses"][1]
+    assert told["parties"].keys() == {"DualPipe", "plain PyTorch"}
+    assert told["tensors"] > 200
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--tp", 2], "no such option: got --tp; add --model gpt"),
+        (["--recompute", "--clip", 1], "got --recompute, --clip"),
+        (["--model", "gpt", "--schedule", "1f1b"], "got --schedule; leave it out"),
+        (["--model", "moe", "some.txt"], "got a file; leave it out"),
+        (["--model", "gpt", "--dtype", "fp64"], "fp32 or bf16: got fp64"),
+        (["--model", "gpt", "-P", 3], "an even number of ranks: got 3"),
+        (["--model", "gpt", "--distributed-optimizer", "--clip", 1], "added up in another order"),
+    ],
+)
+def test_options_that_do_not_go_together(run, options, told):
+    result = run("verify", *options)
+    assert (result.code, result.out) == (2, "")
+    assert told in result.err

@@ -1,0 +1,87 @@
+"""The drop-in and the single-process oracle are bitwise Megatron's own 1F1B; a faulty party is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dualpipe.errors import UndecidedError
+from reference.megatron import production, truth
+from reference.megatron.case import Case, Model
+from reference.megatron.verify import ORACLE, PRODUCTION, verify
+
+SAMPLE = {
+    "gpt": Case(),
+    "four stages, two pipelines": Case(pp=4, dp=2, steps=2, per_token_loss=True),
+    "moe, bf16, overlapped": Case(Model.MOE, dtype="bf16", overlap_grad_reduce=True, steps=2),
+    "distributed optimizer": Case(pp=4, distributed_optimizer=True, overlap_grad_reduce=True, steps=2),
+    "dropout, recompute": Case(dropout=0.1, recompute=True, steps=2),
+    "moe, tensor and sequence parallel": Case(Model.MOE, tp=2, sequence_parallel=True, steps=2),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLE.values(), ids=SAMPLE.keys())
+def test_equal(case):
+    report = verify(case)
+    assert report.complaints == ()
+    assert {party.name: (party.failures, party.differences) for party in report.parties} == (
+        {PRODUCTION: ((), ())} | ({ORACLE: ((), ())} if case.tp == 1 else {})
+    )
+    assert report.losses[-1] < report.losses[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", Model)
+def test_equal_with_everything_at_once(model):
+    case = Case(model, 4, 2, overlap_grad_reduce=True, distributed_optimizer=True, recompute=True, dtype="bf16")
+    assert verify(case).equal
+
+
+def test_one_gradient_off_by_one_unit_on_one_rank_is_told_and_so_is_what_follows():
+    def faulty(case, context):
+        def step(**keywords):
+            losses = production.forward_backward_dualpipe(**keywords)
+            if context.rank == 1:
+                gradient = next(keywords["model"][1].module.decoder.layers[0].mlp.linear_fc2.parameters()).main_grad
+                gradient.view(-1)[0] = torch.nextafter(gradient.view(-1)[0], torch.tensor(9.0))
+            return losses
+
+        return production.run_rank(case, context, step)
+
+    report = verify(Case(steps=1), production_body=faulty)
+    assert report.exit_code == 1
+    wrong, oracle = report.parties
+    assert str(wrong.differences[0]) == (
+        "step 0, stage 1: gradient of decoder.layers.0.mlp.linear_fc2.weight (replica 0, tensor rank 0) differs, "
+        "by up to 1 units in the last place"
+    )
+    assert oracle.equal
+
+
+def test_a_loss_that_does_not_reach_the_last_rank_is_told():
+    def faulty(case, context):
+        def step(**keywords):
+            return production.forward_backward_dualpipe(**keywords)[1:]
+
+        return production.run_rank(case, context, step)
+
+    told = [str(d) for d in verify(Case(steps=1), production_body=faulty).parties[0].differences]
+    assert told == ["step 0, stage 1: loss of microbatch 0 of replica 0 is missing"]
+
+
+def test_a_party_that_fails_is_told_with_its_error():
+    def faulty(case, context):
+        raise ValueError("a fault that was planted")
+
+    report = verify(Case(steps=1), production_body=faulty)
+    assert report.as_json()["parties"][PRODUCTION]["verdict"] == "failed"
+    assert str(report.parties[0].failures[0]).endswith("ValueError: a fault that was planted")
+
+
+def test_where_megatron_itself_fails_nothing_can_be_said(monkeypatch):
+    def broken(case, context):
+        raise ValueError("no truth today")
+
+    monkeypatch.setattr(truth, "run_rank", broken)
+    with pytest.raises(UndecidedError, match="no truth today"):
+        verify(Case(steps=1))

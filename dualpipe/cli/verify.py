@@ -90,7 +90,8 @@ def verify(
     }
     if model is not Model.lm:
         _refuse(small, f"--model {model} runs DualPipe on Megatron's model and nothing else", "leave it out")
-        sizes = {"pp": ranks or 4, "dp": dp, "tp": tp, "microbatches": microbatches}
+        pp = 4 if ranks is None else ranks
+        sizes = {"pp": pp, "dp": dp, "tp": tp, "microbatches": 2 * pp if microbatches is None else microbatches}
         training = {"dtype": dtype.value, "clip": clip, "steps": steps, "seed": seed, "timeout": timeout}
         raise typer.Exit(_verify_megatron(model, as_json, **sizes, **large, **training))
     given = {f"--{name.replace('_', '-')}": value for name, value in large.items()}

@@ -12,6 +12,7 @@ from dualpipe.errors import RuleError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CLIP = 0.1
+_SPARE = 60.0
 
 
 class Model(StrEnum):
@@ -102,10 +103,15 @@ class Case:
             ("a timeout is a number of seconds", 0 < self.timeout < 1e6, f"got {self.timeout}", "use 60"),
         ]
 
+    @property
+    def limit(self) -> float:
+        """Seconds after which a party that has not ended by itself is ended: time for its work and two hangs."""
+        return _SPARE + 2 * self.timeout
+
     @cached_property
     def count(self) -> int:
-        """Microbatches of a pipeline: as asked for, or 2 x ``pp``, the fewest."""
-        return 2 * self.pp if self.microbatches is None else self.microbatches
+        """Microbatches of a pipeline: as asked for, or 2 x ``pp`` + 2, so that the middle of the schedule repeats."""
+        return 2 * self.pp + 2 if self.microbatches is None else self.microbatches
 
     @property
     def clip_norm(self) -> float:

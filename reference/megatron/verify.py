@@ -17,8 +17,6 @@ from reference.megatron.trace import StepTrace, merge
 from reference.trace import Difference
 
 TRUTH, PRODUCTION, ORACLE = "1F1B", "DualPipe", "plain PyTorch"
-_SPARE = 60.0
-"""Seconds that a party has, beyond two waits that time out, before it is ended."""
 Body = Callable[[Case, Context], list[StepTrace]]
 Progress = Callable[[str, int, int], None]
 """Called with a party's name, the rank within it, and the steps it has finished."""
@@ -119,7 +117,7 @@ def verify(
     started = time.monotonic()
 
     def run(name: str, body: Body, ranks: int) -> tuple[list[StepTrace], tuple[Failure, ...], float]:
-        outcome = launch(ranks, partial(body, case), _SPARE + 2 * case.timeout, on_progress=partial(on_progress, name))
+        outcome = launch(ranks, partial(body, case), case.limit, on_progress=partial(on_progress, name))
         traces = [] if outcome.failures else merge(outcome.values())
         return traces, outcome.failures, outcome.seconds
 

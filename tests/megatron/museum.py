@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from reference.megatron.case import Case
 
-BASE = Case(pp=2, steps=2, timeout=40)
+BASE = Case(pp=2, steps=2, timeout=10)
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ FAULTS = [
         "one receive too many on a middle rank",
         one_receive_too_many_on_a_middle_rank,
         "StepError|DisagreementError",
-        replace(FOUR, timeout=12),
+        replace(FOUR, timeout=3),
     ),
     Fault(
         36,

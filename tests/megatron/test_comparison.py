@@ -15,7 +15,7 @@ from reference.megatron.case import Case
 from reference.megatron.comparison import differences, tensors_compared, vital_signs
 from reference.megatron.trace import Microbatch, Place, merge
 
-CASE = Case(steps=2, dtype="bf16")
+CASE = Case(steps=2, microbatches=4, dtype="bf16")
 SOME = Place(replica=1, stage=0, tp=0)
 
 
@@ -98,7 +98,7 @@ def test_a_norm_of_one_rank_in_the_last_digit(trace):
 
 
 def test_under_the_distributed_optimizer_a_norm_may_be_rounded_otherwise_and_no_more(trace):
-    sharded = Case(steps=2, dtype="bf16", distributed_optimizer=True)
+    sharded = Case(steps=2, microbatches=4, dtype="bf16", distributed_optimizer=True)
     for step in trace:
         step.norms = {place: norm * (1 + 2**-23) for place, norm in step.norms.items()}
     assert differences(sharded, recorded(), trace) == []

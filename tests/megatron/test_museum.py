@@ -17,7 +17,7 @@ from tests.megatron.museum import BASE, FAULTS
 
 @cache
 def the_truth(case):
-    return merge(launch(truth.ranks(case), lambda context: truth.run_rank(case, context), case.timeout).values())
+    return merge(launch(truth.ranks(case), lambda context: truth.run_rank(case, context), case.limit).values())
 
 
 def complaint(case, plant=lambda: None) -> str:
@@ -27,7 +27,7 @@ def complaint(case, plant=lambda: None) -> str:
         plant()
         return production.run_rank(case, context)
 
-    outcome = launch(production.ranks(case), body, case.timeout)
+    outcome = launch(production.ranks(case), body, case.limit)
     if outcome.failures:
         return str(outcome.failures[0])
     return next(map(str, differences(case, the_truth(case), merge(outcome.values()))), "")
@@ -55,7 +55,7 @@ def split_gradients(plant=lambda: None) -> set[int]:
         production.run_rank(BASE, context)
         return counts
 
-    return {count for rank in launch(production.ranks(BASE), body, BASE.timeout).values() for count in rank}
+    return {count for rank in launch(production.ranks(BASE), body, BASE.limit).values() for count in rank}
 
 
 def test_b_leaves_every_linear_layer_of_a_stage_to_w():

@@ -26,7 +26,7 @@ from reference.megatron.case import Case
 from reference.megatron.data import Batch
 from reference.megatron.training import forward_step
 
-CASE = Case(pp=2, steps=1, timeout=40)
+CASE = Case(pp=2, steps=1, timeout=10)
 
 
 def on_each_rank(body: Callable[..., Any], case: Case = CASE) -> list[Any]:
@@ -42,7 +42,7 @@ def on_each_rank(body: Callable[..., Any], case: Case = CASE) -> list[Any]:
         production.run_rank(case, context, instead)
         return found[0]
 
-    return launch(production.ranks(case), rank, case.timeout).values()
+    return launch(production.ranks(case), rank, case.limit).values()
 
 
 def numbers(returned: list[dict[str, torch.Tensor]]) -> list[tuple[int, int]]:
@@ -201,7 +201,7 @@ def refused(**changed: Any) -> list[str]:
             step(model=model, **keywords)
         return f"{type(caught.value).__name__}: {caught.value}"
 
-    return on_each_rank(body, replace(CASE, timeout=20))
+    return on_each_rank(body, replace(CASE, timeout=5))
 
 
 def test_too_few_or_odd_microbatches_are_refused_before_any_message():
@@ -229,7 +229,7 @@ def test_data_that_ends_early_names_microbatch_and_lane():
             step(model=model, data_iterator=iter(items), **keywords)
         return f"{type(caught.value).__name__}: {caught.value}"
 
-    told = on_each_rank(body, replace(CASE, timeout=12))
+    told = on_each_rank(body, replace(CASE, timeout=3))
     assert any("before microbatch 1 of lane <" in each for each in told), told
 
 

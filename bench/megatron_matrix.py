@@ -58,7 +58,9 @@ def main() -> int:
         report = verify(case)
         unequal += not report.equal
         told = "  ".join(f"{party.name} {party.verdict}" for party in report.parties)
-        print(f"{name:26} {told:34} {tensors_compared(report.truth):6} tensors  {report.seconds:5.1f} s", flush=True)
+        rounding = max(party.norm_difference for party in report.parties)
+        print(f"{name:26} {told:34} {tensors_compared(report.truth):6} tensors  {report.seconds:5.1f} s", end="")
+        print(f"  norm rounded by {rounding:.1g}" if rounding else "", flush=True)
         for party in report.parties:
             for trouble in [*party.failures, *party.differences][:2]:
                 print(f"    {party.name}: {trouble}")

@@ -27,6 +27,16 @@ def differences(
     return [d for step, (t, f) in steps for d in _of_step(case, step, t, f, kinds)]
 
 
+def norm_difference(truth: Sequence[StepTrace], found: Sequence[StepTrace]) -> float:
+    """The largest relative difference of a gradient norm from the truth's; 0 where all are equal."""
+    return max(
+        abs(norm - true) / true
+        for step, other in zip(truth, found, strict=True)
+        for true in step.norms.values()
+        for norm in other.norms.values()
+    )
+
+
 def tensors_compared(truth: Sequence[StepTrace]) -> int:
     """How many tensors a party is compared in."""
     return sum(

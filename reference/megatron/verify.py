@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dualpipe.errors import UndecidedError
 from reference.launch import Context, Failure, launch
 from reference.megatron import plain, production, truth
 from reference.megatron.case import Case
-from reference.megatron.comparison import KINDS, differences, mean_loss, tensors_compared, vital_signs
+from reference.megatron.comparison import KINDS, differences, mean_loss, norm_difference, tensors_compared, vital_signs
 from reference.megatron.trace import StepTrace, merge
 from reference.trace import Difference
 
@@ -24,11 +25,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Party:
-    """How one party came out: what differs from the truth, or how it failed to finish."""
+    """How one party came out: what differs from the truth, or how it failed to finish.
+
+    ``norm_difference``: by how much, relatively, its gradient norms differ at most.  Under the distributed optimizer
+    a norm may do so and still count as equal, see ``Case.norm_rounding``.
+    """
 
     name: str
     differences: tuple[Difference, ...]
     failures: tuple[Failure, ...]
+    norm_difference: float
     seconds: float
 
     @property
@@ -96,6 +102,7 @@ class Report:
                     "differences": len(party.differences),
                     "first_difference": str(party.differences[0]) if party.differences else None,
                     "failures": [str(failure) for failure in party.failures],
+                    "norm_difference": None if party.failures else party.norm_difference,
                     "seconds": round(party.seconds, 3),
                 }
                 for party in self.parties
@@ -128,7 +135,10 @@ def verify(
 
     def judge(name: str, body: Body, ranks: int, kinds: Sequence[str] = KINDS) -> Party:
         found, failures, seconds = run(name, body, ranks)
-        return Party(name, () if failures else tuple(differences(case, true, found, kinds)), failures, seconds)
+        if failures:
+            return Party(name, (), failures, math.nan, seconds)
+        told = tuple(differences(case, true, found, kinds))
+        return Party(name, told, (), norm_difference(true, found), seconds)
 
     parties = [judge(PRODUCTION, production_body, production.ranks(case))]
     if case.tp == 1:

@@ -53,8 +53,16 @@ def tell(report: Report, console: Console | None = None) -> None:
         console.print(f"nothing happened: {complaint}", style="red", markup=False, soft_wrap=True)
     for party in report.parties:
         _tell_party(console, party)
+        if party.norm_difference > 0:
+            console.print(
+                f"{party.name}: gradient norms differ by up to {party.norm_difference:.1g} of themselves; up to "
+                f"{report.case.norm_rounding:.1g} is rounding, as squares are added up in another order",
+                soft_wrap=True,
+            )
     if report.case.tp > 1:
-        console.print("plain PyTorch was not asked: the oracle is one process, without tensor parallelism")
+        console.print(
+            "plain PyTorch was not asked: the oracle is one process, without tensor parallelism", soft_wrap=True
+        )
     if report.equal:
         names = " and ".join(party.name for party in report.parties)
         console.print(

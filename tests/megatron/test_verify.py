@@ -28,6 +28,7 @@ def test_equal(case):
         {PRODUCTION: ((), ())} | ({ORACLE: ((), ())} if case.tp == 1 else {})
     )
     assert report.losses[-1] < report.losses[0]
+    assert all(party.norm_difference <= case.norm_rounding for party in report.parties)
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import typer
 
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.options import Dtype, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.errors import RuleError
 
 _MEGATRON = "Megatron (--model gpt or moe)"
 
@@ -27,7 +28,13 @@ def _flag(name: str, told: str) -> Any:
     return typer.Option(name, help=told, rich_help_panel=_MEGATRON)
 
 
-@app.command(epilog=examples("dualpipe verify -P 8 -M 20 --dtype bf16", "dualpipe verify mine.txt --steps 1"))
+@app.command(
+    epilog=examples(
+        "dualpipe verify -P 8 -M 20 --dtype bf16",
+        "dualpipe verify mine.txt --steps 1",
+        "dualpipe verify --model moe -P 4 --dp 2 --distributed-optimizer",
+    )
+)
 def verify(
     positional: One = None,
     model: Annotated[
@@ -79,7 +86,7 @@ def verify(
     """
     chosen = choose(positional, schedule)
     small = {f"the schedule {chosen}": chosen != "dualpipe", "--transport": transport != "direct"}
-    small |= {"--device": device != "cpu", "--blocking": blocking, "--trace": trace}
+    small |= {"--device": device != "cpu", "--blocking": blocking, "--trace": trace is not None}
     large: dict[str, Any] = {
         "sequence_parallel": sequence_parallel,
         "overlap_grad_reduce": overlap_grad_reduce,

@@ -28,8 +28,8 @@ def test_an_equal_run_in_json(run):
     [
         (["--tp", 2], "no such option: got --tp; add --model gpt"),
         (["--recompute", "--clip", 1], "got --recompute, --clip"),
-        (["--model", "gpt", "--schedule", "1f1b"], "got --schedule; leave it out"),
-        (["--model", "moe", "some.txt"], "got a file; leave it out"),
+        (["--model", "gpt", "--schedule", "1f1b"], "got the schedule 1f1b; leave it out"),
+        (["--model", "moe", "some.txt"], "got the schedule some.txt; leave it out"),
         (["--model", "gpt", "--dtype", "fp64"], "fp32 or bf16: got fp64"),
         (["--model", "gpt", "-P", 3], "an even number of ranks: got 3"),
         (["--model", "gpt", "--distributed-optimizer", "--clip", 1], "added up in another order"),

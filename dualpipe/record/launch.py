@@ -1,0 +1,173 @@
+"""Runs a command with the recorder in every Python process that it starts, and ends all of them in time.
+
+With a number of ranks the command is started that many times, as ``torchrun`` would: RANK, WORLD_SIZE and the others are
+set.  Without, it is started once, and launches its ranks itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualpipe.errors import RuleError
+
+CHILD = Path(__file__).parent / "child"
+_TOGETHER = ("overlapped_forward_backward", "overlaped_forward_backward")  # DeepSeek's name, and as 1.0.0 spells it
+_SITE = """\
+import importlib.machinery, importlib.util, sys
+def load():
+    spec = importlib.util.spec_from_file_location(
+        "_dualpipe_recorder", {init!r}, submodule_search_locations=[{child!r}]
+    )
+    module = sys.modules["_dualpipe_recorder"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    import _dualpipe_recorder.startup
+    _dualpipe_recorder.startup.start({folder!r})
+def next_one():  # the sitecustomize that this one stands before, if there is one
+    sys.path[:] = [path for path in sys.path if path != {site!r}]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", sys.path)
+    if spec is not None:
+        sys.modules["sitecustomize"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+load()
+next_one()
+"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run.
+
+    ``together`` names the methods that overlap a forward with a backward, ``containers`` the module classes whose
+    call is not a stage's; ``timeout`` is in seconds, and so is ``grace``, which the other ranks have once one failed.
+    """
+
+    command: tuple[str, ...]
+    ranks: int | None = None
+    timeout: float = 120.0
+    grace: float = 10.0
+    together: tuple[str, ...] = ()
+    containers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class End:
+    """How the processes ended: their exit codes in order, ``None`` for one that had to be ended."""
+
+    codes: tuple[int | None, ...]
+    seconds: float
+    late: bool
+
+    @property
+    def well(self) -> bool:
+        return all(code == 0 for code in self.codes)
+
+    def text(self) -> str:
+        """One line for each process that did not end well."""
+        who = (lambda n: f"rank {n}") if len(self.codes) > 1 else (lambda n: "the command")
+        why = "the time was up" if self.late else "another rank had failed"
+        return "\n".join(
+            f"{who(n)} still ran after {self.seconds:.0f} s and was ended, since {why}"
+            if code is None
+            else f"{who(n)} ended with exit code {code}"
+            for n, code in enumerate(self.codes)
+            if code != 0
+        )
+
+
+def run(launch: Launch, folder: Path, output: int) -> End:
+    """Run until all processes have ended or the time is up.
+
+    ``folder`` is an empty folder for the events; ``output`` the file descriptor that standard output goes to.
+    Nothing that was started is left: not after an error, nor after Ctrl-C.
+    """
+    _prepare(launch, folder)
+    started = time.monotonic()
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(launch.ranks or 1):
+            environment = _environment(launch, folder, rank)
+            try:
+                process = subprocess.Popen(
+                    launch.command, env=environment, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True
+                )
+            except OSError as error:
+                raise RuleError(
+                    "what follows -- is a command", f"{launch.command[0]}: {error.strerror}", "correct it"
+                ) from error
+            processes.append(process)
+        deadline, late = started + launch.timeout, True
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if late and any(process.poll() for process in processes):
+                deadline, late = min(deadline, time.monotonic() + launch.grace), False
+            time.sleep(0.02)
+        codes = tuple(process.poll() for process in processes)
+        return End(codes, time.monotonic() - started, late)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+
+
+def _prepare(launch: Launch, folder: Path) -> None:
+    site = folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        _SITE.format(init=str(CHILD / "__init__.py"), child=str(CHILD), folder=str(folder), site=str(site))
+    )
+    settings = {
+        "launcher": os.getpid(),
+        "devices": launch.ranks,
+        "store": str(folder / "store") if launch.ranks else None,
+        "together": [*_TOGETHER, *launch.together],
+        "containers": list(launch.containers),
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+def _environment(launch: Launch, folder: Path, rank: int) -> dict[str, str]:
+    path = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    if launch.ranks:
+        environment |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(launch.ranks),
+            "LOCAL_WORLD_SIZE": str(launch.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port(folder)),
+        }
+    return environment
+
+
+def _free_port(folder: Path) -> int:
+    """One port for all ranks of a launch, for programs that read it; ``env://`` itself meets in a file."""
+    kept = folder / "port"
+    if not kept.exists():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            kept.write_text(str(probe.getsockname()[1]))
+    return int(kept.read_text())
+
+
+def command_of(words: Sequence[str]) -> tuple[str, ...]:
+    """The command after ``--``.  Raises ``RuleError`` where there is none."""
+    if not words:
+        raise RuleError("record runs a command", "none was given", "write it after --, as in -- python train.py")
+    return tuple(words)

@@ -32,6 +32,7 @@ def record(
         list[str] | None, typer.Option(help="A module class that runs the pipeline: its call is no stage's forward.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.")] = 120.0,
+    stall: Annotated[float, typer.Option(help="Seconds without an event, after which the program hangs.")] = 30.0,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule at once.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -46,10 +47,13 @@ def record(
 
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
-        launch = Launch(tuple(command), ranks, timeout, together=tuple(together or ()), containers=tuple(container or ()))
+        launch = Launch(
+            tuple(command), ranks, timeout, stall, together=tuple(together or ()), containers=tuple(container or ())
+        )
         end = run(launch, folder, output=2)
         if not end.well:
-            typer.echo(f"dualpipe: {end.text()}", err=True)
+            for line in end.text().splitlines():
+                typer.echo(f"dualpipe: {line}", err=True)
         logs, groups = read_folder(folder, ranks, session)
     recording = assemble(logs, name, step)
     if groups > 1:

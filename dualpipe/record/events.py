@@ -44,6 +44,7 @@ class Forward:
     messages: list[MessageId] = field(default_factory=list)
     after: list[Owner] = field(default_factory=list)
     gradients: list[MessageId] = field(default_factory=list)
+    weights: bool = False
     step: int = 0
 
 
@@ -97,6 +98,10 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.gradients += [MessageId(rank, m) for m in event["messages"]]
+            case "weights":
+                for forward in event["forwards"]:
+                    if (known := log.forwards.get(log.find(forward))) is not None:
+                        known.weights = True
             case "post":
                 _read_post(log, event)
             case "over":

@@ -47,12 +47,14 @@ class Launch:
     """What to run.
 
     ``together`` names the methods that overlap a forward with a backward, ``containers`` the module classes whose
-    call is not a stage's; ``timeout`` is in seconds, and so is ``grace``, which the other ranks have once one failed.
+    call is not a stage's.  All times are in seconds: ``timeout`` for the whole, ``stall`` without an event from any
+    rank once there was one, ``grace`` for the other ranks once one failed.
     """
 
     command: tuple[str, ...]
     ranks: int | None = None
     timeout: float = 120.0
+    stall: float = 30.0
     grace: float = 10.0
     together: tuple[str, ...] = ()
     containers: tuple[str, ...] = ()
@@ -60,11 +62,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class End:
-    """How the processes ended: their exit codes in order, ``None`` for one that had to be ended."""
+    """How the processes ended: their exit codes in order, ``None`` for one that had to be ended for ``reason``."""
 
     codes: tuple[int | None, ...]
     seconds: float
-    late: bool
+    reason: str
 
     @property
     def well(self) -> bool:
@@ -73,9 +75,8 @@ class End:
     def text(self) -> str:
         """One line for each process that did not end well."""
         who = (lambda n: f"rank {n}") if len(self.codes) > 1 else (lambda n: "the command")
-        why = "the time was up" if self.late else "another rank had failed"
         return "\n".join(
-            f"{who(n)} still ran after {self.seconds:.0f} s and was ended, since {why}"
+            f"{who(n)} still ran after {self.seconds:.0f} s and was ended: {self.reason}"
             if code is None
             else f"{who(n)} ended with exit code {code}"
             for n, code in enumerate(self.codes)
@@ -104,19 +105,36 @@ def run(launch: Launch, folder: Path, output: int) -> End:
                     "what follows -- is a command", f"{launch.command[0]}: {error.strerror}", "correct it"
                 ) from error
             processes.append(process)
-        deadline, late = started + launch.timeout, True
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if late and any(process.poll() for process in processes):
-                deadline, late = min(deadline, time.monotonic() + launch.grace), False
-            time.sleep(0.02)
+        reason = _wait(processes, launch, folder, started)
         codes = tuple(process.poll() for process in processes)
-        return End(codes, time.monotonic() - started, late)
+        return End(codes, time.monotonic() - started, reason)
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         for process in processes:
             process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], launch: Launch, folder: Path, started: float) -> str:
+    """Wait for all processes; the reason why those that still run have to be ended."""
+    failed = stirred = None
+    size = 0
+    while any(process.poll() is None for process in processes):
+        now = time.monotonic()
+        written = sum(path.stat().st_size for path in folder.glob("*.events"))
+        if written != size:
+            size, stirred = written, now
+        if any(process.poll() for process in processes):
+            failed = failed or now
+        if now - started > launch.timeout:
+            return f"--timeout is {launch.timeout:g} s"
+        if failed is not None and now - failed > launch.grace:
+            return "another rank had failed"
+        if stirred is not None and now - stirred > launch.stall:
+            return f"no rank computed, sent or received anything for {launch.stall:g} s"
+        time.sleep(0.02)
+    return ""
 
 
 def _prepare(launch: Launch, folder: Path) -> None:

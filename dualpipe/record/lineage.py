@@ -9,7 +9,7 @@ forward to forward.  One misdirected message is outvoted, so it shows as what it
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dualpipe.record.events import Forward, Message, MessageId, Owner, RankLog, RecordError
@@ -73,6 +73,10 @@ def trace(logs: Sequence[RankLog], messages: Mapping[MessageId, Message], partne
                 if later in forwards:
                     votes[forward.owner, later] = None
     chunk_of = _chunks(logs, forwards, votes, messages)
+    used = {earlier for earlier, _ in votes}
+    used |= {owner for m in messages.values() for owner in (*m.activation_of, *m.gradient_of)}
+    for owner in _dry(forwards, chunk_of, used):
+        del chunk_of[owner]
     notes = _aside(forwards, chunk_of)
     chains = _chains(forwards, chunk_of, votes)
     routes = {lane: tuple(rank for rank, _ in chain) for lane, chain in zip(Lane, chains, strict=False)}
@@ -105,6 +109,24 @@ def _chunks(
             largest = max(holders, key=lambda m: len(logs[rank].modules[m][1]), default=module)
             whole[rank, module] = (rank, largest)
     return {f.owner: whole[f.owner.rank, f.module] for f in forwards.values() if (f.owner.rank, f.module) in whole}
+
+
+def _dry(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], used: Collection[Owner]) -> list[Owner]:
+    """Forwards that begin from nothing and end in nothing, though later ones go on: trials of shapes, for example.
+
+    They take nothing from another stage, hand nothing on either way and add to no weight gradient.
+
+    The last ones of a stage are kept: a program that hangs there had more to do with them.
+    """
+    dry: list[Owner] = []
+    busy: set[Chunk] = set()
+    for owner in sorted(chunk_of, reverse=True):
+        forward = forwards[owner]
+        if forward.messages or forward.after or forward.gradients or forward.weights or owner in used:
+            busy.add(chunk_of[owner])
+        elif chunk_of[owner] in busy:
+            dry.append(owner)
+    return dry
 
 
 def _aside(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk]) -> list[str]:

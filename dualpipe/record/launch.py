@@ -13,14 +13,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dualpipe.errors import RuleError
 
 CHILD = Path(__file__).parent / "child"
-_TOGETHER = ("overlapped_forward_backward", "overlaped_forward_backward")  # DeepSeek's name, and as 1.0.0 spells it
+TOGETHER = ("overlapped_forward_backward", "overlaped_forward_backward")  # DeepSeek's name, and as 1.0.0 spells it
 _SITE = """\
 import importlib.machinery, importlib.util, sys
 def load():
@@ -93,21 +93,28 @@ def run(launch: Launch, folder: Path, output: int) -> End:
     _prepare(launch, folder)
     started = time.monotonic()
     processes: list[subprocess.Popen[bytes]] = []
+    forked = _forked(launch, folder)
+    commands = [forked] if forked else [launch.command] * (launch.ranks or 1)
+
+    def codes() -> list[int | None]:
+        found = [process.poll() for process in processes]
+        return _forked_codes(folder, launch.ranks or 1, found[0]) if forked else found
+
     try:
-        for rank in range(launch.ranks or 1):
-            environment = _environment(launch, folder, rank)
+        for rank, command in enumerate(commands):
             try:
                 process = subprocess.Popen(
-                    launch.command, env=environment, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True
+                    command,
+                    env=_environment(launch, folder, rank),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    start_new_session=True,
                 )
             except OSError as error:
-                raise RuleError(
-                    "what follows -- is a command", f"{launch.command[0]}: {error.strerror}", "correct it"
-                ) from error
+                raise RuleError("what follows -- is a command", f"{command[0]}: {error.strerror}", "correct it") from error
             processes.append(process)
-        reason = _wait(processes, launch, folder, started)
-        codes = tuple(process.poll() for process in processes)
-        return End(codes, time.monotonic() - started, reason)
+        reason = _wait(codes, launch, folder, started)
+        return End(tuple(codes()), time.monotonic() - started, reason)
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -116,16 +123,31 @@ def run(launch: Launch, folder: Path, output: int) -> End:
             process.wait()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], launch: Launch, folder: Path, started: float) -> str:
-    """Wait for all processes; the reason why those that still run have to be ended."""
+def _forked(launch: Launch, folder: Path) -> tuple[str, ...] | None:
+    """The command that forks the ranks, where the one given is ``python script.py`` or ``python -m module``."""
+    python, *words = launch.command
+    plain = words and (words[0].endswith(".py") or (words[0] == "-m" and len(words) > 1))
+    if launch.ranks is None or not plain or not Path(python).name.startswith("python"):
+        return None
+    return (python, str(CHILD / "ranks.py"), str(folder), str(launch.ranks), *words)
+
+
+def _forked_codes(folder: Path, ranks: int, parent: int | None) -> list[int | None]:
+    """The exit codes so far; a rank whose forking process is gone has ended as that did."""
+    files = [folder / f"ended-{rank}" for rank in range(ranks)]
+    return [int(file.read_text()) if file.exists() else parent for file in files]
+
+
+def _wait(codes: Callable[[], Sequence[int | None]], launch: Launch, folder: Path, started: float) -> str:
+    """Wait until every process has an exit code; the reason why those that have none are to be ended."""
     failed = stirred = None
     size = 0
-    while any(process.poll() is None for process in processes):
+    while None in (ended := codes()):
         now = time.monotonic()
         written = sum(path.stat().st_size for path in folder.glob("*.events"))
         if written != size:
             size, stirred = written, now
-        if any(process.poll() for process in processes):
+        if any(ended):
             failed = failed or now
         if now - started > launch.timeout:
             return f"--timeout is {launch.timeout:g} s"
@@ -147,7 +169,7 @@ def _prepare(launch: Launch, folder: Path) -> None:
         "launcher": os.getpid(),
         "devices": launch.ranks,
         "store": str(folder / "store") if launch.ranks else None,
-        "together": [*_TOGETHER, *launch.together],
+        "together": [*TOGETHER, *launch.together],
         "containers": list(launch.containers),
     }
     (folder / "settings.json").write_text(json.dumps(settings))
@@ -182,10 +204,3 @@ def _free_port(folder: Path) -> int:
             probe.bind(("127.0.0.1", 0))
             kept.write_text(str(probe.getsockname()[1]))
     return int(kept.read_text())
-
-
-def command_of(words: Sequence[str]) -> tuple[str, ...]:
-    """The command after ``--``.  Raises ``RuleError`` where there is none."""
-    if not words:
-        raise RuleError("record runs a command", "none was given", "write it after --, as in -- python train.py")
-    return tuple(words)

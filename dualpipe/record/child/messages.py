@@ -17,32 +17,46 @@ from .patches import Patches
 
 def watch(flow: Flow, patches: Patches) -> None:
     """Watch the calls until ``patches.undo()``."""
-    batch = False  # the originals inside a batch call the functions that are watched
+    inside = False  # the originals call the functions that are watched: in a batch, and through a function mode
+
+    def unwatched(function: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            inside = False
 
     def single(original: Any, kind: str, peer_name: str) -> Any:
         @functools.wraps(original)
         def call(
-            tensor: Any, peer: int | None = None, group: Any = None, tag: int = 0, group_peer: int | None = None, **more: Any
+            tensor: Any,
+            peer: int | None = None,
+            group: Any = None,
+            tag: int = 0,
+            group_peer: int | None = None,
+            **more: Any,
         ) -> Any:
             peer = more.pop(peer_name, peer)
             group_peer = more.pop(f"group_{peer_name}", group_peer)
             passed = {peer_name: peer, "group": group, "tag": tag, f"group_{peer_name}": group_peer, **more}
-            if batch:
+            if inside:
                 return original(tensor, **passed)
             ranks = c10d.get_process_group_ranks(group or c10d._get_default_group())
             if peer is None and group_peer is None:
                 flow.write("any source")
-                return original(tensor, **passed)
+                return unwatched(original, tensor, **passed)
             other = ranks[group_peer] if peer is None and group_peer is not None else peer
             numbers = flow.post([(kind, tensor, int(other or 0), ranks, tag)])
-            return _watched(flow, original(tensor, **passed), numbers)
+            return _watched(flow, unwatched(original, tensor, **passed), numbers)
 
         return call
 
     def batched(original: Any) -> Any:
         @functools.wraps(original)
         def call(p2p_op_list: Any) -> Any:
-            nonlocal batch
+            if inside:
+                return original(p2p_op_list)
             posted = [
                 (
                     "send" if op.op is dist.isend else "receive",
@@ -54,11 +68,7 @@ def watch(flow: Flow, patches: Patches) -> None:
                 for op in p2p_op_list
             ]
             numbers = flow.post(posted)
-            batch = True
-            try:
-                works = original(p2p_op_list)
-            finally:
-                batch = False
+            works = unwatched(original, p2p_op_list)
             if len(works) == len(numbers):
                 return [_watched(flow, work, [number]) for work, number in zip(works, numbers, strict=True)]
             return [_watched(flow, work, numbers) for work in works]

@@ -4,8 +4,8 @@
     starts the      watches torch, knows no        read     stages, lanes,  messages,    a Schedule
     command         schedule                       back     microbatches    slots        and notes
 
-The ranks only write down what happens; that a tensor is microbatch 3 of stage 2 is concluded afterwards from the events of
-all ranks.
+The ranks only write down what happens; that a tensor is microbatch 3 of stage 2 is concluded afterwards, from the
+events of all ranks.
 """
 
 from dualpipe.record.events import RecordError, read_folder

@@ -138,11 +138,11 @@ def _read_post(log: RankLog, event: Event) -> None:
         for letter, number in told["marks"]:
             if letter in held:
                 held[letter].append(Owner(log.rank, log.find(number)))
-        if send and event["inside"] and not held["B"] and not held["F"] and "float" in told["form"]:
+        if event["inside"] and told["real"]:
             raise RecordError(
-                "a stage is a module whose call does not communicate",
-                f"rank {log.rank} sends inside the call of a module at {event['at']}",
-                "name the class of the module that holds the pipeline with --container",
+                "a stage does not communicate inside its forward or backward",
+                f"rank {log.rank} {told['kind']}s inside {event['inside']} at {event['at']}",
+                f"if that runs the whole pipeline, add --container {event['inside']}",
             )
         log.messages[told["message"]] = Message(
             MessageId(log.rank, told["message"]),
@@ -178,7 +178,7 @@ def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[Ran
         raise RecordError(
             "a recorded program calls torch.distributed.init_process_group in Python",
             "no process of it did",
-            "check that the command runs; give -P if it expects its ranks to be launched, and do not start python with -I or -S",
+            "check that it runs; give -P if it wants its ranks to be launched; do not start python with -I or -S",
         )
     fitting = [group for key, group in groups.items() if ranks in (None, key[0])] or list(groups.values())
     if not 1 <= session <= len(fitting):
@@ -188,7 +188,9 @@ def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[Ran
     missing = [rank for rank in range(size) if rank not in chosen]
     if missing:
         raise RecordError(
-            "every rank is recorded", f"rank {missing[0]} of {size} never joined the process group", "look at its output"
+            "every rank is recorded",
+            f"rank {missing[0]} of {size} never joined the process group",
+            "look at its output",
         )
     return [read(rank, chosen[rank]) for rank in range(size)], len(groups)
 

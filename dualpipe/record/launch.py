@@ -1,7 +1,7 @@
 """Runs a command with the recorder in every Python process that it starts, and ends all of them in time.
 
-With a number of ranks the command is started that many times, as ``torchrun`` would: RANK, WORLD_SIZE and the others are
-set.  Without, it is started once, and launches its ranks itself.
+With a number of ranks the command is started that many times, as ``torchrun`` would: RANK, WORLD_SIZE and the others
+are set.  Without, it is started once, and launches its ranks itself.
 """
 
 from __future__ import annotations
@@ -74,14 +74,16 @@ class End:
 
     def text(self) -> str:
         """One line for each process that did not end well."""
-        who = (lambda n: f"rank {n}") if len(self.codes) > 1 else (lambda n: "the command")
         return "\n".join(
-            f"{who(n)} still ran after {self.seconds:.0f} s and was ended: {self.reason}"
+            f"{self._who(n)} still ran after {self.seconds:.0f} s and was ended: {self.reason}"
             if code is None
-            else f"{who(n)} ended with exit code {code}"
+            else f"{self._who(n)} ended with exit code {code}"
             for n, code in enumerate(self.codes)
             if code != 0
         )
+
+    def _who(self, number: int) -> str:
+        return f"rank {number}" if len(self.codes) > 1 else "the command"
 
 
 def run(launch: Launch, folder: Path, output: int) -> End:
@@ -111,7 +113,9 @@ def run(launch: Launch, folder: Path, output: int) -> End:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise RuleError("what follows -- is a command", f"{command[0]}: {error.strerror}", "correct it") from error
+                raise RuleError(
+                    "what follows -- is a command", f"{command[0]}: {error.strerror}", "correct it"
+                ) from error
             processes.append(process)
         reason = _wait(codes, launch, folder, started)
         return End(tuple(codes()), time.monotonic() - started, reason)

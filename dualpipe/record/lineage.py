@@ -49,7 +49,9 @@ def match(messages: Sequence[Message]) -> dict[MessageId, MessageId]:
     return partner
 
 
-def trace(logs: Sequence[RankLog], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]) -> Lineage:
+def trace(
+    logs: Sequence[RankLog], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
+) -> Lineage:
     """Stages, lanes and microbatches of every forward.  Raises ``RecordError`` where there is no such order."""
     forwards = {f.owner: f for log in logs for f in log.forwards.values()}
 
@@ -80,7 +82,9 @@ def trace(logs: Sequence[RankLog], messages: Mapping[MessageId, Message], partne
     notes = _aside(forwards, chunk_of)
     chains = _chains(forwards, chunk_of, votes)
     routes = {lane: tuple(rank for rank, _ in chain) for lane, chain in zip(Lane, chains, strict=False)}
-    place = {chunk: (lane, stage) for lane, chain in zip(Lane, chains, strict=False) for stage, chunk in enumerate(chain)}
+    place = {
+        chunk: (lane, stage) for lane, chain in zip(Lane, chains, strict=False) for stage, chunk in enumerate(chain)
+    }
     names, more = _number(forwards, chunk_of, place, chains, before)
     return Lineage(routes, names, (*notes, *more))
 
@@ -131,13 +135,19 @@ def _dry(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], use
 
 def _aside(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk]) -> list[str]:
     """What was computed beside the pipeline, such as a reference run: no tensor of it travels."""
-    apart: dict[tuple[int, str], int] = Counter(
-        (f.owner.rank, f.at) for f in forwards.values() if f.owner not in chunk_of
-    )
+    apart: dict[str, list[int]] = defaultdict(list)
+    for forward in forwards.values():
+        if forward.owner not in chunk_of:
+            apart[forward.at].append(forward.owner.rank)
     return [
-        f"rank {rank}: {count} forwards at {at} exchange nothing with other ranks or stages and are left out"
-        for (rank, at), count in sorted(apart.items())
+        f"{len(ranks)} forwards at {at} ({_ranks(ranks)}) exchange nothing with other ranks or stages and are left out"
+        for at, ranks in sorted(apart.items())
     ]
+
+
+def _ranks(ranks: Collection[int]) -> str:
+    distinct = sorted(set(ranks))
+    return f"rank{'s' * (len(distinct) > 1)} {' '.join(map(str, distinct))}"
 
 
 def _chains(

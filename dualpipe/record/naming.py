@@ -1,7 +1,7 @@
-"""From named forwards to the schedule: messages by what they hold and what takes them, slots by what was issued together.
+"""From named forwards to the schedule: messages by what they hold and what takes them, slots by what was issued.
 
-Each end of a message is named by its own side: a send by the tensor that it was given, a receive by the computation that
-later takes what it brought.  The two need not agree; ``dualpipe prove`` finds where they do not.
+Each end of a message is named by its own side: a send by the tensor that it was given, a receive by the computation
+that later takes what it brought.  The two need not agree; ``dualpipe prove`` finds where they do not.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def _expected(message: Message, ops: Mapping[MessageId, Op], lineage: Lineage, l
     return next(iter(sorted(ready or candidates, key=lambda op: (op.mb, op.kind)))) if candidates else None
 
 
-def program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tuple[Program, list[str]]:
-    """The slots of one rank.
+def program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tuple[Program, int]:
+    """The slots of one rank, and how many computations began with messages in flight.
 
     Messages that were posted with neither a wait nor a computation between them are one slot: nothing tells them
     apart.  A backward and the weight gradients of the same run of the engine are one slot.  So is everything that a
@@ -159,12 +159,9 @@ def program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tupl
                 over = [f for f in event["forwards"] if last_weight[log.find(f)] == index]
                 compute([_op_of(W, log, forward, lineage) for forward in over], event["run"])
             case "post":
-                named = [
-                    ops[MessageId(log.rank, told["message"])]
-                    for told in event["messages"]
-                    if MessageId(log.rank, told["message"]) in ops
-                ]
-                pending |= {told["message"] for told in event["messages"] if MessageId(log.rank, told["message"]) in ops}
+                ids = [MessageId(log.rank, told["message"]) for told in event["messages"]]
+                named = [ops[id] for id in ids if id in ops]
+                pending |= {id.number for id in ids if id in ops}
                 if not named:
                     continue
                 if open_slot != "messages":
@@ -176,13 +173,7 @@ def program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tupl
             case "wait":
                 open_slot = None
                 pending -= set(event["messages"])
-    notes = []
-    if early:
-        notes.append(
-            f"rank {log.rank}: {early} computations began with messages still in flight; the file puts a message where "
-            "it was posted, and a blocking model waits for it there, which the program does not"
-        )
-    return tuple(_sorted(slot) for slot in slots if slot), notes
+    return tuple(_sorted(slot) for slot in slots if slot), early
 
 
 def _op_of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | None:
@@ -202,4 +193,3 @@ def _last_weights(log: RankLog) -> dict[int, int]:
 def _sorted(slot: list[Op]) -> Slot:
     """A compute slot in the order F, B, W, in which a schedule is written; messages as they were posted."""
     return tuple(sorted(slot, key=lambda op: _ORDER.get(op.kind, 0)))
-

@@ -86,13 +86,16 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     notes += lineage.notes
     ops, more = name_messages(logs, messages, partner, lineage)
     notes += more
-    programs = []
-    for log in logs:
-        slots, more = program(log, ops, lineage)
-        programs.append(slots)
-        notes += more
+    programs = [program(log, ops, lineage) for log in logs]
+    early = sum(count for _, count in programs)
+    if early:
+        notes.append(
+            f"{early} computations began with messages still in flight; the file puts a message where it was posted, "
+            "and a blocking model waits for it there, which the program does not"
+        )
     ended = tuple(log.ended for log in logs)
-    return Recording(Schedule(lineage.routes, tuple(programs), name), len(busy), ended, tuple(notes))
+    schedule = Schedule(lineage.routes, tuple(slots for slots, _ in programs), name)
+    return Recording(schedule, len(busy), ended, tuple(notes))
 
 
 def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded") -> Recording:

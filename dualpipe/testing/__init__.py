@@ -14,7 +14,7 @@
 recorded with ``dualpipe record``, which needs no change to it.
 """
 
-from dualpipe.testing.recorder import LiveRecording, record
 from dualpipe.testing.ranks import record_ranks
+from dualpipe.testing.recorder import LiveRecording, record
 
 __all__ = ["LiveRecording", "record", "record_ranks"]

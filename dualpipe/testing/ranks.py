@@ -81,17 +81,16 @@ def record_ranks(
                 sys.stderr.flush()
                 os._exit(code)  # a process group with a broken connection may never close
 
-        processes: list[BaseProcess] = []
+        processes: list[BaseProcess] = [fork.Process(target=rank_main, args=(rank,)) for rank in range(ranks)]
         try:
-            for rank in range(ranks):
-                process = fork.Process(target=rank_main, args=(rank,))
+            for process in processes:
                 process.start()
-                processes.append(process)
             _wait(processes, folder, timeout, stall)
         finally:
-            for process in processes:
+            started = [process for process in processes if process.pid is not None]
+            for process in started:
                 process.kill()
-            for process in processes:
+            for process in started:
                 process.join()
         failed = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime)
         if failed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from torch.autograd import Variable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .flow import Flow, device_free
+from .flow import Flow
 from .patches import Patches
 
 
 def watch(flow: Flow, patches: Patches, together: Collection[str], containers: Collection[str]) -> TorchDispatchMode:
     """Watch module calls, the engine and ``.grad`` until ``patches.undo()``; enter the mode to watch operators."""
     patches.put(nn.Module, "__call__", _call(flow, nn.Module.__call__, frozenset(containers)))
-    patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))  # type: ignore[attr-defined]
+    patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))
     patches.put(torch.Tensor, "grad", _gradient(flow))
     _watch_together(flow, patches, frozenset(together))
     return _Operators(flow)
@@ -33,25 +33,26 @@ def _call(flow: Flow, original: Callable[..., Any], containers: frozenset[str]) 
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not tensors:
             return original(self, *args, **kwargs)
-        if device_free(tensors):
-            flow.calling += 1
-            try:
-                return original(self, *args, **kwargs)
-            finally:
-                flow.calling -= 1
-        made = flow.call(self, args, kwargs)
+        made = None if any(map(_without_data, tensors)) else flow.call(self, tensors)
         left = flow.within(made)
-        flow.calling += 1
+        flow.calling, flow.caller = 1, type(self).__qualname__
         try:
             output = original(self, *args, **kwargs)
         finally:
-            flow.calling -= 1
+            flow.calling = 0
             flow.within(left)
         if made is not None:
             flow.called(made, output)
         return output
 
     return __call__
+
+
+def _without_data(tensor: Tensor) -> bool:
+    """Whether torch only infers shapes with it."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 class _Engine:
@@ -82,36 +83,38 @@ class _Engine:
 
 
 def _gradient(flow: Flow) -> property:
-    original = torch.Tensor.grad
-
-    def get(self: Tensor) -> Tensor | None:
-        return original.__get__(self)  # type: ignore[attr-defined, no-any-return]
+    original: Any = torch.Tensor.grad
 
     def put(self: Tensor, value: Tensor | None) -> None:
-        original.__set__(self, value)  # type: ignore[attr-defined]
+        original.__set__(self, value)
         flow.assigned(self, value)
 
-    def delete(self: Tensor) -> None:
-        original.__delete__(self)  # type: ignore[attr-defined]
-
-    return property(get, put, delete)
+    return property(original.__get__, put, original.__delete__)
 
 
 class _Operators(TorchDispatchMode):
     """Sees every operator, those that the autograd engine runs among them."""
 
     def __init__(self, flow: Flow) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self._flow = flow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        outputs = list(_tensors((output,)))
         if outputs:
-            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self._flow.operator(func, inputs, outputs)
+            self._flow.operator(func, [*_tensors(args), *_tensors(kwargs.values())], outputs)
         return output
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of an operator, which nest in lists and tuples alone."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _watch_together(flow: Flow, patches: Patches, names: frozenset[str]) -> None:
@@ -121,8 +124,8 @@ def _watch_together(flow: Flow, patches: Patches, names: frozenset[str]) -> None
         for name in names & vars(cls).keys():
             patches.put(cls, name, _together(flow, vars(cls)[name]))
 
-    def to_come(cls: type, **kwargs: Any) -> None:
-        super(nn.Module, cls).__init_subclass__(**kwargs)
+    def to_come(cls: type, /, **kwargs: Any) -> None:
+        super(nn.Module, cls).__init_subclass__(**kwargs)  # type: ignore[misc] # cls is a subclass of nn.Module
         mark(cls)
 
     pending: list[type] = [nn.Module]

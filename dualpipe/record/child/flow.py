@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
-from .log import Event, Sink, place
-from .tags import NONE, Key, Marks, Table, key_of
+from .forwards import Forwards, Parameters
+from .log import Sink, place
+from .tags import NONE, Marks, Table, key_of
 
 _NODE = "dualpipe.record"  # the name of a forward's number in a graph node's metadata
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
@@ -36,143 +36,97 @@ class Flow:
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self._table = Table()
-        self._same: list[int] = []  # forward -> the forward it turned out to be a part of
-        self._stretch: list[int] = []  # forward -> the stretch of uninterrupted compute in which it began
-        self._roots: list[set[int]] = []  # forward -> the modules that were called for it
-        self._now = 0
-        self._modules: dict[int, tuple[nn.Module, int]] = {}  # id -> module, kept alive, and its number
-        self._params: dict[int, tuple[nn.Parameter, set[int]]] = {}  # id -> parameter and the modules that hold it
-        self._grads: dict[Key, int] = {}  # where the gradient of a parameter is -> the parameter's id
+        self._forwards = Forwards()
+        self._parameters = Parameters()
         self._input_of: dict[int, int] = {}  # message -> the forward that takes it
         self._gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes it
         self._cut: dict[int, int] = {}  # forward -> the one on this rank that takes its output
-        self._behind: set[int] = set()  # forwards whose backward has begun
         self._messages = 0
         self._runs = 0
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
         self.running = 0  # depth of runs of the engine
+        self.caller = ""  # the class of the module that is being called
 
     def write(self, event: str, **fields: Any) -> None:
         self._sink({"event": event, **fields, "at": place()})
 
+    def within(self, context: Marks | None) -> Marks | None:
+        """Enter a context, whose marks everything made gets; returns the one left."""
+        left, self._context = self._context, context
+        return left
+
     # module calls
 
-    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Marks | None:
+    def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> Marks:
         """A module is about to be called, from outside any other; the marks of what it will make."""
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        root = self._number(module)
+        number, held = self._parameters.number(module)
+        if held is not None:
+            self.write("module", module=number, name=type(module).__qualname__, holds=held)
         going_on: set[int] = set()
         messages: set[int] = set()
         cuts: set[int] = set()
+        find = self._forwards.find
         for tensor in inputs:
             cut = tensor.is_leaf and tensor.requires_grad
-            for letter, number in self._table.get(tensor):
+            for letter, n in self._table.get(tensor):
                 if letter == "M":
-                    messages.add(number)
+                    messages.add(n)
                 elif letter == "F":
-                    (cuts if cut else going_on).add(self.find(number))
-        going_on |= {self.find(self._input_of[m]) for m in messages if m in self._input_of}
-        going_on |= {self.find(self._cut[c]) for c in cuts if c in self._cut}
-        if going_on:
-            going_on = self._join(going_on)
+                    (cuts if cut else going_on).add(find(n))
+        going_on |= {find(self._input_of[m]) for m in messages if m in self._input_of}
+        going_on |= {find(self._cut[c]) for c in cuts if c in self._cut}
+        going_on = self._join(going_on)
         if len(going_on) > 1:  # a module that looks at several microbatches at once is no stage
             return marks("F", going_on)
-        forward = next(iter(going_on)) if going_on else self._open()
-        self._roots[forward].add(root)
+        forward = next(iter(going_on)) if going_on else self._forwards.open()
+        self._forwards.called(forward, number)
         fresh = sorted(m for m in messages if m not in self._input_of)
-        for message in fresh:
-            self._input_of[message] = forward
         new_cuts = sorted(c for c in cuts if c not in self._cut and c != forward)
-        for cut_off in new_cuts:
-            self._cut[cut_off] = forward
+        self._input_of |= dict.fromkeys(fresh, forward)
+        self._cut |= dict.fromkeys(new_cuts, forward)
         if not going_on or fresh or new_cuts:
-            self.write("forward", forward=forward, module=root, messages=fresh, after=new_cuts, first=not going_on)
+            first = not going_on
+            self.write("forward", forward=forward, module=number, messages=fresh, after=new_cuts, first=first)
         return marks("F", {forward})
 
     def called(self, made: Marks, output: Any) -> None:
         """The module has returned."""
-        if len(made) != 1:
-            return
-        ((_, forward),) = made
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                leaf.grad_fn.metadata[_NODE] = forward
-
-    def _open(self) -> int:
-        number = len(self._same)
-        self._same.append(number)
-        self._stretch.append(self._now)
-        self._roots.append(set())
-        return number
-
-    def find(self, forward: int) -> int:
-        while self._same[forward] != forward:
-            forward = self._same[forward]
-        return forward
+        if len(made) == 1:
+            ((_, forward),) = made
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    leaf.grad_fn.metadata[_NODE] = forward  # type: ignore[index] # typed as a method, and a property
 
     def _join(self, forwards: set[int]) -> set[int]:
-        """Forwards that began in this very stretch of compute and now meet are one; others stay apart."""
-        if len(forwards) > 1 and all(self._stretch[f] == self._now and f not in self._behind for f in forwards):
-            first, *others = sorted(forwards)
-            for other in others:
-                self._same[other] = first
-                self._roots[first] |= self._roots[other]
-                self.write("join", forward=first, part=other)
-            return {first}
-        return forwards
-
-    def _number(self, module: nn.Module) -> int:
-        known = self._modules.get(id(module))
-        if known is not None:
-            return known[1]
-        number = len(self._modules)
-        self._modules[id(module)] = (module, number)
-        held = [self._number(child) for child in module.modules() if child is not module]
-        for parameter in module.parameters():
-            _, holders = self._params.setdefault(id(parameter), (parameter, set()))
-            holders.add(number)
-            self._note_gradient(parameter)
-        self.write("module", module=number, name=type(module).__qualname__, holds=held)
-        return number
+        for first, part in list(self._forwards.join(forwards)):
+            self.write("join", forward=first, part=part)
+        return {self._forwards.find(f) for f in forwards}
 
     # runs of the autograd engine
 
     def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> tuple[Marks, dict[int, Any]]:
         """The engine is about to run from ``roots``; the marks of what it will make, and the gradients before."""
-        found: set[int] = set()
-        for root in roots:
-            if isinstance(root, Tensor):
-                found |= self._made_by(root)
         self._runs += 1
-        starts_at_outputs = bool(found)
-        taken = {
-            number
-            for gradient in grads
-            if isinstance(gradient, Tensor)
-            for letter, number in self._table.get(gradient)
-            if letter == "M"
-        }
-        if not found:
-            found = self._owners(frozenset().union(*(self._table.get(g) for g in grads if isinstance(g, Tensor))), None)
-        if starts_at_outputs:
-            for message in taken:
+        held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
+        found = {forward for root in roots if isinstance(root, Tensor) for forward in self._made_by(root)}
+        if found:
+            messages = sorted(number for letter, number in held if letter == "M")
+            for message in messages:
                 self._gradient_of.setdefault(message, min(found))
-            fresh = sorted(f for f in found if f not in self._behind)
+            fresh = sorted(found - self._forwards.behind)
             if fresh and not (inputs and all(map(self._is_weight, inputs))):
-                self._behind.update(fresh)
-                self.write("backward", forwards=fresh, messages=sorted(taken), run=self._runs)
-        self._now += 1
-        before = {key: self._version(parameter) for key, (parameter, _) in self._params.items()}
-        return marks("B", found), before
+                self._forwards.behind.update(fresh)
+                self.write("backward", forwards=fresh, messages=messages, run=self._runs)
+        else:
+            found = self._owners(held, None)
+        self._forwards.interrupt()
+        return marks("B", found), self._parameters.versions()
 
     def ran(self, made: Marks, before: dict[int, Any]) -> None:
         """The engine has returned."""
-        changed: set[int] = set()
-        for key, (parameter, holders) in self._params.items():
-            if self._version(parameter) != before.get(key):
-                changed |= {f for _, f in made if self._root_in(f, holders)}
-                self._note_gradient(parameter)
+        holders = self._parameters.changed(before)
+        changed = {f for _, f in made if any(self._forwards.calls_one_of(f, held) for held in holders)}
         if changed:
             self.write("weights", forwards=sorted(changed), run=self._runs)
 
@@ -180,7 +134,7 @@ class Flow:
         """The forwards that a tensor was made by: over the graph, since a sent tensor's memory may be gone by now."""
         found: set[int] = set()
         seen: set[Any] = set()
-        nodes = [root.grad_fn]
+        nodes: list[Any] = [root.grad_fn]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:
@@ -190,24 +144,18 @@ class Flow:
             if number is None:
                 nodes.extend(following for following, _ in node.next_functions)
             else:
-                found.add(self.find(number))
-        return found or {self.find(number) for letter, number in self._table.get(root) if letter == "F"}
+                found.add(self._forwards.find(number))
+        return found or {self._forwards.find(n) for letter, n in self._table.get(root) if letter == "F"}
 
     def _is_weight(self, wanted: Any) -> bool:
         if isinstance(wanted, GradientEdge):
             wanted = getattr(wanted.node, "variable", None)
-        return id(wanted) in self._params
-
-    @staticmethod
-    def _version(parameter: nn.Parameter) -> tuple[int, int] | None:
-        gradient = parameter.grad
-        return None if gradient is None else (id(gradient), gradient._version)
+        return wanted in self._parameters
 
     # operators and gradients
 
     def operator(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """An operator has run: its results get the marks of the work that it belongs to, or else of its inputs."""
-        name = func._schema.name.rpartition("::")[2]
         mutable = func._schema.is_mutable
         memory = {key[0]: tensor for tensor in inputs if (key := key_of(tensor))}
         for output in outputs:
@@ -223,41 +171,43 @@ class Flow:
             elif self._context is not None:
                 self._table.put(output, self._context)
             else:
-                carried = self._carried([tensor for tensor in inputs if key_of(tensor) != key])
-                if key in self._grads:
-                    if name not in _REPLACED or name == "copy_":
-                        self._weights(self._grads[key], carried)
-                else:
-                    kept = NONE if name in _REPLACED else self._table.get(output)
-                    self._table.put(output, kept | carried)
+                self._written(func._schema.name.rpartition("::")[2], output, inputs)
+
+    def _written(self, name: str, output: Tensor, inputs: list[Tensor]) -> None:
+        """An operator outside all work has written to a tensor in place."""
+        key = key_of(output)
+        carried = self._carried([tensor for tensor in inputs if key_of(tensor) != key])
+        parameter = self._parameters.with_gradient_at(key)
+        if parameter is not None:
+            self._weights(parameter, carried)
+        else:
+            self._table.put(output, carried if name in _REPLACED else self._table.get(output) | carried)
 
     def _carried(self, inputs: list[Tensor]) -> Marks:
         """The marks that results get from inputs; a parameter's gradient, the sum over microbatches, gives none."""
-        found = frozenset().union(*(self._table.get(t) for t in inputs if key_of(t) not in self._grads))
-        forwards = {self.find(number) for letter, number in found if letter == "F"}
-        if len(forwards) > 1 and not any(letter == "B" for letter, _ in found):
-            self._join(forwards)
+        found = frozenset(
+            mark
+            for tensor in inputs
+            if self._parameters.with_gradient_at(key_of(tensor)) is None
+            for mark in self._table.get(tensor)
+        )
+        if len(found) > 1 and not any(letter == "B" for letter, _ in found):
+            self._join({self._forwards.find(number) for letter, number in found if letter == "F"})
         return found
 
     def assigned(self, parameter: Tensor, gradient: Tensor | None) -> None:
         """The program has set ``parameter.grad``."""
-        if gradient is None or id(parameter) not in self._params:
+        if gradient is None or parameter not in self._parameters:
             return
-        key = key_of(gradient)
-        if key in self._grads and self._grads[key] == id(parameter):
+        if self._parameters.with_gradient_at(key_of(gradient)) == id(parameter):
             return  # the second half of `p.grad += g`
         found = self._table.get(gradient)
-        self._note_gradient(self._params[id(parameter)][0])
+        self._parameters.note_gradient(parameter)
         if self.running == 0:
             self._weights(id(parameter), found)
 
-    def _note_gradient(self, parameter: nn.Parameter) -> None:
-        for gradient in (parameter.grad, getattr(parameter, "main_grad", None)):
-            if isinstance(gradient, Tensor) and (key := key_of(gradient)):
-                self._grads[key] = id(parameter)
-
     def _weights(self, parameter: int, found: Marks) -> None:
-        forwards = self._owners(found, self._params[parameter][1])
+        forwards = self._owners(found, self._parameters.holders(parameter))
         if forwards:
             self.write("weights", forwards=sorted(forwards), run=None)
 
@@ -267,24 +217,16 @@ class Flow:
         for letter, number in found:
             if letter == "M":
                 if number in self._gradient_of:
-                    by_letter["B"].add(self.find(self._gradient_of[number]))
+                    by_letter["B"].add(self._forwards.find(self._gradient_of[number]))
                 elif number in self._input_of:
-                    by_letter["F"].add(self.find(self._input_of[number]))
+                    by_letter["F"].add(self._forwards.find(self._input_of[number]))
             else:
-                by_letter[letter].add(self.find(number))
+                by_letter[letter].add(self._forwards.find(number))
         for forwards in by_letter.values():
-            kept = {f for f in forwards if holders is None or self._root_in(f, holders)}
+            kept = {f for f in forwards if holders is None or self._forwards.calls_one_of(f, holders)}
             if kept:
                 return kept
         return set()
-
-    def _root_in(self, forward: int, holders: set[int]) -> bool:
-        return bool(self._roots[forward] & holders)
-
-    def within(self, context: Marks | None) -> Marks | None:
-        """Enter a context, whose marks everything made gets; returns the one left."""
-        left, self._context = self._context, context
-        return left
 
     # messages
 
@@ -303,25 +245,14 @@ class Flow:
                     "peer": peer,
                     "group": group,
                     "tag": tag,
-                    "marks": sorted((letter, self.find(n) if letter in "FB" else n) for letter, n in held),
+                    "marks": sorted((letter, n if letter == "M" else self._forwards.find(n)) for letter, n in held),
                     "form": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
+                    "real": tensor.is_floating_point(),
                 }
             )
             if kind == "receive":
                 self._table.put(tensor, frozenset({("M", number)}))
-        self._now += 1
-        self.write("post", messages=told, inside=bool(self.calling))
+        self._forwards.interrupt()
+        inside = self.caller if self.calling else "backward" if self.running else ""
+        self.write("post", messages=told, inside=inside)
         return numbers
-
-
-def empty_flow() -> tuple[Flow, list[Event]]:
-    """A watch that keeps its events in a list."""
-    events: list[Event] = []
-    return Flow(events.append), events
-
-
-def device_free(tensors: Iterable[Any]) -> bool:
-    """Whether there is a tensor without data among these, as when torch only infers shapes."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return any(isinstance(t, torch.Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors)

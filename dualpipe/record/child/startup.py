@@ -64,7 +64,7 @@ def install(folder: str, settings: dict[str, Any]) -> None:
         return
     patches = Patches()
     devices = int(settings["devices"] or os.environ.get("WORLD_SIZE", 0) or 1)
-    cuda.answer(patches, devices).__enter__()
+    cuda.answer(patches, devices).__enter__()  # type: ignore[no-untyped-call] # torch's own
     from torch.distributed import distributed_c10d as c10d
 
     begin = c10d.init_process_group
@@ -111,7 +111,7 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     mode = compute.watch(flow, patches, settings["together"], settings["containers"])
     messages.watch(flow, patches)
     _watch_steps(flow)
-    mode.__enter__()
+    mode.__enter__()  # type: ignore[no-untyped-call] # torch's own
     _WATCH = (flow, patches, mode)
     flow.write("rank", rank=dist.get_rank(), ranks=dist.get_world_size(), parent=os.getppid(), session=session)
     atexit.register(_stop)

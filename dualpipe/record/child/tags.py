@@ -7,6 +7,8 @@ tensor carry its marks, and two chunks of one batch do not share theirs.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -19,7 +21,7 @@ NONE: Marks = frozenset()
 def key_of(tensor: Tensor) -> Key | None:
     """The place of a tensor in memory, or ``None`` where it has none (a fake or a wrapper)."""
     try:
-        return tensor.untyped_storage()._cdata, tensor.storage_offset()
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
     except (RuntimeError, NotImplementedError):
         return None
 
@@ -28,7 +30,7 @@ class Table:
     """The marks of every live tensor.  A weak reference keeps the number of a dead storage from being used again."""
 
     def __init__(self) -> None:
-        self._entries: dict[Key, tuple[StorageWeakRef, Marks]] = {}
+        self._entries: dict[Key, tuple[Any, Marks]] = {}
         self._sweep_at = 4096
 
     def get(self, tensor: Tensor) -> Marks:
@@ -43,7 +45,8 @@ class Table:
         if not marks:
             self._entries.pop(key, None)
             return
-        self._entries[key] = (StorageWeakRef(tensor.untyped_storage()), marks)
+        weak = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call] # torch's own
+        self._entries[key] = (weak, marks)
         if len(self._entries) > self._sweep_at:
             self._entries = {key: entry for key, entry in self._entries.items() if not entry[0].expired()}
             self._sweep_at = max(4096, 2 * len(self._entries))

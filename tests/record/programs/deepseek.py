@@ -5,9 +5,10 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
 from dualpipe import DualPipe, set_p2p_tensor_dtype, set_p2p_tensor_shapes
 from dualpipe.utils import WeightGradStore, run_backward
-from torch import nn
 
 HIDDEN, BATCH = 8, 2
 
@@ -51,9 +52,7 @@ class Stage(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
     @classmethod
-    def overlaped_forward_backward(
-        cls, module0, inputs0, criterion0, labels0, module1, loss1, outputs1, output_grads1
-    ):
+    def overlaped_forward_backward(cls, module0, inputs0, criterion0, labels0, module1, loss1, outputs1, output_grads1):
         outputs0 = module0(*inputs0)
         outputs0 = [outputs0] if isinstance(outputs0, torch.Tensor) else outputs0
         loss0 = criterion0(*outputs0, *labels0) if criterion0 is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from dualpipe.record.child import cuda
 from dualpipe.record.child.log import to_file
 from dualpipe.record.child.patches import Patches
+from dualpipe.record.child.ranks import IMPORTED_LATE
 from dualpipe.record.events import read_folder
 from dualpipe.record.recording import Recording, assemble
 from dualpipe.testing.recorder import record
@@ -33,6 +35,7 @@ def record_ranks(
     cuda_on_cpu: bool = False,
     together: Sequence[str] = (),
     containers: Sequence[str] = (),
+    check: bool = True,
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
 
@@ -45,14 +48,18 @@ def record_ranks(
         Answer CUDA calls on the CPU.
     together, containers:
         As for ``record``.
+    check:
+        Whether an error on a rank is one here; without, the recording has what was done until then.
 
     Raises
     ------
     RuntimeError
-        If ``body`` raised on a rank, with that rank's traceback.
+        If ``body`` raised on a rank, with that rank's traceback, and ``check`` is set.
     RecordError
         If something cannot be named.
     """
+    for late in IMPORTED_LATE:  # once here, not once a rank
+        importlib.import_module(late)
     fork = get_context("fork")
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
@@ -93,7 +100,7 @@ def record_ranks(
             for process in started:
                 process.join()
         failed = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime)
-        if failed:
+        if failed and check:
             raise RuntimeError("\n".join(f"rank {path.stem}: {path.read_text()}" for path in failed))
         logs, _ = read_folder(folder, ranks, 1)
         return assemble(logs)

@@ -70,6 +70,6 @@ def record(
         try:
             with operators:
                 yield recording
+            flow.write("end")
         finally:
             _active = False
-            flow.write("end")

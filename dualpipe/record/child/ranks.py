@@ -19,14 +19,14 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-_IMPORTED_LATE = ("torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch.profiler")
+IMPORTED_LATE = ("torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch.profiler")
 """What torch imports at the first backward and the first optimizer."""
 
 
 def main() -> None:
     folder, ranks, *words = sys.argv[1:]
     sys.path[0] = ""  # this folder's names are not for anybody else to import
-    for name in ("torch", "torch.distributed", *_IMPORTED_LATE):
+    for name in ("torch", "torch.distributed", *IMPORTED_LATE):
         importlib.import_module(name)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,11 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import dualpipe
 from dualpipe import DualPipe, set_p2p_tensor_dtype, set_p2p_tensor_shapes
 from dualpipe.utils import WeightGradStore, run_backward
 
@@ -69,6 +71,7 @@ def criterion(output, target):
 
 
 def train(rank, ranks, sizes):
+    print(f"rank {rank} runs {Path(dualpipe.__file__).resolve().parent}")
     torch.cuda.set_device(rank)
     torch.set_default_device(f"cuda:{rank}")
     dist.init_process_group("nccl", init_method="env://", world_size=ranks, rank=rank)

@@ -1,7 +1,10 @@
 """A hand-written 1F1B over all ranks with isend and irecv.  Usage: one_f_one_b.py MICROBATCHES [FAULT].
 
 An ordinary program for GPUs and NCCL, which knows nothing of a recorder.  In the steady state an activation is under
-way while the gradient that crosses it is received; with the fault ``wait first`` it is waited for before that.
+way while the gradient that crosses it is received.
+
+Faults: ``wait first`` waits for the activation before that; ``swapped`` sends rank 0's first two activations in the
+wrong order; ``mute`` does not send rank 1's last gradient, and ``deaf`` does not receive it.
 """
 
 import os
@@ -20,7 +23,7 @@ torch.manual_seed(rank)
 stage = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).cuda()
 optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
 data = torch.randn(MICROBATCHES, *SHAPE, device=f"cuda:{rank}")
-alive = []
+alive, sent = [], []
 
 
 def receive(peer):
@@ -42,8 +45,8 @@ def backward(gradient):
         (y - 1).square().mean().backward()
     else:
         y.backward(gradient)
-    if rank:
-        dist.isend(x.grad, rank - 1).wait()
+    if rank and not (FAULT == "mute" and rank == 1 and len(sent) == MICROBATCHES - 1):
+        sent.append(dist.isend(x.grad, rank - 1).wait())
 
 
 warm = min(ranks - 1 - rank, MICROBATCHES)

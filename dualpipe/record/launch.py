@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualpipe.errors import RuleError
+from dualpipe.record.hang import Watchdog
 
 CHILD = Path(__file__).parent / "child"
 TOGETHER = ("overlapped_forward_backward", "overlaped_forward_backward")  # DeepSeek's name, and as 1.0.0 spells it
@@ -47,14 +48,14 @@ class Launch:
     """What to run.
 
     ``together`` names the methods that overlap a forward with a backward, ``containers`` the module classes whose
-    call is not a stage's.  All times are in seconds: ``timeout`` for the whole, ``stall`` without an event from any
-    rank once there was one, ``grace`` for the other ranks once one failed.
+    call is not a stage's.  All times are in seconds: ``timeout`` for the whole, ``stall`` after which a
+    program hangs all of whose ranks wait for messages, ``grace`` for the other ranks once one failed.
     """
 
     command: tuple[str, ...]
     ranks: int | None = None
     timeout: float = 120.0
-    stall: float = 30.0
+    stall: float = 10.0
     grace: float = 10.0
     together: tuple[str, ...] = ()
     containers: tuple[str, ...] = ()
@@ -144,21 +145,18 @@ def _forked_codes(folder: Path, ranks: int, parent: int | None) -> list[int | No
 
 def _wait(codes: Callable[[], Sequence[int | None]], launch: Launch, folder: Path, started: float) -> str:
     """Wait until every process has an exit code; the reason why those that have none are to be ended."""
-    failed = stirred = None
-    size = 0
+    failed = None
+    watchdog = Watchdog(folder, launch.stall)
     while None in (ended := codes()):
         now = time.monotonic()
-        written = sum(path.stat().st_size for path in folder.glob("*.events"))
-        if written != size:
-            size, stirred = written, now
         if any(ended):
             failed = failed or now
         if now - started > launch.timeout:
             return f"--timeout is {launch.timeout:g} s"
         if failed is not None and now - failed > launch.grace:
             return "another rank had failed"
-        if stirred is not None and now - stirred > launch.stall:
-            return f"no rank computed, sent or received anything for {launch.stall:g} s"
+        if watchdog.hangs(now):
+            return f"for {launch.stall:g} s every rank had waited for messages that did not come"
         time.sleep(0.02)
     return ""
 

@@ -23,6 +23,7 @@ from dualpipe.record.child.log import to_file
 from dualpipe.record.child.patches import Patches
 from dualpipe.record.child.ranks import IMPORTED_LATE
 from dualpipe.record.events import read_folder
+from dualpipe.record.hang import Watchdog
 from dualpipe.record.recording import Recording, assemble
 from dualpipe.testing.recorder import record
 
@@ -42,8 +43,9 @@ def record_ranks(
     Parameters
     ----------
     timeout, stall:
-        Seconds after which the ranks are ended: in all, and without an event from any of them.  A body that hangs is
-        no error here: the recording has what was done until then, and its ``ended`` says who came to the end.
+        Seconds after which the ranks are ended: in all, and when every rank waits for messages and none comes.  A
+        body that hangs is no error here: the recording has what was done until then, and its ``ended`` says who came
+        to the end.
     cuda_on_cpu:
         Answer CUDA calls on the CPU.
     together, containers:
@@ -108,13 +110,10 @@ def record_ranks(
 
 def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, stall: float) -> None:
     """Until every rank has ended, one has failed, or the time is up."""
-    started = stirred = time.monotonic()
-    size = 0
+    started = time.monotonic()
+    watchdog = Watchdog(folder, stall)
     while any(process.exitcode is None for process in processes):
         now = time.monotonic()
-        written = sum(path.stat().st_size for path in folder.glob("*.events"))
-        if written != size:
-            size, stirred = written, now
-        if any(process.exitcode for process in processes) or now - started > timeout or now - stirred > stall:
+        if any(process.exitcode for process in processes) or now - started > timeout or watchdog.hangs(now):
             return
         time.sleep(0.01)

@@ -80,6 +80,7 @@ def test_what_was_recorded_is_proved(recorded):
     assert prove(recorded[4, 8]).as_json()["verdict"] == "proved"
 
 
+@pytest.mark.long
 def test_a_program_that_launches_its_own_ranks_is_recorded_by_the_command(folder):
     result = command(*python("deepseek.py", 2, 4), path=folder)
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,7 @@
 """A program for DeepSeek's package, in the shape of its example.  Usage: deepseek.py RANKS MICROBATCHES ..."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -92,8 +93,8 @@ def train(rank, ranks, sizes):
     dist.destroy_process_group()
 
 
-def spawned(local_rank, ranks, sizes):
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": os.environ.get("MASTER_PORT", "29511")}
+def spawned(local_rank, ranks, sizes, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     train(local_rank, ranks, sizes)
 
 
@@ -102,4 +103,7 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         train(int(os.environ["RANK"]), ranks, sizes)
     else:
-        torch.multiprocessing.spawn(spawned, (ranks, sizes), ranks)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        torch.multiprocessing.spawn(spawned, (ranks, sizes, port), ranks)

@@ -32,7 +32,9 @@ def record(
         list[str] | None, typer.Option(help="A module class that runs the pipeline: its call is no stage's forward.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.")] = 120.0,
-    stall: Annotated[float, typer.Option(help="Seconds in which all ranks wait for messages and none comes: a hang.")] = 10.0,
+    stall: Annotated[
+        float, typer.Option(help="Seconds in which all ranks wait for messages and none comes: a hang.")
+    ] = 10.0,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule at once.")] = False,
     as_json: Json = False,
 ) -> None:

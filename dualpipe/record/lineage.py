@@ -64,6 +64,13 @@ def trace(
         origins = list(forward.after)
         for id in forward.messages:
             sent = sender(id)
+            if sent is not None and not sent.activation_of and not sent.gradient_of:
+                raise RecordError(
+                    "a stage's activation is what a torch.nn.Module call made",
+                    f"rank {id.rank} begins a forward at {forward.at} from what rank {sent.id.rank} sends at {sent.at}, "
+                    "and no module call made that",
+                    "put the stage's computation into a module",
+                )
             origins += sent.activation_of if sent is not None and not sent.gradient_of else []
         origins = [o for o in origins if o in forwards and o != forward.owner]
         if origins:

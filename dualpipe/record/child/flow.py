@@ -109,7 +109,7 @@ class Flow:
         """The engine is about to run from ``roots``; the marks of what it will make, and the gradients before."""
         self._runs += 1
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
-        found = {forward for root in roots if isinstance(root, Tensor) for forward in self._made_by(root)}
+        found = {forward for root in roots for forward in self._made_by(root)}
         if found:
             messages = sorted(number for letter, number in held if letter == "M")
             for message in messages:
@@ -130,11 +130,11 @@ class Flow:
         if changed:
             self.write("weights", forwards=sorted(changed), run=self._runs)
 
-    def _made_by(self, root: Tensor) -> set[int]:
+    def _made_by(self, root: Tensor | GradientEdge) -> set[int]:
         """The forwards that a tensor was made by: over the graph, since a sent tensor's memory may be gone by now."""
         found: set[int] = set()
         seen: set[Any] = set()
-        nodes: list[Any] = [root.grad_fn]
+        nodes: list[Any] = [root.node if isinstance(root, GradientEdge) else root.grad_fn]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:
@@ -145,7 +145,9 @@ class Flow:
                 nodes.extend(following for following, _ in node.next_functions)
             else:
                 found.add(self._forwards.find(number))
-        return found or {self._forwards.find(n) for letter, n in self._table.get(root) if letter == "F"}
+        if found or isinstance(root, GradientEdge):
+            return found
+        return {self._forwards.find(n) for letter, n in self._table.get(root) if letter == "F"}
 
     def _is_weight(self, wanted: Any) -> bool:
         if isinstance(wanted, GradientEdge):

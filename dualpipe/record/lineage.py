@@ -67,8 +67,8 @@ def trace(
             if sent is not None and not sent.activation_of and not sent.gradient_of:
                 raise RecordError(
                     "a stage's activation is what a torch.nn.Module call made",
-                    f"rank {id.rank} begins a forward at {forward.at} from what rank {sent.id.rank} sends at {sent.at}, "
-                    "and no module call made that",
+                    f"rank {id.rank} begins a forward at {forward.at} from what rank {sent.id.rank} sends at "
+                    f"{sent.at}, and no module call made that",
                     "put the stage's computation into a module",
                 )
             origins += sent.activation_of if sent is not None and not sent.gradient_of else []

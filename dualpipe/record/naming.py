@@ -130,7 +130,8 @@ def program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tupl
     """
     last_weight = _last_weights(log)
     slots: list[list[Op]] = []
-    open_slot: str | int | None = None  # "messages", "compute", or the run of the engine that was last
+    open_slot: str | None = None  # "messages" or "compute", where the next op may join the last slot
+    of_run: dict[int, int] = {}  # run of the engine -> the slot with what it computed
     together = False
     early = 0
     pending: set[int] = set()
@@ -141,11 +142,16 @@ def program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tupl
         if not named:
             return
         early += bool(pending) and named[0].kind is not W
-        if slots and open_slot not in (None, "messages") and (together or open_slot == run):
+        if run is not None and run in of_run:
+            slots[of_run[run]] += named
+            return
+        if slots and open_slot == "compute" and together:
             slots[-1] += named
         else:
             slots.append(named)
-        open_slot = "compute" if run is None else run
+        open_slot = "compute"
+        if run is not None:
+            of_run[run] = len(slots) - 1
 
     for index, event in enumerate(log.events):
         match event["event"]:
@@ -171,7 +177,7 @@ def program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tupl
                     if op not in slots[-1]:  # several tensors of one boundary are one message of the schedule
                         slots[-1].append(op)
             case "wait":
-                open_slot = None
+                open_slot = None if event["own"] else open_slot
                 pending -= set(event["messages"])
     return tuple(_sorted(slot) for slot in slots if slot), early
 

@@ -73,6 +73,7 @@ def record_ranks(
                 store = dist.FileStore(str(folder / "store"), ranks)  # type: ignore[attr-defined] # public, unlisted
                 wait = timedelta(seconds=timeout)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=wait)
+                dist.barrier()  # a rank that ends at once must not be gone before the others have found it
                 sink = to_file(str(folder / f"{rank}.events"))
                 sink({"event": "rank", "rank": rank, "ranks": ranks})
                 with ExitStack() as stack:

@@ -34,12 +34,16 @@ def python(program: str, *arguments) -> list[str]:
     return ["--", sys.executable, str(PROGRAMS / program), *map(str, arguments)]
 
 
-def forked(ranks: int, program: str, *arguments, **options) -> Recording:
-    """The recording of a program whose ranks are forked from this process, which has imported torch."""
+def forked(ranks: int, program: str, *arguments, before=lambda: None, **options) -> Recording:
+    """The recording of a program whose ranks are forked from this process, which has imported torch.
+
+    Each rank calls ``before`` first.
+    """
 
     def body(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         sys.argv = [program, *map(str, arguments)]
+        before()
         already = {"init_process_group": mock.DEFAULT, "destroy_process_group": mock.DEFAULT}
         with mock.patch.multiple(dist, **already):
             runpy.run_path(str(PROGRAMS / program), run_name="__main__")

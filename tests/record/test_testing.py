@@ -9,6 +9,7 @@ from dualpipe.generate import dualpipe
 from dualpipe.schedule import B, F, Schedule, show_slot
 from dualpipe.schedulefile import dumps
 from dualpipe.testing import record
+from proofs.prove import prove
 from reference.launch import launch
 from tests.record.run import forked
 from tests.record.test_limits import PLAIN, train
@@ -57,3 +58,28 @@ def test_our_own_runtime_does_what_the_schedule_says():
     bare = [" ".join(show_slot(tuple(op.bare for op in slot)) for slot in program) for program in recorded.programs]
     assert bare == in_turn(dualpipe(4, 8))
     assert dumps(recorded).count("@") == dumps(recorded).count("S") + dumps(recorded).count("R")
+
+
+def test_an_activation_and_a_gradient_sent_in_the_wrong_order_are_refuted():
+    def swapped(ops):
+        """Rank 1's first batch with two sends to rank 2 has them the other way round."""
+        sends = [n for n, op in enumerate(ops) if op.op is dist.isend and op.peer == 2]
+        if dist.get_rank() == 1 and len(sends) > 1 and not done:
+            done.append(True)
+            one, other = sends[:2]
+            ops[one], ops[other] = ops[other], ops[one]
+        return watched(ops)
+
+    done: list[bool] = []
+    watched = None
+
+    def change() -> None:
+        nonlocal watched
+        watched = dist.batch_isend_irecv
+        dist.batch_isend_irecv = swapped
+
+    recording = forked(4, "deepseek.py", 4, 8, before=change)
+    report = prove(recording.schedule).as_json()["checks"]
+    assert report["messages"]["verdict"] == "refuted"
+    assert "rank 2" in report["messages"]["story"]
+    assert "began from something else than" in " ".join(recording.notes)

@@ -11,6 +11,7 @@ events of all ranks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,10 +47,15 @@ class Flow:
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
         self.running = 0  # depth of runs of the engine
+        self._thread = threading.get_ident()
         self.caller = ""  # the class of the module that is being called
 
     def write(self, event: str, **fields: Any) -> None:
         self._sink({"event": event, **fields, "at": place()})
+
+    def on_own_thread(self) -> bool:
+        """Whether this is the thread that computes, and no helper that waits for messages beside it."""
+        return threading.get_ident() == self._thread
 
     def within(self, context: Marks | None) -> Marks | None:
         """Enter a context, whose marks everything made gets; returns the one left."""

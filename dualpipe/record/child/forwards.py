@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
-from .tags import Key, key_of
+from .tags import Key, key_of, weak_storage
+
+Version = tuple[Key | None, int] | None
+"""Where a gradient is and how often it was written to; ``None`` where there is none."""
 
 
 class Forwards:
@@ -58,7 +62,7 @@ class Parameters:
     def __init__(self) -> None:
         self._modules: dict[int, tuple[nn.Module, int]] = {}  # id -> module, kept alive, and its number
         self._parameters: dict[int, tuple[nn.Parameter, set[int]]] = {}  # id -> parameter and the modules that hold it
-        self._gradients: dict[Key, int] = {}
+        self._gradients: dict[Key, tuple[Any, int]] = {}  # where a gradient is -> its storage, weakly, and whose it is
 
     def number(self, module: nn.Module) -> tuple[int, list[int] | None]:
         """The number of a module, and the numbers of what it holds where the module is new."""
@@ -83,20 +87,26 @@ class Parameters:
         """Remember where the gradient of a parameter is; Megatron keeps its own in ``main_grad``."""
         for gradient in (parameter.grad, getattr(parameter, "main_grad", None)):
             if isinstance(gradient, Tensor) and (key := key_of(gradient)):
-                self._gradients[key] = id(parameter)
+                self._gradients[key] = (weak_storage(gradient), id(parameter))
 
     def with_gradient_at(self, key: Key | None) -> int | None:
         """The id of the parameter whose gradient is there."""
-        return self._gradients.get(key) if key else None
+        entry = self._gradients.get(key) if key else None
+        if entry is None or key is None:
+            return None
+        if entry[0].expired():
+            del self._gradients[key]
+            return None
+        return entry[1]
 
-    def versions(self) -> dict[int, tuple[int, int] | None]:
+    def versions(self) -> dict[int, Version]:
         """What changes when a gradient is made or added to."""
         return {
-            key: None if (gradient := parameter.grad) is None else (id(gradient), gradient._version)
+            key: None if (gradient := parameter.grad) is None else (key_of(gradient), gradient._version)
             for key, (parameter, _) in self._parameters.items()
         }
 
-    def changed(self, before: dict[int, tuple[int, int] | None]) -> list[set[int]]:
+    def changed(self, before: dict[int, Version]) -> list[set[int]]:
         """For every parameter whose gradient is another one than before, the modules that hold it."""
         after = self.versions()
         found = [key for key in after if after[key] != before.get(key)]

@@ -100,7 +100,7 @@ class _Work(dist.Work):
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         if self._over:
             return self._work.wait(*args, **kwargs)
-        self._flow.write("wait", messages=self._numbers)
+        self._flow.write("wait", messages=self._numbers, own=self._flow.on_own_thread())
         result = self._work.wait(*args, **kwargs)
         self._note_over()
         return result

@@ -26,8 +26,13 @@ def key_of(tensor: Tensor) -> Key | None:
         return None
 
 
+def weak_storage(tensor: Tensor) -> Any:
+    """A weak reference to a tensor's storage.  While it is held, no other storage gets that one's number."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call] # torch's own
+
+
 class Table:
-    """The marks of every live tensor.  A weak reference keeps the number of a dead storage from being used again."""
+    """The marks of every live tensor."""
 
     def __init__(self) -> None:
         self._entries: dict[Key, tuple[Any, Marks]] = {}
@@ -45,8 +50,7 @@ class Table:
         if not marks:
             self._entries.pop(key, None)
             return
-        weak = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call] # torch's own
-        self._entries[key] = (weak, marks)
+        self._entries[key] = (weak_storage(tensor), marks)
         if len(self._entries) > self._sweep_at:
             self._entries = {key: entry for key, entry in self._entries.items() if not entry[0].expired()}
             self._sweep_at = max(4096, 2 * len(self._entries))

@@ -9,12 +9,12 @@ from typing import NoReturn
 
 import typer
 
-from dualpipe.cli import prove, show, simulate, verify
+from dualpipe.cli import prove, record, show, simulate, verify
 from dualpipe.cli.app import app
 from dualpipe.cli.interrupt import leave
 from dualpipe.errors import RuleError, UndecidedError
 
-__all__ = ["app", "main", "prove", "show", "simulate", "verify"]
+__all__ = ["app", "main", "prove", "record", "show", "simulate", "verify"]
 
 
 def main() -> NoReturn:

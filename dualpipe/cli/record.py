@@ -1,0 +1,77 @@
+"""``dualpipe record``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualpipe.cli.app import app
+from dualpipe.cli.options import Json
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def record(
+    command: Annotated[list[str], typer.Argument(help="The program to run, after --.", metavar="-- COMMAND ...")],
+    ranks: Annotated[
+        int | None,
+        typer.Option("-P", "--ranks", min=2, help="Start the command so many times, once a rank.", show_default="once"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
+    name: Annotated[str, typer.Option(help="The schedule's name in the file.")] = "recorded",
+    step: Annotated[int, typer.Option(help="Which training step; each ends with an optimizer's step.")] = 1,
+    session: Annotated[int, typer.Option(help="Which process group, where the program makes several in turn.")] = 1,
+    together: Annotated[
+        list[str] | None, typer.Option(help="A method that overlaps a forward with a backward: its work is one slot.")
+    ] = None,
+    container: Annotated[
+        list[str] | None, typer.Option(help="A module class that runs the pipeline: its call is no stage's forward.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.")] = 120.0,
+    stall: Annotated[
+        float, typer.Option(help="Seconds in which all ranks wait for messages and none comes: a hang.")
+    ] = 10.0,
+    prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule at once.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a torch.distributed program on CPU and write the schedule file of what its ranks did.
+
+    With -P the command is started once a rank, as torchrun does; without, it launches its ranks itself.
+
+    Exit code 0: recorded.  1: recorded, but the program failed or was ended, or the schedule is refuted.
+    2: bad input, or something could not be named.  3: a solver gave up.
+    """
+    from dualpipe.record import Launch, assemble, read_folder, run
+
+    with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
+        folder = Path(scratch)
+        launch = Launch(
+            tuple(command), ranks, timeout, stall, together=tuple(together or ()), containers=tuple(container or ())
+        )
+        end = run(launch, folder, output=2)
+        if not end.well:
+            for line in end.text().splitlines():
+                typer.echo(f"dualpipe: {line}", err=True)
+        logs, groups = read_folder(folder, ranks, session)
+    recording = assemble(logs, name, step)
+    if groups > 1:
+        typer.echo(f"dualpipe: process group {session} of {groups}", err=True)
+    for note in recording.notes:
+        typer.echo(f"dualpipe: {note}", err=True)
+    typer.echo(f"dualpipe: {recording.summary()}, in {end.seconds:.1f} s", err=True)
+    if output is not None:
+        output.write_text(recording.text())
+    if as_json:
+        print(json.dumps({**recording.as_json(), "exit_codes": end.codes}))
+    elif output is None and not prove:
+        sys.stdout.write(recording.text())
+    code = 0 if end.well else 1
+    if prove:
+        from proofs import command as proofs
+
+        code = max(code, proofs.prove_sources([(name, lambda: recording.schedule)], proofs.Options(as_json=as_json)))
+    raise typer.Exit(code)

@@ -1,0 +1,156 @@
+"""Puts the watch on torch's compute: module calls, the autograd engine, every operator and ``Tensor.grad``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .flow import Flow
+from .patches import Patches
+
+
+def watch(flow: Flow, patches: Patches, together: Collection[str], containers: Collection[str]) -> TorchDispatchMode:
+    """Watch module calls, the engine and ``.grad`` until ``patches.undo()``; enter the mode to watch operators."""
+    patches.put(nn.Module, "__call__", _call(flow, nn.Module.__call__, frozenset(containers)))
+    patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))
+    patches.put(torch.Tensor, "grad", _gradient(flow))
+    _watch_together(flow, patches, frozenset(together))
+    return _Operators(flow)
+
+
+def _call(flow: Flow, original: Callable[..., Any], containers: frozenset[str]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is put in that one's place
+        if flow.calling or flow.running or type(self).__qualname__ in containers:
+            return original(self, *args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not tensors:
+            return original(self, *args, **kwargs)
+        made = None if any(map(_without_data, tensors)) else flow.call(self, tensors)
+        left = flow.within(made)
+        flow.calling, flow.caller = 1, type(self).__qualname__
+        try:
+            output = original(self, *args, **kwargs)
+        finally:
+            flow.calling = 0
+            flow.within(left)
+        if made is not None:
+            flow.called(made, output)
+        return output
+
+    return __call__
+
+
+def _without_data(tensor: Tensor) -> bool:
+    """Whether torch only infers shapes with it."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+class _Engine:
+    """Stands before the autograd engine, through which every backward goes."""
+
+    def __init__(self, flow: Flow, engine: Any) -> None:
+        self._flow, self._engine = flow, engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run_backward(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+        flow = self._flow
+        if grad_tensors is None:
+            grad_tensors = kwargs.pop("grad_tensors", ())
+        if flow.running or flow.calling:
+            return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+        inputs = args[2] if len(args) > 2 else kwargs.get("inputs", ())
+        made, before = flow.run(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
+        left = flow.within(made)
+        flow.running += 1
+        try:
+            return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+        finally:
+            flow.running -= 1
+            flow.within(left)
+            flow.ran(made, before)
+
+
+def _gradient(flow: Flow) -> property:
+    original: Any = torch.Tensor.grad
+
+    def put(self: Tensor, value: Tensor | None) -> None:
+        original.__set__(self, value)
+        flow.assigned(self, value)
+
+    return property(original.__get__, put, original.__delete__)
+
+
+class _Operators(TorchDispatchMode):
+    """Sees every operator, those that the autograd engine runs among them."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        self._flow = flow
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        outputs = list(_tensors((output,)))
+        if outputs:
+            self._flow.operator(func, [*_tensors(args), *_tensors(kwargs.values())], outputs)
+        return output
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of an operator, which nest in lists and tuples alone."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _watch_together(flow: Flow, patches: Patches, names: frozenset[str]) -> None:
+    """Mark what methods of these names compute as issued together, in classes that exist and in those to come."""
+
+    def mark(cls: type) -> None:
+        for name in names & vars(cls).keys():
+            patches.put(cls, name, _together(flow, vars(cls)[name]))
+
+    def to_come(cls: type, /, **kwargs: Any) -> None:
+        super(nn.Module, cls).__init_subclass__(**kwargs)  # type: ignore[misc] # cls is a subclass of nn.Module
+        mark(cls)
+
+    pending: list[type] = [nn.Module]
+    seen: set[type] = set()
+    while pending:
+        cls = pending.pop()
+        if cls not in seen:
+            seen.add(cls)
+            mark(cls)
+            pending.extend(type.__subclasses__(cls))
+    patches.put(nn.Module, "__init_subclass__", classmethod(to_come))
+
+
+def _together(flow: Flow, attribute: Any) -> Any:
+    if isinstance(attribute, (classmethod, staticmethod)):
+        return type(attribute)(_together(flow, attribute.__func__))
+    if not callable(attribute):
+        return attribute
+
+    @functools.wraps(attribute)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        flow.write("together", begins=True)
+        try:
+            return attribute(*args, **kwargs)
+        finally:
+            flow.write("together", begins=False)
+
+    return method

@@ -1,0 +1,202 @@
+"""Answers CUDA calls on the CPU, so that a program written for GPUs runs where there is none.
+
+Tensors asked for on ``cuda`` are made on the CPU, ``nccl`` is ``gloo``, and ``torch.cuda`` says that there are as many
+devices as ranks.  torch itself, when it asks ``torch.cuda`` for its own purposes, gets the true answer.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+from torch.overrides import TorchFunctionMode
+
+from .patches import Patches
+
+_Device = torch.device
+
+
+def answer(patches: Patches, devices: int) -> TorchFunctionMode:
+    """Answer until ``patches.undo()``; enter the mode to move what names a device."""
+    patches.put(torch, "device", _DeviceOnCpu)
+    for name, value in _torch_cuda(devices).items():
+        patches.put(torch.cuda, name, value)
+    moved = torch.set_default_device
+    patches.put(torch, "set_default_device", lambda device: moved(None if device is None else on_cpu(device)))
+    for name, value in {"nvtx": _Nothing("nvtx"), "cudart": _Nothing("cudart")}.items():
+        patches.put(torch.cuda, name, value)
+    patches.put(torch.nn.Module, "cuda", lambda self, device=None: self)
+    _distributed(patches)
+    return _OnCpu()
+
+
+def on_cpu(device: Any) -> Any:
+    """The device that stands in for one that may be a GPU."""
+    if isinstance(device, str) and device.partition(":")[0] == "cuda":
+        return "cpu"
+    if isinstance(device, _Device) and device.type == "cuda":
+        return _Device("cpu")
+    return device
+
+
+class _DeviceType(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _Device)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else kwargs.get("type", kwargs.get("device"))
+        if isinstance(first, int) or (isinstance(first, str) and first.partition(":")[0] == "cuda"):
+            return _Device("cpu")
+        return on_cpu(_Device(*args, **kwargs))
+
+
+class _DeviceOnCpu(metaclass=_DeviceType):
+    """Stands in for ``torch.device``: makes true devices, and none that is a GPU."""
+
+
+class _OnCpu(TorchFunctionMode):
+    """Moves every call that names a GPU to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], torch.Tensor) and name in ("cuda", "pin_memory"):
+            return args[0]
+        if name == "to" and len(args) > 1 and isinstance(args[1], int) and not isinstance(args[1], bool):
+            args = (args[0], _Device("cpu"), *args[2:])
+        if isinstance(kwargs.get("device"), int):
+            kwargs = {**kwargs, "device": _Device("cpu")}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
+
+
+class _Nothing(types.ModuleType):
+    """A module, stream or event all of whose methods do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+class _Stream:
+    """A stream or an event: on the CPU everything is over when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cuda_stream = 0
+        self.device = _Device("cpu")
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def wait_event(self, *args: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def _asked_by_torch() -> bool:
+    return str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0] == "torch"
+
+
+def _torch_cuda(devices: int) -> dict[str, Any]:
+    available, count = torch.cuda.is_available, torch.cuda.device_count
+
+    def is_available() -> bool:
+        return available() if _asked_by_torch() else True
+
+    def device_count() -> int:
+        return count() if _asked_by_torch() else devices
+
+    current = [0]
+
+    def set_device(device: Any) -> None:
+        index = device if isinstance(device, int) else str(device).partition(":")[2]
+        current[0] = int(index or 0)
+
+    def constant(value: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: value
+
+    idle = ("synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect", "init", "set_stream")
+    zero = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+    return {
+        "is_available": is_available,
+        "device_count": device_count,
+        "set_device": set_device,
+        "current_device": lambda: current[0],
+        "get_device_name": constant("CPU in place of a GPU"),
+        "get_device_capability": constant((9, 0)),
+        "is_bf16_supported": constant(True),
+        "mem_get_info": constant((0, 0)),
+        "manual_seed": constant(None),
+        "manual_seed_all": constant(None),
+        "current_stream": constant(_Stream()),
+        "default_stream": constant(_Stream()),
+        "stream": lambda stream: stream if stream is not None else _Stream(),
+        "Stream": _Stream,
+        "Event": _Stream,
+        **{name: constant(None) for name in idle},
+        **{name: constant(0) for name in zero},
+    }
+
+
+def _distributed(patches: Patches) -> None:
+    def backend(name: Any) -> Any:
+        return "gloo" if name is None or "nccl" in str(name) else name
+
+    def everywhere(name: str, function: Any) -> None:
+        patches.put(c10d, name, function)
+        patches.put(dist, name, function)
+
+    start, new, barrier = c10d.init_process_group, c10d.new_group, c10d.barrier
+
+    def init_process_group(given: Any = None, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_id", None)
+        kwargs.pop("pg_options", None)
+        return start(backend(kwargs.pop("backend", given)), *args, **kwargs)
+
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_id", None)
+        kwargs.pop("pg_options", None)
+        if "backend" in kwargs:
+            kwargs["backend"] = backend(kwargs["backend"])
+        return new(*(backend(a) if isinstance(a, str) else a for a in args), **kwargs)
+
+    def plain_barrier(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_ids", None)
+        return barrier(*args, **kwargs)
+
+    everywhere("init_process_group", init_process_group)
+    everywhere("new_group", new_group)
+    everywhere("barrier", plain_barrier)
+    from torch.distributed import device_mesh
+
+    mesh = device_mesh.init_device_mesh
+    on_mesh = lambda device_type, *args, **kwargs: mesh(on_cpu(device_type), *args, **kwargs)  # noqa: E731
+    patches.put(device_mesh, "init_device_mesh", on_mesh)
+    patches.put(dist, "init_device_mesh", on_mesh)

@@ -1,0 +1,44 @@
+"""Where the events of one rank go, one JSON object each, in the order in which they happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+Sink = Callable[[Event], None]
+
+_OURS = str(Path(__file__).parent)
+_LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
+
+
+def to_file(path: str) -> Sink:
+    """A sink that appends to a file with one system call an event, so that a killed process has lost nothing."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(event: Event) -> None:
+        os.write(handle, (json.dumps(event) + "\n").encode())
+
+    return write
+
+
+def place() -> str:
+    """The line of the program that led here: the innermost frame outside torch, the library and this package."""
+    frame = sys._getframe(1)
+    seen = ""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_OURS, "<")):
+            seen = seen or f"{name}:{frame.f_lineno}"
+            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if package != "torch" and not name.startswith(_LIBRARIES):
+                return f"{name}:{frame.f_lineno}"
+            if package != "torch" and "site-packages" in name:
+                return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment] # None ends the loop
+    return seen

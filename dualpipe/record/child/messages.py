@@ -1,0 +1,125 @@
+"""Puts the watch on torch.distributed's point-to-point calls.
+
+``send`` and ``recv`` are ``isend`` and ``irecv`` and a wait inside torch, so three functions are enough.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from .flow import Flow
+from .patches import Patches
+
+
+def watch(flow: Flow, patches: Patches) -> None:
+    """Watch the calls until ``patches.undo()``."""
+    inside = False  # the originals call the functions that are watched: in a batch, and through a function mode
+
+    def unwatched(function: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            inside = False
+
+    def single(original: Any, kind: str, peer_name: str) -> Any:
+        @functools.wraps(original)
+        def call(
+            tensor: Any,
+            peer: int | None = None,
+            group: Any = None,
+            tag: int = 0,
+            group_peer: int | None = None,
+            **more: Any,
+        ) -> Any:
+            peer = more.pop(peer_name, peer)
+            group_peer = more.pop(f"group_{peer_name}", group_peer)
+            passed = {peer_name: peer, "group": group, "tag": tag, f"group_{peer_name}": group_peer, **more}
+            if inside:
+                return original(tensor, **passed)
+            ranks = c10d.get_process_group_ranks(group or c10d._get_default_group())
+            if peer is None and group_peer is None:
+                flow.write("any source")
+                return unwatched(original, tensor, **passed)
+            other = ranks[group_peer] if peer is None and group_peer is not None else peer
+            numbers = flow.post([(kind, tensor, int(other or 0), ranks, tag)])
+            return _watched(flow, unwatched(original, tensor, **passed), numbers)
+
+        return call
+
+    def batched(original: Any) -> Any:
+        @functools.wraps(original)
+        def call(p2p_op_list: Any) -> Any:
+            if inside:
+                return original(p2p_op_list)
+            posted = [
+                (
+                    "send" if op.op is dist.isend else "receive",
+                    op.tensor,
+                    op.peer,
+                    c10d.get_process_group_ranks(op.group or c10d._get_default_group()),
+                    op.tag,
+                )
+                for op in p2p_op_list
+            ]
+            numbers = flow.post(posted)
+            works = unwatched(original, p2p_op_list)
+            if len(works) == len(numbers):
+                return [_watched(flow, work, [number]) for work, number in zip(works, numbers, strict=True)]
+            return [_watched(flow, work, numbers) for work in works]
+
+        return call
+
+    replaced = {
+        "isend": single(c10d.isend, "send", "dst"),
+        "irecv": single(c10d.irecv, "receive", "src"),
+        "batch_isend_irecv": batched(c10d.batch_isend_irecv),
+    }
+    for name, function in replaced.items():
+        patches.put(c10d, name, function)
+        patches.put(dist, name, function)
+
+
+def _watched(flow: Flow, work: Any, numbers: list[int]) -> Any:
+    return work if work is None else _Work(flow, work, numbers)
+
+
+class _Work(dist.Work):
+    """A pending message that tells when it is waited for."""
+
+    def __init__(self, flow: Flow, work: Any, numbers: list[int]) -> None:
+        super().__init__()
+        self._flow, self._work, self._numbers = flow, work, numbers
+        self._over = False
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        if self._over:
+            return self._work.wait(*args, **kwargs)
+        self._flow.write("wait", messages=self._numbers, own=self._flow.on_own_thread())
+        result = self._work.wait(*args, **kwargs)
+        self._note_over()
+        return result
+
+    def is_completed(self) -> bool:
+        done = bool(self._work.is_completed())
+        if done:
+            self._note_over()
+        return done
+
+    def _note_over(self) -> None:
+        if not self._over:
+            self._over = True
+            self._flow.write("over", messages=self._numbers)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _OWN or name.startswith("__"):
+            return super().__getattribute__(name)
+        return getattr(super().__getattribute__("_work"), name)
+
+
+_OWN = frozenset({"wait", "is_completed", "_note_over", "_flow", "_work", "_numbers", "_over"})

@@ -1,0 +1,76 @@
+"""Starts the ranks of ``python script.py`` by forking: torch is imported once and not once a rank.
+
+    python ranks.py FOLDER RANKS script.py ARGUMENTS ...
+    python ranks.py FOLDER RANKS -m module ARGUMENTS ...
+
+``FOLDER/ended-N`` gets the exit code of rank N.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import os
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+IMPORTED_LATE = ("torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch.profiler")
+"""What torch imports at the first backward and the first optimizer."""
+
+
+def main() -> None:
+    folder, ranks, *words = sys.argv[1:]
+    sys.path[0] = ""  # this folder's names are not for anybody else to import
+    for name in ("torch", "torch.distributed", *IMPORTED_LATE):
+        importlib.import_module(name)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    running: dict[int, int] = {}
+    for rank in range(int(ranks)):
+        process = os.fork()
+        if process == 0:
+            _rank(rank, words)
+        running[process] = rank
+    while running:
+        process, status = os.wait()
+        rank = running.pop(process)
+        kept = Path(folder) / f"ended-{rank}"
+        kept.with_suffix(".part").write_text(str(os.waitstatus_to_exitcode(status)))
+        kept.with_suffix(".part").rename(kept)
+
+
+def _rank(rank: int, words: list[str]) -> NoReturn:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    code = 1
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            sys.path[0] = os.getcwd()
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path[0] = str(Path(words[0]).resolve().parent)
+            runpy.run_path(words[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A recording: the schedule that a program ran, and what a person should know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dualpipe.record.events import Event, RankLog, RecordError, of_step, read
+from dualpipe.record.lineage import match, trace
+from dualpipe.record.naming import name_messages, program
+from dualpipe.schedule import MESSAGES, Schedule
+from dualpipe.schedulefile import dumps
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded.
+
+    Parameters
+    ----------
+    schedule:
+        What every rank did, each message with its peer.
+    steps:
+        How many training steps the program ran; the schedule is of one of them.
+    ended:
+        For each rank whether its process came to its end.
+    notes:
+        What was left out, guessed or reinterpreted, a sentence each.
+    """
+
+    schedule: Schedule
+    steps: int
+    ended: tuple[bool, ...]
+    notes: tuple[str, ...]
+
+    def text(self) -> str:
+        """The schedule file, opened by the notes as comments."""
+        return "".join(f"# {note}\n" for note in self.notes) + dumps(self.schedule)
+
+    def summary(self) -> str:
+        """One line: sizes and counts."""
+        schedule = self.schedule
+        ops = [placed.op for placed in schedule]
+        messages = sum(op.kind in MESSAGES for op in ops)
+        lanes = ", ".join(f"{count} microbatches of lane {lane}" for lane, count in schedule.microbatches.items())
+        return (
+            f"{schedule.ranks} ranks, {schedule.stages} stages, {lanes}: "
+            f"{len(ops) - messages} computations and {messages} message ends in "
+            f"{sum(map(len, schedule.programs))} slots"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The recording as one JSON object."""
+        return {
+            "schedule": dumps(self.schedule),
+            "ranks": self.schedule.ranks,
+            "stages": self.schedule.stages,
+            "microbatches": {str(lane): count for lane, count in self.schedule.microbatches.items()},
+            "steps": self.steps,
+            "ended": list(self.ended),
+            "notes": list(self.notes),
+        }
+
+
+def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> Recording:
+    """The recording that the logs of all ranks, in order of rank, amount to.
+
+    Raises
+    ------
+    RecordError
+        If something cannot be named, saying what and where in the program.
+    """
+    steps = 1 + max(log.steps for log in logs)
+    busy = [k for k in range(steps) if any(f.step == k for log in logs for f in log.forwards.values())] or [0]
+    if not 1 <= step <= len(busy):
+        raise RecordError("--step counts the training steps", f"there were {len(busy)}", f"it is {step}")
+    partner = match([m for log in logs for m in log.messages.values()])
+    notes = [f"step {step} of {len(busy)}"] if len(busy) > 1 else []
+    logs = of_step(logs, busy[step - 1])
+    messages = {m.id: m for log in logs for m in log.messages.values()}
+    tagged = sorted({m.at for m in messages.values() if m.tag})
+    if tagged:
+        notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file has none, and so has NCCL")
+    lineage = trace(logs, messages, partner)
+    notes += lineage.notes
+    ops, more = name_messages(logs, messages, partner, lineage)
+    notes += more
+    programs = [program(log, ops, lineage) for log in logs]
+    early = sum(count for _, count in programs)
+    if early:
+        notes.append(
+            f"{early} computations began with messages still in flight; the file puts a message where it was posted, "
+            "and a blocking model waits for it there, which the program does not"
+        )
+    ended = tuple(log.ended for log in logs)
+    schedule = Schedule(lineage.routes, tuple(slots for slots, _ in programs), name)
+    return Recording(schedule, len(busy), ended, tuple(notes))
+
+
+def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded") -> Recording:
+    """As ``assemble``, from the events that each rank kept in memory."""
+    return assemble([read(rank, events[rank]) for rank in sorted(events)], name)

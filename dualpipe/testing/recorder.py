@@ -1,0 +1,75 @@
+"""``record()``: a recording of this process's part of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from dualpipe.record.child import compute, messages
+from dualpipe.record.child.flow import Flow
+from dualpipe.record.child.log import Event, Sink
+from dualpipe.record.child.patches import Patches
+from dualpipe.record.launch import TOGETHER
+from dualpipe.record.recording import Recording, assemble_events
+
+_active = False
+
+
+class LiveRecording:
+    """The events of this rank."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def gather(self, group: dist.ProcessGroup | None = None, name: str = "recorded") -> Recording:
+        """The recording of all ranks: every rank of the group calls this, and every rank gets it.
+
+        Raises ``RecordError`` where something cannot be named.
+        """
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, self.events, group=group)
+        return assemble_events(dict(enumerate(parts)), name)
+
+
+@contextmanager
+def record(
+    together: Collection[str] = (), containers: Collection[str] = (), sink: Sink | None = None
+) -> Iterator[LiveRecording]:
+    """Record what this rank computes and sends inside the ``with``.
+
+    Parameters
+    ----------
+    together:
+        More names of methods that overlap a forward with a backward: what one call of them computes is one slot.
+    containers:
+        Names of module classes whose call runs the pipeline and is no stage's forward.
+    sink:
+        Called with every event, as it happens, besides.
+
+    Raises ``RuntimeError`` inside another recording of the same process.
+    """
+    global _active
+    if _active:
+        raise RuntimeError("a process makes one recording at a time; leave the first one before the next")
+    recording = LiveRecording()
+
+    def keep(event: Event) -> None:
+        recording.events.append(event)
+        if sink is not None:
+            sink(event)
+
+    flow, patches = Flow(keep), Patches()
+    with ExitStack() as stack:
+        stack.callback(patches.undo)
+        operators = compute.watch(flow, patches, (*TOGETHER, *together), containers)
+        messages.watch(flow, patches)
+        _active = True
+        try:
+            with operators:
+                yield recording
+            flow.write("end")
+        finally:
+            _active = False

@@ -1,0 +1,214 @@
+"""What cannot be named is an error that says what and where; what is named is named by where its tensors come from."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dualpipe.record import RecordError
+from dualpipe.schedule import show_slot
+from dualpipe.testing.pytest_plugin import record_ranks
+
+__all__ = ["record_ranks"]  # the fixture, as a conftest gets it with pytest_plugins
+
+SHAPE = (2, 4)
+
+
+def receive(peer: int) -> torch.Tensor:
+    buffer = torch.empty(SHAPE)
+    dist.recv(buffer, peer)
+    return buffer
+
+
+def train(rank: int, stage, microbatches: int = 2, send=dist.send) -> None:
+    """GPipe on two ranks, microbatch by microbatch; ``stage`` is called like a module."""
+    for _ in range(microbatches):
+        if rank == 0:
+            y = stage(torch.randn(SHAPE))
+            send(y.detach(), 1)
+            y.backward(receive(1))
+        else:
+            x = receive(0).requires_grad_()
+            stage(x).square().sum().backward()
+            send(x.grad, 0)
+
+
+def text(recording, rank: int) -> str:
+    return " ".join(map(show_slot, recording.schedule.programs[rank]))
+
+
+PLAIN = (
+    "0F0> 0SF0>@1 0RB0>@1 0B0>+0W0> 0F1> 0SF1>@1 0RB1>@1 0B1>+0W1>",
+    "1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0",
+)
+
+
+def assert_plain(recording) -> None:
+    assert (text(recording, 0), text(recording, 1)) == PLAIN
+
+
+def test_a_stage_of_one_module(record_ranks):
+    assert_plain(record_ranks(2, lambda rank: train(rank, nn.Linear(4, 4))))
+
+
+def test_a_stage_of_several_modules_and_functions_between_them(record_ranks):
+    def body(rank):
+        first, second, position = nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(2, 4)
+
+        def stage(x):
+            where = position(torch.arange(2))
+            return second(torch.relu(first(x) + where)) * 2
+
+        train(rank, stage)
+
+    assert_plain(record_ranks(2, body))
+
+
+def test_a_stage_whose_output_is_freed_once_it_is_sent(record_ranks):
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        for _ in range(2):
+            if rank == 0:
+                y = stage(torch.randn(SHAPE))
+                dist.send(y, 1)
+                y.data = torch.empty(1)
+                gradient = receive(1)
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (y,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+            else:
+                x = receive(0).requires_grad_()
+                stage(x).square().sum().backward()
+                dist.send(x.grad, 0)
+
+    assert_plain(record_ranks(2, body))
+
+
+def test_a_stage_that_recomputes_its_forward(record_ranks):
+    def body(rank):
+        class Stage(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+            def forward(self, x):
+                return checkpoint(self.layer, x, use_reentrant=False)
+
+        train(rank, Stage())
+
+    assert_plain(record_ranks(2, body))
+
+
+def test_messages_of_two_tensors_are_one_message_of_the_schedule(record_ranks):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.layer(x), self.layer(y)
+
+    def both(op, tensors, peer):
+        for work in dist.batch_isend_irecv([dist.P2POp(op, t, peer) for t in tensors]):
+            work.wait()
+        return tensors
+
+    def body(rank):
+        stage = Pair()
+        for _ in range(2):
+            if rank == 0:
+                outputs = stage(torch.randn(SHAPE), torch.randn(SHAPE))
+                both(dist.isend, [y.detach() for y in outputs], 1)
+                torch.autograd.backward(outputs, both(dist.irecv, [torch.empty(SHAPE) for _ in range(2)], 1))
+            else:
+                inputs = [x.requires_grad_() for x in both(dist.irecv, [torch.empty(SHAPE) for _ in range(2)], 0)]
+                sum(y.sum() for y in stage(*inputs)).backward()
+                both(dist.isend, [x.grad for x in inputs], 0)
+
+    assert_plain(record_ranks(2, body))
+
+
+def test_metrics_and_clipping_afterwards_change_nothing(record_ranks):
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        train(rank, stage)
+        norm = nn.utils.clip_grad_norm_(stage.parameters(), 0.1)
+        stage.weight.grad.mul_(norm)
+        torch.optim.SGD(stage.parameters(), lr=0.1).step()
+        dist.all_reduce(norm)
+
+    assert_plain(record_ranks(2, body))
+
+
+def test_a_module_that_runs_the_pipeline_is_told_apart_or_named(record_ranks):
+    class Engine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stage = nn.Linear(4, 4)
+
+        def forward(self, rank):
+            train(int(rank), self.stage)
+
+    def body(rank):
+        Engine()(torch.tensor(rank))
+
+    with pytest.raises(RecordError, match=r"inside .*Engine at .*test_limits.py:\d+; .* add --container .*Engine"):
+        record_ranks(2, body, check=False)
+    name = Engine.__qualname__
+    assert_plain(record_ranks(2, body, containers=[name]))
+
+
+def test_a_stage_that_is_no_module_is_an_error_that_says_where(record_ranks):
+    def body(rank):
+        weight = torch.randn(4, 4, requires_grad=True)
+        train(rank, (lambda x: x @ weight) if rank == 0 else nn.Linear(4, 4))
+
+    with pytest.raises(RecordError, match=r"from what rank 0 sends at .*test_limits.py:\d+, and no module call made"):
+        record_ranks(2, body)
+
+
+def test_a_program_without_a_pipeline_is_an_error(record_ranks):
+    with pytest.raises(RecordError, match="no message holds what a module call made"):
+        record_ranks(2, lambda rank: nn.Linear(4, 4)(torch.randn(SHAPE)).sum().backward())
+
+
+def test_a_message_with_two_microbatches_in_it_is_an_error_that_says_where(record_ranks):
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        if rank == 0:
+            first = stage(torch.randn(1, 4))
+            dist.barrier()
+            dist.send(torch.zeros(1), 1)
+            second = stage(torch.randn(1, 4))
+            dist.send(torch.cat([first, second]), 1)
+        else:
+            dist.barrier()
+            dist.recv(torch.zeros(1), 0)
+            stage(receive(0))
+
+    with pytest.raises(RecordError, match=r"rank 0 sends a mixture of 2 at .*test_limits.py:\d+"):
+        record_ranks(2, body)
+
+
+def test_data_parallel_pipelines_are_an_error(record_ranks):
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        pair, place = divmod(rank, 2)
+        other = 2 * pair + 1 - place
+        for _ in range(2):
+            if place == 0:
+                dist.send(stage(torch.randn(SHAPE)).detach(), other)
+            else:
+                stage(receive(other))
+
+    with pytest.raises(RecordError, match="data enters at 3 places"):
+        record_ranks(6, body)
+
+
+def test_an_error_on_a_rank_is_told_with_its_traceback(record_ranks):
+    def body(rank):
+        raise LookupError(f"of rank {rank}")
+
+    with pytest.raises(RuntimeError, match="LookupError: of rank"):
+        record_ranks(2, body)

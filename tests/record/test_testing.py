@@ -1,0 +1,85 @@
+"""``dualpipe.testing``: recordings made inside the ranks, and what our own runtime does."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dualpipe.generate import dualpipe
+from dualpipe.schedule import B, F, Schedule, show_slot
+from dualpipe.schedulefile import dumps
+from dualpipe.testing import record
+from proofs.prove import prove
+from reference.launch import launch
+from tests.record.run import forked
+from tests.record.test_limits import PLAIN, train
+
+
+def test_record_sees_what_runs_inside_the_with_and_gathers_it_on_every_rank():
+    def body(context) -> list[str]:
+        stage = nn.Linear(4, 4)
+        train(context.rank, stage)
+        with record() as recording:
+            train(context.rank, stage)
+        train(context.rank, stage)
+        return [" ".join(map(show_slot, program)) for program in recording.gather().schedule.programs]
+
+    assert launch(2, body, timeout=60).values() == [list(PLAIN)] * 2
+
+
+def test_afterwards_torch_is_as_it_was():
+    def state() -> list[object]:
+        engine = torch.autograd.Variable._execution_engine
+        return [nn.Module.__call__, torch.Tensor.grad, engine, dist.isend, dist.irecv, dist.batch_isend_irecv]
+
+    before = state()
+    with record():
+        assert all(now is not then for now, then in zip(state(), before, strict=True))
+        with pytest.raises(RuntimeError, match="one recording at a time"), record():
+            pass
+    assert all(now is then for now, then in zip(state(), before, strict=True))
+    assert "__init_subclass__" not in vars(nn.Module)
+
+
+def in_turn(schedule: Schedule) -> list[str]:
+    """The slots of each rank, with an overlapped pair as a forward and then a backward: so our interpreter runs it."""
+    return [
+        " ".join(
+            show_slot(part)
+            for slot in program
+            for part in ([slot[:1], slot[1:]] if {F, B} <= {op.kind for op in slot} else [slot])
+        )
+        for program in schedule.programs
+    ]
+
+
+def test_our_own_runtime_does_what_the_schedule_says():
+    recorded = forked(4, "deepseek.py", 4, 8).schedule
+    bare = [" ".join(show_slot(tuple(op.bare for op in slot)) for slot in program) for program in recorded.programs]
+    assert bare == in_turn(dualpipe(4, 8))
+    assert dumps(recorded).count("@") == dumps(recorded).count("S") + dumps(recorded).count("R")
+
+
+def test_an_activation_and_a_gradient_sent_in_the_wrong_order_are_refuted():
+    def swapped(ops):
+        """Rank 1's first batch with two sends to rank 2 has them the other way round."""
+        sends = [n for n, op in enumerate(ops) if op.op is dist.isend and op.peer == 2]
+        if dist.get_rank() == 1 and len(sends) > 1 and not done:
+            done.append(True)
+            one, other = sends[:2]
+            ops[one], ops[other] = ops[other], ops[one]
+        return watched(ops)
+
+    done: list[bool] = []
+    watched = None
+
+    def change() -> None:
+        nonlocal watched
+        watched = dist.batch_isend_irecv
+        dist.batch_isend_irecv = swapped
+
+    recording = forked(4, "deepseek.py", 4, 8, before=change)
+    report = prove(recording.schedule).as_json()["checks"]
+    assert report["messages"]["verdict"] == "refuted"
+    assert "rank 2" in report["messages"]["story"]
+    assert "began from something else than" in " ".join(recording.notes)

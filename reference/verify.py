@@ -17,36 +17,22 @@ from reference.case import DTYPES, Case, make_deterministic
 from reference.launch import Context, Failure, Outcome, launch
 from reference.model import ModelConfig
 from reference.oracle import StepTruth, train, weights_of
+from reference.party import Party, Progress
 from reference.production import run_rank
-from reference.trace import Difference, StepTrace, differences, merge, vital_signs
+from reference.trace import StepTrace, differences, merge, vital_signs
 
 FAKE, PROCESSES = "fake ranks", "processes"
 _SPARE, _PER_OP = 30.0, 0.1
 """Seconds that a party has for a step, and for each of its ops, beyond the timeout of a wait, before it is ended."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with a party's name, the rank within it, and the steps it has finished."""
 RankBody = Callable[[Case, Callable[[Any], None]], list[StepTrace]]
 
 
 @dataclass(frozen=True)
-class Party:
-    """How one party came out: what differs from the oracle, or how it failed to finish."""
+class Traced(Party):
+    """A party with what it had to show of each step."""
 
-    name: str
-    traces: Sequence[StepTrace]
-    differences: tuple[Difference, ...]
-    failures: tuple[Failure, ...]
-    seconds: float
-
-    @property
-    def equal(self) -> bool:
-        return not self.differences and not self.failures
-
-    @property
-    def told(self) -> list[str]:
-        """How the party failed, in words; the fake ranks are one process, whose own rank says nothing."""
-        return [f"{f.kind}: {f.text}" if self.name == FAKE else str(f) for f in self.failures]
+    traces: Sequence[StepTrace] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ class Report:
     case: Case
     truth: tuple[StepTruth, ...]
     complaints: tuple[str, ...]
-    parties: tuple[Party, ...]
+    parties: tuple[Traced, ...]
     seconds: float
 
     @property
@@ -86,16 +72,7 @@ class Report:
             "losses": self.losses,
             "tensors": tensors_compared(case, self.truth),
             "complaints": list(self.complaints),
-            "parties": {
-                party.name: {
-                    "verdict": "equal" if party.equal else "failed" if party.failures else "different",
-                    "differences": len(party.differences),
-                    "first_difference": str(party.differences[0]) if party.differences else None,
-                    "failures": party.told,
-                    "seconds": round(party.seconds, 3),
-                }
-                for party in self.parties
-            },
+            "parties": {party.name: party.as_json() for party in self.parties},
             "seconds": round(self.seconds, 3),
         }
 
@@ -175,12 +152,13 @@ def verify(
     return Report(case, tuple(truth), tuple(vital_signs(truth, initial)), parties, time.monotonic() - started)
 
 
-def judge(case: Case, name: str, truth: Sequence[StepTruth], outcome: Outcome[list[StepTrace]]) -> Party:
+def judge(case: Case, name: str, truth: Sequence[StepTruth], outcome: Outcome[list[StepTrace]]) -> Traced:
     """Hold one party's results against the oracle's; where a rank failed, its failures are the result."""
     if outcome.failures:
-        return Party(name, (), (), outcome.failures, outcome.seconds)
+        return Traced(name, (), outcome.failures, outcome.seconds, name == FAKE)
     traces = merge(outcome.values())
-    return Party(name, traces, tuple(differences(case.schedule, truth, traces)), (), outcome.seconds)
+    found = tuple(differences(case.schedule, truth, traces))
+    return Traced(name, found, (), outcome.seconds, name == FAKE, traces)
 
 
 def run_oracle(case: Case) -> list[StepTruth]:

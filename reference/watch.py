@@ -6,33 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from reference.case import Case
-from reference.verify import FAKE, PROCESSES, Party, Report, tensors_compared
-from reference.verify import Progress as OnProgress
-
-_MOST_TOLD = 6
+from reference.party import MOST_TOLD, Progress
+from reference.party import watch as watch_parties
+from reference.verify import FAKE, PROCESSES, Report, tensors_compared
 
 
 @contextmanager
-def watch(case: Case, quiet: bool = False) -> Iterator[OnProgress]:
+def watch(case: Case, quiet: bool = False) -> Iterator[Progress]:
     """A bar per party on standard error; yields the callback that moves them."""
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, disable=quiet or not console.is_terminal, transient=True, auto_refresh=False
-    ) as bars:  # no thread: ranks are forked
-        ranks = case.schedule.ranks
-        tasks = {FAKE: bars.add_task(FAKE, total=case.steps), PROCESSES: bars.add_task(PROCESSES, total=case.steps)}
-        done: dict[str, dict[int, int]] = {FAKE: {0: 0}, PROCESSES: dict.fromkeys(range(ranks), 0)}
-
-        def on_progress(party: str, rank: int, steps: int) -> None:
-            done[party][rank] = steps
-            bars.update(tasks[party], completed=min(done[party].values()))
-            bars.refresh()
-
+    with watch_parties({FAKE: 1, PROCESSES: case.schedule.ranks}, case.steps, quiet) as on_progress:
         yield on_progress
 
 
@@ -48,10 +33,10 @@ def tell(report: Report, console: Console | None = None) -> None:
         soft_wrap=True,
     )
     console.print(_table(report))
-    for complaint in report.complaints[:_MOST_TOLD]:
+    for complaint in report.complaints[:MOST_TOLD]:
         console.print(f"nothing happened: {complaint}", style="red")
     for party in report.parties:
-        _tell_party(console, party)
+        party.tell(console)
     compared = tensors_compared(case, report.truth)
     if report.equal:
         console.print(
@@ -72,22 +57,6 @@ def _table(report: Report) -> Table:
         ranks = ", ".join(f"{route[stage]}{lane}" for lane, route in schedule.routes.items())
         largest = max((float(g.abs().max()) for g in last.gradients[stage].values()), default=0.0)
         count = sum(w.numel() for w in last.weights[stage].values())
-        verdicts = [_verdict(party, stage) for party in report.parties]
+        verdicts = [party.at(stage) for party in report.parties]
         table.add_row(str(stage), ranks, f"{count:,}", f"{largest:.3g}", *verdicts)
     return table
-
-
-def _verdict(party: Party, stage: int) -> str:
-    if party.failures:
-        return "[red]did not finish"
-    wrong = sum(difference.stage == stage for difference in party.differences)
-    return f"[red]{wrong} differ" if wrong else "[green]equal"
-
-
-def _tell_party(console: Console, party: Party) -> None:
-    for difference in party.differences[:_MOST_TOLD]:
-        console.print(f"{party.name}: {difference}", style="red", markup=False, soft_wrap=True)
-    if len(party.differences) > _MOST_TOLD:
-        console.print(f"{party.name}: and {len(party.differences) - _MOST_TOLD} more", style="red")
-    for failure in party.told:
-        console.print(f"{party.name}: {failure}", style="red", markup=False, soft_wrap=True)

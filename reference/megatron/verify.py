@@ -15,35 +15,24 @@ from reference.megatron import plain, production, truth
 from reference.megatron.case import Case
 from reference.megatron.comparison import KINDS, differences, mean_loss, norm_difference, tensors_compared, vital_signs
 from reference.megatron.trace import StepTrace, merge
-from reference.trace import Difference
+from reference.party import Party, Progress
 
 TRUTH, PRODUCTION, ORACLE = "1F1B", "DualPipe", "plain PyTorch"
 Body = Callable[[Case, Context], list[StepTrace]]
-Progress = Callable[[str, int, int], None]
-"""Called with a party's name, the rank within it, and the steps it has finished."""
 
 
 @dataclass(frozen=True)
-class Party:
-    """How one party came out: what differs from the truth, or how it failed to finish.
+class Normed(Party):
+    """A party with the gradient norms of its optimizer.
 
-    ``norm_difference``: by how much, relatively, its gradient norms differ at most.  Under the distributed optimizer
-    a norm may do so and still count as equal, see ``Case.norm_rounding``.
+    ``norm_difference``: by how much, relatively, they differ from the truth's at most; NaN where the party failed.
+    Under the distributed optimizer a norm may do so and still count as equal, see ``Case.norm_rounding``.
     """
 
-    name: str
-    differences: tuple[Difference, ...]
-    failures: tuple[Failure, ...]
-    norm_difference: float
-    seconds: float
+    norm_difference: float = math.nan
 
-    @property
-    def equal(self) -> bool:
-        return not self.differences and not self.failures
-
-    @property
-    def verdict(self) -> str:
-        return "equal" if self.equal else "failed" if self.failures else "different"
+    def as_json(self) -> dict[str, Any]:
+        return {**super().as_json(), "norm_difference": None if self.failures else self.norm_difference}
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class Report:
     case: Case
     truth: tuple[StepTrace, ...]
     complaints: tuple[str, ...]
-    parties: tuple[Party, ...]
+    parties: tuple[Normed, ...]
     seconds: float
 
     @property
@@ -96,17 +85,7 @@ class Report:
             "gradient_norms": self.norms,
             "tensors": tensors_compared(self.truth),
             "complaints": list(self.complaints),
-            "parties": {
-                party.name: {
-                    "verdict": party.verdict,
-                    "differences": len(party.differences),
-                    "first_difference": str(party.differences[0]) if party.differences else None,
-                    "failures": [str(failure) for failure in party.failures],
-                    "norm_difference": None if party.failures else party.norm_difference,
-                    "seconds": round(party.seconds, 3),
-                }
-                for party in self.parties
-            },
+            "parties": {party.name: party.as_json() for party in self.parties},
             "seconds": round(self.seconds, 3),
         }
 
@@ -133,12 +112,12 @@ def verify(
         told = "; ".join(map(str, failures))
         raise UndecidedError(f"Megatron's own 1F1B did not finish, so nothing can be said: {told}")
 
-    def judge(name: str, body: Body, ranks: int, kinds: Sequence[str] = KINDS) -> Party:
+    def judge(name: str, body: Body, ranks: int, kinds: Sequence[str] = KINDS) -> Normed:
         found, failures, seconds = run(name, body, ranks)
         if failures:
-            return Party(name, (), failures, math.nan, seconds)
+            return Normed(name, (), failures, seconds)
         told = tuple(differences(case, true, found, kinds))
-        return Party(name, told, (), norm_difference(true, found), seconds)
+        return Normed(name, told, (), seconds, norm_difference=norm_difference(true, found))
 
     parties = [judge(PRODUCTION, production_body, production.ranks(case))]
     if case.tp == 1:

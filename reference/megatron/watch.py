@@ -6,36 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from reference.megatron import production, truth
 from reference.megatron.case import Case
 from reference.megatron.comparison import tensors_compared
 from reference.megatron.trace import Place
-from reference.megatron.verify import ORACLE, PRODUCTION, TRUTH, Party, Progress, Report
-
-_MOST_TOLD = 6
+from reference.megatron.verify import ORACLE, PRODUCTION, TRUTH, Report
+from reference.party import MOST_TOLD, Progress
+from reference.party import watch as watch_parties
 
 
 @contextmanager
 def watch(case: Case, quiet: bool = False) -> Iterator[Progress]:
     """A bar per party on standard error; yields the callback that moves them."""
-    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
     ranks = {TRUTH: truth.ranks(case), PRODUCTION: production.ranks(case)} | ({ORACLE: 1} if case.tp == 1 else {})
-    with Bars(
-        *columns, console=console, disable=quiet or not console.is_terminal, transient=True, auto_refresh=False
-    ) as bars:  # no thread: ranks are forked
-        tasks = {name: bars.add_task(name, total=case.steps) for name in ranks}
-        done = {name: dict.fromkeys(range(count), 0) for name, count in ranks.items()}
-
-        def on_progress(party: str, rank: int, steps: int) -> None:
-            done[party][rank] = steps
-            bars.update(tasks[party], completed=min(done[party].values()))
-            bars.refresh()
-
+    with watch_parties(ranks, case.steps, quiet) as on_progress:
         yield on_progress
 
 
@@ -49,10 +35,10 @@ def tell(report: Report, console: Console | None = None) -> None:
         soft_wrap=True,
     )
     console.print(_table(report))
-    for complaint in report.complaints[:_MOST_TOLD]:
+    for complaint in report.complaints[:MOST_TOLD]:
         console.print(f"nothing happened: {complaint}", style="red", markup=False, soft_wrap=True)
     for party in report.parties:
-        _tell_party(console, party)
+        party.tell(console)
         if party.norm_difference > 0:
             console.print(
                 f"{party.name}: gradient norms differ by up to {party.norm_difference:.1g} of themselves; up to "
@@ -105,22 +91,6 @@ def _table(report: Report) -> Table:
         places = [Place(0, stage, tp) for tp in range(report.case.tp)]
         largest = max(float(g.abs().max()) for place in places for g in last.gradients[place].values())
         count = sum(w.numel() for place in places for w in last.weights[place].values())
-        verdicts = [_verdict(party, stage) for party in report.parties]
+        verdicts = [party.at(stage) for party in report.parties]
         table.add_row(str(stage), f"{count:,}", f"{largest:.3g}", *verdicts)
     return table
-
-
-def _verdict(party: Party, stage: int) -> str:
-    if party.failures:
-        return "[red]did not finish"
-    wrong = sum(difference.stage == stage for difference in party.differences)
-    return f"[red]{wrong} differ" if wrong else "[green]equal"
-
-
-def _tell_party(console: Console, party: Party) -> None:
-    for difference in party.differences[:_MOST_TOLD]:
-        console.print(f"{party.name}: {difference}", style="red", markup=False, soft_wrap=True)
-    if len(party.differences) > _MOST_TOLD:
-        console.print(f"{party.name}: and {len(party.differences) - _MOST_TOLD} more", style="red")
-    for failure in party.failures:
-        console.print(f"{party.name}: {failure}", style="red", markup=False, soft_wrap=True)

@@ -6,7 +6,8 @@ from dualpipe.generate import generate
 from dualpipe.schedule import Op, Schedule, Slot
 from reference.case import Case
 from reference.model import ModelConfig
-from reference.verify import PROCESSES, Party, Report
+from reference.party import Party
+from reference.verify import PROCESSES, Report
 
 TINY = ModelConfig(hidden=16, heads=2, sequence=8, batch=1)
 

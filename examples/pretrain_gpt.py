@@ -1,0 +1,400 @@
+"""Pretrains a GPT on the bytes of a text with megatron-core, with DualPipe or with Megatron's own 1F1B.
+
+    torchrun --nproc-per-node 4 examples/pretrain_gpt.py --use-dualpipe --pipeline-model-parallel-size 4
+    torchrun --nproc-per-node 8 examples/pretrain_gpt.py                --pipeline-model-parallel-size 4
+
+The two print the same losses and, with ``--clip-grad 0`` or the plain optimizer, the same digest of all weights: each
+lane of DualPipe is one of the data-parallel replicas of 1F1B.  Ranks talk over NCCL where there are GPUs, one each.
+Without GPUs they talk over gloo, and the stand-ins of the test harness let Megatron run on the CPU.
+
+The five places that DualPipe changes in a training script are marked with its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pydoc_data.topics
+import random
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    from reference.megatron.importing import expected_warnings
+    from reference.megatron.standins import install_cpu_standins
+
+    expected_warnings().__enter__()  # for as long as the process lives
+    install_cpu_standins()
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_attr_wrapped_model
+
+from dualpipe.megatron import (
+    add_dualpipe_args,
+    build_dualpipe_model,
+    build_dualpipe_optimizer,
+    get_forward_backward_func,
+    load_checkpoint,
+    save_checkpoint,
+    validate_dualpipe_args,
+)
+
+VOCABULARY = 256  # a token is a byte
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, help="a text file; by default the help topics that come with Python")
+    add("--save", type=Path, help="a folder for checkpoints")
+    add("--load", type=Path, help="go on from the newest complete checkpoint in this folder, if there is one")
+    add("--save-interval", type=int, default=10, help="iterations between checkpoints; there is one at the end, too")
+    add("--train-iters", type=int, default=20)
+    add("--eval-interval", type=int, default=10)
+    add("--eval-iters", type=int, default=2)
+    add("--global-batch-size", type=int, default=32)
+    add("--micro-batch-size", type=int, default=2)
+    add("--num-layers", type=int, default=8)
+    add("--hidden-size", type=int, default=64)
+    add("--num-attention-heads", type=int, default=4)
+    add("--seq-length", type=int, default=64)
+    add("--num-experts", type=int, help="experts in each layer; by default the model is dense")
+    add("--dropout", type=float, default=0.0)
+    add("--lr", type=float, default=3e-3)
+    add("--min-lr", type=float, default=3e-4)
+    add("--lr-decay-iters", type=int, help="by default the iterations of the training")
+    add("--lr-warmup-iters", type=int, help="by default a fifth of them")
+    add("--weight-decay", type=float, default=0.1)
+    add("--clip-grad", type=float, default=1.0, help="the norm to clip gradients to; 0 for none")
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--sequence-parallel", action="store_true")
+    add("--bf16", action="store_true")
+    add("--use-distributed-optimizer", action="store_true")
+    add("--overlap-grad-reduce", action="store_true")
+    add("--seed", type=int, default=1234)
+    add("--timeout-minutes", type=float, default=10.0, help="no message and no collective waits longer")
+    add_dualpipe_args(parser)  # DualPipe 1: the flag
+    args = parser.parse_args()
+    world = int(os.environ["WORLD_SIZE"])
+    args.data_parallel_size = world // (args.pipeline_model_parallel_size * args.tensor_model_parallel_size)
+    validate_dualpipe_args(args)
+    args.num_microbatches, rest = divmod(args.global_batch_size, args.micro_batch_size * args.data_parallel_size)
+    if rest:
+        parser.error(
+            f"a global batch is a whole number of micro-batches on each of {args.data_parallel_size} data-parallel ranks: "
+            f"got {args.global_batch_size} samples and --micro-batch-size {args.micro_batch_size}"
+        )
+    if args.lr_decay_iters is None:
+        args.lr_decay_iters = args.train_iters
+    if args.lr_warmup_iters is None:
+        args.lr_warmup_iters = args.lr_decay_iters // 5
+    if not 0 <= args.lr_warmup_iters < args.lr_decay_iters:
+        parser.error(f"warm-up ends before decay: got {args.lr_warmup_iters} and {args.lr_decay_iters} iterations")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class Batch(NamedTuple):
+    """A microbatch: int64 ``tokens`` and ``labels``, each ``[micro batch, sequence]``."""
+
+    tokens: Tensor
+    labels: Tensor
+
+
+class Text:
+    """A text cut into samples of ``length`` + 1 bytes, in a new random order in each epoch."""
+
+    def __init__(self, data: bytes, length: int, seed: int) -> None:
+        self.data, self.length, self.seed = torch.frombuffer(bytearray(data), dtype=torch.uint8), length, seed
+        self.samples = (len(data) - 1) // length
+
+    def sample(self, number: int) -> Tensor:
+        epoch, place = divmod(number, self.samples)
+        order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + epoch))
+        start = int(order[place]) * self.length
+        return self.data[start : start + self.length + 1].long()
+
+    def microbatches(self, args: argparse.Namespace, consumed: int, device: torch.device) -> Iterator[Batch]:
+        """This rank's microbatches of a step, after ``consumed`` samples: those of Megatron's own sampler.
+
+        Microbatch m of data-parallel rank i of d takes the samples from ``consumed`` + (m d + i) x micro batch on.
+        DualPipe deals microbatches 2k to lane > and 2k+1 to lane <.  So with d ranks, microbatch k of lane > is that
+        of replica i, and microbatch k of lane < that of replica d+i, of the 2d replicas of a run with 1F1B.
+        """
+        size, ranks = args.micro_batch_size, args.data_parallel_size
+        rank = parallel_state.get_data_parallel_rank()
+        for number in range(args.num_microbatches):
+            first = consumed + (number * ranks + rank) * size
+            rows = torch.stack([self.sample(index) for index in range(first, first + size)]).to(device)
+            yield Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+
+def read_text(args: argparse.Namespace) -> tuple[Text, Text]:
+    """The text for training, and its last tenth for validation."""
+    if args.data is None:
+        data = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).encode()
+    else:
+        data = args.data.read_bytes()
+    split = len(data) * 9 // 10
+    return Text(data[:split], args.seq_length, args.seed), Text(data[split:], args.seq_length, args.seed)
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def transformer_config(args: argparse.Namespace) -> TransformerConfig:
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    options: dict[str, Any] = {"gradient_accumulation_fusion": False}  # its kernel comes with Apex
+    if not GPU:
+        options |= {"use_cpu_initialization": True, "batch_p2p_comm": False, "deallocate_pipeline_outputs": False}
+    if args.num_experts:
+        options |= {
+            "num_moe_experts": args.num_experts,
+            "moe_router_topk": 2,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 1e-2,
+            "add_bias_linear": False,
+        }
+    return TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=4 * args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        hidden_dropout=args.dropout,
+        attention_dropout=args.dropout,
+        bf16=args.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        cuda_graph_scope=[],
+        **options,
+    )
+
+
+def provide_model(
+    args: argparse.Namespace, config: TransformerConfig, pre_process: bool, post_process: bool, pg_collection: Any
+) -> GPTModel:
+    """One stage of the pipeline: which one follows from ``pg_collection``."""
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(num_experts=args.num_experts, moe_grouped_gemm=False),
+        vocab_size=VOCABULARY,
+        max_sequence_length=args.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=False,
+        pg_collection=pg_collection,
+    )
+
+
+def build(args: argparse.Namespace, device: torch.device) -> tuple[list[nn.Module], Any]:
+    """The chunks of this rank, wrapped for data parallelism, and their optimizer."""
+    config = transformer_config(args)
+    provider = partial(provide_model, args, config)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        clip_grad=args.clip_grad,
+        bf16=args.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    if args.use_dualpipe:  # DualPipe 2 and 3: two chunks a rank, and an optimizer that counts each parameter once
+        model = build_dualpipe_model(provider, ddp_config, timeout=60 * args.timeout_minutes)
+        optimizer = build_dualpipe_optimizer(optimizer_config, model)
+    else:
+        first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        chunk: nn.Module = provider(pre_process=first, post_process=last, pg_collection=groups).to(device)
+        model = [DistributedDataParallel(config, ddp_config, Float16Module(config, chunk) if args.bf16 else chunk)]
+        optimizer = get_megatron_optimizer(optimizer_config, model, use_gloo_process_groups=False)
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
+    return model, optimizer
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Any]:
+    """Read a microbatch at both ends of the pipeline; the stages between need none."""
+    first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
+    if not (first or last):
+        return model(None, None, None), None
+    batch = next(iterator)
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens).contiguous()
+    output = model(batch.tokens if first else None, positions, None, labels=batch.labels if last else None)
+    return output, loss_of
+
+
+def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """From ``[micro batch, sequence]``: the sum to be trained on, the tokens to divide it by, and what is reported."""
+    total, tokens = losses.float().sum(), torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
+
+
+def mean_loss(reported: list[dict[str, Tensor]], device: torch.device) -> float:
+    """The loss per token over all microbatches and replicas, in nats; right on the last rank of each pipeline."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for each in reported:
+        total += each["lm loss"]
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return float(total[0] / total[1]) if total[1] else float("nan")
+
+
+def tell(text: str) -> None:
+    """Print once: on the last pipeline rank, which knows the losses."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        print(text, flush=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """A checkpoint that a killed job left unfinished has no metadata, and doesn't count."""
+    complete = (path for path in folder.glob("iter_*") if check_is_distributed_checkpoint(str(path)))
+    return max(complete, default=None)
+
+
+def save(args: argparse.Namespace, model: list[nn.Module], optimizer: Any, common: dict[str, Any]) -> None:
+    folder = args.save / f"iter_{common['iteration']:07}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a job that was killed, or that did not load what it had saved
+    save_checkpoint(folder, model, optimizer, common)  # DualPipe 5
+    tell(f"saved {folder}")
+
+
+def digest(model: list[nn.Module]) -> str:
+    """The sha256 of all weights, by their names in the whole model; raises if two replicas differ."""
+    mine = {}
+    for chunk in model:
+        gpt = get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
+        for name, weight in gpt.named_parameters():
+            number = re.match(r"decoder\.layers\.(\d+)\.", name)
+            if number:
+                layer = gpt.decoder.layers[int(number[1])].layer_number
+                name = f"decoder.layers.{layer}.{name[number.end() :]}"  # noqa: PLW2901
+            data = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            mine[name, parallel_state.get_tensor_model_parallel_rank()] = hashlib.sha256(data).hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found = {pair for each in everyone for pair in each.items()}
+    if len(found) != len(dict(found)):
+        raise RuntimeError("the replicas of some weights differ")
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
+    if GPU:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if GPU else "gloo", timeout=timedelta(minutes=args.timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size, args.pipeline_model_parallel_size, create_gloo_process_groups=False
+    )
+    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()  # as Megatron's training loop does
+    random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+    model, optimizer = build(args, device)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.lr_warmup_iters,
+        lr_decay_steps=args.lr_decay_iters,
+        lr_decay_style="cosine",
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=args.lr_decay_iters,
+        wd_incr_style="constant",
+    )
+    training, validation = read_text(args)
+    run = partial(
+        get_forward_backward_func(args),  # DualPipe 4: Megatron's own function without the flag
+        forward_step_func=forward_step,
+        model=model,
+        num_microbatches=args.num_microbatches,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+    )
+
+    def evaluate(iteration: int) -> None:
+        for chunk in model:
+            chunk.eval()
+        reported = []
+        with torch.no_grad():
+            for number in range(args.eval_iters):
+                data = validation.microbatches(args, number * args.global_batch_size, device)
+                reported += run(data_iterator=data, forward_only=True)
+        for chunk in model:
+            chunk.train()
+        tell(f"iteration {iteration:5} | validation loss {mean_loss(reported, device):.6f}")
+
+    start = consumed = 0
+    checkpoint = newest_checkpoint(args.load) if args.load else None
+    if checkpoint:
+        common = load_checkpoint(checkpoint, model, optimizer)  # DualPipe 5
+        start, consumed = common["iteration"], common["consumed_samples"]
+        scheduler.load_state_dict(common["scheduler"])
+        tell(f"loaded {checkpoint}")
+    for iteration in range(start + 1, args.train_iters + 1):
+        began = time.perf_counter()
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        reported = run(data_iterator=training.microbatches(args, consumed, device), forward_only=False)
+        rate = optimizer.param_groups[0]["lr"]
+        _, norm, _ = optimizer.step()
+        scheduler.step(1)
+        consumed += args.global_batch_size
+        loss, ms = mean_loss(reported, device), 1000 * (time.perf_counter() - began)
+        tell(f"iteration {iteration:5} | loss {loss:.6f} | grad norm {norm or 0:.4f} | lr {rate:.2e} | {ms:.0f} ms")
+        if args.eval_interval and iteration % args.eval_interval == 0:
+            evaluate(iteration)
+        if args.save and (iteration % args.save_interval == 0 or iteration == args.train_iters):
+            common = {"iteration": iteration, "consumed_samples": consumed, "scheduler": scheduler.state_dict()}
+            save(args, model, optimizer, common)
+    tell(f"digest {digest(model)}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,8 @@ state of the GPU's random generator        the CPU generator's, kept apart in th
 ``moe_utils.te_general_gemm``              ``None``, which Megatron tests for but never sets
 layer norms under sequence parallelism     PyTorch's, marked for the all-reduce as Apex's are
 small functions under ``torch.compile``    run as they are: no compiler is needed, and no seconds in each rank
+``torch.cuda.synchronize()`` when saving   nothing: there is no GPU to wait for
+a manager process for what was written     a queue; a rank that is killed would leave the process behind
 =========================================  ==================================================================
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import queue
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -47,6 +50,7 @@ def install_cpu_standins() -> None:
     """Let megatron-core run on the CPU.  Does nothing where a GPU is present, or a second time."""
     if _installed or torch.cuda.is_available():
         return
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -54,6 +58,8 @@ def install_cpu_standins() -> None:
     for name in _LITERAL_CUDA:
         _replace(importlib.import_module(name), "torch", _TorchOnCpu())
     _replace(torch.cuda, "current_device", lambda: "cpu")
+    _replace(torch.cuda, "synchronize", lambda device=None: None)
+    _replace(filesystem_async, "_get_write_results_queue", queue.Queue)
     _replace(torch.Tensor, "type", _type_as_on_gpu(torch.Tensor.type))
     _replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))

@@ -21,6 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 GPU = torch.cuda.is_available()
+running = nullcontext()
 if not GPU:
     from reference.megatron.importing import expected_warnings
     from reference.megatron.standins import install_cpu_standins
 
-    expected_warnings().__enter__()  # for as long as the process lives
     install_cpu_standins()
+    running = expected_warnings()
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
@@ -397,4 +399,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with running:
+        main()

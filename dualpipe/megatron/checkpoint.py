@@ -13,12 +13,15 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.utils import unwrap_model
 from torch import nn
 
 from dualpipe.errors import RuleError
 from dualpipe.megatron.model import chunk_of
-from dualpipe.megatron.optimizer import MODEL_SPACE
+from dualpipe.megatron.optimizer import SHARDING
 from dualpipe.megatron.random_streams import States, capture, exchange, restore
+from dualpipe.megatron.torch_adam import allocate_state, loading
 
 RANDOM = "dualpipe_random_states"
 
@@ -28,13 +31,16 @@ def sharded_state_dict(model: Sequence[nn.Module], optimizer: Any = None, is_loa
 
     ``model`` is what ``build_dualpipe_model`` returned, or a list of Megatron's own chunks.
     """
-    metadata = {"distrib_optim_sharding_type": MODEL_SPACE, "chained_optim_avoid_prefix": True}
+    metadata = {"distrib_optim_sharding_type": SHARDING, "chained_optim_avoid_prefix": True}
     single = len(model) == 1
     state: dict[str, Any] = {
-        "model" if single else f"model{number}": chunk.sharded_state_dict(metadata=_metadata(metadata, single))
+        "model" if single else f"model{number}": unwrap_model(chunk).sharded_state_dict(
+            metadata=_metadata(metadata, single)
+        )
         for number, chunk in enumerate(model)
     }
     if optimizer is not None:
+        allocate_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading, metadata=metadata)
     return state
 
@@ -71,7 +77,7 @@ def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: A
         raise RuleError("a checkpoint is a folder that save_checkpoint wrote", f"{path} is none", "correct the path")
     wanted = sharded_state_dict(model, optimizer, is_loading=True)
     saved = _random(capture())
-    found = dist_checkpointing.load_sharded_metadata(path)
+    found = load_sharded_metadata(path)
     same_shape = any(
         isinstance(entry, ShardedObject) and entry.key == RANDOM and entry.global_shape == saved.global_shape
         for entry in found.values()
@@ -80,9 +86,10 @@ def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: A
         wanted["random"] = saved
     loaded = dist_checkpointing.load(wanted, path)
     for number, chunk in enumerate(model):
-        chunk.load_state_dict(loaded["model" if len(model) == 1 else f"model{number}"])
+        unwrap_model(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{number}"])
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        with loading(optimizer):
+            optimizer.load_state_dict(loaded["optimizer"])
     if same_shape:
         restore(loaded["random"])
     if len(model) > 1:

@@ -15,7 +15,7 @@ from dualpipe.errors import RuleError
 from dualpipe.megatron.model import chunk_of
 from dualpipe.schedule import UP
 
-MODEL_SPACE = "fully_sharded_model_space"
+SHARDING = "fully_reshardable"
 """Megatron's name of the format of a checkpoint that holds an optimizer's state parameter by parameter."""
 
 
@@ -32,30 +32,57 @@ def build_dualpipe_optimizer(config: OptimizerConfig, model: list[nn.Module], **
     built = get_megatron_optimizer(config, model, pg_collection=collection, use_gloo_process_groups=False, **options)
     for part in getattr(built, "chained_optimizers", [built]):
         if isinstance(part, DistributedOptimizer):
-            part.sharded_state_dict = _only_in_model_space(part.sharded_state_dict)
-            for name in ("get_parameter_state_dp_zero", "load_parameter_state_from_dp_zero"):
-                setattr(part, name, _refuse)
+            part.get_parameter_state_dp_zero = _by_buffer(part)
+            part.sharded_state_dict = _parameter_by_parameter(part.sharded_state_dict)
+            part.load_parameter_state_from_dp_zero = _refuse
     return built
 
 
-def _only_in_model_space(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The distributed optimizer keeps one data-parallel group, and the two chunks have two.
+def _by_buffer(part: Any) -> Callable[..., Any]:
+    """Megatron's gathering of the state, for one buffer after the other, each over its own group.
 
-    Of its formats one asks nothing of that group: each parameter's shard by its place in the whole parameter.
+    The distributed optimizer keeps one data-parallel group, and the two chunks of a rank have two.  The chunks are in
+    order of stage, so both ranks of a pair go through the groups in the same order.
     """
+    stock = part.get_parameter_state_dp_zero
+
+    def get_parameter_state_dp_zero(
+        use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[Any, Any]:
+        if use_gloo_comm or not return_on_all_ranks:
+            _refuse("a state gathered on one rank")
+        state: dict[Any, Any] = {"buckets_coalesced": True}
+        kept = {name: getattr(part, name) for name in ("gbuf_ranges", "buffers", "data_parallel_group")}
+        try:
+            for index, (ranges, buffer) in enumerate(zip(kept["gbuf_ranges"], kept["buffers"], strict=True)):
+                part.gbuf_ranges, part.buffers = [ranges], [buffer]
+                part.data_parallel_group = buffer.data_parallel_group
+                state[index] = stock(use_gloo_comm=False, empty_data=empty_data, return_on_all_ranks=True)[0]
+        finally:
+            for name, value in kept.items():
+                setattr(part, name, value)
+        return state
+
+    return get_parameter_state_dp_zero
+
+
+def _parameter_by_parameter(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The one format of the distributed optimizer's state that does not depend on its single data-parallel group."""
 
     def sharded_state_dict(*args: Any, metadata: dict[str, Any] | None = None, **options: Any) -> Any:
-        kind = options.get("sharding_type") or (metadata or {}).get("distrib_optim_sharding_type", MODEL_SPACE)
-        if kind != MODEL_SPACE:
-            _refuse(kind)
+        metadata = {"distrib_optim_sharding_type": SHARDING, **(metadata or {})}
+        kind = options.pop("sharding_type", None) or metadata["distrib_optim_sharding_type"]
+        if kind != SHARDING or metadata.get("distrib_optim_fully_reshardable_mem_efficient"):
+            _refuse(kind if kind != SHARDING else "distrib_optim_fully_reshardable_mem_efficient")
         return stock(*args, metadata=metadata, **options)
 
     return sharded_state_dict
 
 
-def _refuse(kind: object = "a gathered state", *args: Any, **options: Any) -> Any:
+def _refuse(kind: object = "a state gathered on one rank", *args: Any, **options: Any) -> Any:
     raise RuleError(
-        "under DualPipe the distributed optimizer is saved shard by shard, in the space of the model's parameters",
+        "under DualPipe the distributed optimizer is saved parameter by parameter, gathered on all ranks of a stage",
         f"got {kind}",
-        f"set metadata['distrib_optim_sharding_type'] to {MODEL_SPACE!r}",
+        f"set metadata['distrib_optim_sharding_type'] to {SHARDING!r}; "
+        "in Megatron-LM, --dist-ckpt-optim-fully-reshardable",
     )

@@ -13,6 +13,7 @@ state of the GPU's random generator        the CPU generator's, kept apart in th
 ``moe_utils.te_general_gemm``              ``None``, which Megatron tests for but never sets
 layer norms under sequence parallelism     PyTorch's, marked for the all-reduce as Apex's are
 small functions under ``torch.compile``    run as they are: no compiler is needed, and no seconds in each rank
+``Tensor.cuda()`` when saving              returns the tensor
 ``torch.cuda.synchronize()`` when saving   nothing: there is no GPU to wait for
 a manager process for what was written     a queue; a rank that is killed would leave the process behind
 =========================================  ==================================================================
@@ -58,6 +59,7 @@ def install_cpu_standins() -> None:
     for name in _LITERAL_CUDA:
         _replace(importlib.import_module(name), "torch", _TorchOnCpu())
     _replace(torch.cuda, "current_device", lambda: "cpu")
+    _replace(torch.Tensor, "cuda", lambda self, *args, **options: self)
     _replace(torch.cuda, "synchronize", lambda device=None: None)
     _replace(filesystem_async, "_get_write_results_queue", queue.Queue)
     _replace(torch.Tensor, "type", _type_as_on_gpu(torch.Tensor.type))

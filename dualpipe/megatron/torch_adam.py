@@ -1,0 +1,57 @@
+"""torch's Adam inside Megatron's distributed optimizer: what saving and loading lack where neither Apex nor
+Transformer Engine is installed, as on a CPU.
+
+Found in megatron-core 0.16.1: it reads the number of the step from a state that does not exist before the first step;
+it leaves the step out when it fills in the state; and it loads one counter for all parameters, which a step would then
+count up once for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Give each parameter the state of step 0, unless it has one."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+@contextmanager
+def loading(optimizer: Any) -> Iterator[None]:
+    """Within, ``optimizer.load_state_dict`` works; afterwards each parameter counts its own steps."""
+    parts = list(_parts(optimizer))
+    for part in parts:
+        part._set_main_param_and_optimizer_states = _with_step(part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part._set_main_param_and_optimizer_states  # the class's own is seen again
+    for part in parts:
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _parts(optimizer: Any) -> Iterator[Any]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam):
+            yield part
+
+
+def _with_step(part: Any) -> Any:
+    stock = part._set_main_param_and_optimizer_states
+
+    def fill(parameter: Any, tensors: dict[str, Any]) -> None:
+        stock(parameter, {"step": part._get_main_param_and_optimizer_states(parameter)["step"], **tensors})
+
+    return fill

@@ -177,6 +177,7 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
     if args.num_experts:
         options |= {
             "num_moe_experts": args.num_experts,
+            "moe_ffn_hidden_size": 2 * args.hidden_size,
             "moe_router_topk": 2,
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": 1e-2,

@@ -10,6 +10,8 @@ Without GPUs they talk over gloo, and the stand-ins of the test harness let Mega
 The five places that DualPipe changes in a training script are marked with its name.
 """
 
+# ruff: noqa: E402 - without a GPU, the harness imports Megatron first, to silence what it has to say of that
+
 from __future__ import annotations
 
 import argparse
@@ -32,13 +34,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 GPU = torch.cuda.is_available()
-running = nullcontext()
 if not GPU:
     from reference.megatron.importing import expected_warnings
     from reference.megatron.standins import install_cpu_standins
 
-    install_cpu_standins()
-    running = expected_warnings()
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
@@ -66,7 +65,7 @@ from dualpipe.megatron import (
 VOCABULARY = 256  # a token is a byte
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="a text file; by default the help topics that come with Python")
@@ -99,14 +98,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=1234)
     add("--timeout-minutes", type=float, default=10.0, help="no message and no collective waits longer")
     add_dualpipe_args(parser)  # DualPipe 1: the flag
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     world = int(os.environ["WORLD_SIZE"])
     args.data_parallel_size = world // (args.pipeline_model_parallel_size * args.tensor_model_parallel_size)
     validate_dualpipe_args(args)
     args.num_microbatches, rest = divmod(args.global_batch_size, args.micro_batch_size * args.data_parallel_size)
     if rest:
         parser.error(
-            f"a global batch is a whole number of micro-batches on each of {args.data_parallel_size} data-parallel ranks: "
+            f"a global batch is a whole number of micro-batches on each of {args.data_parallel_size} replicas: "
             f"got {args.global_batch_size} samples and --micro-batch-size {args.micro_batch_size}"
         )
     if args.lr_decay_iters is None:
@@ -252,6 +251,23 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[list[nn.Modul
     return model, optimizer
 
 
+def build_scheduler(args: argparse.Namespace, optimizer: Any) -> OptimizerParamScheduler:
+    """Warm-up, then the decay of a cosine, in iterations."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.lr_warmup_iters,
+        lr_decay_steps=args.lr_decay_iters,
+        lr_decay_style="cosine",
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=args.lr_decay_iters,
+        wd_incr_style="constant",
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -279,6 +295,22 @@ def mean_loss(reported: list[dict[str, Tensor]], device: torch.device) -> float:
         total += each["lm loss"]
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return float(total[0] / total[1]) if total[1] else float("nan")
+
+
+def validation_loss(
+    args: argparse.Namespace, model: list[nn.Module], run: Any, text: Text, device: torch.device
+) -> float:
+    """Forwards alone, on the same samples each time."""
+    for chunk in model:
+        chunk.eval()
+    reported = []
+    with torch.no_grad():
+        for number in range(args.eval_iters):
+            data = text.microbatches(args, number * args.global_batch_size, device)
+            reported += run(data_iterator=data, forward_only=True)
+    for chunk in model:
+        chunk.train()
+    return mean_loss(reported, device)
 
 
 def tell(text: str) -> None:
@@ -310,7 +342,7 @@ def digest(model: list[nn.Module]) -> str:
             number = re.match(r"decoder\.layers\.(\d+)\.", name)
             if number:
                 layer = gpt.decoder.layers[int(number[1])].layer_number
-                name = f"decoder.layers.{layer}.{name[number.end() :]}"  # noqa: PLW2901
+                name = f"decoder.layers.{layer}.{name[number.end() :]}"
             data = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
             mine[name, parallel_state.get_tensor_model_parallel_rank()] = hashlib.sha256(data).hexdigest()
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -321,12 +353,9 @@ def digest(model: list[nn.Module]) -> str:
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
-def main() -> None:
-    args = parse_arguments()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
-    if GPU:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if GPU else "gloo", timeout=timedelta(minutes=args.timeout_minutes))
+def pretrain(args: argparse.Namespace) -> str:
+    """Train; every process of the job calls this, once the default process group exists.  Returns the digest."""
+    device = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size, args.pipeline_model_parallel_size, create_gloo_process_groups=False
     )
@@ -336,19 +365,7 @@ def main() -> None:
     model_parallel_cuda_manual_seed(seed)
 
     model, optimizer = build(args, device)
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=args.lr,
-        min_lr=args.min_lr,
-        lr_warmup_steps=args.lr_warmup_iters,
-        lr_decay_steps=args.lr_decay_iters,
-        lr_decay_style="cosine",
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
-        wd_incr_steps=args.lr_decay_iters,
-        wd_incr_style="constant",
-    )
+    scheduler = build_scheduler(args, optimizer)
     training, validation = read_text(args)
     run = partial(
         get_forward_backward_func(args),  # DualPipe 4: Megatron's own function without the flag
@@ -358,18 +375,6 @@ def main() -> None:
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
     )
-
-    def evaluate(iteration: int) -> None:
-        for chunk in model:
-            chunk.eval()
-        reported = []
-        with torch.no_grad():
-            for number in range(args.eval_iters):
-                data = validation.microbatches(args, number * args.global_batch_size, device)
-                reported += run(data_iterator=data, forward_only=True)
-        for chunk in model:
-            chunk.train()
-        tell(f"iteration {iteration:5} | validation loss {mean_loss(reported, device):.6f}")
 
     start = consumed = 0
     checkpoint = newest_checkpoint(args.load) if args.load else None
@@ -391,14 +396,27 @@ def main() -> None:
         loss, ms = mean_loss(reported, device), 1000 * (time.perf_counter() - began)
         tell(f"iteration {iteration:5} | loss {loss:.6f} | grad norm {norm or 0:.4f} | lr {rate:.2e} | {ms:.0f} ms")
         if args.eval_interval and iteration % args.eval_interval == 0:
-            evaluate(iteration)
+            loss = validation_loss(args, model, run, validation, device)
+            tell(f"iteration {iteration:5} | validation loss {loss:.6f}")
         if args.save and (iteration % args.save_interval == 0 or iteration == args.train_iters):
             common = {"iteration": iteration, "consumed_samples": consumed, "scheduler": scheduler.state_dict()}
             save(args, model, optimizer, common)
-    tell(f"digest {digest(model)}")
+    result = digest(model)
+    tell(f"digest {result}")
+    return result
+
+
+def main() -> None:
+    args = parse_arguments()
+    if GPU:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        install_cpu_standins()
+    dist.init_process_group("nccl" if GPU else "gloo", timeout=timedelta(minutes=args.timeout_minutes))
+    pretrain(args)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with running:
+    with nullcontext() if GPU else expected_warnings():
         main()

@@ -32,7 +32,10 @@ _EXPECTED = (
         r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated",
         FutureWarning,
     ),  # torch 2.13's names
-    (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),  # in loading checkpoints
+    (
+        r"`load_state_dict` is deprecated and will be removed in future versions",
+        FutureWarning,
+    ),  # in loading checkpoints
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),  # likewise
     (r"MLP requires ffn_hidden_size, but it was not provided", DeprecationWarning),  # megatron's layer on its own use
 )

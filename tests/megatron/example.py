@@ -1,0 +1,42 @@
+"""``examples/pretrain_gpt.py`` in ranks forked from this process, so that a run takes seconds."""
+
+import importlib.util
+import os
+import shlex
+from pathlib import Path
+
+from reference.launch import launch
+from reference.megatron.importing import expected_warnings
+from reference.megatron.standins import install_cpu_standins
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_gpt.py"
+SMALL = "--num-layers 4 --hidden-size 32 --seq-length 16 --global-batch-size 8 --micro-batch-size 1 --eval-interval 0 "
+SMALL += "--lr-decay-iters 4 --lr-warmup-iters 0 --save-interval 2 "
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("pretrain_gpt", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    with expected_warnings():
+        spec.loader.exec_module(module)
+    return module
+
+
+example = _load()
+
+
+def in_ranks(ranks, options, body, timeout=60.0):
+    """What ``body(args)`` returns on rank 0 of as many ranks, under the arguments that these options give."""
+
+    def rank(context):
+        os.environ["WORLD_SIZE"] = str(ranks)
+        install_cpu_standins()
+        with expected_warnings():
+            return body(example.parse_arguments(shlex.split(SMALL + options)))
+
+    return launch(ranks, rank, timeout=timeout, grace=5.0).values()[0]
+
+
+def pretrain(ranks, options):
+    """The digest of all weights at the end of a run of the example."""
+    return in_ranks(ranks, options, lambda args: example.pretrain(args))

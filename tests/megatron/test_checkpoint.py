@@ -1,0 +1,145 @@
+"""Checkpoints: one main replica of each shard, nothing of DualPipe in them, and training that goes on bit for bit.
+
+saved with        DualPipe, 2 stages        1F1B, 4 stages
+loaded with       1F1B, 1, 2 or 4 stages    DualPipe, 2 or 4 stages
+"""
+
+import shutil
+from contextlib import contextmanager
+
+import pytest
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from dualpipe.megatron import checkpoint, load_checkpoint, model, sharded_state_dict
+from tests.megatron.example import example, in_ranks, pretrain
+
+TWO_STAGES = "--pipeline-model-parallel-size 2 "
+DUALPIPE = TWO_STAGES + "--use-dualpipe "
+KINDS = {
+    "dropout": "--dropout 0.1",
+    "distributed optimizer in bf16": "--use-distributed-optimizer --bf16 --overlap-grad-reduce --clip-grad 0",
+    "experts": "--num-experts 2",
+    "experts under the distributed optimizer": "--num-experts 2 --use-distributed-optimizer --clip-grad 0",
+}
+
+
+def interrupted(tmp_path, options):
+    """Train for 4 iterations, then again from the checkpoint of iteration 2: both digests and the folder."""
+    whole = pretrain(2, f"{DUALPIPE}{options} --train-iters 4 --save {tmp_path}")
+    folder = tmp_path / "interrupted"
+    folder.mkdir()
+    shutil.move(tmp_path / "iter_0000002", folder)
+    return whole, folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with dropout, its digest after 4 iterations, and a folder with its checkpoint of iteration 2."""
+    return interrupted(tmp_path_factory.mktemp("saved"), KINDS["dropout"])
+
+
+def resumed(folder, options=KINDS["dropout"], ranks=2, schedule=DUALPIPE, iterations=4):
+    return pretrain(ranks, f"{schedule}{options} --train-iters {iterations} --load {folder}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_resumed_is_bitwise_the_training_not_interrupted(kind, tmp_path):
+    whole, folder = interrupted(tmp_path, KINDS[kind])
+    assert resumed(folder, KINDS[kind]) == whole
+    assert resumed(folder, KINDS[kind], iterations=2) != whole  # the last two iterations did something
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_1f1b_loads_what_dualpipe_saved_at_any_pipeline_size(stages, saved):
+    _, folder = saved
+    loaded = resumed(folder, ranks=stages, schedule=f"--pipeline-model-parallel-size {stages} ", iterations=2)
+    assert loaded == resumed(folder, iterations=2)
+
+
+def test_1f1b_goes_on_with_the_bits_of_dualpipe(saved):
+    whole, folder = saved
+    assert resumed(folder, ranks=4, schedule=TWO_STAGES) == whole
+
+
+@pytest.mark.parametrize("kind", ["dropout", "distributed optimizer in bf16"])
+def test_dualpipe_loads_what_1f1b_saved_at_another_pipeline_size(kind, tmp_path):
+    four = "--pipeline-model-parallel-size 4 "
+    true = pretrain(4, f"{four}{KINDS[kind]} --train-iters 2 --save {tmp_path}")
+    assert resumed(tmp_path, KINDS[kind], iterations=2) == true
+    assert resumed(tmp_path, KINDS[kind], ranks=4, schedule=four + "--use-dualpipe ", iterations=2) == true
+    assert resumed(tmp_path, KINDS[kind], iterations=3) != true
+
+
+def integrity(args):
+    """megatron-core's own check that exactly one main replica holds each shard, as it runs before it saves."""
+    parallel_state.initialize_model_parallel(1, 2, create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+    chunks, optimizer = example.build(args, "cpu")
+    shards, _ = save_preprocess(sharded_state_dict(chunks, optimizer), validate_access_integrity=True)
+    return len({shard.key for shard in nested_values(shards)})
+
+
+@pytest.mark.parametrize("kind", ["dropout", "experts under the distributed optimizer"])
+def test_every_shard_has_one_main_replica(kind):
+    assert in_ranks(4, f"{DUALPIPE}{KINDS[kind]}", integrity) > 30
+
+
+def test_with_the_groups_of_the_rank_every_shard_has_two_main_replicas(monkeypatch):
+    monkeypatch.setattr(model, "_shard_over_stage", lambda module, place: None)
+    with pytest.raises(RuntimeError, match="CheckpointingException: Invalid access pattern"):
+        in_ranks(2, DUALPIPE, integrity)
+
+
+def test_an_optimizer_that_was_not_loaded_is_noticed(saved, monkeypatch):
+    whole, folder = saved
+    monkeypatch.setattr(example, "load_checkpoint", lambda path, chunks, optimizer: load_checkpoint(path, chunks))
+    assert resumed(folder) != whole
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(checkpoint, "restore"), (checkpoint, "resume_random_stream")], ids=["lane >", "lane <"]
+)
+def test_random_states_that_were_not_resumed_are_noticed(module, name, saved, monkeypatch):
+    whole, folder = saved
+    monkeypatch.setattr(module, name, lambda given: None)
+    assert resumed(folder) != whole
+
+
+def test_one_counter_of_steps_for_all_parameters_is_noticed(tmp_path, monkeypatch):
+    @contextmanager
+    def shares_the_counter(optimizer):
+        with checkpoint_loading(optimizer):
+            yield
+        for part in optimizer.chained_optimizers:
+            states = list(part.optimizer.state.values())
+            for state in states:
+                state["step"] = states[0]["step"]
+
+    checkpoint_loading = checkpoint.loading
+    kind = KINDS["distributed optimizer in bf16"]
+    whole, folder = interrupted(tmp_path, kind)
+    monkeypatch.setattr(checkpoint, "loading", shares_the_counter)
+    assert resumed(folder, kind) != whole
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    def body(args):
+        load_checkpoint(tmp_path, [])
+
+    with pytest.raises(RuntimeError, match="a checkpoint is a folder that save_checkpoint wrote"):
+        in_ranks(1, "", body)
+
+
+@pytest.mark.parametrize("kind", ["dp_reshardable", "fully_sharded_model_space"])
+def test_formats_that_need_one_data_parallel_group_are_refused(kind):
+    def body(args):
+        parallel_state.initialize_model_parallel(1, 2, create_gloo_process_groups=False)
+        model_parallel_cuda_manual_seed(1)
+        _, optimizer = example.build(args, "cpu")
+        optimizer.sharded_state_dict({}, metadata={"distrib_optim_sharding_type": kind})
+
+    with pytest.raises(RuntimeError, match=f"got {kind}; set metadata"):
+        in_ranks(2, f"{DUALPIPE} --use-distributed-optimizer", body)

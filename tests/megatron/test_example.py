@@ -1,0 +1,99 @@
+"""The example as a user sees it: what its options promise, and one run of each kind under torchrun."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.megatron.example import SCRIPT, SMALL, example, in_ranks, pretrain
+
+FOUR = "--train-iters 2 --pipeline-model-parallel-size 2 "
+
+
+def digits(output):
+    """The lines of losses without their times, and the digest."""
+    return [line.rpartition(" | ")[0] if "ms" in line else line for line in output.splitlines() if "loss" in line], [
+        line for line in output.splitlines() if line.startswith("digest")
+    ]
+
+
+def torchrun(ranks, options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+    result = subprocess.run(
+        [*command, str(SCRIPT), *SMALL.split(), *options.split()],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.long
+def test_under_torchrun_dualpipe_and_1f1b_print_the_same_losses_and_digest():
+    options = FOUR + "--eval-interval 1 "
+    losses, digest = digits(torchrun(2, options + "--use-dualpipe"))
+    assert len(losses) == 4
+    assert len(digest) == 1
+    assert digits(torchrun(4, options)) == (losses, digest)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--dropout 0.1", "--bf16 --use-distributed-optimizer --overlap-grad-reduce --clip-grad 0", "--num-experts 2"],
+)
+def test_dualpipe_gives_the_digest_of_1f1b_at_twice_the_data_parallelism(options):
+    assert pretrain(2, f"{FOUR}{options} --use-dualpipe") == pretrain(4, f"{FOUR}{options}")
+
+
+def test_another_seed_gives_another_digest():
+    assert len({pretrain(2, f"{FOUR} --use-dualpipe --seed {seed}") for seed in (1, 2)}) == 2
+
+
+def test_the_samples_of_a_step_are_read_once_each(monkeypatch):
+    """Two replicas of four microbatches of one sample: together the step's eight samples, in Megatron's order."""
+    text = example.Text(bytes(range(200)), 4, seed=7)
+    args = example.argparse.Namespace(micro_batch_size=1, data_parallel_size=2, num_microbatches=4)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(example.parallel_state, "get_data_parallel_rank", lambda rank=rank: rank)
+        found.append([int(batch.tokens[0, 0]) for batch in text.microbatches(args, 8, torch.device("cpu"))])
+    assert found[0] == [int(text.sample(number)[0]) for number in (8, 10, 12, 14)]
+    assert found[1] == [int(text.sample(number)[0]) for number in (9, 11, 13, 15)]
+
+
+def test_every_epoch_reads_every_sample_once_and_in_another_order():
+    text = example.Text(bytes(range(41)), 4, seed=7)
+    epochs = [[int(text.sample(number)[0]) for number in range(start, start + 10)] for start in (0, 10)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(0, 40, 4))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--use-dualpipe", "the pipeline size is even and above 1"),
+        ("--use-dualpipe --pipeline-model-parallel-size 2 --global-batch-size 7", "is 7 microbatches, which is odd"),
+    ],
+)
+def test_what_cannot_be_trained_with_dualpipe_is_refused_before_anything_is_built(options, told, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=told):
+        example.parse_arguments([*SMALL.split(), *options.split()])
+
+
+def test_replicas_that_differ_have_no_digest():
+    def body(args):
+        example.parallel_state.initialize_model_parallel(1, 2, create_gloo_process_groups=False)
+        example.model_parallel_cuda_manual_seed(1)
+        model, _ = example.build(args, "cpu")
+        if example.dist.get_rank() == 0:
+            next(model[0].parameters()).data += 1
+        return example.digest(model)
+
+    with pytest.raises(RuntimeError, match="the replicas of some weights differ"):
+        in_ranks(2, f"{FOUR} --use-dualpipe", body)

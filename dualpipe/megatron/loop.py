@@ -100,18 +100,19 @@ def get_megatron_optimizer(own: Function, switch: Switch) -> Function:
 def sharded_state_dict_metadata(own: Function, switch: Switch) -> Function:
     """``megatron.training.checkpointing._build_sharded_state_dict_metadata``: how an optimizer's state is laid out.
 
-    Megatron-LM offers two layouts of the distributed optimizer's state that rest on its one data-parallel group.  Under
-    DualPipe each chunk has its own, so the layout is the one that needs none.
-    The checkpoint says so, and loads anywhere.
+    Most layouts of the distributed optimizer's state rest on its one data-parallel group.  Under DualPipe each chunk has
+    its own, so the layout is the one that holds whole parameters, gathered on every rank of a stage
+    (``--dist-ckpt-optim-fully-reshardable``).  The checkpoint says so, and loads anywhere.
     """
 
     @functools.wraps(own)
     def chosen(*given: Any, **named: Any) -> Any:
         metadata = own(*given, **named)
         if switch() is not None and "distrib_optim_sharding_type" in metadata:
-            from dualpipe.megatron.optimizer import MODEL_SPACE
+            from dualpipe.megatron.optimizer import SHARDING
 
-            metadata["distrib_optim_sharding_type"] = MODEL_SPACE
+            metadata["distrib_optim_sharding_type"] = SHARDING
+            metadata.pop("distrib_optim_fully_reshardable_mem_efficient", None)  # gathers over the one group
         return metadata
 
     return chosen

@@ -303,10 +303,11 @@ def test_a_checkpoint_of_the_distributed_optimizer_is_laid_out_by_parameter(monk
     checkpointing = types.ModuleType("megatron.training.checkpointing")
     checkpointing._build_sharded_state_dict_metadata = lambda args: dict(args)
     monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
-    sharded, plain = {"distrib_optim_sharding_type": "dp_reshardable", "more": 1}, {"more": 1}
+    efficient = "distrib_optim_fully_reshardable_mem_efficient"
+    sharded, plain = {"distrib_optim_sharding_type": "dp_reshardable", efficient: True, "more": 1}, {"more": 1}
     with select.installed(ON):
         built = checkpointing._build_sharded_state_dict_metadata
-        assert built(sharded) == {"distrib_optim_sharding_type": "fully_sharded_model_space", "more": 1}
+        assert built(sharded) == {"distrib_optim_sharding_type": "fully_reshardable", "more": 1}
         assert built(plain) == plain
     with select.installed(OFF):
         assert checkpointing._build_sharded_state_dict_metadata(sharded) == sharded

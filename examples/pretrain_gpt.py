@@ -7,7 +7,8 @@ The two print the same losses and, with ``--clip-grad 0`` or the plain optimizer
 lane of DualPipe is one of the data-parallel replicas of 1F1B.  Ranks talk over NCCL where there are GPUs, one each.
 Without GPUs they talk over gloo, and the stand-ins of the test harness let Megatron run on the CPU.
 
-The five places that DualPipe changes in a training script are marked with its name.
+The five places that DualPipe changes in a training script are marked with its name; the first is in
+``gpt_arguments.py``.
 """
 
 # ruff: noqa: E402 - without a GPU, the harness imports Megatron first, to silence what it has to say of that
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import pydoc_data.topics
 import random
 import re
 import shutil
@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,8 @@ if not GPU:
     from reference.megatron.standins import install_cpu_standins
 
 
+from gpt_arguments import parse_arguments
+from gpt_data import VOCABULARY, Batch, Text, read_text
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -53,117 +55,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 
 from dualpipe.megatron import (
-    add_dualpipe_args,
     build_dualpipe_model,
     build_dualpipe_optimizer,
     get_forward_backward_func,
     load_checkpoint,
     save_checkpoint,
-    validate_dualpipe_args,
 )
-
-VOCABULARY = 256  # a token is a byte
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, help="a text file; by default the help topics that come with Python")
-    add("--save", type=Path, help="a folder for checkpoints")
-    add("--load", type=Path, help="go on from the newest complete checkpoint in this folder, if there is one")
-    add("--save-interval", type=int, default=10, help="iterations between checkpoints; there is one at the end, too")
-    add("--train-iters", type=int, default=20)
-    add("--eval-interval", type=int, default=10)
-    add("--eval-iters", type=int, default=2)
-    add("--global-batch-size", type=int, default=32)
-    add("--micro-batch-size", type=int, default=2)
-    add("--num-layers", type=int, default=8)
-    add("--hidden-size", type=int, default=64)
-    add("--num-attention-heads", type=int, default=4)
-    add("--seq-length", type=int, default=64)
-    add("--num-experts", type=int, help="experts in each layer; by default the model is dense")
-    add("--dropout", type=float, default=0.0)
-    add("--lr", type=float, default=3e-3)
-    add("--min-lr", type=float, default=3e-4)
-    add("--lr-decay-iters", type=int, help="by default the iterations of the training")
-    add("--lr-warmup-iters", type=int, help="by default a fifth of them")
-    add("--weight-decay", type=float, default=0.1)
-    add("--clip-grad", type=float, default=1.0, help="the norm to clip gradients to; 0 for none")
-    add("--pipeline-model-parallel-size", type=int, default=1)
-    add("--tensor-model-parallel-size", type=int, default=1)
-    add("--sequence-parallel", action="store_true")
-    add("--bf16", action="store_true")
-    add("--use-distributed-optimizer", action="store_true")
-    add("--overlap-grad-reduce", action="store_true")
-    add("--seed", type=int, default=1234)
-    add("--timeout-minutes", type=float, default=10.0, help="no message and no collective waits longer")
-    add_dualpipe_args(parser)  # DualPipe 1: the flag
-    args = parser.parse_args(arguments)
-    world = int(os.environ["WORLD_SIZE"])
-    args.data_parallel_size = world // (args.pipeline_model_parallel_size * args.tensor_model_parallel_size)
-    validate_dualpipe_args(args)
-    args.num_microbatches, rest = divmod(args.global_batch_size, args.micro_batch_size * args.data_parallel_size)
-    if rest:
-        parser.error(
-            f"a global batch is a whole number of micro-batches on each of {args.data_parallel_size} replicas: "
-            f"got {args.global_batch_size} samples and --micro-batch-size {args.micro_batch_size}"
-        )
-    if args.lr_decay_iters is None:
-        args.lr_decay_iters = args.train_iters
-    if args.lr_warmup_iters is None:
-        args.lr_warmup_iters = args.lr_decay_iters // 5
-    if not 0 <= args.lr_warmup_iters < args.lr_decay_iters:
-        parser.error(f"warm-up ends before decay: got {args.lr_warmup_iters} and {args.lr_decay_iters} iterations")
-    return args
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-class Batch(NamedTuple):
-    """A microbatch: int64 ``tokens`` and ``labels``, each ``[micro batch, sequence]``."""
-
-    tokens: Tensor
-    labels: Tensor
-
-
-class Text:
-    """A text cut into samples of ``length`` + 1 bytes, in a new random order in each epoch."""
-
-    def __init__(self, data: bytes, length: int, seed: int) -> None:
-        self.data, self.length, self.seed = torch.frombuffer(bytearray(data), dtype=torch.uint8), length, seed
-        self.samples = (len(data) - 1) // length
-
-    def sample(self, number: int) -> Tensor:
-        epoch, place = divmod(number, self.samples)
-        order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + epoch))
-        start = int(order[place]) * self.length
-        return self.data[start : start + self.length + 1].long()
-
-    def microbatches(self, args: argparse.Namespace, consumed: int, device: torch.device) -> Iterator[Batch]:
-        """This rank's microbatches of a step, after ``consumed`` samples: those of Megatron's own sampler.
-
-        Microbatch m of data-parallel rank i of d takes the samples from ``consumed`` + (m d + i) x micro batch on.
-        DualPipe deals microbatches 2k to lane > and 2k+1 to lane <.  So with d ranks, microbatch k of lane > is that
-        of replica i, and microbatch k of lane < that of replica d+i, of the 2d replicas of a run with 1F1B.
-        """
-        size, ranks = args.micro_batch_size, args.data_parallel_size
-        rank = parallel_state.get_data_parallel_rank()
-        for number in range(args.num_microbatches):
-            first = consumed + (number * ranks + rank) * size
-            rows = torch.stack([self.sample(index) for index in range(first, first + size)]).to(device)
-            yield Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-
-
-def read_text(args: argparse.Namespace) -> tuple[Text, Text]:
-    """The text for training, and its last tenth for validation."""
-    if args.data is None:
-        data = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).encode()
-    else:
-        data = args.data.read_bytes()
-    split = len(data) * 9 // 10
-    return Text(data[:split], args.seq_length, args.seed), Text(data[split:], args.seq_length, args.seed)
-
 
 # --------------------------------------------------------------------------------------------------------------- model
 

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import shlex
+import sys
 from pathlib import Path
+from unittest import mock
 
 from reference.launch import launch
 from reference.megatron.importing import expected_warnings
@@ -17,7 +19,7 @@ SMALL += "--lr-decay-iters 4 --lr-warmup-iters 0 --save-interval 2 "
 def _load():
     spec = importlib.util.spec_from_file_location("pretrain_gpt", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    with expected_warnings():
+    with expected_warnings(), mock.patch.object(sys, "path", [str(SCRIPT.parent), *sys.path]):
         spec.loader.exec_module(module)
     return module
 

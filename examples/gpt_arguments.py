@@ -1,0 +1,65 @@
+"""The command line of ``pretrain_gpt.py``: Megatron's names, as far as it has them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from dualpipe.errors import RuleError
+from dualpipe.megatron import add_dualpipe_args, validate_dualpipe_args
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pretrain a GPT on the bytes of a text.")
+    add = parser.add_argument
+    add("--data", type=Path, help="a text file; by default the help topics that come with Python")
+    add("--save", type=Path, help="a folder for checkpoints")
+    add("--load", type=Path, help="go on from the newest complete checkpoint in this folder, if there is one")
+    add("--save-interval", type=int, default=10, help="iterations between checkpoints; there is one at the end, too")
+    add("--train-iters", type=int, default=20)
+    add("--eval-interval", type=int, default=10)
+    add("--eval-iters", type=int, default=2)
+    add("--global-batch-size", type=int, default=32)
+    add("--micro-batch-size", type=int, default=2)
+    add("--num-layers", type=int, default=8)
+    add("--hidden-size", type=int, default=64)
+    add("--num-attention-heads", type=int, default=4)
+    add("--seq-length", type=int, default=64)
+    add("--num-experts", type=int, help="experts in each layer; by default the model is dense")
+    add("--dropout", type=float, default=0.0)
+    add("--lr", type=float, default=3e-3)
+    add("--min-lr", type=float, default=3e-4)
+    add("--lr-decay-iters", type=int, help="by default the iterations of the training")
+    add("--lr-warmup-iters", type=int, help="by default a fifth of them")
+    add("--weight-decay", type=float, default=0.1)
+    add("--clip-grad", type=float, default=1.0, help="the norm to clip gradients to; 0 for none")
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--sequence-parallel", action="store_true")
+    add("--bf16", action="store_true")
+    add("--use-distributed-optimizer", action="store_true")
+    add("--overlap-grad-reduce", action="store_true")
+    add("--seed", type=int, default=1234)
+    add("--timeout-minutes", type=float, default=10.0, help="no message and no collective waits longer")
+    add_dualpipe_args(parser)  # DualPipe 1: the flag
+    args = parser.parse_args(arguments)
+    world = int(os.environ["WORLD_SIZE"])
+    args.data_parallel_size = world // (args.pipeline_model_parallel_size * args.tensor_model_parallel_size)
+    try:
+        validate_dualpipe_args(args)
+    except RuleError as error:
+        parser.error(str(error))
+    args.num_microbatches, rest = divmod(args.global_batch_size, args.micro_batch_size * args.data_parallel_size)
+    if rest:
+        parser.error(
+            f"a global batch is a whole number of micro-batches on each of {args.data_parallel_size} replicas: "
+            f"got {args.global_batch_size} samples and --micro-batch-size {args.micro_batch_size}"
+        )
+    if args.lr_decay_iters is None:
+        args.lr_decay_iters = args.train_iters
+    if args.lr_warmup_iters is None:
+        args.lr_warmup_iters = args.lr_decay_iters // 5
+    if not 0 <= args.lr_warmup_iters < args.lr_decay_iters:
+        parser.error(f"warm-up ends before decay: got {args.lr_warmup_iters} and {args.lr_decay_iters} iterations")
+    return args

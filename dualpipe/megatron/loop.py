@@ -100,8 +100,8 @@ def get_megatron_optimizer(own: Function, switch: Switch) -> Function:
 def sharded_state_dict_metadata(own: Function, switch: Switch) -> Function:
     """``megatron.training.checkpointing._build_sharded_state_dict_metadata``: how an optimizer's state is laid out.
 
-    Most layouts of the distributed optimizer's state rest on its one data-parallel group.  Under DualPipe each chunk has
-    its own, so the layout is the one that holds whole parameters, gathered on every rank of a stage
+    Most layouts of the distributed optimizer's state rest on its one data-parallel group.  Under DualPipe each chunk
+    has its own, so the layout is the one that holds whole parameters, gathered on every rank of a stage
     (``--dist-ckpt-optim-fully-reshardable``).  The checkpoint says so, and loads anywhere.
     """
 

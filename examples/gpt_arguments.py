@@ -41,6 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")
     add("--seed", type=int, default=1234)
+    add("--deterministic", action="store_true", help="the same bits at every run, also on a GPU; slower")
     add("--timeout-minutes", type=float, default=10.0, help="no message and no collective waits longer")
     add_dualpipe_args(parser)  # DualPipe 1: the flag
     args = parser.parse_args(arguments)

@@ -305,6 +305,9 @@ def pretrain(args: argparse.Namespace) -> str:
 
 def main() -> None:
     args = parse_arguments()
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read at the first product on a GPU
+        torch.use_deterministic_algorithms(True)
     if GPU:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:

@@ -33,6 +33,12 @@ MORE = {
     "moe pp2 per token": Case(Model.MOE, per_token_loss=True),
     "gpt pp2 tp2 sp dp2 all": Case(dp=2, tp=2, sequence_parallel=True, **OPTIONS["all"]),
     "gpt pp6": Case(pp=6),
+    "moe pp2 dp2 ep2": Case(Model.MOE, dp=2, ep=2),
+    "moe pp2 dp2 ep2 distopt overlap": Case(
+        Model.MOE, dp=2, ep=2, distributed_optimizer=True, overlap_grad_reduce=True
+    ),
+    "moe pp2 bias": Case(Model.MOE, expert_bias=True),
+    "moe pp4 dp2 ep2 bias": Case(Model.MOE, pp=4, dp=2, ep=2, expert_bias=True),
 }
 
 

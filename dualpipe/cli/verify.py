@@ -62,11 +62,13 @@ def verify(
     ] = None,
     dp: Annotated[int, _flag("--dp", "Data parallel pipelines of DualPipe; 1F1B runs twice as many.")] = 1,
     tp: Annotated[int, _flag("--tp", "Tensor parallel ranks.")] = 1,
+    ep: Annotated[int, _flag("--ep", "Expert parallel ranks, out of the data parallel ones.")] = 1,
     sequence_parallel: Annotated[bool, _flag("--sequence-parallel", "Split norms and dropout, too.")] = False,
     overlap_grad_reduce: Annotated[bool, _flag("--overlap-grad-reduce", "Reduce gradients as they appear.")] = False,
     distributed_optimizer: Annotated[bool, _flag("--distributed-optimizer", "Shard the optimizer's state.")] = False,
     recompute: Annotated[bool, _flag("--recompute", "Recompute every layer in the backward.")] = False,
     per_token_loss: Annotated[bool, _flag("--per-token-loss", "Normalise by tokens, not by microbatches.")] = False,
+    expert_bias: Annotated[bool, _flag("--expert-bias", "Routers steer by a bias, without an auxiliary loss.")] = False,
     dropout: Annotated[float, _flag("--dropout", "Probability of dropout.")] = 0.0,
     clip: Annotated[
         float | None, _flag("--clip", "Norm to clip gradients to; 0: none.  [default: clips at every step]")
@@ -93,16 +95,23 @@ def verify(
         "distributed_optimizer": distributed_optimizer,
         "recompute": recompute,
         "per_token_loss": per_token_loss,
+        "expert_bias": expert_bias,
         "dropout": dropout,
     }
     if model is not Model.lm:
         _refuse(small, f"--model {model} runs DualPipe on Megatron's model and nothing else", "leave it out")
         pp = 4 if ranks is None else ranks
-        sizes = {"pp": pp, "dp": dp, "tp": tp, "microbatches": 2 * pp if microbatches is None else microbatches}
+        sizes = {
+            "pp": pp,
+            "dp": dp,
+            "tp": tp,
+            "ep": ep,
+            "microbatches": 2 * pp if microbatches is None else microbatches,
+        }
         training = {"dtype": dtype.value, "clip": clip, "steps": steps, "seed": seed, "timeout": timeout}
         raise typer.Exit(_verify_megatron(model, as_json, **sizes, **large, **training))
     given = {f"--{name.replace('_', '-')}": value for name, value in large.items()}
-    given |= {"--dp": dp != 1, "--tp": tp != 1, "--clip": clip is not None}
+    given |= {"--dp": dp != 1, "--tp": tp != 1, "--ep": ep != 1, "--clip": clip is not None}
     _refuse(given, "a small language model has no such option", "add --model gpt or --model moe")
     value = find_schedule(chosen, ranks, microbatches)
     from reference.verify import make_case

@@ -37,6 +37,7 @@ class Case:
     pp: int = 2
     dp: int = 1
     tp: int = 1
+    ep: int = 1
     microbatches: int | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
@@ -46,6 +47,7 @@ class Case:
     clip: float | None = None
     dropout: float = 0.0
     per_token_loss: bool = False
+    expert_bias: bool = False
     steps: int = 3
     seed: int = 1234
     timeout: float = 60.0
@@ -89,6 +91,18 @@ class Case:
                 f"got tp {tp} without it",
                 "set sequence parallelism",
             ),
+            (
+                "expert parallelism divides experts and data parallel ranks",
+                self.ep == 1 or (self.model is Model.MOE and dp % self.ep == 0 and self.experts % self.ep == 0),
+                f"got ep {self.ep} for dp {dp} and {self.experts} experts of {self.model}",
+                "use 1, or --model moe with a multiple of it as dp",
+            ),
+            (
+                "a bias of experts needs experts",
+                self.model is Model.MOE or not self.expert_bias,
+                f"got {self.model}",
+                "use --model moe",
+            ),
             (f"the number format is {' or '.join(DTYPES)}", self.dtype in DTYPES, f"got {self.dtype}", "use fp32"),
             ("a verification trains for at least one step", self.steps > 0, f"got {self.steps}", "use 3"),
             ("dropout is a probability below 1", 0 <= self.dropout < 1, f"got {self.dropout}", "use 0"),
@@ -119,6 +133,11 @@ class Case:
         if self.clip is not None:
             return self.clip
         return 0.0 if self.distributed_optimizer else _CLIP
+
+    @property
+    def has_oracle(self) -> bool:
+        """Whether one process can tell the truth: no layer is split, no router steered by all replicas' tokens."""
+        return self.tp == self.ep == 1 and not self.expert_bias
 
     @property
     def norm_rounding(self) -> float:

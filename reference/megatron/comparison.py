@@ -74,15 +74,17 @@ def _of_places(
 
 
 def _between_replicas(step: int, found: StepTrace) -> Iterator[Difference]:
-    """The replicas of a stage against each other, so that this shows even where all are wrong."""
-    first: dict[tuple[int, int], Tensors] = {}
+    """The replicas of a stage against each other, so that this shows even where all are wrong.
+
+    A replica holds the experts of its own rank; that none lacks what it should have is for the truth to tell.
+    """
+    first: dict[tuple[int, int], dict[str, Tensor]] = {}
     for place in sorted(found.weights):
-        mine = found.weights[place]
-        reference = first.setdefault((place.stage, place.tp), mine)
-        for name in dict.fromkeys([*reference, *mine]):
+        reference = first.setdefault((place.stage, place.tp), {})
+        for name, weight in found.weights[place].items():
             where = f"{name} (replica {place.replica}, tensor rank {place.tp})"
             told = partial(Difference, step, "weight against the first replica's", place.stage, where)
-            yield from compare(told, reference.get(name), mine.get(name))
+            yield from compare(told, reference.setdefault(name, weight), weight)
 
 
 def _of_norms(case: Case, step: int, truth: StepTrace, found: StepTrace) -> Iterator[Difference]:

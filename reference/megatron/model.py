@@ -31,7 +31,10 @@ def transformer_config(case: Case) -> TransformerConfig:
             "moe_aux_loss_coeff": 1e-2,
             "moe_ffn_hidden_size": case.hidden,
             "add_bias_linear": False,  # Megatron has no bias in experts under tensor parallelism
+            "expert_model_parallel_size": case.ep,
         }
+        if case.expert_bias:
+            experts |= {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
     recompute: dict[str, Any] = {}
     if case.recompute:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -33,7 +33,9 @@ def run_rank(
 ) -> list[StepTrace]:
     """One rank of production, in a process whose default process group exists.  A test may bring a faulty ``step``."""
     install_cpu_standins()
-    parallel_state.initialize_model_parallel(case.tp, case.pp, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        case.tp, case.pp, expert_model_parallel_size=case.ep, create_gloo_process_groups=False
+    )
     rank, pipeline = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     tp = parallel_state.get_tensor_model_parallel_rank()
     seed(case, rank)

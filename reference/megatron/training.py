@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_attr_wrapped_model
@@ -120,13 +121,23 @@ def gpt_of(chunk: nn.Module) -> Any:
     return get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
 
 
+def named(chunk: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The parameters by name; those of experts say which of the expert parallel ranks holds them."""
+    ranks = parallel_state.get_expert_model_parallel_world_size()
+    for name, parameter in gpt_of(chunk).named_parameters():
+        alike = ranks == 1 or getattr(parameter, "allreduce", True)
+        yield name if alike else f"{name} of expert rank {parallel_state.get_expert_model_parallel_rank()}", parameter
+
+
 def weights(chunk: nn.Module) -> Tensors:
-    return {name: _copy(parameter) for name, parameter in gpt_of(chunk).named_parameters()}
+    """The parameters, and the biases by which routers steer, which are trained in their own way."""
+    biases = {name: b for name, b in gpt_of(chunk).named_buffers() if name.endswith("expert_bias") and b is not None}
+    return {name: _copy(tensor) for name, tensor in [*named(chunk), *biases.items()]}
 
 
 def main_weights(chunk: nn.Module) -> Tensors:
     """The optimizer's own float32 copies of the parameters, where it keeps any."""
-    found = {name: getattr(parameter, "main_param", None) for name, parameter in gpt_of(chunk).named_parameters()}
+    found = {name: getattr(parameter, "main_param", None) for name, parameter in named(chunk)}
     return {name: _copy(copy) for name, copy in found.items() if copy is not None}
 
 
@@ -136,11 +147,11 @@ def main_gradients(chunk: DistributedDataParallel) -> Tensors:
     The distributed optimizer leaves a replica with its shard of each bucket, and rubbish elsewhere: the shards of
     all replicas are gathered, bucket by bucket.  All ranks of the chunk's group must call this together.
     """
-    names = {parameter: name for name, parameter in gpt_of(chunk).named_parameters()}
+    names = {parameter: name for name, parameter in named(chunk)}
     if not chunk.ddp_config.use_distributed_optimizer:
         return {name: _copy(parameter.main_grad) for parameter, name in names.items()}
     found: dict[str, Tensor] = {}
-    for bucket_group in chunk.bucket_groups:
+    for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
         group = bucket_group.intra_distributed_optimizer_instance_group
         for bucket in bucket_group.buckets:
             mine = bucket.grad_data.chunk(group.size())[group.rank()]

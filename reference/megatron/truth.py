@@ -30,7 +30,9 @@ def ranks(case: Case) -> int:
 def run_rank(case: Case, context: Context) -> list[StepTrace]:
     """One rank of the truth, in a process whose default process group exists."""
     install_cpu_standins()
-    parallel_state.initialize_model_parallel(case.tp, case.pp, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        case.tp, case.pp, expert_model_parallel_size=case.ep, create_gloo_process_groups=False
+    )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     replica = parallel_state.get_data_parallel_rank()
     seed(case, stage)

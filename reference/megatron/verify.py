@@ -70,12 +70,14 @@ class Report:
             "pp": case.pp,
             "dp": case.dp,
             "tp": case.tp,
+            "ep": case.ep,
             "microbatches": case.count,
             "sequence_parallel": case.sequence_parallel,
             "overlap_grad_reduce": case.overlap_grad_reduce,
             "distributed_optimizer": case.distributed_optimizer,
             "recompute": case.recompute,
             "per_token_loss": case.per_token_loss,
+            "expert_bias": case.expert_bias,
             "dropout": case.dropout,
             "dtype": case.dtype,
             "clip": case.clip_norm,
@@ -97,8 +99,8 @@ def verify(
 ) -> Report:
     """Run the parties one after the other, each in processes forked from this one, and compare.
 
-    The oracle takes part where there is no tensor parallelism.  Raises ``UndecidedError`` where Megatron itself
-    fails.  A test may bring a faulty ``production_body``.
+    The oracle takes part where one process can tell the truth (``Case.has_oracle``).  Raises ``UndecidedError`` where
+    Megatron itself fails.  A test may bring a faulty ``production_body``.
     """
     started = time.monotonic()
 
@@ -120,7 +122,7 @@ def verify(
         return Normed(name, told, (), seconds, norm_difference=norm_difference(true, found))
 
     parties = [judge(PRODUCTION, production_body, production.ranks(case))]
-    if case.tp == 1:
+    if case.has_oracle:
         kinds = KINDS[:2] if case.distributed_optimizer else KINDS  # the oracle shards nothing
         parties.append(judge(ORACLE, plain.run, 1, kinds))
     return Report(case, tuple(true), tuple(vital_signs(true)), tuple(parties), time.monotonic() - started)

@@ -20,7 +20,7 @@ from reference.party import watch as watch_parties
 @contextmanager
 def watch(case: Case, quiet: bool = False) -> Iterator[Progress]:
     """A bar per party on standard error; yields the callback that moves them."""
-    ranks = {TRUTH: truth.ranks(case), PRODUCTION: production.ranks(case)} | ({ORACLE: 1} if case.tp == 1 else {})
+    ranks = {TRUTH: truth.ranks(case), PRODUCTION: production.ranks(case)} | ({ORACLE: 1} if case.has_oracle else {})
     with watch_parties(ranks, case.steps, quiet) as on_progress:
         yield on_progress
 
@@ -45,9 +45,11 @@ def tell(report: Report, console: Console | None = None) -> None:
                 f"{report.case.norm_rounding:.1g} is rounding, as squares are added up in another order",
                 soft_wrap=True,
             )
-    if report.case.tp > 1:
+    if not report.case.has_oracle:
         console.print(
-            "plain PyTorch was not asked: the oracle is one process, without tensor parallelism", soft_wrap=True
+            "plain PyTorch was not asked: the oracle is one process, without tensor or expert parallelism or a bias of "
+            "experts",
+            soft_wrap=True,
         )
     if report.equal:
         names = " and ".join(party.name for party in report.parties)
@@ -69,6 +71,8 @@ def describe(case: Case) -> str:
         "distributed optimizer": case.distributed_optimizer,
         "recompute": case.recompute,
         "loss per token": case.per_token_loss,
+        "bias of experts": case.expert_bias,
+        f"expert parallel {case.ep}": case.ep > 1,
         f"dropout {case.dropout}": case.dropout,
         f"clipping at {case.clip_norm}": case.clip_norm,
     }

@@ -157,11 +157,18 @@ def expand(
 
     ``sizes`` gives the table's symbols; ``chunks[c]`` says which stage of which lane the table's chunk ``c`` is.
     """
+    return tuple(tuple(op for op, _ in slot) for slot in trace(table, sizes, chunks, routes))
+
+
+def trace(
+    table: Table, sizes: Mapping[str, int], chunks: tuple[Chunk, ...], routes: Mapping[Lane, tuple[int, ...]]
+) -> tuple[tuple[tuple[Op, Row], ...], ...]:
+    """The slots of one rank, each op with the row that it comes from: where a fault of a slot was written."""
     exists = _existing_messages(chunks, routes)
     done: dict[Action, int] = {}
     waiting: deque[Op] = deque()
-    slots: list[Slot] = []
-    batch: list[Op] = []
+    slots: list[tuple[tuple[Op, Row], ...]] = []
+    batch: list[tuple[Op, Row]] = []
 
     def op(action: Action) -> Op:
         kind, chunk = action
@@ -177,13 +184,13 @@ def expand(
         for _ in range(row.times(sizes)):
             for step in row.steps:
                 if step[0].kind in MESSAGES:
-                    batch += [op(action) for action in step if action in exists]
+                    batch += [(op(action), row) for action in step if action in exists]
                     continue
                 if batch:
                     slots.append(tuple(batch))
                     batch.clear()
                 slot = tuple(map(op, step))
-                slots.append(slot)
+                slots.append(tuple((one, row) for one in slot))
                 waiting += _deferred(slot)
     if batch:
         slots.append(tuple(batch))

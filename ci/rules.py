@@ -40,13 +40,16 @@ def changelog(changes: Sequence[ScheduleChange], before: str, after: str) -> Out
     added = "\n".join(added_lines(before, after))
     findings = []
     families: dict[str, list[ScheduleChange]] = {}
+    plain = {family(change.name) for change in changes}
     for change in changes:
-        families.setdefault(family(change.name), []).append(change)
+        name = family(change.name)
+        derived_from = name.removesuffix("-lowered")  # its computes are those of the schedule itself
+        families.setdefault(derived_from if derived_from in plain else name, []).append(change)
     for name, changed in families.items():
         if not any(named_in(change, added) for change in changed):
             smallest = changed[0]
             told = (
-                f"{name} changed at {len(changed)} sizes and {CHANGELOG} has no new entry that names one of them; "
+                f"{name} changed and {CHANGELOG} has no new entry that names it with one of the {len(changed)} sizes; "
                 f"write one that says why, such as:\n- {smallest.name}: ...\n\n"
             )
             told += "\n".join(f"      {line}" for line in smallest.diff)

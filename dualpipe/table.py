@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from dualpipe.schedule import MESSAGES, B, Kind, Lane, Op, Program, Schedule, Slot, W
+from dualpipe.schedule import MESSAGES, B, Kind, Lane, Op, Program, Schedule, W
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,11 @@ def trace(
     slots: list[tuple[tuple[Op, Row], ...]] = []
     batch: list[tuple[Op, Row]] = []
 
-    def op(action: Action) -> Op:
+    def op(action: Action, row: Row) -> Op:
         kind, chunk = action
         if chunk is None:
+            if not waiting:
+                raise AssertionError(f"row {row.name!r} runs a W and none waits at {dict(sizes)}")
             oldest = waiting.popleft()
             return Op(W, oldest.lane, oldest.stage, oldest.mb)
         mb = done[Action(B, chunk)] - 1 if kind is W else done.get(action, 0)
@@ -184,13 +186,13 @@ def trace(
         for _ in range(row.times(sizes)):
             for step in row.steps:
                 if step[0].kind in MESSAGES:
-                    batch += [(op(action), row) for action in step if action in exists]
+                    batch += [(op(action, row), row) for action in step if action in exists]
                     continue
                 if batch:
                     slots.append(tuple(batch))
                     batch.clear()
-                slot = tuple(map(op, step))
-                slots.append(tuple((one, row) for one in slot))
+                slot = tuple((op(action, row), row) for action in step)
+                slots.append(slot)
                 waiting += _deferred(slot)
     if batch:
         slots.append(tuple(batch))
@@ -208,7 +210,7 @@ def _existing_messages(chunks: Iterable[Chunk], routes: Mapping[Lane, tuple[int,
     )
 
 
-def _deferred(slot: Slot) -> list[Op]:
+def _deferred(slot: Iterable[tuple[Op, Row]]) -> list[Op]:
     """The backwards of a slot whose W is not in it."""
-    own = {(op.lane, op.stage, op.mb) for op in slot if op.kind is W}
-    return [op for op in slot if op.kind is B and (op.lane, op.stage, op.mb) not in own]
+    own = {(op.lane, op.stage, op.mb) for op, _ in slot if op.kind is W}
+    return [op for op, _ in slot if op.kind is B and (op.lane, op.stage, op.mb) not in own]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ci.change import FIGURES, ScheduleChange, side_by_side
 from ci.judgement import Judgement
-from ci.outcome import ExitCode, Outcome, Verdict
+from ci.outcome import ExitCode, Finding, Outcome, Verdict
 
 MARKS = {Verdict.PASSED: "✅", Verdict.REFUSED: "❌", Verdict.UNKNOWN: "❔", Verdict.SKIPPED: "➖"}
 HEADS = {
@@ -50,12 +50,21 @@ def _findings(outcome: Outcome) -> Iterator[str]:
         return
     yield ""
     yield f"## {outcome.check} refuses"
+    yield ""
+    stories = [finding for finding in outcome.findings if "\n" in finding.message.strip()]
     for finding in outcome.findings:
+        if finding not in stories:
+            yield f"* {_where(finding)}{_cell(finding.message)}"
+    for finding in stories:
         where = f" at `{finding.path}:{finding.line}`" if finding.path else ""
         yield ""
         yield f"**{finding.rule}**{where}"
         yield ""
         yield from fenced("text", finding.message.splitlines())
+
+
+def _where(finding: Finding) -> str:
+    return f"`{finding.path}:{finding.line}` " if finding.path else ""
 
 
 def _schedules(changes: tuple[ScheduleChange, ...]) -> Iterator[str]:

@@ -4,7 +4,7 @@ Run as a script, with the tree first on the path, so that it can look at another
 
     PYTHONPATH=TREE python -P ci/expand.py TREE
 
-``shown`` maps a name such as ``dualpipe-P4-M8`` to the schedule's text, ``digested`` likewise for the sizes of which
+A schedule that the tree's own code fails to give is in ``failed`` with the error.  ``shown`` maps a name such as ``dualpipe-P4-M8`` to the schedule's text, ``digested`` likewise for the sizes of which
 only a digest is kept.  ``rows`` says for each op of the shown ones which row of which phase table made it:
 ``rows[name]["rows"]`` lists ``[table, row]`` and ``rows[name]["ranks"][rank][slot]`` has one index into it per op.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +38,38 @@ def expand(tree: Path) -> dict[str, Any]:
     shown: dict[str, str] = {}
     digested: dict[str, str] = {}
     rows: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+
+    def put(into: dict[str, Any], name: str, make: Callable[[], Any]) -> None:
+        try:
+            made = make()
+        except SizeError:
+            return
+        except Exception as error:  # whatever it is, the gate tells it
+            failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            into[name] = made
+
     for name in PLANS:
         for into, sizes in ((shown, SHOWN), (digested, DIGESTED)):
-            for ranks, microbatches in sizes:
-                try:
-                    schedule = generate(name, ranks, microbatches)
-                except SizeError:
-                    continue
-                into[f"{name}-P{ranks}-M{microbatches}"] = dumps(schedule)
-        for ranks, microbatches in SHOWN:
-            rows[f"{name}-P{ranks}-M{microbatches}"] = rows_of(PLANS[name], ranks, microbatches)
-        for ranks, microbatches in LOWERED:
-            computes = generate(name, ranks, microbatches).only(COMPUTE)
-            digested[f"{name}-lowered-P{ranks}-M{microbatches}"] = dumps(lower(computes))
+            for size in sizes:
+                put(into, named(name, *size), lambda name=name, size=size: dumps(generate(name, *size)))
+        for size in SHOWN:
+            put(rows, named(name, *size), lambda name=name, size=size: rows_of(PLANS[name], *size))
+        for size in LOWERED:
+            put(
+                digested,
+                named(f"{name}-lowered", *size),
+                lambda name=name, size=size: dumps(lower(generate(name, *size).only(COMPUTE))),
+            )
     for table in sorted((tree / "tests" / "golden").glob("*.csv")):
-        shown[table.stem] = dumps(load_csv(table))
-    return {"shown": shown, "digested": digested, "rows": {name: made for name, made in rows.items() if made}}
+        put(shown, table.stem, lambda table=table: dumps(load_csv(table)))
+    rows = {name: made for name, made in rows.items() if made}
+    return {"shown": shown, "digested": digested, "rows": rows, "failed": failed}
+
+
+def named(name: str, ranks: int, microbatches: int) -> str:
+    return f"{name}-P{ranks}-M{microbatches}"
 
 
 def rows_of(planner: Any, ranks: int, microbatches: int) -> dict[str, Any] | None:

@@ -29,20 +29,30 @@ Counts = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Expansion:
-    """What a tree's generator gives: texts of the shown and the digested schedules, and the rows that made them."""
+    """What a tree's generator gives.
+
+    The texts of the shown and the digested schedules, the rows that made them, and what ``failed`` with which error.
+    """
 
     shown: Mapping[str, str]
     digested: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, Any] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def texts(self) -> dict[str, str]:
         return {**self.shown, **self.digested}
 
-    def files(self) -> dict[str, str]:
-        """The golden files of this expansion, by path: all but the counts of the theorems."""
-        lines = [f"{name} {digest(text)}\n" for name, text in sorted(self.digested.items())]
-        return {path_of(name): text for name, text in self.shown.items()} | {DIGESTS: "".join(lines)}
+    def files(self, kept: Mapping[str, str]) -> dict[str, str]:
+        """The golden files of this expansion, by path: all but the counts of the theorems.
+
+        ``kept`` are the files as they are, which stay so for a schedule that failed.
+        """
+        digests = {name: value for name, value in read_digests(kept.get(DIGESTS, "")).items() if name in self.failed}
+        digests |= {name: digest(text) for name, text in self.digested.items()}
+        files = {path: kept[path] for path in map(path_of, self.failed) if path in kept}
+        files |= {path_of(name): text for name, text in self.shown.items()}
+        return files | {DIGESTS: "".join(f"{name} {value}\n" for name, value in sorted(digests.items()))}
 
 
 def path_of(name: str) -> str:
@@ -116,6 +126,12 @@ def count_theorems(root: Path) -> dict[str, tuple[int, int]]:
     return {result["name"]: (result["obligations"], result["non_vacuous"]) for result in results}
 
 
+def kept_files(root: Path) -> dict[str, str]:
+    """The golden files as they are that the generator writes, by path."""
+    files = {f"{FOLDER}/{file.name}": file for file in sorted((root / FOLDER).glob("*.txt"))}
+    return {path: file.read_text(errors="replace") for path, file in files.items() if is_golden_schedule(path)}
+
+
 def write(root: Path, files: Mapping[str, str]) -> list[str]:
     """Write golden files and remove schedules that are no longer expanded; the paths that changed."""
     changed = []
@@ -137,7 +153,8 @@ def write(root: Path, files: Mapping[str, str]) -> list[str]:
 def main(arguments: list[str]) -> int:
     root = Path.cwd()
     try:
-        files = expansion(root).files()
+        now = expansion(root)
+        files = now.files(kept_files(root))
         if "--no-theorems" not in arguments:
             files[COUNTS] = show_counts(count_theorems(root))
     except GateError as error:
@@ -145,7 +162,9 @@ def main(arguments: list[str]) -> int:
         return 2
     changed = write(root, files)
     print("\n".join(f"wrote {path}" for path in changed) or "the golden files were up to date")
-    return 0
+    for name, error in now.failed.items():
+        print(f"golden: {name} cannot be expanded, and its file stays as it is: {error}", file=sys.stderr)
+    return 2 if now.failed else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ MEASURE_LIMIT_S = 60.0
 
 def schedule_changes(repository: Repository, base: str, now: Expansion) -> list[ScheduleChange]:
     """Every schedule of the golden sizes that differs from the base, with its figures, the smallest first."""
-    found = changes(texts_at(repository, base, now), now.texts)
+    before = {name: text for name, text in texts_at(repository, base, now).items() if name not in now.failed}
+    found = changes(before, now.texts)
     return measured(repository.root, found) if found else []
 
 

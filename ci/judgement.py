@@ -13,7 +13,7 @@ from ci import judges, rules, suite
 from ci.change import ScheduleChange
 from ci.check import Check, run_check, skipped
 from ci.errors import GateError
-from ci.golden import COUNTS, FOLDER, Counts, Expansion, expansion, is_golden_schedule, read_counts
+from ci.golden import COUNTS, Counts, Expansion, expansion, kept_files, read_counts
 from ci.history import counts_at, schedule_changes
 from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
 from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows
@@ -79,12 +79,17 @@ def judge(root: Path, base: str | None, options: Options, tell: Tell) -> Judgeme
         return Judgement(revision, changed, (), selection, (outcome,), time.monotonic() - started)
     schedules = schedule_changes(repository, revision, now)
     places = _places(repository, revision, changed, now)
-    outcomes = [rules.goldens(now, _kept(root)), _changelog(repository, revision, schedules)]
+    outcomes = [rules.goldens(now, kept_files(root)), _changelog(repository, revision, schedules)]
     for outcome in outcomes:
         tell(f"{outcome.check}: {outcome.verdict.value}, {outcome.told}")
     with tempfile.TemporaryDirectory(prefix="gate-") as folder:
         case = _Case(repository, revision, now, schedules, selection, places, options, Path(folder))
-        outcomes += run_all(list(case.checks()), root, options, tell, exit_code(outcomes) is ExitCode.REFUSED)
+        checks = list(case.checks())
+        quick = [check for check in checks if check.name == "prove"]
+        outcomes += run_all(quick, root, options, tell, exit_code(outcomes) is ExitCode.REFUSED)
+        outcomes.append(rules.expanded(now))
+        slow = [check for check in checks if check not in quick]
+        outcomes += run_all(slow, root, options, tell, exit_code(outcomes) is ExitCode.REFUSED)
     seconds = time.monotonic() - started
     return Judgement(revision, changed, tuple(schedules), selection, tuple(outcomes), seconds, places)
 
@@ -174,12 +179,6 @@ def _both(*reasons: str) -> str:
 
 def _ranks(text: str | None) -> int:
     return sum(line.startswith("rank ") for line in (text or "").splitlines())
-
-
-def _kept(root: Path) -> dict[str, str]:
-    """The golden files of the tree that the generator writes, by path."""
-    files = {f"{FOLDER}/{file.name}": file for file in sorted((root / FOLDER).glob("*.txt"))}
-    return {path: file.read_text(errors="replace") for path, file in files.items() if is_golden_schedule(path)}
 
 
 def _changelog(repository: Repository, base: str, schedules: Sequence[ScheduleChange]) -> Outcome:

@@ -10,11 +10,12 @@ from ci.golden import Expansion
 from ci.outcome import Finding, Outcome, Verdict
 
 CHANGELOG = "CHANGELOG.md"
+GENERATOR = "dualpipe/generate.py"
 
 
 def goldens(expected: Expansion, kept: Mapping[str, str]) -> Outcome:
     """Whether the golden files are what the generator gives; ``kept`` are those of the tree, by path."""
-    files = expected.files()
+    files = expected.files(kept)
     findings = []
     for path in sorted({*files, *kept}):
         one, other = kept.get(path), files.get(path)
@@ -30,6 +31,14 @@ def goldens(expected: Expansion, kept: Mapping[str, str]) -> Outcome:
     verdict = Verdict.REFUSED if findings else Verdict.PASSED
     told = f"{len(findings)} of {len(files)} lag behind" if findings else f"{len(files)} files are up to date"
     return Outcome("golden", verdict, "always", told, tuple(findings))
+
+
+def expanded(now: Expansion) -> Outcome:
+    """Whether the tree's own code gives every schedule of the golden sizes."""
+    findings = [Finding("schedule", f"{name}: {error}", GENERATOR, 1, name) for name, error in now.failed.items()]
+    verdict = Verdict.REFUSED if findings else Verdict.PASSED
+    told = f"{len(findings)} cannot be expanded" if findings else f"{len(now.texts)} schedules expanded"
+    return Outcome("generator", verdict, "always", told, tuple(findings))
 
 
 def changelog(changes: Sequence[ScheduleChange], before: str, after: str) -> Outcome:

@@ -76,10 +76,8 @@ def main(arguments: list[str]) -> int:
     if not options.json:
         faults = sum(not seen.exhibit.harmless for seen in visits)
         seconds = sum(seen.seconds for seen in visits)
-        print(
-            f"{faults} faults and {len(visits) - faults} harmless changes: {right} of {len(visits)} as they should be"
-        )
-        print(f"{seconds:.0f} s of work")
+        shown = f"{faults} faults and {len(visits) - faults} harmless changes"
+        print(f"{shown}: {right} of {len(visits)} judged as they should be, {seconds:.0f} s of work")
     return 0 if right == len(visits) else 1
 
 

@@ -31,7 +31,8 @@ FAULTS = (
         TRANSPORT,
         "        for message in messages:\n            self._allocate(message)",
         "        sends = iter([m for m in reversed(messages) if m.sends])\n"
-        "        for message in [next(sends) if m.sends else m for m in messages]:\n            self._allocate(message)",
+        "        messages = [next(sends) if m.sends else m for m in messages]\n"
+        "        for message in messages:\n            self._allocate(message)",
         check="trial",
         rule="bitwise",
         says="gradient",
@@ -42,17 +43,6 @@ FAULTS = (
         TRANSPORT,
         "        else:\n            self._finish(message)\n",
         "        elif message.sends:\n            self._finish(message)\n",
-        check="trial",
-        rule="bitwise",
-        says="",
-    ),
-    fault(
-        0,
-        "a send whose buffer is used again before it is over",
-        TRANSPORT,
-        "            message.tensors = [tensor.detach().contiguous() for tensor in message.tensors]",
-        "            message.tensors = [tensor.detach().contiguous() for tensor in message.tensors]\n"
-        "            self._last = [t.zero_() for t in getattr(self, '_last', ())] and message.tensors or message.tensors",
         check="trial",
         rule="bitwise",
         says="",

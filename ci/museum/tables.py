@@ -61,7 +61,7 @@ FAULTS = (
         GENERATE,
         '"2 weights wait", r, "F0 SF0 RB0 B0 SB0 RF0"',
         '"2 weights wait", r, "F0 SF0 W RB0 B0 SB0 RF0"',
-        check="golden",
+        check="generator",
         rule="schedule",
         says="row '2 weights wait' runs a W and none waits",
     ),
@@ -116,9 +116,9 @@ FAULTS = (
         """    _require_twice("dualpipe", ranks, microbatches)
 """,
         "",
-        check="tests",
-        rule="test",
-        says="test_a_size_that_cannot_be_is_refused_with_a_remedy",
+        check="generator",
+        rule="schedule",
+        says="repeats -1 times",
     ),
     fault(
         7,
@@ -154,6 +154,6 @@ FAULTS = (
         "oldest = waiting.pop()",
         check="prove",
         rule="accumulation",
-        says="after",
+        says="adds the weight gradient of microbatch",
     ),
 )

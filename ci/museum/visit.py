@@ -1,4 +1,4 @@
-"""One exhibit tried: planted in a scratch clone, judged by the gate there, and the gate judged by what it should say."""
+"""One exhibit tried: planted in a scratch clone, judged by the gate there, and the gate judged by what it says."""
 
 from __future__ import annotations
 

@@ -4,9 +4,10 @@ Run as a script, with the tree first on the path, so that it can look at another
 
     PYTHONPATH=TREE python -P ci/expand.py TREE
 
-A schedule that the tree's own code fails to give is in ``failed`` with the error.  ``shown`` maps a name such as ``dualpipe-P4-M8`` to the schedule's text, ``digested`` likewise for the sizes of which
-only a digest is kept.  ``rows`` says for each op of the shown ones which row of which phase table made it:
-``rows[name]["rows"]`` lists ``[table, row]`` and ``rows[name]["ranks"][rank][slot]`` has one index into it per op.
+``shown`` maps a name such as ``dualpipe-P4-M8`` to the schedule's text, ``digested`` likewise for the sizes of which
+only a digest is kept, ``failed`` to the error of one that the tree's own code fails to give.  ``rows`` says for each
+op of the shown ones which row of which phase table made it: ``rows[name]["rows"]`` lists ``[table, row]`` and
+``rows[name]["ranks"][rank][slot]`` has one index into it per op.
 """
 
 from __future__ import annotations
@@ -53,17 +54,14 @@ def expand(tree: Path) -> dict[str, Any]:
     for name in PLANS:
         for into, sizes in ((shown, SHOWN), (digested, DIGESTED)):
             for size in sizes:
-                put(into, named(name, *size), lambda name=name, size=size: dumps(generate(name, *size)))
+                put(into, named(name, *size), lambda: dumps(generate(name, *size)))  # noqa: B023 - called at once
         for size in SHOWN:
-            put(rows, named(name, *size), lambda name=name, size=size: rows_of(PLANS[name], *size))
+            put(rows, named(name, *size), lambda: rows_of(PLANS[name], *size))  # noqa: B023
         for size in LOWERED:
-            put(
-                digested,
-                named(f"{name}-lowered", *size),
-                lambda name=name, size=size: dumps(lower(generate(name, *size).only(COMPUTE))),
-            )
+            lowered = named(f"{name}-lowered", *size)
+            put(digested, lowered, lambda: dumps(lower(generate(name, *size).only(COMPUTE))))  # noqa: B023
     for table in sorted((tree / "tests" / "golden").glob("*.csv")):
-        put(shown, table.stem, lambda table=table: dumps(load_csv(table)))
+        put(shown, table.stem, lambda: dumps(load_csv(table)))  # noqa: B023
     rows = {name: made for name, made in rows.items() if made}
     return {"shown": shown, "digested": digested, "rows": rows, "failed": failed}
 

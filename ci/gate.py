@@ -40,12 +40,14 @@ def main(arguments: list[str]) -> ExitCode:
 
     try:
         judgement = judge(options.root.resolve(), options.base, Options(max(1, options.jobs), options.first), tell)
-        publish(judgement, options.root.resolve(), options.output, options.html)
+        problems = publish(judgement, options.root.resolve(), options.output, options.html)
     except GateError as error:
         print(f"gate: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT
     print(terminal(judgement, options.json), end="")
-    return judgement.exit_code
+    for problem in problems:
+        print(f"gate: a report could not be written: {problem}", file=sys.stderr)
+    return ExitCode.UNKNOWN if problems and judgement.exit_code is ExitCode.PASSED else judgement.exit_code
 
 
 if __name__ == "__main__":

@@ -162,8 +162,8 @@ def main(arguments: list[str]) -> int:
         return 2
     changed = write(root, files)
     print("\n".join(f"wrote {path}" for path in changed) or "the golden files were up to date")
-    for name, error in now.failed.items():
-        print(f"golden: {name} cannot be expanded, and its file stays as it is: {error}", file=sys.stderr)
+    for name, why in now.failed.items():
+        print(f"golden: {name} cannot be expanded, and its file stays as it is: {why}", file=sys.stderr)
     return 2 if now.failed else 0
 
 

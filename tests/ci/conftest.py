@@ -1,6 +1,7 @@
 """Scratch git repositories: a small one for the gate's own logic, and a copy of this one for what runs."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -53,10 +54,15 @@ def scratch(tmp_path):
     return made
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """This repository as it is now, in one commit, to change at will."""
-    folder = tmp_path / "clone"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """This repository as it is now, in one commit."""
+    folder = tmp_path_factory.mktemp("template")
     make_template(ROOT, folder)
-    return Scratch(folder)
+    return folder
+
+
+@pytest.fixture
+def clone(template, tmp_path):
+    """A copy of it, to change at will."""
+    return Scratch(Path(shutil.copytree(template, tmp_path / "clone")))

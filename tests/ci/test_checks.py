@@ -88,7 +88,7 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.t" name="test_a" file="tests/t.py" line="4" time="0.1"/>
 <testcase classname="tests.t" name="test_b" file="tests/t.py" line="9" time="0.1">
 <failure message="assert 1 == 2&#10;more">the body</failure></testcase>
-<testcase classname="tests.t" name="test_c" file="tests/t.py" line="14" time="0.1"><skipped message="no GPU"/></testcase>
+<testcase classname="tests.t" name="test_c" file="tests/t.py" line="14"><skipped message="no GPU"/></testcase>
 </testsuite></testsuites>"""
 
 

@@ -1,6 +1,7 @@
 """The gate on copies of this repository: nothing to say, something to refuse, nothing to judge."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,11 +12,9 @@ from ci.process import environment
 
 def gate(clone, *arguments: str) -> tuple[int, dict, str]:
     command = [sys.executable, "-m", "ci.gate", "--base", "HEAD", "--first", "--json", *arguments]
-    import os
-
     env = {**os.environ, **environment(clone.root)}
     done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
-    return done.returncode, json.loads(done.out if hasattr(done, "out") else done.stdout or "{}"), done.stderr
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
 def replace(clone, path: str, old: str, new: str) -> None:

@@ -17,7 +17,7 @@ FILES = {
     "tools/small.py": "",
     "plain.py": "from tools.small import anything\n",
     "greedy.py": "from tools import run\n",
-    "script.py": 'import subprocess\nsubprocess.run(["python", "-m", "engine.run"])\ncode = "from words.say import x"\n',
+    "script.py": 'command = ["python", "-m", "engine.run"]\ncode = "from words.say import x"\n',
     "speaker.py": '"""Speaks of words.say and of engine.run."""\n',
     "tests/conftest.py": "import words\n",
     "tests/test_one.py": 'DATA = "golden"\n',

@@ -95,11 +95,11 @@ def exhibit(title: str):
 
 
 @pytest.mark.parametrize("title", ["two sends of one batch swapped", "W taken from an empty queue"])
-def test_a_planted_fault_is_refused(title, clone, tmp_path):
-    seen = visit(exhibit(title), clone.root, tmp_path / "planted")
+def test_a_planted_fault_is_refused(title, template, tmp_path):
+    seen = visit(exhibit(title), template, tmp_path / "planted")
     assert seen.right, seen
     assert not (tmp_path / "planted").exists()
 
 
-def test_a_comment_is_let_through(clone, tmp_path):
-    assert visit(exhibit("a comment"), clone.root, tmp_path / "planted").right
+def test_a_comment_is_let_through(template, tmp_path):
+    assert visit(exhibit("a comment"), template, tmp_path / "planted").right

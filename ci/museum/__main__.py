@@ -35,8 +35,8 @@ def row(seen: Visit) -> str:
     number = f"{exhibit.number or '-':>3}"
     by = seen.refused_by or seen.verdict
     line = f"{mark} {number}  {exhibit.title} ({exhibit.path})\n           {by}, {seen.seconds:.1f} s"
-    said = seen.wrong or seen.first_line
-    return line + (f": {said[:200]}" if said else "")
+    said = "; but it says: ".join(filter(None, [seen.wrong, seen.first_line]))
+    return line + (f": {said[:300]}" if said else "")
 
 
 def tour(root: Path, exhibits: list[Exhibit], jobs: int, as_json: bool) -> list[Visit]:

@@ -34,8 +34,8 @@ FAULTS = (
         "        messages = [next(sends) if m.sends else m for m in messages]\n"
         "        for message in messages:\n            self._allocate(message)",
         check="trial",
-        rule="bitwise",
-        says="gradient",
+        rule="run",
+        says="rank",
     ),
     fault(
         0,
@@ -44,7 +44,7 @@ FAULTS = (
         "        else:\n            self._finish(message)\n",
         "        elif message.sends:\n            self._finish(message)\n",
         check="trial",
-        rule="bitwise",
-        says="",
+        rule="run",
+        says="rank",
     ),
 )

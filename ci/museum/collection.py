@@ -1,6 +1,6 @@
 """All exhibits, in the order in which they are shown."""
 
-from ci.museum import lowering, messages, runtime, tables, unharmed, weights
+from ci.museum import lowering, megatron, messages, runtime, tables, unharmed, weights
 from ci.museum.exhibit import Exhibit
 
 EXHIBITS: tuple[Exhibit, ...] = (
@@ -9,5 +9,6 @@ EXHIBITS: tuple[Exhibit, ...] = (
     *runtime.FAULTS,
     *messages.FAULTS,
     *weights.FAULTS,
+    *megatron.FAULTS,
     *unharmed.CHANGES,
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ci.change import FIGURES, ScheduleChange, side_by_side
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome, Verdict
+from ci.report.grouping import grouped
 
 MARKS = {Verdict.PASSED: "✅", Verdict.REFUSED: "❌", Verdict.UNKNOWN: "❔", Verdict.SKIPPED: "➖"}
 HEADS = {
@@ -51,8 +52,9 @@ def _findings(outcome: Outcome) -> Iterator[str]:
     yield ""
     yield f"## {outcome.check} refuses"
     yield ""
-    stories = [finding for finding in outcome.findings if "\n" in finding.message.strip()]
-    for finding in outcome.findings:
+    findings = grouped(outcome.findings)
+    stories = [finding for finding in findings if "\n" in finding.message.strip()]
+    for finding in findings:
         if finding not in stories:
             yield f"* {_where(finding)}{_cell(finding.message)}"
     for finding in stories:

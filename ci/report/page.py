@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ci.judgement import Judgement
-from ci.outcome import ExitCode, Finding, Verdict
+from ci.outcome import Finding
+from ci.report.grouping import grouped
 
 MOST_DRAWN, LONGEST = 6, 8_000
 """How many schedules are drawn, those with findings first, and the most characters of one."""
-_WORDS = {ExitCode.PASSED: "proved", ExitCode.REFUSED: "refuted", ExitCode.UNKNOWN: "unknown"}
-_BADGES = {Verdict.PASSED: "proved", Verdict.REFUSED: "refuted", Verdict.UNKNOWN: "unknown", Verdict.SKIPPED: "skipped"}
 
 
 def page(judgement: Judgement) -> dict[str, Any]:
@@ -24,13 +23,17 @@ def page(judgement: Judgement) -> dict[str, Any]:
     )
     return {
         "title": "Schedule gate",
-        "verdict": _WORDS[judgement.exit_code],
+        "verdict": judgement.exit_code.name.lower(),
         "lead": f"{counts} {left} larger ones are not drawn." if left else counts,
         "checks": [
-            [outcome.check, _BADGES[outcome.verdict], f"{outcome.seconds:.1f}", outcome.told, outcome.why]
+            [outcome.check, outcome.verdict.value, f"{outcome.seconds:.1f}", outcome.told, outcome.why]
             for outcome in judgement.outcomes
         ],
-        "findings": [[finding.rule, _where(finding), finding.message] for _, finding in judgement.findings],
+        "findings": [
+            [finding.rule, _where(finding), finding.message]
+            for outcome in judgement.outcomes
+            for finding in grouped(outcome.findings)
+        ],
         "schedules": [{"name": change.name, "before": change.before, "after": change.after} for change in drawn],
     }
 

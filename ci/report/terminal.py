@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome
+from ci.report.grouping import grouped
 
 _WORDS = {ExitCode.PASSED: "PASSED", ExitCode.REFUSED: "REFUSED", ExitCode.UNKNOWN: "UNKNOWN"}
 _MOST_LINES = 12
@@ -69,7 +70,7 @@ def _lines(judgement: Judgement) -> Iterator[str]:
         yield f"{change.name} {change.what}: {moved or 'no figure moves'}"
     if judgement.schedules:
         yield from (f"  {line}" for line in judgement.schedules[0].diff)
-    for outcome, finding in judgement.findings:
+    for outcome, finding in [(o, finding) for o in judgement.outcomes for finding in grouped(o.findings)]:
         where = f"{finding.path}:{finding.line}: " if finding.path else ""
         yield f"{where}{outcome.check}/{finding.rule}"
         story = finding.message.splitlines()

@@ -8,6 +8,7 @@ import pytest
 from ci.change import ScheduleChange
 from ci.judgement import Judgement
 from ci.outcome import Finding, Outcome, Verdict
+from ci.report.grouping import grouped
 from ci.report.junit import junit
 from ci.report.markdown import markdown
 from ci.report.page import page
@@ -102,9 +103,15 @@ def test_the_text_names_the_place_first(refused):
 
 def test_the_page_draws_the_schedules_with_findings_first(refused):
     data = page(refused)
-    assert data["verdict"] == "refuted"
+    assert data["verdict"] == "refused"
     assert [schedule["name"] for schedule in data["schedules"]] == ["1f1b-P2-M4"]
     assert data["findings"][0][1] == "dualpipe/generate.py:42"
+
+
+def test_one_fault_in_several_schedules_is_told_once():
+    one, two = (Finding("order", f"{name}: s", "g.py", 3, name) for name in ("a", "b"))
+    test = Finding("test", "t", "t.py", 3)
+    assert [finding.message for finding in grouped([one, two, test, test])] == ["a: s\nlikewise in b", "t", "t"]
 
 
 def test_everything_is_written_and_the_jobs_summary_is_added_to(refused, tmp_path, monkeypatch):

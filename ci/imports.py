@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeAlias
@@ -24,6 +24,8 @@ import networkx as nx
 
 Graph: TypeAlias = nx.DiGraph
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+_PART = 4
+"""The fewest characters by which a string is taken for a part of a file's name."""
 _NAMES = "#names"
 """The suffix of the node that stands for the names of a package."""
 
@@ -74,9 +76,11 @@ def graph(sources: Mapping[str, Source], others: Iterable[str]) -> Graph:
         found.add_edges_from((node, used) for used in _uses(source, modules))
         if PurePosixPath(path).name.startswith("test_"):
             found.add_edges_from((node, conftest) for conftest in _conftests(path) if conftest in sources)
+    others = tuple(others)
+    names = {PurePosixPath(path).name for path in others}
     for path in others:
         found.add_node(path)
-        found.add_edges_from((user, path) for user in _users(path, sources))
+        found.add_edges_from((user, path) for user in _users(path, sources, names))
     return found
 
 
@@ -125,10 +129,20 @@ def _conftests(path: str) -> Iterator[str]:
         yield str(folder / "conftest.py")
 
 
-def _users(path: str, sources: Mapping[str, Source]) -> Iterator[str]:
+def _users(path: str, sources: Mapping[str, Source], names: Set[str]) -> Iterator[str]:
     """The sources that name a file which is not Python, or the folder it lies in."""
     pure = PurePosixPath(path)
-    wanted = {path, pure.name} | ({str(pure.parent), pure.parent.name} if len(pure.parts) > 1 else set())
+    folders = {str(pure.parent), pure.parent.name} if len(pure.parts) > 1 else set()
     for user, source in sources.items():
-        if any(text in wanted or text.strip("/") in wanted for text in source.strings):
+        strings = {text.strip("/") for text in source.strings}
+        if strings & {path, pure.name} or (strings & folders and _may_mean(strings, pure, names)):
             yield user + _NAMES if user.endswith("/__init__.py") else user
+
+
+def _may_mean(strings: set[str], file: PurePosixPath, names: Set[str]) -> bool:
+    """Whether a source that names a file's folder may go on to this file.
+
+    Not where it names other files that there are, and neither a pattern nor a part of this file's name.
+    """
+    parts = any("*" in text or (len(text) >= _PART and text in file.name) for text in strings)
+    return parts or not strings & names

@@ -7,7 +7,8 @@ a phase table        the six checks and the trial of every schedule that it chan
                      reach the tables without the runtime (the runtime is tried by the trial of the new schedules)
 any other source     the checks whose code uses it, and the tests that use it, the nearest first
 comments, layout     nothing
-text, data           the tests that name the file or its folder
+a page of text       the tests that name it, and the run of what it says to type
+other data           the tests that use what names the file or its folder
 a file like this     everything: the gate's own, the build's, one that is deleted or that nothing is known of
 ===================  ==============================================================================================
 """
@@ -29,6 +30,9 @@ PROVE, THEOREMS, TRIAL, RUNTIME = (
     "reference/verify.py",
     "dualpipe/execute.py",
 )
+DOCUMENTATION = "tests/docs/test_documentation.py"
+PAGE_TESTS = ("test_what_the_document_says_happens[{page}]", "test_what_is_not_run_has_a_reason_and_is_listed")
+"""The tests that run what a page of the documentation says, for one page."""
 SOURCES_READ = "tests/test_architecture.py"
 """Reads every source, whatever imports it."""
 TEXTS = frozenset({".md", ".svg", ".png", ""})
@@ -81,6 +85,8 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
                     code.append(change.path)
                 case Meaning.NOTHING:
                     pass
+    pages = [path for path in code if path.endswith(".md")]
+    code = [path for path in code if path not in pages]
     steps = reached(tree, code)
     from_tables = reached(tree, tables)
     on_runtime = set(_used_with(tree, RUNTIME))
@@ -88,6 +94,9 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
     for path, distance in from_tables.items():
         if _is_test(path) and path not in on_runtime:
             tests[path] = min(distance, tests.get(path, distance))
+    tests |= {path: 1 for path, steps in reached(tree, pages).items() if steps == 1 and _is_test(path)}
+    if DOCUMENTATION in files and DOCUMENTATION not in tests:
+        tests |= {f"{DOCUMENTATION}::{name}": 1 for page in filter(_is_run, pages) for name in _of_page(page)}
     if any(path.endswith(".py") for path in (*code, *tables)) and SOURCES_READ in files:
         tests.setdefault(SOURCES_READ, 0)
     told = _short(code)
@@ -126,6 +135,15 @@ def _everything(files: Sequence[str], why: str) -> Selection:
 
 def _is_test(path: str) -> bool:
     return path.startswith("tests/") and PurePosixPath(path).name.startswith("test_") and path.endswith(".py")
+
+
+def _is_run(page: str) -> bool:
+    """Whether what a page says to type is run by a test."""
+    return page == "README.md" or page.startswith("docs/")
+
+
+def _of_page(page: str) -> list[str]:
+    return [test.format(page=page) for test in PAGE_TESTS]
 
 
 def _used_with(tree: Graph, path: str) -> Sequence[str]:

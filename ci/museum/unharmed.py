@@ -9,12 +9,11 @@ CHANGES = (
         "class _Step:\n",
         "# one object a step, and none is kept\nclass _Step:\n",
     ),
-    harmless("another title of the README", "README.md", "# DualPipe that can be trusted\n", "# DualPipe, trusted\n"),
     harmless(
         "another title of a page of the documentation",
-        "docs/theorems.md",
-        "# Theorems: what holds at every size\n",
-        "# Theorems\n",
+        "docs/decisions/0002-the-phase-table.md",
+        "# 2. DualPipe is a table of phases\n",
+        "# 2. DualPipe is a table of phases, once more\n",
     ),
     harmless(
         "a local variable renamed",

@@ -21,9 +21,10 @@ FILES = {
     "speaker.py": '"""Speaks of words.say and of engine.run."""\n',
     "tests/conftest.py": "import words\n",
     "tests/test_one.py": 'DATA = "golden"\n',
-    "tests/deep/test_two.py": "",
+    "tests/deep/test_two.py": 'PAGE = ROOT / "texts" / "x.md"\n',
+    "tests/test_all.py": 'PAGES = (ROOT / "texts").glob("*.md")\n',
 }
-OTHERS = ["tests/golden/a.txt", "README.md", "docs/x.md"]
+OTHERS = ["tests/golden/a.txt", "NOTES.md", "texts/x.md", "texts/y.md"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,13 @@ def test_a_test_uses_the_conftest_of_its_folder_and_of_those_above(tree):
 
 def test_data_is_used_by_who_names_its_folder(tree):
     assert set(reached(tree, ["tests/golden/a.txt"])) == {"tests/golden/a.txt", "tests/test_one.py"}
-    assert set(reached(tree, ["README.md"])) == {"README.md"}
+    assert set(reached(tree, ["NOTES.md"])) == {"NOTES.md"}
+
+
+def test_who_names_one_file_of_a_folder_does_not_use_the_others():
+    found = graph({path: read(text) for path, text in FILES.items()}, OTHERS)
+    assert set(reached(found, ["texts/x.md"])) == {"texts/x.md", "tests/deep/test_two.py", "tests/test_all.py"}
+    assert set(reached(found, ["texts/y.md"])) == {"texts/y.md", "tests/test_all.py"}
 
 
 def test_a_file_that_is_not_in_the_tree_reaches_nothing(tree):

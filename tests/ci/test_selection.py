@@ -7,7 +7,7 @@ import pytest
 from ci.imports import graph, read
 from ci.meaning import Meaning, meaning
 from ci.repository import Changed, Repository
-from ci.selection import Selection, choose
+from ci.selection import DOCUMENTATION, PAGE_TESTS, Selection, choose
 from tests.ci.conftest import ROOT
 
 
@@ -63,6 +63,15 @@ def test_the_nearest_tests_come_first():
 def test_a_page_of_text_asks_for_the_tests_that_name_it_and_no_more():
     found = chosen("docs/decisions/0002-the-phase-table.md", b"a", b"b")
     assert (found.prove, found.theorems, found.trial, found.everything) == ("", "", "", "")
+    page = "docs/decisions/0002-the-phase-table.md"
+    assert f"tests/docs/test_documentation.py::test_what_the_document_says_happens[{page}]" in found.tests
+    assert "tests/docs/test_documentation.py" not in found.tests
+
+
+def test_the_tests_that_run_a_page_are_there():
+    source = (ROOT / DOCUMENTATION).read_text()
+    for test in PAGE_TESTS:
+        assert f"def {test.partition('[')[0]}(" in source
 
 
 def test_golden_files_ask_for_the_tests_that_read_them():

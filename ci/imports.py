@@ -17,6 +17,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import TypeAlias
 
@@ -144,5 +145,6 @@ def _may_mean(strings: set[str], file: PurePosixPath, names: Set[str]) -> bool:
 
     Not where it names other files that there are, and neither a pattern nor a part of this file's name.
     """
-    parts = any("*" in text or (len(text) >= _PART and text in file.name) for text in strings)
-    return parts or not strings & names
+    patterns = any("*" in text and fnmatch(file.name, text.rpartition("/")[2]) for text in strings)
+    parts = any(len(text) >= _PART and text in file.name for text in strings)
+    return patterns or parts or not strings & names

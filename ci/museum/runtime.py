@@ -68,7 +68,7 @@ FAULTS = (
         "        self.transport.post(messages[:: -1 if self.transport.rank == 1 else 1])",
         check="trial",
         rule="bitwise",
-        says="gradient",
+        says="differences",
     ),
     fault(
         23,

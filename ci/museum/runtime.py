@@ -139,16 +139,6 @@ FAULTS = (
         says="gradient",
     ),
     fault(
-        15,
-        "only one copy starts from the common weights",
-        REPLICAS,
-        "            tensor.copy_(_unbytes(copies[0][offset : offset + size], tensor))",
-        "            tensor.copy_(_unbytes(copies[-1][offset : offset + size], tensor))",
-        check="tests",
-        rule="test",
-        says="",
-    ),
-    fault(
         21,
         "gradients dropped where one copy has none",
         REPLICAS,

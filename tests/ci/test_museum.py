@@ -85,6 +85,11 @@ def test_the_author_names_every_schedule_that_changed():
     assert changed_names(diff) == ["a-P2-M4", "a-P9-M9"]
 
 
+def test_a_clone_has_not_the_tests_that_would_refuse_any_exhibit(template):
+    assert (template / "tests" / "production").is_dir()
+    assert not (template / "tests" / "ci").exists()
+
+
 def test_the_author_of_a_harmless_change_has_nothing_to_write(clone):
     bring_up_to_date(clone.root)
     assert clone.git("status", "--porcelain") == ""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from dualpipe.schedule import MESSAGES, B, Kind, Lane, Op, Program, Schedule, Slot, W
+from dualpipe.schedule import MESSAGES, B, Kind, Lane, Op, Program, Schedule, W
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,24 @@ def expand(
 
     ``sizes`` gives the table's symbols; ``chunks[c]`` says which stage of which lane the table's chunk ``c`` is.
     """
+    return tuple(tuple(op for op, _ in slot) for slot in trace(table, sizes, chunks, routes))
+
+
+def trace(
+    table: Table, sizes: Mapping[str, int], chunks: tuple[Chunk, ...], routes: Mapping[Lane, tuple[int, ...]]
+) -> tuple[tuple[tuple[Op, Row], ...], ...]:
+    """The slots of one rank, each op with the row that it comes from: where a fault of a slot was written."""
     exists = _existing_messages(chunks, routes)
     done: dict[Action, int] = {}
     waiting: deque[Op] = deque()
-    slots: list[Slot] = []
-    batch: list[Op] = []
+    slots: list[tuple[tuple[Op, Row], ...]] = []
+    batch: list[tuple[Op, Row]] = []
 
-    def op(action: Action) -> Op:
+    def op(action: Action, row: Row) -> Op:
         kind, chunk = action
         if chunk is None:
+            if not waiting:
+                raise AssertionError(f"row {row.name!r} runs a W and none waits at {dict(sizes)}")
             oldest = waiting.popleft()
             return Op(W, oldest.lane, oldest.stage, oldest.mb)
         mb = done[Action(B, chunk)] - 1 if kind is W else done.get(action, 0)
@@ -177,12 +186,12 @@ def expand(
         for _ in range(row.times(sizes)):
             for step in row.steps:
                 if step[0].kind in MESSAGES:
-                    batch += [op(action) for action in step if action in exists]
+                    batch += [(op(action, row), row) for action in step if action in exists]
                     continue
                 if batch:
                     slots.append(tuple(batch))
                     batch.clear()
-                slot = tuple(map(op, step))
+                slot = tuple((op(action, row), row) for action in step)
                 slots.append(slot)
                 waiting += _deferred(slot)
     if batch:
@@ -201,7 +210,7 @@ def _existing_messages(chunks: Iterable[Chunk], routes: Mapping[Lane, tuple[int,
     )
 
 
-def _deferred(slot: Slot) -> list[Op]:
+def _deferred(slot: Iterable[tuple[Op, Row]]) -> list[Op]:
     """The backwards of a slot whose W is not in it."""
-    own = {(op.lane, op.stage, op.mb) for op in slot if op.kind is W}
-    return [op for op in slot if op.kind is B and (op.lane, op.stage, op.mb) not in own]
+    own = {(op.lane, op.stage, op.mb) for op, _ in slot if op.kind is W}
+    return [op for op, _ in slot if op.kind is B and (op.lane, op.stage, op.mb) not in own]

@@ -3,6 +3,7 @@
 dualpipe  <-  reference, proofs        dualpipe knows neither (the command line reaches them lazily)
 reference <-/-> proofs                 two judges who do not talk
 oracle                                 knows no schedule at all
+ci                                     the gate imports none of what it judges
 """
 
 import ast
@@ -136,6 +137,13 @@ def test_importing_dualpipe_loads_neither_torch_nor_z3_nor_megatron_nor_matplotl
     code = "import sys, dualpipe; print(*sorted({'torch', 'z3', 'megatron', 'matplotlib'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.split() == []
+
+
+def test_the_gate_imports_nothing_that_it_judges_but_in_processes_of_their_own():
+    in_processes = {"expand.py", "measure.py", "trial.py", "timelines.py"}
+    for path in files("ci"):
+        judged = packages(path, lazily=path.name not in in_processes) & {"dualpipe", "reference", "proofs", "tests"}
+        assert not judged, path
 
 
 def test_a_forbidden_import_is_seen(tmp_path):

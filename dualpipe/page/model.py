@@ -95,5 +95,17 @@ class Page:
     lead: str = ""
 
 
-VERDICTS = ("proved", "refuted", "unknown", "skipped", "bad input", "equal", "changed", "new", "removed")
+VERDICTS = (
+    "proved",
+    "refuted",
+    "unknown",
+    "skipped",
+    "bad input",
+    "equal",
+    "changed",
+    "new",
+    "removed",
+    "passed",
+    "refused",
+)
 """The verdicts that have a colour and a sign of their own."""

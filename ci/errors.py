@@ -1,0 +1,9 @@
+"""Bad input of the gate, in the same form as the project's other complaints (which the gate does not import)."""
+
+
+class GateError(ValueError):
+    """Bad input: the rule that was broken, what came, and what to do about it."""
+
+    def __init__(self, rule: str, came: str, remedy: str) -> None:
+        self.rule, self.came, self.remedy = rule, came, remedy
+        super().__init__(f"{rule}: {came}; {remedy}")

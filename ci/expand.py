@@ -1,0 +1,91 @@
+"""Expands every named schedule of a source tree at the golden sizes and prints them as one JSON object.
+
+Run as a script, with the tree first on the path, so that it can look at another revision's tree than its own::
+
+    PYTHONPATH=TREE python -P ci/expand.py TREE
+
+``shown`` maps a name such as ``dualpipe-P4-M8`` to the schedule's text, ``digested`` likewise for the sizes of which
+only a digest is kept, ``failed`` to the error of one that the tree's own code fails to give.  ``rows`` says for each
+op of the shown ones which row of which phase table made it: ``rows[name]["rows"]`` lists ``[table, row]`` and
+``rows[name]["ranks"][rank][slot]`` has one index into it per op.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHOWN = [(2, 4), (4, 8), (6, 14), (8, 20)]
+"""Ranks and microbatches of the schedules that are kept as text."""
+
+DIGESTED = [(1, 1), (1, 4), (2, 2), (2, 10), (3, 7), (4, 20), (5, 13), (8, 16), (10, 24), (12, 40), (16, 64)]
+"""Further sizes, of which a digest is kept; those that a schedule cannot have are left out."""
+
+LOWERED = [(2, 4), (4, 8)]
+"""Sizes at which the computes of each named schedule get their messages from ``lower``."""
+
+
+def expand(tree: Path) -> dict[str, Any]:
+    """All schedules of ``tree``, whose ``dualpipe`` must be the one that is imported."""
+    from dualpipe.generate import PLANS, SizeError, generate
+    from dualpipe.lower import lower
+    from dualpipe.schedule import COMPUTE
+    from dualpipe.schedulefile import dumps
+    from dualpipe.torchcsv import load_csv
+
+    shown: dict[str, str] = {}
+    digested: dict[str, str] = {}
+    rows: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+
+    def put(into: dict[str, Any], name: str, make: Callable[[], Any]) -> None:
+        try:
+            made = make()
+        except SizeError:
+            return
+        except Exception as error:  # whatever it is, the gate tells it
+            failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            into[name] = made
+
+    for name in PLANS:
+        for into, sizes in ((shown, SHOWN), (digested, DIGESTED)):
+            for size in sizes:
+                put(into, named(name, *size), lambda: dumps(generate(name, *size)))  # noqa: B023 - called at once
+        for size in SHOWN:
+            put(rows, named(name, *size), lambda: rows_of(PLANS[name], *size))  # noqa: B023
+        for size in LOWERED:
+            lowered = named(f"{name}-lowered", *size)
+            put(digested, lowered, lambda: dumps(lower(generate(name, *size).only(COMPUTE))))  # noqa: B023
+    for table in sorted((tree / "tests" / "golden").glob("*.csv")):
+        put(shown, table.stem, lambda: dumps(load_csv(table)))  # noqa: B023
+    rows = {name: made for name, made in rows.items() if made}
+    return {"shown": shown, "digested": digested, "rows": rows, "failed": failed}
+
+
+def named(name: str, ranks: int, microbatches: int) -> str:
+    return f"{name}-P{ranks}-M{microbatches}"
+
+
+def rows_of(planner: Any, ranks: int, microbatches: int) -> dict[str, Any] | None:
+    """Which row made each op of a schedule; ``None`` in a tree whose tables do not tell."""
+    from dualpipe import generate, table
+
+    if not hasattr(table, "trace"):
+        return None
+    variables = {id(value): variable for variable, value in vars(generate).items() if isinstance(value, tuple)}
+    numbers: dict[tuple[str, str], int] = {}
+    programs = []
+    for rank in range(ranks):
+        plan = planner(ranks, microbatches, rank)
+        variable = variables.get(id(plan.table), "")
+        slots = table.trace(plan.table, plan.sizes, plan.chunks, plan.routes)
+        programs.append([[numbers.setdefault((variable, row.name), len(numbers)) for _, row in slot] for slot in slots])
+    return {"rows": list(numbers), "ranks": programs}
+
+
+if __name__ == "__main__":
+    json.dump(expand(Path(sys.argv[1])), sys.stdout)

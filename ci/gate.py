@@ -1,0 +1,54 @@
+"""``python -m ci.gate [--base REVISION]``: judges a change, and lets nothing in that is not shown to be right.
+
+Exit code 0: passed.  1: refused.  2: bad input.  3: unknown, a check gave no answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ci.errors import GateError
+from ci.judgement import Options, judge
+from ci.outcome import ExitCode
+from ci.process import raise_on_termination
+from ci.report.publish import publish
+from ci.report.terminal import terminal
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ci.gate", description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--base", metavar="REVISION", help="what to compare with: else where this branch left main")
+    parser.add_argument("--root", type=Path, default=Path(), help="the repository's root, else where you are")
+    parser.add_argument("--jobs", type=int, default=2, help="checks at a time")
+    parser.add_argument("--first", action="store_true", help="stop at the first refusal")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write every report there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the page with the timelines there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> ExitCode:
+    options = parse(arguments)
+    raise_on_termination()
+    started = time.monotonic()
+
+    def tell(line: str) -> None:
+        print(f"gate {time.monotonic() - started:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+    try:
+        judgement = judge(options.root.resolve(), options.base, Options(max(1, options.jobs), options.first), tell)
+        problems = publish(judgement, options.root.resolve(), options.output, options.html)
+    except GateError as error:
+        print(f"gate: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    print(terminal(judgement, options.json), end="")
+    for problem in problems:
+        print(f"gate: a report could not be written: {problem}", file=sys.stderr)
+    return ExitCode.UNKNOWN if problems and judgement.exit_code is ExitCode.PASSED else judgement.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""Golden files: every named schedule as text at a few sizes, digests of more, and the counts of the theorems.
+
+    python -m ci.golden [--no-theorems]      writes tests/golden anew
+
+A golden file lags behind when it is not what the tree's own generator gives; the gate refuses that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ci.errors import GateError
+from ci.process import python, run
+
+FOLDER = "tests/golden"
+DIGESTS = f"{FOLDER}/digests.txt"
+COUNTS = f"{FOLDER}/theorems.txt"
+EXPAND_LIMIT_S, THEOREMS_LIMIT_S = 60.0, 400.0
+
+Counts = Mapping[str, tuple[int, int]]
+"""By theorem, as ``dualpipe: messages``: how many obligations it has, and how many of them arise at some size."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What a tree's generator gives.
+
+    The texts of the shown and the digested schedules, the rows that made them, and what ``failed`` with which error.
+    """
+
+    shown: Mapping[str, str]
+    digested: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        return {**self.shown, **self.digested}
+
+    def files(self, kept: Mapping[str, str]) -> dict[str, str]:
+        """The golden files of this expansion, by path: all but the counts of the theorems.
+
+        ``kept`` are the files as they are, which stay so for a schedule that failed.
+        """
+        digests = {name: value for name, value in read_digests(kept.get(DIGESTS, "")).items() if name in self.failed}
+        digests |= {name: digest(text) for name, text in self.digested.items()}
+        files = {path: kept[path] for path in map(path_of, self.failed) if path in kept}
+        files |= {path_of(name): text for name, text in self.shown.items()}
+        return files | {DIGESTS: "".join(f"{name} {value}\n" for name, value in sorted(digests.items()))}
+
+
+def path_of(name: str) -> str:
+    """The golden file of a shown schedule."""
+    return f"{FOLDER}/{name}.txt"
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def expansion(root: Path, tree: Path | None = None) -> Expansion:
+    """Expand the schedules of ``tree`` (``root`` if ``None``) in a process of its own.
+
+    Raises ``GateError`` where the tree's generator fails or takes too long.
+    """
+    tree = root if tree is None else tree
+    script = Path(__file__).with_name("expand.py")
+    done = run(python("-P", str(script), str(tree)), tree, EXPAND_LIMIT_S, tree)
+    if done.code != 0:
+        why = f"{EXPAND_LIMIT_S:g} s were not enough" if done.code is None else done.last_words
+        raise GateError("the named schedules can be expanded", why, "see dualpipe/generate.py")
+    return Expansion(**json.loads(done.out))
+
+
+def is_golden_schedule(path: str) -> bool:
+    """Whether a path is a golden file that ``make golden`` writes from the generator."""
+    return path.startswith(f"{FOLDER}/") and path.endswith(".txt") and path != COUNTS
+
+
+def read_digests(text: str) -> dict[str, str]:
+    """The digests by name.  Raises ``GateError`` for a line that has no such form."""
+    found = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        name, space, value = line.partition(" ")
+        if not space or len(value) != 64:
+            raise GateError("a line of the digests is NAME SHA256", f"{DIGESTS}:{number} is {line!r}", "make golden")
+        found[name] = value
+    return found
+
+
+def read_counts(text: str) -> dict[str, tuple[int, int]]:
+    """The recorded counts.  Raises ``GateError`` for a line that has no such form."""
+    found = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        name, _, figures = line.rpartition("  ")
+        words = figures.split()
+        if not name or len(words) != 2 or not all(word.isdigit() for word in words):
+            raise GateError(
+                "a line of the counts is FAMILY: THEOREM  OBLIGATIONS ARISING",
+                f"{COUNTS}:{number} is {line!r}",
+                "make golden",
+            )
+        found[name] = (int(words[0]), int(words[1]))
+    return found
+
+
+def show_counts(counts: Counts) -> str:
+    return "".join(f"{name}  {obligations} {arising}\n" for name, (obligations, arising) in counts.items())
+
+
+def count_theorems(root: Path) -> dict[str, tuple[int, int]]:
+    """Run the theorems and count their obligations.  Raises ``GateError`` where they cannot be counted."""
+    done = run(python("-m", "dualpipe.cli", "prove", "--all-sizes", "--json"), root, THEOREMS_LIMIT_S)
+    try:
+        results = [json.loads(line) for line in done.out.splitlines()]
+    except json.JSONDecodeError:
+        results = []
+    if done.code is None or not results:
+        raise GateError("the theorems can be counted", done.last_words, "see dualpipe prove --all-sizes")
+    return {result["name"]: (result["obligations"], result["non_vacuous"]) for result in results}
+
+
+def kept_files(root: Path) -> dict[str, str]:
+    """The golden files as they are that the generator writes, by path."""
+    files = {f"{FOLDER}/{file.name}": file for file in sorted((root / FOLDER).glob("*.txt"))}
+    return {path: file.read_text(errors="replace") for path, file in files.items() if is_golden_schedule(path)}
+
+
+def write(root: Path, files: Mapping[str, str]) -> list[str]:
+    """Write golden files and remove schedules that are no longer expanded; the paths that changed."""
+    changed = []
+    for path in sorted({*files, *(f"{FOLDER}/{file.name}" for file in (root / FOLDER).glob("*.txt"))}):
+        file = root / path
+        before = file.read_text() if file.exists() else None
+        after = files.get(path, before if path == COUNTS else None)
+        if after == before:
+            continue
+        changed.append(path)
+        if after is None:
+            file.unlink()
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(after)
+    return changed
+
+
+def main(arguments: list[str]) -> int:
+    root = Path.cwd()
+    try:
+        now = expansion(root)
+        files = now.files(kept_files(root))
+        if "--no-theorems" not in arguments:
+            files[COUNTS] = show_counts(count_theorems(root))
+    except GateError as error:
+        print(f"golden: {error}", file=sys.stderr)
+        return 2
+    changed = write(root, files)
+    print("\n".join(f"wrote {path}" for path in changed) or "the golden files were up to date")
+    for name, why in now.failed.items():
+        print(f"golden: {name} cannot be expanded, and its file stays as it is: {why}", file=sys.stderr)
+    return 2 if now.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""The schedules of the base: from its golden files, and where these do not have them from its own generator."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ci.change import ScheduleChange, changes
+from ci.errors import GateError
+from ci.golden import COUNTS, DIGESTS, Counts, Expansion, digest, expansion, path_of, read_counts, read_digests
+from ci.process import python, run
+from ci.repository import Repository
+
+MEASURE_LIMIT_S = 60.0
+
+
+def schedule_changes(repository: Repository, base: str, now: Expansion) -> list[ScheduleChange]:
+    """Every schedule of the golden sizes that differs from the base, with its figures, the smallest first."""
+    before = {name: text for name, text in texts_at(repository, base, now).items() if name not in now.failed}
+    found = changes(before, now.texts)
+    return measured(repository.root, found) if found else []
+
+
+def texts_at(repository: Repository, base: str, now: Expansion) -> dict[str, str]:
+    """The texts of the base.
+
+    A schedule of which the base kept a digest that is still right has the text it has now.  The base's generator is
+    asked where a golden file is missing or a digest differs; where it cannot answer, those schedules are new.
+    """
+    kept = {name: _text(repository.at(base, path_of(name))) for name in now.shown}
+    found = {name: text for name, text in kept.items() if text is not None}
+    digests = read_digests(_text(repository.at(base, DIGESTS)) or "")
+    found |= {name: text for name, text in now.digested.items() if digests.get(name) == digest(text)}
+    gone = [name for name in golden_names(repository, base) if name not in now.shown]
+    found |= {name: text for name in gone if (text := _text(repository.at(base, path_of(name)))) is not None}
+    if not set(now.texts) <= set(found):
+        old = _expansion_at(repository, base)
+        found = {**old.texts, **found} if old else found
+    return found
+
+
+def golden_names(repository: Repository, base: str) -> list[str]:
+    """The shown schedules of which the base keeps a golden file."""
+    return [Path(path).stem for path in repository.listed(base, str(Path(path_of("")).parent)) if _is_shown(path)]
+
+
+def _is_shown(path: str) -> bool:
+    return path.endswith(".txt") and path not in (DIGESTS, COUNTS)
+
+
+def _expansion_at(repository: Repository, base: str) -> Expansion | None:
+    with tempfile.TemporaryDirectory(prefix="gate-base-") as folder:
+        try:
+            repository.export(base, Path(folder))
+            return expansion(repository.root, Path(folder))
+        except GateError:
+            return None
+
+
+def counts_at(repository: Repository, base: str) -> Counts:
+    """The theorems' counts that the base recorded; none where it has no record."""
+    return read_counts(_text(repository.at(base, COUNTS)) or "")
+
+
+def measured(root: Path, found: Sequence[ScheduleChange]) -> list[ScheduleChange]:
+    """The changes with their figures on both sides, as far as the tree's simulator gives them."""
+    texts = {f"{side} {change.name}": text for change in found for side, text in _sides(change)}
+    done = run(python("-m", "ci.measure"), root, MEASURE_LIMIT_S, given=json.dumps(texts))
+    figures: Mapping[str, Mapping[str, object]] = json.loads(done.out) if done.code == 0 else {}
+    return [
+        replace(
+            change,
+            figures_before=figures.get(f"before {change.name}"),
+            figures_after=figures.get(f"after {change.name}"),
+        )
+        for change in found
+    ]
+
+
+def _sides(change: ScheduleChange) -> list[tuple[str, str]]:
+    both = (("before", change.before), ("after", change.after))
+    return [(side, text) for side, text in both if text is not None]
+
+
+def _text(data: bytes | None) -> str | None:
+    return None if data is None else data.decode(errors="replace")

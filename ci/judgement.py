@@ -1,0 +1,208 @@
+"""The gate's work: what changed, which checks that asks for, what they say."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ci import judges, rules, suite
+from ci.change import ScheduleChange
+from ci.check import Check, run_check, skipped
+from ci.errors import GateError
+from ci.golden import COUNTS, Counts, Expansion, expansion, kept_files, read_counts
+from ci.history import counts_at, schedule_changes
+from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
+from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows
+from ci.process import end_all
+from ci.repository import Changed, Repository
+from ci.selection import Selection, select
+
+TRIED = ("dualpipe-P2-M4", "dualpipe-P4-M8", "dualpipev-P2-M4", "1f1b-P2-M4", "zb1p-P4-M8", "torch-zbv-4x8")
+"""Tried on ranks when what executes changes."""
+TRIED_BLOCKING = ("dualpipe-P4-M8",)
+_LARGEST_TRIAL, _LARGEST_PROOF = 4, 20_000
+"""The most ranks of a trial, and the longest text, in characters, of a proof."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: how many checks at a time, whether to stop at the first refusal."""
+
+    jobs: int = 2
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the gate has to say of a change."""
+
+    base: str
+    changed: tuple[Changed, ...]
+    schedules: tuple[ScheduleChange, ...]
+    selection: Selection
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    places: Places = field(default=NOWHERE, repr=False)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return exit_code(self.outcomes)
+
+    @property
+    def findings(self) -> list[tuple[Outcome, Finding]]:
+        return [(outcome, finding) for outcome in self.outcomes for finding in outcome.findings]
+
+
+def judge(root: Path, base: str | None, options: Options, tell: Tell) -> Judgement:
+    """Judge the work tree at ``root`` against a base revision.
+
+    Raises ``GateError`` for a base that does not exist and for golden files that cannot be read.
+    """
+    started = time.monotonic()
+    repository = Repository(root)
+    revision = repository.resolve(base)
+    changed = repository.changes(revision)
+    selection = select(repository, changed)
+    tell(f"{len(changed)} files differ from {revision[:12]}")
+    try:
+        now = expansion(root)
+    except GateError as error:
+        cause = _cause(repository, revision, changed)
+        finding = Finding("schedule", str(error), cause.path, cause.line)
+        outcome = Outcome("golden", Verdict.REFUSED, "always", "the generator fails", (finding,))
+        return Judgement(revision, changed, (), selection, (outcome,), time.monotonic() - started)
+    schedules = schedule_changes(repository, revision, now)
+    places = _places(repository, revision, changed, now)
+    outcomes = [rules.goldens(now, kept_files(root)), _changelog(repository, revision, schedules)]
+    for outcome in outcomes:
+        tell(f"{outcome.check}: {outcome.verdict.value}, {outcome.told}")
+    with tempfile.TemporaryDirectory(prefix="gate-") as folder:
+        case = _Case(repository, revision, now, schedules, selection, places, options, Path(folder))
+        checks = list(case.checks())
+        quick = [check for check in checks if check.name == "prove"]
+        outcomes += run_all(quick, root, options, tell, exit_code(outcomes) is ExitCode.REFUSED)
+        outcomes.append(rules.expanded(now))
+        slow = [check for check in checks if check not in quick]
+        outcomes += run_all(slow, root, options, tell, exit_code(outcomes) is ExitCode.REFUSED)
+    seconds = time.monotonic() - started
+    return Judgement(revision, changed, tuple(schedules), selection, tuple(outcomes), seconds, places)
+
+
+def run_all(checks: Sequence[Check], root: Path, options: Options, tell: Tell, refused: bool) -> list[Outcome]:
+    """Run the checks, several at a time; with ``first`` one after the other, and none after a refusal."""
+
+    def one(number: int, check: Check) -> Outcome:
+        nonlocal refused
+        if options.first and refused:
+            return skipped(check, "another check has refused already")
+        place = f"[{number}/{len(checks)}] {check.name}"
+        tell(f"{place} runs: {check.why}")
+        outcome = run_check(check, root)
+        refused = refused or outcome.verdict is Verdict.REFUSED
+        tell(f"{place}: {outcome.verdict.value} in {outcome.seconds:.1f} s, {outcome.told}")
+        return outcome
+
+    with ThreadPoolExecutor(1 if options.first else options.jobs) as pool:
+        try:
+            return list(pool.map(one, range(1, len(checks) + 1), checks))
+        except BaseException:  # Ctrl-C or a signal: nothing that was started may go on
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
+            raise
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One change with all that its checks need."""
+
+    repository: Repository
+    base: str
+    now: Expansion
+    schedules: Sequence[ScheduleChange]
+    selection: Selection
+    places: Places
+    options: Options
+    folder: Path
+
+    def checks(self) -> Iterator[Check]:
+        """The checks that the change asks for, the quick ones first."""
+        selection, places = self.selection, self.places
+        changed = {change.name: change.after for change in self.schedules if change.after is not None}
+        proved = [name for name, text in changed.items() if len(text) <= _LARGEST_PROOF] or list(changed)[:1]
+        tried = [name for name in changed if _ranks(changed[name]) <= _LARGEST_TRIAL and name in self.now.shown]
+        new = f"{len(changed)} schedules changed" if changed else ""
+        if selection.prove:
+            proved = [*self.now.shown, *(name for name in proved if name not in self.now.shown)]
+        if proved:
+            yield judges.prove(self.written(proved), _both(new, selection.prove), places)
+        if selection.trial:
+            tried = [*(name for name in TRIED if name in self.now.shown), *(n for n in tried if n not in TRIED)]
+        if tried:
+            yield judges.trial(self.written(tried), _both(new, selection.trial), places)
+        if selection.trial and (blocking := [name for name in TRIED_BLOCKING if name in self.now.shown]):
+            yield judges.trial(self.written(blocking), selection.trial, places, blocking=True)
+        if selection.theorems:
+            yield judges.theorems(
+                self.recorded(), counts_at(self.repository, self.base), selection.theorems, places, self.explained()
+            )
+        if selection.tests:
+            files = list(selection.tests)
+            why = selection.everything or f"{len(files)} files of tests reach the change"
+            workers = 0 if self.options.first else self.options.jobs
+            yield suite.tests(files, why, self.folder / "tests.xml", workers, self.options.first)
+
+    def written(self, names: Sequence[str]) -> list[Path]:
+        """Files with the texts of schedules."""
+        texts = self.now.texts
+        files = [self.folder / f"{name}.txt" for name in names]
+        for file in files:
+            file.write_text(texts[file.stem])
+        return files
+
+    def recorded(self) -> Counts:
+        return read_counts((self.repository.now(COUNTS) or b"").decode(errors="replace"))
+
+    def explained(self) -> Callable[[str], bool]:
+        added = rules.added_lines(*_texts(self.repository, self.base, rules.CHANGELOG))
+        return lambda name: any(name in line for line in added)
+
+
+def _both(*reasons: str) -> str:
+    return "; ".join(filter(None, reasons))
+
+
+def _ranks(text: str | None) -> int:
+    return sum(line.startswith("rank ") for line in (text or "").splitlines())
+
+
+def _changelog(repository: Repository, base: str, schedules: Sequence[ScheduleChange]) -> Outcome:
+    return rules.changelog(schedules, *_texts(repository, base, rules.CHANGELOG))
+
+
+def _texts(repository: Repository, base: str, path: str) -> tuple[str, str]:
+    before, after = repository.at(base, path), repository.now(path)
+    return (before or b"").decode(errors="replace"), (after or b"").decode(errors="replace")
+
+
+def _cause(repository: Repository, base: str, changed: Sequence[Changed]) -> Place:
+    """Where the change begins: its first source, those that run before those that test."""
+    there = [change.path for change in changed if change.after is not None]
+    order = sorted(there, key=lambda path: (not path.endswith(".py"), path.startswith("tests/"), path))
+    return Place(order[0], repository.changed_lines(base, order[0])[0]) if order else Place("", 1)
+
+
+def _places(repository: Repository, base: str, changed: Sequence[Changed], now: Expansion) -> Places:
+    touched = any(change.path == TABLES for change in changed)
+    lines = lines_of_rows((repository.now(TABLES) or b"").decode(errors="replace"))
+    return Places(
+        now.rows,
+        lines,
+        frozenset(repository.changed_lines(base, TABLES) if touched else ()),
+        _cause(repository, base, changed),
+    )

@@ -1,0 +1,174 @@
+"""The checks that judge schedules: the six of ``prove``, the theorems, and the trial on ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ci.check import Check, Reading, crashed
+from ci.golden import COUNTS, Counts
+from ci.outcome import Finding, Verdict
+from ci.place import Places
+from ci.process import Completed, python
+
+PROVE_LIMIT_S, THEOREMS_LIMIT_S, TRIAL_LIMIT_S = 120.0, 400.0, 240.0
+
+
+def prove(files: Sequence[Path], why: str, places: Places) -> Check:
+    """The six checks on schedule files."""
+    names = [file.stem for file in files]
+
+    def read(done: Completed) -> Reading:
+        reports = _lines(done)
+        if len(reports) != len(names):
+            return crashed(done)
+        findings = [
+            finding for name, report in zip(names, reports, strict=True) for finding in _refuted(name, report, places)
+        ]
+        unknown = [name for name, report in zip(names, reports, strict=True) if report["verdict"] == "unknown"]
+        if findings:
+            return Verdict.REFUSED, f"{_count(findings)} of {len(names)} schedules refuted", tuple(findings)
+        if unknown:
+            return Verdict.UNKNOWN, f"a solver gave up on {', '.join(unknown)}", ()
+        if any(report["verdict"] != "proved" for report in reports):
+            return crashed(done)
+        return Verdict.PASSED, f"{_schedules(names)} proved", ()
+
+    command = python("-m", "dualpipe.cli", "prove", "--json", *map(str, files))
+    return Check("prove", why, command, PROVE_LIMIT_S, read)
+
+
+def _refuted(name: str, report: Mapping[str, Any], places: Places) -> list[Finding]:
+    """The findings about one schedule, in the order of the checks."""
+    if report["verdict"] == "bad input":
+        return [Finding("schedule", f"{name}: {report['error']}", places.cause.path, places.cause.line, name)]
+    findings = []
+    for check, result in report["checks"].items():
+        if result["verdict"] == "refuted":
+            data = result.get("finding", {})
+            place = places.of(name, data)
+            story = result.get("story", "refuted")
+            told = f"{name}: {story}" + (f"\nmade by {place.what}" if place.what else "")
+            findings.append(Finding(check, told, place.path, place.line, name, data))
+    return findings
+
+
+def theorems(recorded: Counts, base: Counts, why: str, places: Places, explained: Callable[[str], bool]) -> Check:
+    """The theorems for every size, and their counts against the recorded ones.
+
+    A count of obligations that arise which is smaller than at the base needs an entry that explains it:
+    ``explained(name)`` says whether there is one.
+    """
+
+    def read(done: Completed) -> Reading:
+        results = _lines(done)
+        if not results or done.code not in (0, 1, 3):
+            return crashed(done)
+        findings = [_theorem(result, places) for result in results if result["verdict"] == "refuted"]
+        counts = {result["name"]: (result["obligations"], result["non_vacuous"]) for result in results}
+        unknown = [result for result in results if result["verdict"] == "unknown"]
+        if not unknown and not findings:
+            findings += stale_counts(recorded, counts)
+            findings += fallen_counts(base, counts, explained)
+        if findings:
+            return Verdict.REFUSED, f"{len(findings)} findings", tuple(findings)
+        if unknown:
+            first = unknown[0]
+            told = f"{len(unknown)} of {len(results)} not proved; {first['name']}: {first['reason']}"
+            return Verdict.UNKNOWN, told, ()
+        return Verdict.PASSED, f"{len(results)} theorems proved for every size", ()
+
+    return Check(
+        "theorems", why, python("-m", "dualpipe.cli", "prove", "--all-sizes", "--json"), THEOREMS_LIMIT_S, read
+    )
+
+
+def _theorem(result: Mapping[str, Any], places: Places) -> Finding:
+    message = f"{result['name']} is refuted: {result['statement']}\n{result['reason']}"
+    return Finding("theorem", message, places.cause.path, places.cause.line)
+
+
+def stale_counts(recorded: Counts, counts: Counts) -> list[Finding]:
+    """The recorded counts that are not those of the tree."""
+    findings = []
+    for name in {**recorded, **counts}:
+        old, new = recorded.get(name), counts.get(name)
+        if old != new:
+            line = list(recorded).index(name) + 1 if name in recorded else 1
+            told = f"{name}: {_counted(new)}, and {COUNTS} records {_counted(old)}; run make golden"
+            findings.append(Finding("counts", told, COUNTS, line))
+    return findings
+
+
+def fallen_counts(base: Counts, counts: Counts, explained: Callable[[str], bool]) -> list[Finding]:
+    """Theorems of which fewer obligations arise than at the base, and no entry of the changelog says why."""
+    findings = []
+    for name, (_, before) in base.items():
+        arising = counts.get(name, (0, 0))[1]
+        if arising < before and not explained(name):
+            told = f"{name}: {arising} obligations arise, {before} did before; say in CHANGELOG.md why, naming {name!r}"
+            findings.append(Finding("counts", told, COUNTS, 1 + list(counts).index(name) if name in counts else 1))
+    return findings
+
+
+def _counted(count: tuple[int, int] | None) -> str:
+    return "none" if count is None else f"{count[0]} obligations of which {count[1]} arise"
+
+
+def trial(files: Sequence[Path], why: str, places: Places, blocking: bool = False) -> Check:
+    """Fake ranks and real processes against the oracle, on schedule files."""
+    names = [file.stem for file in files]
+
+    def read(done: Completed) -> Reading:
+        reports = _lines(done)
+        if [report["name"] for report in reports] != names:
+            return crashed(done)
+        findings = [finding for report in reports for finding in _differs(report, places)]
+        unknown = [report for report in reports if report["verdict"] == "unknown"]
+        if findings:
+            return (
+                Verdict.REFUSED,
+                f"{_count(findings)} of {len(names)} schedules differ from the oracle",
+                tuple(findings),
+            )
+        if unknown:
+            return Verdict.UNKNOWN, f"{unknown[0]['name']}: {unknown[0]['error']}", ()
+        tensors = sum(report["tensors"] for report in reports)
+        return Verdict.PASSED, f"{_schedules(names)}, {tensors} tensors bitwise equal to plain PyTorch", ()
+
+    options = ["--blocking"] if blocking else []
+    name = "trial, blocking" if blocking else "trial"
+    return Check(name, why, python("-m", "ci.trial", *options, *map(str, files)), TRIAL_LIMIT_S, read)
+
+
+def _differs(report: Mapping[str, Any], places: Places) -> list[Finding]:
+    """What is wrong with a trial: complaints of the oracle, then each party's failure or first difference."""
+    name, path, line = report["name"], places.cause.path, places.cause.line
+    if report["verdict"] == "bad input":
+        return [Finding("schedule", f"{name}: {report['error']}", path, line, name)]
+    if report["verdict"] in ("equal", "unknown"):
+        return []
+    findings = [Finding("vital signs", f"{name}: {complaint}", path, line, name) for complaint in report["complaints"]]
+    for party, how in report["parties"].items():
+        if how["failures"]:
+            told = "\n".join(how["failures"])
+            findings.append(Finding("run", f"{name}, {party}: {told}", path, line, name))
+        elif how["differences"]:
+            told = f"{how['differences']} differences, first {how['first_difference']}"
+            findings.append(Finding("bitwise", f"{name}, {party}: {told}", path, line, name))
+    return findings or [Finding("bitwise", f"{name}: {report['verdict']}", path, line, name)]
+
+
+def _lines(done: Completed) -> list[dict[str, Any]]:
+    """The JSON objects that a command printed, one a line."""
+    return [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+
+
+def _count(findings: Sequence[Finding]) -> int:
+    return len({finding.schedule for finding in findings})
+
+
+def _schedules(names: Sequence[str]) -> str:
+    return f"{len(names)} schedule{'s' * (len(names) != 1)}"

@@ -1,0 +1,76 @@
+"""Scratch clones: the work tree as it is now, committed once, and copied for each exhibit."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ci.golden import DIGESTS, FOLDER
+from ci.process import python, run
+from ci.repository import Repository
+from ci.rules import CHANGELOG
+
+GOLDEN_LIMIT_S = 120.0
+OWN_TESTS = "tests/ci/"
+_AUTHOR = ("-c", "user.name=museum", "-c", "user.email=museum@localhost", "-c", "commit.gpgsign=false")
+
+
+def make_template(root: Path, folder: Path) -> None:
+    """A repository of one commit with the files of the work tree at ``root``, without the gate's own tests.
+
+    These hold that each exhibit finds the text that it replaces, which in a clone is replaced: they would refuse every
+    fault, and the harmless changes too.
+    """
+    for path in Repository(root).files():
+        if path.startswith(OWN_TESTS):
+            continue
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / path, folder / path)
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    git(folder, "add", "--all", "--force")
+    git(folder, *_AUTHOR, "commit", "--quiet", "--message", "as it is")
+
+
+@contextmanager
+def clone(template: Path, folder: Path) -> Iterator[Path]:
+    """A copy of the template, removed afterwards."""
+    shutil.copytree(template, folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def bring_up_to_date(root: Path) -> None:
+    """What the author of a change does: write the goldens anew, and an entry that names each schedule that changed.
+
+    A generator that fails leaves all as it is; the gate will say so.
+    """
+    run(python("-m", "ci.golden", "--no-theorems"), root, GOLDEN_LIMIT_S)
+    names = changed_names(git(root, "diff", "--unified=0", "--", FOLDER))
+    if names:
+        with (root / CHANGELOG).open("a") as file:
+            file.write("".join(f"- {name} changes.\n" for name in names))
+
+
+def changed_names(diff: str) -> list[str]:
+    """The schedules of which a diff of the golden files speaks."""
+    names = []
+    inside = ""
+    for line in diff.splitlines():
+        if line.startswith("+++ "):
+            inside = line.removeprefix("+++ b/")
+            if inside.endswith(".txt") and inside != DIGESTS:
+                names.append(Path(inside).stem)
+        elif inside == DIGESTS and line.startswith("+"):
+            names.append(line[1:].split()[0])
+    return names
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Run git in a scratch clone.  Raises ``CalledProcessError``."""
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout

@@ -1,0 +1,14 @@
+"""All exhibits, in the order in which they are shown."""
+
+from ci.museum import lowering, megatron, messages, runtime, tables, unharmed, weights
+from ci.museum.exhibit import Exhibit
+
+EXHIBITS: tuple[Exhibit, ...] = (
+    *tables.FAULTS,
+    *lowering.FAULTS,
+    *runtime.FAULTS,
+    *messages.FAULTS,
+    *weights.FAULTS,
+    *megatron.FAULTS,
+    *unharmed.CHANGES,
+)

@@ -1,0 +1,50 @@
+"""Faults of the transport."""
+
+from ci.museum.exhibit import fault
+
+TRANSPORT = "dualpipe/transport.py"
+
+FAULTS = (
+    fault(
+        28,
+        "messages posted on the default group",
+        TRANSPORT,
+        "ops.append(dist.P2POp(kind, tensor, group=self.group, group_peer=peer))",
+        "ops.append(dist.P2POp(kind, tensor, peer))",
+        check="tests",
+        rule="test",
+        says="subgroup",
+    ),
+    fault(
+        6,
+        "of the works of a message one is waited for",
+        TRANSPORT,
+        "            for work in message.works:\n",
+        "            for work in message.works[1:]:\n",
+        check="trial",
+        rule="bitwise",
+        says="",
+    ),
+    fault(
+        4,
+        "sends of a batch posted in reverse",
+        TRANSPORT,
+        "        for message in messages:\n            self._allocate(message)",
+        "        sends = iter([m for m in reversed(messages) if m.sends])\n"
+        "        messages = [next(sends) if m.sends else m for m in messages]\n"
+        "        for message in messages:\n            self._allocate(message)",
+        check="trial",
+        rule="run",
+        says="rank",
+    ),
+    fault(
+        0,
+        "a receive handed out before it is there",
+        TRANSPORT,
+        "        else:\n            self._finish(message)\n",
+        "        elif message.sends:\n            self._finish(message)\n",
+        check="trial",
+        rule="run",
+        says="rank",
+    ),
+)

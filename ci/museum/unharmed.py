@@ -1,0 +1,31 @@
+"""Harmless changes, which must be let through."""
+
+from ci.museum.exhibit import Edit, harmless
+
+CHANGES = (
+    harmless(
+        "a comment",
+        "dualpipe/execute.py",
+        "class _Step:\n",
+        "# one object a step, and none is kept\nclass _Step:\n",
+    ),
+    harmless(
+        "another title of a page of the documentation",
+        "docs/decisions/0002-the-phase-table.md",
+        "# 2. DualPipe is a table of phases\n",
+        "# 2. DualPipe is a table of phases, once more\n",
+    ),
+    harmless(
+        "a local variable renamed",
+        "dualpipe/lower.py",
+        "    homes = _homes(schedule)\n    starts = _earliest_starts(schedule, homes)",
+        "    where = _homes(schedule)\n    starts = _earliest_starts(schedule, where)",
+        Edit("dualpipe/lower.py", "sorted(_events(schedule, homes, starts)", "sorted(_events(schedule, where, starts)"),
+    ),
+    harmless(
+        "messages that need not be joined in a batch sent one after the other",
+        "dualpipe/lower.py",
+        "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE:",
+        "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE and len(slot) > 1:",
+    ),
+)

@@ -1,0 +1,111 @@
+"""Where a finding points to: from a slot of a schedule to the row of the phase table that made it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+TABLES = "dualpipe/generate.py"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a source; ``what`` names it for a reader."""
+
+    path: str
+    line: int
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Finds the place of a finding.
+
+    Parameters
+    ----------
+    rows:
+        As ``ci.expand`` gives them: which row made each op.
+    lines:
+        For each table and row the line in ``dualpipe/generate.py``.
+    changed:
+        The lines of that file that the change touches: of several places of a finding, the one there is told.
+    cause:
+        The first changed line of the change: where a finding points that has no other place.
+    """
+
+    rows: Mapping[str, Any]
+    lines: Mapping[tuple[str, str], int]
+    changed: frozenset[int]
+    cause: Place
+
+    def of(self, schedule: str, data: Mapping[str, Any]) -> Place:
+        """The place of a finding as ``prove`` gives it."""
+        found = [place for rank, slot in _slots(data) for place in self._made(schedule, rank, slot)]
+        touched = [place for place in found if place.line in self.changed]
+        return next(iter([*touched, *found]), self.cause)
+
+    def _made(self, schedule: str, rank: int, slot: int) -> Iterator[Place]:
+        made = self.rows.get(schedule)
+        if made is None or not 0 <= rank < len(made["ranks"]) or not 0 <= slot < len(made["ranks"][rank]):
+            return
+        for number in dict.fromkeys(made["ranks"][rank][slot]):
+            table, row = made["rows"][number]
+            line = self.lines.get((table, row))
+            if line is not None:
+                yield Place(TABLES, line, f"row {row!r} of {table}")
+
+
+NOWHERE = Places({}, {}, frozenset(), Place("", 1))
+
+
+def lines_of_rows(source: str) -> dict[tuple[str, str], int]:
+    """The line of each table's rows; a variant has those of the table that it varies, but for its own."""
+    found: dict[tuple[str, str], int] = {}
+    for node in ast.parse(source).body:
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if value else []  # type: ignore[attr-defined]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if value is None or not names:
+            continue
+        reader = _Rows()
+        reader.visit(value)
+        if not reader.own:
+            continue
+        inherited = {row: line for (table, row), line in found.items() if table in reader.tables}
+        for name in names:
+            found |= {(name, row): line for row, line in (inherited | reader.own).items()}
+    return found
+
+
+@dataclass
+class _Rows(ast.NodeVisitor):
+    """The rows written in an expression, and the names of the tables that it takes others from."""
+
+    own: dict[str, int] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Name) and node.func.id == "Row" and node.args:
+            first = node.args[0]
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                self.own[first.value] = node.lineno
+            return
+        self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.tables.append(node.id)
+
+
+def _slots(data: Any) -> Iterator[tuple[int, int]]:
+    """Every rank and slot that a finding names, in its order."""
+    if isinstance(data, Mapping):
+        rank, slot = data.get("rank"), data.get("slot")
+        if isinstance(rank, int) and isinstance(slot, int):
+            yield rank, slot
+        for value in data.values():
+            yield from _slots(value)
+    elif isinstance(data, Sequence) and not isinstance(data, str):
+        for value in data:
+            yield from _slots(value)

@@ -1,0 +1,116 @@
+"""Runs a command with a time limit; neither it nor anything that it started outlives the call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_RUNNING: set[subprocess.Popen[str]] = set()
+_LOCK = threading.Lock()
+"""Guards ``_RUNNING``.  Both are the module's, as a signal is the whole process's."""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a command ended.  ``code`` is ``None`` where its time was up; ``seconds`` is what it took."""
+
+    code: int | None
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def last_words(self) -> str:
+        """The last line that it printed, errors first: of a traceback the one that says what it was."""
+        for text in (self.err, self.out):
+            lines = [line for line in text.splitlines() if line.strip()]
+            if lines:
+                return lines[-1].strip()
+        return "it printed nothing"
+
+
+def run(command: Sequence[str], root: Path, limit: float, tree: Path | None = None, given: str = "") -> Completed:
+    """Run ``command`` in ``root``.
+
+    Parameters
+    ----------
+    limit:
+        Seconds after which the command and its children are killed.
+    tree:
+        The source tree that Python imports from; ``root`` if ``None``.
+    given:
+        What it reads from standard input.
+    """
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env={**os.environ, **environment(root if tree is None else tree)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    with _LOCK:
+        _RUNNING.add(process)
+    try:
+        out, err = process.communicate(given, timeout=limit)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        code = None
+        _end(process)
+        out, err = process.communicate()
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        with _LOCK:
+            _RUNNING.discard(process)
+    return Completed(code, out, err, time.monotonic() - started)
+
+
+def python(*arguments: str) -> tuple[str, ...]:
+    """A command of this very interpreter."""
+    return (sys.executable, *arguments)
+
+
+def environment(tree: Path) -> Mapping[str, str]:
+    """What every check runs with: this tree and no other, one thread a process, no stale byte code, no colours."""
+    return {
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "NO_COLOR": "1",
+    }
+
+
+def end_all() -> None:
+    """Kill every command that runs, with all that it started: for a gate that is itself interrupted."""
+    with _LOCK:
+        for process in _RUNNING:
+            _end(process)
+
+
+def raise_on_termination() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that what it started is ended too."""
+
+    def terminated(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminated)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill the command with all that it started: it leads a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,29 @@
+"""Findings that are one fault to a reader: of the same rule at the same place, in several schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ci.outcome import Finding
+
+_MOST_NAMED = 6
+"""How many schedules a group names."""
+
+
+def grouped(findings: Iterable[Finding]) -> list[Finding]:
+    """One finding a group: the first, which is of the smallest schedule, with the names of the others added."""
+    groups: dict[tuple[str, str, int], list[Finding]] = {}
+    for number, finding in enumerate(findings):
+        key = (finding.rule, finding.path, finding.line) if finding.schedule else (finding.rule, "", -1 - number)
+        groups.setdefault(key, []).append(finding)
+    return [_together(group) for group in groups.values()]
+
+
+def _together(group: list[Finding]) -> Finding:
+    first = group[0]
+    others = list(dict.fromkeys(finding.schedule for finding in group if finding.schedule != first.schedule))
+    if not others:
+        return first
+    more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+    return replace(first, message=f"{first.message.rstrip()}\nlikewise in {', '.join(others[:_MOST_NAMED])}{more}")

@@ -1,0 +1,166 @@
+"""Which checks a change asks for, read from what the changed files reach.
+
+===================  ==============================================================================================
+a change of          asks for
+===================  ==============================================================================================
+a phase table        the six checks and the trial of every schedule that it changes, the theorems, the tests that
+                     reach the tables without the runtime (the runtime is tried by the trial of the new schedules)
+any other source     the checks whose code uses it, and the tests that use it, the nearest first
+comments, layout     nothing
+a page of text       the tests that name it, and the run of what it says to type
+other data           the tests that use what names the file or its folder
+a file like this     everything: the gate's own, the build's, one that is deleted or that nothing is known of
+===================  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from ci.golden import COUNTS, is_golden_schedule
+from ci.imports import Graph, graph, reached, read
+from ci.meaning import Meaning, meaning
+from ci.repository import Changed, Repository
+
+PROVE, THEOREMS, TRIAL, RUNTIME = (
+    "proofs/prove.py",
+    "proofs/theorems/prove.py",
+    "reference/verify.py",
+    "dualpipe/execute.py",
+)
+DOCUMENTATION = "tests/docs/test_documentation.py"
+PAGE_TESTS = ("test_what_the_document_says_happens[{page}]", "test_what_is_not_run_has_a_reason_and_is_listed")
+"""The tests that run what a page of the documentation says, for one page."""
+SOURCES_READ = "tests/test_architecture.py"
+"""Reads every source, whatever imports it."""
+TEXTS = frozenset({".md", ".svg", ".png", ""})
+"""Endings of files that do nothing unless a source names them; without an ending are LICENSE and the like."""
+KNOWN_NAMES = frozenset({".gitignore", "Makefile", ".pre-commit-hooks.yaml"})
+BUILD = frozenset({"pyproject.toml", "constraints.txt"})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The checks to run, each with the reason; ``tests`` are files, the nearest to the change first."""
+
+    prove: str = ""
+    theorems: str = ""
+    trial: str = ""
+    tests: Mapping[str, str] = field(default_factory=dict)
+    everything: str = ""
+    tables: str = ""
+
+
+def select(repository: Repository, changed: Sequence[Changed]) -> Selection:
+    """The checks for a change.  A source of the tree that does not parse asks for everything."""
+    files = repository.files()
+    sources = {}
+    for path in files:
+        if path.endswith(".py"):
+            try:
+                sources[path] = read((repository.root / path).read_bytes())
+            except (SyntaxError, ValueError):
+                return _everything(files, f"{path} cannot be read as Python")
+    tree = graph(sources, [path for path in files if not path.endswith(".py")])
+    return choose(tree, files, changed)
+
+
+def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Selection:
+    """The checks for a change, given who uses whom."""
+    code: list[str] = []
+    tables: list[str] = []
+    for change in changed:
+        unknown = _unknown(change, tree)
+        if unknown:
+            return _everything(files, unknown)
+        if not change.path.endswith(".py") or change.before is None or change.after is None:
+            code.append(change.path)
+        else:
+            match meaning(change.before, change.after):
+                case Meaning.TABLES:
+                    tables.append(change.path)
+                case Meaning.CODE:
+                    code.append(change.path)
+                case Meaning.NOTHING:
+                    pass
+    pages = [path for path in code if path.endswith(".md")]
+    code = [path for path in code if path not in pages]
+    steps = reached(tree, code)
+    from_tables = reached(tree, tables)
+    on_runtime = set(_used_with(tree, RUNTIME))
+    tests = {path: distance for path, distance in steps.items() if _is_test(path)}
+    for path, distance in from_tables.items():
+        if _is_test(path) and path not in on_runtime:
+            tests[path] = min(distance, tests.get(path, distance))
+    tests |= {path: 1 for path, steps in reached(tree, pages).items() if steps == 1 and _is_test(path)}
+    if DOCUMENTATION in files and DOCUMENTATION not in tests:
+        tests |= {f"{DOCUMENTATION}::{name}": 1 for page in filter(_is_run, pages) for name in _of_page(page)}
+    if any(path.endswith(".py") for path in (*code, *tables)) and SOURCES_READ in files:
+        tests.setdefault(SOURCES_READ, 0)
+    told = _short(code)
+    return Selection(
+        prove=f"{told} is used by it" if PROVE in steps else "",
+        theorems=_theorems(steps, from_tables, code, told),
+        trial=f"{told} is used by it" if TRIAL in steps else "",
+        tests={path: _reason(path, tests[path]) for path in sorted(tests, key=lambda p: (tests[p], p))},
+        tables=_short(tables),
+    )
+
+
+def _unknown(change: Changed, tree: Graph) -> str:
+    """Why a changed file asks for everything; empty where it need not."""
+    path = PurePosixPath(change.path)
+    if path.parts[0] == "ci" or change.path.startswith("tests/ci/"):
+        return f"{path} is the gate's own"
+    if change.path in BUILD:
+        return f"{path} decides what everything runs on"
+    if is_golden_schedule(change.path) or change.path == COUNTS:
+        return ""
+    if change.after is None:
+        return f"{path} is deleted"
+    if path.suffix == ".py":
+        return ""
+    known = path.suffix in TEXTS or path.name in KNOWN_NAMES or path.parts[0] in (".github", ".ci")
+    if known or tree.in_degree(change.path):
+        return ""
+    return f"nothing is known of {path}"
+
+
+def _everything(files: Sequence[str], why: str) -> Selection:
+    tests = {path: why for path in files if _is_test(path)}
+    return Selection(why, why, why, tests, everything=why)
+
+
+def _is_test(path: str) -> bool:
+    return path.startswith("tests/") and PurePosixPath(path).name.startswith("test_") and path.endswith(".py")
+
+
+def _is_run(page: str) -> bool:
+    """Whether what a page says to type is run by a test."""
+    return page == "README.md" or page.startswith("docs/")
+
+
+def _of_page(page: str) -> list[str]:
+    return [test.format(page=page) for test in PAGE_TESTS]
+
+
+def _used_with(tree: Graph, path: str) -> Sequence[str]:
+    return tuple(reached(tree, [path])) if path in tree else ()
+
+
+def _theorems(steps: Mapping[str, int], from_tables: Mapping[str, int], code: Sequence[str], told: str) -> str:
+    if THEOREMS in from_tables:
+        return "the phase tables changed"
+    if THEOREMS in steps:
+        return f"{told} is used by them"
+    return f"{COUNTS} changed" if COUNTS in code else ""
+
+
+def _reason(path: str, distance: int) -> str:
+    return "changed itself" if distance == 0 else f"{distance} import{'s' * (distance > 1)} away"
+
+
+def _short(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -1,0 +1,57 @@
+"""The selected tests as a check: pytest, read from its own report."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+
+from ci.check import Check, Reading, crashed
+from ci.outcome import Finding, Verdict
+from ci.process import Completed, python
+
+LIMIT_S = 900.0
+_NOTHING_COLLECTED = 5  # pytest's exit code
+
+
+def tests(files: Sequence[str], why: str, report: Path, workers: int, first: bool) -> Check:
+    """Run test files in the order given; ``first`` stops at the first failure, ``report`` is written by pytest."""
+
+    def read(done: Completed) -> Reading:
+        if done.code == _NOTHING_COLLECTED:
+            return Verdict.SKIPPED, "none of the selected files has a test that is not long", ()
+        passed, skipped, findings = read_report(report.read_text())
+        told = f"{passed} passed, {len(findings)} failed, {skipped} skipped"
+        if findings:
+            return Verdict.REFUSED, told, tuple(findings)
+        if done.code != 0:
+            return crashed(done)
+        return (Verdict.PASSED if passed else Verdict.SKIPPED), told, ()
+
+    options = ["-q", "-m", "not long", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+    options += ["-n", str(workers)] if workers else ["-p", "no:xdist"]
+    options += ["-x"] if first else []
+    return Check("tests", why, python("-m", "pytest", *options, *files), LIMIT_S, read)
+
+
+def read_report(text: str) -> tuple[int, int, list[Finding]]:
+    """How many tests passed and were skipped, and the failures, of a JUnit report."""
+    passed = skipped = 0
+    findings = []
+    for case in ET.fromstring(text).iter("testcase"):
+        failure = next((found for found in case if found.tag in ("failure", "error")), None)
+        if failure is not None:
+            findings.append(_failed(case, failure))
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
+            passed += 1
+    return passed, skipped, findings
+
+
+def _failed(case: ET.Element, failure: ET.Element) -> Finding:
+    path = case.get("file") or case.get("classname", "").replace(".", "/") + ".py"
+    said = failure.get("message", "").strip()
+    body = (failure.text or "").strip()
+    message = f"{case.get('name')}: {next(iter(said.splitlines()), 'failed')}"
+    return Finding("test", f"{message}\n{body[-4000:]}", path, int(case.get("line") or 0) + 1)

@@ -1,0 +1,174 @@
+"""How the answers of checks are read: three verdicts, and none for a command that gives no answer."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from ci import judges, suite
+from ci.check import Check, run_check
+from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
+from ci.place import NOWHERE, Place, Places, lines_of_rows
+from ci.process import Completed, python, run
+
+FILES = [Path("a.txt"), Path("b.txt")]
+
+
+def done(*lines: object, code: int = 0) -> Completed:
+    return Completed(code, "".join(json.dumps(line) + "\n" for line in lines), "", 1.0)
+
+
+def proved(verdict: str = "proved", **checks: object) -> dict[str, object]:
+    return {"verdict": verdict, "checks": checks}
+
+
+STORY = {"verdict": "refuted", "story": "rank 1 waits", "finding": {"place": {"rank": 1, "slot": 2, "op": "1F0>"}}}
+
+
+def test_proofs_pass_only_where_every_schedule_is_proved():
+    read = judges.prove(FILES, "", NOWHERE).read
+    assert read(done(proved(), proved()))[0] is Verdict.PASSED
+    assert read(done(proved(), proved("unknown")))[0] is Verdict.UNKNOWN
+    assert read(done(proved()))[0] is Verdict.UNKNOWN
+    assert read(Completed(1, "", "Traceback\nKeyError: 3\n", 1.0))[1] == "no answer: it ended with 1 and KeyError: 3"
+
+
+def test_a_refuted_check_is_a_finding_with_its_story():
+    verdict, told, (finding,) = judges.prove(FILES, "", NOWHERE).read(done(proved(), proved("refuted", order=STORY)))
+    assert verdict is Verdict.REFUSED
+    assert told == "1 of 2 schedules refuted"
+    assert (finding.rule, finding.schedule, finding.first_line) == ("order", "b", "b: rank 1 waits")
+
+
+def theorem(verdict: str = "proved", arising: int = 3) -> dict[str, object]:
+    told = {"name": "a: order", "statement": "s", "reason": "r", "obligations": 5, "non_vacuous": arising}
+    return {**told, "verdict": verdict}
+
+
+def read_theorems(*results: object, recorded: tuple[int, int] = (5, 3)):
+    check = judges.theorems({"a: order": recorded}, {"a: order": (5, 3)}, "", NOWHERE, lambda name: False)
+    return check.read(done(*results))
+
+
+def test_theorems_pass_with_the_recorded_counts_and_no_others():
+    assert read_theorems(theorem())[0] is Verdict.PASSED
+    assert read_theorems(theorem("unknown"))[0] is Verdict.UNKNOWN
+    verdict, _, (finding,) = read_theorems(theorem("refuted"))
+    assert (verdict, finding.rule) == (Verdict.REFUSED, "theorem")
+    verdict, _, findings = read_theorems(theorem(arising=2))
+    assert verdict is Verdict.REFUSED
+    assert [finding.rule for finding in findings] == ["counts", "counts"]
+    assert read_theorems()[0] is Verdict.UNKNOWN
+
+
+def tried(verdict: str = "equal", **party: object) -> dict[str, object]:
+    how = {"failures": [], "differences": 0, "first_difference": None, **party}
+    return {"name": "a", "verdict": verdict, "tensors": 7, "complaints": [], "parties": {"processes": how}}
+
+
+@pytest.mark.parametrize(
+    ("report", "verdict", "rule"),
+    [
+        (tried(), Verdict.PASSED, None),
+        (tried("different", differences=2, first_difference="loss"), Verdict.REFUSED, "bitwise"),
+        (tried("different", failures=["rank 0: hung"]), Verdict.REFUSED, "run"),
+        ({"name": "a", "verdict": "bad input", "error": "e"}, Verdict.REFUSED, "schedule"),
+        ({"name": "a", "verdict": "unknown", "error": "e"}, Verdict.UNKNOWN, None),
+        ({"name": "z", "verdict": "equal"}, Verdict.UNKNOWN, None),
+    ],
+)
+def test_a_trial_is_read(report, verdict, rule):
+    found, _, findings = judges.trial(FILES[:1], "", NOWHERE).read(done(report))
+    assert found is verdict
+    assert [finding.rule for finding in findings] == ([] if rule is None else [rule])
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.t" name="test_a" file="tests/t.py" line="4" time="0.1"/>
+<testcase classname="tests.t" name="test_b" file="tests/t.py" line="9" time="0.1">
+<failure message="assert 1 == 2&#10;more">the body</failure></testcase>
+<testcase classname="tests.t" name="test_c" file="tests/t.py" line="14"><skipped message="no GPU"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_failed_test_is_a_finding_at_its_line_and_a_skipped_one_has_not_passed():
+    passed, skipped, (finding,) = suite.read_report(REPORT)
+    assert (passed, skipped) == (1, 1)
+    assert (finding.path, finding.line, finding.first_line) == ("tests/t.py", 10, "test_b: assert 1 == 2")
+
+
+def test_tests_that_were_all_skipped_have_not_passed(tmp_path):
+    report = tmp_path / "tests.xml"
+    check = suite.tests(["tests/t.py"], "", report, 0, False)
+    report.write_text('<testsuites><testsuite><testcase name="t"><skipped/></testcase></testsuite></testsuites>')
+    assert check.read(Completed(0, "", "", 1.0))[0] is Verdict.SKIPPED
+    assert check.read(Completed(5, "", "", 1.0))[0] is Verdict.SKIPPED
+    report.write_text('<testsuites><testsuite><testcase name="t"/></testsuite></testsuites>')
+    assert check.read(Completed(0, "", "", 1.0))[0] is Verdict.PASSED
+    assert check.read(Completed(3, "", "INTERNALERROR", 1.0))[0] is Verdict.UNKNOWN
+
+
+def answer(code: str, limit: float = 20.0) -> Outcome:
+    return run_check(Check("c", "", python("-c", code), limit, judges.prove(FILES[:1], "", NOWHERE).read), Path.cwd())
+
+
+def test_a_check_whose_time_is_up_is_unknown_and_leaves_no_process():
+    started = time.monotonic()
+    outcome = answer(
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])", 0.5
+    )
+    assert outcome.verdict is Verdict.UNKNOWN
+    assert outcome.told == "no answer within 0.5 s"
+    assert time.monotonic() - started < 20
+
+
+def test_a_check_that_crashes_or_babbles_is_unknown():
+    assert answer("raise KeyError('x')").told == "no answer: it ended with 1 and KeyError: 'x'"
+    assert answer("print('{no json')").verdict is Verdict.UNKNOWN
+
+
+def test_the_worst_verdict_is_the_gates_and_a_skipped_check_is_none():
+    def code(*verdicts: Verdict) -> ExitCode:
+        return exit_code([Outcome("c", verdict, "") for verdict in verdicts])
+
+    assert code(Verdict.PASSED, Verdict.SKIPPED) is ExitCode.PASSED
+    assert code(Verdict.PASSED, Verdict.UNKNOWN) is ExitCode.UNKNOWN
+    assert code(Verdict.UNKNOWN, Verdict.REFUSED) is ExitCode.REFUSED
+
+
+SOURCE = """A: Table = (
+    Row("1", 1, "F0"),
+    Row("2", N, "B0"),
+)
+B: Table = vary(
+    A,
+    Row("2", N - 1, "B0"),
+)
+C = 3
+"""
+
+
+def test_a_row_of_a_variant_has_the_line_of_the_table_it_comes_from():
+    assert lines_of_rows(SOURCE) == {("A", "1"): 2, ("A", "2"): 3, ("B", "1"): 2, ("B", "2"): 7}
+
+
+def test_a_finding_points_to_the_row_that_the_change_touches_else_to_the_first_else_to_the_change():
+    rows = {"s": {"rows": [["A", "1"], ["B", "2"]], "ranks": [[[0], [1, 1]]]}}
+    cause = Place("x.py", 5)
+    data = {"send": {"rank": 0, "slot": 0, "op": ""}, "receive": {"rank": 0, "slot": 1, "op": ""}}
+    assert Places(rows, lines_of_rows(SOURCE), frozenset(), cause).of("s", data).line == 2
+    touched = Places(rows, lines_of_rows(SOURCE), frozenset({7}), cause).of("s", data)
+    assert (touched.path, touched.line, touched.what) == ("dualpipe/generate.py", 7, "row '2' of B")
+    assert Places(rows, {}, frozenset(), cause).of("unknown", data) == cause
+
+
+def test_a_finding_has_a_first_line():
+    assert Finding("r", "one\ntwo").first_line == "one"
+    assert Finding("r", "").first_line == ""
+
+
+def test_a_command_gets_this_tree_and_what_it_is_given(tmp_path):
+    (tmp_path / "only_here.py").write_text("X = 4\n")
+    code = "import sys, only_here; print(only_here.X, sys.stdin.read())"
+    assert run(python("-c", code), tmp_path, 20.0, given="in").out == "4 in\n"

@@ -1,0 +1,75 @@
+"""The gate on copies of this repository: nothing to say, something to refuse, nothing to judge."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ci.process import environment
+
+
+def gate(clone, *arguments: str) -> tuple[int, dict, str]:
+    command = [sys.executable, "-m", "ci.gate", "--base", "HEAD", "--first", "--json", *arguments]
+    env = {**os.environ, **environment(clone.root)}
+    done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+def replace(clone, path: str, old: str, new: str) -> None:
+    text = (clone.root / path).read_text()
+    assert text.count(old) == 1
+    clone.put(path, text.replace(old, new))
+
+
+def verdicts(told: dict) -> dict[str, str]:
+    return {check["check"]: check["verdict"] for check in told["checks"]}
+
+
+def test_without_a_change_it_passes(clone):
+    code, told, _ = gate(clone)
+    assert (code, told["verdict"], told["changed"]) == (0, "passed", [])
+    assert verdicts(told) == {"golden": "passed", "generator": "passed", "changelog": "passed"}
+
+
+def test_a_golden_written_by_hand_is_refused(clone):
+    golden = clone.root / "tests/golden/zb1p-P4-M8.txt"
+    golden.write_text(golden.read_text().replace("0F0>", "0F1>", 1))
+    code, told, _ = gate(clone)
+    assert code == 1
+    assert verdicts(told)["golden"] == "refused"
+
+
+def test_a_table_whose_author_forgot_goldens_and_changelog_is_refused_for_both(clone):
+    replace(clone, "dualpipe/generate.py", 'N - h - 1, "W RB0 B0 SB0"', 'N - h - 1, "RB0 B0 W SB0"')
+    code, told, _ = gate(clone)
+    assert code == 1
+    assert verdicts(told)["golden"] == "refused"
+    assert verdicts(told)["changelog"] == "refused"
+    (change,) = [change for change in told["schedules"] if change["name"] == "dualpipe-P4-M8"]
+    assert (change["before"]["makespan"], change["after"]["makespan"]) == (26, 27)
+    assert "-rank 0: ...19... 3SB3<+0RB2> 0B2> 0W2> 0RB3> 0B3> 0W3>" in change["diff"]
+
+
+def test_a_tree_that_does_not_parse_is_refused_and_not_a_crash(clone):
+    clone.put("dualpipe/table.py", "def (\n")
+    code, told, _ = gate(clone)
+    assert code == 1
+    (finding,) = told["checks"][0]["findings"]
+    assert "SyntaxError" in finding["message"]
+    assert (finding["path"], finding["line"]) == ("dualpipe/table.py", 1)
+
+
+def test_a_base_that_does_not_exist_is_bad_input(clone):
+    code, _, err = gate(clone, "--base", "nowhere")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("gate: --base is a revision of this repository: got nowhere")
+
+
+@pytest.mark.parametrize("path", ["tests/golden/theorems.txt", "tests/golden/digests.txt"])
+def test_a_record_that_cannot_be_read_is_bad_input(clone, path):
+    clone.put(path, "what\n")
+    code, _, err = gate(clone)
+    assert code == 2
+    assert "make golden" in err

@@ -1,0 +1,133 @@
+"""The reports of a judgement with every kind of verdict."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from ci.change import ScheduleChange
+from ci.judgement import Judgement
+from ci.outcome import Finding, Outcome, Verdict
+from ci.report.grouping import grouped
+from ci.report.junit import junit
+from ci.report.markdown import markdown
+from ci.report.page import page
+from ci.report.publish import publish
+from ci.report.sarif import RULES, sarif
+from ci.report.terminal import terminal
+from ci.repository import Changed
+from ci.selection import Selection
+from tests.ci.conftest import ROOT
+
+TEXT = (ROOT / "tests" / "golden" / "1f1b-P2-M4.txt").read_text()
+LATER = TEXT.replace("0F1> 0SF1>+0RB0>", "0RB0> 0F1> 0SF1>", 1)
+STORY = "1f1b-P2-M4: rank 0 waits | for ever\nmade by row '2 last' of ONE_F_ONE_B"
+
+
+@pytest.fixture
+def refused():
+    finding = Finding("deadlock", STORY, "dualpipe/generate.py", 42, "1f1b-P2-M4", {"fault": "circle"})
+    outcomes = (
+        Outcome("golden", Verdict.PASSED, "always", "20 files are up to date"),
+        Outcome("prove", Verdict.REFUSED, "1 schedules changed", "1 of 1 refuted", (finding,), 2.0),
+        Outcome("theorems", Verdict.UNKNOWN, "the phase tables changed", "no answer within 400 s", (), 400.0),
+        Outcome("tests", Verdict.SKIPPED, "2 files", "another check has refused already"),
+    )
+    figures = {"makespan": 12.0, "bubble": 2.0, "peak_activations": [2, 1], "peak_pending_w": [0, 0], "messages": 8}
+    change = ScheduleChange("1f1b-P2-M4", TEXT, LATER, figures, {"stuck": "every rank reaches its end: no"})
+    changed = (Changed("dualpipe/generate.py", b"a", b"b"),)
+    return Judgement("0" * 40, changed, (change,), Selection(), outcomes, 405.0)
+
+
+def test_the_summary_has_verdicts_stories_and_the_diff(refused):
+    text = markdown(refused)
+    assert text.startswith("# Schedule gate: ❌ Refused\n")
+    assert "| ❔ | theorems | unknown: no answer within 400 s | 400.0 | the phase tables changed |" in text
+    assert "**deadlock** at `dualpipe/generate.py:42`" in text
+    assert "```text\n1f1b-P2-M4: rank 0 waits | for ever\n" in text
+    assert "| 1f1b-P2-M4 | changed | cannot finish: every rank reaches its end: no |" in text
+    assert "```diff\n-rank 0:" in text
+
+
+def test_junit_counts_failures_errors_and_skipped_apart(refused):
+    suite = ET.fromstring(junit(refused)).find("testsuite")
+    assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "1"]
+    case = next(case for case in suite if case.find("failure") is not None)
+    assert (case.get("file"), case.get("line")) == ("dualpipe/generate.py", "42")
+    assert case.find("failure").get("message") == "1f1b-P2-M4: rank 0 waits | for ever"
+
+
+def test_junit_holds_any_message():
+    outcome = Outcome("tests", Verdict.REFUSED, "", "", (Finding("test", "esc \x1b[31m and \x00 and <tag> & more"),))
+    judgement = Judgement("0" * 40, (), (), Selection(), (outcome,), 1.0)
+    case = ET.fromstring(junit(judgement)).find("testsuite/testcase/failure")
+    assert case.text == "esc ?[31m and ? and <tag> & more"
+
+
+def test_sarif_has_the_shape_of_version_2_1_0(refused):
+    log = json.loads(sarif(refused))
+    assert log["version"] == "2.1.0"
+    (run,) = log["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    assert len({rule["id"] for rule in rules}) == len(rules)
+    for result in run["results"]:
+        assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
+        assert result["level"] in {"none", "note", "warning", "error"}
+        assert result["message"]["text"]
+        for location in result.get("locations", []):
+            physical = location["physicalLocation"]
+            assert not physical["artifactLocation"]["uri"].startswith(("/", "file:"))
+            assert physical["region"]["startLine"] >= 1
+    assert run["invocations"] == [{"executionSuccessful": True, "exitCode": 1}]
+
+
+def test_sarif_points_to_the_row_and_says_what_got_no_answer(refused):
+    deadlock, unanswered = json.loads(sarif(refused))["runs"][0]["results"]
+    assert deadlock["locations"][0]["physicalLocation"]["region"]["startLine"] == 42
+    assert unanswered["ruleId"] == "unknown"
+    assert unanswered["message"]["text"] == "theorems: no answer within 400 s"
+
+
+def test_every_rule_that_a_finding_names_is_described():
+    from proofs.prove import CHECKS
+
+    assert set(CHECKS) <= RULES.keys()
+
+
+def test_the_text_names_the_place_first(refused):
+    lines = terminal(refused, as_json=False).splitlines()
+    assert "dualpipe/generate.py:42: prove/deadlock" in lines
+    assert lines[-1] == "REFUSED in 405.0 s"
+    assert json.loads(terminal(refused, as_json=True))["verdict"] == "refused"
+
+
+def test_the_page_draws_the_schedules_with_findings_first(refused):
+    data = page(refused)
+    assert data["verdict"] == "refused"
+    assert [schedule["name"] for schedule in data["schedules"]] == ["1f1b-P2-M4"]
+    assert data["findings"][0][1] == "dualpipe/generate.py:42"
+
+
+def test_one_fault_in_several_schedules_is_told_once():
+    one, two = (Finding("order", f"{name}: s", "g.py", 3, name) for name in ("a", "b"))
+    test = Finding("test", "t", "t.py", 3)
+    assert [finding.message for finding in grouped([one, two, test, test])] == ["a: s\nlikewise in b", "t", "t"]
+
+
+def test_everything_is_written_and_the_jobs_summary_is_added_to(refused, tmp_path, monkeypatch):
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    assert publish(refused, ROOT, tmp_path / "out", tmp_path / "mine.html") == []
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {"gate.md", "gate.xml", "gate.sarif", "gate.json", "gate.html"}
+    assert summary.read_text() == "before\n" + markdown(refused)
+    html = (tmp_path / "mine.html").read_text()
+    assert html == (tmp_path / "out" / "gate.html").read_text()
+    assert "1f1b-P2-M4" in html
+
+
+def test_a_page_that_cannot_be_drawn_is_told(refused, tmp_path):
+    (problem,) = publish(refused, tmp_path, None, tmp_path / "mine.html")
+    assert problem.startswith("mine.html: ")
+    assert not (tmp_path / "mine.html").exists()

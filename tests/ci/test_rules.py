@@ -1,0 +1,103 @@
+"""The rules: goldens, changelog, counts."""
+
+import pytest
+
+from ci.change import ScheduleChange
+from ci.errors import GateError
+from ci.golden import COUNTS, DIGESTS, Expansion, digest, path_of, read_counts, read_digests, show_counts, write
+from ci.judges import fallen_counts, stale_counts
+from ci.outcome import Verdict
+from ci.rules import changelog, expanded, goldens
+
+NOW = Expansion({"a-P2-M4": "rank 0: x\n"}, {"a-P9-M9": "rank 0: y\n"})
+CHANGE = ScheduleChange("a-P2-M4", "rank 0: w\n", "rank 0: x\n")
+
+
+def test_goldens_that_are_what_the_generator_gives_pass():
+    assert goldens(NOW, NOW.files({})).verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "told", "line"),
+    [
+        (path_of("a-P2-M4"), "head\nrank 0: x\n", "is not what the generator gives", 1),
+        (path_of("a-P2-M4"), None, "is missing; run make golden", 1),
+        (path_of("b-P2-M4"), "rank 0:\n", "is of a schedule that is no longer there", 1),
+        (DIGESTS, f"a-P9-M9 {digest('z')}\n", "is not what the generator gives", 1),
+    ],
+)
+def test_a_stale_golden_is_refused(path, text, told, line):
+    kept = {**NOW.files({}), path: text}
+    outcome = goldens(NOW, {path: text for path, text in kept.items() if text is not None})
+    (finding,) = outcome.findings
+    assert outcome.verdict is Verdict.REFUSED
+    assert told in finding.message
+    assert (finding.path, finding.line) == (path, line)
+
+
+def test_a_schedule_that_fails_keeps_its_golden_and_is_refused_by_name():
+    failing = Expansion({}, {}, failed={"a-P2-M4": "AssertionError: no", "a-P9-M9": "AssertionError: no"})
+    kept = NOW.files({})
+    assert failing.files(kept) == kept
+    outcome = expanded(failing)
+    assert outcome.verdict is Verdict.REFUSED
+    assert outcome.findings[0].message == "a-P2-M4: AssertionError: no"
+
+
+def test_a_schedule_change_without_an_entry_is_refused_with_the_text_to_write():
+    outcome = changelog([CHANGE], "# Changelog\n", "# Changelog\n- Other.\n")
+    assert outcome.verdict is Verdict.REFUSED
+    assert "- a-P2-M4: ...\n\n      -rank 0: w\n      +rank 0: x" in outcome.findings[0].message
+
+
+def test_an_entry_that_was_there_before_does_not_count():
+    assert changelog([CHANGE], "- a-P2-M4\n", "- a-P2-M4\n").verdict is Verdict.REFUSED
+    assert changelog([CHANGE], "", "- a-P2-M4\n").verdict is Verdict.PASSED
+
+
+def test_one_entry_is_enough_for_all_sizes_and_the_lowered_form_of_a_schedule():
+    changed = [CHANGE, ScheduleChange("a-P9-M9", "x", "y"), ScheduleChange("a-lowered-P2-M4", "x", "y")]
+    assert changelog(changed, "", "- a-P2-M4\n").verdict is Verdict.PASSED
+    assert changelog([ScheduleChange("a-lowered-P2-M4", "x", "y")], "", "- a\n").verdict is Verdict.REFUSED
+
+
+def test_without_a_schedule_change_no_entry_is_asked_for():
+    assert changelog([], "", "").verdict is Verdict.PASSED
+
+
+def test_a_count_that_is_not_the_recorded_one_is_stale():
+    (finding,) = stale_counts({"a: order": (9, 4)}, {"a: order": (9, 5)})
+    assert finding.rule == "counts"
+    assert "9 obligations of which 5 arise" in finding.message
+    assert finding.path == COUNTS
+    assert stale_counts({"a: order": (9, 4)}, {"a: order": (9, 4)}) == []
+
+
+def test_a_count_that_falls_needs_an_explanation_even_where_the_record_is_up_to_date():
+    (finding,) = fallen_counts({"a: order": (9, 4)}, {"a: order": (9, 3)}, lambda name: False)
+    assert "3 obligations arise, 4 did before" in finding.message
+    assert fallen_counts({"a: order": (9, 4)}, {"a: order": (9, 3)}, lambda name: name == "a: order") == []
+    assert fallen_counts({"a: order": (9, 4)}, {}, lambda name: False) != []
+
+
+def test_records_read_back_as_they_were_written():
+    counts = {"1f1b: order": (24, 24), "dualpipe: W in order": (3, 0)}
+    assert read_counts(show_counts(counts)) == counts
+    assert read_digests(NOW.files({})[DIGESTS]) == {"a-P9-M9": digest("rank 0: y\n")}
+
+
+@pytest.mark.parametrize("text", ["order 1 2\n", "a: order  1\n", "a: order  x y\n"])
+def test_a_record_that_cannot_be_read_is_bad_input(text):
+    with pytest.raises(GateError, match="make golden"):
+        read_counts(text)
+    with pytest.raises(GateError, match="make golden"):
+        read_digests(text)
+
+
+def test_writing_goldens_says_what_changed_and_leaves_the_counts_alone(tmp_path):
+    write(tmp_path, {**NOW.files({}), COUNTS: "a: order  1 1\n"})
+    assert write(tmp_path, NOW.files({})) == []
+    changed = write(tmp_path, {path_of("b"): "rank 0:\n", DIGESTS: ""})
+    assert changed == [path_of("a-P2-M4"), path_of("b"), DIGESTS]
+    assert not (tmp_path / path_of("a-P2-M4")).exists()
+    assert (tmp_path / COUNTS).exists()

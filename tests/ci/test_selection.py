@@ -1,0 +1,120 @@
+"""Which checks a change asks for, on this repository as it is."""
+
+from functools import cache
+
+import pytest
+
+from ci.imports import graph, read
+from ci.meaning import Meaning, meaning
+from ci.repository import Changed, Repository
+from ci.selection import DOCUMENTATION, PAGE_TESTS, Selection, choose
+from tests.ci.conftest import ROOT
+
+
+@cache
+def tree():
+    files = Repository(ROOT).files()
+    sources = {path: read((ROOT / path).read_bytes()) for path in files if path.endswith(".py")}
+    return graph(sources, [path for path in files if not path.endswith(".py")]), files
+
+
+def chosen(path: str, before: bytes | None = b"x = 1\n", after: bytes | None = b"x = 2\n") -> Selection:
+    return choose(*tree(), [Changed(path, before, after)])
+
+
+def test_without_a_change_nothing_is_run():
+    assert choose(*tree(), []) == Selection()
+
+
+def test_comments_and_layout_ask_for_nothing():
+    found = chosen("dualpipe/execute.py", b"x = 1  # one\n", b"x = (1)\n# two\n")
+    assert (found.prove, found.theorems, found.trial, dict(found.tests)) == ("", "", "", {})
+
+
+def test_what_executes_asks_for_trials_and_the_tests_of_production():
+    found = chosen("dualpipe/execute.py")
+    assert found.trial
+    assert not found.prove
+    assert not found.theorems
+    assert "tests/production/test_faults.py" in found.tests
+    assert "tests/schedule/test_generate.py" not in found.tests
+
+
+def test_a_change_of_a_proof_asks_for_the_checks_that_use_it():
+    found = chosen("proofs/graph.py")
+    assert found.prove
+    assert not found.trial
+    assert "tests/proofs/test_museum.py" in found.tests
+    assert chosen("proofs/theorems/messages.py").theorems
+
+
+def test_the_vocabulary_asks_for_everything_that_judges():
+    found = chosen("dualpipe/schedule.py")
+    assert found.prove
+    assert found.theorems
+    assert found.trial
+
+
+def test_the_nearest_tests_come_first():
+    first = next(iter(choose(*tree(), [Changed("dualpipe/weightgrad.py", b"x = 1", b"x = 2")]).tests))
+    assert first in ("tests/production/test_weightgrad.py", "tests/test_architecture.py")
+
+
+def test_a_page_of_text_asks_for_the_tests_that_name_it_and_no_more():
+    found = chosen("docs/decisions/0002-the-phase-table.md", b"a", b"b")
+    assert (found.prove, found.theorems, found.trial, found.everything) == ("", "", "", "")
+    page = "docs/decisions/0002-the-phase-table.md"
+    assert f"tests/docs/test_documentation.py::test_what_the_document_says_happens[{page}]" in found.tests
+    assert "tests/docs/test_documentation.py" not in found.tests
+
+
+def test_the_tests_that_run_a_page_are_there():
+    source = (ROOT / DOCUMENTATION).read_text()
+    for test in PAGE_TESTS:
+        assert f"def {test.partition('[')[0]}(" in source
+
+
+def test_golden_files_ask_for_the_tests_that_read_them():
+    found = chosen("tests/golden/dualpipe-P4-M8.txt", b"a", b"b")
+    assert "tests/schedule/test_generate.py" in found.tests
+    assert not found.everything
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "after", "why"),
+    [
+        ("pyproject.toml", b"a", b"b", "decides what everything runs on"),
+        ("constraints.txt", b"a", b"b", "decides what everything runs on"),
+        ("ci/gate.py", b"a", b"b", "the gate's own"),
+        ("tests/ci/test_gate.py", b"a", b"b", "the gate's own"),
+        ("dualpipe/gone.py", b"a", None, "is deleted"),
+        ("dualpipe/weights.bin", None, b"b", "nothing is known of"),
+    ],
+)
+def test_what_the_map_does_not_know_asks_for_everything(path, before, after, why):
+    found = chosen(path, before, after)
+    assert why in found.everything
+    assert found.prove
+    assert found.theorems
+    assert found.trial
+    assert {"tests/production/test_equality.py", "tests/proofs/test_checks.py"} <= found.tests.keys()
+
+
+TABLE = b'T: Table = (Row("1", 1, "F0"),)\ndef f():\n    return T\n'
+
+
+def test_a_change_of_the_tables_alone_leaves_the_tests_of_the_runtime_out():
+    found = chosen("dualpipe/generate.py", TABLE, TABLE.replace(b'"F0"', b'"F0 SF0"'))
+    assert found.theorems == "the phase tables changed"
+    assert "tests/schedule/test_generate.py" in found.tests
+    assert "tests/production/test_equality.py" not in found.tests
+    whole = chosen("dualpipe/generate.py", TABLE, TABLE.replace(b"def f", b"def g"))
+    assert "tests/production/test_equality.py" in whole.tests
+
+
+def test_what_a_change_means():
+    assert meaning(TABLE, TABLE + b"# nothing\n") is Meaning.NOTHING
+    assert meaning(TABLE, TABLE.replace(b"1,", b"2,")) is Meaning.TABLES
+    assert meaning(TABLE, TABLE.replace(b"return T", b"return ()")) is Meaning.CODE
+    assert meaning(TABLE, TABLE.replace(b"T: Table", b"S: Table")) is Meaning.CODE
+    assert meaning(TABLE, b"this is no python") is Meaning.CODE

@@ -6,13 +6,15 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup verify test test-long check prove bench clean
+.PHONY: help setup verify test test-long check prove gate golden museum bench clean
 
 help:
 	@echo "make verify  prove DualPipe, run it on processes and compare it with plain PyTorch, bitwise"
 	@echo "make test    the test suite on CPU; make test-long for the few long tests"
 	@echo "make check   lint, types and the fast tests"
 	@echo "make prove   the theorems, for every size, and one size of each schedule"
+	@echo "make gate    judge the change since the main branch; make golden renews the golden schedules"
+	@echo "make museum  plant known faults in the sources and see the gate refuse each"
 	@echo "make bench   measurements, none of which is a test"
 
 setup: $(READY)
@@ -42,6 +44,15 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -q -m "not long" tests/test_architecture.py tests/schedule tests/cli/test_show_and_simulate.py
+
+gate: $(READY)
+	$(BIN)/python -m ci.gate
+
+golden: $(READY)
+	$(BIN)/python -m ci.golden
+
+museum: $(READY)
+	$(BIN)/python -m ci.museum
 
 bench: $(READY)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done

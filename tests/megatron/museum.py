@@ -1,7 +1,7 @@
 """Faults of the glue between a schedule and Megatron that real implementations shipped, each planted into production.
 
 A plant runs in every rank before production does, and changes what a faulty implementation would have different.  The
-numbers and titles are those of the museum of faults in docs/museum.md.
+numbers and titles are those of the museum of faults in docs/reference/museum.md.
 """
 
 from __future__ import annotations

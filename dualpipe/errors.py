@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+__all__ = ["RuleError", "UndecidedError"]
+
 
 class RuleError(ValueError):
     """Bad input: the rule that was broken, what came, and what to do about it."""

@@ -32,6 +32,8 @@ from dualpipe.schedule import B, F, Kind, W
 from dualpipe.summary import headline, tell_costs
 from dualpipe.timeline import Timeline
 
+__all__ = ["draw", "write"]
+
 Form = Literal["svg", "png"]
 
 _POINTS = 72.0

@@ -23,6 +23,8 @@ from proofs.prefix import Prefix, smallest_prefix
 from proofs.story import live_lines, tell
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
 
+__all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
+
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
 

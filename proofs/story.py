@@ -26,6 +26,8 @@ from proofs.findings import (
 )
 from proofs.models import Model
 
+__all__ = ["tell"]
+
 VERBS = {
     Kind.F: "runs the forward",
     Kind.B: "runs the backward for the input",

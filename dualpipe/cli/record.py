@@ -10,11 +10,17 @@ from typing import Annotated
 
 import typer
 
-from dualpipe.cli.app import app
+from dualpipe.cli.app import app, examples
 from dualpipe.cli.options import Json
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog=examples(
+        "dualpipe record -P 4 -o theirs.txt -- python train.py",
+        "dualpipe record --prove -- python spawn_four_ranks.py",
+    ),
+)
 def record(
     command: Annotated[list[str], typer.Argument(help="The program to run, after --.", metavar="-- COMMAND ...")],
     ranks: Annotated[
@@ -42,8 +48,11 @@ def record(
 
     With -P the command is started once a rank, as torchrun does; without, it launches its ranks itself.
 
-    Exit code 0: recorded.  1: recorded, but the program failed or was ended, or the schedule is refuted.
-    2: bad input, or something could not be named.  3: a solver gave up.
+    Exit codes:
+    0: recorded, and with --prove proved
+    1: recorded, but the program failed or hung, or the schedule is refuted
+    2: bad input, or something could not be named
+    3: with --prove: a solver gave up
     """
     from dualpipe.record import Launch, assemble, read_folder, run
 

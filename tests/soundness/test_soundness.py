@@ -1,4 +1,4 @@
-"""The experiment of docs/explanation/soundness.md on a small sample, and faults in prover and runs that it has to notice."""
+"""The experiment of docs/explanation/soundness.md on a small sample, and faults that it has to notice."""
 
 from dataclasses import replace
 from functools import cache, partial

@@ -48,7 +48,7 @@ _COMMENT = re.compile(r"\s*<!-- (not run|long|file|given|exit code): (.+?) -->\s
 _LIKE_A_COMMAND = re.compile(
     r"^\s*(\$ |dualpipe (-|[a-z]+ [-./\w])|python3? (-m |\S+\.py)|torchrun |pip install |from \S+ import )", re.M
 )
-_SHELL = re.compile(r"[|;&<`]|\$\(|>>")
+_SHELL = re.compile(r"[|;&<`*]|\$\(|>>")
 
 
 class SnippetError(AssertionError):

@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup verify test test-long check prove gate golden museum bench clean
+.PHONY: help setup verify test test-long check prove gate golden museum docs bench clean
 
 help:
 	@echo "make verify  prove DualPipe, run it on processes and compare it with plain PyTorch, bitwise"
@@ -15,6 +15,7 @@ help:
 	@echo "make prove   the theorems, for every size, and one size of each schedule"
 	@echo "make gate    judge the change since the main branch; make golden renews the golden schedules"
 	@echo "make museum  plant known faults in the sources and see the gate refuse each"
+	@echo "make docs    the reference pages that are made from the code: command line and Python API"
 	@echo "make bench   measurements, none of which is a test"
 
 setup: $(READY)
@@ -53,6 +54,8 @@ golden: $(READY)
 
 museum: $(READY)
 	$(BIN)/python -m ci.museum
+docs: $(READY)
+	$(BIN)/python -m tests.docs.reference
 
 bench: $(READY)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done

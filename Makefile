@@ -54,6 +54,7 @@ golden: $(READY)
 
 museum: $(READY)
 	$(BIN)/python -m ci.museum
+
 docs: $(READY)
 	$(BIN)/python -m tests.docs.reference
 

@@ -2,7 +2,7 @@
 
     python bench/soundness.py --mutants 500 --processes 40
 
-Prints the tables of docs/explanation/soundness.md; a contradiction is told with its schedule, and makes the exit code 1.
+Prints the tables of docs/explanation/soundness.md; a contradiction is told with its schedule, and the exit code is 1.
 """
 
 import sys

@@ -31,8 +31,12 @@ PROVE, THEOREMS, TRIAL, RUNTIME = (
     "dualpipe/execute.py",
 )
 DOCUMENTATION = "tests/docs/test_documentation.py"
-PAGE_TESTS = ("test_what_the_document_says_happens[{page}]", "test_what_is_not_run_has_a_reason_and_is_listed")
-"""The tests that run what a page of the documentation says, for one page."""
+PAGE_TESTS = (
+    "test_what_the_document_says_happens[{page}]",
+    "test_every_link_leads_somewhere[{page}]",
+    "test_what_is_not_run_has_a_reason_and_is_listed",
+)
+"""The tests that run what a page of the documentation says and follow its links, for one page."""
 SOURCES_READ = "tests/test_architecture.py"
 """Reads every source, whatever imports it."""
 TEXTS = frozenset({".md", ".svg", ".png", ""})

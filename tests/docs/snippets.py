@@ -186,7 +186,8 @@ class Document:
             if missing := [word for word in words[1:] if "=" not in word and word not in targets]:
                 raise SnippetError(block, f"there is no target {missing[0]}")
             return
-        if words[0] == "dualpipe" and not _SHELL.search(command.line):
+        starts_programs = words[:2] == ["dualpipe", "record"]  # which shall find this interpreter first
+        if words[0] == "dualpipe" and not starts_programs and not _SHELL.search(command.line):
             code, printed = self._in_process(words[1:])
         else:
             code, printed = self._in_a_shell(command.line)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.docs.links import broken
 from tests.docs.snippets import ROOT, Document, documents
 
 PAGES = documents()
@@ -10,6 +11,11 @@ PAGES = documents()
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_the_document_says_happens(path, tmp_path):
     Document(path, tmp_path).run(long=False)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(path):
+    assert broken(path) == []
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
+from ci.museum.collection import EXHIBITS as GATE
 from tests.docs.snippets import ROOT
 from tests.megatron.museum import FAULTS
 from tests.proofs.museum import EXHIBITS
@@ -17,22 +18,23 @@ CHECKS = {"complete", "order", "messages", "deadlock", "memory", "accumulation"}
 
 
 class Row(NamedTuple):
-    """A line of the table; ``shown`` are the names in its last column with the files they are in."""
+    """A line of the table; ``shown`` are the names that show it with the files they are in; ``gate``: planted there."""
 
     number: int
     fault: str
     seen_in: str
     caught_by: str
     shown: tuple[tuple[str, str], ...]
+    gate: bool
 
 
 def rows(text: str) -> list[Row]:
     found = []
     for line in text.splitlines():
         if re.match(r"\| *[0-9]+ \|", line):
-            number, fault, seen_in, caught_by, shown = (cell.strip() for cell in line.strip("|").split("|")[:5])
+            number, fault, seen_in, caught_by, shown, gate = (cell.strip() for cell in line.strip("|").split("|"))
             links = re.findall(r"\[`(\w+)`\]\(\.\./\.\./([\w/.]+)\)", shown)
-            found.append(Row(int(number), fault, seen_in, caught_by, tuple(links)))
+            found.append(Row(int(number), fault, seen_in, caught_by, tuple(links), gate == "✓"))
     return found
 
 
@@ -40,7 +42,9 @@ def rows(text: str) -> list[Row]:
 def functions(path: str) -> set[str]:
     """The functions that a file of the project defines at its top level; none where there is no such file."""
     file = ROOT / path
-    return {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)} if file.exists() else set()
+    return (
+        {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)} if file.exists() else set()
+    )
 
 
 def absent(row: Row) -> list[str]:
@@ -77,7 +81,11 @@ def test_an_exhibit_of_the_proofs_is_shown_with_the_checks_that_refute_it():
         assert set(re.findall(r"`(\w+)`", row.caught_by)) & CHECKS == set(exhibit.checks)
 
 
+def test_the_faults_that_the_gate_is_tried_with_are_marked():
+    assert {row.number for row in ROWS if row.gate} == {exhibit.number for exhibit in GATE} - {0}
+
+
 def test_a_row_that_names_nothing_real_is_noticed():
-    planted = "| 4 | two sends swapped | seen | messages | [`test_it`](../../tests/proofs/test_museum.py) |"
+    planted = "| 4 | two sends swapped | seen | messages | [`test_it`](../../tests/proofs/test_museum.py) | |"
     assert absent(rows(planted)[0]) == ["tests/proofs/test_museum.py: test_it"]
     assert absent(rows(planted.replace("test_museum", "missing"))[0]) == ["tests/proofs/missing.py: test_it"]

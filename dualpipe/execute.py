@@ -118,11 +118,15 @@ def run_step(worker: Worker, computation: Computation, forward_only: bool = Fals
     """Run the rank's program once; gradients are added to the parameters.
 
     With ``forward_only`` only the forwards and their messages are run, without autograd.  Raises ``StepError``,
-    after which the process group is not usable any more.
+    after which the process group is not usable any more.  Weight gradients of a step that failed are dropped.
     """
     schedule = worker.schedule.only(frozenset({F, SF, RF})) if forward_only else worker.schedule
     with torch.set_grad_enabled(not forward_only):
-        _Step(worker, schedule, computation).run()
+        try:
+            _Step(worker, schedule, computation).run()
+        except BaseException:
+            worker.store.clear()
+            raise
 
 
 @dataclass

@@ -66,6 +66,10 @@ class WeightGradStore:
         """Declare that the B of ``key`` has run, also when it left nothing (a stage without linear layers)."""
         self._waiting.setdefault(key, [])
 
+    def clear(self) -> None:
+        """Drop what waits: the step that left it failed, and the next one's keys are the same."""
+        self._waiting.clear()
+
     def require_empty(self) -> None:
         """Raise ``WeightGradError`` naming every key whose W never came."""
         if self._waiting:

@@ -83,7 +83,7 @@ class MegatronComputation:
         config = self.call.config
         if config.timers is not None:
             config.timers("backward-compute", log_level=2).start()
-        with self.synchronising(op):
+        with at_stage(op.stage), self.synchronising(op):  # a layer that is recomputed may ask which stage it is
             yield
             if op.kind is W:
                 for backward_dw in self.model[op.lane, op.stage][1].split.delayed:

@@ -97,6 +97,21 @@ def get_megatron_optimizer(own: Function, switch: Switch) -> Function:
     return chosen
 
 
+def load_checkpoint(own: Function, switch: Switch) -> Function:
+    """``megatron.training.checkpointing.load_checkpoint``: lane < goes on with the random numbers of its stage, too."""
+
+    @functools.wraps(own)
+    def chosen(*given: Any, **named: Any) -> Any:
+        loaded = own(*given, **named)
+        if switch() is not None:
+            from dualpipe.megatron.checkpoint import resume_random_stream
+
+            resume_random_stream(_bound(own, given, named)["ddp_model"])
+        return loaded
+
+    return chosen
+
+
 def sharded_state_dict_metadata(own: Function, switch: Switch) -> Function:
     """``megatron.training.checkpointing._build_sharded_state_dict_metadata``: how an optimizer's state is laid out.
 
@@ -152,13 +167,18 @@ def _face_the_loop(chunk: Any) -> None:
     """Let a training loop read the rank's own groups from a chunk; the layers keep those of their stage.
 
     The loop takes the groups of its first chunk for those of the rank: with them it finds out who reports losses, over
-    whom they are summed, and whose random state a checkpoint holds.
+    whom they are summed, and whose random state a checkpoint holds.  It reads them from the outermost module that has
+    them, or from the unwrapped model.  Megatron's ``Float16Module``, between the two, asks them for its stage: whether
+    to cast what comes in and what goes out.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.utils import unwrap_model
 
-    module = get_attr_wrapped_model(chunk, "pg_collection", return_model_obj=True)
-    module.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+    own = ProcessGroupCollection.use_mpu_process_groups()
+    for module in (chunk, unwrap_model(chunk)):
+        if not isinstance(module, Float16Module):
+            module.pg_collection = own
 
 
 def _ddp_config(args: Any) -> Any:

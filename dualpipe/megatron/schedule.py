@@ -53,8 +53,9 @@ def forward_backward_dualpipe(
     of the data, and an empty list elsewhere.
 
     Training needs an even number of microbatches, at least twice the pipeline size; with ``forward_only`` any number
-    will do.  Raises ``RuleError`` for what is not supported, ``dualpipe.execute.StepError`` where a message does not
-    come in time or the data ends early, and ``DisagreementError`` where ranks were set up differently.
+    will do.  Raises ``RuleError`` for what is not supported and where the data ends early,
+    ``dualpipe.execute.StepError`` where a message does not come in time, and ``DisagreementError`` where ranks were
+    set up differently.
     """
     if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
         raise RuleError(

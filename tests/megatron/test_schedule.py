@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.execute import StepError
 from dualpipe.megatron.schedule import forward_backward_dualpipe as step
 from dualpipe.megatron.schedule import schedule_for
 from dualpipe.schedule import DOWN, UP
@@ -239,3 +240,66 @@ def test_a_model_that_was_built_otherwise_is_refused():
             step(model=[torch.nn.Linear(1, 1)], **keywords)
 
     on_each_rank(body)
+
+
+def test_a_step_that_fails_in_mid_backward_leaves_no_weight_gradient_to_the_next_one():
+    def body(model, **keywords):
+        from dualpipe.megatron.model import chunk_of
+
+        store, backwards, dropped = chunk_of(model[0]).pipeline.store, [], []
+        clear = store.clear
+        store.clear = lambda: (dropped.append(len(store._waiting)), clear())
+
+        def fail(gradient):
+            backwards.append(1)
+            if len(backwards) == CASE.count:
+                raise ValueError("planted")
+
+        for chunk in model:  # the gradient of the first norm comes when all linear layers of the chunk are past
+            chunk.module.decoder.layers[0].input_layernorm.weight.register_hook(fail)
+        with pytest.raises((ValueError, StepError)):
+            step(model=model, **keywords)
+        return dropped, len(store._waiting)
+
+    for dropped, left in on_each_rank(body, replace(CASE, timeout=3)):
+        assert dropped == [1]
+        assert left == 0
+
+
+def test_a_layer_that_is_recomputed_sees_the_rank_of_its_stage():
+    def body(model, **keywords):
+        from megatron.core import parallel_state
+
+        from dualpipe.megatron.schedule import lanes_of
+
+        seen = []
+        for chunk, (_, stage) in zip(model, lanes_of(model), strict=True):
+            layer = chunk.module.decoder.layers[0]
+            layer.register_forward_pre_hook(
+                lambda *_, stage=stage: seen.append(parallel_state.get_pipeline_model_parallel_rank() == stage)
+            )
+        step(model=model, **keywords)
+        return seen
+
+    for seen in on_each_rank(body, replace(CASE, recompute=True)):
+        assert len(seen) == 2 * CASE.count  # once in F, once in B
+        assert all(seen)
+
+
+def test_chunks_that_face_a_training_loop_still_cast_as_their_stage_does():
+    """The loop reads the rank's groups from the chunk; Float16Module asks it for the stage's."""
+
+    def body(model, **keywords):
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.utils import get_attr_wrapped_model, unwrap_model
+
+        from dualpipe.megatron.loop import _face_the_loop
+
+        for chunk in model:
+            _face_the_loop(chunk)
+        own = ProcessGroupCollection.use_mpu_process_groups().pp
+        assert all(get_attr_wrapped_model(chunk, "pg_collection").pp is own for chunk in model)
+        assert all(unwrap_model(chunk).pg_collection.pp is own for chunk in model)
+        return len(step(model=model, **keywords))
+
+    assert on_each_rank(body, replace(CASE, dtype="bf16")) == [0, CASE.count]

@@ -20,6 +20,7 @@ with expected_warnings():
     from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
     from megatron.core.transformer import TransformerConfig
 
+    import dualpipe.megatron.checkpoint
     import dualpipe.megatron.model
     import dualpipe.megatron.optimizer
     from dualpipe.megatron import select
@@ -311,6 +312,25 @@ def test_a_checkpoint_of_the_distributed_optimizer_is_laid_out_by_parameter(monk
         assert built(plain) == plain
     with select.installed(OFF):
         assert checkpointing._build_sharded_state_dict_metadata(sharded) == sharded
+
+
+def test_after_a_loop_has_loaded_a_checkpoint_lane_down_goes_on_with_its_random_numbers(monkeypatch):
+    checkpointing = types.ModuleType("megatron.training.checkpointing")
+    calls = []
+
+    def load_checkpoint(ddp_model, optimizer, opt_param_scheduler, strict=True):
+        calls.append("Megatron's")
+        return 7, 0
+
+    checkpointing.load_checkpoint = load_checkpoint
+    monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
+    monkeypatch.setattr(dualpipe.megatron.checkpoint, "resume_random_stream", calls.append)
+    with select.installed(ON):
+        assert checkpointing.load_checkpoint(["low", "high"], None, None) == (7, 0)
+    assert calls == ["Megatron's", ["low", "high"]]
+    with select.installed(OFF):
+        checkpointing.load_checkpoint(["low"], None, None)
+    assert calls[2:] == ["Megatron's"]
 
 
 def test_the_optimizer_is_built_over_both_chunks(training, monkeypatch):

@@ -124,17 +124,20 @@ def test_a_receive_that_the_runtime_forgets_is_told_where_it_is_missed():
 
 
 class Hasty(ProcessGroupTransport):
-    """Waits for all but one of a message's works, as a runtime does that takes a batch for one work."""
+    """Waits for all but one of the works of a received activation, as a runtime does that takes a batch for one work."""
 
-    def _wait_all(self, message):
-        message.works = message.works[1:]
-        super()._wait_all(message)
+    def _finish(self, message):
+        if "RF" in message.label:
+            message.left, message.works = message.works[:1], message.works[1:]
+        super()._finish(message)
 
 
-def test_a_work_that_is_not_waited_for_gives_what_has_not_arrived():
-    case = tiny(ranks=4, microbatches=8, steps=1)
-    report = verify(case, rank_body=lambda c, p: run_rank(c, p, lambda c: Hasty(timeout=c.timeout)))
-    assert processes(report).differences or processes(report).failures
+def test_a_work_that_is_not_waited_for_never_ends_in_an_equal_run():
+    """gloo then stops with an op that waits in vain, or reads what has not arrived; which of the two is a race."""
+    case = tiny(ranks=4, microbatches=8, steps=1, timeout=3.0)
+    party = processes(verify(case, rank_body=lambda c, p: run_rank(c, p, lambda c: Hasty(timeout=c.timeout))))
+    assert party.failures or party.differences
+    assert {failure.kind for failure in party.failures} <= {"StepError"}
 
 
 def test_a_receive_left_out_of_the_schedule_is_told_at_once():

@@ -124,7 +124,7 @@ def test_a_receive_that_the_runtime_forgets_is_told_where_it_is_missed():
 
 
 class Hasty(ProcessGroupTransport):
-    """Waits for all but one of the works of a received activation, as a runtime does that takes a batch for one work."""
+    """Waits for all but one of the works of an RF, as a runtime does that takes a batch for one work."""
 
     def _finish(self, message):
         if "RF" in message.label:

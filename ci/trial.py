@@ -1,8 +1,9 @@
 """Tries schedule files on fake ranks and real processes against the oracle: one JSON object a line.
 
-    python -m ci.trial [--blocking] FILE ...
+    python -m ci.trial [--blocking] [--first] FILE ...
 
-What ``dualpipe verify --json`` prints, for several files at the price of one start.
+What ``dualpipe verify --json`` prints, for several files at the price of one start; with ``--first`` none is tried
+after one that differs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def try_file(path: Path, blocking: bool) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    files = [argument for argument in sys.argv[1:] if argument != "--blocking"]
+    files = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     for file in files:
-        print(json.dumps(try_file(Path(file), "--blocking" in sys.argv)), flush=True)
+        report = try_file(Path(file), "--blocking" in sys.argv)
+        print(json.dumps(report), flush=True)
+        if "--first" in sys.argv and report["verdict"] in ("different", "bad input"):
+            break

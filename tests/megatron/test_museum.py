@@ -33,14 +33,14 @@ def complaint(case, plant=lambda: None) -> str:
     return next(map(str, differences(case, the_truth(case), merge(outcome.values()))), "")
 
 
+def test_without_a_fault_production_is_equal_to_the_truth():
+    assert complaint(BASE) == ""
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_of_the_museum_is_caught_by_name(fault):
     told = complaint(fault.case, fault.plant)
     assert re.search(fault.caught, told), told or "nothing was noticed"
-
-
-def test_without_a_fault_production_is_equal_to_the_truth():
-    assert complaint(BASE) == ""
 
 
 def split_gradients(plant=lambda: None) -> set[int]:

@@ -1,12 +1,13 @@
-"""Faults of the Megatron drop-in."""
+"""Faults of the Megatron drop-in: what a rank holds and how it computes.  ``ci.museum.training`` has those of a step."""
 
 from ci.museum.exhibit import fault
 
-LAYERS, ITERATORS, LOSSES = (
-    "dualpipe/megatron/layers.py",
-    "dualpipe/megatron/iterators.py",
-    "dualpipe/megatron/losses.py",
+GROUPS, ITERATORS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
+    f"dualpipe/megatron/{name}.py"
+    for name in ("groups", "iterators", "layers", "model", "optimizer", "random_streams")
 )
+COURT = "test_without_a_fault_production_is_equal_to_the_truth.*"
+"""The test that trains a small GPT with Megatron's 1F1B and with DualPipe, and compares bit by bit."""
 
 FAULTS = (
     fault(
@@ -17,7 +18,7 @@ FAULTS = (
         "        for _ in range(2):\n            call.store.put(call.key, lambda: _accumulate(x, dy, call))\n",
         check="tests",
         rule="test",
-        says="",
+        says="test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits",
     ),
     fault(
         13,
@@ -28,7 +29,27 @@ FAULTS = (
         "        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
         check="tests",
         rule="test",
-        says="",
+        says="test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits",
+    ),
+    fault(
+        30,
+        "Megatron: a weight gradient that comes late overwrites the one that is there",
+        LAYERS,
+        "    torch.autograd.backward(leaves, gradients)\n",
+        "    call.weight.main_grad.zero_()\n    torch.autograd.backward(leaves, gradients)\n",
+        check="tests",
+        rule="test",
+        says="test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits",
+    ),
+    fault(
+        35,
+        "Megatron: no layer leaves its weight gradient to W",
+        MODEL,
+        "place, pipeline, split_layers(module, pipeline.store)",
+        "place, pipeline, Split(0, ())",
+        check="tests",
+        rule="test",
+        says="test_b_leaves_every_linear_layer_of_a_stage_to_w",
     ),
     fault(
         27,
@@ -38,16 +59,96 @@ FAULTS = (
         "        owner = LANES[-1 - self.read % len(LANES)]\n",
         check="tests",
         rule="test",
-        says="",
+        says="test_any_interleaving_gives_each_lane_its_items",
     ),
     fault(
-        22,
-        "Megatron: the losses of lane < lost on the way to the last rank",
-        LOSSES,
-        "zip_longest(collected.get(UP, []), down, fillvalue=_ABSENT)",
-        "zip_longest(collected.get(UP, []), [], fillvalue=_ABSENT)",
+        15,
+        "Megatron: the replicas of a stage are not reduced together",
+        GROUPS,
+        "groups = {kind: made[tuple(up[kind] + down[kind])] for kind in KINDS}",
+        "groups = {kind: getattr(collection, kind) for kind in KINDS}",
         check="tests",
         rule="test",
-        says="",
+        says=COURT + "gradient of",
+    ),
+    fault(
+        15,
+        "Megatron: the replicas of a stage start apart",
+        MODEL,
+        "        dist.broadcast(tensor.data, src=source, group=groups.pair)",
+        "        pass",
+        check="tests",
+        rule="test",
+        says=COURT + "loss of microbatch",
+    ),
+    fault(
+        16,
+        "Megatron: the gradient norm counts both replicas of a stage",
+        MODEL,
+        "        if not ddp_config.use_distributed_optimizer:\n            _mark_shared(module, place)\n",
+        "",
+        check="tests",
+        rule="test",
+        says=COURT + "gradient norm",
+    ),
+    fault(
+        17,
+        "Megatron: the gradient norm of one stage only",
+        OPTIMIZER,
+        '"pp": own.pp, "intra_dist_opt": dist.group.WORLD}',
+        '"pp": own.pp, "mp": own.tp, "intra_dist_opt": dist.group.WORLD}',
+        check="tests",
+        rule="test",
+        says=COURT + "gradient norm",
+    ),
+    fault(
+        26,
+        "Megatron: dropout is drawn in the order in which a rank's chunks take turns",
+        RANDOM,
+        "        restore(self.states)\n        try:",
+        "        try:",
+        check="tests",
+        rule="test",
+        says="test_1f1b_goes_on_with_the_bits_of_dualpipe",
+    ),
+    fault(
+        28,
+        "Megatron: messages on the default group",
+        MODEL,
+        "return ProcessGroupTransport(groups.pipeline, ",
+        "return ProcessGroupTransport(dist.group.WORLD, ",
+        check="tests",
+        rule="test",
+        says="a schedule runs on as many processes as it has ranks",
+    ),
+    fault(
+        37,
+        "Megatron: the mirror chunk numbered as if it were at rank r",
+        GROUPS,
+        '        "pp": Position(stage, own.pp.size()),\n',
+        "",
+        check="tests",
+        rule="test",
+        says="whose first layer is",
+    ),
+    fault(
+        37,
+        "Megatron: the mirror chunk built where global state tells rank r",
+        MODEL,
+        "        with at_stage(place.stage):\n",
+        "        with nullcontext():\n",
+        check="tests",
+        rule="test",
+        says="test_",
+    ),
+    fault(
+        0,
+        "Megatron: both replicas of a stage are saved as the main one",
+        MODEL,
+        '        metadata = {**(metadata or {}), "dp_cp_group": place.collection.dp_cp}\n',
+        "",
+        check="tests",
+        rule="test",
+        says="test_every_shard_has_one_main_replica",
     ),
 )

@@ -1,0 +1,155 @@
+"""Faults of a training step of the Megatron drop-in: its forwards and backwards, its losses, what ends it."""
+
+from ci.museum.exhibit import fault
+from ci.museum.megatron import COURT
+
+COMPUTATION, LOSSES, SCHEDULE = (f"dualpipe/megatron/{name}.py" for name in ("computation", "losses", "schedule"))
+
+FAULTS = (
+    fault(
+        14,
+        "Megatron: a W that comes after the reduction of its stage",
+        COMPUTATION,
+        "        last = op.mb == self.schedule.microbatches[op.lane] - 1\n",
+        "        last = op.kind is B and op.mb == self.schedule.microbatches[op.lane] - 1\n",
+        check="tests",
+        rule="test",
+        says="test_equal.*Communication call has not been issued",
+    ),
+    fault(
+        18,
+        "Megatron: gradients rescaled at each accumulation",
+        COMPUTATION,
+        "            if op.kind is W:\n",
+        "            if op.kind is W:\n                self.model[op.lane, op.stage][0].scale_gradients(0.5)\n",
+        check="tests",
+        rule="test",
+        says=COURT + "gradient of",
+    ),
+    fault(
+        19,
+        "Megatron: gradients not normalised by the microbatches",
+        COMPUTATION,
+        "                self.schedule.microbatches[op.lane],  # each lane",
+        "                1,  # each lane",
+        check="tests",
+        rule="test",
+        says=COURT + "gradient of",
+    ),
+    fault(
+        20,
+        "Megatron: gradients normalised by the microbatches of both lanes",
+        COMPUTATION,
+        "                self.schedule.microbatches[op.lane],  # each lane",
+        "                sum(self.schedule.microbatches.values()),  # each lane",
+        check="tests",
+        rule="test",
+        says=COURT + "gradient of",
+    ),
+    fault(
+        21,
+        "Megatron: gradients dropped in mid-accumulation",
+        COMPUTATION,
+        "        with self.synchronising(op):\n",
+        "        if op.kind is B and op.mb == 1:\n"
+        "            for parameter in self.model[op.lane, op.stage][0].parameters():\n"
+        "                parameter.main_grad.zero_()\n"
+        "        with self.synchronising(op):\n",
+        check="tests",
+        rule="test",
+        says=COURT + "gradient of",
+    ),
+    fault(
+        36,
+        "Megatron: an output is freed before it is sent",
+        COMPUTATION,
+        "            return (output,)\n",
+        "            output.data = output.data.new_empty(1)\n            return (output,)\n",
+        check="tests",
+        rule="test",
+        says=r"sends \[1\] float32 where the boundary was declared",
+    ),
+    fault(
+        37,
+        "Megatron: the mirror chunk runs where global state tells rank r",
+        COMPUTATION,
+        "        with chunk.drawing(), at_stage(op.stage):\n",
+        "        with chunk.drawing():\n",
+        check="tests",
+        rule="test",
+        says="test_",
+    ),
+    fault(
+        22,
+        "Megatron: the losses of lane < lost on the way to the last rank",
+        LOSSES,
+        "zip_longest(collected.get(UP, []), down, fillvalue=_ABSENT)",
+        "zip_longest(collected.get(UP, []), [], fillvalue=_ABSENT)",
+        check="tests",
+        rule="test",
+        says="test_an_evaluation_of_any_length_returns_each_microbatch_once_on_the_last_rank",
+    ),
+    fault(
+        22,
+        "Megatron: the losses of lane < are left on the first rank",
+        LOSSES,
+        "        _send(collected.get(DOWN, []), last, transport, device)\n        return []\n",
+        "        _send([], last, transport, device)\n        return collected.get(DOWN, [])\n",
+        check="tests",
+        rule="test",
+        says="test_an_evaluation_of_any_length_returns_each_microbatch_once_on_the_last_rank",
+    ),
+    fault(
+        32,
+        "Megatron: the losses are cleared before they are returned",
+        SCHEDULE,
+        "    collected = bring_losses(computation.collected, ",
+        "    for values in computation.collected.values():\n"
+        "        values.clear()\n"
+        "    collected = bring_losses(computation.collected, ",
+        check="tests",
+        rule="test",
+        says="test_an_evaluation_of_any_length_returns_each_microbatch_once_on_the_last_rank",
+    ),
+    fault(
+        33,
+        "Megatron: the mirror chunk used by the wrong lane behind the middle",
+        SCHEDULE,
+        "        {(chunk.place.lane, chunk.place.stage): (module, chunk) for module, chunk in chunks},\n",
+        "        dict(\n"
+        "            zip(\n"
+        "                lanes_of(model),\n"
+        "                chunks[:: -1 if 1 < pipeline.groups.rank == pipeline.groups.size // 2 else 1],\n"
+        "                strict=True,\n"
+        "            )\n"
+        "        ),\n",
+        check="tests",
+        rule="test",
+        says="test_equal.four stages.*gradient of",
+    ),
+    fault(
+        38,
+        "Megatron: gradients are never finalized",
+        SCHEDULE,
+        "    if not forward_only:\n        _finalize(",
+        "    if not forward_only and force_all_reduce:\n        _finalize(",
+        check="tests",
+        rule="test",
+        says=COURT + "gradient of",
+    ),
+    fault(
+        38,
+        "Megatron: gradients are finalized before the last W",
+        SCHEDULE,
+        "    run_step(Worker(schedule, lambda stage: boundary, pipeline.transport, pipeline.store), "
+        "computation, forward_only)\n",
+        "    if not forward_only:\n"
+        "        _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)\n"
+        "    run_step(Worker(schedule, lambda stage: boundary, pipeline.transport, pipeline.store), "
+        "computation, forward_only)\n"
+        "    force_all_reduce, forward_only = False, True\n",
+        check="tests",
+        rule="test",
+        says=COURT + "gradient of",
+    ),
+)

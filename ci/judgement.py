@@ -20,6 +20,7 @@ from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows
 from ci.process import end_all
 from ci.repository import Changed, Repository
 from ci.selection import Selection, select
+from ci.trial import MEGATRON
 
 TRIED = ("dualpipe-P2-M4", "dualpipe-P4-M8", "dualpipev-P2-M4", "1f1b-P2-M4", "zb1p-P4-M8", "torch-zbv-4x8")
 """Tried on ranks when what executes changes."""
@@ -147,6 +148,8 @@ class _Case:
             yield judges.trial(self.written(tried), _both(new, selection.trial), places, first=first)
         if selection.trial and (blocking := [name for name in TRIED_BLOCKING if name in self.now.shown]):
             yield judges.trial(self.written(blocking), selection.trial, places, blocking=True, first=first)
+        if selection.megatron:
+            yield judges.trial_on_megatron(tuple(MEGATRON), selection.megatron, places, first)
         if selection.theorems:
             yield judges.theorems(
                 self.recorded(), counts_at(self.repository, self.base), selection.theorems, places, self.explained()

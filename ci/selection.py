@@ -27,10 +27,11 @@ from ci.imports import Graph, graph, reached, read
 from ci.meaning import Meaning, meaning
 from ci.repository import Changed, Repository
 
-PROVE, THEOREMS, TRIAL, RUNTIME = (
+PROVE, THEOREMS, TRIAL, MEGATRON, RUNTIME = (
     "proofs/prove.py",
     "proofs/theorems/prove.py",
     "reference/verify.py",
+    "reference/megatron/verify.py",
     "dualpipe/execute.py",
 )
 DOCUMENTATION = "tests/docs/test_documentation.py"
@@ -58,6 +59,7 @@ class Selection:
     prove: str = ""
     theorems: str = ""
     trial: str = ""
+    megatron: str = ""
     tests: Mapping[str, str] = field(default_factory=dict)
     everything: str = ""
     tables: str = ""
@@ -117,7 +119,10 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
         prove=f"{told} is used by it" if PROVE in steps else "",
         theorems=_theorems(steps, from_tables, code, told),
         trial=f"{told} is used by it" if TRIAL in steps else "",
-        tests={path: _reason(path, tests[path]) for path in sorted(tests, key=lambda p: (tests[p], _reach(tree, p), p))},
+        megatron=f"{told} is used by it" if MEGATRON in steps else "",
+        tests={
+            path: _reason(path, tests[path]) for path in sorted(tests, key=lambda p: (tests[p], _reach(tree, p), p))
+        },
         tables=_short(tables),
     )
 
@@ -143,7 +148,7 @@ def _unknown(change: Changed, tree: Graph) -> str:
 
 def _everything(files: Sequence[str], why: str) -> Selection:
     tests = {path: why for path in files if _is_test(path)}
-    return Selection(why, why, why, tests, everything=why)
+    return Selection(why, why, why, why, tests, everything=why)
 
 
 def _is_test(path: str) -> bool:

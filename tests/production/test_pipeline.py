@@ -127,5 +127,7 @@ def test_a_step_leaves_the_gradients_summed_over_both_copies():
     for lane, stage in summed:
         up, down = (own[other, stage] for other in schedule.lanes)
         if not same(summed[lane, stage], [a + b for a, b in zip(up, down, strict=True)]):
-            told.append(f"the gradient of stage {stage} at the end of lane {lane}'s step is not the sum of both copies'")
+            told.append(
+                f"the gradient of stage {stage} at the end of lane {lane}'s step is not the sum of both copies'"
+            )
     assert told == []

@@ -114,15 +114,14 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
         tests |= {f"{DOCUMENTATION}::{name}": 1 for page in filter(_is_run, pages) for name in _of_page(page)}
     if any(path.endswith(".py") for path in (*code, *tables)) and SOURCES_READ in files:
         tests.setdefault(SOURCES_READ, 0)
+    nearest = sorted(tests, key=lambda path: (tests[path], _reach(tree, path), path))
     told = _short(code)
     return Selection(
         prove=f"{told} is used by it" if PROVE in steps else "",
         theorems=_theorems(steps, from_tables, code, told),
         trial=f"{told} is used by it" if TRIAL in steps else "",
         megatron=f"{told} is used by it" if MEGATRON in steps else "",
-        tests={
-            path: _reason(path, tests[path]) for path in sorted(tests, key=lambda p: (tests[p], _reach(tree, p), p))
-        },
+        tests={path: _reason(path, tests[path]) for path in nearest},
         tables=_short(tables),
     )
 

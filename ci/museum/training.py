@@ -76,7 +76,7 @@ FAULTS = (
         "        with chunk.drawing():\n",
         check="tests",
         rule="test",
-        says="test_",
+        says="test_a_forward_step_that_asks_global_state_is_told_the_stage_that_runs",
     ),
     fault(
         22,
@@ -97,6 +97,16 @@ FAULTS = (
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*loss of microbatch . of replica 1 is missing",
+    ),
+    fault(
+        27,
+        "Megatron: on the first rank the data of the two lanes swapped",
+        SCHEDULE,
+        "{lane: data[lane] for lane in (UP, DOWN)}",
+        "{lane: data[lane if pipeline.groups.rank else (DOWN, UP)[lane is DOWN]] for lane in (UP, DOWN)}",
+        check="trial, Megatron",
+        rule="bitwise",
+        says="gpt-P2, DualPipe: .*first step 0, stage .: loss of microbatch",
     ),
     fault(
         32,

@@ -20,6 +20,7 @@ from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows
 from ci.process import end_all
 from ci.repository import Changed, Repository
 from ci.selection import Selection, select
+from ci.trial import MEGATRON
 
 TRIED = ("dualpipe-P2-M4", "dualpipe-P4-M8", "dualpipev-P2-M4", "1f1b-P2-M4", "zb1p-P4-M8", "torch-zbv-4x8")
 """Tried on ranks when what executes changes."""
@@ -132,7 +133,7 @@ class _Case:
 
     def checks(self) -> Iterator[Check]:
         """The checks that the change asks for, the quick ones first."""
-        selection, places = self.selection, self.places
+        selection, places, first = self.selection, self.places, self.options.first
         changed = {change.name: change.after for change in self.schedules if change.after is not None}
         proved = [name for name, text in changed.items() if len(text) <= _LARGEST_PROOF] or list(changed)[:1]
         tried = [name for name in changed if _ranks(changed[name]) <= _LARGEST_TRIAL and name in self.now.shown]
@@ -144,9 +145,11 @@ class _Case:
         if selection.trial:
             tried = [*(name for name in TRIED if name in self.now.shown), *(n for n in tried if n not in TRIED)]
         if tried:
-            yield judges.trial(self.written(tried), _both(new, selection.trial), places)
+            yield judges.trial(self.written(tried), _both(new, selection.trial), places, first=first)
         if selection.trial and (blocking := [name for name in TRIED_BLOCKING if name in self.now.shown]):
-            yield judges.trial(self.written(blocking), selection.trial, places, blocking=True)
+            yield judges.trial(self.written(blocking), selection.trial, places, blocking=True, first=first)
+        if selection.megatron:
+            yield judges.trial_on_megatron(tuple(MEGATRON), selection.megatron, places, first)
         if selection.theorems:
             yield judges.theorems(
                 self.recorded(), counts_at(self.repository, self.base), selection.theorems, places, self.explained()
@@ -154,8 +157,7 @@ class _Case:
         if selection.tests:
             files = list(selection.tests)
             why = selection.everything or f"{len(files)} files of tests reach the change"
-            workers = 0 if self.options.first else self.options.jobs
-            yield suite.tests(files, why, self.folder / "tests.xml", workers, self.options.first)
+            yield suite.tests(files, why, self.folder / "tests.xml", 0 if first else self.options.jobs, first)
 
     def written(self, names: Sequence[str]) -> list[Path]:
         """Files with the texts of schedules."""

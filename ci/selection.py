@@ -8,6 +8,7 @@ a phase table        the six checks and the trial of every schedule that it chan
 any other source     the checks whose code uses it, and the tests that use it, the nearest first
 comments, layout     nothing
 a page of text       the tests that name it, and the run of what it says to type
+a golden schedule    as of the tables: the schedule is judged itself, and the tests of the runtime are left out
 other data           the tests that use what names the file or its folder
 a file like this     everything: the gate's own, the build's, one that is deleted or that nothing is known of
 ===================  ==============================================================================================
@@ -19,15 +20,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+import networkx as nx
+
 from ci.golden import COUNTS, is_golden_schedule
 from ci.imports import Graph, graph, reached, read
 from ci.meaning import Meaning, meaning
 from ci.repository import Changed, Repository
 
-PROVE, THEOREMS, TRIAL, RUNTIME = (
+PROVE, THEOREMS, TRIAL, MEGATRON, RUNTIME = (
     "proofs/prove.py",
     "proofs/theorems/prove.py",
     "reference/verify.py",
+    "reference/megatron/verify.py",
     "dualpipe/execute.py",
 )
 DOCUMENTATION = "tests/docs/test_documentation.py"
@@ -47,11 +51,15 @@ BUILD = frozenset({"pyproject.toml", "constraints.txt"})
 
 @dataclass(frozen=True)
 class Selection:
-    """The checks to run, each with the reason; ``tests`` are files, the nearest to the change first."""
+    """The checks to run, each with the reason.
+
+    ``tests`` are files, the nearest to the change first, and of those as near the ones that use the least.
+    """
 
     prove: str = ""
     theorems: str = ""
     trial: str = ""
+    megatron: str = ""
     tests: Mapping[str, str] = field(default_factory=dict)
     everything: str = ""
     tables: str = ""
@@ -75,11 +83,14 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
     """The checks for a change, given who uses whom."""
     code: list[str] = []
     tables: list[str] = []
+    goldens: list[str] = []
     for change in changed:
         unknown = _unknown(change, tree)
         if unknown:
             return _everything(files, unknown)
-        if not change.path.endswith(".py") or change.before is None or change.after is None:
+        if is_golden_schedule(change.path):
+            goldens.append(change.path)
+        elif not change.path.endswith(".py") or change.before is None or change.after is None:
             code.append(change.path)
         else:
             match meaning(change.before, change.after):
@@ -95,7 +106,7 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
     from_tables = reached(tree, tables)
     on_runtime = set(_used_with(tree, RUNTIME))
     tests = {path: distance for path, distance in steps.items() if _is_test(path)}
-    for path, distance in from_tables.items():
+    for path, distance in reached(tree, [*tables, *goldens]).items():
         if _is_test(path) and path not in on_runtime:
             tests[path] = min(distance, tests.get(path, distance))
     tests |= {path: 1 for path, steps in reached(tree, pages).items() if steps == 1 and _is_test(path)}
@@ -103,12 +114,14 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
         tests |= {f"{DOCUMENTATION}::{name}": 1 for page in filter(_is_run, pages) for name in _of_page(page)}
     if any(path.endswith(".py") for path in (*code, *tables)) and SOURCES_READ in files:
         tests.setdefault(SOURCES_READ, 0)
+    nearest = sorted(tests, key=lambda path: (tests[path], _reach(tree, path), path))
     told = _short(code)
     return Selection(
         prove=f"{told} is used by it" if PROVE in steps else "",
         theorems=_theorems(steps, from_tables, code, told),
         trial=f"{told} is used by it" if TRIAL in steps else "",
-        tests={path: _reason(path, tests[path]) for path in sorted(tests, key=lambda p: (tests[p], p))},
+        megatron=f"{told} is used by it" if MEGATRON in steps else "",
+        tests={path: _reason(path, tests[path]) for path in nearest},
         tables=_short(tables),
     )
 
@@ -134,7 +147,7 @@ def _unknown(change: Changed, tree: Graph) -> str:
 
 def _everything(files: Sequence[str], why: str) -> Selection:
     tests = {path: why for path in files if _is_test(path)}
-    return Selection(why, why, why, tests, everything=why)
+    return Selection(why, why, why, why, tests, everything=why)
 
 
 def _is_test(path: str) -> bool:
@@ -152,6 +165,11 @@ def _of_page(page: str) -> list[str]:
 
 def _used_with(tree: Graph, path: str) -> Sequence[str]:
     return tuple(reached(tree, [path])) if path in tree else ()
+
+
+def _reach(tree: Graph, path: str) -> int:
+    """How many files a test uses, directly or not."""
+    return len(nx.descendants(tree, path)) if path in tree else 0
 
 
 def _theorems(steps: Mapping[str, int], from_tables: Mapping[str, int], code: Sequence[str], told: str) -> str:

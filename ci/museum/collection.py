@@ -1,6 +1,6 @@
 """All exhibits, in the order in which they are shown."""
 
-from ci.museum import lowering, megatron, messages, runtime, tables, unharmed, weights
+from ci.museum import lowering, megatron, messages, runtime, tables, training, unharmed, weights
 from ci.museum.exhibit import Exhibit
 
 EXHIBITS: tuple[Exhibit, ...] = (
@@ -10,5 +10,6 @@ EXHIBITS: tuple[Exhibit, ...] = (
     *messages.FAULTS,
     *weights.FAULTS,
     *megatron.FAULTS,
+    *training.FAULTS,
     *unharmed.CHANGES,
 )

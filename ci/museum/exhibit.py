@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,8 @@ class Exhibit:
         The change.  Where it changes schedules, the goldens and the changelog are brought up to date as its author
         would, so that it is the schedule itself that is judged.
     check, rule, says:
-        The check that must refuse it, the rule of one of its findings, and what that finding says.  No check: the
-        change is harmless and must pass.
+        The check that must refuse it, the rule of one of its findings, and a regular expression of what that finding
+        says: of a test its name first, and then what it found.  No check: the change is harmless and must pass.
     number:
         The number of the fault in the list of known ones, 0 for one that is not in it.
     """
@@ -54,6 +55,10 @@ class Exhibit:
     @property
     def harmless(self) -> bool:
         return not self.check
+
+    def fits(self, message: str) -> bool:
+        """Whether a finding says what it must."""
+        return re.search(self.says, message, re.DOTALL) is not None
 
     @property
     def path(self) -> str:

@@ -14,7 +14,7 @@ FAULTS = (
                     yield _Event((start, False, rank, made.position), ((rank, (receive,)),))""",
         check="prove",
         rule="messages",
-        says="expects the",
+        says="rank . expects the .* but the next message from rank . is the ",
     ),
     fault(
         0,
@@ -24,7 +24,7 @@ FAULTS = (
         "        program[-1] = slot + program[-1] if slot[0].kind in RECEIVES else program[-1] + slot",
         check="prove",
         rule="messages",
-        says="expects the",
+        says="rank . expects the .* but the next message from rank . is the ",
     ),
     fault(
         0,

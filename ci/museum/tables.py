@@ -13,7 +13,7 @@ FAULTS = (
         '"4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0',
         check="prove",
         rule="messages",
-        says="expects the",
+        says="rank . expects the .* but the next message from rank . is the ",
     ),
     fault(
         3,
@@ -23,7 +23,7 @@ FAULTS = (
         '"F0 SF1 RB1 B1+W1 SF0 SB1 RB0 RF1 F1+B0+W0 SF1 SB0"',
         check="prove",
         rule="messages",
-        says="dualpipe-P2-M4: rank",
+        says="dualpipe-P2-M4: rank 1 expects the gradient .* but the next message from rank 0 is the activation",
     ),
     fault(
         34,
@@ -33,7 +33,7 @@ FAULTS = (
         '"F0 SF0 RF0 RF1 RF1 F1"',
         check="prove",
         rule="messages",
-        says="rank",
+        says="rank . expects the .* but the next message from rank . is the ",
     ),
     fault(
         9,
@@ -43,7 +43,7 @@ FAULTS = (
         '"2 last", 1, "F0 SF0 RB0 B0+W0 SB0 RF0"',
         check="prove",
         rule="messages",
-        says="1f1b-P2-M4",
+        says="1f1b-P2-M4: rank 1 waits .* as message 5 from rank 0, which sends only 4",
     ),
     fault(
         11,
@@ -77,7 +77,7 @@ FAULTS = (
         Edit(GENERATE, '"3 cool down", P - r - 1, "RB0 B0+W0 SB0"', '"3 cool down", M - 1, "RB0 B0+W0 SB0"'),
         check="prove",
         rule="memory",
-        says="holds",
+        says="1f1b-P1-M4: rank 0 holds 2 microbatches in slot 1, and may hold 1 ",
     ),
     fault(
         33,
@@ -87,7 +87,7 @@ FAULTS = (
         "(UP, DOWN) if rank < half else (UP, DOWN)",
         check="prove",
         rule="complete",
-        says="holds that stage",
+        says="dualpipe-P2-M4: rank 1 runs .* but rank 0 holds that stage",
     ),
     fault(
         37,
@@ -97,7 +97,7 @@ FAULTS = (
         "(Chunk(here, near), Chunk(there, near))",
         check="prove",
         rule="complete",
-        says="holds that stage",
+        says="dualpipe-P2-M4: rank 0 runs .* of lane < .* but rank 1 holds that stage",
     ),
     fault(
         31,
@@ -107,7 +107,7 @@ FAULTS = (
         "{UP: (*range(ranks), *range(ranks))}",
         check="prove",
         rule="complete",
-        says="holds that stage",
+        says="dualpipev-P2-M4: rank 0 runs .* but rank 1 holds that stage",
     ),
     fault(
         8,

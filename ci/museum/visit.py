@@ -76,7 +76,7 @@ def assess(exhibit: Exhibit, told: Mapping[str, Any], seconds: float) -> Visit:
         wrong = f"it was not refused: {told['verdict']} {first}"
         return Visit(exhibit, told["verdict"], "", first, seconds, wrong.strip())
     check = refusing[0]
-    fitting = [f for f in check["findings"] if f["rule"] == exhibit.rule and exhibit.says in f["message"]]
+    fitting = [f for f in check["findings"] if f["rule"] == exhibit.rule and exhibit.fits(f["message"])]
     shown = (fitting or check["findings"])[0]
     by, first = f"{check['check']}/{shown['rule']}", shown["message"].splitlines()[0]
     if exhibit.harmless:

@@ -84,6 +84,15 @@ def test_a_trial_is_read(report, verdict, rule):
     assert [finding.rule for finding in findings] == ([] if rule is None else [rule])
 
 
+def test_the_first_that_differs_may_be_the_last_that_is_tried():
+    stopped = done(tried("different", differences=2, first_difference="loss"))
+    names = ["a", "b"]
+    verdict, told, _ = judges.trial_on_megatron(names, "", NOWHERE, first=True).read(stopped)
+    assert (verdict, told) == (Verdict.REFUSED, "1 of 1 differ from Megatron's 1F1B")
+    assert judges.trial_on_megatron(names, "", NOWHERE).read(stopped)[0] is Verdict.UNKNOWN
+    assert judges.trial_on_megatron(names, "", NOWHERE, first=True).read(done(tried()))[0] is Verdict.UNKNOWN
+
+
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.t" name="test_a" file="tests/t.py" line="4" time="0.1"/>
 <testcase classname="tests.t" name="test_b" file="tests/t.py" line="9" time="0.1">

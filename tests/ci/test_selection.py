@@ -40,6 +40,14 @@ def test_what_executes_asks_for_trials_and_the_tests_of_production():
     assert "tests/schedule/test_generate.py" not in found.tests
 
 
+def test_the_glue_to_megatron_asks_for_its_trial_and_a_change_of_what_executes_for_both():
+    found = chosen("dualpipe/megatron/losses.py")
+    assert found.megatron
+    assert not found.trial
+    assert chosen("dualpipe/execute.py").megatron
+    assert not chosen("dualpipe/picture.py").megatron
+
+
 def test_a_change_of_a_proof_asks_for_the_checks_that_use_it():
     found = chosen("proofs/graph.py")
     assert found.prove
@@ -60,6 +68,15 @@ def test_the_nearest_tests_come_first():
     assert first in ("tests/production/test_weightgrad.py", "tests/test_architecture.py")
 
 
+def test_of_tests_as_near_the_one_that_uses_least_comes_first():
+    files = {"tests/test_b.py": "import m\n", "tests/test_a.py": "import m, n, o\n", "m.py": "", "n.py": "", "o.py": ""}
+    few = graph({path: read(text) for path, text in files.items()}, [])
+    assert list(choose(few, list(files), [Changed("m.py", b"x = 1", b"x = 2")]).tests) == [
+        "tests/test_b.py",
+        "tests/test_a.py",
+    ]
+
+
 def test_a_page_of_text_asks_for_the_tests_that_name_it_and_no_more():
     found = chosen("docs/decisions/0002-the-phase-table.md", b"a", b"b")
     assert (found.prove, found.theorems, found.trial, found.everything) == ("", "", "", "")
@@ -74,10 +91,12 @@ def test_the_tests_that_run_a_page_are_there():
         assert f"def {test.partition('[')[0]}(" in source
 
 
-def test_golden_files_ask_for_the_tests_that_read_them():
+def test_golden_schedules_ask_for_the_tests_that_read_them_without_the_runtime():
     found = chosen("tests/golden/dualpipe-P4-M8.txt", b"a", b"b")
     assert "tests/schedule/test_generate.py" in found.tests
+    assert "tests/cli/test_prove.py" not in found.tests
     assert not found.everything
+    assert "tests/schedule/test_torchcsv.py" in chosen("tests/golden/torch-zbv-4x8.csv", b"a", b"b").tests
 
 
 @pytest.mark.parametrize(

@@ -303,3 +303,19 @@ def test_chunks_that_face_a_training_loop_still_cast_as_their_stage_does():
         return len(step(model=model, **keywords))
 
     assert on_each_rank(body, replace(CASE, dtype="bf16")) == [0, CASE.count]
+
+
+def test_a_provider_that_returns_one_parameter_twice_is_refused():
+    def rank(context):
+        kept = {}
+
+        def build_gpt(*args):
+            model = real(*args)
+            model.decoder.final = kept.setdefault("one", torch.nn.Linear(2, 2))
+            return model
+
+        real, production.build_gpt = production.build_gpt, build_gpt
+        with pytest.raises(ValueError, match=r"the same decoder\.final\.weight and more; build the parameters anew"):
+            production.run_rank(CASE, context)
+
+    launch(production.ranks(CASE), rank, CASE.limit).values()

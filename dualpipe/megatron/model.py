@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +117,7 @@ def build_dualpipe_model(
             states = capture()
     assert states is not None
     restore(states)
+    _require_apart(built)
     config = get_model_config(built[places[0].stage])
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     pipeline = Pipeline(groups, _transport(groups, device, timeout), RandomStream(exchange(states, groups.pair)))
@@ -182,6 +183,19 @@ def _require_position(module: nn.Module, place: Place) -> None:
             f"the chunk of lane {place.lane} on this rank is stage {place.stage}, whose first layer is {first}",
             f"the provider built layers {numbers[0]} to {numbers[-1]}",
             "hand pg_collection to the model",
+        )
+
+
+def _require_apart(built: Mapping[int, nn.Module]) -> None:
+    """A parameter in both chunks would be reduced in two groups, which know nothing of each other."""
+    (low, first), (high, second) = built.items()
+    theirs = {id(parameter) for parameter in second.parameters()}
+    both = [name for name, parameter in first.named_parameters() if id(parameter) in theirs]
+    if both:
+        raise RuleError(
+            "the two chunks of a rank have no parameter in common",
+            f"the provider gave stages {low} and {high} the same {both[0]}" + " and more" * (len(both) > 1),
+            "build the parameters anew at every call",
         )
 
 

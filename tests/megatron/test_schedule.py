@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,6 +28,13 @@ from reference.megatron.data import Batch
 from reference.megatron.training import forward_step
 
 CASE = Case(pp=2, steps=1, timeout=10)
+
+
+class Collected(NamedTuple):
+    """What a loss function may give, nested as it likes."""
+
+    mean: torch.Tensor
+    shapes: list[tuple[int, ...]]
 
 
 def on_each_rank(body: Callable[..., Any], case: Case = CASE) -> list[Any]:
@@ -84,13 +91,14 @@ def test_non_loss_data_is_collected_as_the_loss_function_gives_it():
 
         def collect(output, non_loss_data=False):
             assert non_loss_data
-            return {"nested": (output.mean(), [tuple(output.shape)])}
+            return Collected(output.mean(), [tuple(output.shape)])
 
         return output, collect
 
     def body(forward_step_func, **keywords):
         found = step(forward_step_func=collecting, forward_only=True, collect_non_loss_data=True, **keywords)
-        return [entry["nested"][1] for entry in found]
+        assert all(type(entry) is Collected and isinstance(entry.mean, torch.Tensor) for entry in found)
+        return [entry.shapes for entry in found]
 
     _, last = on_each_rank(body)
     assert last == [[(CASE.batch, CASE.sequence)]] * CASE.count
@@ -303,3 +311,19 @@ def test_chunks_that_face_a_training_loop_still_cast_as_their_stage_does():
         return len(step(model=model, **keywords))
 
     assert on_each_rank(body, replace(CASE, dtype="bf16")) == [0, CASE.count]
+
+
+def test_a_provider_that_returns_one_parameter_twice_is_refused():
+    def rank(context):
+        kept = {}
+
+        def build_gpt(*args):
+            model = real(*args)
+            model.decoder.final = kept.setdefault("one", torch.nn.Linear(2, 2))
+            return model
+
+        real, production.build_gpt = production.build_gpt, build_gpt
+        with pytest.raises(ValueError, match=r"the same decoder\.final\.weight and more; build the parameters anew"):
+            production.run_rank(CASE, context)
+
+    launch(production.ranks(CASE), rank, CASE.limit).values()

@@ -128,7 +128,7 @@ FAULTS = (
         "slots += [((op(action, row), row),) for action in step if action in exists]",
         check="prove",
         rule="deadlock",
-        says="waits",
+        says=r"waits in slot \d+ .* until rank",
     ),
     fault(
         1,
@@ -144,7 +144,7 @@ FAULTS = (
                     batch.clear()""",
         check="prove",
         rule="deadlock",
-        says="waits",
+        says=r"waits in slot \d+ .* until rank",
     ),
     fault(
         0,

@@ -49,11 +49,11 @@ FAULTS = (
         21,
         "Megatron: gradients dropped in mid-accumulation",
         COMPUTATION,
-        "        with self.synchronising(op):\n",
+        "        with at_stage(op.stage), self.synchronising(op):",
         "        if op.kind is B and op.mb == 1:\n"
         "            for parameter in self.model[op.lane, op.stage][0].parameters():\n"
         "                parameter.main_grad.zero_()\n"
-        "        with self.synchronising(op):\n",
+        "        with at_stage(op.stage), self.synchronising(op):",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of",

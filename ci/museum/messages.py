@@ -46,6 +46,6 @@ FAULTS = (
         "        elif message.sends:\n            self._finish(message)\n",
         check="trial",
         rule="run",
-        says="rank",
+        says="receive copy . of stage . from rank . failed after",
     ),
 )

@@ -27,6 +27,8 @@ TRIED = ("dualpipe-P2-M4", "dualpipe-P4-M8", "dualpipev-P2-M4", "1f1b-P2-M4", "z
 TRIED_BLOCKING = ("dualpipe-P4-M8",)
 _LARGEST_TRIAL, _LARGEST_PROOF = 4, 20_000
 """The most ranks of a trial, and the longest text, in characters, of a proof."""
+_FEW = 8
+"""So many files of tests are run by one process: further ones take longer to start, importing torch, than they save."""
 
 Tell = Callable[[str], None]
 
@@ -157,7 +159,8 @@ class _Case:
         if selection.tests:
             files = list(selection.tests)
             why = selection.everything or f"{len(files)} files of tests reach the change"
-            yield suite.tests(files, why, self.folder / "tests.xml", 0 if first else self.options.jobs, first)
+            workers = 0 if first or len(files) <= _FEW else self.options.jobs
+            yield suite.tests(files, why, self.folder / "tests.xml", workers, first)
 
     def written(self, names: Sequence[str]) -> list[Path]:
         """Files with the texts of schedules."""

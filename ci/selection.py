@@ -1,17 +1,18 @@
 """Which checks a change asks for, read from what the changed files reach.
 
-===================  ==============================================================================================
-a change of          asks for
-===================  ==============================================================================================
-a phase table        the six checks and the trial of every schedule that it changes, the theorems, the tests that
-                     reach the tables without the runtime (the runtime is tried by the trial of the new schedules)
-any other source     the checks whose code uses it, and the tests that use it, the nearest first
-comments, layout     nothing
-a page of text       the tests that name it, and the run of what it says to type
-a golden schedule    as of the tables: the schedule is judged itself, and the tests of the runtime are left out
-other data           the tests that use what names the file or its folder
-a file like this     everything: the gate's own, the build's, one that is deleted or that nothing is known of
-===================  ==============================================================================================
+====================  ==============================================================================================
+a change of           asks for
+====================  ==============================================================================================
+a phase table         the six checks and the trial of every schedule that it changes, the theorems, the tests that
+                      reach the tables without the runtime (the runtime is tried by the trial of the new schedules)
+any other source      the checks whose code uses it, and the tests that use it, the nearest first
+comments, layout      nothing
+a page of text        the tests that name it, and the run of what it says to type
+a golden schedule     as of the tables: the schedule is judged itself, and the tests of the runtime are left out
+the theorems' counts  the theorems
+other data            the tests that use what names the file or its folder
+a file like this      everything: the gate's own, the build's, one that is deleted or that nothing is known of
+====================  ==============================================================================================
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
         unknown = _unknown(change, tree)
         if unknown:
             return _everything(files, unknown)
-        if is_golden_schedule(change.path):
+        if change.path == COUNTS:
+            pass  # the theorems themselves hold it against what they count
+        elif is_golden_schedule(change.path):
             goldens.append(change.path)
         elif not change.path.endswith(".py") or change.before is None or change.after is None:
             code.append(change.path)
@@ -118,7 +121,7 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
     told = _short(code)
     return Selection(
         prove=f"{told} is used by it" if PROVE in steps else "",
-        theorems=_theorems(steps, from_tables, code, told),
+        theorems=_theorems(steps, from_tables, changed, told),
         trial=f"{told} is used by it" if TRIAL in steps else "",
         megatron=f"{told} is used by it" if MEGATRON in steps else "",
         tests={path: _reason(path, tests[path]) for path in nearest},
@@ -172,12 +175,12 @@ def _reach(tree: Graph, path: str) -> int:
     return len(nx.descendants(tree, path)) if path in tree else 0
 
 
-def _theorems(steps: Mapping[str, int], from_tables: Mapping[str, int], code: Sequence[str], told: str) -> str:
+def _theorems(steps: Mapping[str, int], from_tables: Mapping[str, int], changed: Sequence[Changed], told: str) -> str:
     if THEOREMS in from_tables:
         return "the phase tables changed"
     if THEOREMS in steps:
         return f"{told} is used by them"
-    return f"{COUNTS} changed" if COUNTS in code else ""
+    return f"{COUNTS} changed" if any(change.path == COUNTS for change in changed) else ""
 
 
 def _reason(path: str, distance: int) -> str:

@@ -99,6 +99,11 @@ def test_golden_schedules_ask_for_the_tests_that_read_them_without_the_runtime()
     assert "tests/schedule/test_torchcsv.py" in chosen("tests/golden/torch-zbv-4x8.csv", b"a", b"b").tests
 
 
+def test_the_counts_of_the_theorems_ask_for_the_theorems_alone():
+    found = chosen("tests/golden/theorems.txt", b"a", b"b")
+    assert found == Selection(theorems="tests/golden/theorems.txt changed")
+
+
 @pytest.mark.parametrize(
     ("path", "before", "after", "why"),
     [

@@ -6,7 +6,7 @@ Run as a script, with the tree first on the path, so that it can look at another
 
 ``shown`` maps a name such as ``dualpipe-P4-M8`` to the schedule's text, ``digested`` likewise for the sizes of which
 only a digest is kept, ``failed`` to the error of one that the tree's own code fails to give.  ``rows`` says for each
-op of the shown ones which row of which phase table made it: ``rows[name]["rows"]`` lists ``[table, row]`` and
+op of all but the large ones which row of which phase table made it: ``rows[name]["rows"]`` lists ``[table, row]`` and
 ``rows[name]["ranks"][rank][slot]`` has one index into it per op.
 """
 
@@ -23,6 +23,9 @@ SHOWN = [(2, 4), (4, 8), (6, 14), (8, 20)]
 
 DIGESTED = [(1, 1), (1, 4), (2, 2), (2, 10), (3, 7), (4, 20), (5, 13), (8, 16), (10, 24), (12, 40), (16, 64)]
 """Further sizes, of which a digest is kept; those that a schedule cannot have are left out."""
+
+LARGEST_TRACED = 150
+"""Ranks times microbatches of the largest digested schedules of which ``rows`` tells."""
 
 LOWERED = [(2, 4), (4, 8)]
 """Sizes at which the computes of each named schedule get their messages from ``lower``."""
@@ -55,7 +58,7 @@ def expand(tree: Path) -> dict[str, Any]:
         for into, sizes in ((shown, SHOWN), (digested, DIGESTED)):
             for size in sizes:
                 put(into, named(name, *size), lambda: dumps(generate(name, *size)))  # noqa: B023 - called at once
-        for size in SHOWN:
+        for size in (*SHOWN, *(size for size in DIGESTED if size[0] * size[1] <= LARGEST_TRACED)):
             put(rows, named(name, *size), lambda: rows_of(PLANS[name], *size))  # noqa: B023
         for size in LOWERED:
             lowered = named(f"{name}-lowered", *size)

@@ -22,7 +22,7 @@ def page(data: Mapping[str, Any]) -> str:
 
     checks = Table("Checks", ("check", "verdict", "seconds", "what it did", "run for"), data["checks"])
     findings = Table("Findings", ("rule", "where", "story"), data["findings"])
-    sections = [checks, *([findings] if data["findings"] else []), *map(_section, data["schedules"])]
+    sections = [*([findings] if data["findings"] else []), checks, *map(_section, data["schedules"])]
     return render(Page(data["title"], data["verdict"], sections, data["lead"]))
 
 

@@ -45,7 +45,7 @@ FAULTS = (
         "    split = False and ",
         check="tests",
         rule="test",
-        says="test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits",
+        says="test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits.*no weight gradient waits for",
     ),
     fault(
         15,

@@ -128,7 +128,7 @@ FAULTS = (
         "slots += [((op(action, row), row),) for action in step if action in exists]",
         check="prove",
         rule="deadlock",
-        says=r"waits in slot \d+ .* until rank",
+        says="rank 0 waits in slot 3 .0SF1>. until rank 1 receives .* and rank 1 gets no further than slot 3",
     ),
     fault(
         1,
@@ -144,7 +144,7 @@ FAULTS = (
                     batch.clear()""",
         check="prove",
         rule="deadlock",
-        says=r"waits in slot \d+ .* until rank",
+        says="rank 0 waits in slot 3 .0SF1>. until rank 1 receives .* and rank 1 gets no further than slot 3",
     ),
     fault(
         0,

@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _RUNNING: set[subprocess.Popen[str]] = set()
+_ENDING = threading.Event()
 _LOCK = threading.Lock()
-"""Guards ``_RUNNING``.  Both are the module's, as a signal is the whole process's."""
+"""Guards both.  They are the module's, as a signal is the whole process's."""
+
+
+class EndingError(RuntimeError):
+    """A command is not started, as the gate was told to end."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +53,24 @@ def run(command: Sequence[str], root: Path, limit: float, tree: Path | None = No
         The source tree that Python imports from; ``root`` if ``None``.
     given:
         What it reads from standard input.
+
+    Raises ``EndingError`` after ``end_all``.
     """
     started = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=root,
-        env={**os.environ, **environment(root if tree is None else tree)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
     with _LOCK:
+        if _ENDING.is_set():
+            raise EndingError(f"{command[0]} is not started any more")
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            env={**os.environ, **environment(root if tree is None else tree)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         _RUNNING.add(process)
     try:
         out, err = process.communicate(given, timeout=limit)
@@ -95,16 +104,18 @@ def environment(tree: Path) -> Mapping[str, str]:
 
 
 def end_all() -> None:
-    """Kill every command that runs, with all that it started: for a gate that is itself interrupted."""
+    """Kill every command that runs, with all that it started, and start no other: for a gate that is interrupted."""
     with _LOCK:
+        _ENDING.set()
         for process in _RUNNING:
             _end(process)
 
 
 def raise_on_termination() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, so that what it started is ended too."""
+    """Let SIGTERM end this process as Ctrl-C does, so that what it started is ended too; a second one is ignored."""
 
     def terminated(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, terminated)

@@ -1,7 +1,14 @@
 """The museum: every exhibit can be planted, what the gate says is judged, and two exhibits are really tried."""
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +18,7 @@ from ci.museum.clone import bring_up_to_date, changed_names
 from ci.museum.collection import EXHIBITS
 from ci.museum.exhibit import Edit, fault, harmless
 from ci.museum.visit import assess, visit
+from ci.process import environment
 from tests.ci.conftest import ROOT
 
 PLANTED = fault(4, "a fault", "a.py", "x", "y", check="prove", rule="deadlock", says="waits")
@@ -114,6 +122,40 @@ def test_a_planted_fault_is_refused(title, template, tmp_path):
     seen = visit(exhibit(title), template, tmp_path / "planted")
     assert seen.right, seen
     assert not (tmp_path / "planted").exists()
+
+
+def test_a_tour_that_is_ended_leaves_no_process_and_no_folder(tmp_path):
+    env = {**os.environ, **environment(ROOT), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "ci.museum", "--only", "two sends of one batch swapped"]
+    tour = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        assert eventually(lambda: of_tour(tmp_path, "clone-"))
+        tour.terminate()
+        time.sleep(0.05)
+        tour.terminate()  # as `timeout` and a shell may both do
+        _, told = tour.communicate(timeout=20)
+    finally:
+        tour.kill()
+    assert tour.returncode == 128 + signal.SIGTERM, told
+    assert eventually(lambda: not of_tour(tmp_path, ""))
+    assert list(tmp_path.iterdir()) == []
+
+
+def of_tour(folder, part: str) -> list[str]:
+    """The processes that work under a folder, in a path with this part."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            where = os.readlink(process / "cwd")
+            found += [process.name] * (where.startswith(str(folder)) and part in where)
+    return found
+
+
+def eventually(holds, seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(holds())
 
 
 def test_a_comment_is_let_through(template, tmp_path):

@@ -132,6 +132,11 @@ def test_a_check_whose_time_is_up_is_unknown_and_leaves_no_process():
     assert time.monotonic() - started < 20
 
 
+def test_after_everything_was_ended_nothing_is_started():
+    code = "from ci.process import end_all, python, run; end_all(); run(python('-c', ''), None, 9.0, tree='.')"
+    assert answer(code).told.endswith("python is not started any more")
+
+
 def test_a_check_that_crashes_or_babbles_is_unknown():
     assert answer("raise KeyError('x')").told == "no answer: it ended with 1 and KeyError: 'x'"
     assert answer("print('{no json')").verdict is Verdict.UNKNOWN

@@ -130,9 +130,9 @@ def test_a_tour_that_is_ended_leaves_no_process_and_no_folder(tmp_path):
     tour = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     try:
         assert eventually(lambda: of_tour(tmp_path, "clone-"))
-        tour.terminate()
-        time.sleep(0.05)
-        tour.terminate()  # as `timeout` and a shell may both do
+        for _ in range(100):  # an impatient user, or a shell and `timeout` together
+            tour.terminate()
+            time.sleep(0.01)
         _, told = tour.communicate(timeout=20)
     finally:
         tour.kill()

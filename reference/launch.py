@@ -202,13 +202,20 @@ def _child(
         send("end", body(Context(rank, ranks, lambda value: send("progress", value))))
     except BaseException as error:
         notes = "; ".join(getattr(error, "__notes__", []))
-        text = f"{error} ({notes})" if notes else str(error)
+        told = str(error) or _line(error)
+        text = f"{told} ({notes})" if notes else told
         trace = traceback.format_exc()
         send("end", Failure(rank, type(error).__name__, text, trace, time.monotonic() - started))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _line(error: BaseException) -> str:
+    """The line that raised an error without a text, as a bare ``assert`` does."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 def _die_with_parent() -> None:

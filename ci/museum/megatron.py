@@ -1,6 +1,6 @@
 """Faults of the Megatron drop-in: what a rank holds, and the split of its layers.  ``ci.museum.training``: a step's."""
 
-from ci.museum.exhibit import fault
+from ci.museum.exhibit import Edit, fault
 
 GROUPS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
     f"dualpipe/megatron/{name}.py" for name in ("groups", "layers", "model", "optimizer", "random_streams")
@@ -23,6 +23,19 @@ FAULTS = (
         "    torch.autograd.backward(leaves, gradients)\n",
         "    for leaf, gradient in zip(leaves, gradients, strict=True):\n"
         "        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
+        check="trial, Megatron",
+        rule="bitwise",
+        says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
+    ),
+    fault(
+        14,
+        "Megatron: the last weight gradient arrives after the reduction",
+        LAYERS,
+        "    torch.autograd.backward(leaves, gradients)\n",
+        "    _LATE.append((leaves, gradients))\n"
+        "    if len(_LATE) > 1:\n"
+        "        torch.autograd.backward(*_LATE.pop(0))\n",
+        Edit(LAYERS, "Delayed = Callable[[], None]\n", "Delayed = Callable[[], None]\n_LATE: list[Any] = []\n"),
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
@@ -135,6 +148,6 @@ FAULTS = (
         "",
         check="tests",
         rule="test",
-        says="test_every_shard_has_one_main_replica",
+        says="test_training_resumed_is_bitwise_the_training_not_interrupted.*Invalid access pattern for ShardedTensor",
     ),
 )

@@ -41,6 +41,15 @@ def test_a_rank_that_fails_is_told_with_its_error_and_the_others_results_stay():
         outcome.values()
 
 
+def test_an_error_without_a_text_is_told_with_the_line_that_raised_it():
+    def body(context):
+        raise AssertionError  # as a bare assert of a library does
+
+    (failure,) = launch(1, body, backend=None).failures
+    assert failure.text.startswith("test_launch.py:")
+    assert failure.text.endswith(": raise AssertionError  # as a bare assert of a library does")
+
+
 def test_ranks_that_do_not_end_are_ended():
     pids = []
     outcome = launch(

@@ -1,6 +1,7 @@
 """How the answers of checks are read: three verdicts, and none for a command that gives no answer."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_a_check_whose_time_is_up_is_unknown_and_leaves_no_process():
 
 def test_after_everything_was_ended_nothing_is_started():
     code = "from ci.process import end_all, python, run; end_all(); run(python('-c', ''), None, 9.0, tree='.')"
-    assert answer(code).told.endswith("python is not started any more")
+    assert answer(code).told.endswith(f"EndingError: {sys.executable} is not started any more")
 
 
 def test_a_check_that_crashes_or_babbles_is_unknown():

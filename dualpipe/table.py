@@ -174,7 +174,7 @@ def trace(
         kind, chunk = action
         if chunk is None:
             if not waiting:
-                raise AssertionError(f"row {row.name!r} runs a W and none waits at {dict(sizes)}")
+                raise IndexError(f"row {row.name!r} runs a W and none waits at {dict(sizes)}")
             oldest = waiting.popleft()
             return Op(W, oldest.lane, oldest.stage, oldest.mb)
         mb = done[Action(B, chunk)] - 1 if kind is W else done.get(action, 0)

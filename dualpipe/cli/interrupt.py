@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
+_WAIT_SECONDS = 0.1
 _workers: list[threading.Thread] = []
 
 
@@ -36,7 +37,8 @@ def interruptible(work: Callable[[], T]) -> T:
     worker = threading.Thread(target=run, daemon=True)
     _workers.append(worker)
     worker.start()
-    worker.join()
+    while worker.is_alive():  # a signal that comes just before a wait begins does not end it, so no wait is long
+        worker.join(_WAIT_SECONDS)
     if errors:
         raise errors[0]
     return outcome[0]

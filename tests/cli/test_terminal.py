@@ -111,6 +111,31 @@ def test_ctrl_c_while_a_solver_works_is_130_and_no_verdict(arguments):
     assert ended.seconds < 10
 
 
+def test_ctrl_c_just_before_the_wait_for_the_solver_begins_is_not_lost():
+    """The signal comes while the interpreter is on its way into the wait: whoever waits once and for all misses it."""
+    code = """
+import os, signal, threading, time
+from dualpipe.cli.interrupt import interruptible, leave
+pending = []
+def lost(number, frame):  # what a signal is that the wait did not see: a note, read when the wait is over
+    pending.append(number)
+signal.signal(signal.SIGINT, lost)
+real = threading.Thread.join
+def join(thread, timeout=None):
+    os.kill(os.getpid(), signal.SIGINT) if not pending else None
+    real(thread, timeout)
+    if pending:
+        raise KeyboardInterrupt
+threading.Thread.join = join
+try:
+    interruptible(lambda: time.sleep(30))
+except KeyboardInterrupt:
+    leave(130)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=quiet(), timeout=20, check=False)
+    assert done.returncode == 130
+
+
 def test_ctrl_c_on_a_terminal_leaves_no_bar_and_gives_the_cursor_back():
     ended = on_a_terminal("prove", "--optimal", "-P", 8, "-M", 16, interrupt_at="the least makespan")
     assert ended.code == 130

@@ -1,4 +1,6 @@
-"""For every test: one thread a process, as the bits of some sums change with the number of threads."""
+"""For every test: one thread a process, as the bits of some sums change with the number of threads; Ctrl-C ends it."""
+
+import signal
 
 import torch
 
@@ -11,3 +13,6 @@ except ImportError:  # the GPU tests run where no test tool but pytest is instal
 else:
     settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing about it
     settings.load_profile("untimed")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script, where children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)

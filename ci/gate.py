@@ -20,7 +20,7 @@ from ci.report.terminal import terminal
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ci.gate", description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--base", metavar="REVISION", help="what to compare with: else where this branch left main")
+    parser.add_argument("--base", metavar="REVISION", help="compare with where this branch left it; else main")
     parser.add_argument("--root", type=Path, default=Path(), help="the repository's root, else where you are")
     parser.add_argument("--jobs", type=int, default=2, help="checks at a time")
     parser.add_argument("--first", action="store_true", help="stop at the first refusal")

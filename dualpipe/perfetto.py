@@ -33,9 +33,6 @@ MICROSECONDS_PER_UNIT = 1000.0
 TICK = 1.0
 """Microseconds by which a message's slice is longer than the message, so that an arrow has something to hold on to."""
 
-_MESSAGES = 1000
-"""Thread ids: a rank's own is 1 + rank; those of its messages begin at this, times 1 + rank."""
-
 
 class Scaled(NamedTuple):
     """A recording with the microseconds that its unit lasts, and where it begins, in microseconds."""
@@ -95,7 +92,7 @@ def _names(pid: int, name: str, parts: Sequence[Scaled]) -> Iterator[Event]:
     for rank in range(ranks):
         lanes = 1 + max((lane for part in own for lane in _packed(part, rank).values()), default=-1)
         for lane in range(lanes):
-            tracks[_message_track(rank, lane)] = f"rank {rank} messages" + (f" {lane + 1}" if lane else "")
+            tracks[_message_track(ranks, rank, lane)] = f"rank {rank} messages" + (f" {lane + 1}" if lane else "")
     for order, (tid, told) in enumerate(tracks.items()):
         yield _head("thread_name", pid, tid, {"name": told})
         yield _head("thread_sort_index", pid, tid, {"sort_index": order})
@@ -126,19 +123,20 @@ def _idle(pid: int, part: Scaled) -> Iterator[Event]:
 
 def _messages(pid: int, part: Scaled, first: int) -> Iterator[Event]:
     """Two slices for a message, from when each side was posted until it was there, and an arrow between them."""
-    lanes = [_packed(part, rank) for rank in range(part.recording.schedule.ranks)]
+    ranks = part.recording.schedule.ranks
+    lanes = [_packed(part, rank) for rank in range(ranks)]
     for number, message in enumerate(part.recording.messages, start=first):
         there = part.at(message.completed)
         ends = {message.send: part.at(message.sent), message.receive: part.at(message.awaited)}
         for at, start in ends.items():
-            tid = _message_track(at.rank, lanes[at.rank][at])
+            tid = _message_track(ranks, at.rank, lanes[at.rank][at])
             args = _args(part.recording, at) | {"peer": part.recording.schedule.peer(at.op)}
             yield _slice(str(at.op), at.op.kind, pid, tid, start, there + TICK, args)
         arrow = {"name": str(message.send.op), "cat": "message", "id": number, "pid": pid}
         send, receive = message.send, message.receive
-        yield arrow | {"ph": "s", "tid": _message_track(send.rank, lanes[send.rank][send]), "ts": ends[send]}
+        yield arrow | {"ph": "s", "tid": _message_track(ranks, send.rank, lanes[send.rank][send]), "ts": ends[send]}
         landing = {"ph": "f", "bp": "e", "ts": round(there + TICK / 2, 3)}
-        yield arrow | landing | {"tid": _message_track(receive.rank, lanes[receive.rank][receive])}
+        yield arrow | landing | {"tid": _message_track(ranks, receive.rank, lanes[receive.rank][receive])}
 
 
 def _packed(part: Scaled, rank: int) -> dict[Placed, int]:
@@ -160,8 +158,9 @@ def _packed(part: Scaled, rank: int) -> dict[Placed, int]:
     return lanes
 
 
-def _message_track(rank: int, lane: int) -> int:
-    return _MESSAGES * (1 + rank) + lane
+def _message_track(ranks: int, rank: int, lane: int) -> int:
+    """The thread id; those of the ranks' own tracks, 1 + rank, come before all of these."""
+    return 1 + rank + ranks * (1 + lane)
 
 
 def _counters(pid: int, part: Scaled) -> Iterator[Event]:

@@ -24,6 +24,7 @@ from rich.style import Style
 from rich.text import Text
 
 from dualpipe.cells import Cell, Chart, chart, tone
+from dualpipe.errors import RuleError
 from dualpipe.palette import NAMES, colour, ink
 from dualpipe.schedule import B, F, W
 from dualpipe.summary import headline
@@ -32,6 +33,8 @@ from dualpipe.timeline import Timeline
 BUBBLE, JOINT = "·", "+"
 _LEAST = 20
 """Columns that the rows have even where the terminal is narrower than that."""
+_MOST = 10_000
+"""Columns that a drawing has at most, all bands together."""
 _APART = 6
 """Columns between the numbers of the time line, at least."""
 _BANDS = 3
@@ -59,10 +62,17 @@ class Grid:
 def lines(timeline: Timeline, width: int) -> list[Text]:
     """The timeline: a title, bands of the time and a line a rank, the key, and what had no room.
 
-    The ranks' lines have at most ``width`` columns, or 20 and their label where that is more.
+    The ranks' lines have at most ``width`` columns, or 20 and their label where that is more.  Raises ``RuleError``
+    for more than 10,000 columns in all.
     """
     drawing = chart(timeline)
     grid = fit(drawing, width)
+    if timeline.makespan * grid.scale > _MOST:
+        raise RuleError(
+            f"a drawing of letters has at most {_MOST} columns",
+            f"this would have {timeline.makespan * grid.scale:.3g}, since most ops are so much shorter than the whole",
+            "draw a picture instead (--svg FILE)",
+        )
     name, sizes = headline(timeline.schedule)
     told = f"makespan {timeline.makespan:g}, bubble {timeline.bubble_share:.1%} of the ranks' time"
     rows = [_row(drawing, grid, rank) for rank in range(len(timeline.spans))]

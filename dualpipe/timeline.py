@@ -5,13 +5,14 @@ Time has whatever unit the costs are in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from dualpipe.schedule import COMPUTE, B, F, Op, Placed, RuleError, Schedule, Slot, W
+
+_MOST = 1e100
 
 
 class CostError(RuleError):
@@ -40,7 +41,7 @@ class Costs:
     Raises
     ------
     CostError
-        For a cost that is negative or not finite, and for ``FB`` where ``F + BW`` is 0.
+        For a cost that is negative or above 1e100, so that sums stay finite, and for ``FB`` where ``F + BW`` is 0.
     """
 
     F: float = 1.0
@@ -52,8 +53,8 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, cost in vars(self).items():
-            if cost is not None and not 0 <= cost < math.inf:
-                raise CostError("a cost is a number, 0 or more", f"{name} is {cost}", "correct it")
+            if cost is not None and not 0 <= cost <= _MOST:
+                raise CostError(f"a cost is a number from 0 to {_MOST:g}", f"{name} is {cost}", "correct it")
         if self.FB is not None and self.F + self.backward == 0:
             raise CostError("what costs nothing cannot be overlapped", f"FB is {self.FB}", "give F, B or W a cost")
 

@@ -5,6 +5,10 @@ One file a command; ``options`` has what they share.
 
 from __future__ import annotations
 
+import json
+import sys
+import traceback
+from io import TextIOWrapper
 from typing import NoReturn
 
 import typer
@@ -14,25 +18,43 @@ from dualpipe.cli.app import app
 from dualpipe.cli.interrupt import leave
 from dualpipe.errors import RuleError, UndecidedError
 
+FAULT = 70
+"""The exit code of a fault of this program's own, which is no verdict; EX_SOFTWARE of sysexits.h."""
+
 __all__ = ["app", "main", "prove", "record", "show", "simulate", "verify"]
 
 
 def main() -> NoReturn:
-    """The console script: bad input is one line on standard error and exit code 2; Ctrl-C is 130, without a word."""
+    """The console script: bad input is one line on standard error and exit code 2; Ctrl-C is 130, without a word.
+
+    With ``--json`` the line is an object on standard output as well.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # names of files may hold any bytes, terminals little of Unicode
     try:
         app(prog_name="dualpipe")
     except (RuleError, OSError) as error:
-        _complain(error)
+        _complain(error, "bad input")
         leave(2)
     except UndecidedError as error:
-        _complain(error)
+        _complain(error, "unknown")
         leave(3)
     except KeyboardInterrupt:  # outside of any command
         leave(130)
     except SystemExit as end:
         leave(int(end.code or 0))
+    except Exception as error:
+        traceback.print_exc()
+        _complain(error, "fault", "a fault of dualpipe itself, and no verdict: ")
+        leave(FAULT)
     leave(0)
 
 
-def _complain(error: Exception) -> None:
-    typer.echo(f"dualpipe: {error}", err=True)
+def _complain(error: Exception, verdict: str, prefix: str = "") -> None:
+    typer.echo(f"dualpipe: {prefix}{error}", err=True)
+    own = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
+    if "--json" in own:
+        typer.echo(json.dumps({"verdict": verdict, "error": str(error)}))

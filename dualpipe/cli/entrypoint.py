@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,17 @@ def _find(name: str) -> Callable[..., Any]:
                 nearest(str(missing.name), _modules_here(), "correct the name, or run the command where the module is"),
             ) from None
         raise
+    reached = module_name
     for attribute in path.split("."):
         if not hasattr(found, attribute):
-            functions = [other for other, value in vars(found).items() if callable(value) and other[0] != "_"]
+            members = getattr(found, "__dict__", {})
+            functions = [other for other, value in members.items() if callable(value) and other[0] != "_"]
             raise RuleError(
                 "an entry point is module:function",
-                f"{found.__name__} has no {attribute}",
+                f"{reached} has no {attribute}",
                 nearest(attribute, functions, "correct the name"),
             )
-        found = getattr(found, attribute)
+        found, reached = getattr(found, attribute), f"{reached}.{attribute}"
     if not callable(found):
         raise RuleError(
             "an entry point is a function", f"{name} is of type {type(found).__name__}", "return it from a function"
@@ -131,15 +133,41 @@ def _arguments(name: str, function: Callable[..., Any], sizes: dict[str, int | N
 def _told(doing: str) -> Iterator[None]:
     """What the foreign code prints goes to standard error, and any error of its own becomes bad input."""
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), _file_of_stdout_redirected():
             yield
     except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise RuleError(
             "an entry point returns a schedule without an error",
-            f"{doing} {type(error).__name__}: {error} ({last.filename}:{last.lineno})",
+            f"{doing} {type(error).__name__}: {_first_line(error)} ({last.filename}:{last.lineno})",
             "correct it",
         ) from error
+
+
+@contextmanager
+def _file_of_stdout_redirected() -> Iterator[None]:
+    """What children and C code print to file descriptor 1 goes to 2."""
+    try:
+        sys.__stdout__.flush() if sys.__stdout__ else None
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _first_line(error: BaseException) -> str:
+    """An error is told on one line; the text of a foreign one may itself raise."""
+    try:
+        return next(iter(str(error).splitlines()), "")
+    except Exception:
+        return "(its text cannot be had)"
 
 
 def _holds_several(made: Any) -> bool:

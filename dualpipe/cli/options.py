@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import load
 
 NAMES = ", ".join(PLANS)
+MOST_SECONDS = 1_000_000
 
 
 def complete_schedule(incomplete: str) -> list[str]:
@@ -51,6 +53,36 @@ Cost = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def writable(path: Path | None) -> Path | None:
+    """Refuses a file that cannot be written, before any work is done for it."""
+    if path is None:
+        return None
+    folder = path.parent
+    if path.is_dir():
+        came = f"{path} is a folder"
+    elif not folder.is_dir():
+        came = f"there is no folder {folder}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        came = f"{path} cannot be written"
+    else:
+        return path
+    raise RuleError("an output is a file that can be written", came, "make the folder, or name another file")
+
+
+def writable_or_folder(path: Path | None) -> Path | None:
+    """Likewise; a folder that is there is fine."""
+    return path if path is not None and path.is_dir() else writable(path)
+
+
+def seconds(value: float | None) -> float | None:
+    """Refuses what is no time to wait."""
+    if value is not None and not 0 < value <= MOST_SECONDS:
+        raise RuleError(
+            f"a time to wait is more than 0 and at most {MOST_SECONDS} seconds", f"got {value:g}", "correct it"
+        )
+    return value
 
 
 class Dtype(StrEnum):

@@ -27,7 +27,8 @@ def write_proofs(path: Path, outcomes: Sequence[Outcome]) -> None:
     worst = next((verdict for verdict in ("bad input", "refuted", "unknown") if verdict in verdicts), "proved")
     title = f"{sections[0].name}, proof" if len(sections) == 1 else f"{len(sections)} schedules"
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
-    path.write_text(render(Page(title, worst, sections, "" if len(sections) == 1 else counts)), encoding="utf-8")
+    text = render(Page(title, worst, sections, "" if len(sections) == 1 else counts))
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _section(outcome: Outcome) -> Comparison:

@@ -11,7 +11,17 @@ import typer
 from dualpipe.cli import entrypoint
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.interrupt import interruptible
-from dualpipe.cli.options import Json, Microbatches, Named, Ranks, Several, find_schedule, find_schedules
+from dualpipe.cli.options import (
+    Json,
+    Microbatches,
+    Named,
+    Ranks,
+    Several,
+    find_schedule,
+    find_schedules,
+    seconds,
+    writable,
+)
 from dualpipe.cli.progress import progress
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
@@ -39,13 +49,19 @@ def prove(
     max_activations: Annotated[int | None, typer.Option(help="Bound of live activations for every rank.")] = None,
     bytes_for_b: Annotated[str | None, typer.Option(help="Per stage, bytes live from F to B: 8,8,8,9.")] = None,
     bytes_for_w: Annotated[str | None, typer.Option(help="Per stage, bytes live from B to W: 3,3,3,4.")] = None,
-    smtlib: Annotated[Path | None, typer.Option(help="Write the obligations there, for another solver.")] = None,
-    solver_timeout: Annotated[float | None, typer.Option(help="Seconds for Z3; then a check is unknown.")] = None,
+    smtlib: Annotated[
+        Path | None, typer.Option(help="Write the obligations there, for another solver.", callback=writable)
+    ] = None,
+    solver_timeout: Annotated[
+        float | None, typer.Option(help="Seconds for Z3; then a check is unknown.", callback=seconds)
+    ] = None,
     all_sizes: Annotated[bool, typer.Option("--all-sizes", help="Prove the theorems for every size instead.")] = False,
     optimal: Annotated[
         bool, typer.Option("--optimal", help="Instead, the least makespan within DualPipe's memory, for -P and -M.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples there.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with timelines and counterexamples there.", callback=writable)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
@@ -60,7 +76,23 @@ def prove(
     from proofs import command
 
     if all_sizes or optimal:
-        _alone("--all-sizes" if all_sizes else "--optimal", schedules or [], all_sizes and optimal)
+        judging: dict[str, object] = {
+            "--max-activations": max_activations,
+            "--bytes-for-b": bytes_for_b,
+            "--bytes-for-w": bytes_for_w,
+            "--smtlib": smtlib,
+            "--html": html,
+            "--model": None if model == "all" else model,
+        }
+        if all_sizes:
+            judging |= {
+                "-P": ranks,
+                "-M": microbatches,
+                "--solver-timeout": solver_timeout,
+                "--optimal": optimal or None,
+            }
+        given = [*(schedules or []), *(name for name, value in judging.items() if value is not None)]
+        _alone("--all-sizes" if all_sizes else "--optimal", given)
     with progress() as begin:
         if all_sizes:
             raise typer.Exit(interruptible(lambda: command.prove_all_sizes(as_json, begin)))
@@ -84,10 +116,9 @@ def prove(
     raise typer.Exit(code)
 
 
-def _alone(option: str, schedules: list[str], both: bool) -> None:
-    if both or schedules:
-        came = "--optimal" if both else " ".join(schedules)
-        raise RuleError(f"{option} is a question of its own", f"got {came} as well", "ask one at a time")
+def _alone(option: str, given: list[str]) -> None:
+    if given:
+        raise RuleError(f"{option} is a question of its own", f"got {' '.join(given)} as well", "ask one at a time")
 
 
 def _sources(name: str, ranks: int | None, microbatches: int | None) -> list[Source]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dualpipe.cli.app import app, examples
-from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule, writable
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import as_json as schedule_as_json
@@ -29,8 +29,8 @@ def show(
         bool,
         typer.Option("--timeline", help="Draw when everything happens instead, a line a rank."),
     ] = False,
-    svg: Annotated[Path | None, typer.Option(help="Write a picture of that there instead.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Likewise, as PNG.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of that there instead.", callback=writable)] = None,
+    png: Annotated[Path | None, typer.Option(help="Likewise, as PNG.", callback=writable)] = None,
     cost: Cost = None,
     as_json: Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dualpipe.cli.app import app, examples
-from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule, writable
 
 
 @app.command(epilog=examples("dualpipe simulate -P 8 -M 32 --cost F=1,B=1,W=1", "dualpipe simulate mine.txt --json"))
@@ -23,7 +23,10 @@ def simulate(
         bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")
     ] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Also write a trace for ui.perfetto.dev; a unit of time is a millisecond.")
+        Path | None,
+        typer.Option(
+            help="Also write a trace for ui.perfetto.dev; a unit of time is a millisecond.", callback=writable
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

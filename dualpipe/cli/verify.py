@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from dualpipe.cli.app import app, examples
-from dualpipe.cli.options import Dtype, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.options import (
+    Dtype,
+    Json,
+    Microbatches,
+    Named,
+    One,
+    Ranks,
+    choose,
+    find_schedule,
+    writable_or_folder,
+)
 from dualpipe.errors import RuleError
 
 _MEGATRON = "Megatron (--model gpt or moe)"
@@ -57,7 +67,8 @@ def verify(
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="Write what the processes did when, beside the simulation, for ui.perfetto.dev: file or folder."
+            help="Write what the processes did when, beside the simulation, for ui.perfetto.dev: file or folder.",
+            callback=writable_or_folder,
         ),
     ] = None,
     dp: Annotated[int, _flag("--dp", "Data parallel pipelines of DualPipe; 1F1B runs twice as many.")] = 1,

@@ -1,6 +1,7 @@
 """``module:function``: what may be returned, how sizes come in, and how each fault is told."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -67,6 +68,23 @@ def for_ever():
 def no_text():
     return "lane > 0\\nrank 0: 0F0> 0X0>"
 
+class Unreadable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+def unreadable():
+    raise Unreadable
+
+def two_lines():
+    raise ValueError("one\\ntwo")
+
+def shell():
+    import os
+    os.system("echo from a child")
+    return one()
+
+TUPLE, INSTANCE = (1, 2), Unreadable()
+
 class Family:
     @staticmethod
     def member():
@@ -130,6 +148,32 @@ def test_several_are_proved_one_by_one_and_what_the_function_prints_stays_out_of
         ("mine:one", "zb1p"),
     ]
     assert result.err == "on its way\n"
+
+
+@pytest.mark.parametrize("name", ["mine:TUPLE.foo", "mine:INSTANCE.foo", "mine:Family.foo"])
+def test_what_has_no_such_member_is_told(run, name):
+    result = run("show", name)
+    assert result.code == 2
+    assert f"{name.removesuffix('.foo').replace(':', '.')} has no foo" in result.err
+
+
+def test_an_error_of_the_functions_own_is_told_on_one_line(run):
+    for name, told in (
+        ("mine:unreadable", "Unreadable: (its text cannot be had)"),
+        ("mine:two_lines", "ValueError: one ("),
+    ):
+        result = run("show", name)
+        assert result.code == 2
+        assert told in result.err
+        assert len(result.err.splitlines()) == 1
+
+
+def test_what_a_child_of_the_function_prints_stays_out_of_the_report(tmp_path):
+    (tmp_path / "mine.py").write_text(MODULE)
+    command = [sys.executable, "-m", "dualpipe.cli", "prove", "mine:shell", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["verdict"] == "proved"
+    assert done.stderr == "from a child\n"
 
 
 def test_a_fault_in_one_does_not_keep_the_others_from_being_proved(run):

@@ -47,7 +47,7 @@ check: $(READY)
 	$(BIN)/pytest -n 2 -q -m "not long" tests/test_architecture.py tests/schedule tests/cli/test_show_and_simulate.py
 
 gate: $(READY)
-	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)")
+	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
 golden: $(READY)
 	$(BIN)/python -m ci.golden

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import zip_longest
 from typing import Any
 
 Figures = Mapping[str, Any]
@@ -117,20 +117,11 @@ def named_in(change: ScheduleChange, text: str) -> bool:
     """Whether a text names the schedule with its size, or shows a line of its diff."""
     words = [set(line.split()) for line in text.splitlines()]
     shown = (line[1:].split() for line in change.diff if line.startswith("+"))
-    return change.name in text or any(set(line) <= there for line in shown for there in words)
+    named = re.search(rf"(?<![\w-]){re.escape(change.name)}(?!\w)", text) is not None
+    return named or any(set(line) <= there for line in shown for there in words)
 
 
 def side_by_side(figures: Figures | None, other: Figures | None) -> list[tuple[str, str, str]]:
     """Every figure of both sides, for a table."""
     one, two = figures or {}, other or {}
     return [(what, _told(one.get(key)), _told(two.get(key))) for key, what in FIGURES.items()]
-
-
-def changed_ranks(change: ScheduleChange) -> list[int]:
-    """The ranks whose programs differ."""
-    pairs = zip_longest(_programs(change.before), _programs(change.after))
-    return [rank for rank, (one, other) in enumerate(pairs) if one != other]
-
-
-def _programs(text: str | None) -> list[str]:
-    return [line for line in (text or "").splitlines() if line.startswith("rank ")]

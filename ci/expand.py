@@ -21,7 +21,7 @@ from typing import Any
 SHOWN = [(2, 4), (4, 8), (6, 14), (8, 20)]
 """Ranks and microbatches of the schedules that are kept as text."""
 
-DIGESTED = [(1, 1), (1, 4), (2, 2), (2, 10), (3, 7), (4, 20), (5, 13), (8, 16), (10, 24), (12, 40), (16, 64)]
+DIGESTED = [(1, 1), (1, 4), (2, 2), (2, 10), (3, 7), (4, 20), (5, 13), (8, 16), (10, 24), (12, 40), (16, 64), (24, 50)]
 """Further sizes, of which a digest is kept; those that a schedule cannot have are left out."""
 
 LARGEST_TRACED = 150
@@ -32,7 +32,11 @@ LOWERED = [(2, 4), (4, 8)]
 
 
 def expand(tree: Path) -> dict[str, Any]:
-    """All schedules of ``tree``, whose ``dualpipe`` must be the one that is imported."""
+    """All schedules of ``tree``.  Raises ``ImportError`` where another ``dualpipe`` than the tree's is imported."""
+    import dualpipe
+
+    if not Path(dualpipe.__file__).resolve().is_relative_to(tree.resolve()):
+        raise ImportError(f"{tree} has no dualpipe")
     from dualpipe.generate import PLANS, SizeError, generate
     from dualpipe.lower import lower
     from dualpipe.schedule import COMPUTE
@@ -91,4 +95,5 @@ def rows_of(planner: Any, ranks: int, microbatches: int) -> dict[str, Any] | Non
 
 
 if __name__ == "__main__":
-    json.dump(expand(Path(sys.argv[1])), sys.stdout)
+    answer, sys.stdout = sys.stdout, sys.stderr  # whatever the tree prints is not the answer
+    json.dump(expand(Path(sys.argv[1])), answer)

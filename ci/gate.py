@@ -6,8 +6,10 @@ Exit code 0: passed.  1: refused.  2: bad input.  3: unknown, a check gave no an
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 
 from ci.errors import GateError
@@ -32,6 +34,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> ExitCode:
     options = parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     raise_on_termination()
     started = time.monotonic()
 
@@ -43,6 +48,8 @@ def main(arguments: list[str]) -> ExitCode:
         problems = publish(judgement, options.root.resolve(), options.output, options.html)
     except GateError as error:
         print(f"gate: {error}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"verdict": ExitCode.BAD_INPUT.name.lower(), "error": str(error)}))
         return ExitCode.BAD_INPUT
     print(terminal(judgement, options.json), end="")
     for problem in problems:

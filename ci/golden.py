@@ -72,10 +72,14 @@ def expansion(root: Path, tree: Path | None = None) -> Expansion:
     tree = root if tree is None else tree
     script = Path(__file__).with_name("expand.py")
     done = run(python("-P", str(script), str(tree)), tree, EXPAND_LIMIT_S, tree)
-    if done.code != 0:
+    try:
+        answer = json.loads(done.out) if done.code == 0 else None
+    except json.JSONDecodeError:
+        answer = None
+    if answer is None:
         why = f"{EXPAND_LIMIT_S:g} s were not enough" if done.code is None else done.last_words
         raise GateError("the named schedules can be expanded", why, "see dualpipe/generate.py")
-    return Expansion(**json.loads(done.out))
+    return Expansion(**answer)
 
 
 def is_golden_schedule(path: str) -> bool:

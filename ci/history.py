@@ -28,7 +28,8 @@ def texts_at(repository: Repository, base: str, now: Expansion) -> dict[str, str
     """The texts of the base.
 
     A schedule of which the base kept a digest that is still right has the text it has now.  The base's generator is
-    asked where a golden file is missing or a digest differs; where it cannot answer, those schedules are new.
+    asked where a golden file is missing, a digest differs, or a schedule is gone of which it kept a digest alone; where
+    it cannot answer, those are new, or had no text.
     """
     kept = {name: _text(repository.at(base, path_of(name))) for name in now.shown}
     found = {name: text for name, text in kept.items() if text is not None}
@@ -36,10 +37,11 @@ def texts_at(repository: Repository, base: str, now: Expansion) -> dict[str, str
     found |= {name: text for name, text in now.digested.items() if digests.get(name) == digest(text)}
     gone = [name for name in golden_names(repository, base) if name not in now.shown]
     found |= {name: text for name in gone if (text := _text(repository.at(base, path_of(name)))) is not None}
-    if not set(now.texts) <= set(found):
+    lost = digests.keys() - now.texts.keys() - now.failed.keys()
+    if lost or not set(now.texts) <= set(found):
         old = _expansion_at(repository, base)
         found = {**old.texts, **found} if old else found
-    return found
+    return dict.fromkeys(lost, "") | found
 
 
 def golden_names(repository: Repository, base: str) -> list[str]:
@@ -69,7 +71,10 @@ def measured(root: Path, found: Sequence[ScheduleChange]) -> list[ScheduleChange
     """The changes with their figures on both sides, as far as the tree's simulator gives them."""
     texts = {f"{side} {change.name}": text for change in found for side, text in _sides(change)}
     done = run(python("-m", "ci.measure"), root, MEASURE_LIMIT_S, given=json.dumps(texts))
-    figures: Mapping[str, Mapping[str, object]] = json.loads(done.out) if done.code == 0 else {}
+    try:
+        figures: Mapping[str, Mapping[str, object]] = json.loads(done.out) if done.code == 0 else {}
+    except json.JSONDecodeError:
+        figures = {}
     return [
         replace(
             change,

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ci import judges, rules, suite
@@ -15,10 +15,11 @@ from ci.check import Check, run_check, skipped
 from ci.errors import GateError
 from ci.golden import COUNTS, Counts, Expansion, expansion, kept_files, read_counts
 from ci.history import counts_at, schedule_changes
+from ci.meaning import Meaning, meaning
 from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
 from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows
 from ci.process import end_all
-from ci.repository import Changed, Repository
+from ci.repository import Base, Changed, Repository
 from ci.selection import Selection, select
 from ci.trial import MEGATRON
 
@@ -27,6 +28,8 @@ TRIED = ("dualpipe-P2-M4", "dualpipe-P4-M8", "dualpipev-P2-M4", "1f1b-P2-M4", "z
 TRIED_BLOCKING = ("dualpipe-P4-M8",)
 _LARGEST_TRIAL, _LARGEST_PROOF = 4, 20_000
 """The most ranks of a trial, and the longest text, in characters, of a proof."""
+_FROM_WHAT_RUNS = ("dualpipe/", "reference/", "proofs/", "examples/", "ci/", "bench/", "tests/")
+_JUDGES = ("ci/", "tests/", "proofs/", "reference/", ".ci/", ".github/")
 _FEW = 8
 """So many files of tests are run by one process: further ones take longer to start, importing torch, than they save."""
 
@@ -45,7 +48,7 @@ class Options:
 class Judgement:
     """What the gate has to say of a change."""
 
-    base: str
+    base: Base
     changed: tuple[Changed, ...]
     schedules: tuple[ScheduleChange, ...]
     selection: Selection
@@ -56,6 +59,11 @@ class Judgement:
     @property
     def exit_code(self) -> ExitCode:
         return exit_code(self.outcomes)
+
+    @property
+    def judges(self) -> list[str]:
+        """What of the change is itself a judge, and so cannot be judged by it: a reader must look there."""
+        return [change.path for change in self.changed if change.path.startswith(_JUDGES)]
 
     @property
     def findings(self) -> list[tuple[Outcome, Finding]]:
@@ -69,17 +77,19 @@ def judge(root: Path, base: str | None, options: Options, tell: Tell) -> Judgeme
     """
     started = time.monotonic()
     repository = Repository(root)
-    revision = repository.resolve(base)
+    resolved = repository.resolve(base)
+    revision = resolved.revision
     changed = repository.changes(revision)
     selection = select(repository, changed)
-    tell(f"{len(changed)} files differ from {revision[:12]}")
+    tell(f"{len(changed)} files differ from {resolved}")
     try:
         now = expansion(root)
     except GateError as error:
         cause = _cause(repository, revision, changed)
         finding = Finding("schedule", str(error), cause.path, cause.line)
         outcome = Outcome("golden", Verdict.REFUSED, "always", "the generator fails", (finding,))
-        return Judgement(revision, changed, (), selection, (outcome,), time.monotonic() - started)
+        places = replace(NOWHERE, cause=cause)
+        return Judgement(resolved, changed, (), selection, (outcome,), time.monotonic() - started, places)
     schedules = schedule_changes(repository, revision, now)
     places = _places(repository, revision, changed, now)
     outcomes = [rules.goldens(now, kept_files(root)), _changelog(repository, revision, schedules)]
@@ -94,7 +104,7 @@ def judge(root: Path, base: str | None, options: Options, tell: Tell) -> Judgeme
         slow = [check for check in checks if check not in quick]
         outcomes += run_all(slow, root, options, tell, exit_code(outcomes) is ExitCode.REFUSED)
     seconds = time.monotonic() - started
-    return Judgement(revision, changed, tuple(schedules), selection, tuple(outcomes), seconds, places)
+    return Judgement(resolved, changed, tuple(schedules), selection, tuple(outcomes), seconds, places)
 
 
 def run_all(checks: Sequence[Check], root: Path, options: Options, tell: Tell, refused: bool) -> list[Outcome]:
@@ -196,10 +206,24 @@ def _texts(repository: Repository, base: str, path: str) -> tuple[str, str]:
 
 
 def _cause(repository: Repository, base: str, changed: Sequence[Changed]) -> Place:
-    """Where the change begins: its first source, those that run before those that test."""
-    there = [change.path for change in changed if change.after is not None]
-    order = sorted(there, key=lambda path: (not path.endswith(".py"), path.startswith("tests/"), path))
-    return Place(order[0], repository.changed_lines(base, order[0])[0]) if order else Place("", 1)
+    """Where the change begins: its first source that says something else than before, what runs before what tests."""
+    there = [change for change in changed if change.after is not None] or list(changed)
+    if not there:
+        return NOWHERE.cause
+    first = min(there, key=lambda change: (*_says_nothing_new(change), _nearness(change.path), change.path)).path
+    return Place(first, repository.changed_lines(base, first)[0])
+
+
+def _says_nothing_new(change: Changed) -> tuple[bool, bool]:
+    if not change.path.endswith(".py"):
+        return True, False
+    known = change.before is not None and change.after is not None
+    return False, known and meaning(change.before or b"", change.after or b"") is Meaning.NOTHING
+
+
+def _nearness(path: str) -> int:
+    """How near to what runs a file is, by its folder."""
+    return next((at for at, folder in enumerate(_FROM_WHAT_RUNS) if path.startswith(folder)), len(_FROM_WHAT_RUNS))
 
 
 def _places(repository: Repository, base: str, changed: Sequence[Changed], now: Expansion) -> Places:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ci.git import anywhere
+
 _RUNNING: set[subprocess.Popen[str]] = set()
 _ENDING = threading.Event()
 _LOCK = threading.Lock()
@@ -63,7 +65,7 @@ def run(command: Sequence[str], root: Path, limit: float, tree: Path | None = No
         process = subprocess.Popen(
             command,
             cwd=root,
-            env={**os.environ, **environment(root if tree is None else tree)},
+            env={**anywhere(), **environment(root if tree is None else tree)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import io
+import os
 import re
-import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ci.errors import GateError
+from ci.git import git
 
 _EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git's name for a tree without files
-_MAIN = ("main", "origin/main", "master", "origin/master")
+_MAIN = ("main", "origin/main", "master", "origin/master", "origin/HEAD")
 _HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))?", re.MULTILINE)
+PLAIN_DIFF = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--src-prefix=a/", "--dst-prefix=b/")
+"""A diff whatever the user's settings are."""
+
+
+class Base(NamedTuple):
+    """What a change is compared with: a revision's hash, and in words why it was taken."""
+
+    revision: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.revision[:12]}, {self.why}"
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A file that differs from the base; ``None`` where it did not or does not exist."""
+    """A file that differs from the base; ``None`` where it did not or does not exist.
+
+    ``mode`` says how its mode changed, as ``100644 -> 100755``, where it did.
+    """
 
     path: str
     before: bytes | None
     after: bytes | None
+    mode: str = ""
 
     @property
     def what(self) -> str:
@@ -35,54 +53,73 @@ class Repository:
 
     root: Path
 
-    def resolve(self, revision: str | None) -> str:
-        """The hash of the base: where this branch left the revision asked for, or main; on main, the commit before.
+    def resolve(self, asked: str | None) -> Base:
+        """The base: where this branch left the revision asked for, or main; on main itself, the commit before.
 
-        Raises ``GateError`` for a revision that does not exist, and for a clone that was cut off before the base.
+        Raises ``GateError`` for a revision that does not exist, where no main is known, for a clone that was cut off
+        before the base, and for a folder that is not the top of a work tree.
         """
-        if revision is not None:
-            found = self._hash(revision)
-            if found is None:
-                raise GateError("--base is a revision of this repository", f"got {revision}", "fetch it or correct it")
-            return self._left(revision) or found
+        top = os.fsdecode(self._git("rev-parse", "--show-toplevel")).removesuffix("\n")
+        if not self.root.samefile(top):
+            raise GateError("the gate judges a whole work tree", f"got {self.root} within {top}", f"use --root {top}")
         head = self._hash("HEAD")
-        for name in _MAIN:
-            if head is not None and self._hash(name) is not None:
-                left = self._left(name)
-                if left and left != head:
-                    return left
-                break
+        if asked is not None:
+            return self._base_asked_for(asked, head)
+        known = [name for name in _MAIN if self._hash(name) is not None]
+        for name in known if head is not None else ():
+            left = self._left(name)
+            if left not in ("", head):
+                return Base(left, f"where HEAD left {name}")
+        if not known and head is not None:
+            raise GateError(
+                "the base is where HEAD left main", f"none of {', '.join(_MAIN)} is here", "fetch it, or give --base"
+            )
         before = self._hash("HEAD~1")
-        if before is None and self._git("rev-parse", "--is-shallow-repository").strip() == b"true":
+        if before is not None:
+            return Base(before, "the commit before, for HEAD is main")
+        if head is not None and self._git("rev-parse", "--is-shallow-repository").strip() == b"true":
             raise GateError(
                 "the gate needs the history back to the base",
                 "this clone is shallow and ends at HEAD",
                 "git fetch --unshallow, or fetch-depth: 0 of actions/checkout",
             )
-        return before or _EMPTY_TREE
+        return Base(_EMPTY_TREE, "an empty tree, for there is no commit before")
+
+    def _base_asked_for(self, asked: str, head: str | None) -> Base:
+        found = self._hash(asked)
+        if found is None:
+            raise GateError("--base is a revision of this repository", f"got {asked}", "fetch it or correct it")
+        left = self._left(asked)
+        if left in ("", head):  # no history in common, or none that HEAD has of its own
+            return Base(found, f"--base {asked}")
+        return Base(left, f"--base {asked}" if left == found else f"where HEAD left --base {asked}")
 
     def changes(self, base: str) -> tuple[Changed, ...]:
         """Every file that differs between the base and the work tree, by path."""
-        tracked = self._git("diff", "--name-only", "--no-renames", "-z", base, "--").decode().split("\0")
-        untracked = self._git("ls-files", "--others", "--exclude-standard", "-z").decode().split("\0")
-        paths = sorted({path for path in (*tracked, *untracked) if path})
-        found = [Changed(path, self.at(base, path), self.now(path)) for path in paths]
-        return tuple(change for change in found if change.before != change.after)
+        raw = self._git("diff", "--raw", "-z", "--no-abbrev", *PLAIN_DIFF, base, "--")
+        words = os.fsdecode(raw).split("\0")
+        modes = {path: _mode(head) for head, path in zip(words[0::2], words[1::2], strict=False)}
+        untracked = _paths(self._git("ls-files", "--others", "--exclude-standard", "-z"))
+        found = [
+            Changed(path, self.at(base, path), self.now(path), modes.get(path, ""))
+            for path in sorted({*modes, *untracked})
+        ]
+        return tuple(change for change in found if change.before != change.after or change.mode)
 
     def files(self) -> tuple[str, ...]:
         """The files of the work tree that git does not ignore, by path."""
-        listed = self._git("ls-files", "--cached", "--others", "--exclude-standard", "-z").decode().split("\0")
-        return tuple(sorted({path for path in listed if path and (self.root / path).is_file()}))
+        listed = _paths(self._git("ls-files", "--cached", "--others", "--exclude-standard", "-z"))
+        return tuple(sorted({path for path in listed if (self.root / path).is_file()}))
 
     def at(self, revision: str, path: str) -> bytes | None:
         """A file as it was, or ``None``."""
-        process = subprocess.run(["git", "show", f"{revision}:{path}"], cwd=self.root, capture_output=True, timeout=60)
-        return process.stdout if process.returncode == 0 else None
+        if not self._git("ls-tree", "-z", revision, "--", path, may_fail=True):
+            return None
+        return self._git("show", f"{revision}:{path}")
 
     def listed(self, revision: str, folder: str) -> list[str]:
         """The paths of a folder's files as they were."""
-        listed = self._git("ls-tree", "-r", "--name-only", "-z", revision, "--", f"{folder}/", may_fail=True)
-        return [path for path in listed.decode().split("\0") if path]
+        return _paths(self._git("ls-tree", "-r", "--name-only", "-z", revision, "--", f"{folder}/", may_fail=True))
 
     def now(self, path: str) -> bytes | None:
         """A file as it is in the work tree, or ``None``."""
@@ -91,7 +128,7 @@ class Repository:
 
     def changed_lines(self, base: str, path: str) -> tuple[int, ...]:
         """The lines of the file, as it is now, that differ from the base; line 1 of a new one."""
-        hunks = self._git("diff", "--unified=0", "--no-color", base, "--", path, may_fail=True).decode(errors="replace")
+        hunks = self._git("diff", "--unified=0", *PLAIN_DIFF, base, "--", path, may_fail=True).decode(errors="replace")
         found = [
             line
             for start, count in _HUNK.findall(hunks)
@@ -114,12 +151,15 @@ class Repository:
         return text.decode().strip() or None
 
     def _git(self, *arguments: str, may_fail: bool = False) -> bytes:
-        process = subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, timeout=120)
-        if process.returncode and not may_fail:
-            said = process.stderr.decode(errors="replace").strip().splitlines()
-            raise GateError(
-                "the gate looks at a git work tree",
-                f"git {arguments[0]} in {self.root} says: {said[0] if said else 'nothing'}",
-                "run it from the repository's root",
-            )
-        return process.stdout
+        return git(self.root, *arguments, may_fail=may_fail)
+
+
+def _paths(listed: bytes) -> list[str]:
+    """Paths that git lists with ``-z``; bytes that are no text stay what they are."""
+    return [path for path in os.fsdecode(listed).split("\0") if path]
+
+
+def _mode(head: str) -> str:
+    """How a mode changed, from a line of ``git diff --raw``; empty where the file is new, is gone or has kept it."""
+    before, after = head.removeprefix(":").split()[:2]
+    return f"{before} -> {after}" if before != after and "000000" not in (before, after) else ""

@@ -81,11 +81,6 @@ def added_lines(before: str, after: str) -> list[str]:
     return [line for line in after.splitlines() if line not in had]
 
 
-def changed_digests(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """The names whose digests differ."""
-    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
-
-
 def _first_difference(one: str, other: str) -> int:
     pairs = zip_longest(one.splitlines(), other.splitlines())
     return next((number for number, (a, b) in enumerate(pairs, start=1) if a != b), 1)

@@ -31,11 +31,16 @@ def _section(change: Mapping[str, Any]) -> Any:
     from dataclasses import replace
 
     from dualpipe.cli.page import comparison
-    from dualpipe.page.model import Comparison
+    from dualpipe.errors import RuleError
+    from dualpipe.page.model import Comparison, Table
     from dualpipe.schedulefile import loads
     from proofs.prove import prove
 
-    before, after = (None if text is None else loads(text) for text in (change["before"], change["after"]))
+    try:
+        before, after = (loads(text) if text else None for text in (change["before"], change["after"]))
+    except RuleError as error:
+        told = Table("What is wrong", ("error",), ((str(error),),))
+        return Comparison(change["name"], verdict="bad input", tables=(told,))
     if after is None:
         return Comparison(change["name"], before, verdict="removed")
     section = comparison(prove(after, smt=False, label=change["name"]), after, before)

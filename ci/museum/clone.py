@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ci.git import git as run_git
 from ci.golden import DIGESTS, FOLDER
 from ci.process import python, run
-from ci.repository import Repository
+from ci.repository import PLAIN_DIFF, Repository
 from ci.rules import CHANGELOG
 
 GOLDEN_LIMIT_S = 120.0
@@ -50,7 +50,7 @@ def bring_up_to_date(root: Path) -> None:
     A generator that fails leaves all as it is; the gate will say so.
     """
     run(python("-m", "ci.golden", "--no-theorems"), root, GOLDEN_LIMIT_S)
-    names = changed_names(git(root, "diff", "--unified=0", "--", FOLDER))
+    names = changed_names(git(root, "diff", "--unified=0", *PLAIN_DIFF, "--", FOLDER))
     if names:
         with (root / CHANGELOG).open("a") as file:
             file.write("".join(f"- {name} changes.\n" for name in names))
@@ -61,16 +61,15 @@ def changed_names(diff: str) -> list[str]:
     names = []
     inside = ""
     for line in diff.splitlines():
-        if line.startswith("+++ "):
-            inside = line.removeprefix("+++ b/")
+        if line.startswith("diff --git "):
+            inside = line.rpartition(" b/")[2]
             if inside.endswith(".txt") and inside != DIGESTS:
                 names.append(Path(inside).stem)
-        elif inside == DIGESTS and line.startswith("+"):
+        elif inside == DIGESTS and line[:1] in ("+", "-") and line[:3] not in ("+++", "---"):
             names.append(line[1:].split()[0])
-    return names
+    return list(dict.fromkeys(names))
 
 
 def git(root: Path, *arguments: str) -> str:
-    """Run git in a scratch clone.  Raises ``CalledProcessError``."""
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=60)
-    return done.stdout
+    """Run git in a scratch clone.  Raises ``GateError``."""
+    return run_git(root, *arguments).decode(errors="replace")

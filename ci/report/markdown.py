@@ -8,6 +8,7 @@ from ci.change import FIGURES, ScheduleChange, side_by_side
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome, Verdict
 from ci.report.grouping import grouped
+from ci.report.terminal import judges_told
 
 MARKS = {Verdict.PASSED: "✅", Verdict.REFUSED: "❌", Verdict.UNKNOWN: "❔", Verdict.SKIPPED: "➖"}
 HEADS = {
@@ -15,61 +16,76 @@ HEADS = {
     ExitCode.REFUSED: "❌ Refused",
     ExitCode.UNKNOWN: "❔ Unknown: not every check gave an answer",
 }
+MOST_BYTES = 900_000
+"""GitHub takes no summary above 1 MiB."""
 _MOST_SHOWN = 4
 """How many diffs of a schedule family are written out."""
 
 
 def markdown(judgement: Judgement) -> str:
-    """The whole page."""
-    return "\n".join(_lines(judgement)) + "\n"
+    """The whole page.  Parts that would make it longer than a summary may be are left out, and told."""
+    size, left = 0, 0
+    lines: list[str] = []
+    for part in _parts(judgement):
+        size += sum(len(line.encode(errors="replace")) + 1 for line in part)
+        if size > MOST_BYTES:
+            left += 1
+        else:
+            lines += part
+    if left:
+        lines += ["", f"{left} more findings and diffs are in gate.json."]
+    return "\n".join(lines) + "\n"
 
 
-def _lines(judgement: Judgement) -> Iterator[str]:
+def _parts(judgement: Judgement) -> Iterator[list[str]]:
+    """The page in parts that stand by themselves."""
+    yield list(_head(judgement))
+    for outcome in judgement.outcomes:
+        yield from _findings(outcome)
+    if judgement.schedules:
+        yield list(_table(judgement.schedules))
+        yield from _diffs(judgement.schedules)
+
+
+def _head(judgement: Judgement) -> Iterator[str]:
     yield f"# Schedule gate: {HEADS[judgement.exit_code]}"
     yield ""
     files = len(judgement.changed)
     yield (
         f"{files} file{'s' * (files != 1)} and {len(judgement.schedules)} schedules differ from "
-        f"`{judgement.base[:12]}`. {judgement.seconds:.1f} s."
+        f"`{judgement.base.revision[:12]}` ({_cell(judgement.base.why)}). {judgement.seconds:.1f} s."
     )
     if judgement.selection.everything:
-        yield f"Everything was run: {judgement.selection.everything}."
+        yield f"Everything was run: {_cell(judgement.selection.everything)}."
+    if judgement.judges:
+        yield f"{_cell(judges_told(judgement.judges))}."
     yield ""
     yield "| | check | verdict | seconds | run for |"
     yield "|---|---|---|---:|---|"
     for outcome in judgement.outcomes:
         told = f"{outcome.verdict.value}: {_cell(outcome.told)}"
         yield f"| {MARKS[outcome.verdict]} | {outcome.check} | {told} | {outcome.seconds:.1f} | {_cell(outcome.why)} |"
-    for outcome in judgement.outcomes:
-        yield from _findings(outcome)
-    if judgement.schedules:
-        yield from _schedules(judgement.schedules)
 
 
-def _findings(outcome: Outcome) -> Iterator[str]:
+def _findings(outcome: Outcome) -> Iterator[list[str]]:
     if not outcome.findings:
         return
-    yield ""
-    yield f"## {outcome.check} refuses"
-    yield ""
+    yield ["", f"## {outcome.check} refuses", ""]
     findings = grouped(outcome.findings)
     stories = [finding for finding in findings if "\n" in finding.message.strip()]
     for finding in findings:
         if finding not in stories:
-            yield f"* {_where(finding)}{_cell(finding.message)}"
+            yield [f"* {_where(finding)}{_cell(finding.message)}"]
     for finding in stories:
         where = f" at `{finding.path}:{finding.line}`" if finding.path else ""
-        yield ""
-        yield f"**{finding.rule}**{where}"
-        yield ""
-        yield from fenced("text", finding.message.splitlines())
+        yield ["", f"**{finding.rule}**{where}", "", *fenced("text", finding.message.splitlines())]
 
 
 def _where(finding: Finding) -> str:
     return f"`{finding.path}:{finding.line}` " if finding.path else ""
 
 
-def _schedules(changes: tuple[ScheduleChange, ...]) -> Iterator[str]:
+def _table(changes: tuple[ScheduleChange, ...]) -> Iterator[str]:
     yield ""
     yield "## Schedules that change"
     yield ""
@@ -80,16 +96,14 @@ def _schedules(changes: tuple[ScheduleChange, ...]) -> Iterator[str]:
         stuck = (change.figures_after or {}).get("stuck")
         cells = [f"cannot finish: {_cell(stuck)}"] + [""] * (len(FIGURES) - 1) if stuck else cells
         yield f"| {change.name} | {change.what} | {' | '.join(cells)} |"
+
+
+def _diffs(changes: tuple[ScheduleChange, ...]) -> Iterator[list[str]]:
     for change in changes[:_MOST_SHOWN]:
-        yield ""
-        yield f"<details{' open' if change is changes[0] else ''}><summary>{change.name}</summary>"
-        yield ""
-        yield from fenced("diff", change.diff)
-        yield ""
-        yield "</details>"
+        head = f"<details{' open' if change is changes[0] else ''}><summary>{change.name}</summary>"
+        yield ["", head, "", *fenced("diff", change.diff), "", "</details>"]
     if len(changes) > _MOST_SHOWN:
-        yield ""
-        yield f"The diffs of {len(changes) - _MOST_SHOWN} larger ones are left out."
+        yield ["", f"The diffs of {len(changes) - _MOST_SHOWN} larger ones are left out."]
 
 
 def _figures(change: ScheduleChange) -> list[tuple[str, str, str]]:
@@ -105,5 +119,6 @@ def fenced(language: str, lines: Sequence[str]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Text for a table's cell: one line, no bars."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text on one line, within a table or not: no bars, and no markup of HTML."""
+    plain = " ".join(text.split()).replace("|", "\\|")
+    return plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

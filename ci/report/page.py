@@ -18,9 +18,7 @@ def page(judgement: Judgement) -> dict[str, Any]:
     drawable = [change for change in judgement.schedules if len(change.after or change.before or "") <= LONGEST]
     drawn = sorted(drawable, key=lambda change: change.name not in faulty)[:MOST_DRAWN]
     left = len(judgement.schedules) - len(drawn)
-    counts = (
-        f"{len(judgement.changed)} files and {len(judgement.schedules)} schedules differ from {judgement.base[:12]}."
-    )
+    counts = f"{len(judgement.changed)} files and {len(judgement.schedules)} schedules differ from {judgement.base}."
     return {
         "title": "Schedule gate",
         "verdict": judgement.exit_code.name.lower(),

@@ -33,11 +33,11 @@ def publish(judgement: Judgement, root: Path, output: Path | None, html: Path | 
             ("gate.sarif", sarif(judgement)),
             ("gate.json", terminal(judgement, as_json=True)),
         ):
-            (output / name).write_text(text)
+            (output / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         pages.append((output / "gate.html").resolve())
     summary = os.environ.get(SUMMARY)
     if summary:
-        with Path(summary).open("a") as file:
+        with Path(summary).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(markdown(judgement))
     return [problem for page in pages if (problem := _write_page(judgement, root, page))]
 

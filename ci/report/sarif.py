@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Any
+from urllib.parse import quote
 
 from ci.judgement import Judgement
 from ci.outcome import Finding, Outcome, Verdict
+from ci.place import Place
 
+_OWN = "ci/gate.py"
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 RULES = {
     "golden": "The golden schedule files are what the generator gives.",
@@ -32,8 +36,9 @@ RULES = {
 
 def sarif(judgement: Judgement) -> str:
     """The log as text."""
-    results = [_result(outcome, finding) for outcome, finding in judgement.findings]
-    results += [_unanswered(outcome) for outcome in judgement.outcomes if outcome.verdict is Verdict.UNKNOWN]
+    cause = judgement.places.cause
+    results = [_result(outcome, finding, cause) for outcome, finding in judgement.findings]
+    results += [_unanswered(outcome, cause) for outcome in judgement.outcomes if outcome.verdict is Verdict.UNKNOWN]
     driver = {
         "name": "schedule gate",
         "rules": [{"id": _id(rule), "shortDescription": {"text": text}} for rule, text in RULES.items()],
@@ -47,28 +52,33 @@ def sarif(judgement: Judgement) -> str:
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=1) + "\n"
 
 
-def _result(outcome: Outcome, finding: Finding) -> dict[str, Any]:
-    result: dict[str, Any] = {
+def _result(outcome: Outcome, finding: Finding, cause: Place) -> dict[str, Any]:
+    return {
         "ruleId": _id(finding.rule),
         "ruleIndex": list(RULES).index(finding.rule),
         "level": "error",
         "message": {"text": finding.message},
         "partialFingerprints": {"finding/v1": _fingerprint(finding)},
         "properties": {"check": outcome.check, "schedule": finding.schedule},
+        "locations": _locations(Place(finding.path, finding.line) if finding.path else cause),
     }
-    if finding.path:
-        region = {"startLine": max(1, finding.line)}
-        location = {"artifactLocation": {"uri": finding.path, "uriBaseId": "%SRCROOT%"}, "region": region}
-        result["locations"] = [{"physicalLocation": location}]
-    return result
 
 
-def _unanswered(outcome: Outcome) -> dict[str, Any]:
+def _locations(place: Place) -> list[dict[str, Any]]:
+    """One location, which a result must have to be taken; the gate's own source where nothing is nearer."""
+    region = {"startLine": max(1, place.line)}
+    path = os.fsencode(place.path or _OWN)
+    location = {"artifactLocation": {"uri": quote(path), "uriBaseId": "%SRCROOT%"}, "region": region}
+    return [{"physicalLocation": location}]
+
+
+def _unanswered(outcome: Outcome, cause: Place) -> dict[str, Any]:
     return {
         "ruleId": "unknown",
         "ruleIndex": list(RULES).index("unknown"),
         "level": "warning",
         "message": {"text": f"{outcome.check}: {outcome.told}"},
+        "locations": _locations(cause),
     }
 
 

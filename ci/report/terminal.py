@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome
 from ci.report.grouping import grouped
 
 _WORDS = {ExitCode.PASSED: "PASSED", ExitCode.REFUSED: "REFUSED", ExitCode.UNKNOWN: "UNKNOWN"}
+_MOST_NAMED = 6
 _MOST_LINES = 12
 """How many lines of a finding's story are printed."""
 
@@ -24,7 +25,9 @@ def terminal(judgement: Judgement, as_json: bool) -> str:
 def as_data(judgement: Judgement) -> dict[str, object]:
     """The judgement as plain data."""
     return {
-        "base": judgement.base,
+        "base": judgement.base.revision,
+        "compared_with": judgement.base.why,
+        "judges_changed": judgement.judges,
         "verdict": judgement.exit_code.name.lower(),
         "seconds": round(judgement.seconds, 2),
         "changed": [change.path for change in judgement.changed],
@@ -79,4 +82,12 @@ def _lines(judgement: Judgement) -> Iterator[str]:
             yield f"  and {len(story) - _MOST_LINES} lines more in the reports"
     for outcome in judgement.outcomes:
         yield f"{outcome.check:<16} {outcome.verdict.value:<8} {outcome.seconds:6.1f} s  {outcome.told}"
-    yield f"{_WORDS[judgement.exit_code]} in {judgement.seconds:.1f} s"
+    if judgement.judges:
+        yield judges_told(judgement.judges)
+    yield f"{_WORDS[judgement.exit_code]} in {judgement.seconds:.1f} s, against {judgement.base}"
+
+
+def judges_told(judges: Sequence[str]) -> str:
+    """That the change touches what judges it, for a reader to look at."""
+    more = f" and {len(judges) - _MOST_NAMED} more" if len(judges) > _MOST_NAMED else ""
+    return f"Of what judges this change it changes {', '.join(judges[:_MOST_NAMED])}{more}: read that yourself"

@@ -37,6 +37,7 @@ def test_an_entry_names_the_schedule_or_shows_its_text():
     assert named_in(change, "- s-P2-M3 sends later.")
     assert named_in(change, "      +rank 0: 0F0> 0SF0> 0SF1> 0F1> 0F2> 0SF2> ...2...".replace("+", ""))
     assert not named_in(change, "- s sends later.")
+    assert not named_in(change, "- s-P2-M30 and other-s-P2-M3 send later.")
 
 
 def test_the_figures_that_move_are_told():

@@ -7,7 +7,12 @@ import sys
 
 import pytest
 
+from ci.errors import GateError
+from ci.golden import expansion
+from ci.judgement import _cause
+from ci.place import Place
 from ci.process import environment
+from tests.ci.conftest import ROOT
 
 
 def gate(clone, *arguments: str) -> tuple[int, dict, str]:
@@ -31,6 +36,42 @@ def test_without_a_change_it_passes(clone):
     code, told, _ = gate(clone)
     assert (code, told["verdict"], told["changed"]) == (0, "passed", [])
     assert verdicts(told) == {"golden": "passed", "generator": "passed", "changelog": "passed"}
+
+
+def test_what_the_tree_prints_is_not_its_answer(clone):
+    text = (clone.root / "dualpipe/generate.py").read_text()
+    clone.put("dualpipe/generate.py", f"{text}\nprint('debug', '{{}}')\n")
+    assert expansion(clone.root) == expansion(ROOT)
+
+
+def test_a_tree_without_the_package_has_no_schedules_of_another(tmp_path):
+    with pytest.raises(GateError, match="has no dualpipe"):
+        expansion(ROOT, tmp_path)
+
+
+def test_sizes_that_a_schedule_no_longer_has_are_a_change(clone):
+    rule = 'f"{name} needs at least as many microbatches as ranks",'
+    replace(clone, "dualpipe/generate.py", rule, rule.replace("at least", "nearly at least"))
+    replace(clone, "dualpipe/generate.py", "        microbatches >= ranks,\n", "        microbatches >= ranks != 10,\n")
+    subprocess.run([sys.executable, "-m", "ci.golden", "--no-theorems"], cwd=clone.root, check=True, timeout=60)
+    code, told, _ = gate(clone)
+    assert code == 1
+    gone = {change["name"] for change in told["schedules"] if change["what"] == "gone"}
+    assert gone == {"1f1b-P10-M24", "zb1p-P10-M24"}
+    assert verdicts(told)["changelog"] == "refused"
+
+
+def test_a_finding_without_a_place_points_to_what_says_something_new(scratch):
+    scratch.put("bench/a.py", "x = 1\n")
+    scratch.put("dualpipe/b.py", "x = 1\n\ny = 1\n")
+    scratch.put("README.md", "one\n")
+    base = scratch.commit()
+    scratch.put("bench/a.py", "# a remark\nx = 1\n")
+    scratch.put("README.md", "two\n")
+    assert _cause(scratch.repository, base, scratch.repository.changes(base)).path == "bench/a.py"
+    scratch.put("tests/test_b.py", "x = 1\n")
+    scratch.put("dualpipe/b.py", "x = 1\n\ny = 2\n")
+    assert _cause(scratch.repository, base, scratch.repository.changes(base)) == Place("dualpipe/b.py", 3)
 
 
 def test_a_golden_written_by_hand_is_refused(clone):
@@ -62,9 +103,11 @@ def test_a_tree_that_does_not_parse_is_refused_and_not_a_crash(clone):
 
 
 def test_a_base_that_does_not_exist_is_bad_input(clone):
-    code, _, err = gate(clone, "--base", "nowhere")
+    code, told, err = gate(clone, "--base", "nowhere")
     assert code == 2
     assert err.splitlines()[-1].startswith("gate: --base is a revision of this repository: got nowhere")
+    assert told["verdict"] == "bad_input"
+    assert told["error"] in err
 
 
 @pytest.mark.parametrize("path", ["tests/golden/theorems.txt", "tests/golden/digests.txt"])

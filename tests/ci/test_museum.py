@@ -14,7 +14,7 @@ import pytest
 
 from ci.errors import GateError
 from ci.museum.__main__ import chosen, row
-from ci.museum.clone import bring_up_to_date, changed_names
+from ci.museum.clone import bring_up_to_date, changed_names, make_template
 from ci.museum.collection import EXHIBITS
 from ci.museum.exhibit import Edit, fault, harmless
 from ci.museum.visit import assess, visit
@@ -96,11 +96,24 @@ def test_exhibits_are_chosen_by_number_title_or_file():
 
 def test_the_author_names_every_schedule_that_changed():
     diff = (
-        "+++ b/tests/golden/a-P2-M4.txt\n+rank 0: 0F0>\n"
-        "+++ b/tests/golden/digests.txt\n-a-P9-M9 0\n+a-P9-M9 1\n"
-        "+++ b/tests/golden/x.csv\n+0F0\n"
+        "diff --git a/tests/golden/a-P2-M4.txt b/tests/golden/a-P2-M4.txt\n+rank 0: 0F0>\n"
+        "diff --git a/tests/golden/digests.txt b/tests/golden/digests.txt\n"
+        "--- a/tests/golden/digests.txt\n+++ b/tests/golden/digests.txt\n-a-P9-M9 0\n+a-P9-M9 1\n-b-P9-M9 0\n"
+        "diff --git a/tests/golden/x.csv b/tests/golden/x.csv\n+0F0\n"
+        "diff --git a/tests/golden/c-P2-M4.txt b/tests/golden/c-P2-M4.txt\n+++ /dev/null\n-rank 0: 0F0>\n"
     )
-    assert changed_names(diff) == ["a-P2-M4", "a-P9-M9"]
+    assert changed_names(diff) == ["a-P2-M4", "a-P9-M9", "b-P9-M9", "c-P2-M4"]
+
+
+def test_a_clone_is_made_in_its_own_folder_also_within_a_hook(scratch, tmp_path, monkeypatch):
+    scratch.write(a="1")
+    before = scratch.commit()
+    monkeypatch.setenv("GIT_DIR", str(scratch.root / ".git"))
+    (tmp_path / "template").mkdir()
+    make_template(scratch.root, tmp_path / "template")
+    assert (tmp_path / "template" / ".git").is_dir()
+    monkeypatch.delenv("GIT_DIR")
+    assert scratch.git("rev-parse", "HEAD").strip() == before
 
 
 def test_a_clone_has_not_the_tests_that_would_refuse_any_exhibit(template):

@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
@@ -15,12 +16,13 @@ from ci.report.page import page
 from ci.report.publish import publish
 from ci.report.sarif import RULES, sarif
 from ci.report.terminal import terminal
-from ci.repository import Changed
+from ci.repository import Base, Changed
 from ci.selection import Selection
 from tests.ci.conftest import ROOT
 
 TEXT = (ROOT / "tests" / "golden" / "1f1b-P2-M4.txt").read_text()
 LATER = TEXT.replace("0F1> 0SF1>+0RB0>", "0RB0> 0F1> 0SF1>", 1)
+BASE = Base("0" * 40, "where HEAD left main")
 STORY = "1f1b-P2-M4: rank 0 waits | for ever\nmade by row '2 last' of ONE_F_ONE_B"
 
 
@@ -36,7 +38,7 @@ def refused():
     figures = {"makespan": 12.0, "bubble": 2.0, "peak_activations": [2, 1], "peak_pending_w": [0, 0], "messages": 8}
     change = ScheduleChange("1f1b-P2-M4", TEXT, LATER, figures, {"stuck": "every rank reaches its end: no"})
     changed = (Changed("dualpipe/generate.py", b"a", b"b"),)
-    return Judgement("0" * 40, changed, (change,), Selection(), outcomes, 405.0)
+    return Judgement(BASE, changed, (change,), Selection(), outcomes, 405.0)
 
 
 def test_the_summary_has_verdicts_stories_and_the_diff(refused):
@@ -49,6 +51,27 @@ def test_the_summary_has_verdicts_stories_and_the_diff(refused):
     assert "```diff\n-rank 0:" in text
 
 
+def test_the_summary_says_what_is_compared_and_what_judges_itself(refused):
+    changed = (Changed("ci/judges.py", b"a", b"b"), Changed("dualpipe/generate.py", b"a", b"b"))
+    mine = replace(refused, changed=changed)
+    assert "differ from `000000000000` (where HEAD left main)" in markdown(mine)
+    for text in (markdown(mine), terminal(mine, as_json=False)):
+        assert "Of what judges this change it changes ci/judges.py: read that yourself" in text
+    assert "read that yourself" not in markdown(refused)
+
+
+def test_the_summary_stays_within_what_a_job_may_show_and_is_no_markup():
+    many = [Finding("test", f"<script>{number}\n{'x' * 4000}", f"tests/test_{number}.py") for number in range(700)]
+    many.append(Finding("test", "a <b>bold</b> | claim"))
+    text = markdown(
+        Judgement(BASE, (), (), Selection(), (Outcome("tests", Verdict.REFUSED, "", "", tuple(many)),), 1.0)
+    )
+    assert len(text.encode()) < 2**20
+    assert "more findings and diffs are in gate.json" in text
+    assert text.count("```") % 2 == 0
+    assert "* a &lt;b&gt;bold&lt;/b&gt; \\| claim" in text
+
+
 def test_junit_counts_failures_errors_and_skipped_apart(refused):
     suite = ET.fromstring(junit(refused)).find("testsuite")
     assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "1"]
@@ -59,7 +82,7 @@ def test_junit_counts_failures_errors_and_skipped_apart(refused):
 
 def test_junit_holds_any_message():
     outcome = Outcome("tests", Verdict.REFUSED, "", "", (Finding("test", "esc \x1b[31m and \x00 and <tag> & more"),))
-    judgement = Judgement("0" * 40, (), (), Selection(), (outcome,), 1.0)
+    judgement = Judgement(BASE, (), (), Selection(), (outcome,), 1.0)
     case = ET.fromstring(junit(judgement)).find("testsuite/testcase/failure")
     assert case.text == "esc ?[31m and ? and <tag> & more"
 
@@ -74,7 +97,8 @@ def test_sarif_has_the_shape_of_version_2_1_0(refused):
         assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
         assert result["level"] in {"none", "note", "warning", "error"}
         assert result["message"]["text"]
-        for location in result.get("locations", []):
+        assert result["locations"], "a log with a result that has no place is not taken at all"
+        for location in result["locations"]:
             physical = location["physicalLocation"]
             assert not physical["artifactLocation"]["uri"].startswith(("/", "file:"))
             assert physical["region"]["startLine"] >= 1
@@ -97,7 +121,7 @@ def test_every_rule_that_a_finding_names_is_described():
 def test_the_text_names_the_place_first(refused):
     lines = terminal(refused, as_json=False).splitlines()
     assert "dualpipe/generate.py:42: prove/deadlock" in lines
-    assert lines[-1] == "REFUSED in 405.0 s"
+    assert lines[-1] == "REFUSED in 405.0 s, against 000000000000, where HEAD left main"
     assert json.loads(terminal(refused, as_json=True))["verdict"] == "refused"
 
 

@@ -1,9 +1,12 @@
 """The base, and what counts as a change."""
 
+import os
+
 import pytest
 
 from ci.errors import GateError
-from ci.repository import Repository
+from ci.repository import Base, Repository
+from tests.ci.conftest import Scratch
 
 
 def test_on_a_branch_the_base_is_where_it_left_main(scratch):
@@ -11,13 +14,86 @@ def test_on_a_branch_the_base_is_where_it_left_main(scratch):
     scratch.git("checkout", "--quiet", "-b", "mine")
     scratch.commit()
     scratch.commit()
-    assert scratch.repository.resolve(None) == left
+    assert scratch.repository.resolve(None) == Base(left, "where HEAD left main")
 
 
 def test_on_main_the_base_is_the_commit_before(scratch):
     before = scratch.commit()
     scratch.commit()
-    assert scratch.repository.resolve(None) == before
+    assert scratch.repository.resolve(None) == Base(before, "the commit before, for HEAD is main")
+
+
+def test_on_a_main_that_is_ahead_the_base_is_what_was_pushed(scratch):
+    pushed = scratch.commit()
+    scratch.git("update-ref", "refs/remotes/origin/main", pushed)
+    scratch.commit()
+    scratch.commit()
+    assert scratch.repository.resolve(None) == Base(pushed, "where HEAD left origin/main")
+
+
+def test_without_a_main_the_base_must_be_given(scratch):
+    base = scratch.commit()
+    scratch.git("checkout", "--quiet", "-b", "mine")
+    scratch.git("branch", "--quiet", "-D", "main")
+    scratch.commit()
+    with pytest.raises(GateError, match=r"none of main, origin/main, .* is here; fetch it, or give --base"):
+        scratch.repository.resolve(None)
+    assert scratch.repository.resolve(base).revision == base
+
+
+def test_a_base_that_is_ahead_is_compared_as_it_is(scratch):
+    scratch.write(kept="1", lost="1")
+    scratch.commit()
+    scratch.write(lost="2")
+    ahead = scratch.commit()
+    scratch.git("reset", "--quiet", "--hard", "HEAD~1")
+    base = scratch.repository.resolve(ahead)
+    assert base == Base(ahead, f"--base {ahead}")
+    assert [change.path for change in scratch.repository.changes(base.revision)] == ["lost.py"]
+
+
+def test_a_folder_within_the_work_tree_is_bad_input(scratch):
+    scratch.put("inner/a.py", "1")
+    scratch.commit()
+    with pytest.raises(GateError, match="the gate judges a whole work tree"):
+        Repository(scratch.root / "inner").resolve(None)
+
+
+def test_a_change_of_mode_is_a_change(scratch):
+    scratch.write(a="1", b="1")
+    base = scratch.commit()
+    (scratch.root / "a.py").chmod(0o755)
+    (change,) = scratch.repository.changes(base)
+    assert (change.path, change.mode) == ("a.py", "100644 -> 100755")
+
+
+def test_an_empty_file_is_a_file(scratch):
+    scratch.write(a="")
+    base = scratch.commit()
+    assert scratch.repository.at(base, "a.py") == b""
+    assert scratch.repository.at(base, "b.py") is None
+
+
+def test_a_name_that_is_no_text_is_a_name(scratch):
+    (scratch.root / os.fsdecode(b"\xff.py")).write_text("1")
+    base = scratch.commit()
+    (scratch.root / os.fsdecode(b"\xff.py")).write_text("2")
+    (change,) = scratch.repository.changes(base)
+    assert (os.fsencode(change.path), change.before, change.after) == (b"\xff.py", b"1", b"2")
+
+
+def test_the_settings_of_a_user_or_of_a_hook_do_not_matter(scratch, tmp_path, monkeypatch):
+    scratch.write(a="1\n2\n")
+    base = scratch.commit()
+    scratch.write(a="1\nx\n")
+    scratch.git("config", "diff.external", "true")
+    scratch.git("config", "diff.noprefix", "true")
+    other = Scratch(tmp_path / "other")
+    other.root.mkdir()
+    other.git("init", "--quiet", "--initial-branch=main")
+    monkeypatch.setenv("GIT_DIR", str(other.root / ".git"))
+    assert scratch.repository.changed_lines(base, "a.py") == (2,)
+    assert [change.path for change in scratch.repository.changes(base)] == ["a.py"]
 
 
 def test_a_base_that_went_on_is_compared_from_where_the_branch_left_it(scratch):
@@ -30,8 +106,8 @@ def test_a_base_that_went_on_is_compared_from_where_the_branch_left_it(scratch):
     scratch.commit()
     scratch.git("checkout", "--quiet", "mine")
     base = scratch.repository.resolve("main")
-    assert base == left
-    assert [change.path for change in scratch.repository.changes(base)] == ["mine.py"]
+    assert base == Base(left, "where HEAD left --base main")
+    assert [change.path for change in scratch.repository.changes(base.revision)] == ["mine.py"]
 
 
 def test_a_shallow_clone_is_bad_input_rather_than_all_new(scratch, tmp_path):
@@ -45,7 +121,7 @@ def test_a_shallow_clone_is_bad_input_rather_than_all_new(scratch, tmp_path):
 def test_of_the_first_commit_everything_is_new(scratch):
     scratch.write(a="1")
     scratch.commit()
-    changed = scratch.repository.changes(scratch.repository.resolve(None))
+    changed = scratch.repository.changes(scratch.repository.resolve(None).revision)
     assert [(change.path, change.what) for change in changed] == [("a.py", "added")]
 
 

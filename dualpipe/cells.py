@@ -135,3 +135,14 @@ def tones(schedule: Schedule) -> dict[Tone, tuple[int, ...]]:
             key = tone(schedule, Op(F, lane, stage, 0))
             found[key] = (*found.get(key, ()), stage)
     return dict(sorted(found.items(), key=lambda item: (schedule.lanes.index(item[0].lane), item[0].chunk)))
+
+
+def named(tones: Mapping[Tone, tuple[int, ...]]) -> tuple[str, ...]:
+    """What tells each tone from the others: its lane, its stages, both, or nothing where there is one."""
+    lanes = [key.lane for key in tones]
+    names = []
+    for lane, stages in zip(lanes, tones.values(), strict=True):
+        own = f"lane {lane}" if len(set(lanes)) > 1 else ""
+        part = f"stages {stages[0]}–{stages[-1]}" if lanes.count(lane) > 1 else ""
+        names.append(", ".join(filter(None, (own, part))))
+    return tuple(names)

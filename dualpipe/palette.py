@@ -2,6 +2,8 @@
 
 Forward is blue, backward orange and weights grey, hues that every kind of colour blindness tells apart.  The first tone
 is light and the last one dark, and within a tone forward is the darkest, so that a print in black and white tells too.
+
+Pictures and the terminal have the ``LIGHT`` scheme; the page on a dark screen has the hues of ``DARK``.
 """
 
 from __future__ import annotations
@@ -22,30 +24,77 @@ class Shades(NamedTuple):
     dark: Colour
 
 
-SHADES: Mapping[Kind, Shades] = {
-    F: Shades("#86b9ee", "#113f78"),
-    B: Shades("#ffc970", "#9e4c05"),
-    W: Shades("#e4e4e4", "#6e6e6e"),
-}
+class Scheme(NamedTuple):
+    """What timelines on one ground are painted with.
+
+    Attributes
+    ----------
+    shades:
+        The hue of each kind.
+    faint, hatch:
+        Of a bubble and its hatching.
+    line:
+        How far from light to dark thin lines lie, which a light or a dark end would hide.
+    """
+
+    shades: Mapping[Kind, Shades]
+    faint: Colour
+    hatch: Colour
+    line: float
+
+
+LIGHT = Scheme(
+    {F: Shades("#86b9ee", "#113f78"), B: Shades("#ffc970", "#9e4c05"), W: Shades("#e4e4e4", "#6e6e6e")},
+    faint="#f6f7f8",
+    hatch="#c3c9d0",
+    line=2 / 3,
+)
+DARK = Scheme(
+    {F: Shades("#7cb0ea", "#2460b4"), B: Shades("#eaad52", "#a04f08"), W: Shades("#d0d0d0", "#727272")},
+    faint="#191d24",
+    hatch="#3b434f",
+    line=1 / 3,
+)
 NAMES: Mapping[Kind, str] = {F: "forward", B: "backward", W: "weights"}
-INK, GROUND, FAINT, HATCH = "#1b1f24", "#ffffff", "#f6f7f8", "#c3c9d0"
-"""Of text and frames; of the picture; of a bubble and its hatching."""
+INK, GROUND = "#1b1f24", "#ffffff"
+"""Of text and frames; of the picture, and of text on a dark shade."""
 
-_DARK = 140
-"""Below this brightness, of 255, a ground takes light text."""
+_BLACK = "#000000"
+_READABLE = 4.5
+"""The contrast that text needs (WCAG 2.2, 1.4.3)."""
 
 
-def colour(kind: Kind, tone: int, tones: int) -> Colour:
+def colour(kind: Kind, tone: int, tones: int, scheme: Scheme = LIGHT) -> Colour:
     """The shade of the ``tone``-th of so many tones; a schedule with one tone has the light one."""
-    light, dark = map(_channels, SHADES[kind])
-    part = tone / (tones - 1) if tones > 1 else 0.0
-    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(light, dark, strict=True))
+    return _between(scheme.shades[kind], tone / (tones - 1) if tones > 1 else 0.0)
+
+
+def line(kind: Kind, scheme: Scheme = LIGHT) -> Colour:
+    """The colour of what is thin and of a kind, such as a message that feeds it."""
+    return _between(scheme.shades[kind], scheme.line)
 
 
 def ink(ground: Colour) -> Colour:
-    """The colour of text on a ground."""
-    red, green, blue = _channels(ground)
-    return GROUND if 0.299 * red + 0.587 * green + 0.114 * blue < _DARK else INK  # luma, as in ITU-R BT.601
+    """The colour of text on a ground.  Black is for the few shades in the middle on which the others cannot be read."""
+    return next((text for text in (INK, GROUND) if contrast(text, ground) >= _READABLE), _BLACK)
+
+
+def contrast(one: Colour, other: Colour) -> float:
+    """The contrast ratio of two colours, from 1 to 21, as WCAG 2.2 defines it."""
+    dark, light = sorted(map(_luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _between(shades: Shades, part: float) -> Colour:
+    light, dark = map(_channels, shades)
+    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(light, dark, strict=True))
+
+
+def _luminance(colour: Colour) -> float:
+    """Relative to white, of an sRGB colour (WCAG 2.2)."""
+    channels = (channel / 255 for channel in _channels(colour))
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def _channels(colour: Colour) -> tuple[int, int, int]:

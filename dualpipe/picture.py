@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from dualpipe.cells import Cell, Chart, Tone, chart, tone
-from dualpipe.palette import FAINT, GROUND, HATCH, INK, NAMES, colour, ink
+from dualpipe.cells import Cell, Chart, Tone, chart, named, tone
+from dualpipe.palette import GROUND, INK, LIGHT, NAMES, colour, ink
 from dualpipe.schedule import B, F, Kind, W
 from dualpipe.summary import headline, tell_costs
 from dualpipe.timeline import Timeline
@@ -118,7 +118,13 @@ def _gaps(axes: Axes, drawing: Chart) -> None:
     areas = [_rectangle(*gap) for gap in drawing.gaps]
     axes.add_collection(
         PolyCollection(
-            areas, facecolors=FAINT, edgecolors=HATCH, linewidths=0, hatch="/////", gid="bubble", clip_on=False
+            areas,
+            facecolors=LIGHT.faint,
+            edgecolors=LIGHT.hatch,
+            linewidths=0,
+            hatch="/////",
+            gid="bubble",
+            clip_on=False,
         ),
         autolim=False,
     )
@@ -188,7 +194,7 @@ def _axes(axes: Axes, ranks: int, makespan: float) -> None:
     axes.set_xlabel("time", size=7.5, color=INK, loc="right", labelpad=1)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(HATCH)
+    axes.spines["bottom"].set_color(LIGHT.hatch)
 
 
 def _caption(figure: Figure, drawing: Chart, left_out: int, whole: tuple[float, float]) -> None:
@@ -207,11 +213,13 @@ def _legend(figure: Figure, drawing: Chart, whole: tuple[float, float]) -> None:
     """A row for each tone with its three colours; the frame and the hatching come in a fourth column."""
     rows = max(len(drawing.tones), 1)
     handles = [
-        Patch(facecolor=_colour(drawing, Look(kind, key)), label=f"{kind} {NAMES[kind]}{_named(drawing, key)}")
+        Patch(
+            facecolor=_colour(drawing, Look(kind, key)), label=", ".join(filter(None, (f"{kind} {NAMES[kind]}", name)))
+        )
         for kind in (F, B, W)
-        for key in drawing.tones
+        for key, name in zip(drawing.tones, named(drawing.tones), strict=True)
     ]
-    marks = [Patch(facecolor=FAINT, edgecolor=HATCH, linewidth=0, hatch="/////", label="bubble")]
+    marks = [Patch(facecolor=LIGHT.faint, edgecolor=LIGHT.hatch, linewidth=0, hatch="/////", label="bubble")]
     if drawing.frames:
         marks.append(Patch(facecolor="none", edgecolor=INK, linewidth=_FRAME, label="F and B overlap"))
     columns = 3 + -(-len(marks) // rows)
@@ -232,15 +240,6 @@ def _legend(figure: Figure, drawing: Chart, whole: tuple[float, float]) -> None:
         columnspacing=1.6,
         labelspacing=0.45,
     )
-
-
-def _named(drawing: Chart, key: Tone) -> str:
-    """What tells a tone from the others: its lane, its stages, both, or nothing where there is one."""
-    lanes = {other.lane for other in drawing.tones}
-    stages = drawing.tones[key]
-    lane = f", lane {key.lane}" if len(lanes) > 1 else ""
-    few = sum(other.lane == key.lane for other in drawing.tones) == 1
-    return lane + ("" if few else f", stages {stages[0]}–{stages[-1]}")
 
 
 def _look(drawing: Chart, cell: Cell) -> Look:

@@ -23,7 +23,7 @@ from statistics import median
 from rich.style import Style
 from rich.text import Text
 
-from dualpipe.cells import Cell, Chart, chart, tone
+from dualpipe.cells import Cell, Chart, chart, named, tone
 from dualpipe.errors import RuleError
 from dualpipe.palette import NAMES, colour, ink
 from dualpipe.schedule import B, F, W
@@ -167,14 +167,13 @@ def _ticks(makespan: float, scale: float) -> Iterator[float]:
 def _key(drawing: Chart, joined: bool) -> Text:
     """What the letters mean, in their colours."""
     key = Text()
-    for number, (name, stages) in enumerate(drawing.tones.items()):
+    for number, name in enumerate(named(drawing.tones)):
         for kind in (F, B, W):
             ground = colour(kind, number, len(drawing.tones))
             key.append(_letter(kind, number), Style(color=ink(ground), bgcolor=ground))
             key.append(f" {NAMES[kind]}  " if number == 0 else " ")
-        if len(drawing.tones) > 1:
-            lanes = len({other.lane for other in drawing.tones}) > 1
-            key.append(f"lane {name.lane}  " if lanes else f"stages {stages[0]}–{stages[-1]}  ")
+        if name:
+            key.append(f"{name}  ")
     key.append(f"{BUBBLE} bubble")
     return key.append(f"  {JOINT} one slot" if joined else "")
 

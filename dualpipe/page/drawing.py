@@ -15,16 +15,18 @@ peers       for each message op the rank at the other end, or null
 meets       numbers of a send and of the receive that it met, one after the other
 waits       who goes no further: the number of the op that stands there, and the reason
 changed     for each rank the slots that the other schedule does not have
+tones       for each lane the tone of each stage, by number (``dualpipe.cells.Tone``), and ``names`` those of the tones
 ==========  =====================================================================================================
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dualpipe.cells import Tone, named, tones
 from dualpipe.errors import RuleError
 from dualpipe.page.model import Mark
 from dualpipe.schedule import COMPUTE, MESSAGES, Op, Placed, Schedule, show_slot
@@ -54,6 +56,7 @@ def drawing(ran: Run, changed: Iterable[tuple[int, int]] = ()) -> dict[str, Any]
     line = timeline.makespan + _gap(timeline.costs)
     placed = list(schedule)
     numbers = {(at.rank, at.slot, at.position): number for number, at in enumerate(placed)}
+    looks = tones(schedule)
     highlighted: list[list[int]] = [[] for _ in schedule.programs]
     for rank, slot in changed:
         highlighted[rank].append(slot)
@@ -69,6 +72,8 @@ def drawing(ran: Run, changed: Iterable[tuple[int, int]] = ()) -> dict[str, Any]
         "meets": [numbers[at[:3]] for message in timeline.messages for at in (message.send, message.receive)],
         "waits": [[numbers[wait.at[:3]], str(wait)] for wait in ran.waits],
         "changed": highlighted,
+        "tones": _tones(schedule, looks),
+        "names": named(looks),
     }
 
 
@@ -142,6 +147,11 @@ def _gap(costs: Costs) -> float:
 def _short(number: float) -> float:
     rounded = round(number, 4)
     return int(rounded) if rounded == int(rounded) else rounded
+
+
+def _tones(schedule: Schedule, looks: Mapping[Tone, tuple[int, ...]]) -> dict[str, list[int]]:
+    of = {(look.lane, stage): number for number, (look, stages) in enumerate(looks.items()) for stage in stages}
+    return {str(lane): [of[lane, stage] for stage in range(len(schedule.routes[lane]))] for lane in schedule.lanes}
 
 
 def _needs(schedule: Schedule, placed: Sequence[Placed]) -> str:

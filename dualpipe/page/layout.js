@@ -24,10 +24,18 @@ function layOut(schedule) {
   }
   const ends = schedule.ops.map((op) => Math.max(op.x1, op.slot.end));
   schedule.end = ends.reduce((latest, end) => Math.max(latest, end), 0);
+  schedule.gaps = schedule.ranks.map((slots) => gapsOf(slots, schedule.line));
   schedule.sizes = sizes;
   schedule.unit = unit;
   schedule.height = AXIS + sizes.row * schedule.ranks.length + 16;
   schedule.rowTop = (rank) => AXIS + sizes.row * rank + 4;
+}
+
+/* Where a rank does not compute: pairs of a start and an end. */
+function gapsOf(slots, line) {
+  const computes = slots.filter((slot) => slot.reached && isCompute(slot.ops[0]));
+  const starts = [0, ...computes.map((slot) => slot.end)];
+  return starts.map((start, index) => [start, computes[index]?.start ?? line]).filter(([start, end]) => end > start + 1e-9);
 }
 
 function layOutCompute(slot, costs, sizes) {

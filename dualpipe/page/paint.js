@@ -2,11 +2,14 @@
 
 const FONT = '"DejaVu Sans Mono", "Liberation Mono", ui-monospace, monospace';
 
-function readColours() {
+const HATCH = 7; // pixels between the lines of a bubble
+
+/* By the name of the custom property; faded is no colour but an opacity. */
+function readColours({ ops, names }) {
   const style = getComputedStyle(document.documentElement);
-  const names = "ground line text muted idle cell-text f-up f-down b-up b-down w-up w-down";
-  const more = "activation gradient fault fault-ground changed need raised";
-  return Object.fromEntries(`${names} ${more}`.split(" ").map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  const lines = "ground line text muted bubble hatch f-line b-line w-line fault changed need faded".split(" ");
+  const found = [...new Set([...lines, ...ops.flatMap(({ colour }) => [colour, `${colour}-ink`])])];
+  return Object.fromEntries(found.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
 /* scene: schedule, view, width, colours, selected and hovered op, marked (ops of the counterexample shown, or null). */
@@ -20,19 +23,34 @@ function paint(context, scene) {
   context.beginPath();
   context.rect(GUTTER, 0, width - GUTTER, schedule.height);
   context.clip();
-  paintRows(context, scene);
   paintAxis(context, scene);
+  paintBubbles(context, scene);
   schedule.ranks.forEach((slots) => slots.forEach((slot) => paintSlot(context, scene, slot)));
+  if (scene.marked) scene.marked.forEach((op) => outline(context, scene, [op], colours.fault, 2.5));
   if (schedule.stuck !== null) paintStuck(context, scene);
   paintNeeds(context, scene, scene.hovered || scene.selected);
   context.restore();
   paintGutter(context, scene);
 }
 
-function paintRows(context, { schedule, width, colours, x }) {
-  const [left, right] = [Math.max(GUTTER, x(0)), Math.min(width, x(schedule.line))];
-  context.fillStyle = colours.idle;
-  if (right > left) schedule.ranks.forEach((_, rank) => context.fillRect(left, schedule.rowTop(rank), right - left, schedule.sizes.compute));
+/* A hatching wherever a rank waits. */
+function paintBubbles(context, { schedule, width, colours, x }) {
+  const height = schedule.sizes.compute;
+  context.lineWidth = 1;
+  context.strokeStyle = colours.hatch;
+  context.fillStyle = colours.bubble;
+  schedule.gaps.forEach((gaps, rank) => {
+    const bottom = schedule.rowTop(rank) + height;
+    for (const [start, end] of gaps) {
+      const [left, right] = [Math.max(GUTTER, x(start)), Math.min(width, x(end) - 1)];
+      if (right > left) context.fillRect(left, bottom - height, right - left, height);
+      const first = x(0) + Math.floor((left - height - x(0)) / HATCH) * HATCH;
+      for (let foot = first; foot < right; foot += HATCH) {
+        const [x0, x1] = [Math.max(foot, left), Math.min(foot + height, right)];
+        if (x1 > x0) line(context, x0, bottom - (x0 - foot), x1, bottom - (x1 - foot));
+      }
+    }
+  });
 }
 
 function paintGutter(context, { schedule, colours }) {
@@ -68,15 +86,12 @@ function paintSlot(context, scene, slot) {
   const compute = isCompute(slot.ops[0]);
   if (!compute && slot.end > slot.start) paintWaiting(context, scene, slot, top);
   for (const op of slot.ops) {
-    context.globalAlpha = scene.marked && !scene.marked.has(op) ? 0.55 : 1;
     if (compute) paintCompute(context, scene, op, top);
     else paintMessage(context, scene, op, top);
   }
-  context.globalAlpha = 1;
   const wide = x(slot.end) - x(slot.start) > 36;
   if (slot.paired) frame(context, wide ? colours.muted : colours.line, 1, x(slot.start), top, x(slot.end) - x(slot.start) - 1, schedule.sizes.compute);
   if (slot.changed) paintChanged(context, scene, slot.ops);
-  if (scene.marked) for (const op of slot.ops) if (scene.marked.has(op)) outline(context, scene, [op], colours.fault, 2.5);
 }
 
 function paintCompute(context, scene, op, top) {
@@ -84,35 +99,45 @@ function paintCompute(context, scene, op, top) {
   const left = x(op.x0);
   const width = Math.max(1, x(op.x1) - left - 1);
   const height = op.y1 - op.y0 - (op.y0 === 0 && op.slot.paired ? 0.5 : 0);
-  const colour = colours[`${op.kind.toLowerCase()}-${op.lane === ">" ? "up" : "down"}`];
+  context.fillStyle = colours.ground;
+  if (op.slot.reached) context.fillRect(left, top + op.y0, width, height);
+  context.globalAlpha = opacity(scene, op);
   if (op.slot.reached) {
-    context.fillStyle = colour;
+    context.fillStyle = colours[op.colour];
     context.fillRect(left, top + op.y0, width, height);
   } else {
+    const colour = colours[op.slot.waits ? "fault" : `${op.kind.toLowerCase()}-line`];
     context.setLineDash([3, 2]);
-    frame(context, op.slot.waits ? colours.fault : colour, op.slot.waits ? 2 : 1.3, left, top + op.y0, width, height);
+    frame(context, colour, op.slot.waits ? 2 : 1.3, left, top + op.y0, width, height);
     context.setLineDash([]);
   }
-  context.fillStyle = op.slot.reached ? colours["cell-text"] : colours.muted;
+  context.globalAlpha = 1;
+  context.fillStyle = op.slot.reached ? inkOf(scene, op) : colours.muted;
   write(context, op, left, top + op.y0, width, height, Math.min(11.5, height < 13 ? height - 1.5 : height - 3));
 }
 
-/* A send is filled, a receive outlined; activations and gradients differ in colour. */
+/* Behind the counterexample the other ops fade, but their names do not. */
+const opacity = (scene, op) => (scene.marked && !scene.marked.has(op) ? Number(scene.colours.faded) : 1);
+const inkOf = (scene, op) => (opacity(scene, op) < 1 ? scene.colours.text : scene.colours[`${op.colour}-ink`]);
+
+/* A send is filled, a receive outlined, in the hue of what the message feeds. */
 function paintMessage(context, scene, op, top) {
   const { colours, x } = scene;
   const left = x(op.x0);
   const width = Math.max(1, x(op.x1) - left - 1);
   const height = op.y1 - op.y0;
   const wrong = isMismatched(op) || op.reason;
-  const colour = wrong ? colours.fault : colours[op.kind[1] === "F" ? "activation" : "gradient"];
-  if (!op.slot.reached && !op.slot.waits) context.globalAlpha *= 0.55;
+  const colour = wrong ? colours.fault : colours[op.colour];
+  const ink = wrong ? colours.ground : inkOf(scene, op);
+  context.globalAlpha = Math.min(opacity(scene, op), op.slot.reached || op.slot.waits ? 1 : 0.55);
   if (isSend(op)) {
     context.fillStyle = colour;
     context.fillRect(left, top + op.y0, width, height);
   } else {
     frame(context, colour, 1, left, top + op.y0, width, height);
   }
-  context.fillStyle = isSend(op) ? colours.ground : colours.text;
+  context.globalAlpha = 1;
+  context.fillStyle = isSend(op) ? ink : colours.text;
   if (width > 30) write(context, op, left, top + op.y0, width, height, Math.min(9.5, height - 1));
 }
 
@@ -190,38 +215,44 @@ function boxOf(scene, ops) {
   return { left, right, top: top + y0, bottom: top + y1, middle: (left + right) / 2, centre: top + (y0 + y1) / 2 };
 }
 
+/* With a rim, like strokeOverCells. */
 function outline(context, scene, ops, colour, thick) {
-  const box = boxOf(scene, ops);
-  frame(context, colour, thick, box.left, box.top, box.right - box.left, box.bottom - box.top);
+  const { left, right, top, bottom } = boxOf(scene, ops);
+  frame(context, scene.colours.ground, 1.5, left - 1.5, top - 1.5, right - left + 3, bottom - top + 3);
+  frame(context, colour, thick, left, top, right - left, bottom - top);
 }
 
 function join(context, scene, from, to, colour) {
   const [one, other] = [boxOf(scene, [from]), boxOf(scene, [to])];
-  const same = from.slot.rank === to.slot.rank && one.centre < other.top + 8;
-  if (same) return arch(context, one, other, colour);
+  if (from.slot.rank === to.slot.rank && isCompute(from) && isCompute(to)) return arch(context, scene, one, other, colour);
   const [x0, x1] = [one.right, other.left];
-  context.strokeStyle = colour;
-  context.lineWidth = 1.8;
   context.beginPath();
   context.moveTo(x0, one.centre);
   const bend = Math.max(14, Math.abs(x1 - x0) / 3);
   context.bezierCurveTo(x0 + bend, one.centre, x1 - bend, other.centre, x1, other.centre);
-  context.stroke();
+  strokeOverCells(context, scene, colour);
   return dot(context, x1, other.centre, colour);
 }
 
 /* Between two ops of one row: over the cells, not across their names. */
-function arch(context, one, other, colour) {
+function arch(context, scene, one, other, colour) {
   const [y0, y1] = [one.top, other.top];
   const rise = Math.min(16, 6 + Math.abs(other.middle - one.middle) / 20);
-  context.strokeStyle = colour;
-  context.lineWidth = 1.8;
   context.beginPath();
   context.moveTo(one.middle, y0);
   const top = Math.min(y0, y1) - rise;
   context.bezierCurveTo(one.middle + 6, top, other.middle - 6, top, other.middle, y1);
-  context.stroke();
+  strokeOverCells(context, scene, colour);
   dot(context, other.middle, y1, colour);
+}
+
+/* A line with a rim of the ground's colour, for it crosses cells of every shade. */
+function strokeOverCells(context, { colours }, colour) {
+  for (const [style, thick] of [[colours.ground, 4.4], [colour, 1.8]]) {
+    context.strokeStyle = style;
+    context.lineWidth = thick;
+    context.stroke();
+  }
 }
 
 function dot(context, x, y, colour) {

@@ -16,6 +16,8 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from dualpipe.cells import tones
+from dualpipe.page import colours
 from dualpipe.page.changes import Change, changed_lanes, changes
 from dualpipe.page.drawing import Run, drawing, marked, run
 from dualpipe.page.model import VERDICTS, Comparison, Counterexample, Page, Table
@@ -35,8 +37,8 @@ def render(page: Page) -> str:
     RuleError
         If a mark points at something that its schedule does not have.
     """
-    style, script = _style(), _script()
     comparisons = [section for section in page.sections if isinstance(section, Comparison)]
+    style, script = _style(comparisons), _script()
     numbered = iter(range(1, len(page.sections) + 1))
     sections = [
         _table(section) if isinstance(section, Table) else _comparison(section, f"s{next(numbered)}")
@@ -193,9 +195,10 @@ def _read(name: str) -> str:
     return (files("dualpipe.page") / name).read_text(encoding="utf-8")
 
 
-@cache
-def _style() -> str:
-    return _read("page.css")
+def _style(comparisons: Sequence[Comparison]) -> str:
+    """The style of every page, after the colours that the schedules of this one need."""
+    schedules = [side for section in comparisons for side in (section.before, section.after) if side is not None]
+    return colours.style(len(tones(schedule)) for schedule in schedules) + _read("page.css")
 
 
 @cache

@@ -13,20 +13,24 @@ function readSchedule(drawing) {
       const end = (clock = start + drawing.times[rank][2 * number + 1]);
       const slot = { rank, number, start, end, reached: number < drawing.reached[rank], changed: false };
       slot.waits = number === drawing.reached[rank];
-      slot.ops = text.split("+").map((word) => readOp(word, slot, ops));
+      slot.ops = text.split("+").map((word) => readOp(word, slot, ops, drawing));
       return slot;
     });
   });
   drawing.changed.forEach((numbers, rank) => numbers.forEach((number) => (ranks[rank][number].changed = true)));
   joinNeeds(ops, drawing.needs);
   joinPartners(ops, drawing);
-  return { title: drawing.title, ops, ranks, stuck: drawing.stuck, line: drawing.line, costs: drawing.costs };
+  const { title, names, stuck, line, costs } = drawing;
+  return { title, names, ops, ranks, stuck, line, costs };
 }
 
-function readOp(word, slot, ops) {
+/* colour: the name of a custom property, from colours.py. */
+function readOp(word, slot, ops, { tones, names }) {
   const [, stage, kind, mb, lane] = OP.exec(word);
   const op = { number: ops.length, text: word.replace("{", "<"), kind, stage: +stage, mb: +mb, slot };
   op.lane = lane === ">" ? ">" : "<";
+  const shade = isCompute(op) ? `${tones[op.lane][op.stage] + 1}-of-${names.length}` : "line";
+  op.colour = `${kind[kind.length - 1].toLowerCase()}-${shade}`;
   ops.push(op);
   return op;
 }

@@ -79,17 +79,28 @@ function toolbarOf(section, schedules) {
   return bar;
 }
 
+/* The words and colours of the key that pictures have, and what only a page shows. */
 function legend(schedules, told) {
-  const lanes = [">", "<"].filter((lane) => schedules.some(({ ops }) => ops.some((op) => op.lane === lane)));
   const entry = (text, ...kinds) => element("li", {}, ...kinds.map((kind) => element("span", { class: `swatch ${kind}` })), text);
-  const both = (kind) => lanes.map((lane) => `${kind}-${lane === ">" ? "up" : "down"}`);
-  const of = lanes.length > 1 ? " on lanes > <" : "";
-  const entries = [entry(`forward${of}`, ...both("F")), entry("backward", ...both("B")), entry("weight gradient", ...both("W"))];
-  entries.push(entry("idle", "idle"), entry("send", "send"), entry("receive", "receive"));
+  const entries = [...new Map(schedules.map(({ names }) => [names.join(), names])).values()].flatMap(shadesOf);
+  entries.push(entry("bubble", "bubble"), entry("send", "send", "send gradient"), entry("receive", "receive", "receive gradient"));
   if (schedules.some(({ ranks }) => ranks.flat().some((slot) => slot.changed))) entries.push(entry("changed", "changed"));
   if (schedules.some(({ stuck }) => stuck !== null)) entries.push(entry("not reached", "unreached"));
   if (told) entries.push(entry("counterexample", "fault"));
   return element("ul", { class: "legend", "aria-label": "Legend" }, ...entries);
+}
+
+/* For each kind the shades of its tones; the first one says which is which. */
+function shadesOf(names) {
+  const which = names.length > 1 ? `: ${names.join(", ")}` : "";
+  return ["forward", "backward", "weights"].map((kind, index) => {
+    const swatches = names.map((_, tone) => {
+      const swatch = element("span", { class: "swatch" });
+      swatch.style.background = `var(--${kind[0]}-${tone + 1}-of-${names.length})`;
+      return swatch;
+    });
+    return element("li", {}, ...swatches, index ? kind : `${kind}${which}`);
+  });
 }
 
 function hint() {

@@ -7,7 +7,7 @@ function makeTimeline(schedule, view, label) {
   const svg = shape("svg", { class: "arrows", "aria-hidden": "true" });
   const node = element("div", { class: "canvas" }, canvas, svg);
   const context = canvas.getContext("2d");
-  const scene = { schedule, view, width: 0, colours: readColours(), selected: null, hovered: null, marked: null };
+  const scene = { schedule, view, width: 0, colours: readColours(schedule), selected: null, hovered: null, marked: null };
   const timeline = { node, canvas, scene, marks: [], focused: null };
   let asked = false;
 
@@ -25,7 +25,7 @@ function makeTimeline(schedule, view, label) {
     });
   };
   timeline.recolour = () => {
-    scene.colours = readColours();
+    scene.colours = readColours(schedule);
     timeline.repaint();
   };
   timeline.resize = (width = node.clientWidth, scale = Math.max(window.devicePixelRatio || 1, 1)) => {

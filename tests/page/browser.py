@@ -55,8 +55,9 @@ def chromium(profile: Path) -> Iterator[Any]:
 class Shown:
     """A page that is open.  ``timeline`` counts from the end: -1 is the schedule that is judged."""
 
-    def __init__(self, driver: Any, page: str, file: Path) -> None:
+    def __init__(self, driver: Any, page: str, file: Path, **media: str) -> None:
         self.driver = driver
+        self.media(**media)
         file.write_text(page, encoding="utf-8")
         driver.get(file.as_uri())
         self.run("scrollTo(0, 0)")

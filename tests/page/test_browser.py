@@ -3,11 +3,14 @@
 import pytest
 
 from dualpipe.cli.page import comparison
-from dualpipe.generate import dualpipe
+from dualpipe.generate import dualpipe, dualpipev, one_f_one_b
 from dualpipe.page import Comparison, Counterexample, Mark, Page, render
-from dualpipe.schedule import Schedule
+from dualpipe.palette import DARK, LIGHT, NAMES, colour
+from dualpipe.schedule import B, F, Kind, Schedule, W
+from dualpipe.schedulefile import loads
 from proofs.prove import prove
 from tests.page.browser import Shown, chromium, missing
+from tests.pictures.cases import INTERLEAVED
 from tests.proofs.museum import (
     a_ring_sends_before_it_receives,
     receives_and_sends_not_coalesced,
@@ -31,11 +34,11 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def show(driver, tmp_path):
-    """Open a page of these sections; afterwards the console must be empty and the media as they were."""
+    """Open a page of these sections in these media; afterwards the console must be empty and the media as they were."""
     opened = []
 
-    def call(*sections):
-        opened.append(Shown(driver, render(Page("a page", "proved", sections)), tmp_path / "page.html"))
+    def call(*sections, **media):
+        opened.append(Shown(driver, render(Page("a page", "proved", sections)), tmp_path / "page.html", **media))
         return opened[-1]
 
     yield call
@@ -76,8 +79,66 @@ def test_every_op_of_the_schedule_is_found_where_it_is_drawn(show, schedule):
 
 def test_cells_have_the_colour_of_their_kind_and_lane(show):
     page = show(Comparison("x", after=dualpipe(4, 8)))
-    for op, name in (("0F0>", "f-up"), ("3F0<", "f-down"), ("3B0<", "b-down"), ("0W3>", "w-up")):
+    for op, name in (("0F0>", "f-1-of-2"), ("3F0<", "f-2-of-2"), ("3B0<", "b-2-of-2"), ("0W3>", "w-1-of-2")):
         assert page.pixel(op) == page.colour(name), op
+    for op, kind, tone in (("0F0>", F, 0), ("3F0<", F, 1), ("3B0<", B, 1), ("0W3>", W, 0)):
+        assert page.pixel(op) == channels(colour(kind, tone, 2)), "as in a picture"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ops"),
+    [(dualpipev(4, 8), ["0F0>", "4F0>"]), (loads(INTERLEAVED), ["0B0>", "2B0>", "4B0>"])],
+    ids=["a V", "three chunks a rank"],
+)
+@pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
+def test_stages_of_one_lane_on_one_rank_differ_in_shade(show, schedule, ops, scheme):
+    page = show(Comparison("x", after=schedule), prefers_color_scheme="light" if scheme is LIGHT else "dark")
+    for tone, op in enumerate(ops):
+        assert page.pixel(op) == channels(colour(Kind(op[1]), tone, len(ops), scheme)), op
+
+
+def channels(text):
+    return [int(text[at : at + 2], 16) for at in (1, 3, 5)]
+
+
+KEY = """
+  const ground = (swatch) => getComputedStyle(swatch).backgroundColor.match(/\\d+/g).map(Number);
+  return [...document.querySelectorAll('.legend li')].map((entry) => [
+    entry.innerText.trim(),
+    [...entry.querySelectorAll('.swatch')].map(ground),
+  ]);
+"""
+
+
+def test_the_key_has_the_words_and_the_shades_of_pictures(show):
+    page = show(Comparison("x", one_f_one_b(4, 8), dualpipe(4, 8)))
+    told = page.run(KEY)
+    which = "lane >, lane <"
+    for tones, entries in ((1, told[:3]), (2, told[3:6])):
+        for kind, (word, swatches) in zip((F, B, W), entries, strict=True):
+            assert word == NAMES[kind] + (f": {which}" if (kind, tones) == (F, 2) else "")
+            assert swatches == [channels(colour(kind, tone, tones)) for tone in range(tones)]
+    assert [word for word, _ in told[6:]] == ["bubble", "send", "receive", "changed"]
+
+
+def test_messages_have_the_hue_of_what_they_feed(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    for op, name in (("0SF0>", "f-line"), ("3SB0<", "b-line")):
+        assert page.pixel(op) == page.colour(name), op
+
+
+def test_only_where_a_rank_waits_is_the_row_hatched(show):
+    page = show(Comparison("x", after=dualpipe(4, 8)))
+    seen = page.run(
+        "const bottom = t.boxOf(op('1F0>')).bottom, at = (time) => t.scene.x(time);"
+        "const steps = (from, to) => [...Array(Math.floor(to - from) - 4).keys()].map((step) => from + 2 + step);"
+        "const seen = (from, to) => [...new Set(steps(at(from), at(to)).map((x) => pixel(x, bottom - 3).join()))];"
+        "return [seen(0, 1), seen(1, 2)];"
+    )
+    waits, computes = ([[int(part) for part in text.split(",")] for text in row] for row in seen)
+    assert page.colour("bubble") in waits
+    assert min(map(sum, waits)) < sum(page.colour("bubble")) - 60, "the hatching is darker"
+    assert computes == [page.colour("f-1-of-2")]
 
 
 def test_pointing_at_an_op_tells_its_needs(show):
@@ -102,6 +163,14 @@ def test_needs_are_outlined_on_the_timeline(show):
     assert page.run(edge) != page.colour("need")
     page.point_at("1B1>")
     assert page.run(edge) == page.colour("need")
+
+
+def test_a_line_to_what_is_needed_in_the_same_row_leaves_the_names_between_alone(show):
+    page = show(Comparison("x", after=loads(INTERLEAVED)))
+    between = "const box = t.boxOf(op('4F0>')); return pixel(box.left + 4, box.centre);"
+    page.point_at("2B0>")
+    assert page.run("return t.scene.hovered.text") == "2B0>"
+    assert page.run(between) == page.colour("f-3-of-3")
 
 
 def test_a_message_that_meets_another_says_so(show):
@@ -240,7 +309,7 @@ def test_the_dark_scheme_repaints_the_canvas(show):
     page.media(prefers_color_scheme="dark")
     assert page.colour("ground") == [0x12, 0x15, 0x1A]
     dark = page.pixel("0F0>")
-    assert dark == page.colour("f-up") != light
+    assert dark == page.colour("f-1-of-2") != light
 
 
 def test_paper_is_light_and_shows_everything(show):
@@ -249,9 +318,9 @@ def test_paper_is_light_and_shows_everything(show):
     page.media(prefers_color_scheme="dark")
     page.run("s.view.zoom(4); dispatchEvent(new Event('beforeprint'));")
     assert page.run(RANGE) == pytest.approx(whole)
-    assert page.pixel("0F0>") == [0x8D, 0xB9, 0xF5]
+    assert page.pixel("0F0>") == [0x86, 0xB9, 0xEE]
     page.run("dispatchEvent(new Event('afterprint'))")
-    assert page.pixel("0F0>") == page.colour("f-up") != [0x8D, 0xB9, 0xF5]
+    assert page.pixel("0F0>") == page.colour("f-1-of-2") != [0x86, 0xB9, 0xEE]
 
 
 def test_hostile_text_runs_nothing(show):

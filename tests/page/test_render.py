@@ -3,7 +3,6 @@
 import re
 from base64 import b64encode
 from hashlib import sha256
-from importlib.resources import files
 
 import pytest
 
@@ -129,37 +128,3 @@ def test_several_schedules_have_a_list_of_contents():
     for name, anchor in (("one", "s1"), ("other", "s2")):
         assert f'<a href="#{anchor}">{name}</a>' in text
         assert f'id="{anchor}"' in text
-
-
-def colours():
-    """The custom properties of the light and of the dark scheme."""
-    css = (files("dualpipe.page") / "page.css").read_text()
-    light, dark = re.findall(r":root(?::not\(\[data-printing\]\))? \{(.*?)\}", css, re.DOTALL)[:2]
-    read = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in (light, dark)]
-    assert read[0].keys() == read[1].keys()
-    return read
-
-
-def contrast(one, other):
-    """The contrast ratio of two colours, as WCAG 2 defines it."""
-
-    def luminance(colour):
-        channels = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    dark, light = sorted([luminance(one), luminance(other)])
-    return (light + 0.05) / (dark + 0.05)
-
-
-PAIRS = [("cell-text", f"{kind}-{lane}") for kind in "fbw" for lane in ("up", "down")]
-PAIRS += [("text", "ground"), ("muted", "ground"), ("muted", "raised"), ("accent", "ground"), ("changed", "ground")]
-PAIRS += [("fault", "ground"), ("ground", "fault"), ("fault", "fault-ground"), ("good", "good-ground")]
-PAIRS += [("warn", "warn-ground"), ("text", "added-ground"), ("text", "removed-ground"), ("text", "idle")]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("text", "ground"), PAIRS)
-def test_text_has_enough_contrast(text, ground, scheme):
-    palette = colours()[scheme == "dark"]
-    assert contrast(palette[text], palette[ground]) >= 4.5

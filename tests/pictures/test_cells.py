@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from dualpipe.cells import Tone, chart
+from dualpipe.cells import Tone, chart, named, tones
 from dualpipe.generate import generate
 from dualpipe.schedule import COMPUTE, DOWN, UP, B, F, W
 from dualpipe.schedulefile import loads
@@ -94,3 +94,16 @@ def test_dualpipe_runs_as_much_in_one_tone_as_in_the_other():
     schedule = generate("dualpipe", 4, 8)
     lanes = Counter(cell.at.op.lane for cell in chart(simulate(schedule)).cells)
     assert lanes[UP] == lanes[DOWN] == 3 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("routes", "names"),
+    [
+        ("lane > 0 1", ("",)),
+        ("lane > 0 1\nlane < 1 0", ("lane >", "lane <")),
+        ("lane > 0 1 1 0", ("stages 0–1", "stages 2–3")),
+        ("lane > 0 1 1 0\nlane < 1 0 0 1", [f"lane {lane}, stages {half}" for lane in "><" for half in ("0–1", "2–3")]),
+    ],
+)
+def test_a_tone_is_named_by_what_tells_it_from_the_others(routes, names):
+    assert named(tones(loads(f"{routes}\nrank 0:\nrank 1:\n"))) == tuple(names)

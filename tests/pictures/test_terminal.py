@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dualpipe.cells import chart
 from dualpipe.generate import generate
-from dualpipe.palette import SHADES
+from dualpipe.palette import LIGHT
 from dualpipe.schedule import DOWN, F
 from dualpipe.simulate import simulate
 from dualpipe.summary import parse_costs
@@ -138,7 +138,7 @@ def test_colours_are_for_a_terminal_and_the_text_is_the_same(monkeypatch):
     plain = printed()
     coloured = printed(force_terminal=True, color_system="truecolor")
     assert "\x1b" not in plain
-    red, green, blue = (int(SHADES[F].light[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(LIGHT.shades[F].light[i : i + 2], 16) for i in (1, 3, 5))
     assert f"48;2;{red};{green};{blue}" in coloured
     monkeypatch.setenv("NO_COLOR", "1")
     assert "48;2;" not in printed(force_terminal=True, color_system="truecolor")

@@ -71,7 +71,7 @@ def _prose(help_text: str) -> list[str]:
     """Help as Markdown: ``0: proved`` are rows of a table of exit codes, ``- `` items of a list."""
     lines: list[str] = []
     for line in inspect.cleandoc(help_text).replace("\f", "").splitlines():
-        code = re.fullmatch(r"\s*([0-9]): (.+)", line)
+        code = re.fullmatch(r"\s*([0-9]+): (.+)", line)
         if code:
             if lines and not lines[-1].startswith("|"):
                 lines += ["", "| exit code | meaning |", "|---|---|"]

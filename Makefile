@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# Where pip finds torch, if not where it finds everything else; PyTorch's CPU index, say.
+TORCH_INDEX ?=
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup verify test test-long check prove gate golden museum docs bench clean
 
 help:
+	@echo "make setup   the virtual environment that the others make too; TORCH_INDEX=URL: the package index to take torch from"
 	@echo "make verify  prove DualPipe, run it on processes and compare it with plain PyTorch, bitwise"
 	@echo "make test    the test suite on CPU; make test-long for the few long tests"
 	@echo "make check   lint, types and the fast tests"
@@ -17,11 +20,13 @@ help:
 	@echo "make museum  plant known faults in the sources and see the gate refuse each"
 	@echo "make docs    the reference pages that are made from the code: command line and Python API"
 	@echo "make bench   measurements, none of which is a test"
+	@echo "make clean   remove the virtual environment and everything else that was made"
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --index-url "$(TORCH_INDEX)" torch)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $(READY)

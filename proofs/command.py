@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualpipe.errors import RuleError
+from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
 from proofs.models import parse_models
 from proofs.optimal import optimal
 from proofs.prove import Begin, Report, prove, smtlib
-from proofs.theorems import prove_all
+from proofs.theorems import families, prove_all
+from proofs.theorems.family import Family
 from proofs.verdict import ExitCode, Refuted, Unknown, worst
 
 Source = tuple[str, Callable[[], Schedule]]
@@ -82,9 +83,9 @@ def prove_sources(
     return worst(codes)
 
 
-def prove_all_sizes(as_json: bool, begin: Begin = _silent) -> ExitCode:
-    """Prove the theorems for every size, one line each."""
-    results = prove_all(begin)
+def prove_all_sizes(as_json: bool, begin: Begin = _silent, family: str | None = None) -> ExitCode:
+    """Prove the theorems for every size, one line each; those of one family where its name is given."""
+    results = prove_all(begin, None if family is None else [_family(family)])
     begin(len(results), len(results), "")
     for result in results:
         print(json.dumps(result.as_json()) if as_json else result.text)
@@ -94,6 +95,15 @@ def prove_all_sizes(as_json: bool, begin: Begin = _silent) -> ExitCode:
         print(f"{len(results)} theorems, {obligations} obligations, {arise} of them arise, {seconds:.1f} s")
     codes = {Refuted: ExitCode.REFUTED, Unknown: ExitCode.UNKNOWN}
     return worst(codes.get(type(result.verdict), ExitCode.PROVED) for result in results)
+
+
+def _family(name: str) -> Family:
+    known = {family.name: family for family in families()}
+    if name not in known:
+        raise RuleError(
+            f"there are theorems for {', '.join(known)}", f"got {name}", nearest(name, known, "name one of them")
+        )
+    return known[name]
 
 
 def prove_optimal(

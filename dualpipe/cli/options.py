@@ -25,11 +25,14 @@ def complete_schedule(incomplete: str) -> list[str]:
 
 
 Ranks = Annotated[
-    int | None, typer.Option("-P", "--ranks", help="Pipeline size: 4, or the file's.", show_default=False)
+    int | None,
+    typer.Option("-P", "--ranks", help="Ranks of the pipeline; 4, or what the file has.", show_default=False),
 ]
 Microbatches = Annotated[
     int | None,
-    typer.Option("-M", "--microbatches", help="Microbatches, all lanes: 2P, or the file's.", show_default=False),
+    typer.Option(
+        "-M", "--microbatches", help="Microbatches of all lanes; 2P, or what the file has.", show_default=False
+    ),
 ]
 Named = Annotated[
     str,

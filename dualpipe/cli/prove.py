@@ -36,28 +36,37 @@ if TYPE_CHECKING:
         "dualpipe prove mine.txt theirs.csv --json",
         "dualpipe prove -P 8 -M 16 my_package.schedules:build",
         "dualpipe prove --all-sizes",
+        "dualpipe prove --all-sizes --schedule 1f1b",
     )
 )
 def prove(
+    context: typer.Context,
     schedules: Several = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
     model: Annotated[
-        str, typer.Option(help="How messages behave: all, blocking, eager, eager:CAPACITY or stream.")
+        str, typer.Option(help="How messages behave: all, blocking, eager, eager:CAPACITY (eager buffers 1) or stream.")
     ] = "all",
     max_activations: Annotated[int | None, typer.Option(help="Bound of live activations for every rank.")] = None,
     bytes_for_b: Annotated[str | None, typer.Option(help="Per stage, bytes live from F to B: 8,8,8,9.")] = None,
     bytes_for_w: Annotated[str | None, typer.Option(help="Per stage, bytes live from B to W: 3,3,3,4.")] = None,
     smtlib: Annotated[
-        Path | None, typer.Option(help="Write the obligations there, for another solver.", callback=writable)
+        Path | None,
+        typer.Option(help="A file to write the obligations of one schedule to, for another solver.", callback=writable),
     ] = None,
     solver_timeout: Annotated[
         float | None, typer.Option(help="Seconds for Z3; then a check is unknown.", callback=seconds)
     ] = None,
-    all_sizes: Annotated[bool, typer.Option("--all-sizes", help="Prove the theorems for every size instead.")] = False,
+    all_sizes: Annotated[
+        bool,
+        typer.Option("--all-sizes", help="Instead, the theorems for every size; with --schedule those of one family."),
+    ] = False,
     optimal: Annotated[
-        bool, typer.Option("--optimal", help="Instead, the least makespan within DualPipe's memory, for -P and -M.")
+        bool,
+        typer.Option(
+            "--optimal", help="Instead, the least makespan within DualPipe's memory; practical up to -P 8 -M 16."
+        ),
     ] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with timelines and counterexamples there.", callback=writable)
@@ -71,6 +80,7 @@ def prove(
     1: refuted; a story says how it goes wrong
     2: bad input
     3: a solver gave up, so it is not known
+    130: ended by Ctrl-C
     With several schedules it is the worst of them: 2, then 1, 3, 0.
     """
     from proofs import command
@@ -95,7 +105,8 @@ def prove(
         _alone("--all-sizes" if all_sizes else "--optimal", given)
     with progress() as begin:
         if all_sizes:
-            raise typer.Exit(interruptible(lambda: command.prove_all_sizes(as_json, begin)))
+            family = schedule if _was_given(context, "schedule") else None
+            raise typer.Exit(interruptible(lambda: command.prove_all_sizes(as_json, begin, family)))
         if optimal:
             size = 4 if ranks is None else ranks
             count = 2 * size if microbatches is None else microbatches
@@ -114,6 +125,12 @@ def prove(
 
         write_proofs(html, outcomes)
     raise typer.Exit(code)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was typed, and is not the default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _alone(option: str, given: list[str]) -> None:

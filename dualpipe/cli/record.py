@@ -53,6 +53,7 @@ def record(
     1: recorded, but the program failed or hung, or the schedule is refuted
     2: bad input, or something could not be named
     3: with --prove: a solver gave up
+    130: ended by Ctrl-C
     """
     from dualpipe.record import Launch, assemble, read_folder, run
 

@@ -96,6 +96,7 @@ def verify(
     1: something differs, or hangs
     2: bad input
     3: the oracle itself failed, so nothing can be said
+    130: ended by Ctrl-C
     """
     chosen = choose(positional, schedule)
     small = {f"the schedule {chosen}": chosen != "dualpipe", "--transport": transport != "direct"}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dualpipe.megatron.schedule import forward_backward_dualpipe as forward_backward_dualpipe
     from dualpipe.megatron.select import get_forward_backward_func as get_forward_backward_func
     from dualpipe.megatron.select import install as install
+    from dualpipe.megatron.select import installed as installed
     from dualpipe.megatron.select import uninstall as uninstall
 
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "forward_backward_dualpipe": "schedule",
     "get_forward_backward_func": "select",
     "install": "select",
+    "installed": "select",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
     "sharded_state_dict": "checkpoint",

@@ -10,7 +10,8 @@ the collectives that belong to it, and leaves the rest to W::
                           so the data-parallel wrapper's hook adds to main_grad and counts the parameter as ready
 
 Transformer Engine's layers split themselves when their weight gradient is delayed, and compute it in
-``backward_dw``.  Everything else (norms, embeddings, routers, grouped experts) has its whole gradient in B.
+``backward_dw`` (Megatron delays it only with a setting that is refused here).  Everything else (norms, embeddings,
+routers, grouped experts) has its whole gradient in B.
 """
 
 from __future__ import annotations

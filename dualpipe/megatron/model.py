@@ -85,7 +85,7 @@ def build_dualpipe_model(
 
     Every process of the job calls it together, after ``initialize_model_parallel`` and after the random generators
     were seeded as Megatron does.  The weights of stage s are then those that Megatron's pipeline rank s would have,
-    on both replicas.
+    in both copies of the stage.
 
     Parameters
     ----------

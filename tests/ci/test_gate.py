@@ -2,17 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from ci.change import ScheduleChange
 from ci.errors import GateError
 from ci.golden import expansion
 from ci.judgement import _cause
+from ci.museum.clone import bring_up_to_date
 from ci.place import Place
 from ci.process import environment
 from tests.ci.conftest import ROOT
+from tests.docs.snippets import blocks_of, unlike
+
+PAGE = ROOT / "docs" / "how-to" / "gate.md"
 
 
 def gate(clone, *arguments: str) -> tuple[int, dict, str]:
@@ -20,6 +26,12 @@ def gate(clone, *arguments: str) -> tuple[int, dict, str]:
     env = {**os.environ, **environment(clone.root)}
     done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+def shown(first_words: str) -> str:
+    """The block of the gate's page that begins so."""
+    (block,) = [b for b in blocks_of(PAGE.read_text(), PAGE.name) if b.text.startswith(first_words)]
+    return block.text
 
 
 def replace(clone, path: str, old: str, new: str) -> None:
@@ -90,7 +102,27 @@ def test_a_table_whose_author_forgot_goldens_and_changelog_is_refused_for_both(c
     assert verdicts(told)["changelog"] == "refused"
     (change,) = [change for change in told["schedules"] if change["name"] == "dualpipe-P4-M8"]
     assert (change["before"]["makespan"], change["after"]["makespan"]) == (26, 27)
-    assert "-rank 0: ...19... 3SB3<+0RB2> 0B2> 0W2> 0RB3> 0B3> 0W3>" in change["diff"]
+    first, *diff = shown("dualpipe-P4-M8 changed").splitlines()
+    assert set(diff) < set(change["diff"])
+    moved = ScheduleChange("", "", "", change["before"], change["after"]).moved
+    assert first.endswith("changed: " + "; ".join(f"{what} {old} -> {new}" for what, old, new in moved))
+
+
+@pytest.mark.long
+def test_a_refusal_reads_as_the_page_shows(clone):
+    replace(
+        clone,
+        "dualpipe/generate.py",
+        'H - 2 * N + h, "RF0 RB1 F0+B1+W1 SF0 SB1',
+        'H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0',
+    )
+    bring_up_to_date(clone.root)
+    command = [sys.executable, "-m", "ci.gate", "--base", "HEAD", "--first"]
+    env = {**os.environ, **environment(clone.root)}
+    done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    (refusal,) = re.findall(r"^dualpipe/generate\.py.*\n(?:  .*\n)+", done.stdout, re.M)
+    assert not unlike(shown("dualpipe/generate.py"), refusal)
 
 
 def test_a_tree_that_does_not_parse_is_refused_and_not_a_crash(clone):

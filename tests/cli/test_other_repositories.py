@@ -75,6 +75,24 @@ def test_the_workflow_refuses_a_broken_schedule_with_its_story(repository):
     assert "rank 0 waits for ever" in summary
 
 
+def test_the_workflow_keeps_a_page_that_draws_what_it_proved(repository):
+    prove(repository, "schedules/good.txt\nbroken.schedule\n")
+    page = (repository / "proofs.html").read_text()
+    assert "rank 0 waits for ever" in page
+    kept = next(each["with"]["path"] for each in PROVE["jobs"]["prove"]["steps"] if "upload" in each.get("uses", ""))
+    assert kept.split() == ["proofs.jsonl", "proofs.html"]
+
+
+def test_the_workflow_installs_what_the_caller_chose_before_the_package(repository, tmp_path):
+    pip = tmp_path / "bin" / "pip"
+    pip.write_text('#!/bin/sh\necho pip "$@"\n')
+    pip.chmod(0o755)
+    environment = os.environ | {"INSTALL": "pip install torch==2.8", "PACKAGE": "git+somewhere"}
+    script = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step("Install")["run"]]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["pip install torch==2.8", "pip install git+somewhere"]
+
+
 def test_the_workflow_tells_bad_input(repository):
     (repository / "bad.txt").write_text("lane > 0\nrank 0: 0X\n")
     code, log, summary = prove(repository, "bad.txt")
@@ -109,7 +127,7 @@ def test_ci_calls_what_exists():
 
 
 def test_the_document_names_inputs_and_hooks_that_exist():
-    page = ROOT / "docs" / "other-repositories.md"
+    page = ROOT / "docs" / "how-to" / "other-repositories.md"
     examples = [
         yaml.safe_load(block.text) for block in blocks_of(page.read_text(), page.name) if block.language == "yaml"
     ]

@@ -119,6 +119,33 @@ def test_all_sizes_says_each_theorem_in_a_line(run):
     assert all(0 < theorem["non_vacuous"] <= theorem["obligations"] for theorem in told)
 
 
+@pytest.mark.parametrize("family", ["1f1b", "zb1p"])
+def test_all_sizes_of_one_family_are_those_theorems_alone(run, family):
+    result = run("prove", "--all-sizes", "--schedule", family)
+    assert result.code == 0
+    *told, total = result.out.splitlines()
+    assert all(line.startswith(f"proved: {family}: ") for line in told if not line.startswith(" "))
+    assert re.match(r"(9|10) theorems, ", total)
+
+
+def test_all_sizes_of_dualpipe_can_be_asked_for_too_though_it_is_the_default(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "proofs.command.prove_all", lambda begin, of: asked.append(of and [family.name for family in of]) or []
+    )
+    run("prove", "--all-sizes", "--schedule", "dualpipe")
+    run("prove", "--all-sizes")
+    assert asked == [["dualpipe"], None]
+
+
+def test_all_sizes_of_a_family_without_theorems_is_bad_input(run, proved_file):
+    for name, told in ((proved_file, "name one of them"), ("1f1", "did you mean 1f1b?")):
+        result = run("prove", "--all-sizes", "--schedule", name)
+        assert result.code == 2
+        assert "there are theorems for 1f1b, zb1p, dualpipe, dualpipev" in " ".join(result.err.split())
+        assert told in " ".join(result.err.split())
+
+
 WORDS = st.sampled_from(
     [
         "lane",

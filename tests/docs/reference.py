@@ -7,6 +7,7 @@ A test compares the pages with what is rendered here.
 
 from __future__ import annotations
 
+import ast
 import enum
 import functools
 import importlib
@@ -21,6 +22,7 @@ from typing import Any
 import typer
 
 from dualpipe.cli import app
+from tests.docs.docstrings import in_a_list, markdown
 from tests.docs.snippets import ROOT
 
 FOLDER = ROOT / "docs" / "reference"
@@ -41,6 +43,39 @@ MODULES: dict[str, tuple[str, str]] = {
     "proofs.verdict": ("Verdicts", "Pure."),
     "proofs.story": ("Stories", "Pure."),
 }
+
+TYPES: dict[str, tuple[str, ...]] = {
+    "dualpipe": ("dualpipe.schedule:Program", "dualpipe.schedule:Slot"),
+    "dualpipe.lower": ("dualpipe.schedule:Placed",),
+    "dualpipe.picture": ("dualpipe.picture:Form",),
+    "dualpipe.pipeline": (
+        "dualpipe.execute:Boundary",
+        "dualpipe.execute:Observer",
+        "dualpipe.execute:StepError",
+        "dualpipe.execute:Tensors",
+        "dualpipe.modules:Criterion",
+        "dualpipe.transport:DisagreementError",
+        "dualpipe.transport:MessageError",
+        "dualpipe.transport:Transport",
+    ),
+    "dualpipe.megatron": (
+        "dualpipe.megatron.iterators:LaneData",
+        "dualpipe.megatron.loop:Function",
+        "dualpipe.megatron.model:Provider",
+        "dualpipe.megatron.rules:SettingsError",
+    ),
+    "dualpipe.testing": ("dualpipe.record.child.log:Sink", "dualpipe.record.recording:Recording"),
+    "proofs.prove": (
+        "proofs.memory:Held",
+        "proofs.memory:PeakBytes",
+        "proofs.models:Model",
+        "proofs.prefix:Prefix",
+        "proofs.prove:Begin",
+        "proofs.findings:Live",
+    ),
+    "proofs.verdict": ("proofs.findings:Finding", "proofs.verdict:Verdict"),
+}
+"""Types that signatures and docstrings of a module name, and that are at home in others."""
 
 
 def command_line() -> str:
@@ -71,7 +106,7 @@ def _prose(help_text: str) -> list[str]:
     """Help as Markdown: ``0: proved`` are rows of a table of exit codes, ``- `` items of a list."""
     lines: list[str] = []
     for line in inspect.cleandoc(help_text).replace("\f", "").splitlines():
-        code = re.fullmatch(r"\s*([0-9]): (.+)", line)
+        code = re.fullmatch(r"\s*([0-9]+): (.+)", line)
         if code:
             if lines and not lines[-1].startswith("|"):
                 lines += ["", "| exit code | meaning |", "|---|---|"]
@@ -132,7 +167,7 @@ def _examples(epilog: str) -> list[str]:
 
 
 def python_api() -> str:
-    """The page of the Python API: every public name of ``MODULES``, with its signature and its first paragraph."""
+    """The page of the Python API: every public name of ``MODULES``, with its signature and its docstring."""
     importlib.import_module("reference.megatron")  # which imports megatron-core quietly
     lines = ["# The Python API", "", HOW_MADE, ""]
     lines += ["Everything public, by module. What is not here may change without notice.", ""]
@@ -143,7 +178,30 @@ def python_api() -> str:
         lines += ["", f"## {name}", "", f"{title}. {needs}", ""]
         for public in public_names(module):
             lines += list(_entry(public, getattr(module, public)))
+        for home, _, named in (each.partition(":") for each in sorted(TYPES.get(name, ()), key=_name_alone)):
+            lines += list(_named_type(importlib.import_module(home), named, name))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def _name_alone(path: str) -> str:
+    return path.partition(":")[2]
+
+
+def _named_type(home: ModuleType, name: str, module: str) -> Iterator[str]:
+    """A type that is named and not exported: a class like any other, an alias as its source has it."""
+    value = getattr(home, name)
+    where = "" if home.__name__ == module else f"From `{home.__name__}`."
+    if inspect.isclass(value) and value.__name__ == name:
+        yield from _entry(name, value, where)
+        return
+    body = ast.parse(inspect.getsource(home)).body
+    at = next(n for n, each in enumerate(body) if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == name)
+    assigned = body[at]
+    assert isinstance(assigned, ast.Assign)
+    yield f"### {name}\n\n`{ast.unparse(assigned.value)}`. {where}".rstrip() + "\n"
+    after = body[at + 1] if at + 1 < len(body) else None
+    if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+        yield markdown(inspect.cleandoc(after.value.value)) + "\n"
 
 
 def _anchor(name: str) -> str:
@@ -161,8 +219,11 @@ def public_names(module: ModuleType) -> list[str]:
     )
 
 
-def _entry(name: str, value: Any) -> Iterator[str]:
-    if isinstance(value, type) and issubclass(value, enum.Enum):
+def _entry(name: str, value: Any, where: str = "") -> Iterator[str]:
+    if _is_protocol(value):
+        yield f"### {name}\n\nA protocol. {where}".rstrip() + "\n"
+        where = ""
+    elif isinstance(value, type) and issubclass(value, enum.Enum):
         yield f"### {name}"
         yield f"\n`{', '.join(f'{member.name} = {member.value!r}' for member in value)}`\n"
     elif callable(value):
@@ -172,33 +233,47 @@ def _entry(name: str, value: Any) -> Iterator[str]:
         yield f"### {name}"
         yield f"\n`{value!s}`, a `{type(value).__name__}`.\n"
         return
-    if _summary(value):
-        yield _summary(value) + "\n"
+    if where:
+        yield where + "\n"
+    if _own_doc(value):
+        yield markdown(_own_doc(value)) + "\n"
     if isinstance(value, type) and not issubclass(value, (enum.Enum, BaseException)):
         yield from _members(value)
+
+
+def _is_protocol(value: object) -> bool:
+    return bool(vars(value).get("_is_protocol")) if isinstance(value, type) else False
 
 
 def _members(cls: type) -> Iterator[str]:
     rows = []
     for name, value in vars(cls).items():
-        if name.startswith("_"):
+        if name.startswith("_") and not (name == "__call__" and _is_protocol(cls)):
             continue
         if isinstance(value, (property, functools.cached_property)):
-            rows.append(f"| `{name}` | {_cell(_summary(value))} |")
+            rows.append(_member(name, value))
         elif inspect.isfunction(value) or isinstance(value, (classmethod, staticmethod)):
             function = getattr(cls, name)
-            rows.append(f"| `{_cell(name + _signature(function, bound=True))}` | {_cell(_summary(function))} |")
+            rows.append(_member(name + _signature(function, bound=True), function))
     if rows:
-        yield "\n".join(["| member | |", "|---|---|", *rows]) + "\n"
+        yield "\n".join(["**Members**", "", *rows]) + "\n"
 
 
-def _summary(value: object) -> str:
-    """The first paragraph of a docstring, as Markdown; empty where a dataclass or a NamedTuple made it up."""
+def _member(told: str, value: object) -> str:
+    doc = _own_doc(value)
+    return f"- `{told}`" + (f": {in_a_list(doc)}" if doc else "")
+
+
+def _own_doc(value: object) -> str:
+    """A docstring; empty where a dataclass or a NamedTuple made it up."""
     doc = inspect.getdoc(value) or ""
     name = getattr(value, "__name__", "")
-    if doc.startswith(f"{name}(") or (isinstance(value, type) and "__doc__" not in vars(value)):
-        return ""
-    return re.sub(r"``(.+?)``", r"`\1`", " ".join(doc.split("\n\n")[0].split())).removesuffix("::").rstrip()
+    made_up = (
+        doc == type.__call__.__doc__
+        or doc.startswith(f"{name}(")
+        or (isinstance(value, type) and "__doc__" not in vars(value))
+    )
+    return "" if made_up else doc
 
 
 def _wrapped(name: str, value: Callable[..., Any]) -> str:

@@ -7,16 +7,19 @@ a fenced block        what becomes of it
                       for anything and any run of blanks for one; no output there, nothing compared
 ``bash``, ``sh``      every line is a command; ``#`` begins a comment
 ``python``            run, in one namespace for the whole file
-``text``, indented    for reading; a line in it that looks like a command or an import is a fault
+``text``, indented    for reading, or with a comment output that is compared; a line in it that looks like a command
+                      or an import is a fault
 ====================  ==============================================================================================
 
-All commands of a file run in one empty folder.  A comment right before a block says more about it::
+All commands of a file run in one folder, empty but for ``tests/golden``, which a reader has in a clone.  A comment
+right before a block says more about it::
 
     <!-- not run: it needs eight GPUs -->      the reason is listed by the test
     <!-- long: proves every size -->           run with the long tests only
     <!-- file: mine.py -->                     written to that file instead
-    <!-- given: a.csv from tests/a.csv -->     copied from the project before the block is run
     <!-- exit code: 1 -->                      of the block's last command; 0 where nothing is said
+    <!-- output of: dualpipe show -P 2 -->     a text block: the command is run and the block is what it prints
+    <!-- held by: tests/ci/test_gate.py -->    a text block: that test compares it, and names this page
 
 ``make TARGET`` is not run, since CI runs the targets; that the target exists is checked.  A block in any other
 language needs one of these comments.
@@ -44,7 +47,7 @@ from dualpipe.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 120.0
-_COMMENT = re.compile(r"\s*<!-- (not run|long|file|given|exit code): (.+?) -->\s*")
+_COMMENT = re.compile(r"\s*<!-- (not run|long|file|exit code|output of|held by): (.+?) -->\s*")
 _LIKE_A_COMMAND = re.compile(
     r"^\s*(\$ |dualpipe (-|[a-z]+ [-./\w])|python3? (-m |\S+\.py)|torchrun |pip install |from \S+ import )", re.M
 )
@@ -139,6 +142,9 @@ class Document:
 
     def run(self, long: bool) -> int:
         """Run the blocks, and the long ones if asked to; how many were run.  Raises ``SnippetError``."""
+        if not (self.folder / "tests").exists():
+            (self.folder / "tests").mkdir()
+            (self.folder / "tests" / "golden").symlink_to(self.root / "tests" / "golden")
         with contextlib.chdir(self.folder), mock.patch.object(sys, "path", [str(self.folder), *sys.path]):
             before = set(sys.modules)
             try:
@@ -153,9 +159,12 @@ class Document:
         if "file" in block.notes:
             self.path(block).write_text(block.text)
             return False
-        if "given" in block.notes:
-            name, _, origin = block.notes["given"].partition(" from ")
-            (self.folder / name).write_bytes((self.root / origin).read_bytes())
+        if "held by" in block.notes:
+            self.find_test(block)
+            return False
+        if "output of" in block.notes:
+            self.run_command(block, Command(block.notes["output of"], block.text), int(block.notes.get("exit code", 0)))
+            return True
         match block.language:
             case "console" | "bash" | "sh":
                 commands = commands_of(block)
@@ -178,6 +187,12 @@ class Document:
             raise SnippetError(block, f"{path} is not in the document's folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def find_test(self, block: Block) -> None:
+        """Raise ``SnippetError`` unless the test that holds a block is there and names this document."""
+        test = self.root / block.notes["held by"]
+        if not test.is_file() or Path(self.source).name not in test.read_text():
+            raise SnippetError(block, f"{block.notes['held by']} is no test that names {self.source}")
 
     def run_command(self, block: Block, command: Command, expected: int) -> None:
         words = shlex.split(command.line, comments=True)

@@ -2,11 +2,14 @@
 
 import importlib
 import pkgutil
+import re
+import textwrap
 
 import pytest
 
 from dualpipe.cli import app
 from tests.docs import reference
+from tests.docs.docstrings import markdown
 from tests.docs.reference import FOLDER, MODULES, PAGES, command_line, public_names, python_api
 
 
@@ -56,3 +59,100 @@ def test_a_module_that_exports_names_is_listed_or_known_to_be_internal():
             if hasattr(importlib.import_module(info.name), "__all__"):
                 found.add(info.name)
     assert found - set(MODULES) == set(internal)
+
+
+OUTSIDE = {
+    *("Any", "Callable", "Collection", "Iterable", "Iterator", "Mapping", "Path", "Sequence", "None", "True", "False"),
+    "BaseException",
+    *("Figure", "Tensor", "Literal"),  # of matplotlib, torch and typing
+    *("DistributedDataParallelConfig", "OptimizerConfig", "ProcessGroupCollection"),  # of Megatron
+    *("F", "B", "W", "BW", "FB"),  # parameters
+    *("Event", "LaneIterator", "Parser", "Violation"),  # nothing a reader makes or takes apart
+}
+"""Names in signatures that the page need not explain."""
+
+
+def test_every_type_that_a_signature_names_is_on_the_page(rendered):
+    page = rendered["python.md"]
+    explained = set(re.findall(r"^### (\w+)", page, re.M))
+    signatures = [
+        *re.findall(r"^```text\n(\w+\(.*?)```", page, re.M | re.S),
+        *re.findall(r"^- `(\w+\(.*?)`", page, re.M),
+    ]
+    named = {name for text in signatures for name in re.findall(r"(?<![\w.'])[A-Z]\w*", text)}
+    assert named - explained - OUTSIDE == set()
+
+
+def test_a_docstring_is_there_whole(rendered):
+    page = rendered["python.md"]
+    for told in (
+        "- `criterion`: `criterion(*outputs, *labels)`: a scalar loss, scaled as its gradient shall be",
+        "Microbatches all have the same shapes, contiguous and at aligned storage",
+        "  Raises `DisagreementError` at the first step if the ranks were set up differently",
+        "**Raises**\n\n- `OrderError`: If the order already has messages",
+    ):
+        assert told in page
+
+
+DOCSTRING = """One line
+in two.
+
+Some ``code``::
+
+    a  literal
+
+Parameters
+----------
+one, two:
+    What they are.
+three:
+    What it is.
+
+    - a list,
+    - of two
+      things
+
+After the section.
+
+Args:
+    four: What it is
+        in two lines:
+
+        - an item
+
+Raises:
+    ValueError: If not.
+"""
+
+
+def test_docstrings_of_both_styles_become_lists():
+    assert markdown(DOCSTRING) == textwrap.dedent(
+        """\
+        One line in two.
+
+        Some `code`:
+
+        ```text
+        a  literal
+        ```
+
+        **Parameters**
+
+        - `one`, `two`: What they are.
+        - `three`: What it is.
+
+          - a list,
+          - of two things
+
+        After the section.
+
+        **Parameters**
+
+        - `four`: What it is in two lines:
+
+          - an item
+
+        **Raises**
+
+        - `ValueError`: If not."""
+    )

@@ -165,3 +165,30 @@ def test_output_before_a_command_is_refused():
 )
 def test_outputs_are_compared_by_words_with_dots_for_anything(shown, printed, differs):
     assert unlike(shown, printed) == differs
+
+
+SHOWN = "<!-- output of: dualpipe show -P 2 -->\n```text\nschedule dualpipe\nlane > 0 1\n...\n```\n"
+
+
+def test_a_text_block_with_a_command_is_compared_with_what_it_prints(document):
+    assert document(SHOWN).run(long=False) == 1
+    with pytest.raises(SnippetError, match=r"page\.md:2: `dualpipe show -P 2` is shown with"):
+        document(SHOWN.replace("0 1", "1 0")).run(long=False)
+
+
+def test_the_command_of_a_text_block_may_be_long_or_end_with_another_code(document):
+    assert document(f"<!-- long: takes an hour -->\n{SHOWN.replace('-P 2', '-P 3')}").run(long=False) == 0
+    refused = "<!-- exit code: 2 -->\n<!-- output of: dualpipe show -P 3 -->\n```text\ndualpipe: ...\n```\n"
+    assert document(refused).run(long=False) == 1
+
+
+def test_a_block_that_a_test_holds_names_one_that_names_the_page(document):
+    held = "<!-- held by: tests/docs/{} -->\n```text\nabout page.md\n```\n"
+    assert document(held.format("test_snippets.py")).run(long=False) == 0
+    for name in ("test_missing.py", "links.py"):
+        with pytest.raises(SnippetError, match=r"is no test that names page\.md"):
+            document(held.format(name)).run(long=False)
+
+
+def test_a_document_finds_the_golden_files_of_a_clone(document):
+    document("```bash\ndualpipe prove tests/golden/torch-zbv-4x8.csv --model blocking\n```\n").run(long=False)

@@ -24,6 +24,7 @@ from reference.launch import Failure, launch
 from reference.production import run_rank
 from reference.trace import differences, merge
 from reference.verify import run_oracle, verify
+from tests.docs.snippets import ROOT, blocks_of, unlike
 from tests.production.cases import processes, rewrite, tiny, without
 
 
@@ -193,6 +194,9 @@ def test_a_rank_with_another_schedule_is_found_before_the_first_message():
     assert {failure.kind for failure in told.values()} == {"DisagreementError"}
     assert "rank 1 has dualpipe of 4 ranks and 10 microbatches" in told[3].text
     assert "ranks 0, 2, 3 have dualpipe of 4 ranks and 8 microbatches" in told[3].text
+    page = ROOT / "docs" / "how-to" / "when-a-run-fails.md"
+    (shown,) = [block for block in blocks_of(page.read_text(), page.name) if "held by" in block.notes]
+    assert not unlike(shown.text, told[3].text)
 
 
 def test_ranks_with_other_boundaries_are_found_before_the_first_message():

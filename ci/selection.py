@@ -24,7 +24,7 @@ from pathlib import PurePosixPath
 import networkx as nx
 
 from ci.golden import COUNTS, is_golden_schedule
-from ci.imports import Graph, graph, reached, read
+from ci.imports import Graph, Source, graph, reached, read
 from ci.meaning import Meaning, meaning
 from ci.repository import Changed, Repository
 
@@ -76,8 +76,12 @@ def select(repository: Repository, changed: Sequence[Changed]) -> Selection:
                 sources[path] = read((repository.root / path).read_bytes())
             except (SyntaxError, ValueError):
                 return _everything(files, f"{path} cannot be read as Python")
-    tree = graph(sources, [path for path in files if not path.endswith(".py")])
-    return choose(tree, files, changed)
+    return choose(tree_of(sources, files), files, changed)
+
+
+def tree_of(sources: Mapping[str, Source], files: Sequence[str]) -> Graph:
+    """Who uses whom.  The gate names many files and runs none by its path: it is left out of who runs them."""
+    return graph(sources, [path for path in files if not path.endswith(".py")], frozenset(filter(_is_own, sources)))
 
 
 def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Selection:
@@ -132,7 +136,7 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
 def _unknown(change: Changed, tree: Graph) -> str:
     """Why a changed file asks for everything; empty where it need not."""
     path = PurePosixPath(change.path)
-    if path.parts[0] == "ci" or change.path.startswith("tests/ci/"):
+    if _is_own(change.path):
         return f"{path} is the gate's own"
     if change.path in BUILD:
         return f"{path} decides what everything runs on"
@@ -140,12 +144,20 @@ def _unknown(change: Changed, tree: Graph) -> str:
         return ""
     if change.after is None:
         return f"{path} is deleted"
-    if path.suffix == ".py":
-        return ""
     known = path.suffix in TEXTS or path.name in KNOWN_NAMES or path.parts[0] in (".github", ".ci")
-    if known or tree.in_degree(change.path):
+    if known or _is_test(change.path) or any(map(_is_judge, reached(tree, [change.path]))):
         return ""
     return f"nothing is known of {path}"
+
+
+def _is_own(path: str) -> bool:
+    """Whether a file is the gate's."""
+    return path.startswith(("ci/", "tests/ci/"))
+
+
+def _is_judge(path: str) -> bool:
+    """Whether a file is a test or a check that runs what it uses."""
+    return path != SOURCES_READ and (_is_test(path) or path in (PROVE, THEOREMS, TRIAL, MEGATRON))
 
 
 def _everything(files: Sequence[str], why: str) -> Selection:

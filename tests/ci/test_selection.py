@@ -4,10 +4,10 @@ from functools import cache
 
 import pytest
 
-from ci.imports import graph, read
+from ci.imports import read
 from ci.meaning import Meaning, meaning
 from ci.repository import Changed, Repository
-from ci.selection import DOCUMENTATION, PAGE_TESTS, Selection, choose
+from ci.selection import BUILD, DOCUMENTATION, PAGE_TESTS, SOURCES_READ, Selection, choose, tree_of
 from tests.ci.conftest import ROOT
 
 
@@ -15,7 +15,7 @@ from tests.ci.conftest import ROOT
 def tree():
     files = Repository(ROOT).files()
     sources = {path: read((ROOT / path).read_bytes()) for path in files if path.endswith(".py")}
-    return graph(sources, [path for path in files if not path.endswith(".py")]), files
+    return tree_of(sources, files), files
 
 
 def chosen(path: str, before: bytes | None = b"x = 1\n", after: bytes | None = b"x = 2\n") -> Selection:
@@ -70,7 +70,7 @@ def test_the_nearest_tests_come_first():
 
 def test_of_tests_as_near_the_one_that_uses_least_comes_first():
     files = {"tests/test_b.py": "import m\n", "tests/test_a.py": "import m, n, o\n", "m.py": "", "n.py": "", "o.py": ""}
-    few = graph({path: read(text) for path, text in files.items()}, [])
+    few = tree_of({path: read(text) for path, text in files.items()}, list(files))
     assert list(choose(few, list(files), [Changed("m.py", b"x = 1", b"x = 2")]).tests) == [
         "tests/test_b.py",
         "tests/test_a.py",
@@ -122,6 +122,45 @@ def test_what_the_map_does_not_know_asks_for_everything(path, before, after, why
     assert found.theorems
     assert found.trial
     assert {"tests/production/test_equality.py", "tests/proofs/test_checks.py"} <= found.tests.keys()
+
+
+UNREAD = {"license": "a text that nothing reads"}
+"""In small letters: this file would read what it names."""
+
+
+def test_a_change_of_any_file_asks_for_something_that_uses_it():
+    """More than the test that reads every source, and less than everything, which is for what nothing is known of."""
+    for_all = (*BUILD, "ci/", "tests/ci/")
+    found = {path: chosen(path) for path in tree()[1] if not path.startswith(for_all)}
+    unseen = {path for path, selection in found.items() if selection.everything or not runs_what_uses_it(selection)}
+    assert {path.lower() for path in unseen - {SOURCES_READ}} == set(UNREAD)
+
+
+def runs_what_uses_it(found: Selection) -> bool:
+    return any((found.prove, found.theorems, found.trial, found.megatron)) or bool(found.tests.keys() - {SOURCES_READ})
+
+
+@pytest.mark.parametrize(
+    ("path", "test"),
+    [
+        ("dualpipe/page/paint.js", "tests/page/test_browser.py"),
+        ("dualpipe/page/paint.js", "tests/page/test_render.py"),
+        ("dualpipe/record/child/startup.py", "tests/record/test_hand_written.py"),
+        ("dualpipe/record/child/tags.py", "tests/record/test_torch.py"),
+        ("examples/gpt_data.py", "tests/megatron/test_example.py"),
+        ("tests/record/programs/gpipe.py", "tests/record/test_hand_written.py"),
+        ("bench/soundness.py", "tests/test_bench.py"),
+    ],
+)
+def test_what_is_run_by_its_path_asks_for_the_tests_that_run_it(path, test):
+    assert test in chosen(path).tests
+
+
+def test_a_source_that_nothing_but_the_reading_of_every_source_uses_asks_for_everything():
+    files = {"app.py": "", "app.js": "", SOURCES_READ: 'FILES = (ROOT / "app.py", ROOT / "app.js")\n'}
+    few = tree_of({path: read(text) for path, text in files.items() if path.endswith(".py")}, list(files))
+    for path in ("app.py", "app.js"):
+        assert "nothing is known of" in choose(few, list(files), [Changed(path, b"x = 1", b"x = 2")]).everything
 
 
 TABLE = b'T: Table = (Row("1", 1, "F0"),)\ndef f():\n    return T\n'

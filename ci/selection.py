@@ -7,7 +7,7 @@ a phase table         the six checks and the trial of every schedule that it cha
                       reach the tables without the runtime (the runtime is tried by the trial of the new schedules)
 any other source      the checks whose code uses it, and the tests that use it, the nearest first
 comments, layout      nothing
-a page of text        the tests that name it, and the run of what it says to type
+a page of text        the tests that name it, or what makes it, the run of what it says to type, and all links
 a golden schedule     as of the tables: the schedule is judged itself, and the tests of the runtime are left out
 the theorems' counts  the theorems
 other data            the tests that use what names the file or its folder
@@ -35,13 +35,15 @@ PROVE, THEOREMS, TRIAL, MEGATRON, RUNTIME = (
     "reference/megatron/verify.py",
     "dualpipe/execute.py",
 )
-DOCUMENTATION = "tests/docs/test_documentation.py"
+DOCUMENTATION, LINKS = "tests/docs/test_documentation.py", "tests/docs/test_links.py"
 PAGE_TESTS = (
     "test_what_the_document_says_happens[{page}]",
-    "test_every_link_leads_somewhere[{page}]",
+    "test_every_link_leads_somewhere",
     "test_what_is_not_run_has_a_reason_and_is_listed",
 )
-"""The tests that run what a page of the documentation says and follow its links, for one page."""
+"""The tests that run what one page of the documentation says and follow the links, also those that lead to it."""
+PAGES_READ = "tests/docs/snippets.py"
+"""Reads every page.  Of the tests that use it, those of ``PAGE_TESTS`` are asked for one page."""
 SOURCES_READ = "tests/test_architecture.py"
 """Reads every source, whatever imports it."""
 TEXTS = frozenset({".md", ".svg", ".png", ""})
@@ -116,9 +118,13 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
     for path, distance in reached(tree, [*tables, *goldens]).items():
         if _is_test(path) and path not in on_runtime:
             tests[path] = min(distance, tests.get(path, distance))
-    tests |= {path: 1 for path, steps in reached(tree, pages).items() if steps == 1 and _is_test(path)}
+    for path, distance in _readers(tree, pages).items():
+        tests.setdefault(path, distance)
+    run = list(filter(_is_run, pages))
     if DOCUMENTATION in files and DOCUMENTATION not in tests:
-        tests |= {f"{DOCUMENTATION}::{name}": 1 for page in filter(_is_run, pages) for name in _of_page(page)}
+        tests |= {f"{DOCUMENTATION}::{name}": 1 for page in run for name in _of_page(page)}
+    if run and LINKS in files:
+        tests.setdefault(LINKS, 1)
     if any(path.endswith(".py") for path in (*code, *tables)) and SOURCES_READ in files:
         tests.setdefault(SOURCES_READ, 0)
     nearest = sorted(tests, key=lambda path: (tests[path], _reach(tree, path), path))
@@ -172,6 +178,17 @@ def _is_test(path: str) -> bool:
 def _is_run(page: str) -> bool:
     """Whether what a page says to type is run by a test."""
     return page == "README.md" or page.startswith("docs/")
+
+
+def _readers(tree: Graph, pages: Sequence[str]) -> dict[str, int]:
+    """The tests that name a page, or use a file beside the tests that does, such as what makes the page.
+
+    The gate's own only speak of pages.
+    """
+    apart = (PAGES_READ, SOURCES_READ)
+    beside = [node for node in tree if node.startswith("tests/") and not _is_own(node) and node not in apart]
+    readers = tree.subgraph([*pages, *beside])
+    return {path: steps for path, steps in reached(readers, pages).items() if _is_test(path)}
 
 
 def _of_page(page: str) -> list[str]:

@@ -7,7 +7,17 @@ import pytest
 from ci.imports import read
 from ci.meaning import Meaning, meaning
 from ci.repository import Changed, Repository
-from ci.selection import BUILD, DOCUMENTATION, PAGE_TESTS, SOURCES_READ, Selection, choose, tree_of
+from ci.selection import (
+    BUILD,
+    DOCUMENTATION,
+    LINKS,
+    PAGE_TESTS,
+    PAGES_READ,
+    SOURCES_READ,
+    Selection,
+    choose,
+    tree_of,
+)
 from tests.ci.conftest import ROOT
 
 
@@ -85,7 +95,26 @@ def test_a_page_of_text_asks_for_the_tests_that_name_it_and_no_more():
     assert "tests/docs/test_documentation.py" not in found.tests
 
 
+@pytest.mark.parametrize("page", ["docs/reference/python.md", "docs/reference/cli.md"])
+def test_a_page_that_is_made_asks_for_the_test_that_makes_it_again(page):
+    """It is named by what makes it, which is no test: a sentence added by hand must not pass."""
+    assert "tests/docs/test_reference.py" in chosen(page, b"a", b"b").tests
+
+
+def test_a_page_that_is_only_run_does_not_ask_for_the_run_of_all():
+    found = chosen("docs/tutorial.md", b"a", b"b").tests
+    assert {"tests/docs/test_reference.py", "tests/docs/test_snippets.py", DOCUMENTATION}.isdisjoint(found)
+    assert not [test for test in found if test.startswith("tests/ci/")]  # where this very file names it
+
+
+def test_the_links_of_all_pages_are_followed_as_a_heading_may_be_gone_that_another_page_leads_to():
+    found = chosen("docs/explanation/numerics.md", b"a", b"b").tests
+    assert {f"{DOCUMENTATION}::test_every_link_leads_somewhere", LINKS} <= found.keys()
+
+
 def test_the_tests_that_run_a_page_are_there():
+    assert (ROOT / LINKS).exists()
+    assert (ROOT / PAGES_READ).exists()
     source = (ROOT / DOCUMENTATION).read_text()
     for test in PAGE_TESTS:
         assert f"def {test.partition('[')[0]}(" in source

@@ -6,7 +6,7 @@ a change of           asks for
 a phase table         the six checks and the trial of every schedule that it changes, the theorems, the tests that
                       reach the tables without the runtime (the runtime is tried by the trial of the new schedules)
 any other source      the checks whose code uses it, and the tests that use it, the nearest first
-comments, layout      nothing
+comments, layout      nothing; of a file in which the museum plants a fault, that the place is found still
 a page of text        the tests that name it, or what makes it, the run of what it says to type, and all links
 a golden schedule     as of the tables: the schedule is judged itself, and the tests of the runtime are left out
 the theorems' counts  the theorems
@@ -26,6 +26,7 @@ import networkx as nx
 from ci.golden import COUNTS, is_golden_schedule
 from ci.imports import Graph, Source, graph, reached, read
 from ci.meaning import Meaning, meaning
+from ci.museum.collection import EXHIBITS
 from ci.repository import Changed, Repository
 
 PROVE, THEOREMS, TRIAL, MEGATRON, RUNTIME = (
@@ -46,6 +47,10 @@ PAGES_READ = "tests/docs/snippets.py"
 """Reads every page.  Of the tests that use it, those of ``PAGE_TESTS`` are asked for one page."""
 SOURCES_READ = "tests/test_architecture.py"
 """Reads every source, whatever imports it."""
+MUSEUM = "tests/ci/test_museum.py"
+PLANTING = f"{MUSEUM}::test_an_exhibit_finds_the_text_that_it_replaces_and_leaves_python"
+PLANTED = frozenset(edit.path for exhibit in EXHIBITS for edit in exhibit.edits)
+"""The files in which the museum plants its faults: it replaces a text there, which may be or have a comment."""
 TEXTS = frozenset({".md", ".svg", ".png", ""})
 """Endings of files that do nothing unless a source names them; without an ending are LICENSE and the like."""
 KNOWN_NAMES = frozenset({".gitignore", "Makefile", ".pre-commit-hooks.yaml"})
@@ -127,6 +132,8 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
         tests.setdefault(LINKS, 1)
     if any(path.endswith(".py") for path in (*code, *tables)) and SOURCES_READ in files:
         tests.setdefault(SOURCES_READ, 0)
+    if MUSEUM in files and MUSEUM not in tests and any(change.path in PLANTED for change in changed):
+        tests[PLANTING] = 1
     nearest = sorted(tests, key=lambda path: (tests[path], _reach(tree, path), path))
     told = _short(code)
     return Selection(

@@ -11,8 +11,11 @@ from ci.selection import (
     BUILD,
     DOCUMENTATION,
     LINKS,
+    MUSEUM,
     PAGE_TESTS,
     PAGES_READ,
+    PLANTED,
+    PLANTING,
     SOURCES_READ,
     Selection,
     choose,
@@ -36,9 +39,27 @@ def test_without_a_change_nothing_is_run():
     assert choose(*tree(), []) == Selection()
 
 
+COMMENT = b"x = 1  # one\n", b"x = (1)\n# two\n"
+
+
 def test_comments_and_layout_ask_for_nothing():
-    found = chosen("dualpipe/execute.py", b"x = 1  # one\n", b"x = (1)\n# two\n")
-    assert (found.prove, found.theorems, found.trial, dict(found.tests)) == ("", "", "", {})
+    assert chosen("dualpipe/simulate.py", *COMMENT) == Selection()
+
+
+def test_a_comment_where_the_museum_plants_a_fault_asks_whether_it_still_finds_the_place():
+    """A text that it replaces may have a comment: `# each lane` in dualpipe/megatron/computation.py is in one."""
+    found = chosen("dualpipe/megatron/computation.py", *COMMENT)
+    assert list(found.tests) == [PLANTING]
+    assert found == Selection(tests=found.tests)
+    assert {PLANTING, MUSEUM} & chosen("dualpipe/generate.py", TABLE, TABLE.replace(b"F0", b"F0 SF0")).tests.keys()
+    page = next(path for path in PLANTED if path.endswith(".md"))
+    assert PLANTING in chosen(page, b"a", b"b").tests
+
+
+def test_that_test_of_the_museum_is_there_and_left_out_where_it_is_not():
+    assert f"def {PLANTING.partition('::')[2]}(" in (ROOT / MUSEUM).read_text()
+    files = [path for path in tree()[1] if path != MUSEUM]  # as in the museum's own clones
+    assert choose(tree()[0], files, [Changed("dualpipe/execute.py", *COMMENT)]) == Selection()
 
 
 def test_what_executes_asks_for_trials_and_the_tests_of_production():

@@ -160,7 +160,7 @@ class _Case:
             files = list(selection.tests)
             why = selection.everything or f"{len(files)} files of tests reach the change"
             workers = 0 if first or len(files) <= _FEW else self.options.jobs
-            yield suite.tests(files, why, self.folder / "tests.xml", workers, first)
+            yield suite.tests(files, why, self.folder / "tests.xml", workers, first, selection.long)
 
     def written(self, names: Sequence[str]) -> list[Path]:
         """Files with the texts of schedules."""

@@ -18,7 +18,7 @@ a file like this      everything: the gate's own, the build's, one that is delet
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 import networkx as nx
@@ -61,7 +61,8 @@ BUILD = frozenset({"pyproject.toml", "constraints.txt"})
 class Selection:
     """The checks to run, each with the reason.
 
-    ``tests`` are files, the nearest to the change first, and of those as near the ones that use the least.
+    ``tests`` are files, the nearest to the change first, and of those as near the ones that use the least; ``long``
+    those of which also the long tests are run, since they changed themselves.
     """
 
     prove: str = ""
@@ -69,6 +70,7 @@ class Selection:
     trial: str = ""
     megatron: str = ""
     tests: Mapping[str, str] = field(default_factory=dict)
+    long: tuple[str, ...] = ()
     everything: str = ""
     tables: str = ""
 
@@ -99,7 +101,7 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
     for change in changed:
         unknown = _unknown(change, tree)
         if unknown:
-            return _everything(files, unknown)
+            return replace(_everything(files, unknown), long=_changed_tests(changed))
         if change.path == COUNTS:
             pass  # the theorems themselves hold it against what they count
         elif is_golden_schedule(change.path):
@@ -142,6 +144,7 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
         trial=f"{told} is used by it" if TRIAL in steps else "",
         megatron=f"{told} is used by it" if MEGATRON in steps else "",
         tests={path: _reason(path, tests[path]) for path in nearest},
+        long=_changed_tests(changed),
         tables=_short(tables),
     )
 
@@ -176,6 +179,16 @@ def _is_judge(path: str) -> bool:
 def _everything(files: Sequence[str], why: str) -> Selection:
     tests = {path: why for path in files if _is_test(path)}
     return Selection(why, why, why, why, tests, everything=why)
+
+
+def _changed_tests(changed: Sequence[Changed]) -> tuple[str, ...]:
+    """The files of tests that are new or do something else than before."""
+    there = [(change.path, change.before, change.after) for change in changed if _is_test(change.path)]
+    return tuple(
+        path
+        for path, before, after in there
+        if after is not None and (before is None or meaning(before, after) is not Meaning.NOTHING)
+    )
 
 
 def _is_test(path: str) -> bool:

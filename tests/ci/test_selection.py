@@ -94,6 +94,16 @@ def test_the_vocabulary_asks_for_everything_that_judges():
     assert found.trial
 
 
+@pytest.mark.parametrize("before", [None, b"x = 1"])
+def test_of_a_test_that_changed_itself_the_long_tests_are_run_too(before):
+    path = "tests/proofs/theorems/test_mutants.py"
+    found = chosen(path, before, b"x = 2")
+    assert found.long == (path,)
+    assert path in found.tests
+    assert chosen(path, *COMMENT).long == chosen("proofs/graph.py").long == ()
+    assert choose(*tree(), [Changed(path, before, b"x = 2"), Changed("pyproject.toml", b"a", b"b")]).long == (path,)
+
+
 def test_the_nearest_tests_come_first():
     first = next(iter(choose(*tree(), [Changed("dualpipe/weightgrad.py", b"x = 1", b"x = 2")]).tests))
     assert first in ("tests/production/test_weightgrad.py", "tests/test_architecture.py")

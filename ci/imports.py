@@ -71,10 +71,12 @@ def read(text: bytes | str) -> Source:
             strings.append(node.value)
             paths |= {node.value.strip("/")} if "/" in node.value and _PATH.fullmatch(node.value) else set()
         elif isinstance(node, ast.JoinedStr) or _parts(node):
-            path = _known(_path(node))
+            whole = _path(node)
+            path = _known(whole)
             if _PATH.fullmatch(path) and ("/" in path or _parts(node)):
                 paths |= {path} if "/" in path or "*" not in path else set()
                 strings += _ends(path)
+                strings += [f"{path}/*"] if whole.endswith("/*") and isinstance(node, ast.Call) else []
     return Source(frozenset(modules), frozenset(names), tuple(strings), frozenset(paths))
 
 
@@ -272,8 +274,9 @@ def _owners(path: str, sources: Mapping[str, Source]) -> list[str]:
 def _may_mean(strings: set[str], file: PurePosixPath, names: Set[str]) -> bool:
     """Whether a source that names a file's folder may go on to this file.
 
-    Not where it names other files that there are, and neither a pattern nor a part of this file's name.
+    Not where it names other files that there are, and neither a pattern nor a part of this file's name.  A lone star
+    may be anything.
     """
-    patterns = any("*" in text and fnmatch(file.name, text.rpartition("/")[2]) for text in strings)
+    patterns = any("*" in text and text.strip("*") and fnmatch(file.name, text.rpartition("/")[2]) for text in strings)
     parts = any(len(text) >= _PART and text in file.name for text in strings)
     return patterns or parts or not strings & names

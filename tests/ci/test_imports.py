@@ -145,5 +145,22 @@ def test_a_path_is_read_as_far_as_it_is_made_of_strings():
     assert set(read('a = ROOT / "x" / "y"\n').strings) == {"x/y", "y"}
 
 
+@pytest.mark.parametrize(
+    ("text", "uses"),
+    [
+        ('FILES = ROOT / "texts", "x.md"\n', False),
+        ('FILES = ROOT / "texts", "x.md", "*"\n', False),  # of a signature, say
+        ('FILES = (ROOT / "texts").glob("*"), "x.md"\n', True),
+        ('FILES = (ROOT / "texts").glob("*.md"), "x.md"\n', True),
+        ('FILES = (ROOT / "texts").rglob("*.md"), "x.md"\n', True),
+        ('FILES = ROOT / "texts" / f"{name}.md", "x.md"\n', True),
+        ('FILES = (ROOT / "texts").iterdir()\n', True),
+    ],
+)
+def test_who_names_a_folder_and_one_file_uses_another_where_a_pattern_fits(text, uses):
+    found = graph({"a.py": read(text)}, ["texts/x.md", "texts/y.md"])
+    assert ("a.py" in reached(found, ["texts/y.md"])) is uses
+
+
 def test_a_file_that_is_not_in_the_tree_reaches_nothing(tree):
     assert reached(tree, ["elsewhere.py"]) == {}

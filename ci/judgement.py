@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ci import judges, rules, suite
 from ci.change import ScheduleChange
-from ci.check import Check, run_check, skipped
+from ci.check import Check, Reading, run_check, skipped
 from ci.errors import GateError
 from ci.golden import COUNTS, Counts, Expansion, expansion, kept_files, read_counts
 from ci.history import counts_at, schedule_changes
 from ci.meaning import Meaning, meaning
 from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
 from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows
-from ci.process import end_all
+from ci.process import Completed, end_all
 from ci.repository import Base, Changed, Repository
 from ci.selection import Selection, select
 from ci.trial import MEGATRON
@@ -26,8 +26,10 @@ from ci.trial import MEGATRON
 TRIED = ("dualpipe-P2-M4", "dualpipe-P4-M8", "dualpipev-P2-M4", "1f1b-P2-M4", "zb1p-P4-M8", "torch-zbv-4x8")
 """Tried on ranks when what executes changes."""
 TRIED_BLOCKING = ("dualpipe-P4-M8",)
-_LARGEST_TRIAL, _LARGEST_PROOF = 4, 20_000
-"""The most ranks of a trial, and the longest text, in characters, of a proof."""
+_SMALL_TRIAL, _LARGEST_TRIAL = 4, 8
+"""Ranks of the schedules that are tried, and the most of one that is where of its name no smaller one changed."""
+_LARGE = 20_000
+"""Characters of a schedule that is proved apart, so that the others are not kept waiting."""
 _FROM_WHAT_RUNS = ("dualpipe/", "reference/", "proofs/", "examples/", "ci/", "bench/", "tests/")
 _JUDGES = ("ci/", "tests/", "proofs/", "reference/", ".ci/", ".github/")
 _FEW = 8
@@ -147,17 +149,26 @@ class _Case:
         """The checks that the change asks for, the quick ones first."""
         selection, places, first = self.selection, self.places, self.options.first
         changed = {change.name: change.after for change in self.schedules if change.after is not None}
-        proved = [name for name, text in changed.items() if len(text) <= _LARGEST_PROOF] or list(changed)[:1]
-        tried = [name for name in changed if _ranks(changed[name]) <= _LARGEST_TRIAL and name in self.now.shown]
+        proved = [name for name, text in changed.items() if len(text) <= _LARGE]
+        large = [name for name in changed if name not in proved]
+        tried = _tried(changed, self.now.shown)
+        untried = [name for name in changed if name not in tried]
+        untold = f"of those that changed not tried: {_short(untried)}" if untried else ""
         new = f"{len(changed)} schedules changed" if changed else ""
         if selection.prove:
             proved = [*self.now.shown, *(name for name in proved if name not in self.now.shown)]
         if proved:
-            yield judges.prove(self.written(proved), _both(new, selection.prove), places)
+            check = judges.prove(self.written(proved), _both(new, selection.prove), places)
+            yield check if tried else _saying(check, untold)
+        if large:
+            told = f"{len(large)} of {len(changed)} changed schedules are large"
+            check = replace(judges.prove(self.written(large), told, places), name="prove, large")
+            yield check if tried else _saying(check, untold)
         if selection.trial:
             tried = [*(name for name in TRIED if name in self.now.shown), *(n for n in tried if n not in TRIED)]
         if tried:
-            yield judges.trial(self.written(tried), _both(new, selection.trial), places, first=first)
+            check = judges.trial(self.written(tried), _both(new, selection.trial), places, first=first)
+            yield _saying(check, untold)
         if selection.trial and (blocking := [name for name in TRIED_BLOCKING if name in self.now.shown]):
             yield judges.trial(self.written(blocking), selection.trial, places, blocking=True, first=first)
         if selection.megatron:
@@ -170,7 +181,7 @@ class _Case:
             files = list(selection.tests)
             why = selection.everything or f"{len(files)} files of tests reach the change"
             workers = 0 if first or len(files) <= _FEW else self.options.jobs
-            yield suite.tests(files, why, self.folder / "tests.xml", workers, first)
+            yield suite.tests(files, why, self.folder / "tests.xml", workers, first, selection.long)
 
     def written(self, names: Sequence[str]) -> list[Path]:
         """Files with the texts of schedules."""
@@ -190,6 +201,37 @@ class _Case:
 
 def _both(*reasons: str) -> str:
     return "; ".join(filter(None, reasons))
+
+
+def _tried(changed: Mapping[str, str], shown: Collection[str]) -> list[str]:
+    """Of the schedules that changed, the smallest first, those to try on ranks.
+
+    The shown ones of few ranks; of a name that has none the smallest, one rank last, as it sends nothing.
+    """
+    found = [name for name in changed if name in shown and _ranks(changed[name]) <= _SMALL_TRIAL]
+    for name in sorted(changed, key=lambda name: _ranks(changed[name]) == 1):
+        if _ranks(changed[name]) <= _LARGEST_TRIAL and _plan(name) not in map(_plan, found):
+            found.append(name)
+    return found
+
+
+def _plan(name: str) -> str:
+    """``dualpipe-lowered`` of ``dualpipe-lowered-P4-M8``."""
+    return name.partition("-P")[0]
+
+
+def _saying(check: Check, words: str) -> Check:
+    """The check, with words added to what it tells."""
+
+    def read(done: Completed) -> Reading:
+        verdict, told, findings = check.read(done)
+        return verdict, f"{told}; {words}", findings
+
+    return replace(check, read=read) if words else check
+
+
+def _short(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _ranks(text: str | None) -> int:

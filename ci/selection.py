@@ -6,26 +6,28 @@ a change of           asks for
 a phase table         the six checks and the trial of every schedule that it changes, the theorems, the tests that
                       reach the tables without the runtime (the runtime is tried by the trial of the new schedules)
 any other source      the checks whose code uses it, and the tests that use it, the nearest first
-comments, layout      nothing
-a page of text        the tests that name it, and the run of what it says to type
+comments, layout      nothing; of a file in which the museum plants a fault, that the place is found still
+a page of text        the tests that name it, or what makes it, the run of what it says to type, and all links
 a golden schedule     as of the tables: the schedule is judged itself, and the tests of the runtime are left out
 the theorems' counts  the theorems
 other data            the tests that use what names the file or its folder
-a file like this      everything: the gate's own, the build's, one that is deleted or that nothing is known of
+a file like this      everything: the gate's own, the build's, one that is deleted, whose mode changes, or that nothing
+                      is known of
 ====================  ==============================================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 import networkx as nx
 
 from ci.golden import COUNTS, is_golden_schedule
-from ci.imports import Graph, graph, reached, read
+from ci.imports import Graph, Source, graph, reached, read
 from ci.meaning import Meaning, meaning
+from ci.museum.collection import EXHIBITS
 from ci.repository import Changed, Repository
 
 PROVE, THEOREMS, TRIAL, MEGATRON, RUNTIME = (
@@ -35,15 +37,21 @@ PROVE, THEOREMS, TRIAL, MEGATRON, RUNTIME = (
     "reference/megatron/verify.py",
     "dualpipe/execute.py",
 )
-DOCUMENTATION = "tests/docs/test_documentation.py"
+DOCUMENTATION, LINKS = "tests/docs/test_documentation.py", "tests/docs/test_links.py"
 PAGE_TESTS = (
     "test_what_the_document_says_happens[{page}]",
-    "test_every_link_leads_somewhere[{page}]",
+    "test_every_link_leads_somewhere",
     "test_what_is_not_run_has_a_reason_and_is_listed",
 )
-"""The tests that run what a page of the documentation says and follow its links, for one page."""
+"""The tests that run what one page of the documentation says and follow the links, also those that lead to it."""
+PAGES_READ = "tests/docs/snippets.py"
+"""Reads every page.  Of the tests that use it, those of ``PAGE_TESTS`` are asked for one page."""
 SOURCES_READ = "tests/test_architecture.py"
 """Reads every source, whatever imports it."""
+MUSEUM = "tests/ci/test_museum.py"
+PLANTING = f"{MUSEUM}::test_an_exhibit_finds_the_text_that_it_replaces_and_leaves_python"
+PLANTED = frozenset(edit.path for exhibit in EXHIBITS for edit in exhibit.edits)
+"""The files in which the museum plants its faults: it replaces a text there, which may be or have a comment."""
 TEXTS = frozenset({".md", ".svg", ".png", ""})
 """Endings of files that do nothing unless a source names them; without an ending are LICENSE and the like."""
 KNOWN_NAMES = frozenset({".gitignore", "Makefile", ".pre-commit-hooks.yaml"})
@@ -54,7 +62,8 @@ BUILD = frozenset({"pyproject.toml", "constraints.txt"})
 class Selection:
     """The checks to run, each with the reason.
 
-    ``tests`` are files, the nearest to the change first, and of those as near the ones that use the least.
+    ``tests`` are files, the nearest to the change first, and of those as near the ones that use the least; ``long``
+    those of which also the long tests are run, since they changed themselves.
     """
 
     prove: str = ""
@@ -62,8 +71,8 @@ class Selection:
     trial: str = ""
     megatron: str = ""
     tests: Mapping[str, str] = field(default_factory=dict)
+    long: tuple[str, ...] = ()
     everything: str = ""
-    tables: str = ""
 
 
 def select(repository: Repository, changed: Sequence[Changed]) -> Selection:
@@ -76,8 +85,12 @@ def select(repository: Repository, changed: Sequence[Changed]) -> Selection:
                 sources[path] = read((repository.root / path).read_bytes())
             except (SyntaxError, ValueError):
                 return _everything(files, f"{path} cannot be read as Python")
-    tree = graph(sources, [path for path in files if not path.endswith(".py")])
-    return choose(tree, files, changed)
+    return choose(tree_of(sources, files), files, changed)
+
+
+def tree_of(sources: Mapping[str, Source], files: Sequence[str]) -> Graph:
+    """Who uses whom.  The gate names many files and runs none by its path: it is left out of who runs them."""
+    return graph(sources, [path for path in files if not path.endswith(".py")], frozenset(filter(_is_own, sources)))
 
 
 def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Selection:
@@ -88,7 +101,7 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
     for change in changed:
         unknown = _unknown(change, tree)
         if unknown:
-            return _everything(files, unknown)
+            return replace(_everything(files, unknown), long=_changed_tests(changed))
         if change.path == COUNTS:
             pass  # the theorems themselves hold it against what they count
         elif is_golden_schedule(change.path):
@@ -112,11 +125,17 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
     for path, distance in reached(tree, [*tables, *goldens]).items():
         if _is_test(path) and path not in on_runtime:
             tests[path] = min(distance, tests.get(path, distance))
-    tests |= {path: 1 for path, steps in reached(tree, pages).items() if steps == 1 and _is_test(path)}
+    for path, distance in _readers(tree, pages).items():
+        tests.setdefault(path, distance)
+    run = list(filter(_is_run, pages))
     if DOCUMENTATION in files and DOCUMENTATION not in tests:
-        tests |= {f"{DOCUMENTATION}::{name}": 1 for page in filter(_is_run, pages) for name in _of_page(page)}
+        tests |= {f"{DOCUMENTATION}::{name}": 1 for page in run for name in _of_page(page)}
+    if run and LINKS in files:
+        tests.setdefault(LINKS, 1)
     if any(path.endswith(".py") for path in (*code, *tables)) and SOURCES_READ in files:
         tests.setdefault(SOURCES_READ, 0)
+    if MUSEUM in files and MUSEUM not in tests and any(change.path in PLANTED for change in changed):
+        tests[PLANTING] = 1
     nearest = sorted(tests, key=lambda path: (tests[path], _reach(tree, path), path))
     told = _short(code)
     return Selection(
@@ -125,32 +144,52 @@ def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Sel
         trial=f"{told} is used by it" if TRIAL in steps else "",
         megatron=f"{told} is used by it" if MEGATRON in steps else "",
         tests={path: _reason(path, tests[path]) for path in nearest},
-        tables=_short(tables),
+        long=_changed_tests(changed),
     )
 
 
 def _unknown(change: Changed, tree: Graph) -> str:
     """Why a changed file asks for everything; empty where it need not."""
     path = PurePosixPath(change.path)
-    if path.parts[0] == "ci" or change.path.startswith("tests/ci/"):
+    if _is_own(change.path):
         return f"{path} is the gate's own"
     if change.path in BUILD:
         return f"{path} decides what everything runs on"
+    if change.mode:
+        return f"{path} changes its mode, {change.mode}"
     if is_golden_schedule(change.path) or change.path == COUNTS:
         return ""
     if change.after is None:
         return f"{path} is deleted"
-    if path.suffix == ".py":
-        return ""
     known = path.suffix in TEXTS or path.name in KNOWN_NAMES or path.parts[0] in (".github", ".ci")
-    if known or tree.in_degree(change.path):
+    if known or _is_test(change.path) or any(map(_is_judge, reached(tree, [change.path]))):
         return ""
     return f"nothing is known of {path}"
+
+
+def _is_own(path: str) -> bool:
+    """Whether a file is the gate's."""
+    return path.startswith(("ci/", "tests/ci/"))
+
+
+def _is_judge(path: str) -> bool:
+    """Whether a file is a test or a check that runs what it uses."""
+    return path != SOURCES_READ and (_is_test(path) or path in (PROVE, THEOREMS, TRIAL, MEGATRON))
 
 
 def _everything(files: Sequence[str], why: str) -> Selection:
     tests = {path: why for path in files if _is_test(path)}
     return Selection(why, why, why, why, tests, everything=why)
+
+
+def _changed_tests(changed: Sequence[Changed]) -> tuple[str, ...]:
+    """The files of tests that are new or do something else than before."""
+    there = [(change.path, change.before, change.after) for change in changed if _is_test(change.path)]
+    return tuple(
+        path
+        for path, before, after in there
+        if after is not None and (before is None or meaning(before, after) is not Meaning.NOTHING)
+    )
 
 
 def _is_test(path: str) -> bool:
@@ -160,6 +199,17 @@ def _is_test(path: str) -> bool:
 def _is_run(page: str) -> bool:
     """Whether what a page says to type is run by a test."""
     return page == "README.md" or page.startswith("docs/")
+
+
+def _readers(tree: Graph, pages: Sequence[str]) -> dict[str, int]:
+    """The tests that name a page, or use a file beside the tests that does, such as what makes the page.
+
+    The gate's own only speak of pages.
+    """
+    apart = (PAGES_READ, SOURCES_READ)
+    beside = [node for node in tree if node.startswith("tests/") and not _is_own(node) and node not in apart]
+    readers = tree.subgraph([*pages, *beside])
+    return {path: steps for path, steps in reached(readers, pages).items() if _is_test(path)}
 
 
 def _of_page(page: str) -> list[str]:

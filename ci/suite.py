@@ -10,28 +10,39 @@ from ci.check import Check, Reading, crashed
 from ci.outcome import Finding, Verdict
 from ci.process import Completed, python
 
-LIMIT_S = 900.0
+LIMIT_S, LONG_LIMIT_S = 900.0, 1800.0
 _NOTHING_COLLECTED = 5  # pytest's exit code
 
 
-def tests(files: Sequence[str], why: str, report: Path, workers: int, first: bool) -> Check:
-    """Run test files in the order given; ``first`` stops at the first failure, ``report`` is written by pytest."""
+def tests(files: Sequence[str], why: str, report: Path, workers: int, first: bool, long: Sequence[str]) -> Check:
+    """Run test files in the order given; ``first`` stops at the first failure, ``report`` is written by pytest.
+
+    The tests marked ``long`` are left out, and counted, but for those of the files ``long``.
+    """
+    left = report.with_suffix(".long")
 
     def read(done: Completed) -> Reading:
+        not_run = _not_run(int(left.read_text()) if left.exists() else 0)
         if done.code == _NOTHING_COLLECTED:
-            return Verdict.SKIPPED, "none of the selected files has a test that is not long", ()
+            return Verdict.SKIPPED, f"none of the selected files has a test that is not long{not_run}", ()
         passed, skipped, findings = read_report(report.read_text())
-        told = f"{passed} passed, {len(findings)} failed, {skipped} skipped"
+        told = f"{passed} passed, {len(findings)} failed, {skipped} skipped{not_run}"
         if findings:
             return Verdict.REFUSED, told, tuple(findings)
         if done.code != 0:
             return crashed(done)
         return (Verdict.PASSED if passed else Verdict.SKIPPED), told, ()
 
-    options = ["-q", "-m", "not long", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+    options += ["-p", "ci.long", f"--long-left={left}", *(f"--long-of={file}" for file in long)]
     options += ["-n", str(workers)] if workers else ["-p", "no:xdist"]
     options += ["-x"] if first else []
-    return Check("tests", why, python("-m", "pytest", *options, *files), LIMIT_S, read)
+    limit = LONG_LIMIT_S if long else LIMIT_S
+    return Check("tests", why, python("-m", "pytest", *options, *files), limit, read)
+
+
+def _not_run(long: int) -> str:
+    return f", {long} long test{'s' * (long > 1)} not run" if long else ""
 
 
 def read_report(text: str) -> tuple[int, int, list[Finding]]:

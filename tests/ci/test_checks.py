@@ -12,6 +12,7 @@ from ci.check import Check, run_check
 from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
 from ci.place import NOWHERE, Place, Places, lines_of_rows
 from ci.process import Completed, python, run
+from tests.ci.conftest import ROOT
 
 FILES = [Path("a.txt"), Path("b.txt")]
 
@@ -110,13 +111,40 @@ def test_a_failed_test_is_a_finding_at_its_line_and_a_skipped_one_has_not_passed
 
 def test_tests_that_were_all_skipped_have_not_passed(tmp_path):
     report = tmp_path / "tests.xml"
-    check = suite.tests(["tests/t.py"], "", report, 0, False)
+    check = suite.tests(["tests/t.py"], "", report, 0, False, ())
     report.write_text('<testsuites><testsuite><testcase name="t"><skipped/></testcase></testsuite></testsuites>')
     assert check.read(Completed(0, "", "", 1.0))[0] is Verdict.SKIPPED
     assert check.read(Completed(5, "", "", 1.0))[0] is Verdict.SKIPPED
     report.write_text('<testsuites><testsuite><testcase name="t"/></testsuite></testsuites>')
     assert check.read(Completed(0, "", "", 1.0))[0] is Verdict.PASSED
     assert check.read(Completed(3, "", "INTERNALERROR", 1.0))[0] is Verdict.UNKNOWN
+
+
+MARKED = "import pytest\n\n@pytest.mark.long\ndef test_long():\n    assert {}\n"
+
+
+@pytest.fixture
+def marked(tmp_path):
+    """Two files of tests with a long one each; the one in a.py fails, and b.py has one that is not long."""
+    (tmp_path / "ci").symlink_to(ROOT / "ci")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    long: takes long\n")
+    (tmp_path / "test_a.py").write_text(MARKED.format(0))
+    (tmp_path / "test_b.py").write_text(MARKED.format(1) + "\ndef test_short():\n    pass\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_long_tests_are_run_of_the_files_that_changed_and_counted_of_the_others(marked, workers):
+    def judged(*files: str, long: tuple[str, ...] = ()) -> tuple[Verdict, str]:
+        outcome = run_check(suite.tests(files, "", marked / "tests.xml", workers, False, long), marked)
+        return outcome.verdict, outcome.told
+
+    both = ("test_a.py", "test_b.py")
+    assert judged(*both) == (Verdict.PASSED, "1 passed, 0 failed, 0 skipped, 2 long tests not run")
+    assert judged(*both, long=both[:1]) == (Verdict.REFUSED, "1 passed, 1 failed, 0 skipped, 1 long test not run")
+    assert judged(*both, long=both) == (Verdict.REFUSED, "2 passed, 1 failed, 0 skipped")
+    alone = "none of the selected files has a test that is not long, 1 long test not run"
+    assert judged("test_a.py") == (Verdict.SKIPPED, alone)
 
 
 def answer(code: str, limit: float = 20.0) -> Outcome:

@@ -1,0 +1,56 @@
+"""The measurements of bench/ still run: each on the least that it can be asked for."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from dualpipe import one_f_one_b
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+def script(name):
+    return runpy.run_path(str(BENCH / name), run_name="bench")
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_the_fake_ranks_are_timed_against_the_oracle(capsys):
+    main = script("fake_vs_oracle.py")["main"]
+    main(ranks=2, microbatches=4, hidden=8, sequence=4, steps=1, rounds=1)
+    assert "fake ranks" in capsys.readouterr().out
+
+
+def test_mutants_are_proved_and_run(capsys):
+    with pytest.raises(typer.Exit) as ended:
+        script("soundness.py")["main"](mutants=3, seed=0, processes=0)
+    assert ended.value.exit_code == 0
+    assert "3 mutants" in capsys.readouterr().out
+
+
+def test_the_cells_of_the_matrix_are_verified(monkeypatch, capsys):
+    """One schedule in one format, and each size of it the smallest there is."""
+    main = script("matrix.py")["main"]
+    fewest = {"PLANS": ["1f1b"], "DTYPES": {"fp32": torch.float32}, "generate": lambda name, *size: one_f_one_b(2, 2)}
+    for name, value in fewest.items():
+        monkeypatch.setitem(main.__globals__, name, value)
+    assert main() == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("0 not equal")
+
+
+def test_a_cell_of_the_matrix_on_megatron_is_verified(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megatron_matrix.py", "--cells", "gpt,clipping"])
+    assert script("megatron_matrix.py")["main"]() == 0
+    assert "gpt pp2 no clipping" in capsys.readouterr().out
+
+
+def test_every_script_has_a_test():
+    source = Path(__file__).read_text()
+    assert [file.name for file in BENCH.glob("*.py") if f'script("{file.name}")' not in source] == []

@@ -42,4 +42,7 @@ def dualpipe(
     - a schedule file, as show prints it
     - a compute-only table of torch.distributed.pipelining (.csv)
     - module:function in Python, that returns a Schedule or its text
+
+    Every command ends with 2 for bad input, 70 for a fault of its own, which is no verdict, and 130 for Ctrl-C. With
+    --json a complaint is an object as well.
     """

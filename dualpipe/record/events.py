@@ -36,7 +36,10 @@ class MessageId(NamedTuple):
 
 @dataclass
 class Forward:
-    """A forward as its rank saw it: the module called, the messages and the local forwards that it began from."""
+    """A forward as its rank saw it: the module called, the messages and the local forwards that it began from.
+
+    ``weights`` and ``behind`` say whether anything of it reached a weight gradient, and whether its backward began.
+    """
 
     owner: Owner
     module: int
@@ -45,6 +48,7 @@ class Forward:
     after: list[Owner] = field(default_factory=list)
     gradients: list[MessageId] = field(default_factory=list)
     weights: bool = False
+    behind: bool = False
     step: int = 0
 
 
@@ -98,6 +102,7 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.gradients += [MessageId(rank, m) for m in event["messages"]]
+                        known.behind = True
             case "weights":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:

@@ -30,10 +30,14 @@ class Name:
 
 @dataclass(frozen=True)
 class Lineage:
-    """The lanes, the name of every forward that belongs to one, and what had to be told with care."""
+    """The lanes, the name of every forward that belongs to one, what forwards got besides, and what is told with care.
+
+    ``data`` are the receives whose tensors forwards take though no stage made them: inputs, labels, masks.
+    """
 
     routes: Mapping[Lane, tuple[int, ...]]
     names: Mapping[Owner, Name]
+    data: frozenset[MessageId]
     notes: tuple[str, ...]
 
 
@@ -55,45 +59,82 @@ def trace(
     """Stages, lanes and microbatches of every forward.  Raises ``RecordError`` where there is no such order."""
     forwards = {f.owner: f for log in logs for f in log.forwards.values()}
 
-    def sender(id: MessageId) -> Message | None:
-        return messages.get(partner.get(id, id)) if id in partner else None
-
+    data = _data(forwards.values(), messages, partner)
     before: dict[Owner, Owner] = {}
     votes: dict[tuple[Owner, Owner], None] = {}
     for forward in forwards.values():
         origins = list(forward.after)
         for id in forward.messages:
-            sent = sender(id)
-            if sent is not None and not sent.activation_of and not sent.gradient_of:
-                raise RecordError(
-                    "a stage's activation is what a torch.nn.Module call made",
-                    f"rank {id.rank} begins a forward at {forward.at} from what rank {sent.id.rank} sends at "
-                    f"{sent.at}, and no module call made that",
-                    "put the stage's computation into a module",
-                )
+            sent = _sent(id, messages, partner)
             origins += sent.activation_of if sent is not None and not sent.gradient_of else []
         origins = [o for o in origins if o in forwards and o != forward.owner]
         if origins:
             before[forward.owner] = origins[0]
         votes.update(dict.fromkeys((origin, forward.owner) for origin in origins))
         for id in forward.gradients:
-            sent = sender(id)
+            sent = _sent(id, messages, partner)
             for later in sent.gradient_of if sent is not None else []:
                 if later in forwards:
                     votes[forward.owner, later] = None
-    chunk_of = _chunks(logs, forwards, votes, messages)
+    chunk_of = _chunks(logs, forwards, votes, messages, partner)
     used = {earlier for earlier, _ in votes}
     used |= {owner for m in messages.values() for owner in (*m.activation_of, *m.gradient_of)}
     for owner in _dry(forwards, chunk_of, used):
         del chunk_of[owner]
-    notes = _aside(forwards, chunk_of)
-    chains = _chains(forwards, chunk_of, votes)
+    notes = [*_of_data(data, messages, partner), *_aside(forwards, chunk_of)]
+    chains = _chains(forwards, chunk_of, votes, data)
     routes = {lane: tuple(rank for rank, _ in chain) for lane, chain in zip(Lane, chains, strict=False)}
     place = {
         chunk: (lane, stage) for lane, chain in zip(Lane, chains, strict=False) for stage, chunk in enumerate(chain)
     }
     names, more = _number(forwards, chunk_of, place, chains, before)
-    return Lineage(routes, names, (*notes, *more))
+    return Lineage(routes, names, data, (*notes, *more))
+
+
+def _sent(
+    id: MessageId, messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
+) -> Message | None:
+    """The send that a receive met."""
+    return messages.get(partner[id]) if id in partner else None
+
+
+def _data(
+    forwards: Collection[Forward], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
+) -> frozenset[MessageId]:
+    """The receives that bring a forward what no stage made.
+
+    Raises ``RecordError`` where a forward has nothing else and a gradient goes back: then it is an activation.
+    """
+    back = {(owner, m.peer): m for m in messages.values() for owner in m.gradient_of}
+    found: set[MessageId] = set()
+    for forward in forwards:
+        sent = {id: _sent(id, messages, partner) for id in forward.messages}
+        other = {id for id, s in sent.items() if s is not None and not s.activation_of and not s.gradient_of}
+        if other and len(other) == len(sent) and not forward.after:
+            for id in sorted(other):
+                if (forward.owner, messages[id].peer) in back:
+                    raise _no_module(forward, messages[partner[id]])
+        found |= other
+    return frozenset(found)
+
+
+def _no_module(forward: Forward, sent: Message) -> RecordError:
+    return RecordError(
+        "a stage's activation is what a torch.nn.Module call made",
+        f"rank {forward.owner.rank} begins a forward at {forward.at} from what rank {sent.id.rank} sends at "
+        f"{sent.at}, and no module call made that",
+        "put the stage's computation into a module",
+    )
+
+
+def _of_data(
+    data: Collection[MessageId], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
+) -> list[str]:
+    places = sorted({(partner[id].rank, messages[partner[id]].at, id.rank) for id in data})
+    return [
+        f"what rank {one} sends at {at} to a forward of rank {other} was made by no module call; it is taken for data"
+        for one, at, other in places
+    ]
 
 
 def _chunks(
@@ -101,14 +142,19 @@ def _chunks(
     forwards: Mapping[Owner, Forward],
     votes: Mapping[tuple[Owner, Owner], None],
     messages: Mapping[MessageId, Message],
+    partner: Mapping[MessageId, MessageId],
 ) -> dict[Owner, Chunk]:
     """The chunk of every forward that is part of the pipeline: it, or another one of its module, exchanges tensors.
 
-    A forward that begins with a part of a module is of the chunk that the whole module is.
+    A forward that begins with a part of a module is of the chunk that the whole module is.  Where nothing was exchanged
+    at all, the forwards count that were to hand something on when their rank got stuck.
     """
     joined = {owner for vote in votes for owner in vote}
     joined |= {owner for m in messages.values() for owner in (*m.activation_of, *m.gradient_of)}
     joined |= {f.owner for f in forwards.values() if f.messages or f.gradients}
+    if joined.isdisjoint(forwards):
+        stuck = {m.id.rank for m in messages.values() if m.id not in partner}
+        joined |= {f.owner for f in forwards.values() if f.owner.rank in stuck and not f.behind}
     called: dict[int, set[int]] = defaultdict(set)
     for owner in joined:
         if owner in forwards:
@@ -158,7 +204,10 @@ def _ranks(ranks: Collection[int]) -> str:
 
 
 def _chains(
-    forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], votes: Mapping[tuple[Owner, Owner], None]
+    forwards: Mapping[Owner, Forward],
+    chunk_of: Mapping[Owner, Chunk],
+    votes: Mapping[tuple[Owner, Owner], None],
+    data: Collection[MessageId],
 ) -> list[list[Chunk]]:
     """The chunks of each lane in order of stages; the lane that enters at the lower rank first."""
     chunks = sorted(set(chunk_of.values()))
@@ -172,7 +221,7 @@ def _chains(
     for earlier, later in votes:
         if earlier in chunk_of and later in chunk_of and chunk_of[earlier] != chunk_of[later]:
             ballot[chunk_of[later]][chunk_of[earlier]] += 1
-    fed = Counter(chunk_of[f.owner] for f in forwards.values() if f.owner in chunk_of and (f.messages or f.after))
+    fed = Counter(chunk_of[o] for o, f in forwards.items() if o in chunk_of and (f.after or {*f.messages} - {*data}))
     total = Counter(chunk_of.values())
     previous: dict[Chunk, Chunk | None] = {}
     for chunk in chunks:

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.record.events import Event, RankLog, RecordError, of_step, read
-from dualpipe.record.lineage import match, trace
-from dualpipe.record.naming import name_messages, program
-from dualpipe.schedule import MESSAGES, Schedule
+from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, of_step, read
+from dualpipe.record.lineage import Lineage, match, trace
+from dualpipe.record.naming import name_messages
+from dualpipe.record.reach import lengthen
+from dualpipe.record.slots import program
+from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
 from dualpipe.schedulefile import dumps
 
 
@@ -25,6 +27,8 @@ class Recording:
         How many training steps the program ran; the schedule is of one of them.
     ended:
         For each rank whether its process came to its end.
+    control:
+        How many message ends were left out.
     notes:
         What was left out, guessed or reinterpreted, a sentence each.
     """
@@ -32,7 +36,17 @@ class Recording:
     schedule: Schedule
     steps: int
     ended: tuple[bool, ...]
+    control: int
     notes: tuple[str, ...]
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Why a proof of the schedule is none of the whole program."""
+        cut = [str(rank) for rank, ended in enumerate(self.ended) if not ended]
+        return (
+            *([f"rank{'s' * (len(cut) > 1)} {' '.join(cut)} did not come to the end"] if cut else []),
+            *([f"{self.control} message ends are left out as control data"] if self.control else []),
+        )
 
     def text(self) -> str:
         """The schedule file, opened by the notes as comments."""
@@ -59,6 +73,7 @@ class Recording:
             "microbatches": {str(lane): count for lane, count in self.schedule.microbatches.items()},
             "steps": self.steps,
             "ended": list(self.ended),
+            "caveats": list(self.caveats),
             "notes": list(self.notes),
         }
 
@@ -82,11 +97,11 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     tagged = sorted({m.at for m in messages.values() if m.tag})
     if tagged:
         notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file has none, and so has NCCL")
-    lineage = trace(logs, messages, partner)
-    notes += lineage.notes
-    ops, more = name_messages(logs, messages, partner, lineage)
-    notes += more
-    programs = [program(log, ops, lineage) for log in logs]
+    lineage = lengthen(trace(logs, messages, partner), logs, messages.values(), partner)
+    named = name_messages(logs, messages, partner, lineage)
+    notes += [*lineage.notes, *named.notes]
+    _check(lineage, named.ops, messages)
+    programs = [program(log, named.ops, partner, lineage) for log in logs]
     early = sum(count for _, count in programs)
     if early:
         notes.append(
@@ -95,7 +110,27 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
         )
     ended = tuple(log.ended for log in logs)
     schedule = Schedule(lineage.routes, tuple(slots for slots, _ in programs), name)
-    return Recording(schedule, len(busy), ended, tuple(notes))
+    return Recording(schedule, len(busy), ended, named.control, tuple(notes))
+
+
+def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]) -> None:
+    """Raise ``RecordError`` where what was concluded is no schedule, with the place in the program."""
+    lengths = {len(route) for route in lineage.routes.values()}
+    if len(lengths) > 1:
+        raise RecordError(
+            "both lanes run the same model",
+            " and ".join(
+                f"lane {lane} goes over the ranks {' '.join(map(str, route))}" for lane, route in lineage.routes.items()
+            ),
+            "if the program came to its end, record one pipeline alone",
+        )
+    for id, op in ops.items():
+        try:
+            check_slot((op,), lineage.routes)
+        except ScheduleError as error:
+            raise RecordError(
+                error.rule, f"{error.came}: the message of rank {id.rank} at {messages[id].at}", "look there"
+            ) from error
 
 
 def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded") -> Recording:

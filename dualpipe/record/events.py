@@ -6,7 +6,7 @@ Every wait, forward and message knows its place in the rank's order, so that slo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,8 +91,8 @@ class RankLog:
 def read(rank: int, events: Sequence[Event]) -> RankLog:
     """The events of a rank, understood.  Raises ``RecordError`` where the program did what has no place in a file."""
     same = {e["part"]: e["forward"] for e in events if e["event"] == "join"}
-    log = RankLog(rank, list(events), {}, {}, {}, False, 0, same)
-    for event in events:
+    log = RankLog(rank, _one_step_event_a_step(events), {}, {}, {}, False, 0, same)
+    for event in log.events:
         match event["event"]:
             case "module":
                 log.modules[event["module"]] = (event["name"], frozenset(event["holds"]))
@@ -123,6 +123,22 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
             case "end":
                 log.ended = True
     return log
+
+
+def _one_step_event_a_step(events: Sequence[Event]) -> list[Event]:
+    """The events with one optimizer step where several follow each other, and with none before all computation."""
+    kept: list[Event] = []
+    over = False  # whether a step has been seen since the last forward or backward
+    for event in reversed(events):
+        if event["event"] in ("forward", "backward"):
+            over = False
+        if event["event"] != "step" or not over:
+            kept.append(event)
+        over = over or event["event"] == "step"
+    kept.reverse()
+    computes = [index for index, event in enumerate(kept) if event["event"] in ("forward", "backward")]
+    first = computes[0] if computes else len(kept)
+    return [event for index, event in enumerate(kept) if event["event"] != "step" or index > first]
 
 
 def _read_forward(log: RankLog, event: Event) -> None:
@@ -198,19 +214,3 @@ def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[Ran
             "look at its output",
         )
     return [read(rank, chosen[rank]) for rank in range(size)], len(groups)
-
-
-def of_step(logs: Iterable[RankLog], step: int) -> list[RankLog]:
-    """The logs with the events of one training step alone, counted from 0 by the optimizer steps before it."""
-    cut = []
-    for log in logs:
-        events, steps = [], 0
-        for event in log.events:
-            if event["event"] == "step":
-                steps += 1
-            elif steps == step or event["event"] in ("module", "join"):
-                events.append(event)
-        forwards = {n: f for n, f in log.forwards.items() if f.step == step}
-        messages = {n: m for n, m in log.messages.items() if m.step == step}
-        cut.append(RankLog(log.rank, events, forwards, messages, log.modules, log.ended, log.steps, log.same))
-    return cut

@@ -38,7 +38,7 @@ def name_messages(
     Raises ``RecordError`` for a message of several microbatches, and for an end without a partner between two ranks
     that no stage boundary joins.
     """
-    used = {id: use for id, use in _uses(logs).items() if id not in lineage.data}
+    used = {id: use for id, use in uses(logs).items() if id not in lineage.data}
     ops: dict[MessageId, Op] = {}
     for id, message in messages.items():
         found = _by_content(message, lineage, used, partner) if message.send else _by_use(used, message, lineage)
@@ -59,7 +59,7 @@ def name_messages(
     return Named(ops, len(left), (*notes, *_of_control(left)))
 
 
-def _uses(logs: Sequence[RankLog]) -> dict[MessageId, tuple[Kind, Owner]]:
+def uses(logs: Sequence[RankLog]) -> dict[MessageId, tuple[Kind, Owner]]:
     """For every receive what took it: the forward of someone, or the backward."""
     used: dict[MessageId, tuple[Kind, Owner]] = {}
     for log in logs:

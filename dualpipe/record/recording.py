@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, of_step, read
+from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.lineage import Lineage, match, trace
-from dualpipe.record.naming import name_messages
+from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.reach import lengthen
 from dualpipe.record.slots import program
+from dualpipe.record.steps import busy_steps, check_cut, of_step
 from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
 from dualpipe.schedulefile import dumps
 
@@ -27,8 +28,8 @@ class Recording:
         How many training steps the program ran; the schedule is of one of them.
     ended:
         For each rank whether its process came to its end.
-    control:
-        How many message ends were left out.
+    caveats:
+        Why a proof of the schedule would be none of the whole program; empty where it would.
     notes:
         What was left out, guessed or reinterpreted, a sentence each.
     """
@@ -36,17 +37,8 @@ class Recording:
     schedule: Schedule
     steps: int
     ended: tuple[bool, ...]
-    control: int
+    caveats: tuple[str, ...]
     notes: tuple[str, ...]
-
-    @property
-    def caveats(self) -> tuple[str, ...]:
-        """Why a proof of the schedule is none of the whole program."""
-        cut = [str(rank) for rank, ended in enumerate(self.ended) if not ended]
-        return (
-            *([f"rank{'s' * (len(cut) > 1)} {' '.join(cut)} did not come to the end"] if cut else []),
-            *([f"{self.control} message ends are left out as control data"] if self.control else []),
-        )
 
     def text(self) -> str:
         """The schedule file, opened by the notes as comments."""
@@ -86,11 +78,12 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     RecordError
         If something cannot be named, saying what and where in the program.
     """
-    steps = 1 + max(log.steps for log in logs)
-    busy = [k for k in range(steps) if any(f.step == k for log in logs for f in log.forwards.values())] or [0]
+    busy = busy_steps(logs)
     if not 1 <= step <= len(busy):
         raise RecordError("--step counts the training steps", f"there were {len(busy)}", f"it is {step}")
-    partner = match([m for log in logs for m in log.messages.values()])
+    everything = {m.id: m for log in logs for m in log.messages.values()}
+    partner = match(list(everything.values()))
+    check_cut(busy[step - 1], everything, partner, uses(logs))
     notes = [f"step {step} of {len(busy)}"] if len(busy) > 1 else []
     logs = of_step(logs, busy[step - 1])
     messages = {m.id: m for log in logs for m in log.messages.values()}
@@ -99,6 +92,7 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
         notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file has none, and so has NCCL")
     lineage = lengthen(trace(logs, messages, partner), logs, messages.values(), partner)
     named = name_messages(logs, messages, partner, lineage)
+    check_cut(busy[step - 1], everything, partner, named.ops)
     notes += [*lineage.notes, *named.notes]
     _check(lineage, named.ops, messages)
     programs = [program(log, named.ops, partner, lineage) for log in logs]
@@ -110,7 +104,19 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
         )
     ended = tuple(log.ended for log in logs)
     schedule = Schedule(lineage.routes, tuple(slots for slots, _ in programs), name)
-    return Recording(schedule, len(busy), ended, named.control, tuple(notes))
+    lost = sum(id not in partner and id not in messages for id in everything)
+    caveats = tuple(_caveats(ended, named.control, lost))
+    return Recording(schedule, len(busy), ended, caveats, tuple(notes))
+
+
+def _caveats(ended: Sequence[bool], control: int, lost: int) -> Iterator[str]:
+    cut = [str(rank) for rank, well in enumerate(ended) if not well]
+    if cut:
+        yield f"rank{'s' * (len(cut) > 1)} {' '.join(cut)} did not come to the end"
+    if control:
+        yield f"{control} message ends are left out as control data"
+    if lost:
+        yield f"{lost} messages of other training steps never met a partner"
 
 
 def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]) -> None:
@@ -133,6 +139,6 @@ def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[Mess
             ) from error
 
 
-def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded") -> Recording:
+def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded", step: int = 1) -> Recording:
     """As ``assemble``, from the events that each rank kept in memory."""
-    return assemble([read(rank, events[rank]) for rank in sorted(events)], name)
+    return assemble([read(rank, events[rank]) for rank in sorted(events)], name, step)

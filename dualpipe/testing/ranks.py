@@ -37,6 +37,7 @@ def record_ranks(
     together: Sequence[str] = (),
     containers: Sequence[str] = (),
     check: bool = True,
+    step: int = 1,
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
 
@@ -52,6 +53,8 @@ def record_ranks(
         As for ``record``.
     check:
         Whether an error on a rank is one here; without, the recording has what was done until then.
+    step:
+        Which training step, counted from 1; each ends with an optimizer's step.
 
     Raises
     ------
@@ -106,7 +109,7 @@ def record_ranks(
         if failed and check:
             raise RuntimeError("\n".join(f"rank {path.stem}: {path.read_text()}" for path in failed))
         logs, _ = read_folder(folder, ranks, 1)
-        return assemble(logs)
+        return assemble(logs, step=step)
 
 
 def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, stall: float) -> None:

@@ -1,26 +1,29 @@
-"""Replaced attributes, and how to put the old ones back."""
+"""What the recorder has put into torch, and how to take it out again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 _ABSENT = object()
 
 
 class Patches:
-    """Attributes that were replaced, newest last."""
+    """How to undo each change, newest last."""
 
     def __init__(self) -> None:
-        self._old: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def put(self, owner: Any, name: str, value: Any) -> None:
-        self._old.append((owner, name, vars(owner).get(name, _ABSENT)))
+        """Replace an attribute."""
+        old = vars(owner).get(name, _ABSENT)
+        self.later((lambda: delattr(owner, name)) if old is _ABSENT else (lambda: setattr(owner, name, old)))
         setattr(owner, name, value)
 
+    def later(self, undo: Callable[[], None]) -> None:
+        """Call this when everything newer has been undone."""
+        self._undo.append(undo)
+
     def undo(self) -> None:
-        while self._old:
-            owner, name, value = self._old.pop()
-            if value is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+        while self._undo:
+            self._undo.pop()()

@@ -38,7 +38,9 @@ class MessageId(NamedTuple):
 class Forward:
     """A forward as its rank saw it: the module called, the messages and the local forwards that it began from.
 
-    ``weights`` and ``behind`` say whether anything of it reached a weight gradient, and whether its backward began.
+    ``grad`` says whether it began with gradients on, ``behind`` whether its backward began, and ``weights`` whether
+    anything of it reached a weight gradient.  ``weighed`` is where the engine was asked for gradients of weights, which
+    the program may keep elsewhere, and ``weightless`` says that no module of it has a parameter to train.
     """
 
     owner: Owner
@@ -49,6 +51,9 @@ class Forward:
     gradients: list[MessageId] = field(default_factory=list)
     weights: bool = False
     behind: bool = False
+    grad: bool = True
+    weighed: str = ""
+    weightless: bool = False
     step: int = 0
 
 
@@ -91,6 +96,7 @@ class RankLog:
 def read(rank: int, events: Sequence[Event]) -> RankLog:
     """The events of a rank, understood.  Raises ``RecordError`` where the program did what has no place in a file."""
     same = {e["part"]: e["forward"] for e in events if e["event"] == "join"}
+    same |= _computed_again(events)
     log = RankLog(rank, _one_step_event_a_step(events), {}, {}, {}, False, 0, same)
     for event in log.events:
         match event["event"]:
@@ -103,10 +109,15 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.gradients += [MessageId(rank, m) for m in event["messages"]]
                         known.behind = True
+                        known.weightless = forward in event["weightless"]
             case "weights":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.weights = True
+            case "weighed":
+                for forward in event["forwards"]:
+                    if (known := log.forwards.get(log.find(forward))) is not None:
+                        known.weighed = event["at"]
             case "post":
                 _read_post(log, event)
             case "over":
@@ -141,11 +152,19 @@ def _one_step_event_a_step(events: Sequence[Event]) -> list[Event]:
     return [event for index, event in enumerate(kept) if event["event"] != "step" or index > first]
 
 
+def _computed_again(events: Sequence[Event]) -> dict[int, int]:
+    """Forwards that do again, with gradients, what was done without: those that send nothing of their own."""
+    told = [m for e in events if e["event"] == "post" for m in e["messages"] if m["kind"] == "send"]
+    sent = {number for m in told for letter, number in m["marks"] if letter == "F"}
+    again = {e["forward"]: e["again"] for e in events if e["event"] == "forward" and e["again"] is not None}
+    return {forward: earlier for forward, earlier in again.items() if forward not in sent}
+
+
 def _read_forward(log: RankLog, event: Event) -> None:
     number = log.find(event["forward"])
     known = log.forwards.get(number)
     if known is None:
-        known = Forward(Owner(log.rank, number), event["module"], event["at"], step=log.steps)
+        known = Forward(Owner(log.rank, number), event["module"], event["at"], grad=event["grad"], step=log.steps)
         log.forwards[number] = known
     known.messages += [MessageId(log.rank, m) for m in event["messages"]]
     known.after += [Owner(log.rank, log.find(c)) for c in event["after"]]

@@ -10,35 +10,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
+from dualpipe.record.data import find_data, notes_on_data, sent_to
 from dualpipe.record.events import Forward, Message, MessageId, Owner, RankLog, RecordError
+from dualpipe.record.microbatches import number, set_evaluations_aside
+from dualpipe.record.names import Chunk, Lineage
 from dualpipe.schedule import Lane
-
-Chunk = tuple[int, int]
-"""A rank, and the number that it gave to a module."""
-
-
-@dataclass(frozen=True)
-class Name:
-    """Which forward it is, in world coordinates."""
-
-    lane: Lane
-    stage: int
-    mb: int
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """The lanes, the name of every forward that belongs to one, what forwards got besides, and what is told with care.
-
-    ``data`` are the receives whose tensors forwards take though no stage made them: inputs, labels, masks.
-    """
-
-    routes: Mapping[Lane, tuple[int, ...]]
-    names: Mapping[Owner, Name]
-    data: frozenset[MessageId]
-    notes: tuple[str, ...]
 
 
 def match(messages: Sequence[Message]) -> dict[MessageId, MessageId]:
@@ -59,20 +36,20 @@ def trace(
     """Stages, lanes and microbatches of every forward.  Raises ``RecordError`` where there is no such order."""
     forwards = {f.owner: f for log in logs for f in log.forwards.values()}
 
-    data = _data(forwards.values(), messages, partner)
+    data = find_data(forwards.values(), messages, partner)
     before: dict[Owner, Owner] = {}
     votes: dict[tuple[Owner, Owner], None] = {}
     for forward in forwards.values():
         origins = list(forward.after)
         for id in forward.messages:
-            sent = _sent(id, messages, partner)
+            sent = sent_to(id, messages, partner)
             origins += sent.activation_of if sent is not None and not sent.gradient_of else []
         origins = [o for o in origins if o in forwards and o != forward.owner]
         if origins:
             before[forward.owner] = origins[0]
         votes.update(dict.fromkeys((origin, forward.owner) for origin in origins))
         for id in forward.gradients:
-            sent = _sent(id, messages, partner)
+            sent = sent_to(id, messages, partner)
             for later in sent.gradient_of if sent is not None else []:
                 if later in forwards:
                     votes[forward.owner, later] = None
@@ -81,60 +58,15 @@ def trace(
     used |= {owner for m in messages.values() for owner in (*m.activation_of, *m.gradient_of)}
     for owner in _dry(forwards, chunk_of, used):
         del chunk_of[owner]
-    notes = [*_of_data(data, messages, partner), *_aside(forwards, chunk_of)]
+    notes = [*notes_on_data(data, messages, partner), *_aside(forwards, chunk_of)]
     chains = _chains(forwards, chunk_of, votes, data)
     routes = {lane: tuple(rank for rank, _ in chain) for lane, chain in zip(Lane, chains, strict=False)}
     place = {
         chunk: (lane, stage) for lane, chain in zip(Lane, chains, strict=False) for stage, chunk in enumerate(chain)
     }
-    names, more = _number(forwards, chunk_of, place, chains, before)
-    return Lineage(routes, names, data, (*notes, *more))
-
-
-def _sent(
-    id: MessageId, messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
-) -> Message | None:
-    """The send that a receive met."""
-    return messages.get(partner[id]) if id in partner else None
-
-
-def _data(
-    forwards: Collection[Forward], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
-) -> frozenset[MessageId]:
-    """The receives that bring a forward what no stage made.
-
-    Raises ``RecordError`` where a forward has nothing else and a gradient goes back: then it is an activation.
-    """
-    back = {(owner, m.peer): m for m in messages.values() for owner in m.gradient_of}
-    found: set[MessageId] = set()
-    for forward in forwards:
-        sent = {id: _sent(id, messages, partner) for id in forward.messages}
-        other = {id for id, s in sent.items() if s is not None and not s.activation_of and not s.gradient_of}
-        if other and len(other) == len(sent) and not forward.after:
-            for id in sorted(other):
-                if (forward.owner, messages[id].peer) in back:
-                    raise _no_module(forward, messages[partner[id]])
-        found |= other
-    return frozenset(found)
-
-
-def _no_module(forward: Forward, sent: Message) -> RecordError:
-    return RecordError(
-        "a stage's activation is what a torch.nn.Module call made",
-        f"rank {forward.owner.rank} begins a forward at {forward.at} from what rank {sent.id.rank} sends at "
-        f"{sent.at}, and no module call made that",
-        "put the stage's computation into a module",
-    )
-
-
-def _of_data(
-    data: Collection[MessageId], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
-) -> list[str]:
-    places = sorted({(partner[id].rank, messages[partner[id]].at, id.rank) for id in data})
-    return [
-        f"what rank {one} sends at {at} to a forward of rank {other} was made by no module call; it is taken for data"
-        for one, at, other in places
-    ]
+    names, more = number(forwards, chunk_of, place, chains, before)
+    names, aside = set_evaluations_aside(forwards, chunk_of, names)
+    return Lineage(routes, names, data, (*notes, *more, *aside))
 
 
 def _chunks(
@@ -268,39 +200,3 @@ def _chains(
 def _where(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], chunk: Chunk) -> str:
     at = next(f.at for f in forwards.values() if chunk_of.get(f.owner) == chunk)
     return f"the module that rank {chunk[0]} calls at {at}"
-
-
-def _number(
-    forwards: Mapping[Owner, Forward],
-    chunk_of: Mapping[Owner, Chunk],
-    place: Mapping[Chunk, tuple[Lane, int]],
-    chains: Sequence[Sequence[Chunk]],
-    before: Mapping[Owner, Owner],
-) -> tuple[dict[Owner, Name], list[str]]:
-    """Microbatches: counted at stage 0, carried on from there; where the flow is broken, the place in order counts."""
-    names: dict[Owner, Name] = {}
-    notes: list[str] = []
-    for chain in chains:
-        for stage, chunk in enumerate(chain):
-            lane, _ = place[chunk]
-            own = sorted(owner for owner, c in chunk_of.items() if c == chunk)
-            broken = []
-            for count, owner in enumerate(own):
-                if stage == 0:
-                    names[owner] = Name(lane, stage, count)
-                    continue
-                origin = before.get(owner)
-                known = names.get(origin) if origin is not None else None
-                if known is None or origin is None or chunk_of.get(origin) != chain[stage - 1]:
-                    broken.append(owner)
-                else:
-                    names[owner] = Name(lane, stage, known.mb)
-            taken = {names[owner].mb for owner in own if owner in names}
-            free = (mb for mb in range(len(own) + len(taken)) if mb not in taken)
-            for owner in broken:
-                names[owner] = Name(lane, stage, next(free))
-                notes.append(
-                    f"rank {owner.rank}: the forward at {forwards[owner].at} began from something else than "
-                    f"stage {stage - 1}'s activation; it is named {stage}F{names[owner].mb}{lane} by its place in order"
-                )
-    return names, notes

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dualpipe.record.events import Message, MessageId, Owner, RankLog, RecordError
-from dualpipe.record.lineage import Lineage
+from dualpipe.record.names import Lineage
 from dualpipe.record.unmet import expected
 from dualpipe.schedule import RB, RF, SB, SENDS, SF, Kind, Op
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dualpipe.record.events import Message, MessageId, RankLog
-from dualpipe.record.lineage import Lineage, Name
+from dualpipe.record.names import Lineage, Name
 from dualpipe.schedule import DOWN, UP, Lane
 
 Route = tuple[int, ...]

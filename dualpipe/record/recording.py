@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
-from dualpipe.record.lineage import Lineage, match, trace
+from dualpipe.record.lineage import match, trace
+from dualpipe.record.names import Lineage
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.reach import lengthen
-from dualpipe.record.slots import program
+from dualpipe.record.slots import notes_on_weights, program
 from dualpipe.record.steps import busy_steps, check_cut, of_step
 from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
 from dualpipe.schedulefile import dumps
@@ -93,7 +94,7 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     lineage = lengthen(trace(logs, messages, partner), logs, messages.values(), partner)
     named = name_messages(logs, messages, partner, lineage)
     check_cut(busy[step - 1], everything, partner, named.ops)
-    notes += [*lineage.notes, *named.notes]
+    notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
     _check(lineage, named.ops, messages)
     programs = [program(log, named.ops, partner, lineage) for log in logs]
     early = sum(count for _, count in programs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 from dualpipe.record.events import MessageId, Owner, RankLog
-from dualpipe.record.lineage import Lineage
+from dualpipe.record.names import Lineage
 from dualpipe.schedule import B, F, Kind, Op, Program, Slot, W
 
 _ORDER = {F: 0, B: 1, W: 2}
@@ -20,7 +21,7 @@ def program(
     apart.  A backward and the weight gradients of the same run of the engine are one slot.  So is everything that a
     method computes whose name says that it overlaps a forward and a backward.
     """
-    last_weight = _last_weights(log)
+    last_weight, begun = _last_weights(log), _begun_with_weights(log)
     slots: list[list[Op]] = []
     open_slot: str | None = None  # "messages" or "compute", where the next op may join the last slot
     of_run: dict[int, int] = {}  # run of the engine -> the slot with what it computed
@@ -53,6 +54,12 @@ def program(
                 compute([_op_of(F, log, event["forward"], lineage)])
             case "backward":
                 compute([_op_of(B, log, forward, lineage) for forward in event["forwards"]], event["run"])
+                compute([_op_of(W, log, forward, lineage) for forward in event["weightless"]], event["run"])
+            case "weighed":
+                alone = [f for f in event["forwards"] if begun.get(log.find(f)) == index]
+                compute([op for f in alone if (op := _op_of(B, log, f, lineage)) and op.stage == 0], event["run"])
+                over = [f for f in event["forwards"] if last_weight.get(log.find(f)) == index]
+                compute([_op_of(W, log, forward, lineage) for forward in over], event["run"])
             case "weights":
                 over = [f for f in event["forwards"] if last_weight[log.find(f)] == index]
                 compute([_op_of(W, log, forward, lineage) for forward in over], event["run"])
@@ -80,12 +87,41 @@ def _op_of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | Non
 
 
 def _last_weights(log: RankLog) -> dict[int, int]:
-    """For every forward the last event that adds to its weight gradients: there its W is over."""
-    last: dict[int, int] = {}
+    """For every forward the last event that adds to its weight gradients: there its W is over.
+
+    Where none does, the last run of the engine that was asked for gradients of weights counts.
+    """
+    last: dict[str, dict[int, int]] = {"weighed": {}, "weights": {}}
     for index, event in enumerate(log.events):
-        if event["event"] == "weights":
-            last.update(dict.fromkeys(map(log.find, event["forwards"]), index))
-    return last
+        if event["event"] in last:
+            last[event["event"]].update(dict.fromkeys(map(log.find, event["forwards"]), index))
+    return last["weighed"] | last["weights"]
+
+
+def _begun_with_weights(log: RankLog) -> dict[int, int]:
+    """For every forward whose gradients were asked for weights alone the first event that did so."""
+    first: dict[int, int] = {}
+    for index, event in enumerate(log.events):
+        if event["event"] == "weighed":
+            for forward in map(log.find, event["forwards"]):
+                first.setdefault(forward, index)
+    return {n: index for n, index in first.items() if n in log.forwards and not log.forwards[n].behind}
+
+
+def notes_on_weights(log: RankLog, lineage: Lineage) -> list[str]:
+    """Where the W of a rank's forwards is not what was added to a parameter's ``.grad``."""
+    told: Counter[str] = Counter()
+    for number, forward in log.forwards.items():
+        first = _op_of(F, log, number, lineage)
+        if first is None or forward.weights:
+            continue
+        if forward.weighed:
+            told[f"gradients of weights made at {forward.weighed} reach no .grad; their W is where they are made"] += 1
+        elif forward.behind and forward.weightless:
+            told[f"no module of stage {first.stage} has a parameter to train; its W is written with its B"] += 1
+        elif forward.behind and log.ended:
+            told[f"the engine ran from a forward at {forward.at}, and what it made reached no .grad: no W"] += 1
+    return [f"rank {log.rank}: {note} ({count} times)" for note, count in sorted(told.items())]
 
 
 def _sorted(slot: list[Op]) -> Slot:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 
 from dualpipe.record.events import Message, MessageId, RecordError
-from dualpipe.record.lineage import Lineage
+from dualpipe.record.names import Lineage
 from dualpipe.schedule import RB, RF, SB, SF, Op
 
 

@@ -27,7 +27,9 @@ class LiveRecording:
     def gather(self, group: dist.ProcessGroup | None = None, name: str = "recorded", step: int = 1) -> Recording:
         """The recording of all ranks: every rank of the group calls this, and every rank gets it.
 
-        ``step`` counts the training steps from 1, each of which ends with an optimizer's step.  Raises ``RecordError`` where something cannot be named.
+        ``step`` counts the training steps from 1, each of which ends with an optimizer's step.
+
+        Raises ``RecordError`` where something cannot be named.
         """
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, self.events, group=group)

@@ -18,7 +18,7 @@ from .patches import Patches
 
 
 def watch(flow: Flow, patches: Patches, together: Collection[str], containers: Collection[str]) -> TorchDispatchMode:
-    """Watch module calls, the engine, ``.grad`` and optimizers until ``patches.undo()``; enter the mode to watch operators."""
+    """Watch calls, the engine, ``.grad`` and optimizers until ``patches.undo()``; enter the mode to watch operators."""
     patches.put(nn.Module, "__call__", _call(flow, nn.Module.__call__, frozenset(containers)))
     patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))
     patches.put(torch.Tensor, "grad", _gradient(flow))

@@ -7,6 +7,7 @@ never met a partner always gets a name, so that it is found too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,10 +21,14 @@ _OTHER_END = {SF: RF, RF: SF, SB: RB, RB: SB}
 
 @dataclass(frozen=True)
 class Named:
-    """The ops of message ends, how many ends were left out as control data, and what had to be told with care."""
+    """The ops of message ends, and what had to be told with care.
+
+    ``control`` counts the ends that were left out, ``unknown`` the sends of what nobody was seen to make.
+    """
 
     ops: Mapping[MessageId, Op]
     control: int
+    unknown: int
     notes: tuple[str, ...]
 
 
@@ -44,6 +49,7 @@ def name_messages(
         found = _by_content(message, lineage, used, partner) if message.send else _by_use(used, message, lineage)
         if found is not None:
             ops[id] = found
+    unknown: list[Message] = []
     notes = _leave_out_what_leaves(ops, messages, partner, lineage)
     for id, message in messages.items():
         other = partner.get(id)
@@ -51,12 +57,13 @@ def name_messages(
             op = _mirrored(ops[other], message)
             if _is_of(op, lineage):
                 ops[id] = op
+                unknown += [message] if message.send else []
     for id, message in messages.items():
         if id not in ops and id not in partner:
             ops[id] = expected(message, ops, lineage)
             notes.append(_of_unmet(message, ops[id]))
     left = [message for id, message in messages.items() if id not in ops]
-    return Named(ops, len(left), (*notes, *_of_control(left)))
+    return Named(ops, len(left), len(unknown), (*notes, *_of_unknown(unknown), *_of_control(left)))
 
 
 def uses(logs: Sequence[RankLog]) -> dict[MessageId, tuple[Kind, Owner]]:
@@ -132,6 +139,15 @@ def _of_unmet(message: Message, op: Op) -> str:
         f"rank {message.id.rank}: the {what} rank {message.peer} at {message.at} {came}; "
         f"it is named {op} by what was to come next"
     )
+
+
+def _of_unknown(messages: Sequence[Message]) -> list[str]:
+    places = Counter((message.id.rank, message.at) for message in messages)
+    return [
+        f"rank {rank}: what it sends at {at} was seen to be made by no forward and no backward; it is named by what "
+        f"takes it ({count} times)"
+        for (rank, at), count in sorted(places.items())
+    ]
 
 
 def _of_control(messages: Sequence[Message]) -> list[str]:

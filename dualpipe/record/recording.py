@@ -9,7 +9,7 @@ from typing import Any
 from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.lineage import match, trace
 from dualpipe.record.names import Lineage
-from dualpipe.record.naming import name_messages, uses
+from dualpipe.record.naming import Named, name_messages, uses
 from dualpipe.record.reach import lengthen
 from dualpipe.record.slots import notes_on_weights, program
 from dualpipe.record.steps import busy_steps, check_cut, of_step
@@ -106,16 +106,18 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     ended = tuple(log.ended for log in logs)
     schedule = Schedule(lineage.routes, tuple(slots for slots, _ in programs), name)
     lost = sum(id not in partner and id not in messages for id in everything)
-    caveats = tuple(_caveats(ended, named.control, lost))
+    caveats = tuple(_caveats(ended, named, lost))
     return Recording(schedule, len(busy), ended, caveats, tuple(notes))
 
 
-def _caveats(ended: Sequence[bool], control: int, lost: int) -> Iterator[str]:
+def _caveats(ended: Sequence[bool], named: Named, lost: int) -> Iterator[str]:
     cut = [str(rank) for rank, well in enumerate(ended) if not well]
     if cut:
         yield f"rank{'s' * (len(cut) > 1)} {' '.join(cut)} did not come to the end"
-    if control:
-        yield f"{control} message ends are left out as control data"
+    if named.unknown:
+        yield f"{named.unknown} sends hold what no forward and no backward was seen to make"
+    if named.control:
+        yield f"{named.control} message ends are left out as control data"
     if lost:
         yield f"{lost} messages of other training steps never met a partner"
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dualpipe.cli.app import app, examples
+from dualpipe.cli.interrupt import interruptible
 from dualpipe.cli.options import Json
+from dualpipe.errors import RuleError
+from dualpipe.schedule import check_name
 
 
 @app.command(
@@ -29,8 +34,10 @@ def record(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
     name: Annotated[str, typer.Option(help="The schedule's name in the file.")] = "recorded",
-    step: Annotated[int, typer.Option(help="Which training step; each ends with an optimizer's step.")] = 1,
-    session: Annotated[int, typer.Option(help="Which process group, where the program makes several in turn.")] = 1,
+    step: Annotated[int, typer.Option(min=1, help="Which training step; each ends with an optimizer's step.")] = 1,
+    session: Annotated[
+        int, typer.Option(min=1, help="Which process group, where the program makes several in turn.")
+    ] = 1,
     together: Annotated[
         list[str] | None, typer.Option(help="A method that overlaps a forward with a backward: its work is one slot.")
     ] = None,
@@ -55,8 +62,13 @@ def record(
     3: with --prove: a solver gave up
     """
     from dualpipe.record import Launch, assemble, read_folder, run
+    from dualpipe.record.processes import leaving_on_sigterm
 
-    with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
+    check_name(name)
+    _check_seconds({"--timeout": timeout, "--stall": stall})
+    if output is not None:
+        _check_writable(output)
+    with leaving_on_sigterm(), tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
         launch = Launch(
             tuple(command), ranks, timeout, stall, together=tuple(together or ()), containers=tuple(container or ())
@@ -74,13 +86,40 @@ def record(
     typer.echo(f"dualpipe: {recording.summary()}, in {end.seconds:.1f} s", err=True)
     if output is not None:
         output.write_text(recording.text())
+    code = 0 if end.well else 1
+    caveats = [*([] if end.well else ["the program did not end well"]), *recording.caveats]
+    told = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
+    if prove:
+        from proofs.prove import prove as try_it
+        from proofs.verdict import ExitCode, worst
+
+        report = interruptible(lambda: try_it(recording.schedule, label=name))
+        code = worst([ExitCode(code), report.exit_code])
+        told["proof"] = report.as_json()
+        if not as_json:
+            sys.stdout.write(_with_caveats(report.text(), caveats))
     if as_json:
-        print(json.dumps({**recording.as_json(), "exit_codes": end.codes}))
+        print(json.dumps(told))
     elif output is None and not prove:
         sys.stdout.write(recording.text())
-    code = 0 if end.well else 1
-    if prove:
-        from proofs import command as proofs
-
-        code = max(code, proofs.prove_sources([(name, lambda: recording.schedule)], proofs.Options(as_json=as_json)))
     raise typer.Exit(code)
+
+
+def _check_seconds(times: Mapping[str, float]) -> None:
+    for option, seconds in times.items():
+        if not seconds > 0:
+            raise RuleError(f"{option} is a time in seconds", f"got {seconds:g}", "give a positive number")
+
+
+def _check_writable(output: Path) -> None:
+    folder = output.absolute().parent
+    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
+        raise RuleError("--output names a file that can be written", f"got {output}", "name one in a folder of yours")
+
+
+def _with_caveats(report: str, caveats: Sequence[str]) -> str:
+    """The report, whose verdict says so where the schedule is not all that the program did."""
+    verdict, rest = report.split("\n", 1)
+    if caveats and verdict.endswith(": proved"):
+        verdict += " as far as it was recorded: " + "; ".join(caveats)
+    return f"{verdict}\n{rest}"

@@ -59,7 +59,7 @@ def record_ranks(
     Raises
     ------
     RuntimeError
-        If ``body`` raised on a rank, with that rank's traceback, and ``check`` is set.
+        If ``body`` raised on a rank, with that rank's traceback, or ended its process, and ``check`` is set.
     RecordError
         If something cannot be named.
     """
@@ -85,7 +85,7 @@ def record_ranks(
                         stack.callback(patches.undo)
                         stack.enter_context(cuda.answer(patches, ranks))
                     stack.enter_context(record(together, containers, sink))
-                    body(rank)
+                    _until_it_exits(body, rank)
                 code = 0
             except BaseException:
                 (folder / f"{rank}.error").write_text(traceback.format_exc())
@@ -99,17 +99,32 @@ def record_ranks(
             for process in processes:
                 process.start()
             _wait(processes, folder, timeout, stall)
+            died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
         finally:
             started = [process for process in processes if process.pid is not None]
             for process in started:
                 process.kill()
             for process in started:
                 process.join()
-        failed = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime)
-        if failed and check:
-            raise RuntimeError("\n".join(f"rank {path.stem}: {path.read_text()}" for path in failed))
+        failed = {int(path.stem): path.read_text() for path in sorted(folder.glob("*.error"), key=_written)}
+        silent = {rank: f"ended with exit code {code}" for rank, code in died.items() if rank not in failed}
+        if check and (failed or silent):
+            raise RuntimeError("\n".join(f"rank {rank}: {said}" for rank, said in (failed | silent).items()))
         logs, _ = read_folder(folder, ranks, 1)
         return assemble(logs, step=step)
+
+
+def _until_it_exits(body: Callable[[int], None], rank: int) -> None:
+    """Call the body; that it exits with code 0 is an end like any other."""
+    try:
+        body(rank)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, stall: float) -> None:

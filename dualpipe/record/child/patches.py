@@ -36,7 +36,11 @@ class Patches:
 
     def put_item(self, table: dict[str, Any], name: str, value: Any) -> None:
         """Add to a module's names."""
-        self.later(lambda: table.pop(name, None) and None)
+
+        def remove() -> None:
+            del table[name]
+
+        self.later(remove)
         table[name] = value
 
     def later(self, undo: Callable[[], None]) -> None:

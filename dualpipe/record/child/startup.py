@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     _WATCH = (flow, patches, mode)
     flow.write("rank", rank=dist.get_rank(), ranks=dist.get_world_size(), parent=os.getppid(), session=session)
     atexit.register(_stop)
+    Finalize(None, _stop, exitpriority=0)  # what multiprocessing forks ends without atexit
 
 
 _WATCH: Any = None

@@ -22,9 +22,9 @@ class Patches:
         self.later((lambda: delattr(owner, name)) if old is _ABSENT else (lambda: setattr(owner, name, old)))
         setattr(owner, name, value)
 
-    def stand_before(self, function: FunctionType, wrap: Callable[[Any], Callable[..., Any]]) -> None:
+    def stand_before(self, function: Callable[..., Any], wrap: Callable[[Any], Callable[..., Any]]) -> None:
         """Let a function, under all names that are bound to it already, call ``wrap(the function as it was)``."""
-        inner = inspect.unwrap(function)
+        inner: Any = inspect.unwrap(function)
         code, name = inner.__code__, f"_recorded_{inner.__name__}"
         original = FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
         original.__kwdefaults__ = inner.__kwdefaults__

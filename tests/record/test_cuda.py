@@ -1,6 +1,7 @@
 """What a program for GPUs asks of CUDA is answered on the CPU."""
 
 from contextlib import contextmanager
+from types import FunctionType
 
 import pytest
 import torch
@@ -71,3 +72,14 @@ def test_afterwards_it_is_not():
     with answered():
         assert torch.Generator is not before[0]
     assert (torch.Generator, torch.load, torch.cuda.device, torch.accelerator.synchronize) == before
+
+
+def test_every_answer_is_a_function_of_its_own():
+    """torch._dynamo keeps a table of torch's functions, and a function of two names is an error there."""
+    with answered():
+        for module in (torch.cuda, torch.accelerator):
+            answers = [
+                v for v in vars(module).values() if isinstance(v, FunctionType) and v.__module__ == cuda.__name__
+            ]
+            assert len(answers) > 5
+            assert len(set(map(id, answers))) == len(answers)

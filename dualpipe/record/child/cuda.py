@@ -202,8 +202,8 @@ def _torch_cuda(devices: int, current: list[int]) -> dict[str, Any]:
         "stream": lambda stream: stream if stream is not None else _Stream(),
         "Stream": _Stream,
         "Event": _Stream,
-        **dict.fromkeys(_IDLE, constant(None)),
-        **dict.fromkeys(_ZERO, constant(0)),
+        **{name: constant(None) for name in _IDLE},  # a function each: torch._dynamo has a table of them
+        **{name: constant(0) for name in _ZERO},
     }
 
 
@@ -213,15 +213,17 @@ def _torch_accelerator(devices: int, current: list[int]) -> dict[str, Any]:
     def unless_torch_asks(name: str, value: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: true[name](*args, **kwargs) if _asked_by_torch() else value
 
-    choose = lambda device: current.__setitem__(0, _index(device))  # noqa: E731
     return {
         "is_available": unless_torch_asks("is_available", True),
         "device_count": unless_torch_asks("device_count", devices),
         "current_accelerator": unless_torch_asks("current_accelerator", _Device("cpu")),
-        **dict.fromkeys(("set_device_index", "set_device_idx"), choose),
-        **dict.fromkeys(("current_device_index", "current_device_idx"), lambda: current[0]),
+        "set_device_index": lambda device: current.__setitem__(0, _index(device)),
+        "set_device_idx": lambda device: current.__setitem__(0, _index(device)),
+        "current_device_index": lambda: current[0],
+        "current_device_idx": lambda: current[0],
         "current_stream": constant(_Stream()),
-        **dict.fromkeys(("synchronize", "set_stream"), constant(None)),
+        "synchronize": constant(None),
+        "set_stream": constant(None),
     }
 
 

@@ -32,6 +32,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+_INTERRUPTS = frozenset({signal.SIGINT, signal.SIGTERM})
 _IMPORTED_LATE = ("torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch.profiler")
 """What torch imports at the first backward and the first optimizer: seconds, better spent here than in each rank."""
 
@@ -135,8 +136,8 @@ def launch(
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Put Ctrl-C off until the end: Python drops an exception that is raised in what it calls around a fork."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Put Ctrl-C and SIGTERM off: Python drops an exception that is raised in what it calls around a fork."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     try:
         yield
     finally:
@@ -187,6 +188,8 @@ def _child(
 ) -> NoReturn:
     """The life of a rank.  It leaves by ``os._exit``: a process group with a broken connection may never close."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the ranks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
     _die_with_parent()
     torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ import typer
 
 from dualpipe.cli import prove, record, show, simulate, verify
 from dualpipe.cli.app import app
-from dualpipe.cli.interrupt import leave
+from dualpipe.cli.interrupt import leave, leaving_on_sigterm
 from dualpipe.errors import RuleError, UndecidedError
 
 FAULT = 70
@@ -25,7 +25,8 @@ __all__ = ["app", "main", "prove", "record", "show", "simulate", "verify"]
 
 
 def main() -> NoReturn:
-    """The console script: bad input is one line on standard error and exit code 2; Ctrl-C is 130, without a word.
+    """The console script: bad input is one line on standard error and exit code 2; Ctrl-C is 130 and
+    SIGTERM 143, without a word.
 
     With ``--json`` the line is an object on standard output as well.
     """
@@ -35,7 +36,8 @@ def main() -> NoReturn:
                 errors="backslashreplace"
             )  # names of files may hold any bytes, terminals little of Unicode
     try:
-        app(prog_name="dualpipe")
+        with leaving_on_sigterm():
+            app(prog_name="dualpipe")
     except (RuleError, OSError) as error:
         _complain(error, "bad input")
         leave(2)

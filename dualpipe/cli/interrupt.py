@@ -1,4 +1,4 @@
-"""Ctrl-C while a solver works.
+"""How a command ends before its time: by Ctrl-C, also while a solver works, and by SIGTERM.
 
 Python tells of Ctrl-C between two of its own instructions, and one call of the solver can last minutes.  So the work
 runs in a second thread, while the first does nothing but wait, which Ctrl-C ends at once.
@@ -7,9 +7,12 @@ runs in a second thread, while the first does nothing but wait, which Ctrl-C end
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -42,6 +45,23 @@ def interruptible(work: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return outcome[0]
+
+
+@contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """While inside, SIGTERM leaves as Ctrl-C does, so that what has to be cleaned up is, with exit code 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def leave(code: int) -> NoReturn:

@@ -58,7 +58,7 @@ Cost = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-def writable(path: Path | None) -> Path | None:
+def writable(option: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuses a file that cannot be written, before any work is done for it."""
     if path is None:
         return None
@@ -71,19 +71,19 @@ def writable(path: Path | None) -> Path | None:
         came = f"{path} cannot be written"
     else:
         return path
-    raise RuleError("an output is a file that can be written", came, "make the folder, or name another file")
+    raise RuleError(f"{option.opts[-1]} is a file that can be written", came, "make the folder, or name another file")
 
 
-def writable_or_folder(path: Path | None) -> Path | None:
+def writable_or_folder(option: typer.CallbackParam, path: Path | None) -> Path | None:
     """Likewise; a folder that is there is fine."""
-    return path if path is not None and path.is_dir() else writable(path)
+    return path if path is not None and path.is_dir() else writable(option, path)
 
 
-def seconds(value: float | None) -> float | None:
+def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
     """Refuses what is no time to wait."""
     if value is not None and not 0 < value <= MOST_SECONDS:
         raise RuleError(
-            f"a time to wait is more than 0 and at most {MOST_SECONDS} seconds", f"got {value:g}", "correct it"
+            f"{option.opts[-1]} is more than 0 and at most {MOST_SECONDS} seconds", f"got {value:g}", "correct it"
         )
     return value
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dualpipe.cli.app import app, examples
-from dualpipe.cli.options import Json
+from dualpipe.cli.interrupt import interruptible
+from dualpipe.cli.options import Json, seconds, writable
+from dualpipe.schedule import check_name
 
 
 @app.command(
@@ -27,19 +30,24 @@ def record(
         int | None,
         typer.Option("-P", "--ranks", min=2, help="Start the command so many times, once a rank.", show_default="once"),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The schedule file to write.", callback=writable)
+    ] = None,
     name: Annotated[str, typer.Option(help="The schedule's name in the file.")] = "recorded",
-    step: Annotated[int, typer.Option(help="Which training step; each ends with an optimizer's step.")] = 1,
-    session: Annotated[int, typer.Option(help="Which process group, where the program makes several in turn.")] = 1,
+    step: Annotated[int, typer.Option(min=1, help="Which training step; each ends with an optimizer's step.")] = 1,
+    session: Annotated[
+        int, typer.Option(min=1, help="Which process group, where the program makes several in turn.")
+    ] = 1,
     together: Annotated[
         list[str] | None, typer.Option(help="A method that overlaps a forward with a backward: its work is one slot.")
     ] = None,
     container: Annotated[
         list[str] | None, typer.Option(help="A module class that runs the pipeline: its call is no stage's forward.")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.")] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.", callback=seconds)] = 120.0,
     stall: Annotated[
-        float, typer.Option(help="Seconds in which all ranks wait for messages and none comes: a hang.")
+        float,
+        typer.Option(help="Seconds in which all ranks wait for messages and none comes: a hang.", callback=seconds),
     ] = 10.0,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule at once.")] = False,
     as_json: Json = False,
@@ -57,6 +65,7 @@ def record(
     """
     from dualpipe.record import Launch, assemble, read_folder, run
 
+    check_name(name)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
         launch = Launch(
@@ -75,13 +84,28 @@ def record(
     typer.echo(f"dualpipe: {recording.summary()}, in {end.seconds:.1f} s", err=True)
     if output is not None:
         output.write_text(recording.text())
+    code = 0 if end.well else 1
+    caveats = [*([] if end.well else ["the program did not end well"]), *recording.caveats]
+    told = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
+    if prove:
+        from proofs.prove import prove as try_it
+        from proofs.verdict import ExitCode, worst
+
+        report = interruptible(lambda: try_it(recording.schedule, label=name))
+        code = worst([ExitCode(code), report.exit_code])
+        told["proof"] = report.as_json()
+        if not as_json:
+            sys.stdout.write(_with_caveats(report.text(), caveats))
     if as_json:
-        print(json.dumps({**recording.as_json(), "exit_codes": end.codes}))
+        print(json.dumps(told))
     elif output is None and not prove:
         sys.stdout.write(recording.text())
-    code = 0 if end.well else 1
-    if prove:
-        from proofs import command as proofs
-
-        code = max(code, proofs.prove_sources([(name, lambda: recording.schedule)], proofs.Options(as_json=as_json)))
     raise typer.Exit(code)
+
+
+def _with_caveats(report: str, caveats: Sequence[str]) -> str:
+    """The report, whose verdict says so where the schedule is not all that the program did."""
+    verdict, rest = report.split("\n", 1)
+    if caveats and verdict.endswith(": proved"):
+        verdict += " as far as it was recorded: " + "; ".join(caveats)
+    return f"{verdict}\n{rest}"

@@ -6,7 +6,7 @@ Every wait, forward and message knows its place in the rank's order, so that slo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,12 @@ class MessageId(NamedTuple):
 
 @dataclass
 class Forward:
-    """A forward as its rank saw it: the module called, the messages and the local forwards that it began from."""
+    """A forward as its rank saw it: the module called, the messages and the local forwards that it began from.
+
+    ``grad`` says whether it began with gradients on, ``behind`` whether its backward began, and ``weights`` whether
+    anything of it reached a weight gradient.  ``weighed`` is where the engine was asked for gradients of weights, which
+    the program may keep elsewhere, and ``weightless`` says that no module of it has a parameter to train.
+    """
 
     owner: Owner
     module: int
@@ -45,6 +50,10 @@ class Forward:
     after: list[Owner] = field(default_factory=list)
     gradients: list[MessageId] = field(default_factory=list)
     weights: bool = False
+    behind: bool = False
+    grad: bool = True
+    weighed: str = ""
+    weightless: bool = False
     step: int = 0
 
 
@@ -87,8 +96,9 @@ class RankLog:
 def read(rank: int, events: Sequence[Event]) -> RankLog:
     """The events of a rank, understood.  Raises ``RecordError`` where the program did what has no place in a file."""
     same = {e["part"]: e["forward"] for e in events if e["event"] == "join"}
-    log = RankLog(rank, list(events), {}, {}, {}, False, 0, same)
-    for event in events:
+    same |= _computed_again(events)
+    log = RankLog(rank, _one_step_event_a_step(events), {}, {}, {}, False, 0, same)
+    for event in log.events:
         match event["event"]:
             case "module":
                 log.modules[event["module"]] = (event["name"], frozenset(event["holds"]))
@@ -98,10 +108,16 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.gradients += [MessageId(rank, m) for m in event["messages"]]
+                        known.behind = True
+                        known.weightless = forward in event["weightless"]
             case "weights":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.weights = True
+            case "weighed":
+                for forward in event["forwards"]:
+                    if (known := log.forwards.get(log.find(forward))) is not None:
+                        known.weighed = event["at"]
             case "post":
                 _read_post(log, event)
             case "over":
@@ -120,11 +136,35 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
     return log
 
 
+def _one_step_event_a_step(events: Sequence[Event]) -> list[Event]:
+    """The events with one optimizer step where several follow each other, and with none before all computation."""
+    kept: list[Event] = []
+    over = False  # whether a step has been seen since the last forward or backward
+    for event in reversed(events):
+        if event["event"] in ("forward", "backward"):
+            over = False
+        if event["event"] != "step" or not over:
+            kept.append(event)
+        over = over or event["event"] == "step"
+    kept.reverse()
+    computes = [index for index, event in enumerate(kept) if event["event"] in ("forward", "backward")]
+    first = computes[0] if computes else len(kept)
+    return [event for index, event in enumerate(kept) if event["event"] != "step" or index > first]
+
+
+def _computed_again(events: Sequence[Event]) -> dict[int, int]:
+    """Forwards that do again, with gradients, what was done without: those that send nothing of their own."""
+    told = [m for e in events if e["event"] == "post" for m in e["messages"] if m["kind"] == "send"]
+    sent = {number for m in told for letter, number in m["marks"] if letter == "F"}
+    again = {e["forward"]: e["again"] for e in events if e["event"] == "forward" and e["again"] is not None}
+    return {forward: earlier for forward, earlier in again.items() if forward not in sent}
+
+
 def _read_forward(log: RankLog, event: Event) -> None:
     number = log.find(event["forward"])
     known = log.forwards.get(number)
     if known is None:
-        known = Forward(Owner(log.rank, number), event["module"], event["at"], step=log.steps)
+        known = Forward(Owner(log.rank, number), event["module"], event["at"], grad=event["grad"], step=log.steps)
         log.forwards[number] = known
     known.messages += [MessageId(log.rank, m) for m in event["messages"]]
     known.after += [Owner(log.rank, log.find(c)) for c in event["after"]]
@@ -193,19 +233,3 @@ def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[Ran
             "look at its output",
         )
     return [read(rank, chosen[rank]) for rank in range(size)], len(groups)
-
-
-def of_step(logs: Iterable[RankLog], step: int) -> list[RankLog]:
-    """The logs with the events of one training step alone, counted from 0 by the optimizer steps before it."""
-    cut = []
-    for log in logs:
-        events, steps = [], 0
-        for event in log.events:
-            if event["event"] == "step":
-                steps += 1
-            elif steps == step or event["event"] in ("module", "join"):
-                events.append(event)
-        forwards = {n: f for n, f in log.forwards.items() if f.step == step}
-        messages = {n: m for n, m in log.messages.items() if m.step == step}
-        cut.append(RankLog(log.rank, events, forwards, messages, log.modules, log.ended, log.steps, log.same))
-    return cut

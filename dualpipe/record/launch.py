@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dualpipe.errors import RuleError
 from dualpipe.record.hang import Watchdog
+from dualpipe.record.processes import MARK, end_marked
 
 CHILD = Path(__file__).parent / "child"
 TOGETHER = ("overlapped_forward_backward", "overlaped_forward_backward")  # DeepSeek's name, and as 1.0.0 spells it
@@ -91,7 +92,7 @@ def run(launch: Launch, folder: Path, output: int) -> End:
     """Run until all processes have ended or the time is up.
 
     ``folder`` is an empty folder for the events; ``output`` the file descriptor that standard output goes to.
-    Nothing that was started is left: not after an error, nor after Ctrl-C.
+    Nothing that was started is left: not after an error, nor after Ctrl-C; whatever its parent is by then.
     """
     _prepare(launch, folder)
     started = time.monotonic()
@@ -124,6 +125,7 @@ def run(launch: Launch, folder: Path, output: int) -> End:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        end_marked(str(folder))
         for process in processes:
             process.wait()
 
@@ -184,6 +186,7 @@ def _environment(launch: Launch, folder: Path, rank: int) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
         "CUDA_VISIBLE_DEVICES": "",
+        MARK: str(folder),
     }
     if launch.ranks:
         environment |= {

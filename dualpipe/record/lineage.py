@@ -10,31 +10,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
+from dualpipe.record.data import find_data, notes_on_data, sent_to
 from dualpipe.record.events import Forward, Message, MessageId, Owner, RankLog, RecordError
+from dualpipe.record.microbatches import number, set_evaluations_aside
+from dualpipe.record.names import Chunk, Lineage
 from dualpipe.schedule import Lane
-
-Chunk = tuple[int, int]
-"""A rank, and the number that it gave to a module."""
-
-
-@dataclass(frozen=True)
-class Name:
-    """Which forward it is, in world coordinates."""
-
-    lane: Lane
-    stage: int
-    mb: int
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """The lanes, the name of every forward that belongs to one, and what had to be told with care."""
-
-    routes: Mapping[Lane, tuple[int, ...]]
-    names: Mapping[Owner, Name]
-    notes: tuple[str, ...]
 
 
 def match(messages: Sequence[Message]) -> dict[MessageId, MessageId]:
@@ -55,45 +36,37 @@ def trace(
     """Stages, lanes and microbatches of every forward.  Raises ``RecordError`` where there is no such order."""
     forwards = {f.owner: f for log in logs for f in log.forwards.values()}
 
-    def sender(id: MessageId) -> Message | None:
-        return messages.get(partner.get(id, id)) if id in partner else None
-
+    data = find_data(forwards.values(), messages, partner)
     before: dict[Owner, Owner] = {}
     votes: dict[tuple[Owner, Owner], None] = {}
     for forward in forwards.values():
         origins = list(forward.after)
         for id in forward.messages:
-            sent = sender(id)
-            if sent is not None and not sent.activation_of and not sent.gradient_of:
-                raise RecordError(
-                    "a stage's activation is what a torch.nn.Module call made",
-                    f"rank {id.rank} begins a forward at {forward.at} from what rank {sent.id.rank} sends at "
-                    f"{sent.at}, and no module call made that",
-                    "put the stage's computation into a module",
-                )
+            sent = sent_to(id, messages, partner)
             origins += sent.activation_of if sent is not None and not sent.gradient_of else []
         origins = [o for o in origins if o in forwards and o != forward.owner]
         if origins:
             before[forward.owner] = origins[0]
         votes.update(dict.fromkeys((origin, forward.owner) for origin in origins))
         for id in forward.gradients:
-            sent = sender(id)
+            sent = sent_to(id, messages, partner)
             for later in sent.gradient_of if sent is not None else []:
                 if later in forwards:
                     votes[forward.owner, later] = None
-    chunk_of = _chunks(logs, forwards, votes, messages)
+    chunk_of = _chunks(logs, forwards, votes, messages, partner)
     used = {earlier for earlier, _ in votes}
     used |= {owner for m in messages.values() for owner in (*m.activation_of, *m.gradient_of)}
     for owner in _dry(forwards, chunk_of, used):
         del chunk_of[owner]
-    notes = _aside(forwards, chunk_of)
-    chains = _chains(forwards, chunk_of, votes)
+    notes = [*notes_on_data(data, messages, partner), *_aside(forwards, chunk_of)]
+    chains = _chains(forwards, chunk_of, votes, data)
     routes = {lane: tuple(rank for rank, _ in chain) for lane, chain in zip(Lane, chains, strict=False)}
     place = {
         chunk: (lane, stage) for lane, chain in zip(Lane, chains, strict=False) for stage, chunk in enumerate(chain)
     }
-    names, more = _number(forwards, chunk_of, place, chains, before)
-    return Lineage(routes, names, (*notes, *more))
+    names, more = number(forwards, chunk_of, place, chains, before)
+    names, aside = set_evaluations_aside(forwards, chunk_of, names)
+    return Lineage(routes, names, data, (*notes, *more, *aside))
 
 
 def _chunks(
@@ -101,14 +74,19 @@ def _chunks(
     forwards: Mapping[Owner, Forward],
     votes: Mapping[tuple[Owner, Owner], None],
     messages: Mapping[MessageId, Message],
+    partner: Mapping[MessageId, MessageId],
 ) -> dict[Owner, Chunk]:
     """The chunk of every forward that is part of the pipeline: it, or another one of its module, exchanges tensors.
 
-    A forward that begins with a part of a module is of the chunk that the whole module is.
+    A forward that begins with a part of a module is of the chunk that the whole module is.  Where nothing was exchanged
+    at all, the forwards count that were to hand something on when their rank got stuck.
     """
     joined = {owner for vote in votes for owner in vote}
     joined |= {owner for m in messages.values() for owner in (*m.activation_of, *m.gradient_of)}
     joined |= {f.owner for f in forwards.values() if f.messages or f.gradients}
+    if joined.isdisjoint(forwards):
+        stuck = {m.id.rank for m in messages.values() if m.id not in partner}
+        joined |= {f.owner for f in forwards.values() if f.owner.rank in stuck and not f.behind}
     called: dict[int, set[int]] = defaultdict(set)
     for owner in joined:
         if owner in forwards:
@@ -158,7 +136,10 @@ def _ranks(ranks: Collection[int]) -> str:
 
 
 def _chains(
-    forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], votes: Mapping[tuple[Owner, Owner], None]
+    forwards: Mapping[Owner, Forward],
+    chunk_of: Mapping[Owner, Chunk],
+    votes: Mapping[tuple[Owner, Owner], None],
+    data: Collection[MessageId],
 ) -> list[list[Chunk]]:
     """The chunks of each lane in order of stages; the lane that enters at the lower rank first."""
     chunks = sorted(set(chunk_of.values()))
@@ -172,7 +153,7 @@ def _chains(
     for earlier, later in votes:
         if earlier in chunk_of and later in chunk_of and chunk_of[earlier] != chunk_of[later]:
             ballot[chunk_of[later]][chunk_of[earlier]] += 1
-    fed = Counter(chunk_of[f.owner] for f in forwards.values() if f.owner in chunk_of and (f.messages or f.after))
+    fed = Counter(chunk_of[o] for o, f in forwards.items() if o in chunk_of and (f.after or {*f.messages} - {*data}))
     total = Counter(chunk_of.values())
     previous: dict[Chunk, Chunk | None] = {}
     for chunk in chunks:
@@ -219,39 +200,3 @@ def _chains(
 def _where(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], chunk: Chunk) -> str:
     at = next(f.at for f in forwards.values() if chunk_of.get(f.owner) == chunk)
     return f"the module that rank {chunk[0]} calls at {at}"
-
-
-def _number(
-    forwards: Mapping[Owner, Forward],
-    chunk_of: Mapping[Owner, Chunk],
-    place: Mapping[Chunk, tuple[Lane, int]],
-    chains: Sequence[Sequence[Chunk]],
-    before: Mapping[Owner, Owner],
-) -> tuple[dict[Owner, Name], list[str]]:
-    """Microbatches: counted at stage 0, carried on from there; where the flow is broken, the place in order counts."""
-    names: dict[Owner, Name] = {}
-    notes: list[str] = []
-    for chain in chains:
-        for stage, chunk in enumerate(chain):
-            lane, _ = place[chunk]
-            own = sorted(owner for owner, c in chunk_of.items() if c == chunk)
-            broken = []
-            for count, owner in enumerate(own):
-                if stage == 0:
-                    names[owner] = Name(lane, stage, count)
-                    continue
-                origin = before.get(owner)
-                known = names.get(origin) if origin is not None else None
-                if known is None or origin is None or chunk_of.get(origin) != chain[stage - 1]:
-                    broken.append(owner)
-                else:
-                    names[owner] = Name(lane, stage, known.mb)
-            taken = {names[owner].mb for owner in own if owner in names}
-            free = (mb for mb in range(len(own) + len(taken)) if mb not in taken)
-            for owner in broken:
-                names[owner] = Name(lane, stage, next(free))
-                notes.append(
-                    f"rank {owner.rank}: the forward at {forwards[owner].at} began from something else than "
-                    f"stage {stage - 1}'s activation; it is named {stage}F{names[owner].mb}{lane} by its place in order"
-                )
-    return names, notes

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.record.events import Event, RankLog, RecordError, of_step, read
+from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.lineage import match, trace
-from dualpipe.record.naming import name_messages, program
-from dualpipe.schedule import MESSAGES, Schedule
+from dualpipe.record.names import Lineage
+from dualpipe.record.naming import Named, name_messages, uses
+from dualpipe.record.reach import lengthen
+from dualpipe.record.slots import notes_on_weights, program
+from dualpipe.record.steps import busy_steps, check_cut, of_step
+from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
 from dualpipe.schedulefile import dumps
 
 
@@ -25,6 +29,8 @@ class Recording:
         How many training steps the program ran; the schedule is of one of them.
     ended:
         For each rank whether its process came to its end.
+    caveats:
+        Why a proof of the schedule would be none of the whole program; empty where it would.
     notes:
         What was left out, guessed or reinterpreted, a sentence each.
     """
@@ -32,6 +38,7 @@ class Recording:
     schedule: Schedule
     steps: int
     ended: tuple[bool, ...]
+    caveats: tuple[str, ...]
     notes: tuple[str, ...]
 
     def text(self) -> str:
@@ -59,6 +66,7 @@ class Recording:
             "microbatches": {str(lane): count for lane, count in self.schedule.microbatches.items()},
             "steps": self.steps,
             "ended": list(self.ended),
+            "caveats": list(self.caveats),
             "notes": list(self.notes),
         }
 
@@ -71,22 +79,24 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     RecordError
         If something cannot be named, saying what and where in the program.
     """
-    steps = 1 + max(log.steps for log in logs)
-    busy = [k for k in range(steps) if any(f.step == k for log in logs for f in log.forwards.values())] or [0]
+    busy = busy_steps(logs)
     if not 1 <= step <= len(busy):
         raise RecordError("--step counts the training steps", f"there were {len(busy)}", f"it is {step}")
-    partner = match([m for log in logs for m in log.messages.values()])
+    everything = {m.id: m for log in logs for m in log.messages.values()}
+    partner = match(list(everything.values()))
+    check_cut(busy[step - 1], everything, partner, uses(logs))
     notes = [f"step {step} of {len(busy)}"] if len(busy) > 1 else []
     logs = of_step(logs, busy[step - 1])
     messages = {m.id: m for log in logs for m in log.messages.values()}
     tagged = sorted({m.at for m in messages.values() if m.tag})
     if tagged:
         notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file has none, and so has NCCL")
-    lineage = trace(logs, messages, partner)
-    notes += lineage.notes
-    ops, more = name_messages(logs, messages, partner, lineage)
-    notes += more
-    programs = [program(log, ops, lineage) for log in logs]
+    lineage = lengthen(trace(logs, messages, partner), logs, messages.values(), partner)
+    named = name_messages(logs, messages, partner, lineage)
+    check_cut(busy[step - 1], everything, partner, named.ops)
+    notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
+    _check(lineage, named.ops, messages)
+    programs = [program(log, named.ops, partner, lineage) for log in logs]
     early = sum(count for _, count in programs)
     if early:
         notes.append(
@@ -95,9 +105,43 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
         )
     ended = tuple(log.ended for log in logs)
     schedule = Schedule(lineage.routes, tuple(slots for slots, _ in programs), name)
-    return Recording(schedule, len(busy), ended, tuple(notes))
+    lost = sum(id not in partner and id not in messages for id in everything)
+    caveats = tuple(_caveats(ended, named, lost))
+    return Recording(schedule, len(busy), ended, caveats, tuple(notes))
 
 
-def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded") -> Recording:
+def _caveats(ended: Sequence[bool], named: Named, lost: int) -> Iterator[str]:
+    cut = [str(rank) for rank, well in enumerate(ended) if not well]
+    if cut:
+        yield f"rank{'s' * (len(cut) > 1)} {' '.join(cut)} did not come to the end"
+    if named.unknown:
+        yield f"{named.unknown} sends hold what no forward and no backward was seen to make"
+    if named.control:
+        yield f"{named.control} message ends are left out as control data"
+    if lost:
+        yield f"{lost} messages of other training steps never met a partner"
+
+
+def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]) -> None:
+    """Raise ``RecordError`` where what was concluded is no schedule, with the place in the program."""
+    lengths = {len(route) for route in lineage.routes.values()}
+    if len(lengths) > 1:
+        raise RecordError(
+            "both lanes run the same model",
+            " and ".join(
+                f"lane {lane} goes over the ranks {' '.join(map(str, route))}" for lane, route in lineage.routes.items()
+            ),
+            "if the program came to its end, record one pipeline alone",
+        )
+    for id, op in ops.items():
+        try:
+            check_slot((op,), lineage.routes)
+        except ScheduleError as error:
+            raise RecordError(
+                error.rule, f"{error.came}: the message of rank {id.rank} at {messages[id].at}", "look there"
+            ) from error
+
+
+def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded", step: int = 1) -> Recording:
     """As ``assemble``, from the events that each rank kept in memory."""
-    return assemble([read(rank, events[rank]) for rank in sorted(events)], name)
+    return assemble([read(rank, events[rank]) for rank in sorted(events)], name, step)

@@ -37,6 +37,7 @@ def record_ranks(
     together: Sequence[str] = (),
     containers: Sequence[str] = (),
     check: bool = True,
+    step: int = 1,
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
 
@@ -52,11 +53,13 @@ def record_ranks(
         As for ``record``.
     check:
         Whether an error on a rank is one here; without, the recording has what was done until then.
+    step:
+        Which training step, counted from 1; each ends with an optimizer's step.
 
     Raises
     ------
     RuntimeError
-        If ``body`` raised on a rank, with that rank's traceback, and ``check`` is set.
+        If ``body`` raised on a rank, with that rank's traceback, or ended its process, and ``check`` is set.
     RecordError
         If something cannot be named.
     """
@@ -82,7 +85,7 @@ def record_ranks(
                         stack.callback(patches.undo)
                         stack.enter_context(cuda.answer(patches, ranks))
                     stack.enter_context(record(together, containers, sink))
-                    body(rank)
+                    _until_it_exits(body, rank)
                 code = 0
             except BaseException:
                 (folder / f"{rank}.error").write_text(traceback.format_exc())
@@ -96,17 +99,32 @@ def record_ranks(
             for process in processes:
                 process.start()
             _wait(processes, folder, timeout, stall)
+            died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
         finally:
             started = [process for process in processes if process.pid is not None]
             for process in started:
                 process.kill()
             for process in started:
                 process.join()
-        failed = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime)
-        if failed and check:
-            raise RuntimeError("\n".join(f"rank {path.stem}: {path.read_text()}" for path in failed))
+        failed = {int(path.stem): path.read_text() for path in sorted(folder.glob("*.error"), key=_written)}
+        silent = {rank: f"ended with exit code {code}" for rank, code in died.items() if rank not in failed}
+        if check and (failed or silent):
+            raise RuntimeError("\n".join(f"rank {rank}: {said}" for rank, said in (failed | silent).items()))
         logs, _ = read_folder(folder, ranks, 1)
-        return assemble(logs)
+        return assemble(logs, step=step)
+
+
+def _until_it_exits(body: Callable[[int], None], rank: int) -> None:
+    """Call the body; that it exits with code 0 is an end like any other."""
+    try:
+        body(rank)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, stall: float) -> None:

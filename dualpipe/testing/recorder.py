@@ -24,14 +24,16 @@ class LiveRecording:
     def __init__(self) -> None:
         self.events: list[Event] = []
 
-    def gather(self, group: dist.ProcessGroup | None = None, name: str = "recorded") -> Recording:
+    def gather(self, group: dist.ProcessGroup | None = None, name: str = "recorded", step: int = 1) -> Recording:
         """The recording of all ranks: every rank of the group calls this, and every rank gets it.
+
+        ``step`` counts the training steps from 1, each of which ends with an optimizer's step.
 
         Raises ``RecordError`` where something cannot be named.
         """
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, self.events, group=group)
-        return assemble_events(dict(enumerate(parts)), name)
+        return assemble_events(dict(enumerate(parts)), name, step)
 
 
 @contextmanager

@@ -60,14 +60,17 @@ def on_a_terminal(*arguments: object, interrupt_at: str | None = None, stdout=No
         os.close(ours)
 
 
-def interrupted(*arguments: object, when, group: bool = True) -> Ended:
-    """Run piped, and interrupt once ``when(pid)`` is true: the whole group as a terminal does, or the parent alone."""
+def interrupted(*arguments: object, when, group: bool = True, by: signal.Signals = signal.SIGINT, **more) -> Ended:
+    """Run piped, and interrupt once ``when(pid)`` is true: the whole group as a terminal does, or the parent alone.
+
+    ``more`` is added to the environment.
+    """
     child = subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=quiet(),
+        env=quiet() | more,
         start_new_session=True,
     )
     try:
@@ -77,7 +80,7 @@ def interrupted(*arguments: object, when, group: bool = True) -> Ended:
             assert time.monotonic() - begun < WAIT, "what was waited for did not come"
             time.sleep(0.02)
         begun = time.monotonic()
-        (os.killpg if group else os.kill)(child.pid, signal.SIGINT)
+        (os.killpg if group else os.kill)(child.pid, by)
         out = child.communicate(timeout=WAIT)[0]
         return Ended(child.returncode, out, time.monotonic() - begun)
     finally:

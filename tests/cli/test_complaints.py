@@ -55,7 +55,7 @@ def test_a_fault_of_our_own_is_no_verdict(run, monkeypatch):
 def test_a_time_to_wait_is_a_time(run, seconds):
     result = run("prove", "-P", 2, "--solver-timeout", seconds)
     assert result.code == 2
-    assert "a time to wait is more than 0" in result.err
+    assert "--solver-timeout is more than 0" in result.err
 
 
 @pytest.mark.parametrize("option", ["--html", "--smtlib"])

@@ -1,6 +1,7 @@
 """A terminal gets colours and a bar, a pipe gets neither, and Ctrl-C ends everything at once."""
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -100,6 +101,21 @@ def test_ctrl_c_during_a_verification_ends_every_process_with_130_and_without_a_
     assert (ended.code, ended.out) == (130, "")
     assert ended.seconds < 10
     assert members(sessions[0]) == []
+
+
+def test_sigterm_ends_every_process_with_143_and_leaves_no_file(tmp_path):
+    sessions = []
+
+    def all_run(pid):
+        sessions[:] = [pid]
+        return len(members(pid)) >= 5 and any(tmp_path.glob("dualpipe-*"))
+
+    ended = interrupted(
+        "verify", "-P", 4, "-M", 8, "--steps", 1, when=all_run, group=False, by=signal.SIGTERM, TMPDIR=str(tmp_path)
+    )
+    assert (ended.code, ended.out) == (143, "")
+    assert members(sessions[0]) == []
+    assert list(tmp_path.glob("dualpipe-*")) == []
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,10 @@ def test_the_command_writes_the_file_proves_it_and_reports_a_hang(tmp_path):
     words = ["-P", 2, "--stall", 3, "--output", file, "--prove", "--json"]
     result = command(*words, *python("one_f_one_b.py", 3, "wait first"))
     assert result.returncode == 1, result.stderr
-    recorded, proof = map(json.loads, result.stdout.splitlines())
+    recorded = json.loads(result.stdout)
     assert recorded["exit_codes"] == [None, None]
     assert recorded["ended"] == [False, False]
-    assert proof["verdict"] == "refuted"
+    assert recorded["proof"]["verdict"] == "refuted"
     assert "for 3 s every rank had waited for messages that did not come" in result.stderr
     assert loads(file.read_text()) == loads(recorded["schedule"])
 

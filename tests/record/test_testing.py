@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
 
 from dualpipe.generate import dualpipe
 from dualpipe.schedule import B, F, Schedule, show_slot
@@ -12,7 +13,7 @@ from dualpipe.testing import record
 from proofs.prove import prove
 from reference.launch import launch
 from tests.record.run import forked
-from tests.record.test_limits import PLAIN, train
+from tests.record.test_limits import PLAIN, SHAPE, text, train
 
 
 def test_record_sees_what_runs_inside_the_with_and_gathers_it_on_every_rank():
@@ -30,7 +31,8 @@ def test_record_sees_what_runs_inside_the_with_and_gathers_it_on_every_rank():
 def test_afterwards_torch_is_as_it_was():
     def state() -> list[object]:
         engine = torch.autograd.Variable._execution_engine
-        return [nn.Module.__call__, torch.Tensor.grad, engine, dist.isend, dist.irecv, dist.batch_isend_irecv]
+        messages = [call.__code__ for call in (dist.isend, dist.irecv, dist.batch_isend_irecv)]
+        return [nn.Module.__call__, torch.Tensor.grad, engine, *messages]
 
     before = state()
     with record():
@@ -39,6 +41,31 @@ def test_afterwards_torch_is_as_it_was():
             pass
     assert all(now is then for now, then in zip(state(), before, strict=True))
     assert "__init_subclass__" not in vars(nn.Module)
+    assert not [name for name in vars(dist.distributed_c10d) if "record" in name and "isend" in name]
+
+
+def test_functions_and_operations_from_before_the_recording_are_watched_and_stay_good_afterwards():
+    def exchange(ops, tensors):
+        for op, tensor in zip(ops, tensors, strict=True):
+            op.tensor = tensor
+        for work in batch_isend_irecv(ops):
+            work.wait()
+
+    def body(context) -> list[str]:
+        rank, stage = context.rank, nn.Linear(4, 4)
+        before = P2POp(isend, torch.empty(SHAPE), 1 - rank)
+
+        def send(tensor, peer):
+            exchange([before], [tensor])
+
+        with record() as recording:
+            train(rank, stage, microbatches=1, send=send)
+            within = P2POp(irecv if rank else isend, torch.empty(SHAPE), 1 - rank)
+            train(rank, stage, microbatches=1, send=lambda tensor, peer: isend(tensor, peer).wait())
+        exchange([within], [torch.ones(SHAPE)])
+        return [text(recording.gather(), rank) for rank in range(2)]
+
+    assert launch(2, body, timeout=60).values() == [list(PLAIN)] * 2
 
 
 def in_turn(schedule: Schedule) -> list[str]:

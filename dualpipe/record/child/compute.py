@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,11 +18,12 @@ from .patches import Patches
 
 
 def watch(flow: Flow, patches: Patches, together: Collection[str], containers: Collection[str]) -> TorchDispatchMode:
-    """Watch module calls, the engine and ``.grad`` until ``patches.undo()``; enter the mode to watch operators."""
+    """Watch calls, the engine, ``.grad`` and optimizers until ``patches.undo()``; enter the mode to watch operators."""
     patches.put(nn.Module, "__call__", _call(flow, nn.Module.__call__, frozenset(containers)))
     patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))
     patches.put(torch.Tensor, "grad", _gradient(flow))
     _watch_together(flow, patches, frozenset(together))
+    patches.later(register_optimizer_step_post_hook(lambda *args: flow.write("step")).remove)
     return _Operators(flow)
 
 

@@ -18,19 +18,26 @@ from torch.overrides import TorchFunctionMode
 
 from .patches import Patches
 
-_Device = torch.device
+_Device, _Generator = torch.device, torch.Generator
 
 
 def answer(patches: Patches, devices: int) -> TorchFunctionMode:
     """Answer until ``patches.undo()``; enter the mode to move what names a device."""
     patches.put(torch, "device", _DeviceOnCpu)
-    for name, value in _torch_cuda(devices).items():
+    patches.put(torch, "Generator", _GeneratorOnCpu)
+    patches.put(torch, "load", _load(torch.load))
+    current = [0]
+    for name, value in _torch_cuda(devices, current).items():
         patches.put(torch.cuda, name, value)
+    for name, value in _torch_accelerator(devices, current).items():
+        if hasattr(torch.accelerator, name):
+            patches.put(torch.accelerator, name, value)
     moved = torch.set_default_device
     patches.put(torch, "set_default_device", lambda device: moved(None if device is None else on_cpu(device)))
     for name, value in {"nvtx": _Nothing("nvtx"), "cudart": _Nothing("cudart")}.items():
         patches.put(torch.cuda, name, value)
     patches.put(torch.nn.Module, "cuda", lambda self, device=None: self)
+    patches.put(torch.Tensor, "record_stream", lambda self, stream: None)
     _distributed(patches)
     return _OnCpu()
 
@@ -57,6 +64,29 @@ class _DeviceType(type):
 
 class _DeviceOnCpu(metaclass=_DeviceType):
     """Stands in for ``torch.device``: makes true devices, and none that is a GPU."""
+
+
+class _GeneratorType(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _Generator)
+
+    def __call__(cls, device: Any = "cpu") -> Any:
+        return _Generator(_Device("cpu") if isinstance(device, int) else on_cpu(device))
+
+
+class _GeneratorOnCpu(metaclass=_GeneratorType):
+    """Stands in for ``torch.Generator``."""
+
+
+def _load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.load`` to the CPU; a function that is given for ``map_location`` stays as it is."""
+
+    def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(map_location, dict):
+            map_location = {key: on_cpu(value) for key, value in map_location.items()}
+        return original(f, "cpu" if map_location is None else on_cpu(map_location), *args, **kwargs)
+
+    return load
 
 
 class _OnCpu(TorchFunctionMode):
@@ -124,8 +154,8 @@ def _asked_by_torch() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0] == "torch"
 
 
-def _torch_cuda(devices: int) -> dict[str, Any]:
-    available, count = torch.cuda.is_available, torch.cuda.device_count
+def _torch_cuda(devices: int, current: list[int]) -> dict[str, Any]:
+    available, count, initialized = torch.cuda.is_available, torch.cuda.device_count, torch.cuda.is_initialized
 
     def is_available() -> bool:
         return available() if _asked_by_torch() else True
@@ -133,36 +163,88 @@ def _torch_cuda(devices: int) -> dict[str, Any]:
     def device_count() -> int:
         return count() if _asked_by_torch() else devices
 
-    current = [0]
+    def is_initialized() -> bool:
+        return bool(initialized()) if _asked_by_torch() else True  # type: ignore[no-untyped-call] # torch's own
 
-    def set_device(device: Any) -> None:
-        index = device if isinstance(device, int) else str(device).partition(":")[2]
-        current[0] = int(index or 0)
+    class Chosen:
+        """``with torch.cuda.device(1):``"""
 
-    def constant(value: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: value
+        def __init__(self, device: Any) -> None:
+            self._index, self._before = _index(device), 0
 
-    idle = ("synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect", "init", "set_stream")
-    zero = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+        def __enter__(self) -> None:
+            self._before, current[0] = current[0], self._index
+
+        def __exit__(self, *error: object) -> None:
+            current[0] = self._before
+
     return {
+        "device": Chosen,
+        "is_initialized": is_initialized,
+        "get_device_properties": constant(_PROPERTIES),
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "get_rng_state_all": lambda: [torch.get_rng_state()] * devices,
+        "initial_seed": torch.initial_seed,
+        "memory_stats": lambda device=None: {},
+        "memory_snapshot": list,
+        "memory_summary": constant(""),
+        "can_device_access_peer": constant(True),
         "is_available": is_available,
         "device_count": device_count,
-        "set_device": set_device,
+        "set_device": lambda device: current.__setitem__(0, _index(device)),
         "current_device": lambda: current[0],
         "get_device_name": constant("CPU in place of a GPU"),
         "get_device_capability": constant((9, 0)),
         "is_bf16_supported": constant(True),
         "mem_get_info": constant((0, 0)),
-        "manual_seed": constant(None),
-        "manual_seed_all": constant(None),
         "current_stream": constant(_Stream()),
         "default_stream": constant(_Stream()),
         "stream": lambda stream: stream if stream is not None else _Stream(),
         "Stream": _Stream,
         "Event": _Stream,
-        **{name: constant(None) for name in idle},
-        **{name: constant(0) for name in zero},
+        **{name: constant(None) for name in _IDLE},  # a function each: torch._dynamo has a table of them
+        **{name: constant(0) for name in _ZERO},
     }
+
+
+def _torch_accelerator(devices: int, current: list[int]) -> dict[str, Any]:
+    true = {name: getattr(torch.accelerator, name) for name in ("is_available", "device_count", "current_accelerator")}
+
+    def unless_torch_asks(name: str, value: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: true[name](*args, **kwargs) if _asked_by_torch() else value
+
+    return {
+        "is_available": unless_torch_asks("is_available", True),
+        "device_count": unless_torch_asks("device_count", devices),
+        "current_accelerator": unless_torch_asks("current_accelerator", _Device("cpu")),
+        "set_device_index": lambda device: current.__setitem__(0, _index(device)),
+        "set_device_idx": lambda device: current.__setitem__(0, _index(device)),
+        "current_device_index": lambda: current[0],
+        "current_device_idx": lambda: current[0],
+        "current_stream": constant(_Stream()),
+        "synchronize": constant(None),
+        "set_stream": constant(None),
+    }
+
+
+def constant(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _index(device: Any) -> int:
+    return device if isinstance(device, int) else int(str(device).partition(":")[2] or 0)
+
+
+_IDLE = (
+    *("synchronize", "empty_cache", "ipc_collect", "init", "set_stream", "set_per_process_memory_fraction"),
+    *("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state", "set_rng_state_all"),
+    *("reset_peak_memory_stats", "reset_accumulated_memory_stats"),
+    *("reset_max_memory_allocated", "reset_max_memory_cached"),
+)
+_ZERO = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "utilization")
+_PROPERTIES = types.SimpleNamespace(
+    name="CPU in place of a GPU", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132, warp_size=32
+)
 
 
 def _distributed(patches: Patches) -> None:

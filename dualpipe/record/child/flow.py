@@ -15,16 +15,22 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
-from .forwards import Forwards, Parameters
+from .forwards import Forwards, Parameters, Trials
 from .log import Sink, place
 from .tags import NONE, Marks, Table, key_of
 
 _NODE = "dualpipe.record"  # the name of a forward's number in a graph node's metadata
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
+
+
+def _only_shaped_like(operator: str) -> bool:
+    """Whether an operator takes from a tensor its shape and none of its values."""
+    return operator.endswith("_like") or operator.startswith("new_")
 
 
 def marks(letter: str, numbers: Iterable[int]) -> Marks:
@@ -38,6 +44,7 @@ class Flow:
         self._sink = sink
         self._table = Table()
         self._forwards = Forwards()
+        self._trials = Trials()
         self._parameters = Parameters()
         self._input_of: dict[int, int] = {}  # message -> the forward that takes it
         self._gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes it
@@ -86,14 +93,15 @@ class Flow:
         if len(going_on) > 1:  # a module that looks at several microbatches at once is no stage
             return marks("F", going_on)
         forward = next(iter(going_on)) if going_on else self._forwards.open()
+        again = None if going_on else self._trials.earlier(number, inputs, forward)
         self._forwards.called(forward, number)
         fresh = sorted(m for m in messages if m not in self._input_of)
         new_cuts = sorted(c for c in cuts if c not in self._cut and c != forward)
         self._input_of |= dict.fromkeys(fresh, forward)
         self._cut |= dict.fromkeys(new_cuts, forward)
         if not going_on or fresh or new_cuts:
-            first = not going_on
-            self.write("forward", forward=forward, module=number, messages=fresh, after=new_cuts, first=first)
+            began = {"first": not going_on, "again": again, "grad": torch.is_grad_enabled()}
+            self.write("forward", forward=forward, module=number, messages=fresh, after=new_cuts, **began)
         return marks("F", {forward})
 
     def called(self, made: Marks, output: Any) -> None:
@@ -123,7 +131,10 @@ class Flow:
             fresh = sorted(found - self._forwards.behind)
             if fresh and not (inputs and all(map(self._is_weight, inputs))):
                 self._forwards.behind.update(fresh)
-                self.write("backward", forwards=fresh, messages=messages, run=self._runs)
+                weightless = [f for f in fresh if not self._parameters.trainable(self._forwards.modules(f))]
+                self.write("backward", forwards=fresh, messages=messages, run=self._runs, weightless=weightless)
+            if any(map(self._is_weight, inputs)):
+                self.write("weighed", forwards=sorted(found), run=self._runs)
         else:
             found = self._owners(held, None)
         self._forwards.interrupt()
@@ -164,7 +175,7 @@ class Flow:
 
     def operator(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """An operator has run: its results get the marks of the work that it belongs to, or else of its inputs."""
-        mutable = func._schema.is_mutable
+        mutable, name = func._schema.is_mutable, func._schema.name.rpartition("::")[2]
         memory = {key[0]: tensor for tensor in inputs if (key := key_of(tensor))}
         for output in outputs:
             key = key_of(output)
@@ -172,14 +183,15 @@ class Flow:
                 continue
             aliased = memory.get(key[0])
             if aliased is None:
-                self._table.put(output, self._context if self._context is not None else self._carried(inputs))
+                found = NONE if _only_shaped_like(name) else self._carried(inputs)
+                self._table.put(output, found if self._context is None else self._context)
             elif not mutable:
                 if not self._table.get(output):
                     self._table.put(output, self._table.get(aliased))
             elif self._context is not None:
                 self._table.put(output, self._context)
             else:
-                self._written(func._schema.name.rpartition("::")[2], output, inputs)
+                self._written(name, output, inputs)
 
     def _written(self, name: str, output: Tensor, inputs: list[Tensor]) -> None:
         """An operator outside all work has written to a tensor in place."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .tags import Key, key_of, weak_storage
@@ -46,6 +47,9 @@ class Forwards:
     def calls_one_of(self, forward: int, modules: Collection[int]) -> bool:
         return not self._modules[forward].isdisjoint(modules)
 
+    def modules(self, forward: int) -> Collection[int]:
+        return self._modules[forward]
+
     def join(self, forwards: set[int]) -> Iterator[tuple[int, int]]:
         """Forwards that began in this very stretch and now meet become one; pairs of the one and a part of it."""
         if len(forwards) > 1 and all(self._began[f] == self._stretch and f not in self.behind for f in forwards):
@@ -54,6 +58,23 @@ class Forwards:
                 self._same[other] = first
                 self._modules[first] |= self._modules[other]
                 yield first, other
+
+
+class Trials:
+    """Forwards that ran without gradients, by the module and the places of its inputs in memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, tuple[Key | None, ...]], tuple[Any, int]] = {}
+
+    def earlier(self, module: int, inputs: Sequence[Tensor], forward: int) -> int | None:
+        """A forward without gradients that this one may do again; one that has none itself is kept."""
+        what = module, tuple(map(key_of, inputs))
+        if torch.is_grad_enabled():
+            storage, earlier = self._kept.pop(what, (None, None))
+            return None if storage is None or storage.expired() else earlier
+        if what[1][0] is not None:
+            self._kept[what] = weak_storage(inputs[0]), forward
+        return None
 
 
 class Parameters:
@@ -79,6 +100,10 @@ class Parameters:
 
     def __contains__(self, parameter: object) -> bool:
         return id(parameter) in self._parameters
+
+    def trainable(self, modules: Collection[int]) -> bool:
+        """Whether any of the modules holds a parameter that wants a gradient."""
+        return any(p.requires_grad and not held.isdisjoint(modules) for p, held in self._parameters.values())
 
     def holders(self, parameter: int) -> set[int]:
         return self._parameters[parameter][1]

@@ -18,11 +18,16 @@ _LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib
 
 
 def to_file(path: str) -> Sink:
-    """A sink that appends to a file with one system call an event, so that a killed process has lost nothing."""
+    """A sink that appends to a file with one system call an event, so that a killed process has lost nothing.
+
+    What a process does that the rank forks, such as a worker of a data loader, is not the rank's.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    rank = os.getpid()
 
     def write(event: Event) -> None:
-        os.write(handle, (json.dumps(event) + "\n").encode())
+        if os.getpid() == rank:
+            os.write(handle, (json.dumps(event) + "\n").encode())
 
     return write
 

@@ -1,11 +1,11 @@
 """Puts the watch on torch.distributed's point-to-point calls.
 
-``send`` and ``recv`` are ``isend`` and ``irecv`` and a wait inside torch, so three functions are enough.
+``send`` and ``recv`` are ``isend`` and ``irecv`` and a wait inside torch, so three functions are enough.  The watch
+stands in the functions themselves: a program may have imported them by name before, and put them into a ``P2POp``.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch.distributed as dist
@@ -28,7 +28,6 @@ def watch(flow: Flow, patches: Patches) -> None:
             inside = False
 
     def single(original: Any, kind: str, peer_name: str) -> Any:
-        @functools.wraps(original)
         def call(
             tensor: Any,
             peer: int | None = None,
@@ -53,7 +52,6 @@ def watch(flow: Flow, patches: Patches) -> None:
         return call
 
     def batched(original: Any) -> Any:
-        @functools.wraps(original)
         def call(p2p_op_list: Any) -> Any:
             if inside:
                 return original(p2p_op_list)
@@ -75,14 +73,9 @@ def watch(flow: Flow, patches: Patches) -> None:
 
         return call
 
-    replaced = {
-        "isend": single(c10d.isend, "send", "dst"),
-        "irecv": single(c10d.irecv, "receive", "src"),
-        "batch_isend_irecv": batched(c10d.batch_isend_irecv),
-    }
-    for name, function in replaced.items():
-        patches.put(c10d, name, function)
-        patches.put(dist, name, function)
+    patches.stand_before(c10d.isend, lambda original: single(original, "send", "dst"))
+    patches.stand_before(c10d.irecv, lambda original: single(original, "receive", "src"))
+    patches.stand_before(c10d.batch_isend_irecv, batched)
 
 
 def _watched(flow: Flow, work: Any, numbers: list[int]) -> Any:

@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,11 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     patches = Patches()
     mode = compute.watch(flow, patches, settings["together"], settings["containers"])
     messages.watch(flow, patches)
-    _watch_steps(flow)
     mode.__enter__()  # type: ignore[no-untyped-call] # torch's own
     _WATCH = (flow, patches, mode)
     flow.write("rank", rank=dist.get_rank(), ranks=dist.get_world_size(), parent=os.getppid(), session=session)
     atexit.register(_stop)
+    Finalize(None, _stop, exitpriority=0)  # what multiprocessing forks ends without atexit
 
 
 _WATCH: Any = None
@@ -129,10 +130,3 @@ def _stop() -> None:
     flow.write("end")
     mode.__exit__(None, None, None)
     patches.undo()
-
-
-def _watch_steps(flow: Any) -> None:
-    """Note where a training step ends."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    register_optimizer_step_post_hook(lambda *args: flow.write("step"))

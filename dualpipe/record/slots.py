@@ -1,0 +1,129 @@
+"""The slots of a rank: what was issued together.  The two ends of a message have their names by then."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from dualpipe.record.events import MessageId, Owner, RankLog
+from dualpipe.record.names import Lineage
+from dualpipe.schedule import B, F, Kind, Op, Program, Slot, W
+
+_ORDER = {F: 0, B: 1, W: 2}
+
+
+def program(
+    log: RankLog, ops: Mapping[MessageId, Op], met: Collection[MessageId], lineage: Lineage
+) -> tuple[Program, int]:
+    """The slots of one rank, and how many computations began with messages in flight.
+
+    Messages that were posted with neither a wait nor a computation between them are one slot: nothing tells them
+    apart.  A backward and the weight gradients of the same run of the engine are one slot.  So is everything that a
+    method computes whose name says that it overlaps a forward and a backward.
+    """
+    last_weight, begun = _last_weights(log), _begun_with_weights(log)
+    slots: list[list[Op]] = []
+    open_slot: str | None = None  # "messages" or "compute", where the next op may join the last slot
+    of_run: dict[int, int] = {}  # run of the engine -> the slot with what it computed
+    together = False
+    early = 0
+    pending: set[int] = set()
+
+    def compute(ops: list[Op | None], run: int | None = None) -> None:
+        nonlocal open_slot, early
+        named = [op for op in ops if op is not None]
+        if not named:
+            return
+        early += bool(pending) and named[0].kind is not W
+        if run is not None and run in of_run:
+            slots[of_run[run]] += named
+            return
+        if slots and open_slot == "compute" and together:
+            slots[-1] += named
+        else:
+            slots.append(named)
+        open_slot = "compute"
+        if run is not None:
+            of_run[run] = len(slots) - 1
+
+    for index, event in enumerate(log.events):
+        match event["event"]:
+            case "together":
+                together, open_slot = event["begins"], None
+            case "forward" if event["first"] and log.find(event["forward"]) == event["forward"]:
+                compute([_op_of(F, log, event["forward"], lineage)])
+            case "backward":
+                compute([_op_of(B, log, forward, lineage) for forward in event["forwards"]], event["run"])
+                compute([_op_of(W, log, forward, lineage) for forward in event["weightless"]], event["run"])
+            case "weighed":
+                alone = [f for f in event["forwards"] if begun.get(log.find(f)) == index]
+                compute([op for f in alone if (op := _op_of(B, log, f, lineage)) and op.stage == 0], event["run"])
+                over = [f for f in event["forwards"] if last_weight.get(log.find(f)) == index]
+                compute([_op_of(W, log, forward, lineage) for forward in over], event["run"])
+            case "weights":
+                over = [f for f in event["forwards"] if last_weight[log.find(f)] == index]
+                compute([_op_of(W, log, forward, lineage) for forward in over], event["run"])
+            case "post":
+                ids = [MessageId(log.rank, told["message"]) for told in event["messages"]]
+                named = [(ops[id], id in met) for id in ids if id in ops]
+                pending |= {id.number for id in ids if id in ops}
+                if not named:
+                    continue
+                if open_slot != "messages":
+                    slots.append([])
+                    open_slot = "messages"
+                for op, one_of_several in named:  # several tensors of one boundary are one message of the schedule
+                    if op not in slots[-1] or not one_of_several:
+                        slots[-1].append(op)
+            case "wait":
+                open_slot = None if event["own"] else open_slot
+                pending -= set(event["messages"])
+    return tuple(_sorted(slot) for slot in slots if slot), early
+
+
+def _op_of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | None:
+    name = lineage.names.get(Owner(log.rank, log.find(forward)))
+    return None if name is None else Op(kind, name.lane, name.stage, name.mb)
+
+
+def _last_weights(log: RankLog) -> dict[int, int]:
+    """For every forward the last event that adds to its weight gradients: there its W is over.
+
+    Where none does, the last run of the engine that was asked for gradients of weights counts.
+    """
+    last: dict[str, dict[int, int]] = {"weighed": {}, "weights": {}}
+    for index, event in enumerate(log.events):
+        if event["event"] in last:
+            last[event["event"]].update(dict.fromkeys(map(log.find, event["forwards"]), index))
+    return last["weighed"] | last["weights"]
+
+
+def _begun_with_weights(log: RankLog) -> dict[int, int]:
+    """For every forward whose gradients were asked for weights alone the first event that did so."""
+    first: dict[int, int] = {}
+    for index, event in enumerate(log.events):
+        if event["event"] == "weighed":
+            for forward in map(log.find, event["forwards"]):
+                first.setdefault(forward, index)
+    return {n: index for n, index in first.items() if n in log.forwards and not log.forwards[n].behind}
+
+
+def notes_on_weights(log: RankLog, lineage: Lineage) -> list[str]:
+    """Where the W of a rank's forwards is not what was added to a parameter's ``.grad``."""
+    told: Counter[str] = Counter()
+    for number, forward in log.forwards.items():
+        first = _op_of(F, log, number, lineage)
+        if first is None or forward.weights:
+            continue
+        if forward.weighed:
+            told[f"gradients of weights made at {forward.weighed} reach no .grad; their W is where they are made"] += 1
+        elif forward.behind and forward.weightless:
+            told[f"no module of stage {first.stage} has a parameter to train; its W is written with its B"] += 1
+        elif forward.behind and log.ended:
+            told[f"the engine ran from a forward at {forward.at}, and what it made reached no .grad: no W"] += 1
+    return [f"rank {log.rank}: {note} ({count} times)" for note, count in sorted(told.items())]
+
+
+def _sorted(slot: list[Op]) -> Slot:
+    """A compute slot in the order F, B, W, in which a schedule is written; messages as they were posted."""
+    return tuple(sorted(slot, key=lambda op: _ORDER.get(op.kind, 0)))

@@ -1,0 +1,66 @@
+"""One training step among several: an optimizer's step on every rank tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from dualpipe.record.events import Message, MessageId, RankLog, RecordError
+
+
+def busy_steps(logs: Sequence[RankLog]) -> list[int]:
+    """The steps in which something was computed, counted by the optimizer steps before them.
+
+    Raises ``RecordError`` where a rank came to its end with fewer steps than another one.
+    """
+    last = [max((forward.step for forward in log.forwards.values()), default=-1) for log in logs]
+    most = max(range(len(logs)), key=last.__getitem__)
+    for log in logs:
+        if log.ended and log.forwards and last[log.rank] < last[most]:
+            raise RecordError(
+                "every rank ends a training step with an optimizer's step",
+                f"rank {log.rank} computed in {last[log.rank] + 1} steps and rank {most} in {last[most] + 1}",
+                "record a program that makes one step, or give every rank an optimizer",
+            )
+    steps = {forward.step for log in logs for forward in log.forwards.values()}
+    return sorted(steps) or [0]
+
+
+def of_step(logs: Sequence[RankLog], step: int) -> list[RankLog]:
+    """The logs with the events of one training step alone."""
+    return [_of_step(log, step) for log in logs]
+
+
+def _of_step(log: RankLog, step: int) -> RankLog:
+    events, steps = [], 0
+    for event in log.events:
+        if event["event"] == "step":
+            steps += 1
+        elif steps == step or event["event"] in ("module", "join"):
+            events.append(event)
+    forwards = {n: f for n, f in log.forwards.items() if f.step == step}
+    messages = {n: m for n, m in log.messages.items() if m.step == step}
+    return RankLog(log.rank, events, forwards, messages, log.modules, log.ended, log.steps, log.same)
+
+
+def check_cut(
+    step: int,
+    messages: Mapping[MessageId, Message],
+    partner: Mapping[MessageId, MessageId],
+    counted: Collection[MessageId],
+) -> None:
+    """Raise ``RecordError`` where a counted message begins in the step and ends in another one, or the other way."""
+    for id, other in partner.items():
+        one, two = messages[id], messages[other]
+        if one.step == step != two.step and (id in counted or other in counted):
+            raise RecordError(
+                "both ends of a message are in the same training step",
+                f"{_end(one)}, and {_end(two)}",
+                "post it after the optimizer's step, or record a program that makes one step",
+            )
+
+
+def _end(message: Message) -> str:
+    return (
+        f"rank {message.id.rank} {'sends' if message.send else 'receives'} at {message.at} "
+        f"after {message.step} optimizer steps"
+    )

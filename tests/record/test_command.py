@@ -1,0 +1,56 @@
+"""``dualpipe record`` looks at its options before it runs anything."""
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dualpipe.cli import app
+from dualpipe.cli.record import _with_caveats
+from dualpipe.errors import RuleError
+
+
+def record(*words):
+    """What becomes of ``dualpipe record WORDS -- touch ran``, in a folder that is empty."""
+    return CliRunner().invoke(app, ["record", *map(str, words), "--", "touch", "ran"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--name", "my run"], "one printable word without #"),
+        (["--output", "nowhere/x.txt"], "--output is a file that can be written: there is no folder nowhere"),
+        (["--output", "."], "--output is a file that can be written: . is a folder"),
+        (["--timeout", "-1"], "--timeout is more than 0 and at most 1000000 seconds: got -1; correct it"),
+        (["--timeout", "nan"], "--timeout is more than 0"),
+        (["--stall", "0"], "--stall is more than 0"),
+        (["--step", "0"], "--step"),
+        (["--session", "0"], "--session"),
+    ],
+)
+def test_bad_options_are_refused_before_the_program_runs(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    result = record(*words)
+    if isinstance(result.exception, RuleError):
+        assert said in str(result.exception)
+    else:
+        assert result.exit_code == 2
+        assert said in result.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_is_there_and_can_be_written_is_no_bad_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").touch()
+    result = record("--output", "x.txt")
+    assert "no process of it did" in str(result.exception)
+    assert Path("ran").exists()
+
+
+def test_what_was_left_out_stands_beside_the_verdict():
+    assert _with_caveats("a on 2 ranks: proved\n  order\n", ["4 ends"]).splitlines() == [
+        "a on 2 ranks: proved as far as it was recorded: 4 ends",
+        "  order",
+    ]
+    assert _with_caveats("a on 2 ranks: refuted\n", ["4 ends"]) == "a on 2 ranks: refuted\n"

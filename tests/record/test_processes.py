@@ -1,0 +1,123 @@
+"""How recorded processes end: by themselves, by a signal, and whatever else happens with the recorder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from torch import nn
+
+from dualpipe.record import Launch, run
+from dualpipe.record.processes import MARK
+from dualpipe.testing import record_ranks
+from tests.record.run import ROOT, command, python
+from tests.record.test_limits import assert_plain, train
+
+ESCAPE = """
+import subprocess, sys, time
+worker = "import time; print('here', flush=True); time.sleep(60)"
+processes = [subprocess.Popen([sys.executable, "-S", "-c", worker], start_new_session=True) for _ in range(2)]
+if len(sys.argv) == 1:
+    time.sleep(60)
+"""
+"""Starts workers in sessions of their own, as torchrun does; with an argument it ends and leaves them alone."""
+
+
+def marked() -> list[psutil.Process]:
+    """The processes on this machine that a recorder of this user started from here."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("THE_TEST") == str(os.getpid()) and MARK in process.environ():
+                found.append(process)
+        except psutil.Error:
+            pass
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setenv("THE_TEST", str(os.getpid()))
+
+
+@pytest.mark.parametrize("arguments", [(), ("and leave",)])
+def test_workers_in_sessions_of_their_own_end_too(tmp_path, known, arguments):
+    with (tmp_path / "output").open("w+") as output:
+        launch = Launch((sys.executable, "-S", "-c", ESCAPE, *arguments), timeout=0.7)
+        end = run(launch, _empty(tmp_path / "events"), output.fileno())
+        output.seek(0)
+        assert end.well == bool(arguments)
+    assert marked() == []
+
+
+def _empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _until(condition, seconds: float = 30.0) -> bool:
+    last = time.monotonic() + seconds
+    while time.monotonic() < last:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_recorder_ends_all_and_leaves_no_folder(tmp_path, known, sent, code):
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "from dualpipe.cli import main; main()"
+    words = [sys.executable, "-c", start, "record", "--", sys.executable, "-S", "-c", ESCAPE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL) as process:
+        assert _until(lambda: len(marked()) == 3)
+        process.send_signal(sent)
+        assert process.wait(20) == code
+    assert marked() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_dies_of_a_signal_is_an_error():
+    def body(rank):
+        train(rank, nn.Linear(4, 4))
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="rank 1: ended with exit code -9"):
+        record_ranks(2, body)
+    assert record_ranks(2, body, check=False).ended == (True, False)
+
+
+def test_a_rank_that_exits_with_code_0_has_ended_and_with_another_one_failed():
+    def body(rank, code):
+        train(rank, nn.Linear(4, 4))
+        sys.exit(code)
+
+    recording = record_ranks(2, lambda rank: body(rank, 0))
+    assert_plain(recording)
+    assert recording.ended == (True, True)
+    with pytest.raises(RuntimeError, match="SystemExit: 3"):
+        record_ranks(2, lambda rank: body(rank, 3))
+
+
+def test_ranks_that_multiprocessing_forks_and_that_fork_loaders():
+    result = command("--json", "--prove", *python("forks.py"))
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["ended"] == [True, True]
+    assert "rank 1: 1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0" in told["schedule"]
+    assert (told["proof"]["verdict"], told["caveats"]) == ("proved", [])
+
+
+def test_a_program_that_failed_is_not_proved_without_a_word():
+    result = command("--prove", *python("forks.py", "error"))
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.startswith(
+        "recorded on 2 ranks: proved as far as it was recorded: the program did not end well"
+    )

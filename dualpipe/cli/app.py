@@ -43,6 +43,6 @@ def dualpipe(
     - a compute-only table of torch.distributed.pipelining (.csv)
     - module:function in Python, that returns a Schedule or its text
 
-    Every command ends with 2 for bad input, 70 for a fault of its own, which is no verdict, and 130 for Ctrl-C. With
-    --json a complaint is an object as well.
+    Every command ends with 2 for bad input, 70 for a fault of its own, which is no verdict, 130 for Ctrl-C and 143
+    for SIGTERM. With --json a complaint is an object as well.
     """

@@ -13,7 +13,7 @@ from ci import judges, rules, suite
 from ci.change import ScheduleChange
 from ci.check import Check, Reading, run_check, skipped
 from ci.errors import GateError
-from ci.golden import COUNTS, Counts, Expansion, expansion, kept_files, read_counts
+from ci.golden import COUNTS, FOLDER, Counts, Expansion, expansion, kept_files, read_counts
 from ci.history import counts_at, schedule_changes
 from ci.meaning import Meaning, meaning
 from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
@@ -65,7 +65,8 @@ class Judgement:
     @property
     def judges(self) -> list[str]:
         """What of the change is itself a judge, and so cannot be judged by it: a reader must look there."""
-        return [change.path for change in self.changed if change.path.startswith(_JUDGES)]
+        judges = (change.path for change in self.changed if change.path.startswith(_JUDGES))
+        return [path for path in judges if not path.startswith(FOLDER)]  # goldens are held to the generator
 
     @property
     def findings(self) -> list[tuple[Outcome, Finding]]:

@@ -52,7 +52,8 @@ def test_the_summary_has_verdicts_stories_and_the_diff(refused):
 
 
 def test_the_summary_says_what_is_compared_and_what_judges_itself(refused):
-    changed = (Changed("ci/judges.py", b"a", b"b"), Changed("dualpipe/generate.py", b"a", b"b"))
+    golden = Changed("tests/golden/1f1b-P2-M4.txt", b"a", b"b")
+    changed = (Changed("ci/judges.py", b"a", b"b"), Changed("dualpipe/generate.py", b"a", b"b"), golden)
     mine = replace(refused, changed=changed)
     assert "differ from `000000000000` (where HEAD left main)" in markdown(mine)
     for text in (markdown(mine), terminal(mine, as_json=False)):

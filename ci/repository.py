@@ -68,6 +68,7 @@ class Repository:
         known = [name for name in _MAIN if self._hash(name) is not None]
         for name in known if head is not None else ():
             left = self._left(name)
+            self._refuse_if_cut_off(left)
             if left not in ("", head):
                 return Base(left, f"where HEAD left {name}")
         if not known and head is not None:
@@ -76,13 +77,8 @@ class Repository:
             )
         before = self._hash("HEAD~1")
         if before is not None:
-            return Base(before, "the commit before, for HEAD is main")
-        if head is not None and self._git("rev-parse", "--is-shallow-repository").strip() == b"true":
-            raise GateError(
-                "the gate needs the history back to the base",
-                "this clone is shallow and ends at HEAD",
-                "git fetch --unshallow, or fetch-depth: 0 of actions/checkout",
-            )
+            return Base(before, "the commit before, for all of HEAD is in main")
+        self._refuse_if_cut_off("")
         return Base(_EMPTY_TREE, "an empty tree, for there is no commit before")
 
     def _base_asked_for(self, asked: str, head: str | None) -> Base:
@@ -90,9 +86,19 @@ class Repository:
         if found is None:
             raise GateError("--base is a revision of this repository", f"got {asked}", "fetch it or correct it")
         left = self._left(asked)
+        self._refuse_if_cut_off(left)
         if left in ("", head):  # no history in common, or none that HEAD has of its own
             return Base(found, f"--base {asked}")
         return Base(left, f"--base {asked}" if left == found else f"where HEAD left --base {asked}")
+
+    def _refuse_if_cut_off(self, left: str) -> None:
+        """Raise ``GateError`` where nothing is found in the history and the clone does not have all of it."""
+        if not left and self._git("rev-parse", "--is-shallow-repository").strip() == b"true":
+            raise GateError(
+                "the gate needs the history back to the base",
+                "this clone is shallow and ends before it",
+                "git fetch --unshallow, or fetch-depth: 0 of actions/checkout",
+            )
 
     def changes(self, base: str) -> tuple[Changed, ...]:
         """Every file that differs between the base and the work tree, by path."""
@@ -113,7 +119,8 @@ class Repository:
 
     def at(self, revision: str, path: str) -> bytes | None:
         """A file as it was, or ``None``."""
-        if not self._git("ls-tree", "-z", revision, "--", path, may_fail=True):
+        entry = self._git("ls-tree", "-z", revision, "--", path, may_fail=True)
+        if entry.split()[1:2] != [b"blob"]:  # a folder, or another repository
             return None
         return self._git("show", f"{revision}:{path}")
 

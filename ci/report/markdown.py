@@ -27,10 +27,11 @@ def markdown(judgement: Judgement) -> str:
     size, left = 0, 0
     lines: list[str] = []
     for part in _parts(judgement):
-        size += sum(len(line.encode(errors="replace")) + 1 for line in part)
-        if size > MOST_BYTES:
+        more = sum(len(line.encode(errors="replace")) + 1 for line in part)
+        if size + more > MOST_BYTES:
             left += 1
         else:
+            size += more
             lines += part
     if left:
         lines += ["", f"{left} more findings and diffs are in gate.json."]
@@ -70,15 +71,17 @@ def _head(judgement: Judgement) -> Iterator[str]:
 def _findings(outcome: Outcome) -> Iterator[list[str]]:
     if not outcome.findings:
         return
-    yield ["", f"## {outcome.check} refuses", ""]
+    head = ["", f"## {outcome.check} refuses", ""]
     findings = grouped(outcome.findings)
     stories = [finding for finding in findings if "\n" in finding.message.strip()]
     for finding in findings:
         if finding not in stories:
-            yield [f"* {_where(finding)}{_cell(finding.message)}"]
+            yield [*head, f"* {_where(finding)}{_cell(finding.message)}"]
+            head = []
     for finding in stories:
         where = f" at `{finding.path}:{finding.line}`" if finding.path else ""
-        yield ["", f"**{finding.rule}**{where}", "", *fenced("text", finding.message.splitlines())]
+        yield [*head, "", f"**{finding.rule}**{where}", "", *fenced("text", finding.message.splitlines())]
+        head = []
 
 
 def _where(finding: Finding) -> str:

@@ -44,5 +44,5 @@ def dualpipe(
     - module:function in Python, that returns a Schedule or its text
 
     Every command ends with 2 for bad input, 70 for a fault of its own, which is no verdict, 130 for Ctrl-C and 143
-    for SIGTERM. With --json a complaint is an object as well.
+    for SIGTERM. With --json a complaint is an object as well, but for a misspelt command or option.
     """

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dualpipe.cli.interrupt import Terminated
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import loads
@@ -135,6 +136,8 @@ def _told(doing: str) -> Iterator[None]:
     try:
         with redirect_stdout(sys.stderr), _file_of_stdout_redirected():
             yield
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise RuleError(

@@ -47,6 +47,10 @@ def interruptible(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
+class Terminated(SystemExit):
+    """SIGTERM came; no foreign code's own exit is of this class."""
+
+
 @contextmanager
 def leaving_on_sigterm() -> Iterator[None]:
     """While inside, SIGTERM leaves as Ctrl-C does, so that what has to be cleaned up is, with exit code 143."""
@@ -55,7 +59,7 @@ def leaving_on_sigterm() -> Iterator[None]:
         return
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
-        sys.exit(128 + number)
+        raise Terminated(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)
     try:

@@ -63,12 +63,16 @@ def test_the_summary_says_what_is_compared_and_what_judges_itself(refused):
 
 def test_the_summary_stays_within_what_a_job_may_show_and_is_no_markup():
     many = [Finding("test", f"<script>{number}\n{'x' * 4000}", f"tests/test_{number}.py") for number in range(700)]
+    many.insert(0, Finding("test", f"too long\n{'x' * 950_000}"))
     many.append(Finding("test", "a <b>bold</b> | claim"))
     text = markdown(
         Judgement(BASE, (), (), Selection(), (Outcome("tests", Verdict.REFUSED, "", "", tuple(many)),), 1.0)
     )
     assert len(text.encode()) < 2**20
     assert "more findings and diffs are in gate.json" in text
+    assert "## tests refuses" in text
+    assert "&lt;script&gt;" not in text
+    assert "\n<script>0\n" in text, "what is small has its place though something before it is too large"
     assert text.count("```") % 2 == 0
     assert "* a &lt;b&gt;bold&lt;/b&gt; \\| claim" in text
 

@@ -20,7 +20,7 @@ def test_on_a_branch_the_base_is_where_it_left_main(scratch):
 def test_on_main_the_base_is_the_commit_before(scratch):
     before = scratch.commit()
     scratch.commit()
-    assert scratch.repository.resolve(None) == Base(before, "the commit before, for HEAD is main")
+    assert scratch.repository.resolve(None) == Base(before, "the commit before, for all of HEAD is in main")
 
 
 def test_on_a_main_that_is_ahead_the_base_is_what_was_pushed(scratch):
@@ -114,8 +114,26 @@ def test_a_shallow_clone_is_bad_input_rather_than_all_new(scratch, tmp_path):
     scratch.commit()
     scratch.commit()
     scratch.git("clone", "--quiet", "--depth", "1", f"file://{scratch.root}", str(tmp_path / "shallow"))
-    with pytest.raises(GateError, match="shallow and ends at HEAD; git fetch --unshallow, or fetch-depth: 0"):
+    with pytest.raises(GateError, match="shallow and ends before it; git fetch --unshallow, or fetch-depth: 0"):
         Repository(tmp_path / "shallow").resolve(None)
+
+
+def test_a_clone_that_is_cut_off_before_the_branch_left_main_is_bad_input(scratch, tmp_path):
+    scratch.commit()
+    scratch.git("checkout", "--quiet", "-b", "mine")
+    for _ in range(4):
+        scratch.commit()
+    cut = tmp_path / "cut"
+    scratch.git("clone", "--quiet", "--depth", "2", "--no-single-branch", f"file://{scratch.root}", str(cut))
+    for asked in (None, "origin/main"):
+        with pytest.raises(GateError, match="this clone is shallow and ends before it"):
+            Repository(cut).resolve(asked)
+
+
+def test_a_folder_is_no_file(scratch):
+    scratch.put("inner/a.py", "1")
+    base = scratch.commit()
+    assert scratch.repository.at(base, "inner") is None
 
 
 def test_of_the_first_commit_everything_is_new(scratch):

@@ -1,5 +1,6 @@
 """A terminal gets colours and a bar, a pipe gets neither, and Ctrl-C ends everything at once."""
 
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,10 @@ pytestmark = pytest.mark.skipif(
 )
 COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-8]|9[0-7])[0-9;]*m")
 ESCAPE = "\x1b"
+
+
+def paths(folder):
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def piped(*arguments, **environment):
@@ -116,6 +121,18 @@ def test_sigterm_ends_every_process_with_143_and_leaves_no_file(tmp_path):
     assert (ended.code, ended.out) == (143, "")
     assert members(sessions[0]) == []
     assert list(tmp_path.glob("dualpipe-*")) == []
+
+
+def test_sigterm_within_somebodys_function_is_no_error_of_theirs(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n\n"
+        "def build():\n    pathlib.Path(__file__).with_name('here').touch()\n    time.sleep(60)\n"
+    )
+    begun = tmp_path / "here"
+    ended = interrupted(
+        "prove", "slow:build", "--json", when=lambda pid: begun.exists(), by=signal.SIGTERM, PYTHONPATH=paths(tmp_path)
+    )
+    assert (ended.code, ended.out) == (143, "")
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,16 @@ def test_forwards_without_gradients_that_are_computed_again_are_one_forward():
     assert recording.notes == ()
 
 
+@pytest.mark.parametrize("same_buffer", [False, True])
 @pytest.mark.parametrize("same_data", [False, True])
-def test_an_evaluation_before_the_first_step_is_left_out(same_data):
+def test_an_evaluation_before_the_first_step_is_left_out(same_data, same_buffer):
     def body(rank):
-        stage, data = nn.Linear(4, 4), torch.randn(SHAPE)
+        stage, data, buffer = nn.Linear(4, 4), torch.randn(SHAPE), torch.empty(SHAPE)
+
+        def receive(peer):
+            tensor = buffer.detach() if same_buffer else torch.empty(SHAPE)
+            dist.recv(tensor, peer)
+            return tensor
 
         def pick():
             return data if same_data else torch.randn(SHAPE)

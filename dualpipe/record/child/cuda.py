@@ -170,7 +170,7 @@ def _torch_cuda(devices: int, current: list[int]) -> dict[str, Any]:
         """``with torch.cuda.device(1):``"""
 
         def __init__(self, device: Any) -> None:
-            self._index, self._before = _index(device), 0
+            self._index, self._before = _index(device, current[0]), 0
 
         def __enter__(self) -> None:
             self._before, current[0] = current[0], self._index
@@ -191,7 +191,7 @@ def _torch_cuda(devices: int, current: list[int]) -> dict[str, Any]:
         "can_device_access_peer": constant(True),
         "is_available": is_available,
         "device_count": device_count,
-        "set_device": lambda device: current.__setitem__(0, _index(device)),
+        "set_device": lambda device: current.__setitem__(0, _index(device, current[0])),
         "current_device": lambda: current[0],
         "get_device_name": constant("CPU in place of a GPU"),
         "get_device_capability": constant((9, 0)),
@@ -217,8 +217,8 @@ def _torch_accelerator(devices: int, current: list[int]) -> dict[str, Any]:
         "is_available": unless_torch_asks("is_available", True),
         "device_count": unless_torch_asks("device_count", devices),
         "current_accelerator": unless_torch_asks("current_accelerator", _Device("cpu")),
-        "set_device_index": lambda device: current.__setitem__(0, _index(device)),
-        "set_device_idx": lambda device: current.__setitem__(0, _index(device)),
+        "set_device_index": lambda device: current.__setitem__(0, _index(device, current[0])),
+        "set_device_idx": lambda device: current.__setitem__(0, _index(device, current[0])),
         "current_device_index": lambda: current[0],
         "current_device_idx": lambda: current[0],
         "current_stream": constant(_Stream()),
@@ -231,8 +231,11 @@ def constant(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-def _index(device: Any) -> int:
-    return device if isinstance(device, int) else int(str(device).partition(":")[2] or 0)
+def _index(device: Any, current: int) -> int:
+    """The number of a device; ``None``, a negative number and one without a number mean the current one."""
+    if isinstance(device, int):
+        return device if device >= 0 else current
+    return int(str(device).partition(":")[2] or current)
 
 
 _IDLE = (

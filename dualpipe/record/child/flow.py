@@ -93,7 +93,7 @@ class Flow:
         if len(going_on) > 1:  # a module that looks at several microbatches at once is no stage
             return marks("F", going_on)
         forward = next(iter(going_on)) if going_on else self._forwards.open()
-        again = None if going_on else self._trials.earlier(number, inputs, forward)
+        again = None if going_on or messages else self._trials.earlier(number, inputs, forward)
         self._forwards.called(forward, number)
         fresh = sorted(m for m in messages if m not in self._input_of)
         new_cuts = sorted(c for c in cuts if c not in self._cut and c != forward)

@@ -96,7 +96,8 @@ def launch(
     grace:
         Seconds that the other ranks have, once one has failed, to end by themselves and tell what they waited for.
     backend:
-        Of the default process group, which exists when ``body`` is called; ``None`` for no process group.
+        Of the default process group, which every rank has joined when ``body`` is called; ``None`` for no process
+        group.
     on_progress:
         Called in this process with the rank and what it reported.
     """
@@ -202,6 +203,7 @@ def _child(
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
             )
+            dist.barrier()  # a rank whose body ends at once must not be gone while another still connects to it
         send("end", body(Context(rank, ranks, lambda value: send("progress", value))))
     except BaseException as error:
         notes = "; ".join(getattr(error, "__notes__", []))

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from reference.launch import Failure, launch
 
@@ -48,6 +49,22 @@ def test_an_error_without_a_text_is_told_with_the_line_that_raised_it():
     (failure,) = launch(1, body, backend=None).failures
     assert failure.text.startswith("test_launch.py:")
     assert failure.text.endswith(": raise AssertionError  # as a bare assert of a library does")
+
+
+def test_no_body_starts_before_every_rank_has_joined_the_group(monkeypatch):
+    """gloo's ranks connect each to each: were one gone already, the connecting of a slower one would fail."""
+    join = dist.init_process_group
+    seconds = {}
+
+    def slowly(*args, rank, **kwargs):
+        join(*args, rank=rank, **kwargs)
+        if rank == 1:
+            time.sleep(0.5)
+            seconds["joined"] = time.monotonic()
+
+    monkeypatch.setattr(dist, "init_process_group", slowly)
+    first, joined, third = launch(3, lambda context: seconds.get("joined", time.monotonic()), timeout=40).values()
+    assert joined <= min(first, third)
 
 
 def test_ranks_that_do_not_end_are_ended():

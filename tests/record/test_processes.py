@@ -83,6 +83,30 @@ def test_a_signal_to_the_recorder_ends_all_and_leaves_no_folder(tmp_path, known,
     assert list(tmp_path.iterdir()) == []
 
 
+SLOW_TO_JOIN = """
+import os, pathlib, time, torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+rank, connect = int(os.environ["RANK"]), c10d._new_process_group_helper
+def slowly(*args, **kwargs):
+    group = connect(*args, **kwargs)
+    time.sleep(0.5 * rank)
+    pathlib.Path(f"joined{rank}").write_text(str(time.monotonic()))
+    return group
+c10d._new_process_group_helper = slowly
+dist.init_process_group("nccl")
+pathlib.Path(f"past{rank}").write_text(str(time.monotonic()))
+"""
+"""Rank 1 joins the process group half a second later than rank 0, which does nothing and ends."""
+
+
+def test_no_rank_goes_on_before_every_other_has_joined_the_group(tmp_path, monkeypatch):
+    """NCCL connects at the first message and gloo at once: a rank that ends early would fail the others."""
+    monkeypatch.chdir(tmp_path)
+    result = command("-P", 2, "--", sys.executable, "-c", SLOW_TO_JOIN)
+    assert "no message holds what a module call made" in result.stderr
+    assert float(Path("joined1").read_text()) <= float(Path("past0").read_text())
+
+
 def test_a_rank_that_dies_of_a_signal_is_an_error():
     def body(rank):
         train(rank, nn.Linear(4, 4))

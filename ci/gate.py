@@ -1,6 +1,6 @@
 """``python -m ci.gate [--base REVISION]``: judges a change, and lets nothing in that is not shown to be right.
 
-Exit code 0: passed.  1: refused.  2: bad input.  3: unknown, a check gave no answer.
+Exit code 0: passed.  1: refused.  2: bad input.  3: unknown, a check gave no answer.  70: a fault of the gate itself.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 
+from ci.command import run_as_command
 from ci.errors import GateError
 from ci.judgement import Options, judge
 from ci.outcome import ExitCode
-from ci.process import raise_on_termination
-from ci.report.publish import publish
-from ci.report.terminal import terminal
+from ci.report.publish import publish, publish_complaint, require_writable
+from ci.report.terminal import complaint, terminal
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ci.gate", description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--base", metavar="REVISION", help="compare with where this branch left it; else main")
     parser.add_argument("--root", type=Path, default=Path(), help="the repository's root, else where you are")
@@ -32,24 +33,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> ExitCode:
+def main(arguments: Sequence[str]) -> ExitCode:
     options = parse(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
-    raise_on_termination()
     started = time.monotonic()
 
     def tell(line: str) -> None:
         print(f"gate {time.monotonic() - started:6.1f} s  {line}", file=sys.stderr, flush=True)
 
     try:
+        require_writable(options.output, options.html)
         judgement = judge(options.root.resolve(), options.base, Options(max(1, options.jobs), options.first), tell)
         problems = publish(judgement, options.root.resolve(), options.output, options.html)
     except GateError as error:
         print(f"gate: {error}", file=sys.stderr)
+        publish_complaint(error, options.output)
         if options.json:
-            print(json.dumps({"verdict": ExitCode.BAD_INPUT.name.lower(), "error": str(error)}))
+            print(json.dumps(complaint(error)))
         return ExitCode.BAD_INPUT
     print(terminal(judgement, options.json), end="")
     for problem in problems:
@@ -58,4 +60,4 @@ def main(arguments: list[str]) -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_as_command(main)

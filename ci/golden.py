@@ -7,14 +7,16 @@ A golden file lags behind when it is not what the tree's own generator gives; th
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ci.command import BAD_INPUT, run_as_command
 from ci.errors import GateError
 from ci.process import python, run
 
@@ -154,22 +156,21 @@ def write(root: Path, files: Mapping[str, str]) -> list[str]:
     return changed
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ci.golden", description=f"Writes {FOLDER} anew.")
+    parser.add_argument("--no-theorems", action="store_true", help="leave the counts of the theorems as they are")
+    options = parser.parse_args(arguments)
     root = Path.cwd()
-    try:
-        now = expansion(root)
-        files = now.files(kept_files(root))
-        if "--no-theorems" not in arguments:
-            files[COUNTS] = show_counts(count_theorems(root))
-    except GateError as error:
-        print(f"golden: {error}", file=sys.stderr)
-        return 2
+    now = expansion(root)
+    files = now.files(kept_files(root))
+    if not options.no_theorems:
+        files[COUNTS] = show_counts(count_theorems(root))
     changed = write(root, files)
     print("\n".join(f"wrote {path}" for path in changed) or "the golden files were up to date")
     for name, why in now.failed.items():
         print(f"golden: {name} cannot be expanded, and its file stays as it is: {why}", file=sys.stderr)
-    return 2 if now.failed else 0
+    return BAD_INPUT if now.failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_as_command(main)

@@ -12,6 +12,8 @@ from ci.process import Completed, python
 
 LIMIT_S, LONG_LIMIT_S = 900.0, 1800.0
 _NOTHING_COLLECTED = 5  # pytest's exit code
+_MOST_SAID, _MOST_TRACED = 2000, 4000
+"""Characters of a failed test's error, from its beginning, and of the trace, from its end."""
 
 
 def tests(files: Sequence[str], why: str, report: Path, workers: int, first: bool, long: Sequence[str]) -> Check:
@@ -33,7 +35,7 @@ def tests(files: Sequence[str], why: str, report: Path, workers: int, first: boo
             return crashed(done)
         return (Verdict.PASSED if passed else Verdict.SKIPPED), told, ()
 
-    options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
     options += ["-p", "ci.long", f"--long-left={left}", *(f"--long-of={file}" for file in long)]
     options += ["-n", str(workers)] if workers else ["-p", "no:xdist"]
     options += ["-x"] if first else []
@@ -62,7 +64,7 @@ def read_report(text: str) -> tuple[int, int, list[Finding]]:
 
 def _failed(case: ET.Element, failure: ET.Element) -> Finding:
     path = case.get("file") or case.get("classname", "").replace(".", "/") + ".py"
-    said = failure.get("message", "").strip()
-    body = (failure.text or "").strip()
-    message = f"{case.get('name')}: {next(iter(said.splitlines()), 'failed')}"
-    return Finding("test", f"{message}\n{body[-4000:]}", path, int(case.get("line") or 0) + 1)
+    said = failure.get("message", "").strip() or "failed"
+    trace = (failure.text or "").strip()
+    message = f"{case.get('name')}: {said[:_MOST_SAID]}\n\n{trace[-_MOST_TRACED:]}"
+    return Finding("test", message, path, int(case.get("line") or 0) + 1)

@@ -1,6 +1,7 @@
 """``python -m ci.museum``: plants every fault, runs the gate on each, and prints what refused it.
 
 Exit code 0: every fault was refused by the check that should, and every harmless change let through.  1: not so.
+2: bad input.  70: a fault of the museum itself.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ci.command import run_as_command
 from ci.museum.clone import make_template
 from ci.museum.collection import EXHIBITS
 from ci.museum.exhibit import Exhibit
 from ci.museum.visit import Visit, visit
-from ci.process import end_all, raise_on_termination
+from ci.process import end_all
 
 
 def chosen(only: str | None) -> list[Exhibit]:
@@ -60,13 +63,12 @@ def tour(root: Path, exhibits: list[Exhibit], jobs: int, as_json: bool) -> list[
     return visits
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m ci.museum", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", metavar="TEXT", help="a fault's number, or text of its title or file")
     parser.add_argument("--jobs", type=int, default=2, help="exhibits at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args(arguments)
-    raise_on_termination()
     exhibits = chosen(options.only)
     if not exhibits:
         print(f"museum: no exhibit fits {options.only!r}", file=sys.stderr)
@@ -82,4 +84,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_as_command(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ci.change import FIGURES, ScheduleChange, side_by_side
+from ci.errors import GateError
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome, Verdict
 from ci.report.grouping import grouped
@@ -36,6 +37,11 @@ def markdown(judgement: Judgement) -> str:
     if left:
         lines += ["", f"{left} more findings and diffs are in gate.json."]
     return "\n".join(lines) + "\n"
+
+
+def complaint_in_markdown(error: GateError) -> str:
+    """The page where there is no judgement."""
+    return f"# Schedule gate: ⚠️ Bad input\n\n{_cell(str(error))}\n"
 
 
 def _parts(judgement: Judgement) -> Iterator[list[str]]:

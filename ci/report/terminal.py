@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
+from ci.errors import GateError
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome
 from ci.report.grouping import grouped
@@ -43,6 +44,11 @@ def as_data(judgement: Judgement) -> dict[str, object]:
         ],
         "checks": [_outcome(outcome) for outcome in judgement.outcomes],
     }
+
+
+def complaint(error: GateError) -> dict[str, object]:
+    """Bad input as plain data."""
+    return {"verdict": ExitCode.BAD_INPUT.name.lower(), "error": str(error)}
 
 
 def _outcome(outcome: Outcome) -> dict[str, object]:

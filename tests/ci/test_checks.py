@@ -107,6 +107,18 @@ def test_a_failed_test_is_a_finding_at_its_line_and_a_skipped_one_has_not_passed
     passed, skipped, (finding,) = suite.read_report(REPORT)
     assert (passed, skipped) == (1, 1)
     assert (finding.path, finding.line, finding.first_line) == ("tests/t.py", 10, "test_b: assert 1 == 2")
+    assert finding.message.splitlines() == ["test_b: assert 1 == 2", "more", "", "the body"]
+
+
+def test_the_story_of_a_failed_test_begins_with_all_that_its_error_says():
+    """A terminal shows a story's first lines only, and of an error many lines long the cause may be the last."""
+    many = REPORT.replace("more", "&#10;".join(f"rank {rank}: waits" for rank in range(9)))
+    _, _, (finding,) = suite.read_report(many)
+    assert finding.message.splitlines()[9] == "rank 8: waits"
+    endless = REPORT.replace("more", "m" * 10_000).replace("the body", "t" * 10_000 + "at the end")
+    _, _, (finding,) = suite.read_report(endless)
+    assert len(finding.message) < 7_000
+    assert finding.message.endswith("at the end")
 
 
 def test_tests_that_were_all_skipped_have_not_passed(tmp_path):

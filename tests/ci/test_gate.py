@@ -142,6 +142,35 @@ def test_a_base_that_does_not_exist_is_bad_input(clone):
     assert told["error"] in err
 
 
+def test_bad_input_is_told_where_reports_are_looked_for_and_none_of_another_run_stays(clone, tmp_path):
+    reports = tmp_path / "reports"
+    assert gate(clone, "--output", str(reports))[0] == 0
+    assert {file.suffix for file in reports.iterdir()} == {".md", ".xml", ".sarif", ".json", ".html"}
+    code, told, _ = gate(clone, "--output", str(reports), "--base", "nowhere")
+    assert code == 2
+    assert {file.suffix for file in reports.iterdir()} == {".md", ".json"}
+    assert json.loads((reports / "gate.json").read_text()) == told
+    assert "Bad input" in (reports / "gate.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--output", "{}/file"), "gate: --output is a folder for the reports: "),
+        (("--output", "{}/file/below"), "gate: --output is a folder for the reports: "),
+        (("--html", "{}/nowhere/page.html"), "gate: --html is a file that can be written: "),
+        (("--html", "{}"), "gate: --html is a file that can be written: "),
+        (("--root", "{}/nowhere"), "gate: the gate looks at a git work tree: there is no folder "),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_bad_input_before_any_work(clone, tmp_path, arguments, said):
+    (tmp_path / "file").touch()
+    code, told, err = gate(clone, *(argument.format(tmp_path) for argument in arguments))
+    assert (code, told["verdict"]) == (2, "bad_input")
+    (line,) = err.splitlines()
+    assert line.startswith(said)
+
+
 @pytest.mark.parametrize("path", ["tests/golden/theorems.txt", "tests/golden/digests.txt"])
 def test_a_record_that_cannot_be_read_is_bad_input(clone, path):
     clone.put(path, "what\n")

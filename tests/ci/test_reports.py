@@ -156,7 +156,8 @@ def test_everything_is_written_and_the_jobs_summary_is_added_to(refused, tmp_pat
     assert "1f1b-P2-M4" in html
 
 
-def test_a_page_that_cannot_be_drawn_is_told(refused, tmp_path):
+def test_a_page_that_cannot_be_drawn_is_told_and_one_of_another_run_goes(refused, tmp_path):
+    (tmp_path / "mine.html").write_text("of another run")
     (problem,) = publish(refused, tmp_path, None, tmp_path / "mine.html")
     assert problem.startswith("mine.html: ")
     assert not (tmp_path / "mine.html").exists()

@@ -1,0 +1,33 @@
+"""How the commands of this package end."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ci.errors import GateError
+from ci.process import raise_on_termination
+
+BAD_INPUT = 2
+FAULT = 70
+"""The exit code of a fault of the command's own, which is no verdict; EX_SOFTWARE of sysexits.h."""
+INTERRUPTED = 130
+"""That of Ctrl-C, as shells have it."""
+
+
+def run_as_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Call ``main`` with the arguments and end with its exit code; Python's own for an error would read as refused."""
+    raise_on_termination()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except GateError as error:
+        print(error, file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"a fault of this command itself, and no verdict: {error}", file=sys.stderr)
+        sys.exit(FAULT)

@@ -1,0 +1,45 @@
+"""How a command of the gate's package ends: no error of its own reads as a refusal."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from ci.errors import GateError
+from ci.process import environment
+from tests.ci.conftest import ROOT
+
+
+def ended(body: str) -> subprocess.CompletedProcess:
+    code = f"import os, signal, time\nfrom ci.command import run_as_command\n{body}\nrun_as_command(main)\n"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=dict(environment(ROOT)), capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_it_ends_with_the_code_that_main_returns(code):
+    done = ended(f"def main(arguments): return {code}")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_bad_input_is_one_line():
+    error = GateError("the rule", "what came", "the remedy")
+    done = ended(
+        f"from ci.errors import GateError\ndef main(arguments): raise GateError{error.rule, error.came, error.remedy}"
+    )
+    assert (done.returncode, done.stderr) == (2, f"{error}\n")
+
+
+def test_an_error_of_its_own_is_told_whole_and_is_no_refusal():
+    done = ended("def main(arguments): return [][0]")
+    assert done.returncode == 70
+    assert "IndexError" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("a fault of this command itself, and no verdict: ")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_without_a_word(sent, code):
+    body = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    done = ended(f"{body}def main(arguments): os.kill(os.getpid(), {int(sent)}); time.sleep(20)")
+    assert (done.returncode, done.stderr) == (code, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +16,25 @@ FAULT = 70
 """The exit code of a fault of the command's own, which is no verdict; EX_SOFTWARE of sysexits.h."""
 INTERRUPTED = 130
 """That of Ctrl-C, as shells have it."""
+
+
+def command_line(name: str, about: str | None) -> argparse.ArgumentParser:
+    """A parser of the arguments of ``python -m NAME``.
+
+    ``about`` is the module's docstring: its first line begins with the command, the exit codes come after it.
+    """
+    first, _, rest = (about or "").partition("\n")
+    does = first.partition(": ")[2]
+    return argparse.ArgumentParser(
+        prog=f"python -m {name}", description=does[:1].upper() + does[1:], epilog=" ".join(rest.split())
+    )
+
+
+def at_least_one(text: str) -> int:
+    """The value of an option that counts something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, got {number}")
+    return number
 
 
 def run_as_command(main: Callable[[Sequence[str]], int]) -> NoReturn:

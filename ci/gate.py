@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 
-from ci.command import run_as_command
+from ci.command import at_least_one, command_line, run_as_command
 from ci.errors import GateError
 from ci.judgement import Options, judge
 from ci.outcome import ExitCode
@@ -22,10 +22,10 @@ from ci.report.terminal import complaint, terminal
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ci.gate", description=__doc__.split("\n")[0] if __doc__ else "")
+    parser = command_line("ci.gate", __doc__)
     parser.add_argument("--base", metavar="REVISION", help="compare with where this branch left it; else main")
     parser.add_argument("--root", type=Path, default=Path(), help="the repository's root, else where you are")
-    parser.add_argument("--jobs", type=int, default=2, help="checks at a time")
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="checks at a time")
     parser.add_argument("--first", action="store_true", help="stop at the first refusal")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write every report there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page with the timelines there")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
 
     try:
         require_writable(options.output, options.html)
-        judgement = judge(options.root.resolve(), options.base, Options(max(1, options.jobs), options.first), tell)
+        judgement = judge(options.root.resolve(), options.base, Options(options.jobs, options.first), tell)
         problems = publish(judgement, options.root.resolve(), options.output, options.html)
     except GateError as error:
         print(f"gate: {error}", file=sys.stderr)

@@ -1,13 +1,13 @@
-"""Golden files: every named schedule as text at a few sizes, digests of more, and the counts of the theorems.
+"""``python -m ci.golden [--no-theorems]``: writes tests/golden anew.
 
-    python -m ci.golden [--no-theorems]      writes tests/golden anew
+Each named schedule as text at a few sizes, digests of more, and the counts of the theorems.  A golden file lags behind
+when it is not what the tree's own generator gives; the gate refuses that.
 
-A golden file lags behind when it is not what the tree's own generator gives; the gate refuses that.
+Exit code 0: written.  2: a schedule cannot be expanded, or the theorems cannot be counted.  70: a fault of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ci.command import BAD_INPUT, run_as_command
+from ci.command import BAD_INPUT, command_line, run_as_command
 from ci.errors import GateError
 from ci.process import python, run
 
@@ -157,7 +157,7 @@ def write(root: Path, files: Mapping[str, str]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ci.golden", description=f"Writes {FOLDER} anew.")
+    parser = command_line("ci.golden", __doc__)
     parser.add_argument("--no-theorems", action="store_true", help="leave the counts of the theorems as they are")
     options = parser.parse_args(arguments)
     root = Path.cwd()

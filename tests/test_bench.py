@@ -28,6 +28,11 @@ def test_the_fake_ranks_are_timed_against_the_oracle(capsys):
     assert "fake ranks" in capsys.readouterr().out
 
 
+def test_both_methods_of_proving_are_timed(capsys):
+    script("provers.py")["main"](sizes="2/4", rounds=1)
+    assert "dualpipe at 2/4, rounds: 1; plain search" in capsys.readouterr().out
+
+
 def test_mutants_are_proved_and_run(capsys):
     with pytest.raises(typer.Exit) as ended:
         script("soundness.py")["main"](mutants=3, seed=0, processes=0)

@@ -6,7 +6,6 @@ Exit code 0: every fault was refused by the check that should, and every harmles
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ci.command import run_as_command
+from ci.command import at_least_one, command_line, run_as_command
 from ci.museum.clone import make_template
 from ci.museum.collection import EXHIBITS
 from ci.museum.exhibit import Exhibit
@@ -64,16 +63,16 @@ def tour(root: Path, exhibits: list[Exhibit], jobs: int, as_json: bool) -> list[
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ci.museum", description=(__doc__ or "").split("\n")[0])
+    parser = command_line("ci.museum", __doc__)
     parser.add_argument("--only", metavar="TEXT", help="a fault's number, or text of its title or file")
-    parser.add_argument("--jobs", type=int, default=2, help="exhibits at a time")
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="exhibits at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args(arguments)
     exhibits = chosen(options.only)
     if not exhibits:
         print(f"museum: no exhibit fits {options.only!r}", file=sys.stderr)
         return 2
-    visits = tour(Path.cwd(), exhibits, max(1, options.jobs), options.json)
+    visits = tour(Path.cwd(), exhibits, options.jobs, options.json)
     right = sum(seen.right for seen in visits)
     if not options.json:
         faults = sum(not seen.exhibit.harmless for seen in visits)

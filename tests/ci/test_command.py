@@ -43,3 +43,19 @@ def test_a_signal_ends_it_without_a_word(sent, code):
     body = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     done = ended(f"{body}def main(arguments): os.kill(os.getpid(), {int(sent)}); time.sleep(20)")
     assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize("name", ["ci.gate", "ci.golden", "ci.museum"])
+def test_help_says_what_it_does_and_how_it_ends(name):
+    command = [sys.executable, "-m", name, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(environment(ROOT)), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0
+    assert "Exit code 0: " in " ".join(done.stdout.split())
+    assert "`" not in done.stdout
+
+
+def test_no_jobs_at_a_time_is_bad_input():
+    command = [sys.executable, "-m", "ci.gate", "--jobs", "0"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(environment(ROOT)), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "--jobs: at least 1, got 0" in done.stderr

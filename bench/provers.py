@@ -1,0 +1,43 @@
+"""How long the two methods of ``dualpipe prove`` take, plain search and Z3, for the six checks of one schedule.
+
+Both judge the same schedule in each round, so that the ratio does not depend on what else the machine does.
+
+    python bench/provers.py --sizes 8/20,16/64,64/256
+"""
+
+import re
+import statistics
+from typing import Annotated
+
+import typer
+
+from dualpipe.generate import generate
+from proofs.prove import prove
+
+
+def main(
+    schedule: str = "dualpipe",
+    sizes: Annotated[str, typer.Option(help="Ranks/microbatches, separated by commas.")] = "8/20,16/64",
+    rounds: int = 3,
+) -> None:
+    for size in sizes.split(","):
+        if not re.fullmatch(r"\d+/\d+", size):
+            raise typer.BadParameter(f"a size is RANKS/MICROBATCHES, as 8/20; got {size!r}", param_hint="--sizes")
+        plan = generate(schedule, *map(int, size.split("/")))
+        spent: dict[str, list[float]] = {"graph": [], "z3": []}
+        for _ in range(rounds):
+            report = prove(plan)
+            if report.verdict != "proved":
+                raise SystemExit(f"{schedule} at {size} is {report.verdict}")
+            for method, seconds in spent.items():
+                seconds.append(sum(result.seconds[method] for result in report.checks.values()))
+        graph, smt = map(statistics.median, spent.values())
+        ratios = [slow / fast for fast, slow in zip(*spent.values(), strict=True)]
+        print(
+            f"{schedule} at {size}, rounds: {rounds}; plain search {graph:.2f} s, Z3 {smt:.2f} s, "
+            f"{statistics.median(ratios):.1f} times as long ({min(ratios):.1f} to {max(ratios):.1f})"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

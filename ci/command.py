@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ FAULT = 70
 """The exit code of a fault of the command's own, which is no verdict; EX_SOFTWARE of sysexits.h."""
 INTERRUPTED = 130
 """That of Ctrl-C, as shells have it."""
+UNREAD = 141
+"""That of an output whose reader has gone before its end, as shells have it for SIGPIPE."""
 
 
 def command_line(name: str, about: str | None) -> argparse.ArgumentParser:
@@ -41,13 +44,19 @@ def run_as_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Call ``main`` with the arguments and end with its exit code; Python's own for an error would read as refused."""
     raise_on_termination()
     try:
-        sys.exit(main(sys.argv[1:]))
-    except GateError as error:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):  # else Python says at its end that it could not write
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = UNREAD
+    except (GateError, OSError) as error:
         print(error, file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        code = BAD_INPUT
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except Exception as error:
         traceback.print_exc()
         print(f"a fault of this command itself, and no verdict: {error}", file=sys.stderr)
-        sys.exit(FAULT)
+        code = FAULT
+    sys.exit(code)

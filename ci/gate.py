@@ -17,7 +17,7 @@ from ci.command import at_least_one, command_line, run_as_command
 from ci.errors import GateError
 from ci.judgement import Options, judge
 from ci.outcome import ExitCode
-from ci.report.publish import publish, publish_complaint, require_writable
+from ci.report.publish import prepare, publish, publish_complaint
 from ci.report.terminal import complaint, terminal
 
 
@@ -44,19 +44,27 @@ def main(arguments: Sequence[str]) -> ExitCode:
         print(f"gate {time.monotonic() - started:6.1f} s  {line}", file=sys.stderr, flush=True)
 
     try:
-        require_writable(options.output, options.html)
-        judgement = judge(options.root.resolve(), options.base, Options(options.jobs, options.first), tell)
-        problems = publish(judgement, options.root.resolve(), options.output, options.html)
-    except GateError as error:
+        prepare(options.output, options.html)
+        root = _resolved(options.root)
+        judgement = judge(root, options.base, Options(options.jobs, options.first), tell)
+    except (GateError, OSError) as error:
         print(f"gate: {error}", file=sys.stderr)
         publish_complaint(error, options.output)
         if options.json:
             print(json.dumps(complaint(error)))
         return ExitCode.BAD_INPUT
+    problems = publish(judgement, root, options.output, options.html)
     print(terminal(judgement, options.json), end="")
     for problem in problems:
         print(f"gate: a report could not be written: {problem}", file=sys.stderr)
     return ExitCode.UNKNOWN if problems and judgement.exit_code is ExitCode.PASSED else judgement.exit_code
+
+
+def _resolved(root: Path) -> Path:
+    try:
+        return root.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # the latter where links lead in a circle
+        raise GateError("--root is a folder", str(error), "name another") from error
 
 
 if __name__ == "__main__":

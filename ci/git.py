@@ -35,8 +35,6 @@ def git(root: Path, *arguments: str, may_fail: bool = False, more: Mapping[str, 
     """What git prints in ``root``; with ``may_fail`` also where it fails.  Raises ``GateError``."""
     command = ["git", *arguments]
     environment = anywhere() | dict(more or {})
-    if not root.is_dir():
-        raise GateError("the gate looks at a git work tree", f"there is no folder {root}", "name another")
     process = subprocess.run(command, cwd=root, capture_output=True, timeout=LIMIT_S, env=environment, check=False)
     if process.returncode and not may_fail:
         said = process.stderr.decode(errors="replace").strip().splitlines()

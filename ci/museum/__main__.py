@@ -25,7 +25,7 @@ def chosen(only: str | None) -> list[Exhibit]:
     """The exhibits whose number is ``only``, or whose title or file has it."""
     if only is None:
         return list(EXHIBITS)
-    if only.isdigit():
+    if only.isdecimal():
         return [exhibit for exhibit in EXHIBITS if exhibit.number == int(only)]
     return [exhibit for exhibit in EXHIBITS if only in exhibit.title or only in exhibit.path]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ci.change import FIGURES, ScheduleChange, side_by_side
-from ci.errors import GateError
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome, Verdict
 from ci.report.grouping import grouped
@@ -39,7 +38,7 @@ def markdown(judgement: Judgement) -> str:
     return "\n".join(lines) + "\n"
 
 
-def complaint_in_markdown(error: GateError) -> str:
+def complaint_in_markdown(error: Exception) -> str:
     """The page where there is no judgement."""
     return f"# Schedule gate: ⚠️ Bad input\n\n{_cell(str(error))}\n"
 

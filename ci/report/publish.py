@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ci.errors import GateError
@@ -17,25 +18,43 @@ from ci.report.sarif import sarif
 from ci.report.terminal import complaint, terminal
 
 PAGE_LIMIT_S = 120.0
+NAMES = ("gate.md", "gate.xml", "gate.sarif", "gate.json", "gate.html")
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The environment variable that names the file of a job's summary."""
 
 
-def require_writable(output: Path | None, html: Path | None) -> None:
-    """Make the reports' folder, and raise ``GateError``, before any work is done, for what cannot be written."""
+def prepare(output: Path | None, html: Path | None) -> None:
+    """Make room for the reports: what is there of another run goes, for it would be taken for this one's.
+
+    Raises ``GateError`` for a report that cannot be written, before any work is done for it.
+    """
     if output is not None:
-        try:
+        with _bad_input("--output is a folder for the reports"):
             output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise GateError("--output is a folder for the reports", str(error), "name another") from error
-        if not os.access(output, os.W_OK | os.X_OK):
-            raise GateError("--output is a folder for the reports", f"{output} is not writable", "name another")
+            for name in NAMES:
+                _clear(output / name)
     if html is not None:
-        rule, remedy = "--html is a file that can be written", "make its folder, or name another file"
-        if html.is_dir():
-            raise GateError(rule, f"{html} is a folder", remedy)
-        if not os.access(html if html.exists() else html.parent, os.W_OK):
-            raise GateError(rule, f"{html} cannot be written", remedy)
+        with _bad_input("--html is a file that can be written"):
+            _clear(html)
+    if summary := os.environ.get(SUMMARY):
+        with _bad_input(f"{SUMMARY} names a file that can be written"), Path(summary).open("a"):
+            pass
+
+
+@contextmanager
+def _bad_input(rule: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GateError(rule, str(error), "make it one, or name another") from error
+
+
+def _clear(file: Path) -> None:
+    """Raises ``OSError`` where it cannot be written.  In a folder that lets no file go it stays, empty."""
+    file.open("w").close()
+    if file.is_file():
+        with suppress(OSError):
+            file.unlink()
 
 
 def publish(judgement: Judgement, root: Path, output: Path | None, html: Path | None) -> list[str]:
@@ -43,40 +62,42 @@ def publish(judgement: Judgement, root: Path, output: Path | None, html: Path | 
 
     Returns what could not be written, with the reason: a tree that is refused may be too broken to draw.
     """
+    problems = _write_page_and_data(markdown(judgement), terminal(judgement, as_json=True), output)
     pages = [html.resolve()] if html is not None else []
-    texts = {"gate.xml": junit(judgement), "gate.sarif": sarif(judgement)} if output is not None else {}
-    _write(markdown(judgement), terminal(judgement, as_json=True), output, texts)
     if output is not None:
+        problems += _write(output / "gate.xml", junit(judgement)) + _write(output / "gate.sarif", sarif(judgement))
         pages.append((output / "gate.html").resolve())
-    return [problem for page in pages if (problem := _write_page(judgement, root, page))]
+    return problems + [problem for page in pages if (problem := _draw(judgement, root, page))]
 
 
-def publish_complaint(error: GateError, output: Path | None) -> None:
-    """Say where a job's reports are looked for that nothing was judged; what is there of another run goes."""
-    if output is not None and not (output.is_dir() and os.access(output, os.W_OK)):
-        output = None
+def publish_complaint(error: Exception, output: Path | None) -> None:
+    """Say where a job's reports are looked for, if that can be written, that nothing was judged."""
+    _write_page_and_data(complaint_in_markdown(error), json.dumps(complaint(error)) + "\n", output)
+
+
+def _write_page_and_data(page: str, data: str, output: Path | None) -> list[str]:
+    """Write the Markdown page and the object, and add the page to the job's summary where there is one."""
+    problems = []
     if output is not None:
-        for name in ("gate.xml", "gate.sarif", "gate.html"):
-            (output / name).unlink(missing_ok=True)
-    _write(complaint_in_markdown(error), json.dumps(complaint(error)) + "\n", output, {})
+        problems += _write(output / "gate.md", page) + _write(output / "gate.json", data)
+    if summary := os.environ.get(SUMMARY):
+        problems += _write(Path(summary), page, "a")
+    return problems
 
 
-def _write(page: str, data: str, output: Path | None, more: Mapping[str, str]) -> None:
-    """Write the reports that are text, and add the Markdown page to the job's summary where there is one."""
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, text in {"gate.md": page, "gate.json": data, **more}.items():
-            (output / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-    summary = os.environ.get(SUMMARY)
-    if summary:
-        with Path(summary).open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(page)
+def _write(file: Path, text: str, mode: str = "w") -> list[str]:
+    """Write a file; returns why it could not be, if it could not."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open(mode, encoding="utf-8", errors="backslashreplace") as opened:
+            opened.write(text)
+    except OSError as error:
+        return [f"{file.name}: {error}"]
+    return []
 
 
-def _write_page(judgement: Judgement, root: Path, file: Path) -> str:
+def _draw(judgement: Judgement, root: Path, file: Path) -> str:
     """Write the page with the timelines; returns why it could not be, or nothing."""
-    if file.is_file():
-        file.unlink()  # one of another run would be taken for this one's
     done = run(python("-m", "ci.timelines", str(file)), root, PAGE_LIMIT_S, given=json.dumps(page(judgement)))
     if done.code == 0:
         return ""

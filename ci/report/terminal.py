@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from ci.errors import GateError
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome
 from ci.report.grouping import grouped
@@ -46,7 +45,7 @@ def as_data(judgement: Judgement) -> dict[str, object]:
     }
 
 
-def complaint(error: GateError) -> dict[str, object]:
+def complaint(error: Exception) -> dict[str, object]:
     """Bad input as plain data."""
     return {"verdict": ExitCode.BAD_INPUT.name.lower(), "error": str(error)}
 

@@ -21,12 +21,15 @@ from dualpipe.errors import RuleError, UndecidedError
 FAULT = 70
 """The exit code of a fault of this program's own, which is no verdict; EX_SOFTWARE of sysexits.h."""
 
+UNREAD = 141
+"""That of an output whose reader has gone before its end, as shells have it for SIGPIPE."""
+
 __all__ = ["app", "main", "prove", "record", "show", "simulate", "verify"]
 
 
 def main() -> NoReturn:
-    """The console script: bad input is one line on standard error and exit code 2; Ctrl-C is 130 and
-    SIGTERM 143, without a word.
+    """The console script: bad input is one line on standard error and exit code 2; Ctrl-C is 130, SIGTERM 143
+    and a reader that has gone 141, without a word.
 
     With ``--json`` the line is an object on standard output as well.
     """
@@ -47,7 +50,8 @@ def main() -> NoReturn:
     except KeyboardInterrupt:  # outside of any command
         leave(130)
     except SystemExit as end:
-        leave(int(end.code or 0))
+        unread = isinstance(end.__context__, BrokenPipeError)  # typer ends with 1 then, which is a verdict
+        leave(UNREAD if unread else int(end.code or 0))
     except Exception as error:
         traceback.print_exc()
         _complain(error, "fault", "a fault of dualpipe itself, and no verdict: ")

@@ -43,6 +43,7 @@ def dualpipe(
     - a compute-only table of torch.distributed.pipelining (.csv)
     - module:function in Python, that returns a Schedule or its text
 
-    Every command ends with 2 for bad input, 70 for a fault of its own, which is no verdict, 130 for Ctrl-C and 143
-    for SIGTERM. With --json a complaint is an object as well, but for a misspelt command or option.
+    Every command ends with 2 for bad input, 70 for a fault of its own, which is no verdict, 130 for Ctrl-C, 143 for
+    SIGTERM and 141 where nobody reads its output to the end. With --json a complaint is an object as well, but for
+    a misspelt command or option.
     """

@@ -1,5 +1,6 @@
 """How a command of the gate's package ends: no error of its own reads as a refusal."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +37,21 @@ def test_an_error_of_its_own_is_told_whole_and_is_no_refusal():
     assert done.returncode == 70
     assert "IndexError" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("a fault of this command itself, and no verdict: ")
+
+
+def test_what_cannot_be_read_is_bad_input():
+    done = ended("def main(arguments): open('/nowhere/at/all')")
+    assert (done.returncode, done.stderr) == (2, "[Errno 2] No such file or directory: '/nowhere/at/all'\n")
+
+
+def test_an_output_that_nobody_reads_is_no_verdict():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from ci.command import run_as_command\nrun_as_command(lambda arguments: print('PASSED'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=dict(environment(ROOT)), stdout=writing, stderr=subprocess.PIPE, timeout=30)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

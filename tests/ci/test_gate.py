@@ -153,22 +153,42 @@ def test_bad_input_is_told_where_reports_are_looked_for_and_none_of_another_run_
     assert "Bad input" in (reports / "gate.md").read_text()
 
 
+LONG = "a" * 300
+"""No file system takes it as a name."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--output", "{}/file"), "gate: --output is a folder for the reports: "),
-        (("--output", "{}/file/below"), "gate: --output is a folder for the reports: "),
-        (("--html", "{}/nowhere/page.html"), "gate: --html is a file that can be written: "),
-        (("--html", "{}"), "gate: --html is a file that can be written: "),
-        (("--root", "{}/nowhere"), "gate: the gate looks at a git work tree: there is no folder "),
+        (("--output", "{}/file"), "--output is a folder for the reports: "),
+        (("--output", "{}/file/below"), "--output is a folder for the reports: "),
+        (("--output", "{}/taken"), "--output is a folder for the reports: "),
+        (("--output", LONG), "--output is a folder for the reports: "),
+        (("--html", "{}/nowhere/page.html"), "--html is a file that can be written: "),
+        (("--html", "{}/file/page.html"), "--html is a file that can be written: "),
+        (("--html", "{}"), "--html is a file that can be written: "),
+        (("--html", "{}/circle"), "--html is a file that can be written: "),
+        (("--html", LONG), "--html is a file that can be written: "),
+        (("--root", "{}/nowhere"), "--root is a folder: "),
+        (("--root", "{}/circle"), "--root is a folder: "),
+        (("--root", "{}"), "the gate looks at a git work tree: "),
     ],
 )
 def test_what_cannot_be_read_or_written_is_bad_input_before_any_work(clone, tmp_path, arguments, said):
     (tmp_path / "file").touch()
+    (tmp_path / "taken" / "gate.sarif").mkdir(parents=True)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
     code, told, err = gate(clone, *(argument.format(tmp_path) for argument in arguments))
     assert (code, told["verdict"]) == (2, "bad_input")
     (line,) = err.splitlines()
-    assert line.startswith(said)
+    assert line.startswith(f"gate: {said}")
+
+
+def test_a_summary_of_a_job_that_cannot_be_written_is_bad_input_before_any_work(clone, tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "nowhere" / "summary.md"))
+    code, told, err = gate(clone)
+    assert (code, told["verdict"]) == (2, "bad_input")
+    assert err.startswith("gate: GITHUB_STEP_SUMMARY names a file that can be written: ")
 
 
 @pytest.mark.parametrize("path", ["tests/golden/theorems.txt", "tests/golden/digests.txt"])

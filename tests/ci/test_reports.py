@@ -3,6 +3,7 @@
 import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from ci.report.grouping import grouped
 from ci.report.junit import junit
 from ci.report.markdown import markdown
 from ci.report.page import page
-from ci.report.publish import publish
+from ci.report.publish import NAMES, prepare, publish
 from ci.report.sarif import RULES, sarif
 from ci.report.terminal import terminal
 from ci.repository import Base, Changed
@@ -156,8 +157,31 @@ def test_everything_is_written_and_the_jobs_summary_is_added_to(refused, tmp_pat
     assert "1f1b-P2-M4" in html
 
 
-def test_a_page_that_cannot_be_drawn_is_told_and_one_of_another_run_goes(refused, tmp_path):
-    (tmp_path / "mine.html").write_text("of another run")
+def test_a_page_that_cannot_be_drawn_is_told(refused, tmp_path):
     (problem,) = publish(refused, tmp_path, None, tmp_path / "mine.html")
     assert problem.startswith("mine.html: ")
     assert not (tmp_path / "mine.html").exists()
+
+
+def test_of_another_run_no_report_stays_and_nothing_else_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    (tmp_path / "summary.md").write_text("of another step")
+    for name in (*NAMES, "mine.html", "other.txt"):
+        (tmp_path / name).write_text("of another run")
+    prepare(tmp_path, tmp_path / "mine.html")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "summary.md": "of another step",
+        "other.txt": "of another run",
+    }
+    prepare(tmp_path / "new", Path("/dev/null"))
+    assert list((tmp_path / "new").iterdir()) == []
+    assert Path("/dev/null").is_char_device()
+
+
+def test_what_cannot_be_written_is_told_beside_what_is(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "nowhere" / ".." / "summary.md" / "below"))
+    (tmp_path / "summary.md").touch()
+    (tmp_path / "gate.sarif").mkdir()
+    problems = publish(refused, ROOT, tmp_path, None)
+    assert [problem.partition(":")[0] for problem in problems] == ["below", "gate.sarif"]
+    assert {"gate.md", "gate.xml", "gate.json", "gate.html"} < {file.name for file in tmp_path.iterdir()}

@@ -51,6 +51,16 @@ def test_a_fault_of_our_own_is_no_verdict(run, monkeypatch):
     assert "ZeroDivisionError" in result.err
 
 
+@pytest.mark.parametrize("arguments", [("prove", "-P", "2", "-M", "4"), ("show", "-P", "2", "-M", "4", "--json")])
+def test_an_output_that_nobody_reads_is_no_verdict(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from dualpipe.cli import main; main()", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (dualpipe.cli.UNREAD, "")
+
+
 @pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
 def test_a_time_to_wait_is_a_time(run, seconds):
     result = run("prove", "-P", 2, "--solver-timeout", seconds)

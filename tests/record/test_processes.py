@@ -84,7 +84,7 @@ def test_a_signal_to_the_recorder_ends_all_and_leaves_no_folder(tmp_path, known,
 
 
 SLOW_TO_JOIN = """
-import os, pathlib, time, torch.distributed as dist
+import os, pathlib, sys, time, torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 rank, connect = int(os.environ["RANK"]), c10d._new_process_group_helper
 def slowly(*args, **kwargs):
@@ -93,16 +93,17 @@ def slowly(*args, **kwargs):
     pathlib.Path(f"joined{rank}").write_text(str(time.monotonic()))
     return group
 c10d._new_process_group_helper = slowly
-dist.init_process_group("nccl")
+dist.init_process_group(sys.argv[1])
 pathlib.Path(f"past{rank}").write_text(str(time.monotonic()))
 """
 """Rank 1 joins the process group half a second later than rank 0, which does nothing and ends."""
 
 
-def test_no_rank_goes_on_before_every_other_has_joined_the_group(tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo"])
+def test_no_rank_goes_on_before_every_other_has_joined_the_group(tmp_path, monkeypatch, backend):
     """NCCL connects at the first message and gloo at once: a rank that ends early would fail the others."""
     monkeypatch.chdir(tmp_path)
-    result = command("-P", 2, "--", sys.executable, "-c", SLOW_TO_JOIN)
+    result = command("-P", 2, "--", sys.executable, "-c", SLOW_TO_JOIN, backend)
     assert "no message holds what a module call made" in result.stderr
     assert float(Path("joined1").read_text()) <= float(Path("past0").read_text())
 

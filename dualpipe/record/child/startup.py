@@ -78,7 +78,7 @@ def install(folder: str, settings: dict[str, Any]) -> None:
             result = begin(backend, **_met_in_a_file(kwargs, f"{settings['store']}-{sessions[0]}"))
         else:
             result = begin(backend, init_method, *args, **kwargs)
-        if dist.get_backend() == "gloo":  # it connects all ranks at once: none may end while another still connects
+        if "gloo" in dist.get_backend():  # it connects all ranks at once: none may end while another still connects
             dist.barrier()
         _record(folder, settings, sessions[0])
         return result

@@ -117,8 +117,9 @@ class Worker:
 def run_step(worker: Worker, computation: Computation, forward_only: bool = False) -> None:
     """Run the rank's program once; gradients are added to the parameters.
 
-    With ``forward_only`` only the forwards and their messages are run, without autograd.  Raises ``StepError``,
-    after which the process group is not usable any more.  Weight gradients of a step that failed are dropped.
+    With ``forward_only`` only the forwards and their messages are run, without autograd.  The caller has entered a
+    phase of the transport, which an error spoils.  Raises ``StepError``.  Weight gradients of a step that failed are
+    dropped.
     """
     schedule = worker.schedule.only(frozenset({F, SF, RF})) if forward_only else worker.schedule
     with torch.set_grad_enabled(not forward_only):

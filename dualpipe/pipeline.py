@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 from torch import nn
 
@@ -86,11 +87,14 @@ class Pipeline:
         several steps, pass ``reduce_gradients=False`` to all but the last.  ``forward_only`` runs the forwards alone.
 
         Raises ``DisagreementError`` at the first step if the ranks were set up differently, ``StepError`` when a
-        message does not come within the transport's timeout or the schedule asks for the impossible.
+        message does not come within the transport's timeout or the schedule asks for the impossible.  Any exception
+        within a step, a criterion's or Ctrl-C too, ends the step on every rank, and spoils pipeline and transport:
+        later calls raise ``SpoiledError``, and gradients are incomplete.
         """
         self._agree()
         computation = ModuleComputation(self._worker.schedule, self.stages, self.criterion, feed, keep_outputs)
-        run_step(self._worker, computation, forward_only)
+        with self._worker.transport.phase("evaluation" if forward_only else "step"):
+            run_step(self._worker, computation, forward_only)
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
         return computation.result
@@ -98,14 +102,32 @@ class Pipeline:
     def reduce_gradients(self) -> None:
         """Sum the gradients of a stage's copies over the lanes; ``step`` does so unless told not to."""
         self._agree()
-        with _told("adding up the gradients of the copies of its stages", self._worker.transport.rank):
+        with self._exchange("reduction of gradients", "adding up the gradients of the copies of its stages"):
             reduce_gradients(self._worker.schedule, self.stages, self._worker.transport)
 
     def copy_weights(self) -> None:
         """Make the copies of every stage equal: that of the first lane counts."""
         self._agree()
-        with _told("copying the weights of its stages", self._worker.transport.rank):
+        with self._exchange("copy of weights", "copying the weights of its stages"):
             copy_weights(self._worker.schedule, self.stages, self._worker.transport)
+
+    def close(self) -> None:
+        """Close the transport, which ends its threads and connections; calling it again does nothing."""
+        self._worker.transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _exchange(self, phase: str, doing: str) -> Iterator[None]:
+        with self._worker.transport.phase(phase):
+            try:
+                yield
+            except MessageError as error:
+                raise StepError(self._worker.transport.rank, -1, None, None, f"{doing}: {error}") from error
 
     def _agree(self) -> None:
         """Before the first message of any kind: compare the ranks' set-ups."""
@@ -126,14 +148,6 @@ class Pipeline:
             "way of waiting": "blocking" if self._worker.blocking else "at use",
             **weights,
         }
-
-
-@contextmanager
-def _told(doing: str, rank: int) -> Iterator[None]:
-    try:
-        yield
-    except MessageError as error:
-        raise StepError(rank, -1, None, None, f"{doing}: {error}") from error
 
 
 def _weights(module: nn.Module) -> str:

@@ -16,25 +16,29 @@ is: what is proved for the models ``stream`` and ``blocking`` is what counts.
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
-import threading
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from numbers import Real
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.errors import RuleError
+from dualpipe.peers import FOR_EVER, Finisher, Peers
+from dualpipe.rendezvous import MissingRankError, Rendezvous
 
-_RECORD_BYTES = 4096
 _POLL_SECONDS = 0.002
+_LONGEST_SHOWN = 400  # characters of an entry of a record that differs
 _SOURCE = re.compile(r"^\[[^]]*\] ")  # gloo's errors begin with the file and line of its own source
 
 
@@ -84,7 +88,18 @@ def _why(cause: BaseException | None) -> str:
 
 
 class DisagreementError(RuntimeError):
-    """The ranks of a pipeline were set up differently."""
+    """The ranks of a pipeline were set up differently, or not all of them came."""
+
+
+class SpoiledError(RuntimeError):
+    """A call to a pipeline that has failed before, on this rank or another, or that was closed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"this pipeline cannot be used any more: {reason}; the ranks may have stopped at different places, and "
+            "gradients of the step that failed are incomplete: build a new transport and pipeline on every rank, and "
+            "load weights and optimizer from a checkpoint"
+        )
 
 
 class Transport(Protocol):
@@ -101,9 +116,19 @@ class Transport(Protocol):
 
     def agree(self, record: Mapping[str, str]) -> None: ...
 
+    def phase(self, kind: str) -> AbstractContextManager[None]:
+        """Entered around a call that exchanges messages, by all ranks in the same order; an error spoils them all."""
+        ...
+
+    def close(self) -> None: ...
+
 
 class ProcessGroupTransport:
-    """Point-to-point messages on a torch.distributed process group.
+    """Point-to-point messages between the ranks of a torch.distributed process group.
+
+    The messages go over a process group of the transport's own, made when the ranks first compare their set-ups: an
+    error closes it, and the user's group stays usable.  ``close()``, the end of a ``with`` block, or letting the
+    transport go ends its threads and connections; the other ranks should be done with it by then.
 
     Parameters
     ----------
@@ -114,9 +139,12 @@ class ProcessGroupTransport:
     device:
         Where received tensors are wanted.
     timeout:
-        Seconds after which any wait ends in ``MessageError``.
+        Seconds after which any wait ends in ``MessageError``; positive and finite.
     staged:
         Send and receive through pinned host memory: for CUDA tensors over gloo, which cannot send them itself.
+
+    Raises ``RuleError`` for an ``order`` that is no permutation, a ``timeout`` that is no time to wait, and CUDA
+    tensors over gloo that are not staged.
     """
 
     def __init__(
@@ -127,7 +155,7 @@ class ProcessGroupTransport:
         timeout: float = 600.0,
         staged: bool = False,
     ) -> None:
-        self.group = dist.group.WORLD if group is None else group
+        self.group: dist.ProcessGroup = c10d._get_default_group() if group is None else group
         self.order = list(range(dist.get_world_size(self.group))) if order is None else list(order)
         self.ranks = len(self.order)
         if sorted(self.order) != list(range(dist.get_world_size(self.group))):
@@ -140,27 +168,114 @@ class ProcessGroupTransport:
             raise RuleError("gloo sends no CUDA tensors", f"got device {device} on a gloo group", "pass staged=True")
         self.rank = self.order.index(dist.get_rank(self.group))
         self.device = torch.device(device)
-        self.timeout = timeout
+        self.timeout = _require_timeout(timeout)
         self.staged = staged
         self.wire = torch.device("cpu") if staged else self.device
         self.stream_ordered = self.wire.type != "cpu"
+        self._parent, self._pid = self.group, os.getpid()
+        self._peers: Peers | None = None
+        self._spoiled: str | None = None
+        self._counts: dict[str, int] = {}
+        self._inside = False
+        self._with: set[int] = set()  # the ranks that this phase has exchanged messages with
         self._outstanding: list[Message] = []
-        self._sends: SimpleQueue[Message] = SimpleQueue()
-        # a daemon: a rank that failed must be able to exit while a send of its own still waits
-        threading.Thread(target=self._finish_sends, name="dualpipe-sends", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the transport's threads and connections; calling it again does nothing."""
+        peers, self._peers = self._peers, None
+        self._spoiled = self._spoiled or "it was closed"
+        self._outstanding.clear()
+        if peers is not None:
+            self.group = self._parent
+            self._end()
+
+    @contextmanager
+    def phase(self, kind: str) -> Iterator[None]:
+        """Around a call that exchanges messages: ``kind`` is what it is, such as ``step``.
+
+        All ranks enter the same phases in the same order, which they compare.  Any exception within spoils the
+        transport on every rank: the others learn of it before this rank leaves.  Raises ``SpoiledError`` if that has
+        happened before, ``RuleError`` in a forked child.
+        """
+        if self._inside:  # a part of a larger one
+            yield
+            return
+        self._require_usable()
+        peers = self._open()
+        number = self._counts[kind] = self._counts.get(kind, 0) + 1
+        self._inside = True
+        self._with.clear()
+        try:
+            peers.begin(f"{kind} {number}")
+            yield
+        except BaseException as error:
+            self._fail(f"{kind} {number}", error)
+            raise
+        finally:
+            self._inside = False
+
+    def meet(self) -> None:
+        """Wait until every other rank has begun this rank's phase; raises ``MessageError`` where one does not."""
+        self._meet([rank for rank in range(self.ranks) if rank != self.rank])
+
+    def _meet(self, ranks: Sequence[int]) -> None:
+        started = time.monotonic()
+        try:
+            self._open().meet(ranks, self.timeout)
+        except RuntimeError as error:
+            raise MessageError(Message("the start of this call", ranks[0], False), _since(started), error) from error
+
+    def _fail(self, where: str, error: BaseException) -> None:
+        """Spoil the transport here and on every other rank."""
+        peers = self._peers
+        said = (str(error).strip().splitlines() or [""])[0]
+        reason = f"rank {self.rank} failed in {where}: {type(error).__name__}{': ' if said else ''}{said}"
+        if peers is not None:
+            peers.fail(reason)
+            reason = peers.failure or reason
+        self._spoiled = self._spoiled or reason
+        self._outstanding.clear()
+
+    def _require_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuleError(
+                "a pipeline runs in the process that made its transport",
+                f"it was made in process {self._pid} and is used in its child {os.getpid()}",
+                "use it in the parent, or initialise torch.distributed in the child and build it there",
+            )
+        if self._spoiled is None and self._peers is not None:
+            self._spoiled = self._peers.failure
+        if self._spoiled is not None:
+            raise SpoiledError(self._spoiled)
+
+    def _open(self) -> Peers:
+        if self._peers is None:
+            self.agree({})
+        assert self._peers is not None
+        return self._peers
 
     def post(self, messages: Sequence[Message]) -> None:
         """Post the messages as one group, in the order given."""
+        self._require_usable()
+        peers = self._open()
         self._forget_finished()
+        tag = 0 if self.stream_ordered else peers.tag  # NCCL has no tags; there ``drain`` compares the phases
         ops: list[dist.P2POp] = []
         owners: list[Message] = []
         for message in messages:
             self._allocate(message)
             message.posted = True
+            self._with.add(message.peer)
             kind = dist.isend if message.sends else dist.irecv
             for tensor in message.tensors:
                 peer = self.order[message.peer]
-                ops.append(dist.P2POp(kind, tensor, group=self.group, group_peer=peer))
+                ops.append(dist.P2POp(kind, tensor, group=self.group, group_peer=peer, tag=tag))
                 owners.append(message)
         if not ops:
             return
@@ -168,7 +283,7 @@ class ProcessGroupTransport:
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:  # the connection to a peer is gone already
-            raise MessageError(owners[0], time.monotonic() - started, error) from error
+            raise self._explained(owners[0], started, error) from error
         if len(works) == len(ops):
             for owner, work in zip(owners, works, strict=True):
                 owner.works.append(work)
@@ -179,17 +294,18 @@ class ProcessGroupTransport:
         if not self.stream_ordered:
             for message in messages:
                 if message.sends:
-                    message.sent = Future()
-                    self._sends.put(message)
+                    message.sent = self._sends.submit(self._finish, message)
 
     def wait(self, message: Message) -> Sequence[Tensor]:
         """Wait for one message; returns what was received, on ``device``.  Each receive is waited for once."""
         if not message.posted:
             raise MessageError(message, 0.0, RuntimeError("it was never posted"))
         if message.sent is not None:
-            self._await_sent(message)
-        else:
+            self._result(message, message.sent)
+        elif self.stream_ordered:
             self._finish(message)
+        elif not message.over:
+            self._result(message, self._receives.submit(self._finish, message, waited_for=True))
         if message.sends:
             return ()
         if self.staged and not message.over:
@@ -206,53 +322,58 @@ class ProcessGroupTransport:
         for message in self._outstanding:
             self._poll(message, deadline)
         self._outstanding.clear()
+        if self.stream_ordered and self._with:
+            self._meet(sorted(self._with))
 
     def agree(self, record: Mapping[str, str]) -> None:
-        """Compare ``record`` across the ranks, each entry among those that have it.
+        """Compare ``record`` across the ranks, each entry among those that have it; the first time, connect them.
 
-        Raises ``DisagreementError`` that says which rank differs in what, or that not all came to compare.
+        Raises ``DisagreementError`` that says which rank differs in what, or which did not come.
         """
-        text = json.dumps(dict(record)).encode()
-        if len(text) > _RECORD_BYTES:
-            raise DisagreementError(f"a record has at most {_RECORD_BYTES} bytes: got {len(text)}; send digests")
-        mine = torch.zeros(_RECORD_BYTES, dtype=torch.uint8)
-        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        mine = mine.to(self.wire)
-        gathered = [torch.zeros_like(mine) for _ in range(self.ranks)]
-        work = dist.all_gather(gathered, mine, group=self.group, async_op=True)
-        comparison = Message("the comparison of set-ups", self.rank, sends=True, works=[work])
+        self._require_usable()
         try:
-            self._wait_all(comparison)
-            self._poll(comparison, time.monotonic() + self.timeout)
-        except MessageError as error:
+            self._agree(record)
+        except BaseException as error:
+            self._fail("the comparison of set-ups", error)
+            raise
+
+    def _agree(self, record: Mapping[str, str]) -> None:
+        rendezvous = Rendezvous(
+            c10d.PrefixStore("dualpipe", c10d._get_process_group_store(self._parent)),
+            dist.get_rank(self._parent),
+            self.ranks,
+        )
+        helper = Finisher("dualpipe-rendezvous")
+        try:
+            name, found = self._during(helper.submit(rendezvous.meet, record, self.timeout))
+        except (MissingRankError, dist.DistError, TimeoutError) as error:
             raise DisagreementError(
                 f"every rank compares its set-up with the others' before the first message: rank {self.rank} waited "
-                f"{self.timeout:g} s and not all came ({_why(error.__cause__)}); see why the others did not"
+                f"{self.timeout:g} s and not all came ({_why(error)}); see why the others did not"
             ) from error
-        records = [
-            json.loads(bytes(gathered[self.order[rank]].cpu().tolist()).rstrip(b"\0")) for rank in range(self.ranks)
-        ]
-        for name in dict.fromkeys(name for other in records for name in other):
-            groups: dict[str, list[int]] = {}
-            for rank, other in enumerate(records):
-                if name in other:
-                    groups.setdefault(other[name], []).append(rank)
-            if len(groups) > 1:
-                told = "; ".join(f"{_ranks(ranks)} {value}" for value, ranks in groups.items())
-                raise DisagreementError(f"every rank runs with the same {name}: {told}; set them up alike")
-
-    def _finish_sends(self) -> None:
-        """The helper thread: see every send to its end, in order."""
-        while True:
-            message = self._sends.get()
-            assert message.sent is not None
+        finally:
+            rendezvous.cancelled.set()
+            helper.close()
+        _compare([found[position] for position in self.order])
+        if self._peers is None:
+            helper = Finisher("dualpipe-connecting")
             try:
-                self._finish(message)
-            except BaseException as error:
-                message.sent.set_exception(error)
-            else:
-                message.sent.set_result(None)
-            del message  # a thread that waits for the next one must not hold this one's tensors
+                self._connected(self._during(helper.submit(self._connect, name)))
+            finally:
+                helper.close()
+
+    def _connect(self, name: str) -> Peers:
+        backends = dict(pair.split(":") for pair in dist.get_backend_config(self._parent).split(","))
+        return Peers(f"dualpipe-{name}", self._parent, self.order, backends[self.wire.type], self.timeout)
+
+    def _connected(self, peers: Peers) -> None:
+        self._peers, self.group = peers, peers.data
+        self._sends, self._receives = peers.finisher("dualpipe-sends"), peers.finisher("dualpipe-receives")
+        self._end = weakref.finalize(self, peers.close)
+
+    def _during(self, future: Future[Any]) -> Any:
+        """The result of what a helper thread does with a timeout of its own; the main thread can be interrupted."""
+        return future.result(self.timeout + 1.0)
 
     def _allocate(self, message: Message) -> None:
         if not message.sends:
@@ -280,23 +401,34 @@ class ProcessGroupTransport:
                 if self.stream_ordered:
                     work.wait()  # a timeout here would make the host wait, and nothing could run ahead
                 else:
-                    work.wait(timedelta(seconds=self.timeout))
+                    work.wait(FOR_EVER)  # a helper thread's: it ends by the message or with the group
         except RuntimeError as error:
             raise MessageError(message, time.monotonic() - started, error) from error
 
     def _poll(self, message: Message, deadline: float) -> None:
         """Block the host until the message's works are over, which in stream order ``wait`` does not."""
         while not all(work.is_completed() for work in message.works):
+            if self._peers is not None and (why := self._peers.failure or self._peers.gone.get(message.peer)):
+                raise MessageError(message, 0.0, RuntimeError(why))
             if time.monotonic() > deadline:
                 raise MessageError(message, self.timeout, None)
             time.sleep(_POLL_SECONDS)
 
-    def _await_sent(self, message: Message) -> None:
-        assert message.sent is not None
+    def _result(self, message: Message, future: Future[None], seconds: float | None = None) -> None:
+        """Wait for a message that a helper thread sees to its end."""
+        started, seconds = time.monotonic(), self.timeout if seconds is None else seconds
         try:
-            message.sent.result(self.timeout)
+            future.result(seconds)
         except TimeoutError:
-            raise MessageError(message, self.timeout, None) from None
+            raise MessageError(message, seconds, None) from None
+        except MessageError as error:
+            raise self._explained(message, started, error.__cause__) from error
+
+    def _explained(self, message: Message, started: float, cause: BaseException | None) -> MessageError:
+        """The error of a message, with the reason that its peer gave for failing if it gave one."""
+        seconds = _since(started)
+        why = None if self._peers is None else self._peers.why(message.peer)
+        return MessageError(message, seconds, cause if why is None else RuntimeError(why))
 
     def _forget_finished(self) -> None:
         """Drop finished messages; an error that the helper met in a send comes out here."""
@@ -304,12 +436,44 @@ class ProcessGroupTransport:
         for message in self._outstanding:
             if message.sent is not None:
                 if message.sent.done():
-                    message.sent.result()
+                    self._result(message, message.sent)
                     continue
             elif all(work.is_completed() for work in message.works):
                 continue
             kept.append(message)
         self._outstanding = kept
+
+
+def _require_timeout(seconds: float) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not math.isfinite(seconds) or seconds <= 0:
+        raise RuleError("a timeout is a positive number of seconds", f"got {seconds!r}", "give one, such as 600.0")
+    return float(seconds)
+
+
+def _since(started: float) -> float:
+    return time.monotonic() - started
+
+
+def _compare(records: Sequence[Mapping[str, str]]) -> None:
+    """Each entry among the ranks that have it; ``records`` are in order of rank."""
+    for name in dict.fromkeys(name for record in records for name in record):
+        groups: dict[str, list[int]] = {}
+        for rank, record in enumerate(records):
+            if name in record:
+                groups.setdefault(record[name], []).append(rank)
+        if len(groups) > 1:
+            shown = "; ".join(f"{_ranks(ranks)} {_excerpt(value, groups)}" for value, ranks in groups.items())
+            raise DisagreementError(f"every rank runs with the same {name}: {shown}; set them up alike")
+
+
+def _excerpt(value: str, values: Mapping[str, Any]) -> str:
+    """The value; of a long one what surrounds the first difference."""
+    if all(len(other) <= _LONGEST_SHOWN for other in values):
+        return value
+    alike = next((at for at, letters in enumerate(zip(*values, strict=False)) if len(set(letters)) > 1), None)
+    start = max(0, (min(map(len, values)) if alike is None else alike) - _LONGEST_SHOWN // 4)
+    end = start + _LONGEST_SHOWN
+    return f"{'... ' if start else ''}{value[start:end]}{' ...' if end < len(value) else ''}"
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,3 +76,9 @@ class Timed:
 
     def agree(self, record: Mapping[str, str]) -> None:
         self._transport.agree(record)
+
+    def phase(self, kind: str) -> AbstractContextManager[None]:
+        return self._transport.phase(kind)
+
+    def close(self) -> None:
+        self._transport.close()

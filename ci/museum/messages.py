@@ -9,7 +9,7 @@ FAULTS = (
         28,
         "messages posted on the default group",
         TRANSPORT,
-        "ops.append(dist.P2POp(kind, tensor, group=self.group, group_peer=peer))",
+        "ops.append(dist.P2POp(kind, tensor, group=self.group, group_peer=peer, tag=tag))",
         "ops.append(dist.P2POp(kind, tensor, peer))",
         check="trial, Megatron",
         rule="run",
@@ -42,10 +42,9 @@ FAULTS = (
         0,
         "a receive handed out before it is there",
         TRANSPORT,
-        "        else:\n            self._finish(message)\n",
-        "        else:\n"
+        "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n",
         "            early = [tensor.clone() for tensor in message.tensors]\n"
-        "            self._finish(message)\n"
+        "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n"
         "            message.tensors = early\n",
         check="trial",
         rule="bitwise",

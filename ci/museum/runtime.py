@@ -116,13 +116,15 @@ FAULTS = (
         38,
         "gradients are reduced before the last W",
         PIPELINE,
-        """        run_step(self._worker, computation, forward_only)
+        """        with self._worker.transport.phase("evaluation" if forward_only else "step"):
+            run_step(self._worker, computation, forward_only)
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
 """,
         """        if reduce_gradients and not forward_only:
             self.reduce_gradients()
-        run_step(self._worker, computation, forward_only)
+        with self._worker.transport.phase("evaluation" if forward_only else "step"):
+            run_step(self._worker, computation, forward_only)
 """,
         check="tests",
         rule="test",

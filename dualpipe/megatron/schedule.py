@@ -55,7 +55,8 @@ def forward_backward_dualpipe(
     Training needs an even number of microbatches, at least twice the pipeline size; with ``forward_only`` any number
     will do.  Raises ``RuleError`` for what is not supported and where the data ends early,
     ``dualpipe.execute.StepError`` where a message does not come in time, and ``DisagreementError`` where ranks were
-    set up differently.
+    set up differently.  Any exception within a step, that of a forward step or of its data too, ends the step on every
+    rank of the pipeline and spoils it: the next call raises ``dualpipe.transport.SpoiledError``.
     """
     if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
         raise RuleError(
@@ -94,11 +95,16 @@ def forward_backward_dualpipe(
     )
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-    run_step(Worker(schedule, lambda stage: boundary, pipeline.transport, pipeline.store), computation, forward_only)
-    data.finish(num_microbatches)
-    collected = bring_losses(computation.collected, pipeline.transport, pipeline.transport.device)
+    transport = pipeline.transport
+    with transport.phase("evaluation" if forward_only else "step"):
+        run_step(Worker(schedule, lambda stage: boundary, transport, pipeline.store), computation, forward_only)
+        data.finish(num_microbatches)
+    with transport.phase("collection of losses"):
+        collected = bring_losses(computation.collected, transport, transport.device)
     if not forward_only:
-        _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)
+        with transport.phase("reduction of gradients"):
+            transport.meet()  # a collective cannot be interrupted: it begins when no rank has failed before
+            _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)
     if config.timers is not None:
         config.timers("forward-backward").stop()
     return collected

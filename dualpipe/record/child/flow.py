@@ -62,7 +62,8 @@ class Flow:
 
     def on_own_thread(self) -> bool:
         """Whether this is the thread that computes, and no helper that waits for messages beside it."""
-        return threading.get_ident() == self._thread
+        waiting_for = getattr(threading.current_thread(), "on_behalf_of", None)  # dualpipe's own, which waits for it
+        return (waiting_for or threading.get_ident()) == self._thread
 
     def within(self, context: Marks | None) -> Marks | None:
         """Enter a context, whose marks everything made gets; returns the one left."""

@@ -262,8 +262,11 @@ class ProcessGroupTransport:
 
     def post(self, messages: Sequence[Message]) -> None:
         """Post the messages as one group, in the order given."""
-        self._require_usable()
+        if not self._inside:
+            self._require_usable()
         peers = self._open()
+        if peers.failure is not None and messages:
+            raise MessageError(messages[0], 0.0, RuntimeError(peers.failure))
         self._forget_finished()
         tag = 0 if self.stream_ordered else peers.tag  # NCCL has no tags; there ``drain`` compares the phases
         ops: list[dist.P2POp] = []

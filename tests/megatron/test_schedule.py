@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from megatron.core.utils import get_model_config
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.execute import StepError
@@ -327,3 +328,46 @@ def test_a_provider_that_returns_one_parameter_twice_is_refused():
             production.run_rank(CASE, context)
 
     launch(production.ranks(CASE), rank, CASE.limit).values()
+
+
+@pytest.mark.parametrize("place", ["loss of rank 1", "data of rank 0", "reduction of rank 0"])
+def test_after_an_error_that_the_loop_catches_the_next_call_refuses_on_every_rank(place):
+    def body(data_iterator, forward_step_func, **keywords):
+        rank, calls = torch.distributed.get_rank(), [0]
+        config = get_model_config(keywords["model"][0])
+
+        def failing(iterator, model):
+            output, loss = forward_step_func(iterator, model)
+
+            def nan(*arguments):
+                calls[0] += 1
+                if calls[0] == 2:
+                    raise FloatingPointError("the loss is nan")
+                return loss(*arguments)
+
+            return output, nan
+
+        def finalize(*arguments, **options):
+            raise FloatingPointError("a gradient is nan")
+
+        if place == "loss of rank 1" and rank == 1:
+            forward_step_func = failing
+        if place == "data of rank 0" and rank == 0:
+            data_iterator = iter([next(data_iterator)])
+        if place == "reduction of rank 0" and rank == 0:
+            config.finalize_model_grads_func = finalize
+        elif place == "reduction of rank 0":
+            config.finalize_model_grads_func = lambda *arguments, **options: None
+        said = []
+        for _ in range(2):
+            try:
+                step(data_iterator=data_iterator, forward_step_func=forward_step_func, **keywords)
+                said.append("ok")
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+        return said
+
+    for rank, said in enumerate(on_each_rank(body)):
+        assert place.endswith(str(rank)) <= (said[0] != "ok")
+        assert said[1].startswith("SpoiledError"), said
+        assert f"rank {place[-1]} failed in " in said[1]

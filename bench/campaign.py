@@ -1,0 +1,220 @@
+"""Kills, stops, delays and exceptions at random places of random runs; then a long run without any.
+
+    python bench/campaign.py --trials 60 --steps 1000
+
+Each trial trains a pipeline in a loop that catches every error and goes on.  One rank does something at one op of one
+step.  What has to happen on every other rank:
+
+delay         every step is right
+exception     an error within seconds, and an error at every call after it
+kill, stop    likewise, a stop within the timeout
+
+and no gradient of a step that returned may differ from plain PyTorch's.  The long run compares every step bitwise and
+prints memory, threads and open files at the quarters.  Exit code 1 if anything is otherwise.
+"""
+
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import typer
+from torch import nn
+
+from dualpipe.generate import generate
+from dualpipe.pipeline import Feed, Pipeline, ProcessGroupTransport, TensorSpec
+from dualpipe.schedule import Schedule
+from reference.launch import Failure, launch
+
+WIDTH, BATCH, STEPS = 8, 3, 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rank does ``what`` at the ``op``-th op of a step, counted on from the first one again after the last."""
+
+    name: str
+    ranks: int
+    microbatches: int
+    what: str
+    rank: int
+    step: int
+    op: int
+    timeout: float
+
+    @property
+    def schedule(self) -> Schedule:
+        return generate(self.name, self.ranks, self.microbatches)
+
+
+def draw(chance: random.Random, timeout: float) -> Trial:
+    name = chance.choice(["dualpipe", "dualpipe", "dualpipev", "1f1b", "zb1p"])
+    ranks = chance.choice([2, 4, 6])
+    microbatches = 2 * ranks + 2 * chance.randrange(4)
+    what = chance.choice(["kill", "stop", "delay", "exception"])
+    return Trial(
+        name,
+        ranks,
+        microbatches,
+        what,
+        chance.randrange(ranks),
+        chance.randrange(STEPS - 1),
+        chance.randrange(40),
+        timeout,
+    )
+
+
+def stage_of(number: int) -> nn.Module:
+    torch.manual_seed(number)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+
+def feed_of(schedule: Schedule, step: int) -> Feed:
+    torch.manual_seed(1000 + step)
+    inputs = {lane: [(torch.randn(BATCH, WIDTH),) for _ in range(n)] for lane, n in schedule.microbatches.items()}
+    return Feed(inputs, {lane: [()] * len(given) for lane, given in inputs.items()})
+
+
+_TRUTHS: dict[int, list[list[torch.Tensor]]] = {}
+
+
+def truth(schedule: Schedule, step: int) -> list[list[torch.Tensor]]:
+    """Gradients of each stage: the sum over the first lane, plus that over the second.  A process has one schedule."""
+    if step not in _TRUTHS:
+        _TRUTHS[step] = _truth(schedule, step)
+    return _TRUTHS[step]
+
+
+def _truth(schedule: Schedule, step: int) -> list[list[torch.Tensor]]:
+    feed, sums = feed_of(schedule, step), []
+    for lane in schedule.lanes:
+        stages = [stage_of(number) for number in range(schedule.stages)]
+        for (x,) in feed.inputs[lane]:
+            for stage in stages:
+                x = stage(x)
+            x.square().mean().backward()
+        sums.append([[p.grad for p in stage.parameters()] for stage in stages])
+    return [[sum(rest, first) for first, *rest in zip(*lanes, strict=True)] for lanes in zip(*sums, strict=True)]
+
+
+def pipeline_of(schedule: Schedule, timeout: float, observe=None) -> Pipeline:
+    rank = dist.get_rank()
+    stages = {
+        (lane, stage): stage_of(stage)
+        for lane, route in schedule.routes.items()
+        for stage, holder in enumerate(route)
+        if holder == rank
+    }
+    boundary = [TensorSpec((BATCH, WIDTH), torch.float32)]
+    transport = ProcessGroupTransport(timeout=timeout)
+    return Pipeline(schedule, stages, lambda y: y.square().mean(), boundary, transport, observe=observe)
+
+
+def wrong(pipeline: Pipeline, schedule: Schedule, step: int) -> bool:
+    return not all(
+        torch.equal(parameter.grad, wanted)
+        for (_, stage), module in pipeline.stages.items()
+        for parameter, wanted in zip(module.parameters(), truth(schedule, step)[stage], strict=True)
+    )
+
+
+def run(trial: Trial) -> str:
+    """What is wrong with how it ended; nothing if all is as it has to be."""
+    schedule = trial.schedule
+
+    def body(context):
+        now, ops = [0], [0]
+        place = trial.op % sum(len(slot) for slot in schedule.programs[trial.rank])
+
+        def observe(slot, op, began, ended):
+            ops[0] += 1
+            if (context.rank, now[0], ops[0]) != (trial.rank, trial.step, place + 1):
+                return
+            if trial.what == "exception":
+                raise ValueError("planted")
+            if trial.what == "delay":
+                time.sleep(trial.timeout / 3)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL if trial.what == "kill" else signal.SIGSTOP)
+
+        pipeline = pipeline_of(schedule, trial.timeout, observe)
+        outcomes, longest = [], 0.0
+        for step in range(STEPS):
+            now[0], ops[0] = step, 0
+            for module in pipeline.stages.values():
+                module.zero_grad()
+            started = time.monotonic()
+            try:
+                pipeline.step(feed_of(schedule, step))
+            except BaseException as error:
+                outcomes.append(type(error).__name__)
+            else:
+                outcomes.append("wrong" if wrong(pipeline, schedule, step) else "ok")
+            longest = max(longest, time.monotonic() - started)
+        return outcomes, longest
+
+    outcome = launch(trial.ranks, body, timeout=60.0)
+    complaints = []
+    for rank, result in enumerate(outcome.results):
+        if isinstance(result, Failure):
+            if rank != trial.rank or trial.what not in ("kill", "stop"):
+                complaints.append(str(result))
+            continue
+        outcomes, longest = result
+        if "wrong" in outcomes:
+            complaints.append(f"rank {rank} returned a wrong gradient: {outcomes}")
+        if trial.what == "delay" and outcomes != ["ok"] * STEPS:
+            complaints.append(f"rank {rank} failed though the run was only delayed: {outcomes}")
+        if trial.what != "delay" and (outcomes[-1] == "ok" or outcomes[: trial.step] != ["ok"] * trial.step):
+            complaints.append(f"rank {rank}: {outcomes}")
+        if longest > trial.timeout + 8.0:
+            complaints.append(f"rank {rank} needed {longest:.1f} s")
+    return "; ".join(complaints)
+
+
+def soak(steps: int) -> bool:
+    """Whether every step of a long run was right on every rank."""
+    schedule = generate("dualpipe", 4, 8)
+
+    def body(context):
+        pipeline, bad, rows = pipeline_of(schedule, 60.0), 0, []
+        for step in range(steps):
+            for module in pipeline.stages.values():
+                module.zero_grad()
+            pipeline.step(feed_of(schedule, step % 7))
+            bad += wrong(pipeline, schedule, step % 7)
+            if (step + 1) % max(1, steps // 4) == 0:
+                with open("/proc/self/statm") as file:
+                    resident = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+                files = len(os.listdir("/proc/self/fd"))
+                rows.append(f"{step + 1}: {resident:.0f} MiB, {threading.active_count()} threads, {files} files")
+        return bad, rows
+
+    results = launch(4, body, timeout=1800.0).values()
+    for rank, (bad, rows) in enumerate(results):
+        print(f"rank {rank}: {bad} of {steps} steps wrong; {'; '.join(rows)}")
+    return not any(bad for bad, _ in results)
+
+
+def main(trials: int = 60, seed: int = 0, steps: int = 1000, timeout: float = 6.0) -> None:
+    chance, failed, began = random.Random(seed), 0, time.monotonic()
+    counts: dict[str, int] = {}
+    for number in range(trials):
+        trial = draw(chance, timeout)
+        counts[trial.what] = counts.get(trial.what, 0) + 1
+        if complaint := run(trial):
+            failed += 1
+            print(f"{number}: {trial}: {complaint}", flush=True)
+    kinds = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    print(f"{trials - failed} of {trials} trials as promised ({kinds}) in {time.monotonic() - began:.0f} s", flush=True)
+    right = steps == 0 or soak(steps)
+    raise typer.Exit(0 if right and not failed else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -123,6 +123,16 @@ def wrong(pipeline: Pipeline, schedule: Schedule, step: int) -> bool:
     )
 
 
+def stop_for(seconds: float) -> None:
+    """Stop this process; a child ends it after that time."""
+    stopped = os.getpid()
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os.kill(stopped, signal.SIGKILL)
+        os._exit(0)
+    os.kill(stopped, signal.SIGSTOP)
+
+
 def run(trial: Trial) -> str:
     """What is wrong with how it ended; nothing if all is as it has to be."""
     schedule = trial.schedule
@@ -139,8 +149,10 @@ def run(trial: Trial) -> str:
                 raise ValueError("planted")
             if trial.what == "delay":
                 time.sleep(trial.timeout / 3)
+            elif trial.what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             else:
-                os.kill(os.getpid(), signal.SIGKILL if trial.what == "kill" else signal.SIGSTOP)
+                stop_for(trial.timeout + 8.0)
 
         pipeline = pipeline_of(schedule, trial.timeout, observe)
         outcomes, longest = [], 0.0

@@ -102,10 +102,10 @@ FAULTS = (
         32,
         "Megatron: the losses are cleared before they are returned",
         SCHEDULE,
-        "    collected = bring_losses(computation.collected, ",
-        "    for values in computation.collected.values():\n"
-        "        values.clear()\n"
-        "    collected = bring_losses(computation.collected, ",
+        "        collected = bring_losses(computation.collected, ",
+        "        for values in computation.collected.values():\n"
+        "            values.clear()\n"
+        "        collected = bring_losses(computation.collected, ",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*loss of microbatch . of replica . is missing",
@@ -130,8 +130,8 @@ FAULTS = (
         38,
         "Megatron: gradients are never finalized",
         SCHEDULE,
-        "    if not forward_only:\n        _finalize(",
-        "    if not forward_only and force_all_reduce:\n        _finalize(",
+        "    if not forward_only:\n        with transport",
+        "    if not forward_only and force_all_reduce:\n        with transport",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of",
@@ -140,13 +140,13 @@ FAULTS = (
         38,
         "Megatron: gradients are finalized before the last W",
         SCHEDULE,
-        "    run_step(Worker(schedule, lambda stage: boundary, pipeline.transport, pipeline.store), "
+        "        run_step(Worker(schedule, lambda stage: boundary, transport, pipeline.store), "
         "computation, forward_only)\n",
-        "    if not forward_only:\n"
-        "        _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)\n"
-        "    run_step(Worker(schedule, lambda stage: boundary, pipeline.transport, pipeline.store), "
+        "        if not forward_only:\n"
+        "            _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)\n"
+        "        run_step(Worker(schedule, lambda stage: boundary, transport, pipeline.store), "
         "computation, forward_only)\n"
-        "    force_all_reduce, forward_only = False, True\n",
+        "        force_all_reduce, forward_only = False, True\n",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of",

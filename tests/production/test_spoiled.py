@@ -87,7 +87,9 @@ def train(pipeline: Pipeline, call) -> tuple[list[str], list[str], float]:
         else:
             outcomes.append("ok")
             for (_, stage), module in pipeline.stages.items():
-                if not all(torch.equal(p.grad, w) for p, w in zip(module.parameters(), truth(step)[stage], strict=True)):
+                if not all(
+                    torch.equal(p.grad, w) for p, w in zip(module.parameters(), truth(step)[stage], strict=True)
+                ):
                     wrong.append(f"step {step}, stage {stage}")
         longest = max(longest, time.monotonic() - started)
     return outcomes, wrong, longest

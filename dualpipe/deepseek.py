@@ -58,7 +58,7 @@ class WeightGradStore(metaclass=_WhileStepping):
         """Keep ``func`` for the W of the microbatch whose backward is running."""
         if _active is None or _active.key is None:
             raise WeightGradError("put() is for a backward that is split: check WeightGradStore.enabled first")
-        _active.put(_active.key, func)
+        _active.put(func)
 
 
 def run_backward(tensors: Sequence[Tensor], grad_tensors: Sequence[Tensor]) -> None:

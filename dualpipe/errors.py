@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["RuleError", "UndecidedError"]
+__all__ = ["RuleError", "StageError", "UndecidedError"]
 
 
 class RuleError(ValueError):
@@ -14,6 +14,10 @@ class RuleError(ValueError):
     def __init__(self, rule: str, came: str, remedy: str) -> None:
         self.rule, self.came, self.remedy = rule, came, remedy
         super().__init__(f"{rule}: {came}; {remedy}")
+
+
+class StageError(RuleError):
+    """A stage, a criterion or data of the user's that cannot be trained on as it is."""
 
 
 class UndecidedError(RuntimeError):

@@ -8,16 +8,16 @@ leave their weight gradient to W (``dualpipe.weightgrad``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dualpipe.errors import RuleError
+from dualpipe.errors import RuleError, StageError
 from dualpipe.schedule import (
     MESSAGES,
     RB,
@@ -34,6 +34,7 @@ from dualpipe.schedule import (
     W,
     show_slot,
 )
+from dualpipe.splitlinear import SplitStage
 from dualpipe.transport import Message, MessageError, TensorSpec, Transport
 from dualpipe.weightgrad import WeightGradError, WeightGradStore
 
@@ -102,6 +103,7 @@ class Worker:
     boundary: Boundary
     transport: Transport
     store: WeightGradStore
+    splits: Mapping[tuple[Lane, int], SplitStage] = field(default_factory=dict)
     blocking: bool = False
     observe: Observer | None = None
 
@@ -209,7 +211,7 @@ class _Step:
         """The tensors of a message: those of the boundary that it crosses, gradients for the floating ones alone."""
         crossed = op.stage if op.kind in (SF, RB) else op.stage - 1
         forwards = op.kind in (SF, RF)
-        return [spec for spec in self.worker.boundary(crossed) if forwards or spec.dtype.is_floating_point]
+        return [spec for spec in self.worker.boundary(crossed) if forwards or differentiable(spec.dtype)]
 
     def arrived(self, op: Op) -> Tensors:
         """What the receive ``op`` brought, waiting for it if need be."""
@@ -223,15 +225,25 @@ class _Step:
             raise OrderError(f"{op} has run already")
         inputs = self.inputs(op)
         trains = torch.is_grad_enabled()
-        with self.store.splitting(None if key in self.whole or not trains else key):
+        split = self.worker.splits.get((op.lane, op.stage)) if trains else None
+        with nullcontext() if split is None else split.forward(key, key not in self.whole):
             outputs = self.computation.forward(op, inputs)
         if not trains:
             self.live[key] = _Live((), ())  # nothing to hold, but F has run
         elif self.schedule.is_last(op):
             (loss,) = outputs
+            if not loss.requires_grad:
+                raise StageError(
+                    "training needs a loss with a gradient",
+                    f"at {op} the loss depends on nothing that requires one (it is detached, or was computed without "
+                    "autograd)",
+                    "return the loss as it was computed, or evaluate with forward_only",
+                )
             self.live[key] = _Live(inputs, (_edge(loss),), (torch.ones_like(loss),))
         else:
-            self.live[key] = _Live(inputs, tuple(_edge(output) for output in outputs if output.is_floating_point()))
+            self.live[key] = _Live(inputs, tuple(_edge(output) for output in outputs if differentiable(output.dtype)))
+        if split is not None and not split.learned:
+            split.learn(edge.node for edge in self.live[key].roots if edge is not None)
         if not self.schedule.is_last(op):
             self.activations[key] = tuple(output.detach() for output in outputs)
 
@@ -249,13 +261,14 @@ class _Step:
         live = self.live.pop(key)
         self.backward_done.add(key)
         pairs = [(root, seed) for root, seed in zip(live.roots, seeds, strict=True) if root is not None]
-        if key not in self.whole:
-            self.store.open(key)
-        if pairs:  # a frozen stage whose input needs no gradient has nothing to do
-            with self.computation.around(op), self.store.splitting(None if key in self.whole else key):
-                torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
+        split = self.worker.splits.get((op.lane, op.stage))
+        apart = None if key in self.whole else key
+        with self.store.collecting(apart) if split is None else split.backward(key, apart is not None):
+            if pairs:  # a frozen stage whose input needs no gradient has nothing to do
+                with self.computation.around(op):
+                    torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
         if not self.schedule.is_first(op):
-            self.gradients[key] = tuple(_gradient(leaf) for leaf in live.inputs if leaf.is_floating_point())
+            self.gradients[key] = tuple(_gradient(leaf) for leaf in live.inputs if differentiable(leaf.dtype))
 
     def output_gradients(self, op: Op) -> Tensors:
         _, need = self.schedule.needs(op)
@@ -290,6 +303,11 @@ def whole_backwards(program: Sequence[Slot]) -> set[Key]:
     }
 
 
+def differentiable(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype have gradients, so that one is sent back."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def _key(op: Op) -> Key:
     return Key(op.lane, op.stage, op.mb)
 
@@ -309,7 +327,7 @@ def _edge(output: Tensor) -> GradientEdge | None:
 
 def _leaf(tensor: Tensor) -> Tensor:
     leaf = tensor.detach()
-    return leaf.requires_grad_() if torch.is_grad_enabled() and leaf.is_floating_point() else leaf
+    return leaf.requires_grad_() if torch.is_grad_enabled() and differentiable(leaf.dtype) else leaf
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from dualpipe.modules import Criterion, Feed, ModuleComputation, StepResult
 from dualpipe.replicas import copy_weights, reduce_gradients
 from dualpipe.schedule import MESSAGES, Lane, RuleError, Schedule
 from dualpipe.schedulefile import digest
+from dualpipe.splitlinear import split_linears
 from dualpipe.transport import MessageError, ProcessGroupTransport, TensorSpec, Transport
-from dualpipe.weightgrad import WeightGradStore, split_linears
+from dualpipe.weightgrad import WeightGradStore
 
 __all__ = ["Feed", "Pipeline", "ProcessGroupTransport", "StepResult", "TensorSpec"]
 
@@ -51,6 +52,8 @@ class Pipeline:
         Wait for every message of a slot before going on, as a plain batch-and-wait program does.
     observe:
         Called after every op with when it began and ended (see ``dualpipe.execute.Observer``).
+    split_backward:
+        Leave the weight gradients of linear layers to W.  If false every backward is whole, and W does nothing.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Pipeline:
         transport: Transport,
         blocking: bool = False,
         observe: Observer | None = None,
+        split_backward: bool = True,
     ) -> None:
         _require_stages(schedule, transport.rank, stages)
         _require_own_ops(schedule, transport.rank)
@@ -71,11 +75,14 @@ class Pipeline:
             boundary if callable(boundary) else lambda stage: boundary,
             transport,
             self.store,
+            {
+                (lane, stage): split_linears(module, self.store, f"stage {stage} of lane {lane}")
+                for (lane, stage), module in stages.items()
+                if split_backward
+            },
             blocking,
             observe,
         )
-        for module in stages.values():
-            split_linears(module, self.store)
         self._agreed = False
 
     def step(

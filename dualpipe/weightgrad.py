@@ -1,70 +1,146 @@
-"""Splits the backward of linear layers into B (input gradient) and W (weight gradient).
+"""The queue between B and W: weight gradients that B leaves for a later W.
 
-While a microbatch's forward runs under ``WeightGradStore.splitting(key)``, a prepared linear layer computes with an
-autograd Function that takes the layer as a plain object: autograd never sees its weight, so the backward yields the
-input gradient alone and leaves the weight gradient in the store, to be computed at W.  Outside ``splitting`` the
-layer is the stock one, and its backward is whole.
-
-Until W each linear layer's input and output gradient stay allocated.  LayerNorm, embedding and every other
-parameter get their gradient in B.
+``dualpipe.splitlinear`` feeds it from linear layers.  It reproduces autograd's own sums: autograd adds up what one
+backward contributes to a parameter, in the order of the backward, and then adds the sum to ``.grad`` once; so a layer
+that a microbatch uses twice, or a weight that two layers share, has the bits of the whole backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 Closure = Callable[[], None]
 
 
 class WeightGradError(RuntimeError):
-    """A weight gradient is asked for that does not wait, or still waits when none may."""
+    """A weight gradient that cannot be computed apart from its B, is not in the queue, or was left in it."""
+
+
+class Use(Protocol):
+    """One use of a linear layer in a forward: the weights that it computed with, and its three products.
+
+    ``x`` is the layer's input ``[..., in]``, ``dy`` the gradient of its output ``[..., out]``.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    def unfit(self, x: Tensor) -> str | None:
+        """Why the products would not have the bits of the whole backward; ``None`` if they have."""
+
+    def output(self, x: Tensor) -> Tensor: ...
+
+    def input_gradient(self, x: Tensor, dy: Tensor) -> Tensor: ...
+
+    def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
+        """One gradient for each of ``trained(use)``, in that order."""
+
+
+def trained(use: Use) -> list[Tensor]:
+    """The parameters of the layer that require a gradient: its weight, then its bias."""
+    return [p for p in (use.weight, use.bias) if p is not None and p.requires_grad]
+
+
+@dataclass
+class _Deferred:
+    """A weight gradient that W computes.  ``run`` is autograd's number of the backward that left it."""
+
+    run: int
+    use: Use
+    x: Tensor
+    dy: Tensor
+    versions: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.versions = self.x._version, self.dy._version
+
+    def gradients(self) -> Sequence[Tensor]:
+        if self.versions != (self.x._version, self.dy._version):
+            raise WeightGradError(
+                f"a linear layer's input and output gradient stay as they are until W: those of {self.use.name} were "
+                "modified in place after B; do not reuse the buffer, or build the pipeline with split_backward=False"
+            )
+        return self.use.weight_gradients(self.x, self.dy)
 
 
 class WeightGradStore:
-    """The weight gradients of one rank that wait for their W, by microbatch.
+    """The weight gradients of one rank that B has left to W, by microbatch.
 
     A key is any hashable name of a microbatch at a stage.  There is no global state: whoever runs a pipeline owns
     its store.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Hashable, list[Closure]] = {}
+        self._waiting: dict[Hashable, deque[Closure | _Deferred]] = {}
         self.key: Hashable | None = None
+        """The microbatch whose backward is running and leaves its weight gradients to W; ``None`` at other times."""
 
     @contextmanager
-    def splitting(self, key: Hashable) -> Iterator[None]:
-        """Within it, prepared layers leave their weight gradients to ``run(key)``."""
+    def collecting(self, key: Hashable | None) -> Iterator[None]:
+        """Around a B: within it weight gradients may be deferred to ``run(key)``; with ``None`` they may not."""
+        if key is not None:
+            self._waiting.setdefault(key, deque())
         outer, self.key = self.key, key
         try:
             yield
         finally:
             self.key = outer
 
-    def put(self, key: Hashable, closure: Closure) -> None:
-        """Keep a weight gradient's computation until ``run(key)``."""
-        self._waiting.setdefault(key, []).append(closure)
+    def put(self, closure: Closure) -> None:
+        """Keep the computation of a weight gradient for the W of the microbatch whose B is running."""
+        self._queue().append(closure)
+
+    def defer(self, use: Use, x: Tensor, dy: Tensor) -> None:
+        """Keep a linear layer's input and output gradient; called from within autograd's backward."""
+        self._queue().append(_Deferred(torch._C._current_graph_task_id(), use, x, dy))
+
+    def _queue(self) -> deque[Closure | _Deferred]:
+        if self.key is None:
+            raise WeightGradError("a weight gradient is left to W in a B that is split: no such B is running")
+        return self._waiting[self.key]
+
+    def waiting(self, key: Hashable) -> int:
+        """How many weight gradients B has left to the W of ``key``."""
+        return len(self._waiting.get(key, ()))
 
     def run(self, key: Hashable) -> None:
-        """Compute what waits under ``key``, in the order in which the backward left it.
+        """Compute and accumulate what waits under ``key``, in the order in which the backward left it.
 
-        Raises ``WeightGradError`` when nothing was left: no B has run, or W has run already.
+        A gradient is added to ``.grad`` by autograd's own accumulation, so that hooks on the parameter run.  Raises
+        ``WeightGradError`` when there is nothing: no B has run, or W has run already; and where an input of the
+        products was modified since.
         """
-        closures = self._waiting.pop(key, None)
-        if closures is None:
+        entries = self._waiting.pop(key, None)
+        if entries is None:
             raise WeightGradError(f"no weight gradient waits for {key}: its B has not run, or its W already has")
-        for closure in closures:
-            closure()
-
-    def open(self, key: Hashable) -> None:
-        """Declare that the B of ``key`` has run, also when it left nothing (a stage without linear layers)."""
-        self._waiting.setdefault(key, [])
+        left = Counter(_sum_of(e.run, p) for e in entries if isinstance(e, _Deferred) for p in trained(e.use))
+        sums: dict[tuple[int, int], Tensor] = {}
+        while entries:
+            entry = entries.popleft()
+            if not isinstance(entry, _Deferred):
+                entry()
+                continue
+            complete: list[Tensor] = []
+            for parameter, gradient in zip(trained(entry.use), entry.gradients(), strict=True):
+                total = _sum_of(entry.run, parameter)
+                sums[total] = sums[total] + gradient if total in sums else gradient
+                left[total] -= 1
+                if not left[total]:
+                    complete.append(parameter)
+            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])
 
     def clear(self) -> None:
         """Drop what waits: the step that left it failed, and the next one's keys are the same."""
@@ -77,68 +153,6 @@ class WeightGradStore:
             raise WeightGradError(f"the step ended and these weight gradients were never computed: {keys}")
 
 
-class _SplitLinear(torch.autograd.Function):
-    """``y = x W^T + b`` whose backward returns dx and leaves dW = dy^T x and db = sum of dy to the store.
-
-    The products are those of PyTorch's own linear layer, on the same two-dimensional views, so the bits agree.
-    ``anchor`` is an empty tensor that requires grad: without it autograd would skip a layer whose input needs none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, linear: nn.Linear, store: WeightGradStore, key: Hashable
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.linear, ctx.store, ctx.key = linear, store, key
-        return functional.linear(x, linear.weight, linear.bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (x,) = ctx.saved_tensors
-        weight = ctx.linear.weight
-        dy = gradients[0].reshape(-1, weight.shape[0])
-        x2 = x.detach().reshape(-1, weight.shape[1])
-        ctx.store.put(ctx.key, lambda linear=ctx.linear: _accumulate(linear, x2, dy))
-        dx = dy.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None
-
-
-def _accumulate(linear: nn.Linear, x: Tensor, dy: Tensor) -> None:
-    """Add the layer's weight and bias gradients by autograd's own accumulation, so hooks on the parameters fire.
-
-    ``x``: [tokens, in], ``dy``: [tokens, out].
-    """
-    leaves: list[Tensor] = []
-    gradients: list[Tensor] = []
-    if linear.weight.requires_grad:
-        leaves.append(linear.weight)
-        gradients.append(dy.t().mm(x))
-    if linear.bias is not None and linear.bias.requires_grad:
-        leaves.append(linear.bias)
-        gradients.append(dy.sum(0))
-    torch.autograd.backward(leaves, gradients)
-
-
-def _forward(self: nn.Linear, x: Tensor) -> Tensor:
-    """What a prepared layer runs instead of ``nn.Linear.forward``."""
-    store: WeightGradStore = self.weight_grad_store  # type: ignore[assignment] # set by split_linears
-    trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-    if store.key is None or not trains or not torch.is_grad_enabled():
-        return nn.Linear.forward(self, x)
-    if torch.is_autocast_enabled(x.device.type):
-        raise WeightGradError("the B/W split runs in the parameters' own dtype: got autocast; cast the model instead")
-    anchor = x.new_empty(0, requires_grad=True)
-    result: Tensor = _SplitLinear.apply(x, anchor, self, store, store.key)  # type: ignore[no-untyped-call]
-    return result
-
-
-def split_linears(module: nn.Module, store: WeightGradStore) -> int:
-    """Prepare every linear layer of ``module`` to leave its weight gradient to ``store``; returns how many there are.
-
-    A subclass with a ``forward`` of its own is left whole.  Preparing twice changes only the store.
-    """
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward]
-    for layer in layers:
-        layer.weight_grad_store = store  # type: ignore[assignment] # a plain attribute, not a parameter
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign] # this instance alone
-    return len(layers)
+def _sum_of(run: int, parameter: Tensor) -> tuple[int, int]:
+    """Names the sum that autograd makes for a parameter in one backward."""
+    return run, id(parameter)

@@ -5,13 +5,16 @@ from ci.museum.exhibit import Edit, fault
 GROUPS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
     f"dualpipe/megatron/{name}.py" for name in ("groups", "layers", "model", "optimizer", "random_streams")
 )
+WEIGHTGRAD, SPLITLINEAR = "dualpipe/weightgrad.py", "dualpipe/splitlinear.py"
+ACCUMULATE = "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n"
+
 FAULTS = (
     fault(
         12,
         "Megatron: a weight counted twice in the split",
-        LAYERS,
-        "        call.store.put(call.key, lambda: _accumulate(x, dy, call))\n",
-        "        for _ in range(2):\n            call.store.put(call.key, lambda: _accumulate(x, dy, call))\n",
+        SPLITLINEAR,
+        "        stage.store.defer(use, x.detach(), dy)\n",
+        "        for _ in range(2):\n            stage.store.defer(use, x.detach(), dy)\n",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
@@ -19,10 +22,11 @@ FAULTS = (
     fault(
         13,
         "Megatron: W adds to the gradient past the data-parallel hooks",
-        LAYERS,
-        "    torch.autograd.backward(leaves, gradients)\n",
-        "    for leaf, gradient in zip(leaves, gradients, strict=True):\n"
-        "        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
+        WEIGHTGRAD,
+        ACCUMULATE,
+        "            for leaf in complete:\n"
+        "                gradient = sums.pop(_sum_of(entry.run, leaf))\n"
+        "                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
@@ -30,12 +34,12 @@ FAULTS = (
     fault(
         14,
         "Megatron: the last weight gradient arrives after the reduction",
-        LAYERS,
-        "    torch.autograd.backward(leaves, gradients)\n",
-        "    _LATE.append((leaves, gradients))\n"
-        "    if len(_LATE) > 1:\n"
-        "        torch.autograd.backward(*_LATE.pop(0))\n",
-        Edit(LAYERS, "Delayed = Callable[[], None]\n", "Delayed = Callable[[], None]\n_LATE: list[Any] = []\n"),
+        WEIGHTGRAD,
+        ACCUMULATE,
+        "            _LATE.append((complete, [sums.pop(_sum_of(entry.run, p)) for p in complete]))\n"
+        "            if len(_LATE) > 1:\n"
+        "                torch.autograd.backward(*_LATE.pop(0))\n",
+        Edit(WEIGHTGRAD, "Closure = Callable[[], None]\n", "Closure = Callable[[], None]\n_LATE: list[Any] = []\n"),
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
@@ -44,8 +48,9 @@ FAULTS = (
         30,
         "Megatron: a weight gradient that comes late overwrites the one that is there",
         LAYERS,
-        "    torch.autograd.backward(leaves, gradients)\n",
-        "    call.weight.main_grad.zero_()\n    torch.autograd.backward(leaves, gradients)\n",
+        "        dy, whole = dy.reshape(-1, dy.shape[-1]), self._whole(x)",
+        "        self.weight.main_grad.zero_()  # type: ignore[attr-defined]\n"
+        "        dy, whole = dy.reshape(-1, dy.shape[-1]), self._whole(x)",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
@@ -54,11 +59,11 @@ FAULTS = (
         35,
         "Megatron: no layer leaves its weight gradient to W",
         LAYERS,
-        "    split = store.key is not None and ",
-        "    split = False and ",
+        "    if args or torch.compiler.is_compiling():\n",
+        "    if args or True:\n",
         check="tests",
         rule="test",
-        says="test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits.*no weight gradient waits for",
+        says="test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits.*after_b",
     ),
     fault(
         15,

@@ -1,9 +1,9 @@
 """Splits the backward of Megatron's linear layers into B and W.
 
 ``ColumnParallelLinear`` and ``RowParallelLinear`` (qkv, projections, the MLP, the output layer, the experts of a
-``SequentialMLP``) compute through ``_forward_impl``, whose autograd Function gives both gradients at once.  A
-prepared layer uses a Function that hides weight and bias from autograd; its backward gives the input gradient, with
-the collectives that belong to it, and leaves the rest to W::
+``SequentialMLP``) compute through ``_forward_impl``, whose autograd Function gives both gradients at once.  Here they
+are what ``dualpipe.splitlinear`` splits.  B gives the input gradient, with the collectives that belong to it, and
+leaves the rest to W::
 
     B    dx = dy W        then all-reduce (tensor parallel) or reduce-scatter (sequence parallel) of dx
     W    [all-gather x]   dW = dy^T x, db = sum of dy, added through autograd's own accumulation,
@@ -16,11 +16,10 @@ routers, grouped experts) has its whole gradient in B.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,79 +27,61 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from dualpipe.weightgrad import WeightGradStore, split_linears
-
-logger = logging.getLogger(__name__)
+from dualpipe.splitlinear import Layer, Run, SplitStage, find_layers, linear_layer
+from dualpipe.weightgrad import WeightGradStore
 
 Delayed = Callable[[], None]
 
 
-@dataclass
-class _Call:
-    """What one forward of a layer computes with, kept from autograd's sight."""
+@dataclass(frozen=True)
+class _Use:
+    """One use of a layer: the products of Megatron's own Function, on the same views, so the bits agree."""
 
-    weight: nn.Parameter
+    name: str
+    weight: Tensor
     bias: Tensor | None
     fused: bool
     allreduce_dgrad: bool
     sequence_parallel: bool
     group: dist.ProcessGroup | None
-    store: WeightGradStore
-    key: Hashable
 
+    def unfit(self, x: Tensor) -> str | None:
+        return None if self.weight.requires_grad else "its weight is frozen and its bias is not"
 
-class _SplitLinear(torch.autograd.Function):
-    """``y = x W^T + b``: the products of Megatron's own Function, on the same views, so the bits agree.
+    def output(self, x: Tensor) -> Tensor:
+        y = torch.matmul(self._whole(x), self.weight.t())
+        return y if self.bias is None else y + self.bias
 
-    ``anchor`` is an empty tensor that requires grad: without it autograd would skip a layer whose input needs none.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, call: _Call) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.call = call
-        whole = _gather(x, call) if call.sequence_parallel else x
-        y = torch.matmul(whole, call.weight.t())
-        return y if call.bias is None else y + call.bias
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        (x,), (dy,), call = ctx.saved_tensors, gradients, ctx.call
-        x = x.detach()
-        call.store.put(call.key, lambda: _accumulate(x, dy, call))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        dx = dy.matmul(call.weight)
-        if call.allreduce_dgrad:
-            dist.all_reduce(dx, group=call.group)
-        if call.sequence_parallel:
+    def input_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        dx = dy.matmul(self.weight)
+        if self.allreduce_dgrad:
+            dist.all_reduce(dx, group=self.group)
+        if self.sequence_parallel:
             shard = torch.empty_like(x)
-            megatron_layers.dist_reduce_scatter_func(shard, dx, group=call.group)
+            megatron_layers.dist_reduce_scatter_func(shard, dx, group=self.group)
             dx = shard
-        return dx, None, None
+        return dx
+
+    def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
+        dy, whole = dy.reshape(-1, dy.shape[-1]), self._whole(x).reshape(-1, self.weight.shape[1])
+        gradients: list[Tensor] = []
+        if self.weight.requires_grad:
+            gradients.append(_fused(whole, dy, self.weight) if self.fused else dy.t().matmul(whole))
+        if self.bias is not None and self.bias.requires_grad:
+            gradients.append(dy.sum(dim=0))
+        return gradients
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The whole sequence from its shards: [tokens / tp, batch, in] to [tokens, batch, in]."""
+        if not self.sequence_parallel:
+            return x
+        assert self.group is not None
+        whole = x.new_empty((x.shape[0] * self.group.size(), *x.shape[1:]))
+        megatron_layers.dist_all_gather_func(whole, x.contiguous(), group=self.group)
+        return whole
 
 
-def _gather(x: Tensor, call: _Call) -> Tensor:
-    """The whole sequence from its shards; [tokens / tp, batch, in] to [tokens, batch, in]."""
-    assert call.group is not None
-    whole = x.new_empty((x.shape[0] * call.group.size(), *x.shape[1:]))
-    megatron_layers.dist_all_gather_func(whole, x.contiguous(), group=call.group)
-    return whole
-
-
-def _accumulate(x: Tensor, dy: Tensor, call: _Call) -> None:
-    """W: add the weight's and the bias's gradient through autograd, so that hooks on the parameters fire."""
-    whole = _gather(x, call) if call.sequence_parallel else x
-    dy, whole = dy.reshape(-1, dy.shape[-1]), whole.reshape(-1, whole.shape[-1])
-    leaves: list[Tensor] = [call.weight]
-    gradients: list[Tensor] = [_fused(whole, dy, call.weight) if call.fused else dy.t().matmul(whole)]
-    if call.bias is not None and call.bias.requires_grad:
-        leaves.append(call.bias)
-        gradients.append(dy.sum(dim=0))
-    torch.autograd.backward(leaves, gradients)
-
-
-def _fused(x: Tensor, dy: Tensor, weight: nn.Parameter) -> Tensor:
+def _fused(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """Add to ``main_grad`` in the kernel of Megatron's gradient accumulation fusion.
 
     Returns a gradient that the data-parallel hook does not add again, for autograd to accumulate.
@@ -116,61 +97,50 @@ def _fused(x: Tensor, dy: Tensor, weight: nn.Parameter) -> Tensor:
     return (torch.zeros_like if zero else torch.empty_like)(weight)
 
 
-def _forward_impl(self: nn.Module, input: Tensor, weight: nn.Parameter, *args: Any, **options: Any) -> Tensor:
-    """What a prepared layer runs in place of its class's ``_forward_impl``."""
-    store: WeightGradStore = self.weight_grad_store  # type: ignore[assignment] # set by split_layers
-    split = store.key is not None and weight.requires_grad and torch.is_grad_enabled()
-    if not split or args or torch.is_autocast_enabled(input.device.type):
-        stock: Callable[..., Tensor] = vars(type(self))["_forward_impl"]
-        return stock(self, input, weight, *args, **options)
-    call = _Call(
+def _forward_impl(
+    module: nn.Module, run: Run, name: str, input: Tensor, weight: Tensor, *args: Any, **options: Any
+) -> Tensor:
+    """What a layer of a stage runs in place of its class's ``_forward_impl``."""
+    method: Callable[..., Tensor] = type(module)._forward_impl  # type: ignore[attr-defined] # of both kinds of layer
+    stock = partial(method, module, input, weight, *args, **options)
+    if args or torch.compiler.is_compiling():
+        return stock()
+    use = _Use(
+        name,
         weight,
         options["bias"],
         options["gradient_accumulation_fusion"],
         options["allreduce_dgrad"],
         options["sequence_parallel"],
         options["tp_group"],
-        store,
-        store.key,
     )
-    anchor = input.new_empty(0, requires_grad=True)
-    y: Tensor = _SplitLinear.apply(input, anchor, call)  # type: ignore[no-untyped-call]
-    return y
+    return run.apply(use, input, stock)
 
 
-class Split(NamedTuple):
-    """What was prepared: how many layers leave their weight gradient to the store, and the ``backward_dw`` of those
-    that delay it themselves, which whoever runs W calls."""
+@dataclass(frozen=True)
+class Split:
+    """How the backward of a chunk is split: the layers that leave their weight gradient to the store, and the
+    ``backward_dw`` of those that delay it themselves, which whoever runs W calls."""
 
-    prepared: int
+    stage: SplitStage
     delayed: tuple[Delayed, ...]
 
 
-def split_layers(module: nn.Module, store: WeightGradStore) -> Split:
-    """Prepare every layer of ``module`` that can leave its weight gradient to ``store``.
+def split_layers(module: nn.Module, store: WeightGradStore, name: str = "the chunk") -> Split:
+    """Find the layers of ``module`` that can leave their weight gradient to ``store``, or delay it themselves.
 
     What has a matrix of weights and cannot be split is named in the log, once for each kind of layer.
     """
-    prepared = 0
-    delayed: list[Delayed] = []
-    whole: dict[str, int] = {}
-    for layer in module.modules():
-        matrices = [p for p in layer.parameters(recurse=False) if p.requires_grad and p.dim() > 1]
-        kind = type(layer)
-        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and vars(kind).get("_forward_impl") in _STOCK:
-            layer.weight_grad_store = store
-            layer._forward_impl = MethodType(_forward_impl, layer)
-            prepared += 1
-        elif _delays(layer):
-            delayed.append(layer.backward_dw)  # type: ignore[arg-type] # a method, which torch's types do not know
-        elif isinstance(layer, nn.Linear) and kind.forward is nn.Linear.forward:
-            prepared += split_linears(layer, store)
-        elif matrices:
-            whole[kind.__name__] = whole.get(kind.__name__, 0) + 1
-    if whole:
-        names = ", ".join(f"{name} ({count})" for name, count in sorted(whole.items()))
-        logger.info("dualpipe: the weight gradients of these layers are computed in B, not in W: %s", names)
-    return Split(prepared, tuple(delayed))
+    delayed = tuple(layer.backward_dw for layer in module.modules() if _delays(layer))
+    return Split(find_layers(module, store, name, _layer), delayed)  # type: ignore[arg-type] # unknown to torch's types
+
+
+def _layer(name: str, module: nn.Module) -> Layer | None:
+    if _delays(module):
+        return None
+    if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+        return Layer(name, module, "_forward_impl", _forward_impl) if type(module)._forward_impl in _STOCK else None
+    return linear_layer(name, module)
 
 
 _STOCK = (ColumnParallelLinear._forward_impl, RowParallelLinear._forward_impl)

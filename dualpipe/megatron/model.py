@@ -130,7 +130,7 @@ def build_dualpipe_model(
         if not ddp_config.use_distributed_optimizer:
             _mark_shared(module, place)
         module.dualpipe_chunk = Chunk(  # type: ignore[assignment] # a plain attribute, not a module
-            place, pipeline, split_layers(module, pipeline.store)
+            place, pipeline, split_layers(module, pipeline.store, f"stage {place.stage} of lane {place.lane}")
         )
         _shard_over_stage(module, place)
         if config.fp16 or config.bf16:
@@ -140,7 +140,7 @@ def build_dualpipe_model(
             if data_parallel_random_init:
                 module.broadcast_params()
         wrapped.append(module)
-    if not any(split.prepared or split.delayed for split in (chunk_of(module).split for module in wrapped)):
+    if not any(split.stage.layers or split.delayed for split in (chunk_of(module).split for module in wrapped)):
         logger.warning("dualpipe: no layer of this rank leaves its weight gradient to W, which then has nothing to do")
     return wrapped
 

@@ -96,8 +96,10 @@ def forward_backward_dualpipe(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     transport = pipeline.transport
+    splits = {(chunk.place.lane, chunk.place.stage): chunk.split.stage for _, chunk in chunks}
+    worker = Worker(schedule, lambda stage: boundary, transport, pipeline.store, splits)
     with transport.phase("evaluation" if forward_only else "step"):
-        run_step(Worker(schedule, lambda stage: boundary, transport, pipeline.store), computation, forward_only)
+        run_step(worker, computation, forward_only)
         data.finish(num_microbatches)
     with transport.phase("collection of losses"):
         collected = bring_losses(computation.collected, transport, transport.device)

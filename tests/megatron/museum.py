@@ -40,41 +40,43 @@ def weights_never_run() -> None:
 
 
 def layer_counted_twice() -> None:
-    from dualpipe.megatron import layers
+    from dualpipe.weightgrad import WeightGradStore
 
-    real = layers._accumulate
+    real = WeightGradStore.defer
 
-    def accumulate(x, dy, call):
-        for _ in range(2 if call.weight.shape[0] == 4 * BASE.hidden else 1):
-            real(x, dy, call)
+    def defer(self, use, x, dy):
+        for _ in range(2 if use.weight.shape[0] == 4 * BASE.hidden else 1):
+            real(self, use, x, dy)
 
-    layers._accumulate = accumulate
+    WeightGradStore.defer = defer
 
 
 def hooks_bypassed() -> None:
-    from dualpipe.megatron import layers
+    from dualpipe.weightgrad import WeightGradStore, trained
 
-    def accumulate(x, dy, call):
-        gradient = dy.reshape(-1, dy.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
-        call.weight.grad = gradient if call.weight.grad is None else call.weight.grad + gradient
+    def run(self, key):
+        for entry in self._waiting.pop(key):
+            for parameter, gradient in zip(trained(entry.use), entry.gradients(), strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    layers._accumulate = accumulate
+    WeightGradStore.run = run
 
 
 def weight_gradient_after_the_reduction() -> None:
     from dualpipe.megatron import schedule
     from dualpipe.weightgrad import WeightGradStore
 
-    late: list[Callable[[], None]] = []
-    real = schedule._finalize
+    late: list[tuple[Any, Any]] = []
+    real, run = schedule._finalize, WeightGradStore.run
 
     def finalize(*args):
         real(*args)
-        for closure in late:
-            closure()
+        for store, entries in late:
+            store._waiting["late"] = entries
+            run(store, "late")
         late.clear()
 
-    WeightGradStore.run = lambda self, key: late.extend(self._waiting.pop(key))
+    WeightGradStore.run = lambda self, key: late.append((self, self._waiting.pop(key)))
     schedule._finalize = finalize
 
 
@@ -203,13 +205,13 @@ def messages_on_the_default_group() -> None:
 def delayed_gradient_overwrites() -> None:
     from dualpipe.megatron import layers
 
-    real = layers._accumulate
+    real = layers._Use.weight_gradients
 
-    def accumulate(x, dy, call):
-        call.weight.main_grad.zero_()
-        real(x, dy, call)
+    def weight_gradients(self, x, dy):
+        self.weight.main_grad.zero_()
+        return real(self, x, dy)
 
-    layers._accumulate = accumulate
+    layers._Use.weight_gradients = weight_gradients
 
 
 def mirror_chunk_used_by_the_wrong_lane() -> None:
@@ -247,7 +249,7 @@ def outputs_freed_under_the_backward() -> None:
     def edge(output):
         if output.requires_grad and output.dim():
             output.data = torch.empty(1, dtype=output.dtype)
-        return output if output.requires_grad else None
+        return torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None
 
     execute._edge = edge
 

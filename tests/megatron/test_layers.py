@@ -1,8 +1,9 @@
 """The split of Megatron's linear layers: B gives the input gradient, W the weight gradient, with Megatron's own bits.
 
-forward    splitting(key)   y = x W^T + b     autograd sees x alone
-B                           dx = dy W         all-reduced or scattered over tensor-parallel ranks
-W          store.run(key)   dW = dy^T x       into main_grad, by the hook of the data-parallel wrapper
+first F, B   Megatron's own layer, watched
+F            y = x W^T + b     autograd sees x alone
+B            dx = dy W         all-reduced or scattered over tensor-parallel ranks
+W            dW = dy^T x       into main_grad, by the hook of the data-parallel wrapper
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def train(model, store=None, microbatches=MICROBATCHES, tokens=TOKENS, needs_inp
     """Forward and backward of all microbatches, each W after all B; returns input gradients and main gradients."""
     from dualpipe.megatron.layers import split_layers
 
-    if store is not None:
-        split_layers(model, store)
+    split = split_layers(model, store or WeightGradStore()).stage
+    split.learned = True  # no microbatch is run whole, but without a store all are
     generator = torch.Generator().manual_seed(3)
     dtype = next(model.parameters()).dtype
     inputs = [torch.randn(tokens, BATCH, WIDTH, generator=generator).to(dtype) for _ in range(microbatches)]
@@ -103,9 +104,10 @@ def train(model, store=None, microbatches=MICROBATCHES, tokens=TOKENS, needs_inp
         x.requires_grad_(needs_input)
         last = key == microbatches - 1
         with nullcontext() if last else model.no_sync():
-            with nullcontext() if store is None else store.splitting(key):
+            with split.forward(key, store is not None):
                 y = model(x)
-            y.pow(2).sum().backward()
+            with split.backward(key, store is not None):
+                y.pow(2).sum().backward()
     after_b = main_gradients(model)
     for key in range(microbatches if store is not None else 0):
         with nullcontext() if key == microbatches - 1 else model.no_sync():
@@ -226,32 +228,62 @@ def test_a_layer_that_delays_its_weight_gradient_is_asked_for_it_and_not_split_a
     from dualpipe.megatron.layers import split_layers
 
     layer = _Delaying()
-    prepared, (backward_dw,) = split_layers(nn.Sequential(layer), WeightGradStore())
+    split = split_layers(nn.Sequential(layer), WeightGradStore())
+    (backward_dw,) = split.delayed
     backward_dw()
-    assert (prepared, layer.calls) == (0, 1)
-    assert "forward" not in vars(layer)
+    assert layer.calls == 1
+    assert split.stage.layers == []
 
 
 def test_what_cannot_be_split_is_named_once_for_each_kind(caplog):
     from dualpipe.megatron.layers import split_layers
 
-    with caplog.at_level(logging.INFO, "dualpipe.megatron.layers"):
+    with caplog.at_level(logging.INFO, "dualpipe.splitlinear"):
         split_layers(nn.Sequential(nn.Embedding(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4)), WeightGradStore())
     [record] = caplog.records
     assert "Embedding (2)" in record.getMessage()
     assert "Linear" not in record.getMessage()
 
 
+def test_layers_run_whole_where_they_must_and_are_split_elsewhere():
+    """Where the weights are used outside the layer, as a tied embedding's are, and in the first F and B."""
+
+    def body(context):
+        from dualpipe.megatron.layers import split_layers
+
+        config = settings()
+
+        def left(forward):
+            block, store = build(config), WeightGradStore()
+            stage, counts = split_layers(block, store).stage, []
+            for key in range(3):
+                with stage.forward(key, split=True):
+                    loss = forward(block, torch.randn(TOKENS, BATCH, WIDTH)).sum()
+                if not stage.learned:
+                    stage.learn([torch.autograd.graph.get_gradient_edge(loss).node])
+                with stage.backward(key, split=True):
+                    loss.backward()
+                counts.append(store.waiting(key))
+                store.run(key)
+            return counts
+
+        def tied(block, x):
+            return block(x) + torch.nn.functional.embedding(torch.tensor(3), block.up.weight)
+
+        return left(lambda block, x: block(x)), left(tied)
+
+    assert in_ranks(1, body) == [([0, 2, 2], [0, 1, 1])]
+
+
 def test_under_autocast_the_layer_is_megatrons_own():
     def body(context):
         from dualpipe.megatron.layers import split_layers
 
-        config, store = settings(), WeightGradStore()
-        layer = build(config).up
-        split_layers(layer, store)
-        names = []
+        layer = build(settings()).up
+        stage, names = split_layers(layer, WeightGradStore()).stage, []
+        stage.learned = True
         for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-            with store.splitting(0), context:
+            with stage.forward(0, split=True), context:
                 y, _ = layer(torch.randn(TOKENS, BATCH, WIDTH))
             names.append(type(y.grad_fn).__name__)
         return names
@@ -259,3 +291,20 @@ def test_under_autocast_the_layer_is_megatrons_own():
     [(plain, autocast)] = in_ranks(1, body)
     assert plain.startswith("_SplitLinear")
     assert autocast.startswith("LinearWithGradAccumulation")
+
+
+def test_a_layer_used_twice_is_summed_before_it_is_added_to_main_grad():
+    """As Megatron's output layer is by multi-token prediction; in bf16 the order of the sum shows."""
+
+    def body(context):
+        config = settings(params_dtype=torch.bfloat16)
+        found = []
+        for store in (None, WeightGradStore()):
+            block = build(config).to(torch.bfloat16)
+            once = block.forward
+            block.forward = lambda x, once=once: once(once(once(x)))
+            found.append(train(wrapped(block, config, grad_reduce_in_fp32=True), store))
+        return found
+
+    [(stock, split)] = in_ranks(1, body)
+    assert_equal(stock, split)

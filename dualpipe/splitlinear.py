@@ -1,0 +1,321 @@
+"""Splits the backward of linear layers into B (input gradient) and W (weight gradient).
+
+While a microbatch's F runs, the linear layers of its stage compute through an autograd Function that keeps weight and
+bias from autograd's sight.  Its backward gives the input gradient and leaves the weight gradient to
+``dualpipe.weightgrad``.  Between steps the modules are as the user built them.
+
+Not every use of a layer can be split.  Weights that a stage uses outside their layer too, takes gradients of within
+its forward, or computes anew at each call need the whole backward.  So the first microbatch of a stage is run whole
+and watched.  Layers that cannot be split are run whole from then on and named once in the log.  A later microbatch
+that does what the first one did not ends in ``WeightGradError``, before a gradient is wrong.
+
+Until W each split layer's input and output gradient stay allocated.  LayerNorm, embedding and every other parameter
+get their gradient in B.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn import functional
+
+from dualpipe.weightgrad import Use, WeightGradError, WeightGradStore, trained
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a stage: ``compute(module, forward, ...)`` runs in place of the method ``method``."""
+
+    name: str
+    module: nn.Module
+    method: str
+    compute: Callable[..., Any]
+
+
+@dataclass
+class SplitStage:
+    """The linear layers of one stage, and which of their parameters need the whole backward."""
+
+    name: str
+    layers: Sequence[Layer]
+    store: WeightGradStore
+    learned: bool = False
+    whole: dict[int, str] = field(default_factory=dict)
+    """``id`` of a parameter, and why its gradient cannot be left to W."""
+    _watched: set[Hashable] = field(default_factory=set)
+    _called: set[str] = field(default_factory=set)
+    _names: dict[int, str] = field(default_factory=dict)
+    _nodes: set[Node] = field(default_factory=set)
+    _accumulators: dict[int, Node] = field(default_factory=dict)
+    _logged: set[tuple[str, str]] = field(default_factory=set)
+
+    @contextmanager
+    def forward(self, key: Hashable, split: bool) -> Iterator[None]:
+        """Around the F of the microbatch ``key``.  ``split``: its W is apart from its B."""
+        if not self.learned:
+            self._watched.add(key)
+        with self._computing(key, split):
+            yield
+
+    @contextmanager
+    def backward(self, key: Hashable, split: bool) -> Iterator[None]:
+        """Around the B of ``key``; what a checkpoint computes again is computed as in F."""
+        with self.store.collecting(key if split else None), self._computing(key, split):
+            yield
+        self._watched.discard(key)
+
+    @contextmanager
+    def _computing(self, key: Hashable, split: bool) -> Iterator[None]:
+        """Within it the layers compute by ``Layer.compute``; what the user has put in a method's place stays."""
+        watched = key in self._watched
+        patched: list[Layer] = []
+        run = Run(self, watched)
+        try:
+            for layer in self.layers if watched or split else ():
+                own = vars(layer.module)
+                if layer.method not in own:
+                    own[layer.method] = partial(layer.compute, layer.module, run, layer.name)
+                    patched.append(layer)
+            yield
+        finally:
+            for layer in patched:
+                vars(layer.module).pop(layer.method, None)
+
+    def learn(self, roots: Iterable[Node]) -> None:
+        """After the first F: find the parameters that its graph, from ``roots``, uses outside their layers."""
+        for node, parameter in _parameters(roots, set()):
+            if id(parameter) in self._names and node not in self._nodes:
+                self.run_whole(self._names[id(parameter)], [parameter], "its weights are also used outside the layer")
+        for layer in self.layers:
+            if layer.name not in self._called and any(p.requires_grad for p in layer.module.parameters(recurse=False)):
+                self.log(layer.name, "the stage compiles it or uses its weights by themselves")
+        self._nodes.clear()
+        self.learned = True
+
+    def watch(self, use: Use, x: Tensor, y: Tensor) -> None:
+        """In the first F and B: remember how the stock layer's graph uses the parameters, and see gradients taken."""
+        parameters = trained(use)
+        if not self.learned:
+            above = {get_gradient_edge(x).node} if x.requires_grad else set()
+            self._nodes.update(node for node, _ in _parameters([get_gradient_edge(y).node], above))
+
+        def taken(gradient: Tensor) -> None:
+            if not self.learned or not all(map(self.reaches, parameters)):
+                self.run_whole(use.name, parameters, "a gradient is taken through it within the stage")
+
+        y.register_hook(taken)  # type: ignore[no-untyped-call]
+
+    def run_whole(self, name: str, parameters: Iterable[Tensor], reason: str) -> None:
+        """From now on the gradients of these parameters are B's."""
+        self.whole.update((id(parameter), reason) for parameter in parameters)
+        self.log(name, reason)
+
+    def log(self, name: str, reason: str) -> None:
+        """Name a layer in the log, once for each reason."""
+        if (name, reason) not in self._logged:
+            self._logged.add((name, reason))
+            logger.warning("dualpipe: %s: the backward of %s is not split into B and W: %s", self.name, name, reason)
+
+    def reaches(self, parameter: Tensor) -> bool:
+        """Whether the backward that is running will itself accumulate into ``parameter``."""
+        node = self._accumulators.get(id(parameter))
+        if node is None:
+            node = self._accumulators[id(parameter)] = get_gradient_edge(parameter).node
+        return _accumulates(node)
+
+    def late(self, use: Use, what: str) -> WeightGradError:
+        return WeightGradError(
+            f"{self.name} {what} {use.name}, which its first microbatch did not, and only the first one decides what "
+            "is split; build the pipeline with split_backward=False"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One F or B of a stage.  ``watched``: it is the first one, run whole."""
+
+    stage: SplitStage
+    watched: bool
+
+    def apply(self, use: Use, x: Tensor, stock: Callable[[], Tensor]) -> Tensor:
+        """The layer's output: with its weights kept from autograd's sight, or as ``stock`` computes it."""
+        stage = self.stage
+        stage._called.add(use.name)
+        if self.watched:  # without autograd too: a checkpoint takes the gradient later
+            stage._names.update((id(p), use.name) for p in trained(use))
+        if not torch.is_grad_enabled() or not trained(use):
+            return stock()
+        reason = _unfit(x, use.weight, use.bias) or use.unfit(x)
+        if reason is not None:
+            stage.log(use.name, reason)
+            return stock()
+        if self.watched:
+            y = stock()
+            stage.watch(use, x, y)
+            return y
+        if any(id(p) in stage.whole for p in trained(use)):
+            return stock()
+        # the anchor requires a gradient: without it autograd would skip a layer whose input needs none
+        anchor = x.new_empty(0, requires_grad=True)
+        split: Tensor = _SplitLinear.apply(x, anchor, use, stage)  # type: ignore[no-untyped-call]
+        return split
+
+
+class _SplitLinear(torch.autograd.Function):
+    """``y = x W^T + b`` whose backward gives dx, and leaves dW and db to the store."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, use: Use, stage: SplitStage) -> Tensor:
+        ctx.save_for_backward(x, use.weight)  # autograd refuses a weight that was modified before B
+        ctx.use, ctx.stage = use, stage
+        return use.output(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, _), (dy,), use = ctx.saved_tensors, gradients, ctx.use
+        stage: SplitStage = ctx.stage
+        anchor = ctx.next_functions[1][0]
+        if stage.store.key is None or torch.is_grad_enabled() or not _accumulates(anchor):
+            raise stage.late(use, "takes a gradient through")
+        if any(map(stage.reaches, trained(use))):
+            raise stage.late(use, "uses outside their layer the weights of")
+        stage.store.defer(use, x.detach(), dy)
+        return (use.input_gradient(x, dy) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def _parameters(roots: Iterable[Node], above: Set[Node]) -> Iterator[tuple[Node, Tensor]]:
+    """The leaves of the graph below ``roots``, each with the node that uses it; not through the nodes ``above``."""
+    todo = list(roots)
+    seen = {*todo, *above}
+    while todo:
+        node = todo.pop()
+        for following, _ in node.next_functions:
+            if following is None or following in seen:
+                continue
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                yield node, variable
+            else:
+                seen.add(following)
+                todo.append(following)
+
+
+def _accumulates(leaf: Node) -> bool:
+    """Whether the backward that is running accumulates into ``leaf``, as ``torch.autograd.grad`` does not."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # the leaf is what torch.autograd.grad was asked for
+        return False
+
+
+def _unfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why no use of a layer with such tensors can be split; ``None`` if it can."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "it runs under autocast"
+    if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
+        return "its weight is not a plain parameter when the layer runs"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"its input is a {type(x).__name__}"
+    if not (weight.is_floating_point() and x.dtype == weight.dtype):
+        return f"its input is {x.dtype} and its weight {weight.dtype}"
+    if x.layout is not torch.strided or weight.layout is not torch.strided or x.is_nested:
+        return "its input or weight is not a dense tensor"
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "it runs within a transform of torch.func"
+    return None
+
+
+@dataclass(frozen=True)
+class _StockLinear:
+    """A use of ``nn.Linear``: PyTorch's own products on the same two-dimensional views, so the bits agree."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+    def unfit(self, x: Tensor) -> str | None:
+        if x.dim() < 2 or not x.is_contiguous() or not self.weight.is_contiguous():  # PyTorch takes other products
+            return "its input or weight is not contiguous, or the input has no batch dimension"
+        return None
+
+    def output(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def input_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        return dy.reshape(-1, dy.shape[-1]).mm(self.weight).view(x.shape)
+
+    def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        gradients = [dy.t().mm(x)] if self.weight.requires_grad else []
+        return [*gradients, dy.sum(0)] if self.bias is not None and self.bias.requires_grad else gradients
+
+
+def _forward(module: nn.Linear, run: Run, name: str, input: Tensor) -> Tensor:
+    """What a linear layer of a stage runs in place of ``nn.Linear.forward``."""
+    weight, bias = module.weight, module.bias  # once: a parametrized layer computes them at each access
+    stock = partial(functional.linear, input, weight, bias)
+    return stock() if torch.compiler.is_compiling() else run.apply(_StockLinear(name, weight, bias), input, stock)
+
+
+def linear_layer(name: str, module: nn.Module) -> Layer | None:
+    """The ``Layer`` of a module whose forward is that of ``nn.Linear``, else ``None``."""
+    stock = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return Layer(name or type(module).__name__, module, "forward", _forward) if stock else None
+
+
+def find_layers(
+    module: nn.Module, store: WeightGradStore, name: str, layer_of: Callable[[str, nn.Module], Layer | None]
+) -> SplitStage:
+    """The stage ``module`` with every layer in it that ``layer_of`` knows how to split.
+
+    Other kinds of layers that have a matrix of weights are named in the log.
+    """
+    layers: list[Layer] = []
+    others: Counter[str] = Counter()
+    for path, part in _parts(module):
+        layer = layer_of(path, part)
+        if layer is not None:
+            layers.append(layer)
+        elif _compiled(part) or any(p.requires_grad and p.dim() > 1 for p in part.parameters(recurse=False)):
+            others[f"{type(part).__name__}{', compiled' if _compiled(part) else ''}"] += 1
+    if others:
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(others.items()))
+        logger.info("dualpipe: %s: the weight gradients of these layers are computed in B, not in W: %s", name, kinds)
+    return SplitStage(name, layers, store)
+
+
+def split_linears(module: nn.Module, store: WeightGradStore, name: str = "the stage") -> SplitStage:
+    """The stage ``module`` with its ``nn.Linear`` layers.
+
+    A subclass with a ``forward`` of its own is left whole, as is what ``torch.compile`` has compiled.
+    """
+    return find_layers(module, store, name, linear_layer)
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``module`` and all that is in it, each once, by name; what is compiled is one part."""
+    todo, seen = [("", module)], {module}
+    while todo:
+        name, part = todo.pop()
+        yield name, part
+        if not _compiled(part):
+            inner = [(f"{name}.{n}" if name else n, child) for n, child in part.named_children() if child not in seen]
+            seen.update(child for _, child in inner)
+            todo += reversed(inner)
+
+
+def _compiled(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo")  # there only where somebody compiles; importing it takes seconds
+    return module._compiled_call_impl is not None or bool(dynamo and isinstance(module, dynamo.OptimizedModule))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dualpipe.errors import RuleError
+from dualpipe.errors import RuleError, StageError
 from dualpipe.execute import Tensors
 from dualpipe.generate import generate
 from dualpipe.modules import Criterion, Feed, StepResult
@@ -109,8 +109,8 @@ class _Stepper(nn.Module):
         pipeline = self._pipeline(num_chunks)
         self._criterion = criterion
         chunks = num_chunks // len(self.lanes)
-        data = _cut(inputs, chunks, self.batch_dim)
-        answers = _cut(labels, chunks, self.batch_dim)
+        data = _cut("inputs", inputs, chunks, self.batch_dim)
+        answers = _cut("labels", labels, chunks, self.batch_dim)
         feed = Feed(dict.fromkeys(self.lanes, data), dict.fromkeys(self.lanes, answers))
         _active = pipeline.store
         try:
@@ -167,11 +167,23 @@ class DualPipeV(_Stepper):
         return {(UP, rank): self.module[0], (UP, 2 * self._transport.ranks - 1 - rank): self.module[1]}
 
 
-def _cut(tensors: Sequence[Tensor | None], chunks: int, dim: int) -> list[Tensors]:
-    """Microbatches of the tensors that are there; none where an inner rank passes ``None``."""
+def _cut(what: str, tensors: Sequence[Tensor | None], chunks: int, dim: int) -> list[Tensors]:
+    """Microbatches of the tensors that are there; none where an inner rank passes ``None``.
+
+    Raises ``StageError`` where the tensors do not all have the batch along ``dim``: sequence lengths or other data
+    that are not one row for each sample would be cut apart as well.
+    """
     present = [tensor for tensor in tensors if tensor is not None]
     if not present:
         return []
+    sizes = [tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else None for tensor in present]
+    if None in sizes or len(set(sizes)) > 1 or (chunks and sizes[0] % chunks):  # type: ignore[operator] # None is first
+        raise StageError(
+            f"the {what} are cut into microbatches along dimension {dim}, where all have the same size, a multiple "
+            "of the number of microbatches",
+            f"got shapes {[list(tensor.shape) for tensor in present]} for {chunks} microbatches",
+            "pad them; what does not belong to single samples goes into the module",
+        )
     return list(zip(*(tensor.tensor_split(chunks, dim=dim) for tensor in present), strict=True))
 
 

@@ -7,6 +7,7 @@ leave their weight gradient to W (``dualpipe.weightgrad``).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,8 @@ from dualpipe.schedule import (
 from dualpipe.splitlinear import SplitStage
 from dualpipe.transport import Message, MessageError, TensorSpec, Transport
 from dualpipe.weightgrad import WeightGradError, WeightGradStore
+
+logger = logging.getLogger(__name__)
 
 Tensors = tuple[Tensor, ...]
 Boundary = Callable[[int], Sequence[TensorSpec]]
@@ -106,6 +109,7 @@ class Worker:
     splits: Mapping[tuple[Lane, int], SplitStage] = field(default_factory=dict)
     blocking: bool = False
     observe: Observer | None = None
+    warned: set[tuple[Lane, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.transport.ranks != self.schedule.ranks:
@@ -132,6 +136,17 @@ def run_step(worker: Worker, computation: Computation, forward_only: bool = Fals
             raise
 
 
+class _Output(NamedTuple):
+    """What an F or B has produced for another stage; ``versions`` count the writes to each tensor until then."""
+
+    tensors: Tensors
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> _Output:
+        return cls(tensors, tuple(tensor._version for tensor in tensors))
+
+
 @dataclass
 class _Live:
     """A microbatch between its F and its B: the leaves that B fills, and where B starts."""
@@ -151,8 +166,8 @@ class _Step:
         self.whole = whole_backwards(self.program)
         self.live: dict[Key, _Live] = {}
         self.backward_done: set[Key] = set()
-        self.activations: dict[Key, Tensors] = {}
-        self.gradients: dict[Key, Tensors] = {}
+        self.activations: dict[Key, _Output] = {}
+        self.gradients: dict[Key, _Output] = {}
         self.arrivals: dict[Op, Message] = {}
         self.handlers: dict[Kind, Callable[[Op, Key], None]] = {F: self.forward, B: self.backward, W: self.weight}
 
@@ -245,7 +260,7 @@ class _Step:
         if split is not None and not split.learned:
             split.learn(edge.node for edge in self.live[key].roots if edge is not None)
         if not self.schedule.is_last(op):
-            self.activations[key] = tuple(output.detach() for output in outputs)
+            self.activations[key] = _Output.of(tuple(output.detach() for output in outputs))
 
     def inputs(self, op: Op) -> Tensors:
         if self.schedule.is_first(op):
@@ -268,7 +283,32 @@ class _Step:
                 with self.computation.around(op):
                     torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
         if not self.schedule.is_first(op):
-            self.gradients[key] = tuple(_gradient(leaf) for leaf in live.inputs if differentiable(leaf.dtype))
+            self.gradients[key] = _Output.of(self.input_gradients(op, live.inputs))
+
+    def input_gradients(self, op: Op, inputs: Tensors) -> Tensors:
+        """The gradients of a stage's inputs; zeros for an input that the stage did not use: the peer expects a message.
+
+        Autograd in one process would leave the gradients before it ``None``, which an optimizer may treat otherwise.
+        """
+        leaves = [leaf for leaf in inputs if differentiable(leaf.dtype)]
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        missing = [number for number, gradient in enumerate(gradients) if gradient is None]
+        if missing and len(missing) == len(leaves):
+            raise StageError(
+                "a stage passes a gradient on to the stage before it",
+                f"at {op} its output does not depend on its input (which is detached, or used without autograd)",
+                "leave the input in the graph, or train only the stages after it",
+            )
+        if missing and (op.lane, op.stage) not in self.worker.warned:
+            self.worker.warned.add((op.lane, op.stage))
+            logger.warning(
+                "dualpipe: stage %s of lane %s does not use its inputs %s at %s; the stage before gets zeros for their "
+                "gradients, where autograd in one process would leave None",
+                op.stage, op.lane, missing, op,
+            )  # fmt: skip
+        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))
 
     def output_gradients(self, op: Op) -> Tensors:
         _, need = self.schedule.needs(op)
@@ -312,11 +352,17 @@ def _key(op: Op) -> Key:
     return Key(op.lane, op.stage, op.mb)
 
 
-def _take(held: dict[Key, Tensors], key: Key, op: Op, producer: Kind) -> Tensors:
-    tensors = held.pop(key, None)
-    if tensors is None:
+def _take(held: dict[Key, _Output], key: Key, op: Op, producer: Kind) -> Tensors:
+    output = held.pop(key, None)
+    if output is None:
         raise OrderError(f"{op} needs {Op(producer, *key)}, which has not run or was used already")
-    return tensors
+    if tuple(tensor._version for tensor in output.tensors) != output.versions:
+        raise StageError(
+            "what a stage returns stays as it is until it is used",
+            f"{op} finds that the output of {Op(producer, *key)} was written to since",
+            "return a new tensor for each microbatch, not a buffer that is used again",
+        )
+    return output.tensors
 
 
 def _edge(output: Tensor) -> GradientEdge | None:
@@ -328,13 +374,6 @@ def _edge(output: Tensor) -> GradientEdge | None:
 def _leaf(tensor: Tensor) -> Tensor:
     leaf = tensor.detach()
     return leaf.requires_grad_() if torch.is_grad_enabled() and differentiable(leaf.dtype) else leaf
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    """The leaf's gradient; zeros where the stage did not use the input, for the other rank expects a message."""
-    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-    leaf.grad = None
-    return gradient
 
 
 def _require_specs(op: Op, tensors: Tensors, specs: Sequence[TensorSpec]) -> None:

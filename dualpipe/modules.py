@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dualpipe.execute import OrderError, Tensors
+from dualpipe.errors import StageError
+from dualpipe.execute import Tensors
 from dualpipe.schedule import Lane, Op, Schedule
 
 Stages = Mapping[tuple[Lane, int], nn.Module]
@@ -27,12 +28,22 @@ class Feed:
     """The data of one step on one rank.
 
     ``inputs[lane][mb]`` are the tensors of a microbatch for stage 0 (needed where the rank holds stage 0 of the
-    lane), ``labels[lane][mb]`` those for the criterion (needed where it holds the last stage).  Microbatches all
-    have the same shapes, contiguous and at aligned storage, where bitwise reproducibility is wanted.
+    lane), ``labels[lane][mb]`` those for the criterion (needed where it holds the last stage): a tensor or a tuple of
+    them, for exactly the schedule's number of microbatches.  Data of a lane that neither begins nor ends on the rank
+    is not used.  Microbatches all have the same shapes, contiguous and at aligned storage, where bitwise
+    reproducibility is wanted.
     """
 
-    inputs: Mapping[Lane, Sequence[Tensors]]
-    labels: Mapping[Lane, Sequence[Tensors]]
+    inputs: Mapping[Lane, Sequence[Tensors | Tensor]]
+    labels: Mapping[Lane, Sequence[Tensors | Tensor]]
+
+    def require(self, schedule: Schedule, rank: int, labels: bool = True) -> None:
+        """Raise ``StageError`` unless ``rank`` has the data of a step; ``labels``: those for the criterion too."""
+        for lane, route in schedule.routes.items():
+            if route[0] == rank:
+                _require_microbatches("inputs", self.inputs, lane, schedule.microbatches[lane])
+            if route[-1] == rank and labels:
+                _require_microbatches("labels", self.labels, lane, schedule.microbatches[lane])
 
 
 @dataclass
@@ -57,7 +68,7 @@ class ModuleComputation:
 
     def forward(self, op: Op, inputs: Tensors) -> Tensors:
         if self.schedule.is_first(op):
-            inputs = _data(self.feed.inputs, op, "inputs")
+            inputs = _data(self.feed.inputs, op)
         outputs = _tensors(self.stages[op.lane, op.stage](*inputs), op)
         return self.lose(op, outputs) if self.schedule.is_last(op) else outputs
 
@@ -70,26 +81,48 @@ class ModuleComputation:
             self.result.outputs.setdefault(op.lane, {})[op.mb] = tuple(output.detach() for output in outputs)
         if self.criterion is None:
             if torch.is_grad_enabled():
-                raise OrderError(f"{op} is on the last stage, which trains with a criterion; the pipeline has none")
+                raise StageError(
+                    "the rank of a last stage trains with a criterion", f"{op} has none", "give one to the pipeline"
+                )
             return ()
-        loss = self.criterion(*outputs, *_data(self.feed.labels, op, "labels"))
+        loss = self.criterion(*outputs, *_data(self.feed.labels, op))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise OrderError(f"the criterion gives a scalar tensor; at {op} it gave {_kind(loss)}")
+            raise StageError("the criterion returns a scalar tensor", f"at {op} it returned {_kind(loss)}", "reduce it")
         self.result.losses.setdefault(op.lane, {})[op.mb] = loss.detach()
         return (loss,)
 
 
-def _data(lanes: Mapping[Lane, Sequence[Tensors]], op: Op, what: str) -> Tensors:
-    microbatches = lanes.get(op.lane, ())
-    if op.mb >= len(microbatches):
-        raise OrderError(f"the step was given {what} of {len(microbatches)} microbatches for lane {op.lane}")
-    return microbatches[op.mb]
+def _require_microbatches(what: str, lanes: Mapping[Lane, Sequence[Tensors | Tensor]], lane: Lane, count: int) -> None:
+    rule = f"the {what} of a lane are a sequence of microbatches, as many as the schedule has"
+    given = lanes.get(lane, ())
+    if isinstance(given, Tensor):
+        raise StageError(rule, f"lane {lane} has a tensor of shape {list(given.shape)}", f"cut it into {count}")
+    if len(given) != count:
+        raise StageError(
+            rule,
+            f"lane {lane} was given {what} of {len(given)} microbatches for {count}",
+            "give each lane that many, or generate the schedule for another number",
+        )
+    for mb, batch in enumerate(given):
+        if not isinstance(batch, (Tensor, tuple, list)):
+            raise StageError(
+                "a microbatch is a tensor or a tuple of tensors",
+                f"microbatch {mb} of lane {lane} has {what} of type {type(batch).__name__}",
+                "put the tensors in a tuple",
+            )
+
+
+def _data(lanes: Mapping[Lane, Sequence[Tensors | Tensor]], op: Op) -> Tensors:
+    batch = lanes[op.lane][op.mb]
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch)
 
 
 def _tensors(returned: object, op: Op) -> Tensors:
     outputs = (returned,) if isinstance(returned, Tensor) else returned
     if not isinstance(outputs, (tuple, list)) or not all(isinstance(output, Tensor) for output in outputs):
-        raise OrderError(f"a stage returns a tensor or a tuple of tensors; at {op} it returned {_kind(returned)}")
+        raise StageError(
+            "a stage returns a tensor or a tuple of tensors", f"at {op} it returned {_kind(returned)}", "return tensors"
+        )
     return tuple(outputs)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from dualpipe.execute import Boundary, Observer, StepError, Worker, run_step
 from dualpipe.modules import Criterion, Feed, ModuleComputation, StepResult
-from dualpipe.replicas import copy_weights, reduce_gradients
+from dualpipe.replicas import Replicas
 from dualpipe.schedule import MESSAGES, Lane, RuleError, Schedule
 from dualpipe.schedulefile import digest
 from dualpipe.splitlinear import split_linears
@@ -83,6 +84,9 @@ class Pipeline:
             blocking,
             observe,
         )
+        self._replicas = Replicas(schedule, stages, transport)
+        self._summed: dict[nn.Parameter, TensorWeakRef] = {}
+        self._earlier: dict[nn.Parameter, Tensor] = {}
         self._agreed = False
 
     def step(
@@ -90,8 +94,9 @@ class Pipeline:
     ) -> StepResult:
         """Run one step.
 
-        Gradients are added to ``.grad``, and summed over the lanes when the last W is over.  To accumulate over
-        several steps, pass ``reduce_gradients=False`` to all but the last.  ``forward_only`` runs the forwards alone.
+        Gradients are added to ``.grad``, and summed over the lanes after the last W.  To accumulate over several
+        steps, pass ``reduce_gradients=False`` to all but the last, which sends fewer messages, or leave the default:
+        a gradient that is summed already is set aside until the next sum.  ``forward_only`` runs the forwards alone.
 
         Raises ``DisagreementError`` at the first step if the ranks were set up differently, ``StepError`` when a
         message does not come within the transport's timeout or the schedule asks for the impossible.  Any exception
@@ -101,6 +106,9 @@ class Pipeline:
         self._agree()
         computation = ModuleComputation(self._worker.schedule, self.stages, self.criterion, feed, keep_outputs)
         with self._worker.transport.phase("evaluation" if forward_only else "step"):
+            feed.require(self._worker.schedule, self._worker.transport.rank, self.criterion is not None)
+            if not forward_only:
+                self._set_aside()
             run_step(self._worker, computation, forward_only)
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
@@ -110,13 +118,29 @@ class Pipeline:
         """Sum the gradients of a stage's copies over the lanes; ``step`` does so unless told not to."""
         self._agree()
         with self._exchange("reduction of gradients", "adding up the gradients of the copies of its stages"):
-            reduce_gradients(self._worker.schedule, self.stages, self._worker.transport)
+            self._replicas.reduce_gradients()
+        for parameter in self._parameters():
+            earlier = self._earlier.pop(parameter, None)
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
+            if parameter.grad is not None:
+                self._summed[parameter] = TensorWeakRef(parameter.grad)
 
     def copy_weights(self) -> None:
         """Make the copies of every stage equal: that of the first lane counts."""
         self._agree()
         with self._exchange("copy of weights", "copying the weights of its stages"):
-            copy_weights(self._worker.schedule, self.stages, self._worker.transport)
+            self._replicas.copy_weights()
+
+    def _set_aside(self) -> None:
+        """Keep gradients that are summed over the lanes already from being summed again with those of the next step."""
+        for parameter in self._parameters():
+            summed = self._summed.pop(parameter, None)
+            if summed is not None and parameter.grad is not None and summed() is parameter.grad:
+                self._earlier[parameter], parameter.grad = parameter.grad, None
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for stage in self.stages.values() for parameter in stage.parameters())
 
     def close(self) -> None:
         """Close the transport, which ends its threads and connections; calling it again does nothing."""

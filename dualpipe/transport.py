@@ -64,6 +64,7 @@ class Message:
     sends: bool
     tensors: Sequence[Tensor] = ()
     specs: Sequence[TensorSpec] = ()
+    versions: tuple[int, ...] = ()
     works: list[dist.Work] = field(default_factory=list)
     posted: bool = False
     over: bool = False
@@ -278,7 +279,8 @@ class ProcessGroupTransport:
             kind = dist.isend if message.sends else dist.irecv
             for tensor in message.tensors:
                 peer = self.order[message.peer]
-                ops.append(dist.P2POp(kind, tensor, group=self.group, group_peer=peer, tag=tag))
+                wire = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # NCCL has no complex numbers
+                ops.append(dist.P2POp(kind, wire, group=self.group, group_peer=peer, tag=tag))
                 owners.append(message)
         if not ops:
             return
@@ -324,6 +326,7 @@ class ProcessGroupTransport:
                 self.wait(message)
         for message in self._outstanding:
             self._poll(message, deadline)
+            self._let_go(message)
         self._outstanding.clear()
         if self.stream_ordered and self._with:
             self._meet(sorted(self._with))
@@ -387,15 +390,24 @@ class ProcessGroupTransport:
         elif self.staged:
             message.tensors = [_to_host(tensor) for tensor in message.tensors]
         else:
-            message.tensors = [tensor.detach().contiguous() for tensor in message.tensors]
+            message.tensors = [tensor.detach().resolve_conj().contiguous() for tensor in message.tensors]
+        message.versions = tuple(tensor._version for tensor in message.tensors)
 
     def _finish(self, message: Message) -> None:
         """Wait for the message's works, once: waiting again on gloo would wait for the next message."""
         self._wait_all(message)
         if not self.stream_ordered:
             message.works.clear()
-            if message.sends:
-                message.tensors = ()
+            self._let_go(message)
+
+    def _let_go(self, message: Message) -> None:
+        """After a send: it was right if nobody has written to its tensors meanwhile."""
+        if message.sends:
+            written = message.versions != tuple(tensor._version for tensor in message.tensors)
+            message.tensors, message.versions = (), ()
+            if written:
+                cause = RuntimeError("its tensor was written to while it was sent; return new ones")
+                raise MessageError(message, 0.0, cause) from cause
 
     def _wait_all(self, message: Message) -> None:
         started = time.monotonic()

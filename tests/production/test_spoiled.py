@@ -131,13 +131,14 @@ def without_data(pipeline, step):
 def without_a_reduction(rank: int):
     def call(pipeline, step):
         pipeline.step(feed_of(step), reduce_gradients=False)
-        stages = pipeline.stages
+        replicas = pipeline._replicas
+        stages = replicas._stages
         if step == FAILING and dist.get_rank() == rank:
-            pipeline.stages = dict.fromkeys(stages)  # what cannot be packed
+            replicas._stages = dict.fromkeys(stages)  # what cannot be packed
         try:
             pipeline.reduce_gradients()
         finally:
-            pipeline.stages = stages
+            replicas._stages = stages
 
     return call
 

@@ -44,8 +44,8 @@ FAULTS = (
         27,
         "labels of the two lanes swapped",
         MODULES,
-        '_data(self.feed.labels, op, "labels")',
-        '_data(dict(zip(self.feed.labels, reversed(self.feed.labels.values()))), op, "labels")',
+        "_data(self.feed.labels, op)",
+        "_data(dict(zip(self.feed.labels, reversed(self.feed.labels.values()))), op)",
         check="trial",
         rule="bitwise",
         says="first step 0, stage .: loss of ",
@@ -117,6 +117,9 @@ FAULTS = (
         "gradients are reduced before the last W",
         PIPELINE,
         """        with self._worker.transport.phase("evaluation" if forward_only else "step"):
+            feed.require(self._worker.schedule, self._worker.transport.rank, self.criterion is not None)
+            if not forward_only:
+                self._set_aside()
             run_step(self._worker, computation, forward_only)
         if reduce_gradients and not forward_only:
             self.reduce_gradients()

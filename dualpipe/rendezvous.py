@@ -7,6 +7,7 @@ The first rank leads::
     come/RANK      that rank         its ticket, new at every attempt, and its record; empty once the leader has read it
     met/TICKET     the first rank    the name of this meeting; one key for each rank that came
     records/NAME   the first rank    everybody's records
+    connected/...  each rank         that it is connected with all others
 
 A ticket is used once, so an attempt that a rank gave up cannot be taken for the next one.
 """
@@ -53,6 +54,14 @@ class Rendezvous:
             raise
         return name, json.loads(self.store.get(f"records/{name}"))
 
+    def confirm(self, name: str, seconds: float) -> None:
+        """Wait until every rank of the meeting ``name`` is connected with all others.
+
+        A rank that ended before would fail a slower one's connecting.  Raises ``MissingRankError``.
+        """
+        self._set(f"connected/{name}/{self.rank}", b"yes")
+        self._await([f"connected/{name}/{rank}" for rank in range(self.ranks)], time.monotonic() + seconds)
+
     def _lead(self, deadline: float) -> None:
         came = self._await([f"come/{rank}" for rank in range(self.ranks)], deadline)
         for rank in range(self.ranks):
@@ -73,7 +82,7 @@ class Rendezvous:
             if len(values) == len(keys):
                 return [values[key] for key in keys]
             if time.monotonic() > deadline or self.cancelled.wait(delay):
-                absent = [key.removeprefix("come/") for key in keys if key not in values and key.startswith("come/")]
+                absent = [key.rpartition("/")[2] for key in keys if key not in values and not key.startswith("met/")]
                 raise MissingRankError(
                     f"rank {', '.join(absent)} of the group did not come" if absent else "not all ranks came"
                 )

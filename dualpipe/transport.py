@@ -352,6 +352,10 @@ class ProcessGroupTransport:
         helper = Finisher("dualpipe-rendezvous")
         try:
             name, found = self._during(helper.submit(rendezvous.meet, record, self.timeout))
+            _compare([found[position] for position in self.order])
+            if self._peers is None:
+                self._connected(self._during(helper.submit(self._connect, name)))
+                self._during(helper.submit(rendezvous.confirm, name, self.timeout))
         except (MissingRankError, dist.DistError, TimeoutError) as error:
             raise DisagreementError(
                 f"every rank compares its set-up with the others' before the first message: rank {self.rank} waited "
@@ -360,13 +364,6 @@ class ProcessGroupTransport:
         finally:
             rendezvous.cancelled.set()
             helper.close()
-        _compare([found[position] for position in self.order])
-        if self._peers is None:
-            helper = Finisher("dualpipe-connecting")
-            try:
-                self._connected(self._during(helper.submit(self._connect, name)))
-            finally:
-                helper.close()
 
     def _connect(self, name: str) -> Peers:
         backends = dict(pair.split(":") for pair in dist.get_backend_config(self._parent).split(","))

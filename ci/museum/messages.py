@@ -9,7 +9,7 @@ FAULTS = (
         28,
         "messages posted on the default group",
         TRANSPORT,
-        "ops.append(dist.P2POp(kind, tensor, group=self.group, group_peer=peer, tag=tag))",
+        "ops.append(dist.P2POp(kind, wire, group=self.group, group_peer=peer, tag=tag))",
         "ops.append(dist.P2POp(kind, tensor, peer))",
         check="trial, Megatron",
         rule="run",

@@ -6,7 +6,7 @@ random generators.  So a checkpoint has one of each, under the keys that Megatro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,32 @@ def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: A
     for number, chunk in enumerate(model):
         unwrap_model(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{number}"])
     if optimizer is not None:
-        with whole_parameters(optimizer), loading(optimizer):
-            optimizer.load_state_dict(loaded["optimizer"])
+        _together(lambda: _load_optimizer(optimizer, loaded["optimizer"]))
     if same_shape:
         restore(loaded["random"])
     if len(model) > 1:
         resume_random_stream(model)
     common: dict[str, Any] = loaded["common"]
     return common
+
+
+def _load_optimizer(optimizer: Any, state: Any) -> None:
+    with whole_parameters(optimizer), loading(optimizer):
+        optimizer.load_state_dict(state)
+
+
+def _together(load: Callable[[], None]) -> None:
+    """Let every process of the job raise ``RuleError`` if one does, so that none goes on alone."""
+    refused: RuleError | None = None
+    try:
+        load()
+    except RuleError as error:
+        refused = error
+    everyone: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, refused and (refused.rule, refused.came, refused.remedy))
+    for each in everyone:
+        if each is not None:
+            raise RuleError(*each) from refused
 
 
 def require_equal_copies(model: Sequence[nn.Module]) -> None:

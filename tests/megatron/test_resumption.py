@@ -63,10 +63,10 @@ def test_state_that_belongs_to_other_weights_is_refused_in_loading(tmp_path, mon
             yield parameter, {key: value.roll(64) for key, value in state.items()}
 
     monkeypatch.setattr(optimizer_state, "_gathered", misplaced)
-    whole(tmp_path, "dualpipe", replace(CASE, steps=1, dtype="fp32"))
+    whole(tmp_path, "dualpipe", replace(CASE, dtype="fp32"))
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match=r"the optimizer's copy of each weight is the weight.*of \d+ differ"):
-        resumed(tmp_path, "dualpipe", replace(CASE, steps=1, dtype="fp32"))
+        resumed(tmp_path, "dualpipe", replace(CASE, dtype="fp32"))
 
 
 @pytest.mark.long

@@ -7,7 +7,8 @@ reduce its gradients, and fails if nothing did.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -40,8 +41,8 @@ def wrapper_of(module: nn.Module | None) -> StageDDP | None:
     return module
 
 
-def require_trainable(model: Sequence[nn.Module], config: Any, optimizer: Any) -> list[StageDDP]:
-    """The wrappers of the rank's chunks, or ``RuleError`` where a step would train wrongly.  Sends no message.
+def require_trainable(model: Sequence[nn.Module], config: Any, optimizer: Any) -> None:
+    """Raise ``RuleError`` where a training step would come out wrong.  Sends no message.
 
     ``optimizer`` is what ``build_dualpipe_optimizer`` built over the chunks, or ``None``.  Settings are read anew at
     each step, as a program may change them after building.
@@ -78,7 +79,6 @@ def require_trainable(model: Sequence[nn.Module], config: Any, optimizer: Any) -
             "got no grad_scale_func",
             f"use optimizer.scale_loss, and {_WHERE}",
         )
-    return wrappers
 
 
 def _require_functions(name: str, given: Any, chunks: int) -> None:
@@ -122,13 +122,14 @@ def _require_reduced(wrapper: StageDDP) -> None:
         )
 
 
-def require_reduced_once(wrappers: Mapping[int, StageDDP], before: Mapping[int, int]) -> None:
-    """After the gradients were finalized: each stage's were reduced once.
-
-    ``wrappers`` and ``before``, their ``reductions`` when the step began, are by stage.
-    """
-    for stage, wrapper in wrappers.items():
-        times = wrapper.reductions - before[stage]
+@contextmanager
+def reduced_once(model: Sequence[nn.Module], stages: Sequence[int]) -> Iterator[None]:
+    """Around the finalizing of gradients: those of each chunk are reduced once within, or ``RuleError`` at its end."""
+    wrappers = [wrapper for wrapper in map(wrapper_of, model) if wrapper is not None]
+    before = [wrapper.reductions for wrapper in wrappers]
+    yield
+    for stage, wrapper, count in zip(stages, wrappers, before, strict=True):
+        times = wrapper.reductions - count
         if times != 1:
             raise RuleError(
                 "finalize_model_grads_func reduces the gradients of each chunk once, by its finish_grad_sync()",

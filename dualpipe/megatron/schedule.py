@@ -17,7 +17,7 @@ from dualpipe.errors import RuleError
 from dualpipe.execute import Worker, run_step
 from dualpipe.generate import generate
 from dualpipe.megatron.computation import Call, MegatronComputation, token_count
-from dualpipe.megatron.data_parallel import require_reduced_once, require_trainable
+from dualpipe.megatron.data_parallel import reduced_once, require_trainable
 from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import bring_losses
 from dualpipe.megatron.model import Chunk, Pipeline, chunk_of, require_chunks
@@ -68,7 +68,8 @@ def forward_backward_dualpipe(
     chunks = list(zip(model, require_chunks(model), strict=True))
     pipeline = chunks[0][1].pipeline
     config = get_model_config(model[0])
-    wrappers = [] if forward_only else require_trainable(model, config, pipeline.optimizer())
+    if not forward_only:
+        require_trainable(model, config, pipeline.optimizer())
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     shapes = get_tensor_shapes(
         seq_length=seq_length,
@@ -103,11 +104,7 @@ def forward_backward_dualpipe(
     data.finish(num_microbatches)
     collected = bring_losses(computation.collected, pipeline.transport, pipeline.transport.device)
     if not forward_only:
-        if not pipeline.copies.moved:
-            pipeline.copies.follow(pipeline.groups.pipeline)
-        before = {chunk.place.stage: wrapper.reductions for (_, chunk), wrapper in zip(chunks, wrappers, strict=True)}
         _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)
-        require_reduced_once({chunk.place.stage: w for (_, chunk), w in zip(chunks, wrappers, strict=True)}, before)
     if config.timers is not None:
         config.timers("forward-backward").stop()
     return collected
@@ -155,6 +152,8 @@ def _finalize(
     force_all_reduce: bool,
 ) -> None:
     """Reduce the gradients, once every W is over; chunk by chunk in order of stage, as the other rank of the pair."""
+    if not pipeline.copies.moved:
+        pipeline.copies.follow(pipeline.groups.pipeline)
     if config.grad_sync_func is not None:
         given = config.grad_sync_func
         functions = [given] * len(model) if callable(given) else given
@@ -172,7 +171,8 @@ def _finalize(
             )
     if config.moe_router_enable_expert_bias:
         _add_up_expert_tokens(chunks, pipeline)
-    config.finalize_model_grads_func(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+    with reduced_once(model, [chunk.place.stage for _, chunk in chunks]):
+        config.finalize_model_grads_func(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
 
 
 def _add_up_expert_tokens(chunks: Sequence[tuple[nn.Module, Chunk]], pipeline: Pipeline) -> None:

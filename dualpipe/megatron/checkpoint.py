@@ -6,7 +6,7 @@ random generators.  So a checkpoint has one of each, under the keys that Megatro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from megatron.core.utils import unwrap_model
 from torch import nn
 
 from dualpipe.errors import RuleError
-from dualpipe.megatron.model import chunk_of
-from dualpipe.megatron.optimizer import SHARDING
+from dualpipe.megatron.model import chunk_of, require_chunks
+from dualpipe.megatron.optimizer_state import SHARDING, whole_parameters
 from dualpipe.megatron.random_streams import States, capture, exchange, restore
+from dualpipe.megatron.replicas import gather_weights, raise_together
 from dualpipe.megatron.torch_adam import allocate_state, loading
 
 RANDOM = "dualpipe_random_states"
@@ -41,7 +42,8 @@ def sharded_state_dict(model: Sequence[nn.Module], optimizer: Any = None, is_loa
     }
     if optimizer is not None:
         allocate_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading, metadata=metadata)
+        with whole_parameters(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading, metadata=metadata)
     return state
 
 
@@ -56,12 +58,14 @@ def save_checkpoint(
 ) -> None:
     """Save into ``folder`` (made if need be, and empty); every process of the job calls this together.
 
-    ``common`` is small and the same on every rank: the number of the step, the state of a scheduler.
+    ``common`` is small and the same on every rank: the number of the step, the state of a scheduler.  Raises
+    ``RuleError``, before it writes, where the two copies of a stage differ.
     """
     path = Path(folder)
     if dist.get_rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
     dist.barrier()
+    require_equal_copies(model)
     state = {**sharded_state_dict(model, optimizer), "random": _random(capture()), "common": dict(common or {})}
     dist_checkpointing.save(state, str(path))
 
@@ -70,7 +74,8 @@ def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: A
     """Load what ``save_checkpoint`` saved, with DualPipe or without, and return its ``common``.
 
     The random generators go on where they stood if the pipeline and tensor sizes are those of the saving run;
-    otherwise they stay as they are.  Raises ``RuleError`` where there is no checkpoint.
+    otherwise they stay as they are.  Raises ``RuleError`` where there is no checkpoint, and where the optimizer's
+    state is not that of the weights (see ``dualpipe.megatron.optimizer_state``).
     """
     path = str(folder)
     if not dist_checkpointing.check_is_distributed_checkpoint(path):
@@ -88,14 +93,42 @@ def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: A
     for number, chunk in enumerate(model):
         unwrap_model(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{number}"])
     if optimizer is not None:
-        with loading(optimizer):
-            optimizer.load_state_dict(loaded["optimizer"])
+        _together(lambda: _load_optimizer(optimizer, loaded["optimizer"]))
     if same_shape:
         restore(loaded["random"])
     if len(model) > 1:
         resume_random_stream(model)
     common: dict[str, Any] = loaded["common"]
     return common
+
+
+def _load_optimizer(optimizer: Any, state: Any) -> None:
+    with whole_parameters(optimizer), loading(optimizer):
+        optimizer.load_state_dict(state)
+
+
+def _together(load: Callable[[], None]) -> None:
+    """Let every process of the job raise ``RuleError`` if one does, so that none goes on alone."""
+    refused: RuleError | None = None
+    try:
+        load()
+    except RuleError as error:
+        refused = error
+    everyone: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, refused and (refused.rule, refused.came, refused.remedy))
+    for each in everyone:
+        if each is not None:
+            raise RuleError(*each) from refused
+
+
+def require_equal_copies(model: Sequence[nn.Module]) -> None:
+    """Before a save: all weights have arrived, and those of the two copies of each stage are equal.
+
+    Every process of the job calls it; all of them raise ``RuleError`` if the copies of one stage differ.
+    """
+    gather_weights(model)
+    if len(model) > 1:
+        raise_together(require_chunks(model)[0].pipeline.copies.difference(), None)
 
 
 def resume_random_stream(model: Sequence[nn.Module]) -> None:

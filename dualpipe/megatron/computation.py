@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel.schedules import check_first_val_step, forw
 from torch import Tensor, nn
 
 from dualpipe.execute import OrderError, Tensors
+from dualpipe.megatron.losses import detached
 from dualpipe.megatron.model import Chunk
 from dualpipe.megatron.position import at_stage
 from dualpipe.schedule import B, Lane, Op, Schedule, W
@@ -71,6 +72,7 @@ class MegatronComputation:
             )
         if not last:
             return (output,)
+        collected[-1] = detached(collected[-1])  # a loss function may return tensors that hold the whole graph
         self.tokens = self.tokens + tokens
         if call.forward_only:
             return ()

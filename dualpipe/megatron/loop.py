@@ -112,6 +112,20 @@ def load_checkpoint(own: Function, switch: Switch) -> Function:
     return chosen
 
 
+def save_checkpoint(own: Function, switch: Switch) -> Function:
+    """``megatron.training.checkpointing.save_checkpoint``: only if both copies of each stage are equal."""
+
+    @functools.wraps(own)
+    def chosen(*given: Any, **named: Any) -> Any:
+        if switch() is not None:
+            from dualpipe.megatron.checkpoint import require_equal_copies
+
+            require_equal_copies(_bound(own, given, named)["model"])
+        return own(*given, **named)
+
+    return chosen
+
+
 def sharded_state_dict_metadata(own: Function, switch: Switch) -> Function:
     """``megatron.training.checkpointing._build_sharded_state_dict_metadata``: how an optimizer's state is laid out.
 
@@ -124,7 +138,7 @@ def sharded_state_dict_metadata(own: Function, switch: Switch) -> Function:
     def chosen(*given: Any, **named: Any) -> Any:
         metadata = own(*given, **named)
         if switch() is not None and "distrib_optim_sharding_type" in metadata:
-            from dualpipe.megatron.optimizer import SHARDING
+            from dualpipe.megatron.optimizer_state import SHARDING
 
             metadata["distrib_optim_sharding_type"] = SHARDING
             metadata.pop("distrib_optim_fully_reshardable_mem_efficient", None)  # gathers over the one group

@@ -33,7 +33,7 @@ def bring_losses(collected: Mapping[Lane, list[Any]], transport: Transport, devi
 
 
 def _send(values: list[Any], peer: int, transport: Transport, device: torch.device) -> None:
-    data = torch.frombuffer(bytearray(pickle.dumps(_moved(values, torch.device("cpu")))), dtype=torch.uint8)
+    data = torch.frombuffer(bytearray(pickle.dumps(detached(values, torch.device("cpu")))), dtype=torch.uint8)
     size = torch.tensor([data.numel()])
     for label, tensor in (("the size of the losses of lane <", size), ("the losses of lane <", data)):
         transport.post([Message(label, peer, sends=True, tensors=(tensor.to(device),))])
@@ -44,7 +44,7 @@ def _receive(transport: Transport, device: torch.device) -> list[Any]:
     size = _receive_one("the size of the losses of lane <", TensorSpec((1,), torch.int64), transport)
     data = _receive_one("the losses of lane <", TensorSpec((int(size),), torch.uint8), transport)
     transport.drain()
-    values: list[Any] = _moved(pickle.loads(data.cpu().numpy().tobytes()), device)
+    values: list[Any] = detached(pickle.loads(data.cpu().numpy().tobytes()), device)
     return values
 
 
@@ -55,13 +55,13 @@ def _receive_one(label: str, spec: TensorSpec, transport: Transport) -> Tensor:
     return tensor
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it on ``device``."""
+def detached(value: Any, device: torch.device | None = None) -> Any:
+    """``value`` with every tensor in it detached, so that no graph is kept alive, and on ``device``."""
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        return value.detach().to(device or value.device)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: detached(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_moved(item, device) for item in value]
+        items = [detached(item, device) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a NamedTuple takes them apart
     return value

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -24,10 +24,12 @@ from torch import nn
 
 from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
+from dualpipe.megatron.data_parallel import StageDDP
 from dualpipe.megatron.groups import Groups, Place, create_groups
 from dualpipe.megatron.layers import Split, split_layers
 from dualpipe.megatron.position import at_stage
 from dualpipe.megatron.random_streams import RandomStream, capture, exchange, restore
+from dualpipe.megatron.replicas import Copies, copies_of
 from dualpipe.schedule import UP
 from dualpipe.transport import ProcessGroupTransport
 from dualpipe.weightgrad import WeightGradStore
@@ -39,13 +41,19 @@ Provider = Callable[..., nn.Module]
 
 @dataclass
 class Pipeline:
-    """What the two chunks of a rank share.  Reached from either of them; there is no global state."""
+    """What the two chunks of a rank share.  Reached from either of them; there is no global state.
+
+    ``optimizer`` gives what ``build_dualpipe_optimizer`` built over them, as long as the program keeps it; ``copies``
+    compares them with the other copies of their stages.
+    """
 
     groups: Groups
     transport: ProcessGroupTransport
     stream: RandomStream
     store: WeightGradStore = field(default_factory=WeightGradStore)
     agreed: set[str] = field(default_factory=set)
+    optimizer: Callable[[], Any] = lambda: None
+    copies: Copies = field(init=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,22 @@ def chunk_of(module: nn.Module) -> Chunk:
             "DualPipe runs the model that build_dualpipe_model made", f"got a {type(module).__name__}", "build it there"
         ) from None
     return chunk
+
+
+def require_chunks(model: Sequence[nn.Module]) -> list[Chunk]:
+    """The chunks of a rank's model.  Raises ``RuleError`` unless they are both, of one pipeline, in order of stage."""
+    chunks = [chunk_of(module) for module in model]
+    pipelines = {id(chunk.pipeline) for chunk in chunks}
+    stages = [chunk.place.stage for chunk in chunks]
+    if len(pipelines) != 1 or stages != [place.stage for place in chunks[0].pipeline.groups.places]:
+        got = f"stages {stages}" + f" of {len(pipelines)} models" * (len(pipelines) > 1)
+        raise RuleError(
+            "the model is the list that build_dualpipe_model returned: both chunks of the rank, in order of stage, "
+            "in which collectives go through them",
+            f"got {got}",
+            "hand on that list as it is",
+        )
+    return chunks
 
 
 def build_dualpipe_model(
@@ -113,6 +137,7 @@ def build_dualpipe_model(
             built[place.stage] = _provide(model_provider, place, groups.size, provider_options)
             validate_dualpipe_config(get_model_config(built[place.stage]), ddp_config)
             _require_position(built[place.stage], place)
+            _require_untied(built[place.stage], place)
         if states is None:
             states = capture()
     assert states is not None
@@ -136,10 +161,11 @@ def build_dualpipe_model(
         if config.fp16 or config.bf16:
             module = Float16Module(config, module)
         if wrap_with_ddp:
-            module = DistributedDataParallel(config, ddp_config, module, pg_collection=place.collection)
+            module = StageDDP(config, ddp_config, module, pg_collection=place.collection)
             if data_parallel_random_init:
                 module.broadcast_params()
         wrapped.append(module)
+    pipeline.copies = copies_of(wrapped, [place.stage for place in groups.places], groups.pair)
     if not any(split.stage.layers or split.delayed for split in (chunk_of(module).split for module in wrapped)):
         logger.warning("dualpipe: no layer of this rank leaves its weight gradient to W, which then has nothing to do")
     return wrapped
@@ -184,6 +210,30 @@ def _require_position(module: nn.Module, place: Place) -> None:
             f"the provider built layers {numbers[0]} to {numbers[-1]}",
             "hand pg_collection to the model",
         )
+
+
+def _require_untied(module: nn.Module, place: Place) -> None:
+    """Read off the module whether a provider ties embedding and output weights, whatever the arguments say."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, layer in module.named_modules():
+        if getattr(layer, "share_embeddings_and_output_weights", False) or getattr(layer, "mtp_process", False):
+            tied = "share_embeddings_and_output_weights" if not getattr(layer, "mtp_process", False) else "mtp_process"
+            _refuse_tied(place, f"{tied} of its {type(layer).__name__} is set")
+        for own, parameter in layer.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append(f"{name}.{own}".lstrip("."))
+            if getattr(parameter, "shared_embedding", False):
+                _refuse_tied(place, f"{owners[parameter][0]} is marked shared_embedding")
+    for names in owners.values():
+        if len(names) > 1 and len({"embedding" in name.lower() for name in names}) > 1:
+            _refuse_tied(place, f"{names[0]} is {names[1]}")
+
+
+def _refuse_tied(place: Place, got: str) -> None:
+    raise RuleError(
+        "embedding and output weights are untied, and no layer predicts further tokens with them",
+        f"in stage {place.stage} that the provider built, {got}",
+        "pass share_embeddings_and_output_weights=False to the model, and no multi-token prediction",
+    )
 
 
 def _require_apart(built: Mapping[int, nn.Module]) -> None:

@@ -13,9 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import rerun_state_machine
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 States = dict[str, Any]
+_RERUNNING = (
+    rerun_state_machine.RerunState.RERUNNING_IN_PLACE,
+    rerun_state_machine.RerunState.RERUNNING_FROM_CHECKPOINT,
+)
 
 
 class RandomStream:
@@ -34,6 +39,16 @@ class RandomStream:
         finally:
             self.states = capture()
             restore(outer)
+
+
+def follow_rerun(stream: RandomStream, pair: dist.ProcessGroup) -> None:
+    """Rewind lane < where Megatron's ``RerunStateMachine`` runs a step again, after rewinding the process's generators.
+
+    It does so on all ranks alike.  When a step begins, lane < stands where lane > of the same stage does.
+    """
+    machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE  # its getter would create one
+    if machine is not None and machine.state in _RERUNNING:
+        stream.states = exchange(capture(), pair)
 
 
 def capture() -> States:

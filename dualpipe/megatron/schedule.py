@@ -17,9 +17,11 @@ from dualpipe.errors import RuleError
 from dualpipe.execute import Worker, run_step
 from dualpipe.generate import generate
 from dualpipe.megatron.computation import Call, MegatronComputation, token_count
+from dualpipe.megatron.data_parallel import reduced_once, require_trainable
 from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import bring_losses
-from dualpipe.megatron.model import Chunk, Pipeline, chunk_of
+from dualpipe.megatron.model import Chunk, Pipeline, chunk_of, require_chunks
+from dualpipe.megatron.random_streams import follow_rerun
 from dualpipe.schedule import DOWN, RF, SF, UP, F, Lane, Schedule
 from dualpipe.schedulefile import digest
 from dualpipe.transport import TensorSpec
@@ -64,9 +66,11 @@ def forward_backward_dualpipe(
             "got adjust_tensor_shapes_fn or p2p_communicator",
             "leave them out",
         )
-    chunks = [(module, chunk_of(module)) for module in model]
+    chunks = list(zip(model, require_chunks(model), strict=True))
     pipeline = chunks[0][1].pipeline
     config = get_model_config(model[0])
+    if not forward_only:
+        require_trainable(model, config, pipeline.optimizer())
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     shapes = get_tensor_shapes(
         seq_length=seq_length,
@@ -80,6 +84,8 @@ def forward_backward_dualpipe(
     schedule = schedule_for(pipeline.groups.size, num_microbatches, forward_only)
     _agree(pipeline, schedule, boundary)
     data = split_data_iterator(data_iterator)
+    if not forward_only:
+        follow_rerun(pipeline.stream, pipeline.groups.pair)
     computation = MegatronComputation(
         schedule,
         {(chunk.place.lane, chunk.place.stage): (module, chunk) for module, chunk in chunks},
@@ -154,20 +160,27 @@ def _finalize(
     force_all_reduce: bool,
 ) -> None:
     """Reduce the gradients, once every W is over; chunk by chunk in order of stage, as the other rank of the pair."""
+    if not pipeline.copies.moved:
+        pipeline.copies.follow(pipeline.groups.pipeline)
     if config.grad_sync_func is not None:
         given = config.grad_sync_func
         functions = [given] * len(model) if callable(given) else given
         for function, module in zip(functions, model, strict=True):
             function(module.parameters())
-    if config.finalize_model_grads_func is None:
-        return
     tokens: Tensor | None = None
     if config.calculate_per_token_loss:
         tokens = token_count(computation, pipeline.transport.device)
         dist.all_reduce(tokens, group=pipeline.groups.pipeline)  # lane < counted at the first rank, lane > at the last
+        if not tokens.item():
+            raise RuleError(
+                "with calculate_per_token_loss the loss function returns (loss, number of tokens, what to report)",
+                "it counted no token in any microbatch of the step",
+                "return the number of tokens that the loss sums over, or leave calculate_per_token_loss off",
+            )
     if config.moe_router_enable_expert_bias:
         _add_up_expert_tokens(chunks, pipeline)
-    config.finalize_model_grads_func(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+    with reduced_once(model, [chunk.place.stage for _, chunk in chunks]):
+        config.finalize_model_grads_func(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
 
 
 def _add_up_expert_tokens(chunks: Sequence[tuple[nn.Module, Chunk]], pipeline: Pipeline) -> None:

@@ -12,7 +12,7 @@ function                                     in
 ``get_model``                                ``megatron.training.training``, if it is imported
 ``unimodal_build_distributed_models``        ``megatron.training.models.dist_utils``, if it is imported
 ``_build_sharded_state_dict_metadata``       ``megatron.training.checkpointing``, if it is imported
-``load_checkpoint``                          ``megatron.training.checkpointing``, if it is imported
+``load_checkpoint``, ``save_checkpoint``     ``megatron.training.checkpointing``, if it is imported
 ===========================================  =======================================================
 """
 
@@ -138,4 +138,5 @@ _REPLACED: tuple[tuple[str, str, Callable[[Function, Switch], Function]], ...] =
     ("megatron.training.models.dist_utils", "unimodal_build_distributed_models", loop.build_distributed_models),
     ("megatron.training.checkpointing", "_build_sharded_state_dict_metadata", loop.sharded_state_dict_metadata),
     ("megatron.training.checkpointing", "load_checkpoint", loop.load_checkpoint),
+    ("megatron.training.checkpointing", "save_checkpoint", loop.save_checkpoint),
 )

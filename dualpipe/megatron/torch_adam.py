@@ -15,10 +15,18 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from dualpipe.errors import RuleError
+
 
 def allocate_state(optimizer: Any) -> None:
     """Give each parameter the state of step 0, unless it has one."""
     for part in _parts(optimizer):
+        if not any(group["params"] for group in part.optimizer.param_groups):
+            raise RuleError(
+                "with torch's Adam, the distributed optimizer is saved where each rank owns a part of some weight",
+                "the shards of this rank are padding alone",
+                "use fewer replicas, leave out pad_buckets_for_high_nccl_busbw, or install Transformer Engine",
+            )
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 if not part.optimizer.state[parameter]:

@@ -19,7 +19,7 @@ from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
 from reference.megatron.standins import install_cpu_standins
 from reference.megatron.trace import Place, StepTrace
-from reference.megatron.training import train
+from reference.megatron.training import Checkpoints, train
 
 
 def ranks(case: Case) -> int:
@@ -29,7 +29,10 @@ def ranks(case: Case) -> int:
 
 @expected_warnings()
 def run_rank(
-    case: Case, context: Context, step: Callable[..., list[Any]] = forward_backward_dualpipe
+    case: Case,
+    context: Context,
+    step: Callable[..., list[Any]] = forward_backward_dualpipe,
+    checkpoints: Checkpoints | None = None,
 ) -> list[StepTrace]:
     """One rank of production, in a process whose default process group exists.  A test may bring a faulty ``step``."""
     install_cpu_standins()
@@ -60,4 +63,5 @@ def run_rank(
         lambda number: data.of_pipeline(case, number, pipeline) if rank in (0, case.pp - 1) else None,
         reports=rank == case.pp - 1 and tp == 0,
         progress=context.progress,
+        checkpoints=checkpoints,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,16 @@ Schedule = Callable[[Callable[..., Any], Iterator[Batch] | None], list[dict[str,
 """Runs one step, given the forward step function and the data iterator; returns what Megatron's schedules return."""
 
 
+class Checkpoints(Protocol):
+    """What a run does about checkpoints; ``model`` is the list of the rank's wrapped chunks."""
+
+    def first(self, model: list[Any], optimizer: Any) -> int:
+        """Before the first step: load what there is to load; the number of the step to go on with, from 0."""
+
+    def after(self, steps: int, model: list[Any], optimizer: Any) -> None:
+        """After so many steps since training began: save, or not."""
+
+
 def train(
     case: Case,
     chunks: Sequence[tuple[Place, DistributedDataParallel]],
@@ -30,11 +40,13 @@ def train(
     data: Callable[[int], Iterator[Batch] | None],
     reports: bool,
     progress: Callable[[Any], None] = lambda value: None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[StepTrace]:
     """Train this rank's ``chunks`` for the case's steps and record every step.
 
     ``data`` gives a step's iterator, ``None`` on a rank that has none.  ``reports``: whether this rank's losses are
-    read, as the training loop reads those of the last rank of a pipeline.
+    read, as the training loop reads those of the last rank of a pipeline.  ``checkpoints``: a run that is interrupted
+    or resumed.
     """
     config = chunks[0][1].config
     config.grad_scale_func = optimizer.scale_loss
@@ -43,8 +55,9 @@ def train(
         functions = [chunk.no_sync for _, chunk in chunks]
         config.no_sync_func = functions[0] if len(functions) == 1 else functions
     scheduler = _scheduler(case, optimizer)
+    model = [chunk for _, chunk in chunks]
     traces = []
-    for step in range(case.steps):
+    for step in range(checkpoints.first(model, optimizer) if checkpoints else 0, case.steps):
         for _, chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -58,6 +71,8 @@ def train(
         trace.weights |= {place: weights(chunk) for place, chunk in chunks}
         trace.main_weights |= {place: main_weights(chunk) for place, chunk in chunks}
         traces.append(trace)
+        if checkpoints:
+            checkpoints.after(step + 1, model, optimizer)
         progress(step + 1)
     return traces
 

@@ -18,7 +18,7 @@ from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
 from reference.megatron.standins import install_cpu_standins
 from reference.megatron.trace import Place, StepTrace
-from reference.megatron.training import train
+from reference.megatron.training import Checkpoints, train
 
 
 def ranks(case: Case) -> int:
@@ -27,7 +27,7 @@ def ranks(case: Case) -> int:
 
 
 @expected_warnings()
-def run_rank(case: Case, context: Context) -> list[StepTrace]:
+def run_rank(case: Case, context: Context, checkpoints: Checkpoints | None = None) -> list[StepTrace]:
     """One rank of the truth, in a process whose default process group exists."""
     install_cpu_standins()
     parallel_state.initialize_model_parallel(
@@ -59,4 +59,5 @@ def run_rank(case: Case, context: Context) -> list[StepTrace]:
         lambda step: data.of_replica(case, step, replica) if first or last else None,
         reports=last and place.tp == 0,
         progress=context.progress,
+        checkpoints=checkpoints,
     )

@@ -166,6 +166,8 @@ def test_force_all_reduce_and_the_number_of_tokens_reach_finalize_model_grads():
         def finalize(chunks, num_tokens=None, pg_collection=None, force_all_reduce=False):
             told.update(chunks=len(chunks), tokens=int(num_tokens), force=force_all_reduce)
             told["stages"] = [chunk.module.pre_process for chunk in chunks]
+            for chunk in chunks:
+                chunk.finish_grad_sync()
 
         model[0].config.finalize_model_grads_func = finalize
         step(model=model, force_all_reduce=True, **keywords)
@@ -179,7 +181,6 @@ def test_force_all_reduce_and_the_number_of_tokens_reach_finalize_model_grads():
 
 def test_the_loss_scale_multiplies_the_gradients_and_not_the_losses():
     def body(model, **keywords):
-        model[0].config.finalize_model_grads_func = None
         step(model=model, **keywords)
         once = [p.main_grad.clone() for chunk in model for p in chunk.parameters()]
         model[0].config.grad_scale_func = lambda loss: loss * 4

@@ -183,6 +183,43 @@ def test_without_the_flag_a_patched_loop_runs_megatrons_own(training):
     assert training.get_model("provider", wrap_with_ddp=False)[0] == "Megatron's model"
 
 
+def test_arguments_that_lack_the_flag_leave_every_stand_in_megatrons_own(training, monkeypatch):
+    """Every function that ``install`` replaces, called with arguments of a program that knows no DualPipe."""
+    checkpointing = types.ModuleType("megatron.training.checkpointing")
+    builders = types.ModuleType("megatron.training.models.dist_utils")
+    called = []
+    for module, name, _ in select._REPLACED:
+        if module in (checkpointing.__name__, builders.__name__):
+            owner = checkpointing if module == checkpointing.__name__ else builders
+            setattr(owner, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
+    monkeypatch.setitem(sys.modules, builders.__name__, builders)
+    monkeypatch.setattr(training, "get_megatron_optimizer", MEGATRONS.optimizer)
+    select.install(SimpleNamespace())
+    for owner in (checkpointing, builders):
+        for name in [name for name in vars(owner) if not name.startswith("__")]:
+            getattr(owner, name)()
+    assert called == [name for module, name, _ in select._REPLACED if module == checkpointing.__name__] + [
+        "unimodal_build_distributed_models"
+    ]
+    assert training.get_model("provider")[0] == "Megatron's model"
+    own = schedules.forward_backward_pipelining_without_interleaving
+    assert training.get_forward_backward_func(pp_size=2) is own
+
+
+def test_a_loop_saves_only_when_the_copies_were_compared(monkeypatch):
+    checkpointing, calls = types.ModuleType("megatron.training.checkpointing"), []
+    checkpointing.save_checkpoint = lambda iteration, model, optimizer: calls.append("saved")
+    monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
+    monkeypatch.setattr(dualpipe.megatron.checkpoint, "require_equal_copies", calls.append)
+    with select.installed(ON):
+        checkpointing.save_checkpoint(1, ["low", "high"], None)
+    assert calls == [["low", "high"], "saved"]
+    with select.installed(OFF):
+        checkpointing.save_checkpoint(1, ["low", "high"], None)
+    assert calls[2:] == ["saved"]
+
+
 def test_without_a_program_that_has_arguments_the_flag_is_absent(training):
     select.install()
     own = schedules.forward_backward_pipelining_without_interleaving

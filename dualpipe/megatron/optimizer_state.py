@@ -1,0 +1,183 @@
+"""The distributed optimizer's state, parameter by parameter, for a checkpoint.
+
+The distributed optimizer cuts each bucket of a stage into one shard per replica.  A checkpoint in Megatron's format
+``fully_reshardable`` holds whole parameters, so saving gathers the shards.  megatron-core 0.16.1
+(``DistributedOptimizer.get_parameter_state_dp_zero``) lays the gathered buckets side by side without the padding
+between them, and then looks each parameter up at its offset in the buffer, which counts that padding::
+
+    buffer     | bucket 0 | pad | bucket 1      | pad |   where a parameter is looked up
+    gathered   | bucket 0 | bucket 1      |               where it was written
+
+Every parameter behind the first padding is then saved with other parameters' numbers, and nothing complains.  Buckets
+are padded to a multiple of the replicas and of 128 (65,536 with ``pad_buckets_for_high_nccl_busbw``), so it shows where
+the replicas are no power of two, or where a bucket ends elsewhere.
+
+Here each bucket is cut into its parameters as soon as it is gathered, so no layout of a whole buffer takes part, and a
+Megatron that lays it out otherwise is not corrected a second time.  A checkpoint that was written with the fault cannot
+be repaired (what fell into the padding was never written); loading compares the optimizer's copy of each weight with
+the weight itself, and refuses where they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from dualpipe.errors import RuleError
+
+SHARDING = "fully_reshardable"
+"""Megatron's name of the format of a checkpoint that holds an optimizer's state parameter by parameter."""
+_MOMENTS = ("param", "exp_avg", "exp_avg_sq")
+
+
+def distributed_parts(optimizer: Any) -> Iterator[Any]:
+    """The distributed optimizers that an optimizer consists of, if any."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            yield part
+
+
+@contextmanager
+def whole_parameters(optimizer: Any) -> Iterator[None]:
+    """Within, an optimizer is saved and loaded by ``save_parameters``, whoever built it."""
+    with ExitStack() as undo:
+        for part in distributed_parts(optimizer):
+            if "sharded_param_state_fully_reshardable" not in vars(part):
+                for name in save_parameters(part):
+                    undo.callback(delattr, part, name)  # the class's own is seen again
+        yield
+
+
+def save_parameters(part: Any) -> tuple[str, ...]:
+    """Let one distributed optimizer gather whole parameters when saving and compare them when loading.
+
+    Returns the names of the methods that it now has of its own.
+    """
+    own: dict[str, Callable[..., Any]] = {
+        "get_parameter_state_dp_zero": _empty(part),
+        "sharded_param_state_fully_reshardable": _filled(part),
+        "load_parameter_state_from_fully_reshardable": _compared(part),
+    }
+    for name, method in own.items():
+        setattr(part, name, method)
+    return tuple(own)
+
+
+def refuse_format(kind: object) -> None:
+    """Raise for a layout that a chunk of DualPipe cannot be saved in."""
+    raise RuleError(
+        "under DualPipe the distributed optimizer is saved parameter by parameter, gathered on all ranks of a stage",
+        f"got {kind}",
+        f"set metadata['distrib_optim_sharding_type'] to {SHARDING!r}; "
+        "in Megatron-LM, --dist-ckpt-optim-fully-reshardable",
+    )
+
+
+def _empty(part: Any) -> Callable[..., Any]:
+    """Room for the state of each whole buffer: Megatron cuts it into the tensors that are filled or loaded into."""
+
+    def get_parameter_state_dp_zero(
+        use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[Any, Any]:
+        if use_gloo_comm or not return_on_all_ranks:
+            refuse_format("a state gathered on one rank")
+        state: dict[Any, Any] = {"buckets_coalesced": True}
+        for index, (ranges, buffer) in enumerate(zip(part.gbuf_ranges, part.buffers, strict=True)):
+            size = buffer.numel if empty_data else 1  # what is saved is filled in afterwards
+            room = {key: torch.zeros(size, dtype=torch.float32).expand(buffer.numel) for key in _MOMENTS}
+            state[index] = {dtype: {**room, "numel_unpadded": buffer.numel} for dtype in ranges}
+        return state
+
+    return get_parameter_state_dp_zero
+
+
+def _filled(part: Any) -> Callable[..., Any]:
+    stock = part.sharded_param_state_fully_reshardable
+
+    def sharded_param_state_fully_reshardable(
+        model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> Any:
+        entries = stock(model_sharded_state_dict, is_loading, metadata or {})
+        if not is_loading:
+            for (parameter, whole), entry in zip(_gathered(part), entries.values(), strict=True):
+                for key, value in whole.items():
+                    assert entry[key].data.shape == parameter.shape, "Megatron lists parameters in another order"
+                    entry[key].data = value.view(parameter.shape)
+        return entries
+
+    return sharded_param_state_fully_reshardable
+
+
+def _gathered(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Every parameter in the order of Megatron's buffers, with its whole state: float32 on the CPU, flat.
+
+    Collective over the replicas of each buffer; buffers are in order of stage on both ranks of a pair.
+    """
+    for ranges, buffer in zip(part.gbuf_ranges, part.buffers, strict=True):
+        group = buffer.data_parallel_group
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        (of_buckets,) = ranges.values()
+        for bucket, own in zip(buffer.buckets, of_buckets, strict=True):
+            shards = _shards(part, own["param_map"], bucket.grad_data.numel() // group.size())
+            for key, shard in shards.items():
+                pieces = [torch.empty_like(shard) for _ in range(group.size())]
+                dist.all_gather(pieces, shard, group=group)
+                whole = torch.cat(pieces).cpu()
+                for parameter in bucket.params_list:
+                    start = buffer.param_index_map[parameter][0] - bucket.offset
+                    values = whole[start : start + parameter.numel()].clone()
+                    found.setdefault(parameter, {})[key] = values
+        yield from ((parameter, found[parameter]) for parameter in buffer.param_index_map)
+
+
+def _shards(part: Any, owned: dict[Any, Any], elements: int) -> dict[str, Tensor]:
+    """This replica's shard of a bucket, for each kind of state; ``owned`` says which parameters lie where in it."""
+    device = part.buffers[0].grad_data.device
+    shards = {key: torch.zeros(elements, dtype=torch.float32, device=device) for key in _MOMENTS}
+    for parameter, ranges in owned.items():
+        state = part._get_main_param_and_optimizer_states(parameter)
+        for key, shard in shards.items():
+            shard[ranges["gbuf_local"].start : ranges["gbuf_local"].end].copy_(state[key].detach())
+    return shards
+
+
+def _compared(part: Any) -> Callable[..., Any]:
+    stock = part.load_parameter_state_from_fully_reshardable
+
+    def load_parameter_state_from_fully_reshardable(state_dict: dict[int, Any]) -> None:
+        _require_the_weights(part, state_dict)
+        stock(state_dict)
+
+    return load_parameter_state_from_fully_reshardable
+
+
+def _require_the_weights(part: Any, state_dict: dict[int, Any]) -> None:
+    """The optimizer's float32 copy of each weight, rounded to the model's format, is the weight that was loaded."""
+    if part.config.use_precision_aware_optimizer:
+        return  # keeps its copies in other formats
+    parameters = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
+    names = {parameter: name for chunk in part.model_chunks for name, parameter in chunk.named_parameters()}
+    pairs = [(parameter, state_dict[index]) for index, parameter in enumerate(parameters)]
+    wrong = [parameter for parameter, state in pairs if not _is_copy(state, parameter)]
+    if wrong:
+        raise RuleError(
+            "the optimizer's copy of each weight is the weight, when both come from one checkpoint "
+            "(the model is loaded first)",
+            f"{len(wrong)} of {len(pairs)} differ, the first of {names.get(wrong[0], 'a parameter without a name')}; "
+            "megatron-core 0.16.1 writes such files when it saves fully_reshardable itself and a buffer has "
+            "several buckets",
+            "load the model without the optimizer, whose moments this file does not hold, or an older checkpoint",
+        )
+
+
+def _is_copy(state: dict[str, Any], parameter: Tensor) -> bool:
+    copy = state.get("param", state.get("fp32_param"))
+    if copy is None or type(parameter.data) is not Tensor:  # Transformer Engine's 8-bit formats
+        return True
+    return torch.equal(copy.to(parameter.device, parameter.dtype).view(parameter.shape), parameter.detach())

@@ -1,0 +1,115 @@
+"""A run that is saved, loaded and goes on, against the run that was not interrupted, bit for bit.
+
+step        1   2   save   3   4        the uninterrupted run saves on its way
+                    load   3   4        the resumed one
+
+Buckets are small, and their padding differs: there megatron-core 0.16.1 writes one parameter's state for another's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.megatron import optimizer_state
+from reference.megatron.case import Case
+from tests.megatron.resumption import Interruption, train, weights_that_differ
+
+CASE = Case(pp=2, distributed_optimizer=True, overlap_grad_reduce=True, dtype="bf16", steps=2, microbatches=4)
+SIX = replace(CASE, dp=3, steps=4)
+
+
+class Wide(Case):
+    """Wide enough that every replica owns a part of buckets that are padded to 65,536 elements."""
+
+    hidden = 64
+
+
+PADDED = Wide(pp=2, distributed_optimizer=True, overlap_grad_reduce=True, steps=4, microbatches=4)
+EVERY = {
+    "six replicas": (SIX, {}),
+    "six replicas, fp32": (replace(SIX, dtype="fp32"), {}),
+    "six replicas, small buckets": (SIX, {"bucket_size": 500}),
+    "two replicas, small buckets": (replace(CASE, steps=4), {"bucket_size": 500}),
+    "two replicas, fp32": (replace(CASE, steps=4, dtype="fp32"), {}),
+    "buckets padded for NCCL": (PADDED, {"pad_buckets_for_high_nccl_busbw": True, "bucket_size": 66_000}),
+    "weights gathered in the forward": (SIX, {"overlap_param_gather": True}),
+    "plain optimizer": (replace(SIX, distributed_optimizer=False), {}),
+}
+
+
+def whole(folder, party, case=CASE, buckets=None):
+    """The last step of a run that is saved half-way and not interrupted."""
+    return train(case, party, Interruption(folder, case.steps // 2, False), buckets)[-1]
+
+
+def resumed(folder, party, case=CASE, buckets=None):
+    return train(case, party, Interruption(folder, case.steps // 2, True), buckets)[-1]
+
+
+def test_a_run_resumed_is_bitwise_the_one_not_interrupted(tmp_path):
+    last = whole(tmp_path, "dualpipe")
+    assert weights_that_differ(last, resumed(tmp_path, "dualpipe")) == []
+
+
+def test_state_that_belongs_to_other_weights_is_refused_in_loading(tmp_path, monkeypatch):
+    gathered = optimizer_state._gathered
+
+    def misplaced(part):
+        for parameter, state in gathered(part):
+            yield parameter, {key: value.roll(64) for key, value in state.items()}
+
+    monkeypatch.setattr(optimizer_state, "_gathered", misplaced)
+    whole(tmp_path, "dualpipe", replace(CASE, dtype="fp32"))
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"the optimizer's copy of each weight is the weight.*of \d+ differ"):
+        resumed(tmp_path, "dualpipe", replace(CASE, dtype="fp32"))
+
+
+@pytest.mark.long
+def test_a_checkpoint_that_megatron_wrote_with_the_fault_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizer_state, "save_parameters", lambda part: ())
+    whole(tmp_path, "1f1b")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"the optimizer's copy of each weight is the weight.*of \d+ differ"):
+        resumed(tmp_path, "dualpipe")
+
+
+def lay_out_with_padding():
+    """Stand-in for a Megatron that is mended: it gathers whole buffers, padding included."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def mended(part, use_gloo_comm=True, empty_data=False, return_on_all_ranks=False):
+        state = {"buckets_coalesced": True}
+        for index, (ranges, buffer) in enumerate(zip(part.gbuf_ranges, part.buffers, strict=True)):
+            room = {key: torch.zeros(buffer.numel) for key in ("param", "exp_avg", "exp_avg_sq")}
+            if not empty_data:
+                for parameter, state_of in optimizer_state._gathered(part):
+                    if parameter in buffer.param_index_map:
+                        start, end, _ = buffer.param_index_map[parameter]
+                        for key, value in state_of.items():
+                            room[key][start:end] = value
+            state[index] = {dtype: {**room, "numel_unpadded": buffer.numel} for dtype in ranges}
+        return state
+
+    DistributedOptimizer.get_parameter_state_dp_zero = mended
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mended", [False, True], ids=["0.16.1", "mended"])
+@pytest.mark.parametrize(("saver", "loader"), [("dualpipe", "1f1b"), ("1f1b", "dualpipe"), ("1f1b", "1f1b")])
+def test_a_run_goes_on_bitwise_with_the_other_schedule(saver, loader, mended, tmp_path):
+    prepare = lay_out_with_padding if mended else None
+    last = train(CASE, saver, Interruption(tmp_path, 1, False), prepare=prepare)[-1]
+    assert weights_that_differ(last, train(CASE, loader, Interruption(tmp_path, 1, True), prepare=prepare)[-1]) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_run_resumes_bitwise_however_its_buckets_lie(kind, tmp_path):
+    case, buckets = EVERY[kind]
+    last = whole(tmp_path, "dualpipe", case, buckets)
+    assert weights_that_differ(last, resumed(tmp_path, "dualpipe", case, buckets)) == []

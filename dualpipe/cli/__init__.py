@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import typer
 
+from dualpipe._imports import OwnFirst
 from dualpipe.cli import prove, record, show, simulate, verify
 from dualpipe.cli.app import app
 from dualpipe.cli.interrupt import leave, leaving_on_sigterm
@@ -39,7 +40,7 @@ def main() -> NoReturn:
                 errors="backslashreplace"
             )  # names of files may hold any bytes, terminals little of Unicode
     try:
-        with leaving_on_sigterm():
+        with OwnFirst(), leaving_on_sigterm():
             app(prog_name="dualpipe")
     except (RuleError, OSError) as error:
         _complain(error, "bad input")

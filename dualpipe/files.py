@@ -1,0 +1,76 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import time
+from pathlib import Path
+
+_READER_SECONDS = 10.0
+"""How long a FIFO is waited for until somebody opens it to read."""
+_FIFO_POLL = 0.02
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` to a file by way of a new file beside it that then takes its name.
+
+    So a reader sees the old file or the new one, and an error leaves the old one; of two writers at once the later one
+    wins.  A symbolic link stays, and what it leads to is replaced; permissions of a replaced file stay.  What is no
+    regular file (a terminal, a pipe, ``/dev/stdout``) is written to directly.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; ``TimeoutError`` for a FIFO that nobody reads.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode) or _is_descriptor(path):
+            _write_directly(path, data)
+            return
+    final = Path(os.path.realpath(path))
+    part = final.with_name(f".{secrets.token_hex(8)}.part")  # a name of its own: that of the file may be the longest
+    try:
+        with open(part, "xb") as file:
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(final).st_mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _is_descriptor(path: Path) -> bool:
+    """Whether the path names an open file of this process, such as ``/dev/stdout``, where that leads to a file."""
+    return str(path).startswith(("/dev/", "/proc/"))
+
+
+def _write_directly(path: Path, data: bytes) -> None:
+    descriptor = _open(path)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    ends = time.monotonic() + _READER_SECONDS
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > ends:
+                raise TimeoutError(f"{path}: nobody reads it") from None
+        time.sleep(_FIFO_POLL)

@@ -70,6 +70,7 @@ class Target:
         if self.path.is_dir():
             self._fail("is a folder")
         if not folder.is_dir():
+            folder = folder if self.path.parent.is_dir() else self.path.parent  # else a link leads to nowhere
             raise RuleError(
                 f"{self.option} is a file that can be written", f"there is no folder {folder}", "make the folder"
             )

@@ -7,6 +7,9 @@ which are loaded when they are first asked for.
 
 from __future__ import annotations
 
+from dualpipe import _imports as _imports  # first of all: for the command it puts the import path in order
+
+# isort: split
 import importlib
 from typing import Any
 

@@ -21,6 +21,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dualpipe.files import write_whole
 from dualpipe.recording import Recording, Work, simulated
 from dualpipe.schedule import F, Op, Placed, W, show_slot
 from dualpipe.summary import headline, tell_costs
@@ -47,10 +48,15 @@ class Scaled(NamedTuple):
 
 
 def write(trace: dict[str, Any], path: Path) -> None:
-    """Write a trace as JSON, one event a line."""
+    """Write a trace to a file, whole or not at all."""
+    write_whole(path, dumps(trace).encode())
+
+
+def dumps(trace: dict[str, Any]) -> str:
+    """A trace as JSON, one event a line."""
     rest = {key: value for key, value in trace.items() if key != "traceEvents"}
     events = ",\n".join(json.dumps(event) for event in trace["traceEvents"])
-    path.write_text(f'{{"traceEvents": [\n{events}\n],\n{json.dumps(rest)[1:]}\n')
+    return f'{{"traceEvents": [\n{events}\n],\n{json.dumps(rest)[1:]}\n'
 
 
 def of_timeline(timeline: Timeline) -> dict[str, Any]:

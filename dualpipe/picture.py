@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -27,12 +28,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from dualpipe.cells import Cell, Chart, Tone, chart, named, tone
+from dualpipe.files import write_whole
 from dualpipe.palette import GROUND, INK, LIGHT, NAMES, colour, ink
 from dualpipe.schedule import B, F, Kind, W
 from dualpipe.summary import headline, tell_costs
 from dualpipe.timeline import Timeline
 
-__all__ = ["draw", "write"]
+__all__ = ["draw", "render", "write"]
 
 Form = Literal["svg", "png"]
 
@@ -72,10 +74,17 @@ def draw(timeline: Timeline) -> Figure:
 
 
 def write(figure: Figure, path: Path, form: Form) -> None:
-    """Write the figure to a file.  The bytes depend on the figure and the version of matplotlib, not on the day."""
+    """Write the figure to a file, whole or not at all."""
+    write_whole(path, render(figure, form))
+
+
+def render(figure: Figure, form: Form) -> bytes:
+    """The content of the figure's file, which depends on the figure and the version of matplotlib, not on the day."""
     metadata: dict[str, Any] = {"Date": None, "Creator": "dualpipe"} if form == "svg" else {"Software": "dualpipe"}
+    content = BytesIO()
     with _style():
-        figure.savefig(path, format=form, metadata=metadata, dpi=_DPI)
+        figure.savefig(content, format=form, metadata=metadata, dpi=_DPI)
+    return content.getvalue()
 
 
 @contextmanager

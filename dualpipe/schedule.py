@@ -11,11 +11,13 @@ and prints the text form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import NamedTuple
+from operator import index
+from typing import Any, NamedTuple, TypeVar
 
 from dualpipe.errors import RuleError as RuleError
 
@@ -100,6 +102,10 @@ class Placed(NamedTuple):
 class Schedule:
     """What every rank does, in order.  An immutable value.
 
+    The arguments are normalised once, here: integers of any type (numpy's included) become ``int``, kinds and lanes
+    given as text become ``Kind`` and ``Lane``, any ordered iterable becomes a tuple, a plain tuple of an op's fields
+    becomes an ``Op``, and the routes are copied.  So every schedule holds these types and nothing else.
+
     Parameters
     ----------
     routes:
@@ -114,8 +120,9 @@ class Schedule:
     Raises
     ------
     ScheduleError
-        If the name is not one word, a route names a rank without a program, an op a lane or stage that does not
-        exist or a number that is negative or above 999999999, or a slot is empty or mixes compute with messages.
+        If a part has another type (a bool or a float as a number, a set or a text as a sequence), the name is not one
+        word, a route names a rank without a program, an op a lane or stage that does not exist or a number that is
+        negative or above 999999999, or a slot is empty or mixes compute with messages.
     """
 
     routes: Mapping[Lane, tuple[int, ...]]
@@ -123,6 +130,12 @@ class Schedule:
     name: str = ""
 
     def __post_init__(self) -> None:
+        for field, value in (
+            ("name", _text(self.name)),
+            ("routes", _routes(self.routes)),
+            ("programs", _programs(self.programs)),
+        ):
+            object.__setattr__(self, field, value)
         check_name(self.name)
         check_routes(self.routes, len(self.programs))
         for program in self.programs:
@@ -230,6 +243,124 @@ class Schedule:
 
 LARGEST = 999_999_999
 """The largest number that an op may name, so that what reads a file never meets one that it cannot hold."""
+
+
+_E = TypeVar("_E", Kind, Lane)
+
+
+def _text(name: object) -> str:
+    """A schedule's name as a plain ``str``."""
+    if not isinstance(name, str):
+        raise ScheduleError("a schedule's name is a str", f"got {_seen(name)}", 'leave it out, or give "" for none')
+    return str.__str__(name)
+
+
+def _routes(routes: object) -> dict[Lane, tuple[int, ...]]:
+    """A copy of the routes, with ``Lane`` as keys and tuples of ``int`` as values."""
+    if not isinstance(routes, Mapping):
+        raise ScheduleError(
+            "routes are a mapping from lanes to the ranks of their stages",
+            f"got {_seen(routes)}",
+            'give such as {">": (0, 1, 2, 3)}',
+        )
+    what = "a lane's route is a sequence of ranks"
+    return {
+        _member(Lane, lane): tuple(_number(rank, "a rank") for rank in _items(route, what))
+        for lane, route in routes.items()
+    }
+
+
+def _programs(programs: object) -> tuple[Program, ...]:
+    """The programs as tuples of tuples of ``Op``; the very same object where that is what it is already."""
+    if _is_plain(programs):
+        return programs  # type: ignore[return-value] # just seen
+    return tuple(
+        tuple(_slot(slot) for slot in _items(program, "a program is a sequence of slots"))
+        for program in _items(programs, "programs are a sequence with one program for each rank")
+    )
+
+
+def _is_plain(programs: object) -> bool:
+    if type(programs) is not tuple:
+        return False
+    for program in programs:
+        if type(program) is not tuple:
+            return False
+        for slot in program:
+            if type(slot) is not tuple:
+                return False
+            for op in slot:
+                if type(op) is not Op or len(op) != 5:
+                    return False
+                kind, lane, stage, mb, peer = op
+                if type(kind) is not Kind or type(lane) is not Lane or type(stage) is not int or type(mb) is not int:
+                    return False
+                if peer is not None and type(peer) is not int:
+                    return False
+                if min(stage, mb, peer or 0) < 0 or max(stage, mb, peer or 0) > LARGEST:
+                    return False  # reported by the checks, after numbers too large to print were refused
+    return True
+
+
+def _slot(slot: object) -> Slot:
+    if isinstance(slot, Op):
+        raise ScheduleError("a slot is a sequence of ops", f"got the single op {_seen(slot)}", "write (op,)")
+    return tuple(_op(op) for op in _items(slot, "a slot is a sequence of ops"))
+
+
+def _op(op: object) -> Op:
+    fields = _items(op, "an op is Op(kind, lane, stage, mb), with a peer where it is a message that names one")
+    if len(fields) not in (4, 5):
+        raise ScheduleError("an op has a kind, lane, stage, mb and optionally a peer", f"got {_seen(op)}", "use Op")
+    kind, lane, stage, mb, *peer = fields
+    return Op(
+        _member(Kind, kind),
+        _member(Lane, lane),
+        _number(stage, "a stage"),
+        _number(mb, "a microbatch"),
+        _number(peer[0], "a peer") if peer and peer[0] is not None else None,
+    )
+
+
+def _items(given: object, rule: str) -> tuple[Any, ...]:
+    """The items of an iterable that has an order."""
+    try:
+        ordered = None if isinstance(given, str | bytes | Mapping | Set) else iter(given)  # type: ignore[call-overload]
+    except TypeError:
+        ordered = None
+    if ordered is None:
+        raise ScheduleError(rule, f"got {_seen(given)}", "give a tuple or a list")
+    return tuple(ordered)
+
+
+def _number(given: object, what: str) -> int:
+    if type(given).__name__ in ("bool", "bool_"):
+        raise ScheduleError(f"{what} is a whole number", f"got {_seen(given)}", "give an int")
+    try:
+        number = index(given)  # type: ignore[arg-type] # that is the question
+    except Exception as error:
+        raise ScheduleError(f"{what} is a whole number", f"got {_seen(given)}", "give an int") from error
+    if abs(number) > LARGEST:
+        raise ScheduleError(f"{what} is a number from 0 to {LARGEST}", f"got {_seen(number)}", "correct it")
+    return number
+
+
+def _member(kinds: type[_E], given: object) -> _E:
+    if isinstance(given, str):
+        with suppress(ValueError):
+            return kinds(str.__str__(given))
+    known = " ".join(kinds)
+    raise ScheduleError(f"a {kinds.__name__.lower()} is one of {known}", f"got {_seen(given)}", "correct it")
+
+
+def _seen(given: object) -> str:
+    """A foreign value for an error: its type, and its text where that is short and can be had."""
+    try:
+        text = repr(given)
+    except Exception:  # a number of more digits than Python prints, or a repr that raises
+        text = ""
+    kind = type(given).__name__
+    return f"{text} of type {kind}" if text and len(text) <= 40 and "\n" not in text else f"a value of type {kind}"
 
 
 def check_name(name: str) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVarTuple
 
+from dualpipe.files import read_whole
 from dualpipe.schedule import (
     Kind,
     Lane,
@@ -79,13 +80,13 @@ def digest(schedule: Schedule) -> str:
 
 
 def load(path: Path) -> Schedule:
-    """Read a schedule file.  Raises ``ScheduleSyntaxError`` for any content, ``OSError`` for a file it cannot read."""
+    """Read a schedule file.  Raises ``ScheduleSyntaxError`` for any content, and as ``dualpipe.files.read_whole``."""
     return loads(read_text(path), str(path))
 
 
 def read_text(path: Path) -> str:
     """The text of a file.  Raises ``ScheduleSyntaxError`` at the first byte that is not UTF-8, ``OSError`` as usual."""
-    data = path.read_bytes()
+    data = read_whole(path)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -93,6 +94,16 @@ def read_text(path: Path) -> str:
         column = len(before) - before.rfind("\n")
         found = f"byte 0x{data[error.start]:02x}"
         raise ScheduleSyntaxError(str(path), before.count("\n") + 1, column, found, "UTF-8 text") from None
+
+
+def check_line(source: str, number: int, line: str) -> None:
+    """Raise ``ScheduleSyntaxError`` for a carriage return within a line.
+
+    A file whose lines end in carriage returns alone would be one line, most of which may be a comment.
+    """
+    at = line.find("\r", 0, -1)
+    if at >= 0:
+        raise ScheduleSyntaxError(source, number, at + 1, "a carriage return", "lines that end in a newline")
 
 
 def loads(text: str, source: str = "<string>") -> Schedule:
@@ -113,6 +124,7 @@ class _Parser:
     def parse(self, text: str) -> Schedule:
         lines = text.split("\n")
         for number, line in enumerate(lines, start=1):
+            check_line(self.source, number, line)
             content = line.split("#", 1)[0]
             words = list(re.finditer(r"\S+", content))
             if words:

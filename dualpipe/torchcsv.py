@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from dualpipe.lower import OrderError, lower
 from dualpipe.schedule import UP, B, F, Op, Program, Schedule, Slot, W
-from dualpipe.schedulefile import ScheduleSyntaxError, read_text
+from dualpipe.schedulefile import ScheduleSyntaxError, check_line, read_text
 
 _ACTION = re.compile(r"([0-9]{1,9})([FIWB])([0-9]{1,9})")
 _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
@@ -57,7 +57,10 @@ class _Table:
         self.source = source
 
     def read(self, text: str) -> Schedule:
-        rows = [list(_cells(number, line)) for number, line in enumerate(text.rstrip().split("\n"), start=1)]
+        lines = list(enumerate(text.rstrip().split("\n"), start=1))
+        for number, line in lines:
+            check_line(self.source, number, line)
+        rows = [list(_cells(number, line)) for number, line in lines]
         for number, row in enumerate(rows, start=1):
             if not row:
                 self.fail(number, 1, "no action", "at least one in the row of each rank")

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
@@ -33,7 +32,7 @@ class Options:
     max_activations: int | None = None
     bytes_for_b: str | None = None
     bytes_for_w: str | None = None
-    smtlib: Path | None = None
+    smtlib: Callable[[str], None] | None = None
     solver_timeout: float | None = None
     as_json: bool = False
 
@@ -120,7 +119,7 @@ def prove_optimal(
 def _prove(schedule: Schedule, name: str, options: Options, begin: Begin) -> Report:
     models = parse_models(options.model)
     if options.smtlib is not None:
-        options.smtlib.write_text("\n".join(smtlib(schedule, model, options.max_activations) for model in models[:1]))
+        options.smtlib(smtlib(schedule, models[0], options.max_activations))
     return prove(
         schedule,
         models,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,17 +29,13 @@ _WITH = "B and W are one call of autograd here: the time of {} is in it"
 _WITHIN = "part of {}: B and W are one call of autograd here, so this lasts next to no time of its own"
 
 
-def write_trace(report: Report, path: Path) -> str:
-    """Write the trace of a timed verification to a file, or under the schedule's name into a folder; tells what was
-    done.  Processes that did not finish leave none."""
+def trace_of(report: Report) -> str | None:
+    """The trace of a timed verification as JSON; ``None`` where the processes did not finish."""
     steps = [step.times for party in report.parties if party.name == PROCESSES for step in party.traces]
     if not steps:
-        return "no trace was written, for the processes did not finish"
+        return None
     schedule = report.case.schedule
-    if path.is_dir():
-        path /= f"{schedule.name or 'schedule'}-P{schedule.ranks}-M{report.case.microbatches}.json"
-    perfetto.write(trace(schedule, steps, report.case.blocking, report.case.device), path)
-    return f"trace written to {path}"
+    return perfetto.dumps(trace(schedule, steps, report.case.blocking, report.case.device))
 
 
 def trace(schedule: Schedule, steps: Sequence[Mapping[int, StepTimes]], blocking: bool, device: str) -> dict[str, Any]:

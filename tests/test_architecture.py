@@ -42,7 +42,20 @@ def files(folder: str) -> list[Path]:
     return found
 
 
-PURE = ["cells", "errors", "generate", "lower", "palette", "perfetto", "recording", "schedule", "schedulefile"]
+PURE = [
+    "_imports",
+    "called",
+    "cells",
+    "errors",
+    "files",
+    "generate",
+    "lower",
+    "palette",
+    "perfetto",
+    "recording",
+    "schedule",
+    "schedulefile",
+]
 PURE += ["simulate", "summary", "table", "timeline", "torchcsv"]
 PURE += [f"page/{path.stem}" for path in files("dualpipe/page")]
 

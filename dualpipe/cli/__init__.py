@@ -6,13 +6,16 @@ One file a command; ``options`` has what they share.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import NoReturn
 
 import typer
 
+from dualpipe._imports import OwnFirst
 from dualpipe.cli import prove, record, show, simulate, verify
 from dualpipe.cli.app import app
 from dualpipe.cli.interrupt import leave, leaving_on_sigterm
@@ -39,7 +42,9 @@ def main() -> NoReturn:
                 errors="backslashreplace"
             )  # names of files may hold any bytes, terminals little of Unicode
     try:
-        with leaving_on_sigterm():
+        if sys.stdout is None:  # what is printed would go nowhere, without an error
+            raise RuleError("standard output is open", "it is closed", "send it to /dev/null if nobody reads it")
+        with OwnFirst(), leaving_on_sigterm():
             app(prog_name="dualpipe")
     except (RuleError, OSError) as error:
         _complain(error, "bad input")
@@ -51,16 +56,41 @@ def main() -> NoReturn:
         leave(130)
     except SystemExit as end:
         unread = isinstance(end.__context__, BrokenPipeError)  # typer ends with 1 then, which is a verdict
-        leave(UNREAD if unread else int(end.code or 0))
+        leave(UNREAD if unread else _printed(int(end.code or 0)))
     except Exception as error:
         traceback.print_exc()
         _complain(error, "fault", "a fault of dualpipe itself, and no verdict: ")
         leave(FAULT)
-    leave(0)
+    leave(_printed(0))
+
+
+def _printed(code: int) -> int:
+    """The exit code of a command that has ended; 2 where what it printed could not be written, for it is no verdict."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return UNREAD
+    except OSError as error:
+        _discard_output()
+        _complain(error, "bad input")
+        return 2
+    return code
+
+
+def _discard_output() -> None:
+    """Else Python would try again at its end and replace the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _complain(error: Exception, verdict: str, prefix: str = "") -> None:
-    typer.echo(f"dualpipe: {prefix}{error}", err=True)
+    with suppress(OSError):
+        typer.echo(f"dualpipe: {prefix}{error}", err=True)
     own = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
-    if "--json" in own:
-        typer.echo(json.dumps({"verdict": verdict, "error": str(error)}))
+    if "--json" in own and sys.stdout is not None:
+        try:
+            typer.echo(json.dumps({"verdict": verdict, "error": str(error)}))
+        except BrokenPipeError:
+            raise
+        except OSError:  # there is no room for it
+            _discard_output()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,15 @@ MOST_SECONDS = 1_000_000
 def complete_schedule(incomplete: str) -> list[str]:
     """The names that a shell offers for a schedule; where none fits, the shell goes on to files by itself."""
     return [name for name in PLANS if name.startswith(incomplete)]
+
+
+def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
+    """Refuses what is no time to wait."""
+    if value is not None and not 0 < value <= MOST_SECONDS:
+        raise RuleError(
+            f"{option.opts[-1]} is more than 0 and at most {MOST_SECONDS} seconds", f"got {value:g}", "correct it"
+        )
+    return value
 
 
 Ranks = Annotated[
@@ -55,37 +63,10 @@ Cost = Annotated[
         show_default="F=1,B=1,W=1",
     ),
 ]
+EntryTimeout = Annotated[
+    float, typer.Option("--entry-timeout", help="Seconds that module:function may take.", callback=seconds)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-def writable(option: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuses a file that cannot be written, before any work is done for it."""
-    if path is None:
-        return None
-    folder = path.parent
-    if path.is_dir():
-        came = f"{path} is a folder"
-    elif not folder.is_dir():
-        came = f"there is no folder {folder}"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        came = f"{path} cannot be written"
-    else:
-        return path
-    raise RuleError(f"{option.opts[-1]} is a file that can be written", came, "make the folder, or name another file")
-
-
-def writable_or_folder(option: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Likewise; a folder that is there is fine."""
-    return path if path is not None and path.is_dir() else writable(option, path)
-
-
-def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
-    """Refuses what is no time to wait."""
-    if value is not None and not 0 < value <= MOST_SECONDS:
-        raise RuleError(
-            f"{option.opts[-1]} is more than 0 and at most {MOST_SECONDS} seconds", f"got {value:g}", "correct it"
-        )
-    return value
 
 
 class Dtype(StrEnum):
@@ -105,9 +86,11 @@ def choose(positional: str | None, named: str) -> str:
     return named if positional is None else positional
 
 
-def find_schedule(name: str, ranks: int | None, microbatches: int | None) -> Schedule:
+def find_schedule(
+    name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
+) -> Schedule:
     """The one schedule of a name: see ``find_schedules``."""
-    found = find_schedules(name, ranks, microbatches)
+    found = find_schedules(name, ranks, microbatches, entry_timeout)
     if len(found) > 1:
         raise RuleError(
             "this command takes one schedule", f"{name} returns {len(found)}", "name a function that returns one"
@@ -115,10 +98,13 @@ def find_schedule(name: str, ranks: int | None, microbatches: int | None) -> Sch
     return found[0]
 
 
-def find_schedules(name: str, ranks: int | None, microbatches: int | None) -> list[Schedule]:
+def find_schedules(
+    name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
+) -> list[Schedule]:
     """The schedules that a name stands for; sizes of their own must be those that the options ask for, if any.
 
-    A name is one of ``PLANS``, generated for the sizes; a file; or an entry point ``module:function``.
+    A name is one of ``PLANS``, generated for the sizes; a file; or an entry point ``module:function``,
+    which may take ``entry_timeout`` seconds.
     """
     if name in PLANS:
         size = 4 if ranks is None else ranks
@@ -127,7 +113,7 @@ def find_schedules(name: str, ranks: int | None, microbatches: int | None) -> li
     if path.exists():
         found = [read_schedule(path)]
     elif entrypoint.is_entry_point(name):
-        found = entrypoint.call(name, ranks, microbatches)
+        found = entrypoint.call(name, ranks, microbatches, entry_timeout)
     else:
         near = [*PLANS, *(file.name for file in path.parent.glob("*") if path.parent == Path() and file.is_file())]
         raise RuleError(

@@ -6,7 +6,6 @@ Here, and not with the page or with the proofs, since neither of the two knows t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualpipe.page.model import Comparison, Counterexample, Mark, Page, Table
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from proofs.prove import Report, Result
 
 
-def write_proofs(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write the page of a run of ``dualpipe prove``."""
+def proofs_page(outcomes: Sequence[Outcome]) -> str:
+    """The page of a run of ``dualpipe prove``."""
     from dualpipe.page.render import render
 
     sections = [_section(outcome) for outcome in outcomes]
@@ -27,8 +26,7 @@ def write_proofs(path: Path, outcomes: Sequence[Outcome]) -> None:
     worst = next((verdict for verdict in ("bad input", "refuted", "unknown") if verdict in verdicts), "proved")
     title = f"{sections[0].name}, proof" if len(sections) == 1 else f"{len(sections)} schedules"
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
-    text = render(Page(title, worst, sections, "" if len(sections) == 1 else counts))
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return render(Page(title, worst, sections, "" if len(sections) == 1 else counts))
 
 
 def _section(outcome: Outcome) -> Comparison:

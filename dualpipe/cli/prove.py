@@ -12,6 +12,7 @@ from dualpipe.cli import entrypoint
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.interrupt import interruptible
 from dualpipe.cli.options import (
+    EntryTimeout,
     Json,
     Microbatches,
     Named,
@@ -20,9 +21,9 @@ from dualpipe.cli.options import (
     find_schedule,
     find_schedules,
     seconds,
-    writable,
 )
 from dualpipe.cli.progress import progress
+from dualpipe.cli.targets import HTML, SMTLIB, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 
@@ -53,7 +54,7 @@ def prove(
     bytes_for_w: Annotated[str | None, typer.Option(help="Per stage, bytes live from B to W: 3,3,3,4.")] = None,
     smtlib: Annotated[
         Path | None,
-        typer.Option(help="A file to write the obligations of one schedule to, for another solver.", callback=writable),
+        typer.Option(help="A file for the obligations of one schedule under the first model, for another solver."),
     ] = None,
     solver_timeout: Annotated[
         float | None, typer.Option(help="Seconds for Z3; then a check is unknown.", callback=seconds)
@@ -68,9 +69,8 @@ def prove(
             "--optimal", help="Instead, the least makespan within DualPipe's memory; practical up to -P 8 -M 16."
         ),
     ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page with timelines and counterexamples there.", callback=writable)
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples there.")] = None,
+    entry_timeout: EntryTimeout = entrypoint.LIMIT_SECONDS,
     as_json: Json = False,
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
@@ -93,7 +93,10 @@ def prove(
             "--smtlib": smtlib,
             "--html": html,
             "--model": None if model == "all" else model,
+            "--entry-timeout": entry_timeout if _was_given(context, "entry_timeout") else None,
         }
+        if optimal and not all_sizes and schedule != "dualpipe":
+            judging["--schedule"] = schedule
         if all_sizes:
             judging |= {
                 "-P": ranks,
@@ -103,6 +106,10 @@ def prove(
             }
         given = [*(schedules or []), *(name for name, value in judging.items() if value is not None)]
         _alone("--all-sizes" if all_sizes else "--optimal", given)
+    elif schedules and _was_given(context, "schedule"):
+        raise RuleError("one way to name schedules", f"got {schedules[0]} and --schedule {schedule}", "leave one out")
+    files = [*target("--smtlib", smtlib, SMTLIB), *target("--html", html, HTML)]
+    check_targets(files, schedules or [schedule])
     with progress() as begin:
         if all_sizes:
             family = schedule if _was_given(context, "schedule") else None
@@ -111,19 +118,20 @@ def prove(
             size = 4 if ranks is None else ranks
             count = 2 * size if microbatches is None else microbatches
             raise typer.Exit(interruptible(lambda: command.prove_optimal(size, count, solver_timeout, as_json, begin)))
-        options = command.Options(model, max_activations, bytes_for_b, bytes_for_w, smtlib, solver_timeout, as_json)
+        to_smtlib = next((each.write for each in files if each.form is SMTLIB), None)
+        options = command.Options(model, max_activations, bytes_for_b, bytes_for_w, to_smtlib, solver_timeout, as_json)
         sources: list[Source]
         if schedules:
-            sources = [source for name in schedules for source in _sources(name, ranks, microbatches)]
+            sources = [source for name in schedules for source in _sources(name, ranks, microbatches, entry_timeout)]
         else:
-            value = find_schedule(schedule, ranks, microbatches)
+            value = find_schedule(schedule, ranks, microbatches, entry_timeout)
             sources = [(schedule, lambda: value)]
         outcomes: list[Outcome] = []
         code = interruptible(lambda: command.prove_sources(sources, options, outcomes.append, begin))
-    if html is not None:
-        from dualpipe.cli.page import write_proofs
+    for page in (each for each in files if each.form is HTML):
+        from dualpipe.cli.page import proofs_page
 
-        write_proofs(html, outcomes)
+        page.write(proofs_page(outcomes))
     raise typer.Exit(code)
 
 
@@ -138,12 +146,12 @@ def _alone(option: str, given: list[str]) -> None:
         raise RuleError(f"{option} is a question of its own", f"got {' '.join(given)} as well", "ask one at a time")
 
 
-def _sources(name: str, ranks: int | None, microbatches: int | None) -> list[Source]:
+def _sources(name: str, ranks: int | None, microbatches: int | None, entry_timeout: float) -> list[Source]:
     """What is to be proved under a name: the several schedules of an entry point each for itself."""
     if not entrypoint.is_entry_point(name):
         return [(name, partial(find_schedule, name, ranks, microbatches))]
     try:
-        found = find_schedules(name, ranks, microbatches)
+        found = find_schedules(name, ranks, microbatches, entry_timeout)
     except (RuleError, OSError) as error:
         return [(name, partial(_fail, error))]
     if len(found) == 1:

@@ -13,7 +13,9 @@ import typer
 
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.interrupt import interruptible
-from dualpipe.cli.options import Json, seconds, writable
+from dualpipe.cli.options import Json, seconds
+from dualpipe.cli.targets import RECORDING, check_targets, signed, target
+from dualpipe.errors import RuleError
 from dualpipe.schedule import check_name
 
 
@@ -30,9 +32,7 @@ def record(
         int | None,
         typer.Option("-P", "--ranks", min=2, help="Start the command so many times, once a rank.", show_default="once"),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The schedule file to write.", callback=writable)
-    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
     name: Annotated[str, typer.Option(help="The schedule's name in the file.")] = "recorded",
     step: Annotated[int, typer.Option(min=1, help="Which training step; each ends with an optimizer's step.")] = 1,
     session: Annotated[
@@ -66,6 +66,8 @@ def record(
     from dualpipe.record import Launch, assemble, read_folder, run
 
     check_name(name)
+    targets = target("--output", output, RECORDING)
+    check_targets(targets)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
         launch = Launch(
@@ -82,8 +84,12 @@ def record(
     for note in recording.notes:
         typer.echo(f"dualpipe: {note}", err=True)
     typer.echo(f"dualpipe: {recording.summary()}, in {end.seconds:.1f} s", err=True)
-    if output is not None:
-        output.write_text(recording.text())
+    for each in targets:
+        try:
+            each.write(signed(recording.text()))
+        except (RuleError, OSError):
+            typer.echo(recording.text(), nl=False)  # a run may have taken long, and its result is not to be lost
+            raise
     code = 0 if end.well else 1
     caveats = [*([] if end.well else ["the program did not end well"]), *recording.caveats]
     told = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}

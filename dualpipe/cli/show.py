@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from dualpipe.cli.app import app, examples
-from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule, writable
+from dualpipe.cli.entrypoint import LIMIT_SECONDS
+from dualpipe.cli.options import Cost, EntryTimeout, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.targets import PNG, SVG, Target, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import as_json as schedule_as_json
@@ -29,17 +31,21 @@ def show(
         bool,
         typer.Option("--timeline", help="Draw when everything happens instead, a line a rank."),
     ] = False,
-    svg: Annotated[Path | None, typer.Option(help="Write a picture of that there instead.", callback=writable)] = None,
-    png: Annotated[Path | None, typer.Option(help="Likewise, as PNG.", callback=writable)] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of that there instead.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Likewise, as PNG.")] = None,
     cost: Cost = None,
+    entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,
 ) -> None:
     """Print a schedule in the text form that every other command reads; or draw when everything happens."""
-    value = find_schedule(choose(positional, schedule), ranks, microbatches)
-    if timeline or svg or png:
+    name = choose(positional, schedule)
+    pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
+    check_targets(pictures, [name])
+    value = find_schedule(name, ranks, microbatches, entry_timeout)
+    if timeline or pictures:
         if as_json:
             raise RuleError("--json prints the schedule", "got a drawing to make as well", "ask for one of them")
-        _draw(value, timeline, svg, png, cost)
+        _draw(value, timeline, pictures, cost)
         return
     if cost is not None:
         raise RuleError(
@@ -48,7 +54,7 @@ def show(
     sys.stdout.write(json.dumps(schedule_as_json(value)) + "\n" if as_json else dumps(value))
 
 
-def _draw(schedule: Schedule, timeline: bool, svg: Path | None, png: Path | None, cost: str | None) -> None:
+def _draw(schedule: Schedule, timeline: bool, pictures: list[Target], cost: str | None) -> None:
     from dualpipe.simulate import simulate
     from dualpipe.summary import parse_costs
 
@@ -61,11 +67,9 @@ def _draw(schedule: Schedule, timeline: bool, svg: Path | None, png: Path | None
         console = Console(highlight=False)
         for line in lines(times, console.width):
             console.print(line, soft_wrap=True)
-    if svg or png:
-        from dualpipe.picture import draw, write
+    if pictures:
+        from dualpipe.picture import draw, render
 
         figure = draw(times)
-        if svg:
-            write(figure, svg, "svg")
-        if png:
-            write(figure, png, "png")
+        for picture in pictures:
+            picture.write(render(figure, "svg" if picture.form is SVG else "png"))

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from dualpipe.cli.app import app, examples
-from dualpipe.cli.options import Cost, Json, Microbatches, Named, One, Ranks, choose, find_schedule, writable
+from dualpipe.cli.entrypoint import LIMIT_SECONDS
+from dualpipe.cli.options import Cost, EntryTimeout, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.targets import TRACE, check_targets, target
 
 
 @app.command(epilog=examples("dualpipe simulate -P 8 -M 32 --cost F=1,B=1,W=1", "dualpipe simulate mine.txt --json"))
@@ -24,21 +26,23 @@ def simulate(
     ] = False,
     trace: Annotated[
         Path | None,
-        typer.Option(
-            help="Also write a trace for ui.perfetto.dev; a unit of time is a millisecond.", callback=writable
-        ),
+        typer.Option(help="Also write a trace for ui.perfetto.dev; a unit of time is a millisecond."),
     ] = None,
+    entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,
 ) -> None:
     """Run a schedule on ideal ranks: makespan, bubble, peak activations and pending weight gradients."""
     from dualpipe.simulate import simulate as run
     from dualpipe.summary import parse_costs, summarise, tell
 
-    value = find_schedule(choose(positional, schedule), ranks, microbatches)
+    name = choose(positional, schedule)
+    traces = target("--trace", trace, TRACE)
+    check_targets(traces, [name])
+    value = find_schedule(name, ranks, microbatches, entry_timeout)
     timeline = run(value, parse_costs(cost or ""), blocking=blocking)
-    if trace is not None:
-        from dualpipe.perfetto import of_timeline, write
+    for each in traces:
+        from dualpipe.perfetto import dumps, of_timeline
 
-        write(of_timeline(timeline), trace)
+        each.write(dumps(of_timeline(timeline)))
     summary = summarise(timeline)
     typer.echo(json.dumps(summary) if as_json else tell(summary))

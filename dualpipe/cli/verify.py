@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from dualpipe.cli.app import app, examples
+from dualpipe.cli.entrypoint import LIMIT_SECONDS
 from dualpipe.cli.options import (
     Dtype,
+    EntryTimeout,
     Json,
     Microbatches,
     Named,
@@ -19,9 +22,10 @@ from dualpipe.cli.options import (
     Ranks,
     choose,
     find_schedule,
-    writable_or_folder,
 )
+from dualpipe.cli.targets import TRACE, check_targets, target
 from dualpipe.errors import RuleError
+from dualpipe.schedule import Schedule
 
 _MEGATRON = "Megatron (--model gpt or moe)"
 
@@ -68,7 +72,6 @@ def verify(
         Path | None,
         typer.Option(
             help="Write what the processes did when, beside the simulation, for ui.perfetto.dev: file or folder.",
-            callback=writable_or_folder,
         ),
     ] = None,
     dp: Annotated[int, _flag("--dp", "Data parallel pipelines of DualPipe; 1F1B runs twice as many.")] = 1,
@@ -84,6 +87,7 @@ def verify(
     clip: Annotated[
         float | None, _flag("--clip", "Norm to clip gradients to; 0: none.  [default: clips at every step]")
     ] = None,
+    entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,
 ) -> None:
     """Train on real processes and on fake ranks; compare with plain PyTorch, bit by bit.
@@ -125,7 +129,13 @@ def verify(
     given = {f"--{name.replace('_', '-')}": value for name, value in large.items()}
     given |= {"--dp": dp != 1, "--tp": tp != 1, "--ep": ep != 1, "--clip": clip is not None}
     _refuse(given, "a small language model has no such option", "add --model gpt or --model moe")
-    value = find_schedule(chosen, ranks, microbatches)
+    into_folder = trace is not None and trace.is_dir()
+    traces = [] if into_folder else target("--trace", trace, TRACE)
+    check_targets(traces, [chosen])
+    value = find_schedule(chosen, ranks, microbatches, entry_timeout)
+    if into_folder and trace is not None:
+        traces = target("--trace", trace / _trace_name(value), TRACE)
+        check_targets(traces, [chosen])
     from reference.verify import make_case
     from reference.verify import verify as run
     from reference.watch import tell, watch
@@ -137,11 +147,22 @@ def verify(
         typer.echo(json.dumps(report.as_json()))
     else:
         tell(report)
-    if trace is not None:
-        from reference.measured import write_trace
+    for each in traces:
+        from reference.measured import trace_of
 
-        typer.echo(write_trace(report, trace), err=True)
+        text = trace_of(report)
+        if text is None:
+            typer.echo("no trace was written, for the processes did not finish", err=True)
+        else:
+            each.write(text)
+            typer.echo(f"trace written to {each.path}", err=True)
     raise typer.Exit(report.exit_code)
+
+
+def _trace_name(schedule: Schedule) -> str:
+    """The name of a trace in a folder.  A schedule's name may hold a slash, which must not lead out of the folder."""
+    name = schedule.name.replace(os.sep, "-").lstrip(".") or "schedule"
+    return f"{name}-P{schedule.ranks}-M{sum(schedule.microbatches.values())}.json"
 
 
 def _refuse(options: dict[str, Any], rule: str, remedy: str) -> None:

@@ -15,12 +15,12 @@ class Result(NamedTuple):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capfd):
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["dualpipe", *map(str, arguments)])
         with pytest.raises(SystemExit) as exited:
             main()
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         return Result(exited.value.code or 0, out, err)
 
     return call

@@ -1,5 +1,6 @@
 """Bad input, whatever the command: told before the work, in JSON too, and never as a verdict."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -145,3 +146,65 @@ def test_tracks_are_apart_however_many_ranks_there_are():
     for event in trace["traceEvents"]:
         if event["ph"] == "X" and event["cat"] in ("SF", "RF"):
             assert names[event["tid"]].startswith(f"rank {event['args']['rank']} messages")
+
+
+@pytest.mark.parametrize("output", ["closed", "full"])
+@pytest.mark.parametrize("command", [("prove", "--model", "blocking", "--json"), ("show",)], ids=" ".join)
+def test_a_verdict_that_cannot_be_printed_is_none(command, output):
+    redirect = ">&-" if output == "closed" else ">/dev/full"
+    line = f'exec "$0" -m dualpipe.cli "$@" -P 2 -M 4 {redirect}'
+    done = subprocess.run(["sh", "-c", line, sys.executable, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_pipe_that_gives_nothing_is_not_waited_for_without_end(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dualpipe.files.SILENT_SECONDS", 0.05)
+    os.mkfifo(tmp_path / "pipe")
+    assert "gave nothing for" in run("show", tmp_path / "pipe").err
+    reading, writing = os.pipe()
+    os.write(writing, b"lane > 0\n")
+    assert "gave nothing for" in run("prove", f"/dev/fd/{reading}").err
+    os.write(writing, b"lane > 0\nrank 0: 0F0>\n")
+    os.close(writing)
+    assert run("show", f"/dev/fd/{reading}").out == "lane > 0\nrank 0: 0F0>\n"
+    os.close(reading)
+
+
+def test_a_file_without_end_is_bad_input(run, monkeypatch):
+    monkeypatch.setattr("dualpipe.files.MOST_BYTES", 1 << 20)
+    assert "/dev/zero has more" in run("show", "/dev/zero").err
+
+
+def test_a_file_that_changes_while_it_is_read_is_bad_input(run, tmp_path, monkeypatch):
+    file = tmp_path / "mine.txt"
+    file.write_text("lane > 0\nrank 0: 0F0>\n")
+    sizes = itertools.count()
+
+    def changing(descriptor, real=os.fstat):
+        status = list(real(descriptor))
+        status[6] = next(sizes)
+        return os.stat_result(status)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dualpipe.files.os.fstat", changing)
+        result = run("show", file)
+    assert f"{file} changed; run the command again" in result.err
+
+
+@pytest.mark.parametrize("text", ["# one\rlane > 0\nrank 0: 0F0>\n", "lane > 0\nrank 0: 0F0> # W later\r0W0>\n"])
+def test_a_line_end_of_carriage_returns_alone_hides_nothing_in_a_comment(run, tmp_path, text):
+    (tmp_path / "mine.txt").write_bytes(text.encode())
+    assert "found a carriage return; expected lines that end in a newline" in run("show", tmp_path / "mine.txt").err
+
+
+def test_a_table_of_such_lines_is_not_joined_to_one_rank(run, tmp_path):
+    (tmp_path / "mine.csv").write_bytes(b"0F0,0W0\r,1F0,1W0\n")
+    assert "mine.csv:1:8: found a carriage return" in run("show", tmp_path / "mine.csv").err
+
+
+@pytest.mark.parametrize("command", [("mine.txt", "--schedule", "zb1p"), ("--optimal", "--schedule", "zb1p")], ids=str)
+def test_prove_ignores_no_schedule(run, command):
+    result = run("prove", *command)
+    assert (result.code, result.out) == (2, "")
+    assert "--schedule" in result.err

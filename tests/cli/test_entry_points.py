@@ -1,11 +1,12 @@
 """``module:function``: what may be returned, how sizes come in, and how each fault is told."""
 
 import json
-import subprocess
+import os
 import sys
 
 import pytest
 
+from dualpipe.called import MOST
 from dualpipe.cli import entrypoint
 from dualpipe.generate import generate
 from dualpipe.schedulefile import loads
@@ -96,15 +97,12 @@ VALUE = one()
 
 @pytest.fixture
 def run(run, tmp_path, monkeypatch):
-    """The command line in a folder with the module ``mine``; what it imports is forgotten afterwards."""
+    """The command line in a folder with the module ``mine``."""
     (tmp_path / "mine.py").write_text(MODULE)
     (tmp_path / "broken.py").write_text("import json\nraise LookupError('not today')\n")
     (tmp_path / "needy.py").write_text("import a_module_that_nobody_has\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
-    yield run
-    for name in ("mine", "broken", "needy"):
-        sys.modules.pop(name, None)
+    return run
 
 
 @pytest.mark.parametrize("name", ["mine:one", "mine:text", "mine:Family.member"])
@@ -168,12 +166,97 @@ def test_an_error_of_the_functions_own_is_told_on_one_line(run):
         assert len(result.err.splitlines()) == 1
 
 
-def test_what_a_child_of_the_function_prints_stays_out_of_the_report(tmp_path):
-    (tmp_path / "mine.py").write_text(MODULE)
-    command = [sys.executable, "-m", "dualpipe.cli", "prove", "mine:shell", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert json.loads(done.stdout)["verdict"] == "proved"
-    assert done.stderr == "from a child\n"
+def test_what_a_child_of_the_function_prints_stays_out_of_the_report(run):
+    result = run("prove", "mine:shell", "--json", "--model", "blocking")
+    assert json.loads(result.out)["verdict"] == "proved"
+    assert result.err == "from a child\n"
+
+
+HOSTILE = """
+import asyncio, atexit, json, os, signal, sys, threading, time
+import dualpipe, dualpipe.called, dualpipe.schedule
+
+def one(): return dualpipe.zb1p(2, 4)
+
+def exits_at_once(): os._exit(0)
+def exits(): sys.exit(0)
+def is_cancelled(): raise asyncio.CancelledError("by whom")
+def is_skipped(): raise type("Skipped", (BaseException,), {})("no GPU")
+def is_killed(): os.kill(os.getpid(), signal.SIGKILL)
+def crashes(): os.kill(os.getpid(), signal.SIGSEGV)
+def replaces(): os.rename = None; return one()
+def forges(): return Forged("no schedule")
+def hangs():
+    while True: pass
+def stops(): os.kill(os.getpid(), signal.SIGSTOP)
+
+class Forged(str):
+    def __str__(self): raise KeyboardInterrupt
+
+def leaves_a_thread():
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    return one()
+def leaves_a_child():
+    if os.fork() == 0: time.sleep(1000)
+    return one()
+def returns_twice():
+    os.fork()
+    return one()
+def changes_folder(): os.chdir("/"); return one()
+def closes_files(): os.closerange(0, 256); return one()
+def exits_afterwards():
+    atexit.register(os._exit, 1)
+    return one()
+def prints_much():
+    print("x" * 10**6)
+    return one()
+"""
+
+
+@pytest.fixture
+def hostile(run, tmp_path):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    return run
+
+
+def test_an_entry_point_that_hands_back_nothing_is_bad_input_however_it_ends(hostile, tmp_path):
+    told = {
+        "exits_at_once": "ended its process with exit code 0; have it return instead",
+        "exits": "raised SystemExit: 0",
+        "is_cancelled": "raised CancelledError: by whom",
+        "is_skipped": "raised Skipped: no GPU",
+        "is_killed": "was ended by SIGKILL",
+        "crashes": f"was ended by SIGSEGV ({tmp_path}/hostile.py:12, in crashes)",
+        "replaces": "ended its process with exit code 1",
+        "forges": "hostile:forges:1:1: found 'no'",
+    }
+    names = [f"hostile:{name}" for name in told]
+    result = hostile("prove", *names, "--json")
+    assert result.code == 2
+    answers = [json.loads(line) for line in result.out.splitlines()]
+    assert [answer["verdict"] for answer in answers] == ["bad input"] * len(told)
+    for answer, words in zip(answers, told.values(), strict=True):
+        assert words in answer["error"]
+    assert os.getcwd() == str(tmp_path)
+
+
+def test_an_entry_point_that_does_not_end_is_killed_and_bad_input(hostile, monkeypatch):
+    monkeypatch.setattr(entrypoint, "_LATE", 0.1)
+    result = hostile("prove", "hostile:hangs", "hostile:stops", "--json", "--entry-timeout", 1)
+    assert result.code == 2
+    for name, line in zip(("hangs", "stops"), result.out.splitlines(), strict=True):
+        assert f"hostile:{name} still ran after 1 s" in json.loads(line)["error"]
+
+
+def test_an_entry_point_that_returns_is_proved_whatever_else_it_does(hostile, tmp_path, monkeypatch):
+    monkeypatch.setattr(entrypoint, "_AFTERWARDS", 0.1)
+    kept = "leaves_a_thread leaves_a_child returns_twice changes_folder closes_files exits_afterwards prints_much"
+    names = [f"hostile:{name}" for name in kept.split()]
+    result = hostile("prove", *names, "--json", "--model", "blocking", "--html", "page.html")
+    assert result.code == 0
+    assert [json.loads(line)["verdict"] for line in result.out.splitlines()] == ["proved"] * len(names)
+    assert (tmp_path / "page.html").exists()
+    assert "hostile" not in sys.modules
 
 
 def test_a_fault_in_one_does_not_keep_the_others_from_being_proved(run):
@@ -199,7 +282,7 @@ def test_a_fault_in_one_does_not_keep_the_others_from_being_proved(run):
         ("mine:mapping", "mine:mapping is of type dict"),
         ("mine:mixed", "mine:mixed[1] is of type NoneType"),
         ("mine:nothing", "mine:nothing returned none"),
-        ("mine:for_ever", f"at most {entrypoint.MOST} schedules"),
+        ("mine:for_ever", f"at most {MOST} schedules"),
         ("mine:no_text", "mine:no_text:2:14: found '0X0>'; expected an op"),
         ("mine:several", "this command takes one schedule: mine:several returns 2"),
         ("broken:one", "importing broken raised LookupError: not today"),

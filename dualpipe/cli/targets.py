@@ -1,0 +1,135 @@
+"""The files that a command writes: checked before its work, written whole, and never in place of something else.
+
+A file that exists is replaced only if it is an earlier output of the same option, which its content shows.  So no
+schedule, source or other file is lost to a slip of the fingers, whatever its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from dualpipe.errors import RuleError
+from dualpipe.files import write_whole
+
+
+class Form(NamedTuple):
+    """A sort of output: its name, and whether the content of a file is one that dualpipe made."""
+
+    what: str
+    is_ours: Callable[[bytes], bool]
+
+
+_RECORDED = b"# dualpipe record: may be replaced while unchanged, sha256 "
+
+
+def signed(text: str) -> str:
+    """The text of a recording below a line that tells a later ``dualpipe record`` that nobody has edited it."""
+    return f"{_RECORDED.decode()}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def _is_recording(content: bytes) -> bool:
+    head, _, rest = content.partition(b"\n")
+    return head == _RECORDED + hashlib.sha256(rest).hexdigest().encode()
+
+
+SVG = Form("an SVG picture of dualpipe's", lambda content: content.startswith(b"<?xml") and b"dualpipe" in content)
+PNG = Form("a PNG picture of dualpipe's", lambda content: content.startswith(b"\x89PNG") and b"dualpipe" in content)
+HTML = Form(
+    "a page of dualpipe's",
+    lambda content: content.startswith(
+        b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        b"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src '"
+    ),
+)
+TRACE = Form("a trace of dualpipe's", lambda content: content.startswith(b'{"traceEvents": [\n'))
+SMTLIB = Form(
+    "obligations of dualpipe's in SMT-LIB",
+    lambda content: content.startswith(b"(set-logic QF_IDL)\n\n; complete: sat"),
+)
+RECORDING = Form("a recording that nobody has edited", _is_recording)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file that an option names."""
+
+    option: str
+    path: Path
+    form: Form
+
+    def check(self) -> None:
+        """Raise ``RuleError`` if the file cannot be written, or if there is one that is not to be replaced."""
+        folder = Path(os.path.realpath(self.path)).parent
+        if self.path.is_dir():
+            self._fail("is a folder")
+        if not folder.is_dir():
+            folder = folder if self.path.parent.is_dir() else self.path.parent  # else a link leads to nowhere
+            raise RuleError(
+                f"{self.option} is a file that can be written", f"there is no folder {folder}", "make the folder"
+            )
+        if not self.path.exists():
+            if not os.access(folder, os.W_OK):
+                self._fail(f"cannot be made: {folder} is read-only")
+            return
+        regular = stat.S_ISREG(self.path.stat().st_mode)
+        if not os.access(self.path, os.W_OK) or (regular and not _device(self.path) and not os.access(folder, os.W_OK)):
+            self._fail("cannot be written")
+        if regular and not _device(self.path):
+            content = self.path.read_bytes()
+            if content and not self.form.is_ours(content):
+                raise RuleError(
+                    f"{self.option} makes a new file, or replaces {self.form.what}",
+                    f"{self.path} is something else",
+                    "name another file, or remove this one first",
+                )
+
+    def _fail(self, came: str) -> None:
+        raise RuleError(f"{self.option} is a file that can be written", f"{self.path} {came}", "name another file")
+
+    def write(self, data: str | bytes) -> None:
+        """Write the file whole.  It is checked again, for the command's work may have taken long."""
+        self.check()
+        sys.stdout.flush()  # what was printed before comes before, should this be standard output
+        write_whole(self.path, data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+
+
+def target(option: str, path: Path | None, form: Form) -> list[Target]:
+    """The target of an option, if it was given."""
+    return [] if path is None else [Target(option, path, form)]
+
+
+def check_targets(targets: Iterable[Target], inputs: Iterable[str] = ()) -> None:
+    """Check the targets of a command: each by itself, and that no two options and no input name the same file.
+
+    Raises
+    ------
+    RuleError
+        If an output is one of ``inputs`` (names of schedules, of which those that are no files are passed over) or
+        another output, whatever paths and links name it, or cannot be written.
+    """
+    seen: list[tuple[str, Path]] = [("is a schedule that the command reads", Path(name)) for name in inputs]
+    for each in targets:
+        for told, other in seen:
+            if _same(each.path, other):
+                raise RuleError(
+                    "every output is a file of its own", f"{each.option} {each.path} {told}", "name another file"
+                )
+        each.check()
+        seen.append((f"is the file of {each.option} as well", each.path))
+
+
+def _same(one: Path, other: Path) -> bool:
+    if one.exists() and other.exists():
+        return stat.S_ISREG(one.stat().st_mode) and one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _device(path: Path) -> bool:
+    return str(path).startswith(("/dev/", "/proc/"))

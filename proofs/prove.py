@@ -111,7 +111,8 @@ class Report:
 
     def text(self) -> str:
         """The report for a terminal: a line a check, the stories under theirs, the peaks."""
-        lines = [f"{self.label or 'schedule'} on {self.ranks} ranks: {self.verdict}"]
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}"]
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")

@@ -48,7 +48,7 @@ def prove(
     model: Annotated[
         str,
         typer.Option(
-            help="How messages behave: all, blocking, eager, eager:CAPACITY (eager buffers 1) or stream (same verdict as blocking)."
+            help="How messages behave: all, blocking, eager, eager:CAPACITY (eager is 1), stream (as blocking)."
         ),
     ] = "all",
     max_activations: Annotated[int | None, typer.Option(help="Bound of live activations for every rank.")] = None,

@@ -124,7 +124,7 @@ time.sleep(600)
 
 def test_an_asker_that_is_interrupted_starts_the_next_question_afresh(instead):
     asking = instead("import time; print('ready', flush=True); time.sleep(600)")
-    timer = threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGINT))
+    timer = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         asking.ask(CIRCLE)

@@ -1,8 +1,7 @@
 """Difference logic: integers, and facts that one is at least so much later than another.
 
-A set of such facts is a ``Problem``.  Z3's dense difference-logic solver decides it (``arith.solver=1`` of
-``SimpleSolver``: Floyd-Warshall on the graph of differences), every fact guarded by a name, so that a contradiction
-comes with the names that make it.  ``smtlib_of`` writes the same facts for any solver.
+A set of such facts is a ``Problem``.  Z3 decides it, in a process of its own (``proofs.solver``), and names the facts
+that make a contradiction.  ``smtlib_of`` writes the same facts for any solver.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import z3
-from z3 import z3core
-
+from proofs.solver import ask
 from proofs.verdict import Unknown
 
 Why = tuple[object, ...]
@@ -67,44 +64,9 @@ class Contradiction(NamedTuple):
 
 
 def decide(problem: Problem, timeout_s: float | None = None) -> Contradiction | Unknown | None:
-    """``None`` where the facts can all hold, else why they cannot; ``Unknown`` where Z3 gives up."""
-    named = _check(problem.names, problem.facts, timeout_s)
-    if named is None or isinstance(named, Unknown):
-        return named
-    return Contradiction(minimal(problem.names, [problem.facts[index] for index in named]))
-
-
-def minimal(names: list[str], core: list[Fact]) -> tuple[Fact, ...]:
-    """A core without superfluous facts.
-
-    A smallest contradiction of differences is one circle of facts whose gaps add up to more than 0.  Where Z3's core
-    is not one circle yet, facts are left out as long as the rest is still impossible.
-    """
-    kept = list(core)
-    for fact in core:
-        if (circle := as_circle(kept)) is not None:
-            return circle
-        without = [other for other in kept if other is not fact]
-        smaller = _check(names, without, None)
-        if isinstance(smaller, list):
-            kept = [without[index] for index in smaller]
-    circle = as_circle(kept)
-    assert circle is not None, kept
-    return circle
-
-
-def as_circle(facts: list[Fact]) -> tuple[Fact, ...] | None:
-    """The facts in the order in which each leads to the next, if they are one circle that cannot be."""
-    leaving = {fact.earlier: fact for fact in facts}
-    if len(leaving) != len(facts) or sum(fact.gap for fact in facts) <= 0:
-        return None
-    circle = [facts[0]]
-    while circle[-1].later != facts[0].earlier:
-        following = leaving.get(circle[-1].later)
-        if following is None or len(circle) == len(facts):
-            return None
-        circle.append(following)
-    return tuple(circle) if len(circle) == len(facts) else None
+    """``None`` where the facts can all hold, else why they cannot; ``Unknown`` where there is no answer."""
+    answer = ask((fact[:3] for fact in problem.facts), timeout_s)
+    return Contradiction(tuple(problem.facts[index] for index in answer)) if isinstance(answer, list) else answer
 
 
 def joined(circle: tuple[Fact, ...]) -> tuple[Fact, ...]:
@@ -124,37 +86,6 @@ def _links(one: Fact, other: Fact) -> bool:
     return isinstance(one.why[0], Link) and one.why[:-2] == other.why[:-2] and one.why[-1] == other.why[-2]
 
 
-def _check(names: list[str], facts: list[Fact], timeout_s: float | None) -> list[int] | Unknown | None:
-    """The numbers of facts that contradict each other, ``None`` if none do."""
-    context = z3.Context()
-    solver = z3.SimpleSolver(ctx=context)
-    solver.set("arith.solver", 1)
-    if timeout_s is not None:
-        solver.set("timeout", max(1, int(1000 * timeout_s)))
-    # One text for Z3's own parser: making each term from Python costs more than solving.
-    lines = [f"(declare-const {_variable(number)} Int)" for number in range(len(names))]
-    lines += [f"(declare-const f{n} Bool)(assert (=> f{n} {_formula(fact)}))" for n, fact in enumerate(facts)]
-    solver.from_string("\n".join(lines))
-    guards = _guards(context, len(facts))
-    outcome = z3core.Z3_solver_check_assumptions(context.ref(), solver.solver, len(facts), guards)
-    if outcome == z3.Z3_L_TRUE:
-        return None
-    if outcome == z3.Z3_L_UNDEF:
-        return Unknown(f"Z3 gave up: {solver.reason_unknown()}")
-    return sorted(int(str(name)[1:]) for name in solver.unsat_core())
-
-
-def _guards(context: z3.Context, count: int) -> object:
-    """The constants f0, f1, ... as the array that Z3's C interface takes; the context frees them with itself."""
-    boolean = z3.BoolSort(context).ast
-    guards = (z3core.Ast * max(count, 1))()
-    for number in range(count):
-        symbol = z3core.Z3_mk_string_symbol(context.ref(), f"f{number}")
-        guards[number] = z3core.Z3_mk_const(context.ref(), symbol, boolean)
-        z3core.Z3_inc_ref(context.ref(), guards[number])
-    return guards
-
-
 def smtlib_of(problems: list[Problem]) -> str:
     """The problems as SMT-LIB 2.6, one ``check-sat`` each: ``sat`` where the check holds, ``unsat`` where it fails."""
     parts = ["(set-logic QF_IDL)"]
@@ -167,14 +98,6 @@ def smtlib_of(problems: list[Problem]) -> str:
             parts.append(f"(assert (! {formula} :named f{number})) ; {fact}")
         parts += ["(check-sat)", "(pop 1)"]
     return "\n".join(parts) + "\n"
-
-
-def _formula(fact: Fact) -> str:
-    return f"(>= (- {_variable(fact.later)} {_variable(fact.earlier)}) {_integer(fact.gap)})"
-
-
-def _variable(number: int) -> str:
-    return f"t{number}"
 
 
 def _integer(value: int) -> str:

@@ -77,13 +77,17 @@ class TooEarly(Finding):
 
 @dataclass(frozen=True)
 class NoPeer(Finding):
-    """A message whose other end is no other rank: it leaves the lane, stays on its rank, or names no rank at all."""
+    """A message whose other end is no other rank: it leaves the lane, stays on its rank, or names no rank at all.
+
+    ``holder`` is the rank of the op's stage and ``neighbour`` that of the stage at the other end, if there is one."""
 
     check = "messages"
     fault = "no peer"
     place: Placed
     peer: int | None
     ranks: int
+    holder: int
+    neighbour: int | None
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ class Circle(Finding):
 
 @dataclass(frozen=True)
 class NeverMet(Finding):
-    """A message for which the other side has no partner: it is number ``nth`` (from 0) of ``posted`` over there."""
+    """A message for which the other side has no partner: it is number ``nth`` (from 0) of ``posted`` over there.
+
+    ``possible`` says whether another rank is at the other end at all."""
 
     check = "deadlock"
     fault = "never met"
@@ -162,6 +168,7 @@ class NeverMet(Finding):
     peer: int | None
     nth: int
     posted: int
+    possible: bool
 
 
 @dataclass(frozen=True)

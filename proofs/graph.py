@@ -106,7 +106,7 @@ def _wrong_peer(schedule: Schedule, placed: Placed, peer: int | None) -> Finding
     op, ranks = placed.op, schedule.ranks
     neighbour = schedule.neighbour(op)
     if peer is None or neighbour is None or not 0 <= peer < ranks or peer == placed.rank:
-        return NoPeer(placed, peer, ranks)
+        return NoPeer(placed, peer, ranks, schedule.rank_of(op), neighbour)
     if peer != neighbour or placed.rank != schedule.rank_of(op):
         return NotNeighbour(placed, peer, schedule.rank_of(op), neighbour)
     return None

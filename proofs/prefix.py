@@ -42,7 +42,7 @@ def smallest_prefix(schedule: Schedule, finding: Finding) -> Prefix | None:
         case Circle(_, waits):
             places = [place for wait in waits for place in (wait.place, wait.partner)]
             return closed(schedule, up_to(schedule, places))
-        case NeverMet(_, place, _, _, _):
+        case NeverMet(_, place):
             return closed(schedule, up_to(schedule, [place]))
         case Mismatch(one, other, _) | SentTwice(one, other) | Repeated(one, other) | OutOfOrder(one, other):
             return up_to(schedule, [one, other])

@@ -121,13 +121,13 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
         partner = _partner(schedule, model, both, placed, nth)
         if partner is None:
             posted = len(_opposite(schedule, both, placed))
-            return Refuted(NeverMet(model, placed, schedule.peer(placed.op), nth or 0, posted))
+            return Refuted(NeverMet(model, placed, schedule.peer(placed.op), nth or 0, posted, nth is not None))
         waits.setdefault(placed.rank, []).append(Wait(placed, partner))
     if waits:
         return Refuted(Circle(model, shortest_circle(waits)))
     sender, receiver = buffered[0]  # the sends fitted into the buffer, and nobody empties it
     posted = run.received.get((sender, receiver), 0)
-    return Refuted(NeverMet(model, both[0][sender, receiver][posted], receiver, posted, posted))
+    return Refuted(NeverMet(model, both[0][sender, receiver][posted], receiver, posted, posted, True))
 
 
 def thread(schedule: Schedule, rank: int, model: Model) -> Thread:

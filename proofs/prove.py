@@ -2,7 +2,8 @@
 
 ``graph`` (plain search) and ``z3`` share nothing but the schedule value; where both decide and differ the run
 crashes with both answers.  Where Z3 gives up, a proof by the graph alone is reported as unknown; a refutation
-stands, since its finding can be looked up.
+stands, since its finding can be looked up.  So what the graph has refuted is put to Z3 only where that costs little:
+in a schedule of at most ``SECOND_OPINION`` ops and stages.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import count
 from typing import Any
 
 from dualpipe.schedule import Schedule
-from proofs import bounded, graph, meeting, progress
+from proofs import bounded, graph, meeting, progress, solver
 from proofs.difference import Problem, smtlib_of
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
@@ -27,6 +28,8 @@ __all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
 
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
+SECOND_OPINION = 3_000
+"""Up to so many ops and stages a refutation by plain search is put to Z3 too, which then adds its core."""
 
 Begin = Callable[[int, int, str], None]
 """Called with how many checks are done, how many there are, and the name of the next one; at the end with all done."""
@@ -108,7 +111,8 @@ class Report:
 
     def text(self) -> str:
         """The report for a terminal: a line a check, the stories under theirs, the peaks."""
-        lines = [f"{self.label or 'schedule'} on {self.ranks} ranks: {self.verdict}"]
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}"]
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
@@ -159,7 +163,7 @@ def prove(
     smt:
         Whether Z3 gives its opinion too; without it a proof rests on one method.
     timeout_s:
-        Seconds after which Z3 gives up on one question, counted from when it starts to solve it.
+        Seconds after which Z3 gives up on one question, from when it gets it; ``solver.SECONDS`` if not given.
     bytes_per_stage:
         What a microbatch holds at each stage waiting for its B and for its W, in bytes (``memory.peak_bytes``).
     label:
@@ -178,6 +182,8 @@ def prove(
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
     done, total = count(), len(CHECKS) - 1 + len(models)
+    if smt:
+        solver.start()
 
     def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem] | None) -> Result:
         begin(next(done), total, name)
@@ -215,7 +221,7 @@ def judge(
     by_graph = search()
     seconds = {"graph": time.perf_counter() - started}
     verdict = by_graph
-    if problem is not None:
+    if problem is not None and not (isinstance(by_graph, Refuted) and _size(schedule) > SECOND_OPINION):
         started = time.perf_counter()
         by_z3 = bounded.verdict(problem(), timeout_s)
         seconds["z3"] = time.perf_counter() - started
@@ -224,6 +230,12 @@ def judge(
     if isinstance(verdict, Refuted) and verdict.finding is not None:
         prefix = smallest_prefix(schedule, verdict.finding)
     return Result(verdict, seconds, prefix)
+
+
+def _size(schedule: Schedule) -> int:
+    """How many ops and stages there are, which is what a problem for Z3 grows with."""
+    ops = sum(len(slot) for program in schedule.programs for slot in program)
+    return ops + sum(map(len, schedule.routes.values()))
 
 
 def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:

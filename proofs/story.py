@@ -46,9 +46,8 @@ def tell(finding: Finding) -> str:
         case Empty():
             return "no rank computes anything, so there is nothing that could be complete"
         case Missing(op, rank, largest):
-            return (
-                f"rank {rank} never {VERBS[op.kind]} {_of(op)} ({op}), and the lane's microbatches are 0 to {largest}"
-            )
+            mbs = f"microbatches are 0 to {largest}" if largest else "only microbatch is 0"
+            return f"rank {rank} never {VERBS[op.kind]} {_of(op)} ({op}), and the lane's {mbs}"
         case Repeated(first, second):
             verb = VERBS[first.op.kind]
             return f"rank {first.rank} {verb} {_of(first.op)} twice: {_slot(first)} and again {_slot(second)}"
@@ -98,7 +97,8 @@ def content(op: Op) -> str:
     here, there = op.stage, op.stage + (1 if op.kind in (Kind.SF, Kind.RB) else -1)
     source, target = (here, there) if op.kind in SENDS else (there, here)
     noun = "the activation" if forwards else "the gradient"
-    return f"{noun} of microbatch {op.mb} of lane {op.lane} (stage {source} to stage {target})"
+    where = f"stage {source} to stage {target}" if min(source, target) >= 0 else f"at stage {op.stage}"
+    return f"{noun} of microbatch {op.mb} of lane {op.lane} ({where})"
 
 
 def _forwards(op: Op) -> bool:
@@ -116,7 +116,8 @@ def _slot(place: Placed) -> str:
 def _thing(op: Op) -> str:
     if op.kind in NOUNS:
         return f"{NOUNS[op.kind]} {_of(op)}"
-    return f"{'sending' if op.kind in SENDS else 'receiving'} {content(op)}"
+    noun = "the activation" if _forwards(op) else "the gradient"
+    return f"{'sending' if op.kind in SENDS else 'receiving'} {noun} {_of(op)}"
 
 
 def _too_early(finding: TooEarly) -> str:
@@ -129,18 +130,36 @@ def _too_early(finding: TooEarly) -> str:
 
 
 def _no_peer(finding: NoPeer) -> str:
-    place, peer = finding.place, finding.peer
-    if peer is None:
-        reason = f"lane {place.op.lane} ends there, so no rank is at the other end"
-    elif peer == place.rank:
-        reason = f"the other end would be rank {place.rank} itself, where nothing is sent"
-    elif 0 <= peer < finding.ranks:
-        reason = f"lane {place.op.lane} ends there, and rank {peer} has no part in it"
-    else:
-        reason = f"there is no rank {peer}, only 0 to {finding.ranks - 1}"
+    place = finding.place
     verb = "sends" if place.op.kind in SENDS else "receives"
     noun = "an activation" if _forwards(place.op) else "a gradient"
+    reason = _nowhere(place, finding.peer, finding.ranks, finding.holder, finding.neighbour)
     return f"rank {place.rank} {verb} {noun} at stage {place.op.stage} {_slot(place)}, but {reason}"
+
+
+def _nowhere(place: Placed, peer: int | None, ranks: int, holder: int, neighbour: int | None) -> str:
+    """Why no other rank can be at the other end of a message."""
+    op = place.op
+    side = "after" if op.kind in (Kind.SF, Kind.RB) else "before"
+    if neighbour is None:
+        reason = f"lane {op.lane} has no stage {side} stage {op.stage}, so no rank is at the other end"
+    elif neighbour == holder:
+        reason = (
+            f"the stage {side} stage {op.stage} of lane {op.lane} is on rank {holder} as well, and stages on one rank "
+            "hand over without a message"
+        )
+    elif holder != place.rank:
+        reason = f"rank {holder} holds stage {op.stage} of lane {op.lane}"
+    else:
+        reason = f"rank {neighbour} is its neighbour there"
+    if peer is not None and not 0 <= peer < ranks:
+        return f"there is no rank {peer}, only {f'0 to {ranks - 1}' if ranks > 1 else 'rank 0'}; {reason}"
+    named = op.peer is not None
+    if named and peer == place.rank:
+        return f"it names its own rank as the other end; {reason}"
+    if named and neighbour is None:
+        return f"lane {op.lane} has no stage {side} stage {op.stage}, and rank {peer} has no part in it"
+    return reason
 
 
 def _not_neighbour(finding: NotNeighbour) -> str:
@@ -149,19 +168,25 @@ def _not_neighbour(finding: NotNeighbour) -> str:
     what = f"rank {place.rank} {verb} {content(place.op)} {towards} rank {finding.peer} {_slot(place)}"
     if place.rank != finding.holder:
         return f"{what}, but rank {finding.holder} holds stage {place.op.stage} of lane {place.op.lane}"
-    return f"{what}, but rank {finding.neighbour} is its neighbour there"
+    if finding.neighbour == finding.holder:
+        reason = _nowhere(place, None, 0, finding.holder, finding.neighbour)
+    else:
+        reason = f"rank {finding.neighbour} is its neighbour there"
+    return f"{what}, but {reason}"
 
 
 def _left_over(finding: LeftOver) -> str:
-    place, peer = finding.place, finding.peer
+    place, peer, nth, posted = finding.place, finding.peer, finding.nth + 1, finding.posted
     if place.op.kind in SENDS:
+        other = f"which receives only {posted}" if posted else "which receives nothing from it"
         return (
-            f"rank {place.rank} sends {content(place.op)} {_slot(place)} as message {finding.nth + 1} to rank {peer}, "
-            f"which receives only {finding.posted}: the last ones are never received"
+            f"rank {place.rank} sends {content(place.op)} {_slot(place)} as message {nth} to rank {peer}, "
+            f"{other}: it is never received"
         )
+    other = f"which sends only {posted}" if posted else "which sends nothing to it"
     return (
-        f"rank {place.rank} waits {_slot(place)} for {content(place.op)} as message {finding.nth + 1} from rank "
-        f"{peer}, which sends only {finding.posted}: it waits for ever"
+        f"rank {place.rank} waits {_slot(place)} for {content(place.op)} as message {nth} from rank {peer}, "
+        f"{other}: it waits for ever"
     )
 
 
@@ -175,6 +200,7 @@ def _circle(model: Model, waits: tuple[Wait, ...]) -> str:
 
 def _wait(model: Model, wait: Wait, stands: int) -> str:
     place, partner = wait.place, wait.partner
+    stream = "the message stream of " if model.overlaps else ""
     if place.op.kind not in SENDS:
         until = f"until rank {partner.rank} sends it {content(place.op)}; the send that meets it"
     elif model.capacity:
@@ -182,28 +208,38 @@ def _wait(model: Model, wait: Wait, stands: int) -> str:
     else:
         until = f"until rank {partner.rank} receives {content(place.op)}; the receive that meets it"
     return (
-        f"rank {place.rank} waits {_slot(place)} {until} is {_slot(partner)} there, "
-        f"and rank {partner.rank} gets no further than slot {stands}"
+        f"{stream}rank {place.rank} waits {_slot(place)} {until} is {_slot(partner)} there, "
+        f"and {stream}rank {partner.rank} gets no further than slot {stands}"
     )
 
 
 def _never_met(finding: NeverMet) -> str:
-    place, peer = finding.place, finding.peer
+    place, peer, posted, model = finding.place, finding.peer, finding.posted, finding.model
     sends = place.op.kind in SENDS
-    wanted = f"{'send' if sends else 'receive'} {content(place.op)}"
-    opposite = "receives" if sends else "sends"
-    if peer is None:
-        reason = "no rank is at the other end"
-    elif finding.posted == 0:
-        reason = f"rank {peer} {opposite} nothing {'from' if sends else 'to'} it"
+    opposite, towards = ("receives", "from") if sends else ("sends", "to")
+    what = content(place.op)
+    if not finding.possible or peer is None:
+        noun = "the activation" if _forwards(place.op) else "the gradient"
+        what = f"{noun} of microbatch {place.op.mb} at stage {place.op.stage} of lane {place.op.lane}"
+        there = "no rank is at the other end" if peer is None else f"there is no rank {peer}"
+        reason = f"rank {peer} would be at both ends" if peer == place.rank else there
+    elif posted == 0:
+        reason = f"rank {peer} {opposite} nothing {towards} it"
     else:
-        reason = f"this is message {finding.nth + 1} of the two, and rank {peer} {opposite} only {finding.posted}"
-    return f"rank {place.rank} waits for ever {_slot(place)} to {wanted}: {reason} ({finding.model} messages)"
+        between = f"rank {place.rank} to rank {peer}" if sends else f"rank {peer} to rank {place.rank}"
+        reason = f"this is message {finding.nth + 1} from {between}, and rank {peer} {opposite} only {posted}"
+    if sends and finding.possible and finding.nth - model.capacity < posted:
+        verb = f"rank {place.rank} sends {what} {_slot(place)} into a buffer that is never emptied"
+    else:
+        stream = "the message stream of " if model.overlaps else ""
+        verb = f"{stream}rank {place.rank} waits for ever {_slot(place)} to {'send' if sends else 'receive'} {what}"
+    return f"{verb}: {reason} ({model} messages)"
 
 
 def _over_bound(finding: OverBound) -> str:
     held, bound = len(finding.live), f"{finding.bound} ({finding.source})"
-    head = f"rank {finding.rank} holds {held} microbatches in slot {finding.slot}, and may hold {bound}"
+    count = "1 live activation" if held == 1 else f"{held} live activations"
+    head = f"rank {finding.rank} holds {count} in slot {finding.slot}, and may hold {bound}"
     return "\n".join([f"{head}; live then:", *live_lines(finding.live)])
 
 

@@ -109,7 +109,7 @@ def marks(finding: Finding, schedule: Schedule) -> tuple[Mark, ...]:
             return tuple(_wait(wait, line) for wait, line in zip(waits, lines, strict=False))
         case findings.Mismatch():
             return _mismatch(finding, schedule, story.split("\n")[0])
-        case findings.NeverMet(_, place, peer, _, _) | findings.LeftOver(place, peer, _, _):
+        case findings.NeverMet(_, place, peer) | findings.LeftOver(place, peer, _, _):
             return (_mark(place, story, peer=_rank(peer, schedule)),)
         case findings.NoPeer(place, peer, _):
             return (_mark(place, story, peer=_rank(peer, schedule)),)

@@ -47,7 +47,10 @@ def prove(
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
     model: Annotated[
-        str, typer.Option(help="How messages behave: all, blocking, eager, eager:CAPACITY (eager buffers 1) or stream.")
+        str,
+        typer.Option(
+            help="How messages behave: all, blocking, eager, eager:CAPACITY (eager is 1), stream (as blocking)."
+        ),
     ] = "all",
     max_activations: Annotated[int | None, typer.Option(help="Bound of live activations for every rank.")] = None,
     bytes_for_b: Annotated[str | None, typer.Option(help="Per stage, bytes live from F to B: 8,8,8,9.")] = None,
@@ -57,7 +60,10 @@ def prove(
         typer.Option(help="A file for the obligations of one schedule under the first model, for another solver."),
     ] = None,
     solver_timeout: Annotated[
-        float | None, typer.Option(help="Seconds for Z3; then a check is unknown.", callback=seconds)
+        float | None,
+        typer.Option(
+            help="Seconds for each question to Z3, 300 by default; then a check is unknown.", callback=seconds
+        ),
     ] = None,
     all_sizes: Annotated[
         bool,

@@ -7,8 +7,8 @@ from dualpipe.generate import dualpipe, dualpipev, one_f_one_b, zb1p
 from proofs.models import MODELS, eager
 from proofs.prefix import cut
 from proofs.progress import deadlock
-from proofs.prove import CHECKS, DisagreementError, prove, settle
-from proofs.verdict import Proved, Refuted, Unknown
+from proofs.prove import CHECKS, DisagreementError, Result, prove, settle, under_all
+from proofs.verdict import Proved, Refuted, Skipped, Unknown
 from tests.mutations import MUTATIONS, mutants, mutated
 from tests.strategies import schedules
 
@@ -69,6 +69,18 @@ def test_a_solver_that_gives_up_proves_nothing_and_takes_no_refutation_back():
     given_up = Unknown("Z3 gave up: timeout")
     assert settle("order", Proved(), given_up) == given_up
     assert settle("order", Refuted(None), given_up) == Refuted(None)
+
+
+def test_unknown_under_one_model_is_not_proved_by_another():
+    proved, unknown = Result(Proved(), {}), Result(Unknown("Z3 gave up"), {})
+    refuted = Result(Refuted(None, ("why",)), {}, prefix=(1,))
+    for results in ([proved, unknown], [unknown, proved]):
+        assert under_all({str(n): r for n, r in enumerate(results)}).verdict == unknown.verdict
+    for results in ([unknown, refuted, proved], [refuted, unknown]):
+        found = under_all({str(n): r for n, r in enumerate(results)})
+        assert (found.verdict, found.prefix) == (refuted.verdict, (1,))
+    assert under_all({"0": proved}).verdict == Proved()
+    assert isinstance(under_all({}).verdict, Skipped)
 
 
 def test_a_solver_out_of_time_makes_the_report_unknown():

@@ -5,6 +5,7 @@ import pytest
 from dualpipe.schedule import UP, F, Kind, Op
 from dualpipe.schedulefile import loads
 from proofs import findings
+from proofs.models import parse_models
 from proofs.prove import CHECKS, prove
 from proofs.story import tell
 from proofs.verdict import Proved, Refuted, Skipped
@@ -27,14 +28,20 @@ FAULTS = [
     (findings.TooEarly, "too early", "1RF0>", "", "(1RF0>), which never comes on rank 1"),
     (findings.TooEarly, "too early", "1B1>+1W1>", "1W1>+1B1>", "(1B1>), which stands behind it in the same slot"),
     (findings.NoPeer, "no peer", "1RF0>", "1RF0>@7", "there is no rank 7, only 0 to 1"),
-    (findings.NoPeer, "no peer", "1RF0>", "0RF0>", "lane > ends there, so no rank is at the other end"),
-    (findings.NoPeer, "no peer", "1RF0>", "1RF0>@1", "the other end would be rank 1 itself"),
-    (findings.NoPeer, "no peer", "1RF0>", "0RF0>@0", "lane > ends there, and rank 0 has no part in it"),
+    (findings.NoPeer, "no peer", "1RF0>", "0RF0>", "lane > has no stage before stage 0, so no rank is at"),
+    (findings.NoPeer, "no peer", "1RF0>", "1RF0>@1", "it names its own rank as the other end; rank 0 is its neighbour"),
+    (
+        findings.NoPeer,
+        "no peer",
+        "1RF0>",
+        "0RF0>@0",
+        "lane > has no stage before stage 0, and rank 0 has no part in it",
+    ),
     (findings.Mismatch, "mismatch", "0SF0> 0F1> 0SF1>", "0F1> 0SF1> 0SF0>", "but the next message from rank 0 is the"),
     (findings.LeftOver, "left over", "1SB1>", "", "as message 2 from rank 1, which sends only 1"),
     (findings.LeftOver, "left over", "0RB1>", "", "as message 2 to rank 0, which receives only 1"),
     (findings.NeverMet, "never met", "0RB1>", "", "rank 1 waits for ever in slot 6 (1SB1>) to send the gradient"),
-    (findings.NeverMet, "never met", "1SB1>", "", "is message 2 of the two, and rank 1 sends only 1"),
+    (findings.NeverMet, "never met", "1SB1>", "", "is message 2 from rank 1 to rank 0, and rank 1 sends only 1"),
     (
         findings.OutOfOrder,
         "out of order",
@@ -70,6 +77,61 @@ def test_a_message_sent_and_received_twice_is_told_apart_from_one_that_mixes():
     finding = found(twice, "messages")
     assert isinstance(finding, findings.SentTwice)
     assert "nothing consumes it" in tell(finding)
+
+
+V = """
+lane > 0 1 1 0
+rank 0: 0F0> 0SF0> 3RF0> 3F0> 3B0>+3W0> 3SB0> 0RB0> 0B0>+0W0>
+rank 1: 1RF0> 1F0> 2F0> 2SF0> 2RB0> 2B0>+2W0> 1B0>+1W0> 1SB0>
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "story"),
+    [
+        ("1F0> 2F0>", "1F0> 1SF0> 2F0>", "the stage after stage 1 of lane > is on rank 1 as well, and stages on one"),
+        ("1F0> 2F0>", "1F0> 1SF0>@0 2F0>", "the stage after stage 1 of lane > is on rank 1 as well, and stages on"),
+        ("3F0>", "3F0> 0RB0>@9", "there is no rank 9, only 0 to 1; rank 1 is its neighbour there"),
+        ("3F0>", "3F0> 1RB0>", "(stage 2 to stage 1) from rank 1 in slot 4 (1RB0>), but rank 1 holds stage 1"),
+        ("1F0> 2F0>", "1F0> 0SF0> 2F0>", "rank 1 sends an activation at stage 0 in slot 2 (0SF0>), but rank 0 holds"),
+        ("3F0>", "3F0> 3SF0>", "lane > has no stage after stage 3, so no rank is at the other end"),
+    ],
+)
+def test_a_message_that_no_two_ranks_exchange_is_told_with_the_reason(right, wrong, story):
+    assert prove(loads(V)).verdict == "proved"
+    assert story in tell(found(V.replace(right, wrong, 1), "messages"))
+
+
+@pytest.mark.parametrize(
+    ("model", "story"),
+    [
+        ("blocking", "rank 0 waits for ever in slot 1 (0SF0>) to send the activation"),
+        (
+            "eager",
+            "rank 0 sends the activation of microbatch 0 of lane > (stage 0 to stage 1) in slot 1 (0SF0>) into a",
+        ),
+        ("stream", "the message stream of rank 0 waits for ever in slot 1 (0SF0>) to send the activation"),
+    ],
+)
+def test_who_waits_for_a_partner_that_never_comes_depends_on_the_model(model, story):
+    schedule = loads("lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1:\n")
+    verdict = prove(schedule, parse_models(model), smt=False).checks["deadlock"].verdict
+    assert tell(verdict.finding).startswith(story)
+    assert "rank 1 receives nothing from it" in tell(verdict.finding)
+
+
+def test_one_is_told_in_the_singular_and_none_as_nothing():
+    alone = loads("lane > 0 0\nrank 0: 0F0> 1F0>\n")
+    report = prove(alone, max_activations=0, smt=False)
+    assert report.text().startswith("schedule on 1 rank: refuted")
+    assert "rank 0 holds 1 live activation in slot 0" in report.text()
+    assert "the lane's only microbatch is 0" in report.text()
+    assert "which receives nothing from it: it is never received" in tell(
+        found(TWO.replace("1RF0>", "").replace("+1RF1>", ""), "messages")
+    )
+    assert "stage -1" not in tell(found("lane > 0 1\nrank 0: 0F0>\nrank 1: 0RF0>@0\n", "deadlock"))
+    two = prove(alone, max_activations=1, smt=False).checks["memory"].verdict.finding
+    assert tell(two).startswith("rank 0 holds 2 live activations in slot 1")
 
 
 def test_a_message_to_a_rank_that_is_not_the_neighbour():

@@ -5,9 +5,10 @@ import pytest
 import z3
 
 from dualpipe.generate import dualpipe, one_f_one_b
-from proofs.difference import Contradiction, Fact, Link, Problem, decide, joined, minimal
+from proofs.difference import Contradiction, Fact, Link, Problem, decide, joined
 from proofs.models import MODELS
 from proofs.prove import problems, smtlib
+from proofs.z3child import Edge, minimal
 from tests.mutations import mutants
 from tests.proofs.museum import EXHIBITS
 
@@ -69,7 +70,9 @@ def test_a_core_is_one_circle_without_a_fact_too_many():
     answer = decide(problem)
     assert isinstance(answer, Contradiction)
     assert sorted(map(str, answer.core)) == ["a to b", "b to c", "c to a"]
-    assert sorted(map(str, minimal(problem.names, problem.facts))) == ["a to b", "b to c", "c to a"]
+    every = [Edge(*fact[:3], number) for number, fact in enumerate(problem.facts)]
+    assert sorted(edge.number for edge in minimal(every, deadline=float("inf"))) == [0, 2, 5]
+    assert minimal(every, deadline=0) == []
 
 
 def test_the_core_of_a_circle_of_four_is_told_in_four_waits():

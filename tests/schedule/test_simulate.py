@@ -52,6 +52,14 @@ def test_a_sender_goes_on_unless_its_slots_block():
     assert spans(simulate(LATE, blocking=True), 0) == [("0F0>", 0, 1), ("0F1>", 3, 4)]
 
 
+def test_a_message_is_received_no_earlier_than_its_receive_is_posted():
+    # sent at 1; rank 1 posts its receive after two computes of its own, at 2
+    late = loads("lane > 0 1\nlane < 1 0\nrank 0: 0F0> 0SF0>\nrank 1: 0F0< 0F1< 1RF0> 1F0>\n")
+    for way in ({}, {"eager": True}, {"blocking": True}):
+        (message,) = simulate(late, **way).messages
+        assert (message.sent, message.awaited, message.completed) == (1, 2, 2), way
+
+
 def test_an_eager_message_sets_out_when_it_is_sent():
     assert spans(simulate(LATE, Costs(latency=0.5), eager=True), 1)[-1] == ("1F0>", 3, 4)
     assert spans(simulate(LATE, Costs(latency=2.5), eager=True), 1)[-1] == ("1F0>", 3.5, 4.5)

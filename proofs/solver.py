@@ -1,0 +1,164 @@
+"""Z3 in a process of its own: its answer, or why there is none.
+
+Whatever becomes of that process (out of memory, out of time, a crash, a kill) is an ``Unknown`` with the reason.  It
+starts at the first question, serves the later ones too, and ends with the process that asks, also after ``SIGKILL``:
+it reads from a pipe that then closes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+from proofs.verdict import Unknown
+
+CHILD = Path(__file__).with_name("z3child.py")
+SECONDS = 300.0
+"""Seconds for a question where nothing else is asked for."""
+GRACE_SECONDS = 10.0
+"""How much later the process is ended, if it has not given up itself: Z3 does not look at the clock while it reads."""
+MEMORY_BYTES = min(6 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+"""The address space of the process: 6 GiB, or half of the machine's memory if that is less."""
+_START_SECONDS = 60.0
+_OUT_OF_MEMORY = 101
+"""With this exit code Z3 ends a process for which it has no memory left."""
+
+
+class Solver:
+    """A process with Z3, or none until it is needed."""
+
+    def __init__(self, memory_bytes: int = MEMORY_BYTES, child: Path = CHILD) -> None:
+        self.memory_bytes, self.child = memory_bytes, child
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._complaints: IO[bytes] | None = None
+        self._owner = 0
+
+    def start(self) -> None:
+        """Start the process unless it runs; it loads Z3 while the caller goes on."""
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+            return
+        self.close()
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        # -P: no folder of the user's may shadow what the child imports.
+        command = [sys.executable, "-P", str(self.child), str(self.memory_bytes)]
+        self._process = subprocess.Popen(
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints
+        )
+        self._owner = os.getpid()
+        self._buffer, self._ready = b"", False
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._owner == os.getpid():
+            process.kill()
+            process.wait()
+        for pipe in (process.stdin, process.stdout, self._complaints):
+            if pipe is not None:
+                pipe.close()
+
+    def ask(self, facts: Iterable[tuple[int, int, int]], timeout_s: float | None = None) -> list[int] | Unknown | None:
+        """``None`` where facts ``(earlier, later, gap)`` can all hold, else the numbers of facts that cannot.
+
+        ``timeout_s`` are seconds for the whole question, ``SECONDS`` if not given.
+        """
+        limit = SECONDS if timeout_s is None else timeout_s
+        numbers = array("q", (0, max(1, min(int(1000 * limit), 1 << 40))))
+        for fact in facts:
+            numbers.extend(fact)
+        numbers[0] = len(numbers) // 3
+        with self._lock:
+            try:
+                self.start()
+                return self._exchange(numbers.tobytes(), limit)
+            except BaseException:
+                self.close()
+                raise
+
+    def _exchange(self, question: bytes, limit: float) -> list[int] | Unknown | None:
+        if not self._ready and self._line(_START_SECONDS) != b"ready":
+            return self._lost(_START_SECONDS)
+        self._ready = True
+        deadline = time.monotonic() + limit + GRACE_SECONDS
+        if not self._send(question, deadline) or (line := self._line(deadline - time.monotonic())) is None:
+            return self._lost(limit)
+        reply = json.loads(line)
+        if "unknown" in reply:
+            return Unknown(self._why(reply["unknown"], limit))
+        return None if reply.get("holds") else [int(number) for number in reply["core"]]
+
+    def _send(self, data: bytes, deadline: float) -> bool:
+        """Write all of the data; ``False`` where the process takes no more of it."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        pipe, rest = self._process.stdin.fileno(), memoryview(data)
+        os.set_blocking(pipe, False)
+        while rest:
+            if not select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))[1]:
+                return False
+            try:
+                rest = rest[os.write(pipe, rest) :]
+            except BrokenPipeError:
+                return False
+        return True
+
+    def _line(self, seconds: float) -> bytes | None:
+        """The next line of the process, ``None`` if it ends or the seconds are over first."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        pipe, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            data = os.read(pipe, 1 << 16)
+            if not data:
+                return None
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return line
+
+    def _lost(self, limit: float) -> Unknown:
+        """Why the process gave no answer; the next question gets another one."""
+        assert self._process is not None
+        assert self._complaints is not None
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return Unknown(self._why("timeout", limit))
+        self._complaints.seek(0)
+        lines = self._complaints.read().decode(errors="replace").split("\n")
+        said = next((line for line in reversed(lines) if line.strip()), "")
+        self.close()
+        if code == _OUT_OF_MEMORY or "MemoryError" in said:
+            return Unknown(self._why("out of memory", limit))
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return Unknown(f"Z3 gave up: its process {how}{said and f' ({said})'}")
+
+    def _why(self, reason: str, limit: float) -> str:
+        if reason in ("timeout", "canceled"):
+            return f"Z3 gave up: no answer within {limit:g} s"
+        if "memory" in reason:
+            return f"Z3 gave up: it needs more than {self.memory_bytes / 2**30:.1f} GiB of memory"
+        return f"Z3 gave up: {reason}"
+
+
+_SHARED = Solver()
+atexit.register(_SHARED.close)
+ask, start = _SHARED.ask, _SHARED.start
+"""Those of the solver that all questions of this process share."""

@@ -1,0 +1,131 @@
+"""Z3 in its own process: whatever becomes of that process is an ``Unknown`` with the reason, and never a verdict."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dualpipe.generate import dualpipe
+from proofs import solver
+from proofs.prove import prove
+from proofs.solver import MEMORY_BYTES, Solver
+from proofs.verdict import Unknown
+
+CIRCLE = [(0, 1, 1), (1, 2, 0), (2, 0, 0), (3, 4, 1)]
+
+
+@pytest.fixture
+def instead(tmp_path):
+    """A solver whose process runs this text; closed afterwards."""
+    started = []
+
+    def make(text: str, memory_bytes: int = MEMORY_BYTES) -> Solver:
+        child = tmp_path / "child.py"
+        child.write_text(textwrap.dedent(text))
+        started.append(Solver(memory_bytes, child))
+        return started[-1]
+
+    yield make
+    for each in started:
+        each.close()
+
+
+def test_it_names_the_facts_that_contradict_each_other_and_only_those():
+    assert sorted(solver.ask(CIRCLE)) == [0, 1, 2]
+    assert solver.ask(CIRCLE[1:]) is None
+    assert solver.ask([]) is None
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("import sys; sys.exit(101)", "it needs more than"),
+        ("raise MemoryError", "it needs more than"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its process was ended by SIGSEGV"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process was ended by SIGKILL"),
+        ("raise ImportError('no z3 here')", "ended with exit code 1 (ImportError: no z3 here)"),
+        ("import sys; sys.exit(0)", "its process ended with exit code 0"),
+    ],
+)
+@pytest.mark.parametrize("ready", ["", "print('ready', flush=True); "])
+def test_a_process_that_ends_is_unknown_with_the_reason(instead, ready, does, reason):
+    answer = instead(ready + does).ask(CIRCLE)
+    assert isinstance(answer, Unknown)
+    assert answer.reason.startswith("Z3 gave up: ")
+    assert reason in answer.reason
+
+
+def test_a_process_that_says_nothing_is_ended_when_its_time_is_over(instead, monkeypatch):
+    monkeypatch.setattr(solver, "GRACE_SECONDS", 0.0)
+    silent = instead("import time; print('ready', flush=True); time.sleep(600)")
+    silent.start()
+    process = silent._process
+    assert silent.ask(CIRCLE * 100_000, timeout_s=0.2) == Unknown("Z3 gave up: no answer within 0.2 s")
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_question_over_the_memory_limit_is_unknown_and_the_next_one_is_answered():
+    small = Solver(memory_bytes=300 << 20)
+    try:
+        answer = small.ask((n, n + 1, 1) for n in range(80_000))
+        assert isinstance(answer, Unknown)
+        assert answer.reason == "Z3 gave up: it needs more than 0.3 GiB of memory"
+        assert sorted(small.ask(CIRCLE)) == [0, 1, 2]
+    finally:
+        small.close()
+
+
+def test_a_check_without_an_answer_makes_the_report_unknown(instead, monkeypatch):
+    monkeypatch.setattr("proofs.difference.ask", instead("import sys; sys.exit(101)").ask)
+    report = prove(dualpipe(2, 4))
+    assert (report.verdict, report.exit_code) == ("unknown", 3)
+    assert "it needs more than" in report.text()
+
+
+def test_what_plain_search_has_refuted_is_put_to_z3_only_where_that_costs_little(monkeypatch):
+    wrong = dualpipe(4, 8)
+    assert set(prove(wrong, max_activations=1).checks["memory"].seconds) == {"graph", "z3"}
+    monkeypatch.setattr("proofs.prove.SECOND_OPINION", 10)
+    report = prove(wrong, max_activations=1)
+    assert set(report.checks["memory"].seconds) == {"graph"}
+    assert set(report.checks["order"].seconds) == {"graph", "z3"}
+
+
+def test_the_process_ends_with_the_one_that_asks_also_when_that_is_killed():
+    code = """
+import time
+from proofs.solver import _SHARED
+_SHARED.ask([])
+print(_SHARED._process.pid, flush=True)
+time.sleep(600)
+"""
+    asker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(asker.stdout.readline())
+    asker.kill()
+    asker.wait()
+    asker.stdout.close()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.kill(child, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        if Path(f"/proc/{child}/stat").read_text().split(")")[1].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("the solver's process outlived the one that asked")
+
+
+def test_an_asker_that_is_interrupted_starts_the_next_question_afresh(instead):
+    asking = instead("import time; print('ready', flush=True); time.sleep(600)")
+    timer = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        asking.ask(CIRCLE)
+    assert asking._process is None

@@ -1,5 +1,6 @@
 """The reports of a judgement with every kind of verdict."""
 
+import importlib
 import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -150,7 +151,8 @@ def test_the_page_begins_with_the_schedule_of_the_first_finding_whether_it_chang
     assert [finding[0] for finding in data["findings"]] == ["bitwise", "deadlock"]
     assert page(replace(refused, outcomes=()))["first"] == ""
     drawn = []
-    monkeypatch.setattr("dualpipe.page.render.render", lambda made: drawn.extend(made.sections) or "")
+    module = importlib.import_module("dualpipe.page.render")  # the package has a function of this name
+    monkeypatch.setattr(module, "render", lambda made: drawn.extend(made.sections) or "")
     timelines.page({**data, "schedules": data["schedules"][::-1]})
     titles = [section.title if isinstance(section, Table) else section.name for section in drawn]
     assert titles == ["other-P2-M4", "Findings", "Checks", "1f1b-P2-M4"]

@@ -16,7 +16,8 @@ help:
 	@echo "make test    the test suite on CPU; make test-long for the few long tests"
 	@echo "make check   lint, types and the fast tests"
 	@echo "make prove   the theorems, for every size, and one size of each schedule"
-	@echo "make gate    judge the change since the main branch, or since BASE=...; make golden renews the golden schedules"
+	@echo "make gate    judge the change since the main branch, or since BASE=...; FIRST=1 stops at the first fault, ALL=1 tests"
+	@echo "             also what is refuted; make golden renews the golden schedules"
 	@echo "make museum  plant known faults in the sources and see the gate refuse each"
 	@echo "make docs    the reference pages that are made from the code: command line and Python API"
 	@echo "make bench   measurements, none of which is a test"
@@ -52,7 +53,7 @@ check: $(READY)
 	$(BIN)/pytest -n 2 -q -m "not long" tests/test_architecture.py tests/schedule tests/cli/test_show_and_simulate.py
 
 gate: $(READY)
-	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)") $(if $(OUTPUT),--output "$(OUTPUT)")
+	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)") $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(FIRST),--first) $(if $(ALL),--all)
 
 golden: $(READY)
 	$(BIN)/python -m ci.golden

@@ -38,6 +38,12 @@ class ScheduleChange:
         return "new" if self.before is None else "gone" if self.after is None else "changed"
 
     @property
+    def is_measured(self) -> bool:
+        """Whether there are figures of each side that there is."""
+        sides = ((self.before, self.figures_before), (self.after, self.figures_after))
+        return all(figures is not None for text, figures in sides if text is not None)
+
+    @property
     def diff(self) -> tuple[str, ...]:
         """The lines that differ, as a diff in the text form; of a rank only the slots around a difference."""
         return tuple(diff(self.before or "", self.after or ""))

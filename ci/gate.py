@@ -26,7 +26,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--base", metavar="REVISION", help="compare with where this branch left it; else main")
     parser.add_argument("--root", type=Path, default=Path(), help="the repository's root, else where you are")
     parser.add_argument("--jobs", type=at_least_one, default=2, help="checks at a time")
-    parser.add_argument("--first", action="store_true", help="stop at the first refusal")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--first", action="store_true", help="stop at the first fault; bookkeeping is none")
+    extent.add_argument("--all", action="store_true", help="run the tests also where a schedule is refuted")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write every report there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page with the timelines there")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> ExitCode:
     try:
         prepare(options.output, options.html)
         root = _resolved(options.root)
-        judgement = judge(root, options.base, Options(options.jobs, options.first), tell)
+        judgement = judge(root, options.base, Options(options.jobs, options.first, options.all), tell)
     except (GateError, OSError) as error:
         print(f"gate: {error}", file=sys.stderr)
         publish_complaint(error, options.output)

@@ -17,7 +17,7 @@ from ci.golden import COUNTS, FOLDER, Counts, Expansion, expansion, kept_files, 
 from ci.history import counts_at, schedule_changes
 from ci.meaning import Meaning, meaning
 from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
-from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows
+from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows, times_in
 from ci.process import Completed, end_all
 from ci.repository import Base, Changed, Repository
 from ci.selection import Selection, select
@@ -32,6 +32,8 @@ _LARGE = 20_000
 """Characters of a schedule that is proved apart, so that the others are not kept waiting."""
 _FROM_WHAT_RUNS = ("dualpipe/", "reference/", "proofs/", "examples/", "ci/", "bench/", "tests/")
 _JUDGES = ("ci/", "tests/", "proofs/", "reference/", ".ci/", ".github/")
+_OF_SCHEDULES = ("prove", "prove, large", "generator")
+"""The checks after whose refusal the tests would say the same again, at length."""
 _FEW = 8
 """So many files of tests are run by one process: further ones take longer to start, importing torch, than they save."""
 
@@ -40,15 +42,20 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: how many checks at a time, whether to stop at the first refusal."""
+    """How to run: how many checks at a time, whether to stop at the first fault, and to test what is refuted."""
 
     jobs: int = 2
     first: bool = False
+    all: bool = False
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the gate has to say of a change."""
+    """What the gate has to say of a change.
+
+    The outcomes are in the order in which a reader wants them: proofs, trials, theorems, tests, then bookkeeping.
+    ``texts`` are the schedules of the tree, by name.
+    """
 
     base: Base
     changed: tuple[Changed, ...]
@@ -57,6 +64,7 @@ class Judgement:
     outcomes: tuple[Outcome, ...]
     seconds: float
     places: Places = field(default=NOWHERE, repr=False)
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def exit_code(self) -> ExitCode:
@@ -95,32 +103,42 @@ def judge(root: Path, base: str | None, options: Options, tell: Tell) -> Judgeme
         return Judgement(resolved, changed, (), selection, (outcome,), time.monotonic() - started, places)
     schedules = schedule_changes(repository, revision, now)
     places = _places(repository, revision, changed, now)
-    outcomes = [rules.goldens(now, kept_files(root)), _changelog(repository, revision, schedules)]
-    for outcome in outcomes:
+    bookkeeping = [rules.goldens(now, kept_files(root)), _changelog(repository, revision, schedules)]
+    generator = rules.expanded(now)
+    for outcome in (*bookkeeping, generator):
         tell(f"{outcome.check}: {outcome.verdict.value}, {outcome.told}")
     with tempfile.TemporaryDirectory(prefix="gate-") as folder:
         case = _Case(repository, revision, now, schedules, selection, places, options, Path(folder))
         checks = list(case.checks())
         quick = [check for check in checks if check.name == "prove"]
-        outcomes += run_all(quick, root, options, tell, exit_code(outcomes) is ExitCode.REFUSED)
-        outcomes.append(rules.expanded(now))
+        outcomes = [*run_all(quick, root, options, tell, []), generator]
         slow = [check for check in checks if check not in quick]
-        outcomes += run_all(slow, root, options, tell, exit_code(outcomes) is ExitCode.REFUSED)
+        outcomes += run_all(slow, root, options, tell, outcomes)
+    outcomes += bookkeeping
     seconds = time.monotonic() - started
-    return Judgement(resolved, changed, tuple(schedules), selection, tuple(outcomes), seconds, places)
+    return Judgement(resolved, changed, tuple(schedules), selection, tuple(outcomes), seconds, places, now.texts)
 
 
-def run_all(checks: Sequence[Check], root: Path, options: Options, tell: Tell, refused: bool) -> list[Outcome]:
-    """Run the checks, several at a time; with ``first`` one after the other, and none after a refusal."""
+def run_all(
+    checks: Sequence[Check], root: Path, options: Options, tell: Tell, before: Sequence[Outcome]
+) -> list[Outcome]:
+    """Run the checks, several at a time; with ``first`` one after the other, and none after a fault.
+
+    ``before`` are the outcomes so far.  Where a schedule is refuted or cannot be expanded, no tests are run unless the
+    options ask for all.
+    """
+    faults = [outcome.check for outcome in before if outcome.is_fault]
 
     def one(number: int, check: Check) -> Outcome:
-        nonlocal refused
-        if options.first and refused:
-            return skipped(check, "another check has refused already")
+        if options.first and faults:
+            return skipped(check, f"{faults[0]} has refused already")
+        wrong = next((fault for fault in faults if fault in _OF_SCHEDULES), "")
+        if check.name == "tests" and wrong and not options.all:
+            return skipped(check, f"{wrong} refuses the schedules themselves; --all runs the tests too")
         place = f"[{number}/{len(checks)}] {check.name}"
         tell(f"{place} runs: {check.why}")
         outcome = run_check(check, root)
-        refused = refused or outcome.verdict is Verdict.REFUSED
+        faults.extend([outcome.check] * outcome.is_fault)
         tell(f"{place}: {outcome.verdict.value} in {outcome.seconds:.1f} s, {outcome.told}")
         return outcome
 
@@ -176,7 +194,12 @@ class _Case:
             yield judges.trial_on_megatron(tuple(MEGATRON), selection.megatron, places, first)
         if selection.theorems:
             yield judges.theorems(
-                self.recorded(), counts_at(self.repository, self.base), selection.theorems, places, self.explained()
+                self.recorded(),
+                counts_at(self.repository, self.base),
+                selection.theorems,
+                places,
+                self.explained(),
+                times_in(self.repository.root),
             )
         if selection.tests:
             files = list(selection.tests)

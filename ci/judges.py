@@ -10,7 +10,7 @@ from typing import Any
 from ci.check import Check, Reading, crashed
 from ci.golden import COUNTS, Counts
 from ci.outcome import Finding, Verdict
-from ci.place import Places
+from ci.place import Place, Places
 from ci.process import Completed, python
 
 PROVE_LIMIT_S, THEOREMS_LIMIT_S, TRIAL_LIMIT_S = 120.0, 400.0, 240.0
@@ -55,11 +55,19 @@ def _refuted(name: str, report: Mapping[str, Any], places: Places) -> list[Findi
     return findings
 
 
-def theorems(recorded: Counts, base: Counts, why: str, places: Places, explained: Callable[[str], bool]) -> Check:
+def theorems(
+    recorded: Counts,
+    base: Counts,
+    why: str,
+    places: Places,
+    explained: Callable[[str], bool],
+    times: Callable[[str, str], Place],
+) -> Check:
     """The theorems for every size, and their counts against the recorded ones.
 
     A count of obligations that arise which is smaller than at the base needs an entry that explains it:
-    ``explained(name)`` says whether there is one.
+    ``explained(name)`` says whether there is one.  Where all that keeps a theorem from its proof is that the recorded
+    times do not fit the table, the check is outdated: ``times(family, reason)`` is the place of those times.
     """
 
     def read(done: Completed) -> Reading:
@@ -69,6 +77,10 @@ def theorems(recorded: Counts, base: Counts, why: str, places: Places, explained
         findings = [_theorem(result, places) for result in results if result["verdict"] == "refuted"]
         counts = {result["name"]: (result["obligations"], result["non_vacuous"]) for result in results}
         unknown = [result for result in results if result["verdict"] == "unknown"]
+        untimed = [result for result in unknown if result["reason"].startswith(_UNTIMED)]
+        if not findings and untimed and all(_rests_on(result, untimed) for result in unknown):
+            late = tuple(_late(result, times(_family(result), result["reason"])) for result in untimed)
+            return Verdict.OUTDATED, f"the recorded times do not fit {len(late)} of {len(results)} theorems", late
         if not unknown and not findings:
             findings += stale_counts(recorded, counts)
             findings += fallen_counts(base, counts, explained)
@@ -83,6 +95,33 @@ def theorems(recorded: Counts, base: Counts, why: str, places: Places, explained
     return Check(
         "theorems", why, python("-m", "dualpipe.cli", "prove", "--all-sizes", "--json"), THEOREMS_LIMIT_S, read
     )
+
+
+_UNTIMED = ("the times of the proof do not fit this table", "each compute of each row has a time")
+"""How ``prove`` begins the reason for a theorem that its recorded times no longer prove, and that nothing refutes."""
+
+
+def _rests_on(result: Mapping[str, Any], untimed: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a theorem is unknown for its times alone, or for those of one of its family that it rests on."""
+    if result in untimed:
+        return True
+    premises = result["reason"].removeprefix("rests on ").partition(", not proved")[0].split(" and ")
+    lacking = {other["name"].partition(": ")[2] for other in untimed if _family(other) == _family(result)}
+    return result["reason"].startswith("rests on ") and lacking.issuperset(premises)
+
+
+def _family(result: Mapping[str, Any]) -> str:
+    return str(result["name"]).partition(": ")[0]
+
+
+def _late(result: Mapping[str, Any], place: Place) -> Finding:
+    message = (
+        f"{result['name']} is not proved, and nothing refutes it: the table may be right and slower than recorded\n"
+        f"{result['reason']}\n"
+        f"edit {place.what} in {place.path}: no compute may start before what it waits for has ended; where the "
+        "makespan grows, edit its bound there too"
+    )
+    return Finding("times", message, place.path, place.line)
 
 
 def _theorem(result: Mapping[str, Any], places: Places) -> Finding:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-TABLES = "dualpipe/generate.py"
+TABLES, TIMES = "dualpipe/generate.py", "proofs/theorems"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,23 @@ class Places:
             line = self.lines.get((table, row))
             if line is not None:
                 yield Place(TABLES, line, f"row {row!r} of {table}")
+
+
+def times_in(root: Path) -> Callable[[str, str], Place]:
+    """Finds the recorded times that a family's theorems rest on, and of them those of a row that a text quotes."""
+    sources = {file: file.read_text(errors="replace") for file in sorted((root / TIMES).glob("*.py"))}
+
+    def find(family: str, text: str) -> Place:
+        for file, source in sources.items():
+            if f'"{family}"' in source and "times=" in source:
+                rows = re.findall(r"row '([^']+)'", text)
+                lines = source.splitlines()
+                quoted = (n for row in rows for n, line in enumerate(lines, 1) if line.strip().startswith(f'"{row}":'))
+                first = (n for n, line in enumerate(lines, 1) if "_TIMES" in line)
+                return Place(f"{TIMES}/{file.name}", next(quoted, next(first, 1)), "the recorded times")
+        return Place(TIMES, 1, "the recorded times")
+
+    return find
 
 
 NOWHERE = Places({}, {}, frozenset(), Place("", 1))

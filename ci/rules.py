@@ -36,6 +36,8 @@ def goldens(expected: Expansion, kept: Mapping[str, str]) -> Outcome:
 def expanded(now: Expansion) -> Outcome:
     """Whether the tree's own code gives every schedule of the golden sizes."""
     findings = [Finding("schedule", f"{name}: {error}", GENERATOR, 1, name) for name, error in now.failed.items()]
+    if not now.texts and not findings:
+        findings = [Finding("schedule", "the generator gives no schedule at all", GENERATOR)]
     verdict = Verdict.REFUSED if findings else Verdict.PASSED
     told = f"{len(findings)} cannot be expanded" if findings else f"{len(now.texts)} schedules expanded"
     return Outcome("generator", verdict, "always", told, tuple(findings))

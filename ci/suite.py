@@ -25,6 +25,8 @@ def tests(files: Sequence[str], why: str, report: Path, workers: int, first: boo
 
     def read(done: Completed) -> Reading:
         not_run = _not_run(int(left.read_text()) if left.exists() else 0)
+        if done.code == _NOTHING_COLLECTED and not not_run:
+            return Verdict.UNKNOWN, "no answer: the selected files have no test", ()
         if done.code == _NOTHING_COLLECTED:
             return Verdict.SKIPPED, f"none of the selected files has a test that is not long{not_run}", ()
         passed, skipped, findings = read_report(report.read_text())

@@ -3,7 +3,8 @@
     python -m ci.timelines FILE < DATA
 
 The data is one JSON object: ``title``, ``verdict``, ``lead``, ``schedules`` with ``name``, ``before`` and ``after``,
-``checks`` and ``findings`` as rows of text.  It runs in a process of its own, as it uses the tree under judgement.
+``first`` the name of the one that the page begins with, ``checks`` and ``findings`` as rows of text.  It runs in a
+process of its own, as it uses the tree under judgement.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ def page(data: Mapping[str, Any]) -> str:
 
     checks = Table("Checks", ("check", "verdict", "seconds", "what it did", "run for"), data["checks"])
     findings = Table("Findings", ("rule", "where", "story"), data["findings"])
-    sections = [*([findings] if data["findings"] else []), checks, *map(_section, data["schedules"])]
+    schedules = [(schedule["name"] == data["first"], _section(schedule)) for schedule in data["schedules"]]
+    sections = [
+        *(section for first, section in schedules if first),
+        *([findings] if data["findings"] else []),
+        checks,
+        *(section for first, section in schedules if not first),
+    ]
     return render(Page(data["title"], data["verdict"], sections, data["lead"]))
 
 
@@ -45,7 +52,7 @@ def _section(change: Mapping[str, Any]) -> Any:
         return Comparison(change["name"], before, verdict="removed")
     section = comparison(prove(after, smt=False, label=change["name"]), after, before)
     if section.verdict == "proved":
-        return replace(section, verdict="changed" if before else "new")
+        return replace(section, verdict="new" if before is None else "unchanged" if before == after else "changed")
     return section
 
 

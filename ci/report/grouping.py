@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ci.outcome import Finding
+from ci.outcome import Finding, Outcome
 
+MOST_TESTS = 5
+"""How many failed tests are shown to a reader; one fault makes many fail, and the nearest are first."""
 _MOST_NAMED = 6
 """How many schedules a group names."""
 
@@ -18,6 +20,21 @@ def grouped(findings: Iterable[Finding]) -> list[Finding]:
         key = (finding.rule, finding.path, finding.line) if finding.schedule else (finding.rule, "", -1 - number)
         groups.setdefault(key, []).append(finding)
     return [_together(group) for group in groups.values()]
+
+
+def shown(outcome: Outcome) -> list[Finding]:
+    """The findings for a reader: one a group, and of failed tests the first few."""
+    return [
+        finding
+        for number, finding in enumerate(grouped(outcome.findings))
+        if finding.rule != "test" or number < MOST_TESTS
+    ]
+
+
+def left_out(outcome: Outcome) -> str:
+    """How many failed tests ``shown`` leaves out, in words; empty where none."""
+    more = sum(finding.rule == "test" for finding in outcome.findings) - MOST_TESTS
+    return f"and {more} failed test{'s' * (more > 1)} more" if more > 0 else ""
 
 
 def _together(group: list[Finding]) -> Finding:

@@ -8,6 +8,12 @@ import xml.etree.ElementTree as ET
 from ci.judgement import Judgement
 from ci.outcome import Outcome, Verdict
 
+_TAGS = {
+    Verdict.UNKNOWN: "error",
+    Verdict.SKIPPED: "skipped",
+    Verdict.REFUSED: "failure",
+    Verdict.OUTDATED: "failure",
+}
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
 
@@ -34,7 +40,7 @@ def _cases(outcome: Outcome) -> list[ET.Element]:
     seconds = f"{outcome.seconds:.3f}"
     if not outcome.findings:
         case = ET.Element("testcase", {"classname": "gate", "name": outcome.check, "time": seconds})
-        tag = {Verdict.UNKNOWN: "error", Verdict.SKIPPED: "skipped", Verdict.REFUSED: "failure"}.get(outcome.verdict)
+        tag = _TAGS.get(outcome.verdict)
         if tag is not None:
             ET.SubElement(case, tag, {"message": _clean(outcome.told)})
         return [case]

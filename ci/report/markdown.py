@@ -7,10 +7,16 @@ from collections.abc import Iterator, Sequence
 from ci.change import FIGURES, ScheduleChange, side_by_side
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome, Verdict
-from ci.report.grouping import grouped
+from ci.report.grouping import left_out, shown
 from ci.report.terminal import judges_told
 
-MARKS = {Verdict.PASSED: "✅", Verdict.REFUSED: "❌", Verdict.UNKNOWN: "❔", Verdict.SKIPPED: "➖"}
+MARKS = {
+    Verdict.PASSED: "✅",
+    Verdict.REFUSED: "❌",
+    Verdict.OUTDATED: "✏️",
+    Verdict.UNKNOWN: "❔",
+    Verdict.SKIPPED: "➖",
+}
 HEADS = {
     ExitCode.PASSED: "✅ Passed",
     ExitCode.REFUSED: "❌ Refused",
@@ -76,17 +82,18 @@ def _head(judgement: Judgement) -> Iterator[str]:
 def _findings(outcome: Outcome) -> Iterator[list[str]]:
     if not outcome.findings:
         return
-    head = ["", f"## {outcome.check} refuses", ""]
-    findings = grouped(outcome.findings)
+    verb = "is outdated" if outcome.verdict is Verdict.OUTDATED else "refuses"
+    findings = shown(outcome)
     stories = [finding for finding in findings if "\n" in finding.message.strip()]
+    yield ["", f"## {outcome.check} {verb}", ""]
     for finding in findings:
         if finding not in stories:
-            yield [*head, f"* {_where(finding)}{_cell(finding.message)}"]
-            head = []
+            yield [f"* {_where(finding)}{_cell(finding.message)}"]
     for finding in stories:
         where = f" at `{finding.path}:{finding.line}`" if finding.path else ""
-        yield [*head, "", f"**{finding.rule}**{where}", "", *fenced("text", finding.message.splitlines())]
-        head = []
+        yield ["", f"**{finding.rule}**{where}", "", *fenced("text", finding.message.splitlines())]
+    if more := left_out(outcome):
+        yield ["", f"{more}: they are in `gate.json` and `gate.xml`."]
 
 
 def _where(finding: Finding) -> str:

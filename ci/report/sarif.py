@@ -26,6 +26,7 @@ RULES = {
     "memory": "Live activations per rank stay within the bound.",
     "accumulation": "At each stage and lane B and W run in microbatch order.",
     "theorem": "What is claimed of a named schedule holds at every size.",
+    "times": "The times that the theorems rest on are those of the tables.",
     "bitwise": "Every loss, gradient and weight is bitwise that of plain PyTorch.",
     "run": "Every rank of a trial comes to its end.",
     "vital signs": "The oracle itself learns.",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ci.judgement import Judgement
 from ci.outcome import ExitCode, Finding, Outcome
-from ci.report.grouping import grouped
+from ci.report.grouping import left_out, shown
 
 _WORDS = {ExitCode.PASSED: "PASSED", ExitCode.REFUSED: "REFUSED", ExitCode.UNKNOWN: "UNKNOWN"}
 _MOST_NAMED = 6
@@ -75,10 +75,15 @@ def _finding(finding: Finding) -> dict[str, object]:
 def _lines(judgement: Judgement) -> Iterator[str]:
     for change in judgement.schedules:
         moved = "; ".join(f"{what} {old or '-'} -> {new or '-'}" for what, old, new in change.moved)
-        yield f"{change.name} {change.what}: {moved or 'no figure moves'}"
+        still = moved or "no figure moves"
+        yield f"{change.name} {change.what}: {still if change.is_measured else 'its figures could not be measured'}"
     if judgement.schedules:
         yield from (f"  {line}" for line in judgement.schedules[0].diff)
-    for outcome, finding in [(o, finding) for o in judgement.outcomes for finding in grouped(o.findings)]:
+    for outcome, finding in [(o, finding) for o in judgement.outcomes for finding in (*shown(o), None)]:
+        if finding is None:
+            if more := left_out(outcome):
+                yield f"{more}: --json and --output have them all"
+            continue
         where = f"{finding.path}:{finding.line}: " if finding.path else ""
         yield f"{where}{outcome.check}/{finding.rule}"
         story = finding.message.splitlines()

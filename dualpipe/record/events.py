@@ -38,9 +38,10 @@ class MessageId(NamedTuple):
 class Forward:
     """A forward as its rank saw it: the module called, the messages and the local forwards that it began from.
 
-    ``grad`` says whether it began with gradients on, ``behind`` whether its backward began, and ``weights`` whether
-    anything of it reached a weight gradient.  ``weighed`` is where the engine was asked for gradients of weights, which
-    the program may keep elsewhere, and ``weightless`` says that no module of it has a parameter to train.
+    ``gradients`` are the messages that bring the gradient of what it made.  ``grad`` says whether it began with
+    gradients on, ``behind`` whether its backward began, and ``weights`` whether anything of it reached a weight
+    gradient.  ``weighed`` is where the engine was asked for gradients of weights, which the program may keep elsewhere,
+    and ``weightless`` says that no module of it has a parameter to train.
     """
 
     owner: Owner
@@ -59,7 +60,10 @@ class Forward:
 
 @dataclass
 class Message:
-    """One end of a message: a send with what it held, or a receive."""
+    """One end of a message: a send with what it held, or a receive.
+
+    ``memory`` is where its tensor begins, a storage and an offset, or ``None`` where that is not known.
+    """
 
     id: MessageId
     send: bool
@@ -72,6 +76,16 @@ class Message:
     step: int
     over: bool = False
     tag: int = 0
+    memory: tuple[int, int] | None = None
+
+
+class Doubt(NamedTuple):
+    """What was seen of a forward that a schedule cannot say; ``what`` is a key of ``doubts.TOLD``."""
+
+    what: str
+    forward: int
+    at: str
+    step: int
 
 
 @dataclass
@@ -86,6 +100,7 @@ class RankLog:
     ended: bool
     steps: int
     same: dict[int, int]
+    doubts: list[Doubt] = field(default_factory=list)
 
     def find(self, forward: int) -> int:
         while forward in self.same:
@@ -107,9 +122,12 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
             case "backward":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
-                        known.gradients += [MessageId(rank, m) for m in event["messages"]]
                         known.behind = True
                         known.weightless = forward in event["weightless"]
+            case "gradients":
+                for forward, messages in zip(event["forwards"], event["messages"], strict=True):
+                    if (known := log.forwards.get(log.find(forward))) is not None:
+                        known.gradients += [MessageId(rank, m) for m in messages]
             case "weights":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
@@ -129,6 +147,8 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                     f"rank {rank} receives from any rank at {event['at']}",
                     "give it a source",
                 )
+            case "doubt":
+                log.doubts.append(Doubt(event["what"], log.find(event["forward"]), event["at"], log.steps))
             case "step":
                 log.steps += 1
             case "end":
@@ -195,7 +215,10 @@ def _read_post(log: RankLog, event: Event) -> None:
             event["at"],
             log.steps,
             tag=told["tag"],
+            memory=None if told["memory"] is None else tuple(told["memory"]),
         )
+        if told["group_number"]:
+            log.doubts.append(Doubt("several groups", -1, event["at"], log.steps))
 
 
 def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[RankLog], int]:

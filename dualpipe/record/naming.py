@@ -23,12 +23,14 @@ _OTHER_END = {SF: RF, RF: SF, SB: RB, RB: SB}
 class Named:
     """The ops of message ends, and what had to be told with care.
 
-    ``control`` counts the ends that were left out, ``unknown`` the sends of what nobody was seen to make.
+    ``control`` counts the ends that were left out, ``unknown`` the sends of what nobody was seen to make; ``unused``
+    are the receives of what nobody was seen to take.
     """
 
     ops: Mapping[MessageId, Op]
     control: int
     unknown: int
+    unused: frozenset[MessageId]
     notes: tuple[str, ...]
 
 
@@ -50,6 +52,7 @@ def name_messages(
         if found is not None:
             ops[id] = found
     unknown: list[Message] = []
+    unused: list[Message] = []
     notes = _leave_out_what_leaves(ops, messages, partner, lineage)
     for id, message in messages.items():
         other = partner.get(id)
@@ -57,13 +60,14 @@ def name_messages(
             op = _mirrored(ops[other], message)
             if _is_of(op, lineage):
                 ops[id] = op
-                unknown += [message] if message.send else []
+                (unknown if message.send else unused).append(message)
     for id, message in messages.items():
         if id not in ops and id not in partner:
             ops[id] = expected(message, ops, lineage)
             notes.append(_of_unmet(message, ops[id]))
     left = [message for id, message in messages.items() if id not in ops]
-    return Named(ops, len(left), len(unknown), (*notes, *_of_unknown(unknown), *_of_control(left)))
+    notes += [*_of_unknown(unknown), *_of_unused(unused, ops), *_of_control(left)]
+    return Named(ops, len(left), len(unknown), frozenset(message.id for message in unused), tuple(notes))
 
 
 def uses(logs: Sequence[RankLog]) -> dict[MessageId, tuple[Kind, Owner]]:
@@ -147,6 +151,14 @@ def _of_unknown(messages: Sequence[Message]) -> list[str]:
         f"rank {rank}: what it sends at {at} was seen to be made by no forward and no backward; it is named by what "
         f"takes it ({count} times)"
         for (rank, at), count in sorted(places.items())
+    ]
+
+
+def _of_unused(messages: Sequence[Message], ops: Mapping[MessageId, Op]) -> list[str]:
+    return [
+        f"rank {message.id.rank}: what it receives from rank {message.peer} at {message.at} was seen to be taken by no "
+        f"forward and no backward; it is named {ops[message.id]} by what was sent"
+        for message in messages
     ]
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dualpipe.record.doubts import caveats_of, describe_doubts
 from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.lineage import match, trace
 from dualpipe.record.names import Lineage
 from dualpipe.record.naming import Named, name_messages, uses
 from dualpipe.record.reach import lengthen
-from dualpipe.record.slots import notes_on_weights, program
+from dualpipe.record.slots import notes_on_weights, programs
 from dualpipe.record.steps import busy_steps, check_cut, of_step
 from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
 from dualpipe.schedulefile import dumps
@@ -95,18 +96,19 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     named = name_messages(logs, messages, partner, lineage)
     check_cut(busy[step - 1], everything, partner, named.ops)
     notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
+    notes += describe_doubts(logs, lineage)
     _check(lineage, named.ops, messages)
-    programs = [program(log, named.ops, partner, lineage) for log in logs]
-    early = sum(count for _, count in programs)
+    ranks, early, repeated = programs(logs, named, messages, partner, lineage)
+    notes += repeated
     if early:
         notes.append(
             f"{early} computations began with messages still in flight; the file puts a message where it was posted, "
             "and a blocking model waits for it there, which the program does not"
         )
     ended = tuple(log.ended for log in logs)
-    schedule = Schedule(lineage.routes, tuple(slots for slots, _ in programs), name)
+    schedule = Schedule(lineage.routes, ranks, name)
     lost = sum(id not in partner and id not in messages for id in everything)
-    caveats = tuple(_caveats(ended, named, lost))
+    caveats = (*_caveats(ended, named, lost), *caveats_of(logs, lineage))
     return Recording(schedule, len(busy), ended, caveats, tuple(notes))
 
 
@@ -116,6 +118,8 @@ def _caveats(ended: Sequence[bool], named: Named, lost: int) -> Iterator[str]:
         yield f"rank{'s' * (len(cut) > 1)} {' '.join(cut)} did not come to the end"
     if named.unknown:
         yield f"{named.unknown} sends hold what no forward and no backward was seen to make"
+    if named.unused:
+        yield f"{len(named.unused)} receives bring what no forward and no backward was seen to take"
     if named.control:
         yield f"{named.control} message ends are left out as control data"
     if lost:

@@ -3,18 +3,85 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from dualpipe.record.events import MessageId, Owner, RankLog
+from dualpipe.record.events import Message, MessageId, Owner, RankLog
 from dualpipe.record.names import Lineage
+from dualpipe.record.naming import Named
 from dualpipe.schedule import B, F, Kind, Op, Program, Slot, W
 
 _ORDER = {F: 0, B: 1, W: 2}
 
 
-def program(
-    log: RankLog, ops: Mapping[MessageId, Op], met: Collection[MessageId], lineage: Lineage
-) -> tuple[Program, int]:
+def programs(
+    logs: Sequence[RankLog],
+    named: Named,
+    messages: Mapping[MessageId, Message],
+    partner: Mapping[MessageId, MessageId],
+    lineage: Lineage,
+) -> tuple[tuple[Program, ...], int, list[str]]:
+    """The slots of every rank, how many computations began with messages in flight, and notes on what is there twice.
+
+    Several tensors of one stage boundary that are sent in one slot and received in one slot are one op at both ends:
+    so it is where the ends have the same names, each tensor is received into memory of its own, and one that was sent
+    before is at least used.  Any other message keeps an op of its own, also where another one of its slot has the same
+    name.
+    """
+    ops = named.ops
+    ranks = [_program(log, ops, lineage) for log in logs]
+    slot_of = {
+        id: number for slots, _ in ranks for number, slot in enumerate(slots) for _, id in slot if id is not None
+    }
+    joined = _joined(named, messages, partner, slot_of)
+    made = tuple(
+        tuple(_sorted([op for op, id in slot if id not in joined]) for slot in slots if slot) for slots, _ in ranks
+    )
+    return made, sum(early for _, early in ranks), _repeated(ops, messages, joined)
+
+
+def _joined(
+    named: Named,
+    messages: Mapping[MessageId, Message],
+    partner: Mapping[MessageId, MessageId],
+    slot_of: Mapping[MessageId, int],
+) -> set[MessageId]:
+    """The message ends that are one op with an earlier one: further tensors of the same boundary."""
+    ops = named.ops
+    held: dict[tuple[object, ...], tuple[set[object], set[object]]] = {}  # the memory sent from, and received into
+    joined: set[MessageId] = set()
+    for id in ops:
+        other = partner.get(id)
+        if not messages[id].send or other is None or other not in slot_of:
+            continue
+        key = (ops[id], id.rank, slot_of[id], ops[other], other.rank, slot_of[other])
+        sent, received = held.setdefault(key, (set(), set()))
+        again = messages[other].memory in received or (messages[id].memory in sent and other in named.unused)
+        if received and not again:
+            joined |= {id, other}
+        sent.add(messages[id].memory)
+        received.add(messages[other].memory)
+    return joined
+
+
+def _repeated(
+    ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message], joined: Collection[MessageId]
+) -> list[str]:
+    """Notes on the ops that a rank has more than once, with the places in the program."""
+    places: dict[tuple[int, Op], list[str]] = {}
+    for id, op in ops.items():
+        if id not in joined:
+            places.setdefault((id.rank, op), []).append(messages[id].at)
+    return [
+        f"rank {rank}: {op} is there {len(at)} times, posted at {' and '.join(dict.fromkeys(at))}; messages are one "
+        "only where they hold different tensors of one stage boundary, are sent together and are received together"
+        for (rank, op), at in places.items()
+        if len(at) > 1
+    ]
+
+
+def _program(
+    log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage
+) -> tuple[list[list[tuple[Op, MessageId | None]]], int]:
     """The slots of one rank, and how many computations began with messages in flight.
 
     Messages that were posted with neither a wait nor a computation between them are one slot: nothing tells them
@@ -22,7 +89,7 @@ def program(
     method computes whose name says that it overlaps a forward and a backward.
     """
     last_weight, begun = _last_weights(log), _begun_with_weights(log)
-    slots: list[list[Op]] = []
+    slots: list[list[tuple[Op, MessageId | None]]] = []
     open_slot: str | None = None  # "messages" or "compute", where the next op may join the last slot
     of_run: dict[int, int] = {}  # run of the engine -> the slot with what it computed
     together = False
@@ -31,10 +98,10 @@ def program(
 
     def compute(ops: list[Op | None], run: int | None = None) -> None:
         nonlocal open_slot, early
-        named = [op for op in ops if op is not None]
+        named: list[tuple[Op, MessageId | None]] = [(op, None) for op in ops if op is not None]
         if not named:
             return
-        early += bool(pending) and named[0].kind is not W
+        early += bool(pending) and named[0][0].kind is not W
         if run is not None and run in of_run:
             slots[of_run[run]] += named
             return
@@ -65,20 +132,18 @@ def program(
                 compute([_op_of(W, log, forward, lineage) for forward in over], event["run"])
             case "post":
                 ids = [MessageId(log.rank, told["message"]) for told in event["messages"]]
-                named = [(ops[id], id in met) for id in ids if id in ops]
+                named = [(ops[id], id) for id in ids if id in ops]
                 pending |= {id.number for id in ids if id in ops}
                 if not named:
                     continue
                 if open_slot != "messages":
                     slots.append([])
                     open_slot = "messages"
-                for op, one_of_several in named:  # several tensors of one boundary are one message of the schedule
-                    if op not in slots[-1] or not one_of_several:
-                        slots[-1].append(op)
+                slots[-1] += named
             case "wait":
                 open_slot = None if event["own"] else open_slot
                 pending -= set(event["messages"])
-    return tuple(_sorted(slot) for slot in slots if slot), early
+    return slots, early
 
 
 def _op_of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | None:

@@ -39,7 +39,8 @@ def _of_step(log: RankLog, step: int) -> RankLog:
             events.append(event)
     forwards = {n: f for n, f in log.forwards.items() if f.step == step}
     messages = {n: m for n, m in log.messages.items() if m.step == step}
-    return RankLog(log.rank, events, forwards, messages, log.modules, log.ended, log.steps, log.same)
+    doubts = [doubt for doubt in log.doubts if doubt.step == step]
+    return RankLog(log.rank, events, forwards, messages, log.modules, log.ended, log.steps, log.same, doubts)
 
 
 def check_cut(

@@ -10,7 +10,7 @@ import pytest
 from ci import judges, suite
 from ci.check import Check, run_check
 from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
-from ci.place import NOWHERE, Place, Places, lines_of_rows
+from ci.place import NOWHERE, Place, Places, lines_of_rows, times_in
 from ci.process import Completed, python, run
 from tests.ci.conftest import ROOT
 
@@ -49,8 +49,47 @@ def theorem(verdict: str = "proved", arising: int = 3) -> dict[str, object]:
 
 
 def read_theorems(*results: object, recorded: tuple[int, int] = (5, 3)):
-    check = judges.theorems({"a: order": recorded}, {"a: order": (5, 3)}, "", NOWHERE, lambda name: False)
+    check = judges.theorems({"a: order": recorded}, {"a: order": (5, 3)}, "", NOWHERE, lambda name: False, times)
     return check.read(done(*results))
+
+
+def times(family: str, reason: str) -> Place:
+    return Place(f"{family}.py", 7, "the recorded times")
+
+
+SLOWER = "the times of the proof do not fit this table: at 2 ranks"
+
+
+def test_recorded_times_that_no_longer_fit_are_an_outcome_that_names_the_file():
+    late = {**theorem("unknown"), "name": "a: deadlock", "reason": SLOWER}
+    rests = {**theorem("unknown"), "name": "a: makespan", "reason": "rests on deadlock, not proved"}
+    verdict, told, (finding,) = read_theorems(theorem(), late, rests)
+    assert (verdict, told) == (Verdict.OUTDATED, "the recorded times do not fit 1 of 3 theorems")
+    assert (finding.rule, finding.path, finding.line) == ("times", "a.py", 7)
+    assert SLOWER in finding.message
+    assert "edit the recorded times in a.py" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("other", "verdict"),
+    [
+        ({"verdict": "refuted"}, Verdict.REFUSED),
+        ({"reason": "the solver gave up on x"}, Verdict.UNKNOWN),
+        ({"reason": "rests on totals, not proved"}, Verdict.UNKNOWN),
+        ({"name": "b: makespan", "reason": "rests on deadlock, not proved"}, Verdict.UNKNOWN),
+    ],
+)
+def test_recorded_times_hide_nothing_else(other, verdict):
+    late = {**theorem("unknown"), "name": "a: deadlock", "reason": SLOWER}
+    assert read_theorems(late, {**theorem("unknown"), **other})[0] is verdict
+
+
+def test_the_times_of_a_family_are_found_in_its_file_at_the_row_that_is_told():
+    find = times_in(ROOT)
+    place = find("zb1p", "B0 in row '4 cool down' step 1 waits")
+    assert (ROOT / place.path).read_text().splitlines()[place.line - 1].strip().startswith('"4 cool down": (')
+    assert find("dualpipev", "").path == "proofs/theorems/two_way.py"
+    assert "_TIMES" in (ROOT / find("1f1b", "").path).read_text().splitlines()[find("1f1b", "").line - 1]
 
 
 def test_theorems_pass_with_the_recorded_counts_and_no_others():
@@ -126,6 +165,8 @@ def test_tests_that_were_all_skipped_have_not_passed(tmp_path):
     check = suite.tests(["tests/t.py"], "", report, 0, False, ())
     report.write_text('<testsuites><testsuite><testcase name="t"><skipped/></testcase></testsuite></testsuites>')
     assert check.read(Completed(0, "", "", 1.0))[0] is Verdict.SKIPPED
+    assert check.read(Completed(5, "", "", 1.0))[0] is Verdict.UNKNOWN
+    report.with_suffix(".long").write_text("2")
     assert check.read(Completed(5, "", "", 1.0))[0] is Verdict.SKIPPED
     report.write_text('<testsuites><testsuite><testcase name="t"/></testsuite></testsuites>')
     assert check.read(Completed(0, "", "", 1.0))[0] is Verdict.PASSED
@@ -190,6 +231,18 @@ def test_the_worst_verdict_is_the_gates_and_a_skipped_check_is_none():
     assert code(Verdict.PASSED, Verdict.SKIPPED) is ExitCode.PASSED
     assert code(Verdict.PASSED, Verdict.UNKNOWN) is ExitCode.UNKNOWN
     assert code(Verdict.UNKNOWN, Verdict.REFUSED) is ExitCode.REFUSED
+    assert code(Verdict.PASSED, Verdict.OUTDATED) is ExitCode.REFUSED
+    assert code(Verdict.UNKNOWN, Verdict.OUTDATED) is ExitCode.UNKNOWN
+
+
+def test_bookkeeping_alone_is_no_fault():
+    def refused(*rules: str) -> bool:
+        return Outcome("c", Verdict.REFUSED, "", "", tuple(Finding(rule, "m") for rule in rules)).is_fault
+
+    assert refused()
+    assert refused("counts", "theorem")
+    assert not refused("counts")
+    assert not Outcome("c", Verdict.UNKNOWN, "").is_fault
 
 
 SOURCE = """A: Table = (

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ci import judgement
 from ci.change import ScheduleChange
 from ci.errors import GateError
 from ci.golden import expansion
@@ -15,6 +16,7 @@ from ci.judgement import _cause
 from ci.museum.clone import bring_up_to_date
 from ci.place import Place
 from ci.process import environment
+from ci.report.terminal import as_data
 from tests.ci.conftest import ROOT
 from tests.docs.snippets import blocks_of, unlike
 
@@ -40,6 +42,18 @@ def replace(clone, path: str, old: str, new: str) -> None:
     clone.put(path, text.replace(old, new))
 
 
+@pytest.fixture
+def kept(clone, monkeypatch):
+    """What the gate says of the clone by itself, without any check that is a process: a function of no arguments."""
+    monkeypatch.setattr(judgement, "run_all", lambda *given: [])
+
+    def told() -> tuple[int, dict]:
+        judged = judgement.judge(clone.root, "HEAD", judgement.Options(first=True), lambda line: None)
+        return judged.exit_code, as_data(judged)
+
+    return told
+
+
 def verdicts(told: dict) -> dict[str, str]:
     return {check["check"]: check["verdict"] for check in told["checks"]}
 
@@ -47,7 +61,7 @@ def verdicts(told: dict) -> dict[str, str]:
 def test_without_a_change_it_passes(clone):
     code, told, _ = gate(clone)
     assert (code, told["verdict"], told["changed"]) == (0, "passed", [])
-    assert verdicts(told) == {"golden": "passed", "generator": "passed", "changelog": "passed"}
+    assert list(verdicts(told).items()) == [("generator", "passed"), ("golden", "passed"), ("changelog", "passed")]
 
 
 def test_what_the_tree_prints_is_not_its_answer(clone):
@@ -61,12 +75,12 @@ def test_a_tree_without_the_package_has_no_schedules_of_another(tmp_path):
         expansion(ROOT, tmp_path)
 
 
-def test_sizes_that_a_schedule_no_longer_has_are_a_change(clone):
+def test_sizes_that_a_schedule_no_longer_has_are_a_change(clone, kept):
     rule = 'f"{name} needs at least as many microbatches as ranks",'
     replace(clone, "dualpipe/generate.py", rule, rule.replace("at least", "nearly at least"))
     replace(clone, "dualpipe/generate.py", "        microbatches >= ranks,\n", "        microbatches >= ranks != 10,\n")
     subprocess.run([sys.executable, "-m", "ci.golden", "--no-theorems"], cwd=clone.root, check=True, timeout=60)
-    code, told, _ = gate(clone)
+    code, told = kept()
     assert code == 1
     gone = {change["name"] for change in told["schedules"] if change["what"] == "gone"}
     assert gone == {"1f1b-P10-M24", "zb1p-P10-M24"}
@@ -86,17 +100,17 @@ def test_a_finding_without_a_place_points_to_what_says_something_new(scratch):
     assert _cause(scratch.repository, base, scratch.repository.changes(base)) == Place("dualpipe/b.py", 3)
 
 
-def test_a_golden_written_by_hand_is_refused(clone):
+def test_a_golden_written_by_hand_is_refused(clone, kept):
     golden = clone.root / "tests/golden/zb1p-P4-M8.txt"
     golden.write_text(golden.read_text().replace("0F0>", "0F1>", 1))
-    code, told, _ = gate(clone)
+    code, told = kept()
     assert code == 1
     assert verdicts(told)["golden"] == "refused"
 
 
-def test_a_table_whose_author_forgot_goldens_and_changelog_is_refused_for_both(clone):
+def test_a_table_whose_author_forgot_goldens_and_changelog_is_refused_for_both(clone, kept):
     replace(clone, "dualpipe/generate.py", 'N - h - 1, "W RB0 B0 SB0"', 'N - h - 1, "RB0 B0 W SB0"')
-    code, told, _ = gate(clone)
+    code, told = kept()
     assert code == 1
     assert verdicts(told)["golden"] == "refused"
     assert verdicts(told)["changelog"] == "refused"
@@ -197,3 +211,16 @@ def test_a_record_that_cannot_be_read_is_bad_input(clone, path):
     code, _, err = gate(clone)
     assert code == 2
     assert "make golden" in err
+
+
+def test_the_first_fault_and_all_tests_cannot_both_be_asked_for(clone):
+    command = [sys.executable, "-m", "ci.gate", "--first", "--all"]
+    done = subprocess.run(command, cwd=clone.root, env={**os.environ, **environment(clone.root)}, capture_output=True)
+    assert done.returncode == 2
+    assert b"--all: not allowed with argument --first" in done.stderr
+
+
+@pytest.mark.parametrize(("given", "passed"), [("FIRST=1", "--first"), ("ALL=1", "--all")])
+def test_make_passes_on_how_far_to_go(given, passed):
+    words = ["make", "--dry-run", "--assume-old=.venv/ready", "gate", given]
+    assert passed in subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()

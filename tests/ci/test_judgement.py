@@ -5,12 +5,14 @@ import json
 import pytest
 
 from ci.change import ScheduleChange
+from ci.check import Check
 from ci.golden import Expansion
-from ci.judgement import Options, _Case
-from ci.outcome import Verdict
+from ci.judgement import Options, _Case, run_all
+from ci.outcome import Finding, Outcome, Verdict
 from ci.place import NOWHERE
-from ci.process import Completed
+from ci.process import Completed, python
 from ci.selection import Selection
+from tests.ci.conftest import ROOT
 
 
 def text(ranks: int, length: int = 0) -> str:
@@ -75,3 +77,31 @@ def test_what_is_too_large_to_be_tried_is_told(asked):
     assert verdict is Verdict.PASSED
     assert told.endswith("equal to plain PyTorch; of those that changed not tried: a-P6-M14, a-P16-M64")
     assert asked("a-P2-M4")["trial"].read(done)[1].endswith("equal to plain PyTorch")
+
+
+def ran(options: Options, *before: tuple[str, str], checks: tuple[str, ...] = ("trial", "tests")) -> list[Verdict]:
+    """What becomes of checks that would pass, after outcomes of a name that a rule refuses."""
+    passing = [Check(name, "", python("-c", ""), 60.0, lambda done: (Verdict.PASSED, "", ())) for name in checks]
+    refused = [Outcome(name, Verdict.REFUSED, "", "", (Finding(rule, "m"),)) for name, rule in before]
+    return [outcome.verdict for outcome in run_all(passing, ROOT, options, lambda line: None, refused)]
+
+
+PASSED, SKIPPED = Verdict.PASSED, Verdict.SKIPPED
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "verdicts"),
+    [
+        (Options(), [], [PASSED, PASSED]),
+        (Options(), [("prove", "deadlock")], [PASSED, SKIPPED]),
+        (Options(), [("generator", "schedule")], [PASSED, SKIPPED]),
+        (Options(all=True), [("prove", "deadlock")], [PASSED, PASSED]),
+        (Options(), [("trial", "bitwise")], [PASSED, PASSED]),
+        (Options(first=True), [("trial", "bitwise")], [SKIPPED, SKIPPED]),
+        (Options(first=True), [("golden", "golden"), ("theorems", "counts")], [PASSED, PASSED]),
+    ],
+)
+def test_a_refuted_schedule_leaves_out_the_tests_and_the_first_fault_all_but_bookkeeping_none(
+    options, before, verdicts
+):
+    assert ran(options, *before) == verdicts

@@ -1,5 +1,6 @@
 """The reports of a judgement with every kind of verdict."""
 
+import importlib
 import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ci import timelines
 from ci.change import ScheduleChange
 from ci.judgement import Judgement
 from ci.outcome import Finding, Outcome, Verdict
@@ -19,6 +21,7 @@ from ci.report.sarif import RULES, sarif
 from ci.report.terminal import terminal
 from ci.repository import Base, Changed
 from ci.selection import Selection
+from dualpipe.page.model import Table
 from tests.ci.conftest import ROOT
 
 TEXT = (ROOT / "tests" / "golden" / "1f1b-P2-M4.txt").read_text()
@@ -63,15 +66,15 @@ def test_the_summary_says_what_is_compared_and_what_judges_itself(refused):
 
 
 def test_the_summary_stays_within_what_a_job_may_show_and_is_no_markup():
-    many = [Finding("test", f"<script>{number}\n{'x' * 4000}", f"tests/test_{number}.py") for number in range(700)]
-    many.insert(0, Finding("test", f"too long\n{'x' * 950_000}"))
-    many.append(Finding("test", "a <b>bold</b> | claim"))
+    many = [Finding("order", f"<script>{number}\n{'x' * 4000}", f"tests/test_{number}.py") for number in range(700)]
+    many.insert(0, Finding("order", f"too long\n{'x' * 950_000}"))
+    many.append(Finding("order", "a <b>bold</b> | claim"))
     text = markdown(
-        Judgement(BASE, (), (), Selection(), (Outcome("tests", Verdict.REFUSED, "", "", tuple(many)),), 1.0)
+        Judgement(BASE, (), (), Selection(), (Outcome("prove", Verdict.REFUSED, "", "", tuple(many)),), 1.0)
     )
     assert len(text.encode()) < 2**20
     assert "more findings and diffs are in gate.json" in text
-    assert "## tests refuses" in text
+    assert "## prove refuses" in text
     assert "&lt;script&gt;" not in text
     assert "\n<script>0\n" in text, "what is small has its place though something before it is too large"
     assert text.count("```") % 2 == 0
@@ -136,6 +139,39 @@ def test_the_page_draws_the_schedules_with_findings_first(refused):
     assert data["verdict"] == "refused"
     assert [schedule["name"] for schedule in data["schedules"]] == ["1f1b-P2-M4"]
     assert data["findings"][0][1] == "dualpipe/generate.py:42"
+    assert data["first"] == "1f1b-P2-M4"
+
+
+def test_the_page_begins_with_the_schedule_of_the_first_finding_whether_it_changed_or_not(refused, monkeypatch):
+    other = Finding("bitwise", "other-P2-M4: differs", schedule="other-P2-M4")
+    trial = Outcome("trial", Verdict.REFUSED, "", "", (other,))
+    data = page(replace(refused, outcomes=(trial, *refused.outcomes), texts={"other-P2-M4": LATER}))
+    assert data["first"] == "other-P2-M4"
+    assert data["schedules"][0] == {"name": "other-P2-M4", "before": LATER, "after": LATER}
+    assert [finding[0] for finding in data["findings"]] == ["bitwise", "deadlock"]
+    assert page(replace(refused, outcomes=()))["first"] == ""
+    drawn = []
+    module = importlib.import_module("dualpipe.page.render")  # the package has a function of this name
+    monkeypatch.setattr(module, "render", lambda made: drawn.extend(made.sections) or "")
+    timelines.page({**data, "schedules": data["schedules"][::-1]})
+    titles = [section.title if isinstance(section, Table) else section.name for section in drawn]
+    assert titles == ["other-P2-M4", "Findings", "Checks", "1f1b-P2-M4"]
+
+
+def test_of_many_failed_tests_five_are_shown_and_all_are_in_the_data(refused):
+    failed = tuple(Finding("test", f"test_{number}: no\nbody", f"tests/t{number}.py", 3) for number in range(12))
+    many = replace(refused, outcomes=(Outcome("tests", Verdict.REFUSED, "", "0 passed, 12 failed", failed),))
+    for text in (markdown(many), terminal(many, as_json=False), json.dumps(page(many))):
+        assert ("test_4: no" in text, "test_5: no" in text) == (True, False)
+        assert "and 7 failed tests more" in text
+    assert len(json.loads(terminal(many, as_json=True))["checks"][0]["findings"]) == 12
+    assert ET.fromstring(junit(many)).get("failures") == "12"
+
+
+def test_figures_that_could_not_be_measured_do_not_read_as_unmoved(refused):
+    change = replace(refused.schedules[0], figures_after=None)
+    text = terminal(replace(refused, schedules=(change,)), as_json=False)
+    assert "no figure moves" not in text
 
 
 def test_one_fault_in_several_schedules_is_told_once():

@@ -18,19 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.distributed import distributed_c10d as c10d
 from torch.utils._pytree import tree_leaves
 
 from .forwards import Forwards, Parameters, Trials
 from .log import Sink, place
-from .tags import NONE, Marks, Table, key_of
+from .tags import NONE, Key, Marks, Table, key_of
 
 _NODE = "dualpipe.record"  # the name of a forward's number in a graph node's metadata
+_RAN = "dualpipe.record.ran"  # in the metadata of a node from which the engine has run
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
 
 def _only_shaped_like(operator: str) -> bool:
     """Whether an operator takes from a tensor its shape and none of its values."""
     return operator.endswith("_like") or operator.startswith("new_")
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    """Whether autograd begins at a tensor, or at the one that it is a view of: whatever made it has another graph."""
+    base = tensor if tensor._base is None else tensor._base
+    return base.is_leaf and base.requires_grad
 
 
 def marks(letter: str, numbers: Iterable[int]) -> Marks:
@@ -50,6 +58,10 @@ class Flow:
         self._gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes it
         self._cut: dict[int, int] = {}  # forward -> the one on this rank that takes its output
         self._messages = 0
+        self._batches = 0
+        self._batch_of: dict[int, int] = {}  # message -> the batch that it was posted in
+        self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}  # of a forward: the inputs of calls
+        self._groups: dict[tuple[int, ...], list[Any]] = {}  # ranks -> the groups of them, in the order of first use
         self._runs = 0
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
@@ -80,14 +92,18 @@ class Flow:
         going_on: set[int] = set()
         messages: set[int] = set()
         cuts: set[int] = set()
+        detached: set[int] = set()
         find = self._forwards.find
         for tensor in inputs:
-            cut = tensor.is_leaf and tensor.requires_grad
-            for letter, n in self._table.get(tensor):
+            for letter, n in self._carried_by(tensor):
                 if letter == "M":
                     messages.add(n)
+                elif letter == "C":
+                    cuts.add(find(n))
                 elif letter == "F":
-                    (cuts if cut else going_on).add(find(n))
+                    going_on.add(find(n))
+                    if tensor.is_floating_point() and not self._is_joined_by_graph(tensor, n):
+                        detached.add(find(n))
         going_on |= {find(self._input_of[m]) for m in messages if m in self._input_of}
         going_on |= {find(self._cut[c]) for c in cuts if c in self._cut}
         going_on = self._join(going_on)
@@ -96,14 +112,42 @@ class Flow:
         forward = next(iter(going_on)) if going_on else self._forwards.open()
         again = None if going_on or messages else self._trials.earlier(number, inputs, forward)
         self._forwards.called(forward, number)
+        fresh, new_cuts = self._take(forward, messages, cuts)
+        if not going_on or fresh or new_cuts:
+            began = {"first": not going_on, "again": again, "grad": torch.is_grad_enabled()}
+            self.write("forward", forward=forward, module=number, messages=fresh, after=new_cuts, **began)
+        if detached and torch.is_grad_enabled() and self._parameters.trainable({number}):
+            self.write("doubt", what="detached", forward=forward)
+        calls = self._calls.setdefault((forward, number, torch.is_grad_enabled()), set())
+        given = tuple(map(key_of, inputs))
+        if given in calls:
+            self.write("doubt", what="called again", forward=forward)
+        calls.add(given)
+        return marks("F", {forward})
+
+    def _take(self, forward: int, messages: Iterable[int], cuts: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Let a forward have the messages, and the forwards that its leaves are cut from, that none had so far."""
         fresh = sorted(m for m in messages if m not in self._input_of)
         new_cuts = sorted(c for c in cuts if c not in self._cut and c != forward)
         self._input_of |= dict.fromkeys(fresh, forward)
         self._cut |= dict.fromkeys(new_cuts, forward)
-        if not going_on or fresh or new_cuts:
-            began = {"first": not going_on, "again": again, "grad": torch.is_grad_enabled()}
-            self.write("forward", forward=forward, module=number, messages=fresh, after=new_cuts, **began)
-        return marks("F", {forward})
+        for message in fresh:
+            self._forwards.takes(forward, self._batch_of[message])
+        return fresh, new_cuts
+
+    def _take_inside(self, found: Marks) -> None:
+        """A module that is being called has read tensors that were not among its arguments."""
+        if not self.calling or self._context is None or len(self._context) != 1:
+            return
+        ((_, forward),) = self._context
+        forward = self._forwards.find(forward)
+        messages = (n for letter, n in found if letter == "M")
+        cuts = (self._forwards.find(n) for letter, n in found if letter == "C")
+        fresh, new_cuts = self._take(forward, messages, cuts)
+        if fresh or new_cuts:
+            began = {"first": False, "again": None, "grad": torch.is_grad_enabled()}
+            module = min(self._forwards.modules(forward))
+            self.write("forward", forward=forward, module=module, messages=fresh, after=new_cuts, **began)
 
     def called(self, made: Marks, output: Any) -> None:
         """The module has returned."""
@@ -112,6 +156,7 @@ class Flow:
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     leaf.grad_fn.metadata[_NODE] = forward  # type: ignore[index] # typed as a method, and a property
+                    self._forwards.put_in_graph(self._forwards.find(forward))
 
     def _join(self, forwards: set[int]) -> set[int]:
         for first, part in list(self._forwards.join(forwards)):
@@ -124,22 +169,51 @@ class Flow:
         """The engine is about to run from ``roots``; the marks of what it will make, and the gradients before."""
         self._runs += 1
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
-        found = {forward for root in roots for forward in self._made_by(root)}
+        made_by = [self._made_by(root) for root in roots]
+        found = {forward for made in made_by for forward in made}
         if found:
-            messages = sorted(number for letter, number in held if letter == "M")
-            for message in messages:
-                self._gradient_of.setdefault(message, min(found))
+            takes = self._gradients(made_by, grads)
             fresh = sorted(found - self._forwards.behind)
-            if fresh and not (inputs and all(map(self._is_weight, inputs))):
-                self._forwards.behind.update(fresh)
-                weightless = [f for f in fresh if not self._parameters.trainable(self._forwards.modules(f))]
-                self.write("backward", forwards=fresh, messages=messages, run=self._runs, weightless=weightless)
+            if not (inputs and all(map(self._is_weight, inputs))):
+                if self._ran_before(roots):
+                    self.write("doubt", what="run again", forward=min(found))
+                if fresh:
+                    self._forwards.behind.update(fresh)
+                    weightless = [f for f in fresh if not self._parameters.trainable(self._forwards.modules(f))]
+                    self.write("backward", forwards=fresh, run=self._runs, weightless=weightless)
+            if takes:
+                self.write("gradients", forwards=list(takes), messages=list(takes.values()))
             if any(map(self._is_weight, inputs)):
                 self.write("weighed", forwards=sorted(found), run=self._runs)
         else:
             found = self._owners(held, None)
         self._forwards.interrupt()
         return marks("B", found), self._parameters.versions()
+
+    def _gradients(self, made_by: Sequence[set[int]], grads: Sequence[Any]) -> dict[int, list[int]]:
+        """The messages that bring each forward the gradient of one of its outputs, and that none had so far."""
+        takes: dict[int, list[int]] = {}
+        for made, gradient in zip(made_by, grads, strict=False):
+            if not made or not isinstance(gradient, Tensor):
+                continue
+            for message in sorted(n for letter, n in self._table.get(gradient) if letter == "M"):
+                if message not in self._gradient_of:
+                    self._gradient_of[message] = min(made)
+                    for forward in sorted(made):
+                        takes.setdefault(forward, []).append(message)
+        return takes
+
+    def _ran_before(self, roots: Sequence[Any]) -> bool:
+        """Whether the engine has run from one of the roots already; from now on it has from all of them."""
+        nodes: list[Any] = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots]
+        outputs = [root.output_nr for root in roots]
+        before = False
+        for node, output in zip(nodes, outputs, strict=True):
+            if node is not None:
+                ran = node.metadata.setdefault(_RAN, set())
+                before = before or output in ran
+                ran.add(output)
+        return before
 
     def ran(self, made: Marks, before: dict[int, Any]) -> None:
         """The engine has returned."""
@@ -185,10 +259,11 @@ class Flow:
             aliased = memory.get(key[0])
             if aliased is None:
                 found = NONE if _only_shaped_like(name) else self._carried(inputs)
+                self._take_inside(found)
                 self._table.put(output, found if self._context is None else self._context)
             elif not mutable:
                 if not self._table.get(output):
-                    self._table.put(output, self._table.get(aliased))
+                    self._table.put(output, self._carried_by(aliased))
             elif self._context is not None:
                 self._table.put(output, self._context)
             else:
@@ -205,16 +280,38 @@ class Flow:
             self._table.put(output, carried if name in _REPLACED else self._table.get(output) | carried)
 
     def _carried(self, inputs: list[Tensor]) -> Marks:
-        """The marks that results get from inputs; a parameter's gradient, the sum over microbatches, gives none."""
-        found = frozenset(
-            mark
+        """The marks that results get from inputs; parameters and their gradients, which forwards share, give none."""
+        carried = [
+            (tensor, self._carried_by(tensor))
             for tensor in inputs
-            if self._parameters.with_gradient_at(key_of(tensor)) is None
-            for mark in self._table.get(tensor)
-        )
+            if tensor not in self._parameters and self._parameters.with_gradient_at(key_of(tensor)) is None
+        ]
+        found = frozenset(mark for _, held in carried for mark in held)
         if len(found) > 1 and not any(letter == "B" for letter, _ in found):
-            self._join({self._forwards.find(number) for letter, number in found if letter == "F"})
+            self._join(
+                {
+                    self._forwards.find(number)
+                    for tensor, held in carried
+                    for letter, number in held
+                    if letter == "F" and self._is_joined_by_graph(tensor, number)
+                }
+            )
         return found
+
+    def _carried_by(self, tensor: Tensor) -> Marks:
+        """The marks of one tensor, as what is computed from it gets them."""
+        found = self._table.get(tensor)
+        if found and _is_cut(tensor):
+            return frozenset(("C" if letter == "F" else letter, number) for letter, number in found)
+        return found
+
+    def _is_joined_by_graph(self, tensor: Tensor, forward: int) -> bool:
+        """Whether what is computed from a tensor now goes on with the forward that made it.
+
+        The autograd graph says so.  Of a forward without one, frozen or without gradients, everything goes on.
+        """
+        within = tensor.requires_grad and torch.is_grad_enabled()
+        return within or not self._forwards.is_in_graph(self._forwards.find(forward))
 
     def assigned(self, parameter: Tensor, gradient: Tensor | None) -> None:
         """The program has set ``parameter.grad``."""
@@ -241,6 +338,8 @@ class Flow:
                     by_letter["B"].add(self._forwards.find(self._gradient_of[number]))
                 elif number in self._input_of:
                     by_letter["F"].add(self._forwards.find(self._input_of[number]))
+            elif letter == "C":
+                by_letter["F"].add(self._forwards.find(self._cut.get(number, number)))
             else:
                 by_letter[letter].add(self._forwards.find(number))
         for forwards in by_letter.values():
@@ -251,12 +350,15 @@ class Flow:
 
     # messages
 
-    def post(self, messages: list[tuple[str, Tensor, int, list[int], int]]) -> list[int]:
-        """Messages are about to be posted together: (send or receive, tensor, peer, ranks of the group, tag)."""
+    def post(self, messages: list[tuple[str, Tensor, int, Any, int]]) -> list[int]:
+        """Messages are about to be posted together: (send or receive, tensor, peer, group, tag)."""
         numbers, told = [], []
+        self._batches += 1
         for kind, tensor, peer, group, tag in messages:
             number = self._messages
             self._messages += 1
+            self._batch_of[number] = self._batches
+            ranks, group_number = self._group(group)
             numbers.append(number)
             held = self._table.get(tensor) if kind == "send" else NONE
             told.append(
@@ -264,9 +366,14 @@ class Flow:
                     "message": number,
                     "kind": kind,
                     "peer": peer,
-                    "group": group,
+                    "group": ranks,
+                    "group_number": group_number,
                     "tag": tag,
-                    "marks": sorted((letter, n if letter == "M" else self._forwards.find(n)) for letter, n in held),
+                    "marks": sorted(
+                        ("F" if letter == "C" else letter, n if letter == "M" else self._forwards.find(n))
+                        for letter, n in held
+                    ),
+                    "memory": key_of(tensor),
                     "form": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
                     "real": tensor.is_floating_point(),
                 }
@@ -277,3 +384,12 @@ class Flow:
         inside = self.caller if self.calling else "backward" if self.running else ""
         self.write("post", messages=told, inside=inside)
         return numbers
+
+    def _group(self, group: Any) -> tuple[list[int], int]:
+        """The ranks of a process group, and which of this rank's groups with these ranks it is."""
+        group = group or c10d._get_default_group()
+        ranks = c10d.get_process_group_ranks(group)
+        known = self._groups.setdefault(tuple(ranks), [])
+        if not any(other is group for other in known):
+            known.append(group)
+        return ranks, next(n for n, other in enumerate(known) if other is group)

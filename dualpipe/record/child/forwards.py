@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ class Forwards:
         self._same: list[int] = []  # forward -> the one that it is a part of
         self._began: list[int] = []  # forward -> the stretch of uninterrupted compute in which it began
         self._modules: list[set[int]] = []  # forward -> the modules that were called for it
+        self._batches: list[set[int]] = []  # forward -> the batches of messages that it takes tensors of
         self._stretch = 0
         self.behind: set[int] = set()  # those whose backward has begun
+        self._in_graph: set[int] = set()  # those of which an output is in an autograd graph
 
     def interrupt(self) -> None:
         """A message or a backward ends the stretch of compute."""
@@ -34,6 +37,7 @@ class Forwards:
         self._same.append(number)
         self._began.append(self._stretch)
         self._modules.append(set())
+        self._batches.append(set())
         return number
 
     def find(self, forward: int) -> int:
@@ -44,6 +48,17 @@ class Forwards:
     def called(self, forward: int, module: int) -> None:
         self._modules[forward].add(module)
 
+    def takes(self, forward: int, batch: int) -> None:
+        """The forward takes a tensor of a batch of messages."""
+        self._batches[forward].add(batch)
+
+    def put_in_graph(self, forward: int) -> None:
+        self._in_graph.add(forward)
+
+    def is_in_graph(self, forward: int) -> bool:
+        """Whether autograd knows what the forward made, so that its graph says what was made from it."""
+        return forward in self._in_graph
+
     def calls_one_of(self, forward: int, modules: Collection[int]) -> bool:
         return not self._modules[forward].isdisjoint(modules)
 
@@ -51,13 +66,25 @@ class Forwards:
         return self._modules[forward]
 
     def join(self, forwards: set[int]) -> Iterator[tuple[int, int]]:
-        """Forwards that began in this very stretch and now meet become one; pairs of the one and a part of it."""
+        """Forwards that began in this very stretch and now meet become one; pairs of the one and a part of it.
+
+        Not so where two are calls of one module on messages of different batches: those are two microbatches.
+        """
         if len(forwards) > 1 and all(self._began[f] == self._stretch and f not in self.behind for f in forwards):
             first, *others = sorted(forwards)
+            if any(self._are_apart(one, other) for one, other in combinations(sorted(forwards), 2)):
+                return
             for other in others:
                 self._same[other] = first
                 self._modules[first] |= self._modules[other]
+                self._batches[first] |= self._batches[other]
+                if other in self._in_graph:
+                    self._in_graph.add(first)
                 yield first, other
+
+    def _are_apart(self, one: int, other: int) -> bool:
+        batches = self._batches[one], self._batches[other]
+        return all(batches) and batches[0].isdisjoint(batches[1]) and self.calls_one_of(one, self._modules[other])
 
 
 class Trials:

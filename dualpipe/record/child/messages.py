@@ -46,7 +46,7 @@ def watch(flow: Flow, patches: Patches) -> None:
                 flow.write("any source")
                 return unwatched(original, tensor, **passed)
             other = ranks[group_peer] if peer is None and group_peer is not None else peer
-            numbers = flow.post([(kind, tensor, int(other or 0), ranks, tag)])
+            numbers = flow.post([(kind, tensor, int(other or 0), group, tag)])
             return _watched(flow, unwatched(original, tensor, **passed), numbers)
 
         return call
@@ -60,7 +60,7 @@ def watch(flow: Flow, patches: Patches) -> None:
                     "send" if op.op is dist.isend else "receive",
                     op.tensor,
                     op.peer,
-                    c10d.get_process_group_ranks(op.group or c10d._get_default_group()),
+                    op.group,
                     op.tag,
                 )
                 for op in p2p_op_list

@@ -1,8 +1,9 @@
 """Marks on tensors: what a tensor holds.
 
 A mark is a pair of a letter and a number: ``("F", 3)`` made by forward 3 of this rank, ``("B", 3)`` by its backward,
-``("M", 7)`` brought by message 7.  Marks are kept by storage and offset, so a view, a detached alias and ``.data`` of a
-tensor carry its marks, and two chunks of one batch do not share theirs.
+``("M", 7)`` brought by message 7, ``("C", 3)`` computed from a leaf that was cut off from what forward 3 made.
+Marks are kept by storage and offset, so a view, a detached alias and ``.data`` of a tensor carry its marks, and two
+chunks of one batch do not share theirs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,241 @@
+"""What is concluded from the events of ranks, written by hand: the names of ends that met no partner, and how far
+a lane goes that was cut short."""
+
+import pytest
+
+from dualpipe.record import RecordError
+from tests.record.logs import Rank, lines, recorded
+
+
+def pair(microbatches: int = 2) -> tuple[Rank, Rank]:
+    """Two ranks that train microbatch by microbatch."""
+    one, two = Rank(0), Rank(1)
+    for _ in range(microbatches):
+        f = one.forward()
+        one.send(1, "F", f)
+        g = two.forward(two.receive(0))
+        two.backward(g)
+        two.send(0, "B", g)
+        one.backward(f, one.receive(1))
+    return one, two
+
+
+def unmet(recording) -> list[str]:
+    """For every note on an end that met no partner: the rank, the op that it is named, and the line of the program."""
+    notes = [note for note in recording.notes if "by what was to come next" in note]
+    return [f"{note.split(':')[0]} {note.partition('is named ')[2].split()[0]}" for note in notes]
+
+
+def test_a_pair_without_a_fault():
+    recording = recorded(*pair())
+    assert lines(recording) == [
+        "0F0> 0SF0> 0RB0> 0B0>+0W0> 0F1> 0SF1> 0RB1> 0B1>+0W1>",
+        "1RF0> 1F0> 1B0>+1W0> 1SB0> 1RF1> 1F1> 1B1>+1W1> 1SB1>",
+    ]
+    assert (recording.notes, recording.caveats, recording.ended) == ((), (), (True, True))
+
+
+@pytest.mark.parametrize(
+    ("rank", "kind", "named"),
+    [
+        (0, "send", "0SF2>@1"),
+        (0, "receive", "0RB2>@1"),
+        (1, "send", "1SB2>@0"),
+        (1, "receive", "1RF2>@0"),
+    ],
+)
+def test_an_end_too_many_is_named_as_one_more_of_its_kind(rank, kind, named):
+    ranks = pair()
+    getattr(ranks[rank], kind)(1 - rank)
+    recording = recorded(*ranks)
+    assert unmet(recording) == [f"rank {rank} {named}"]
+    assert ("met no receive" if kind == "send" else "got nothing") in recording.notes[0]
+    assert f"at rank{rank}.py:" in recording.notes[0]
+    assert lines(recording)[rank].endswith(named.partition("@")[0])
+
+
+def test_two_ends_too_many_are_named_one_after_the_other():
+    one, two = pair()
+    one.receive(1, wait=False)
+    one.receive(1, wait=False)
+    assert unmet(recorded(one, two)) == ["rank 0 0RB2>@1", "rank 0 0RB3>@1"]
+
+
+def middle() -> tuple[Rank, Rank, Rank]:
+    """Three ranks after one microbatch's forward."""
+    ranks = Rank(0, 3), Rank(1, 3), Rank(2, 3)
+    f = ranks[0].forward()
+    ranks[0].send(1, "F", f)
+    f = ranks[1].forward(ranks[1].receive(0))
+    ranks[1].send(2, "F", f)
+    ranks[2].forward(ranks[2].receive(1))
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("kind", "peer", "named"),
+    [("send", 0, "1SB0>@0"), ("receive", 0, "1RF1>@0"), ("send", 2, "1SF1>@2"), ("receive", 2, "1RB0>@2")],
+)
+def test_on_a_middle_rank_the_peer_tells_the_boundary(kind, peer, named):
+    ranks = middle()
+    getattr(ranks[1], kind)(peer)
+    assert unmet(recorded(*ranks, end=False)) == [f"rank 1 {named}"]
+
+
+def test_an_end_between_ranks_without_a_boundary_is_an_error_that_says_which():
+    for kind, words in (("send", "send to"), ("receive", "receive from")):
+        ranks = middle()
+        getattr(ranks[0], kind)(2)
+        with pytest.raises(RecordError, match=rf"rank 0: the {words} rank 2 at rank0.py:\d+ never did"):
+            recorded(*ranks)
+
+
+def both_ways(kind: str) -> list[str]:
+    """DualPipe's two lanes on two ranks: each holds the first stage of one and the last one of the other."""
+    ranks = Rank(0), Rank(1)
+    for one, two in (ranks, ranks[::-1]):
+        f = one.forward(module=0)
+        one.send(1 - ranks.index(one), "F", f)
+        two.forward(two.receive(ranks.index(one)), module=1)
+    getattr(ranks[0], kind)(1)
+    return unmet(recorded(*ranks, end=False))
+
+
+def test_where_two_lanes_cross_the_gradient_of_what_ran_is_due_before_an_activation():
+    assert both_ways("receive") == ["rank 0 0RB0>@1"]
+    assert both_ways("send") == ["rank 0 1SB0<@1"]
+
+
+def test_a_lane_goes_on_to_a_rank_that_never_got_its_activation():
+    one, two = Rank(0, 3), Rank(1, 3)
+    f = one.forward()
+    one.send(1, "F", f)
+    two.send(2, "F", two.forward(two.receive(0)))
+    recording = recorded(one, two, Rank(2, 3), end=False)
+    assert recording.schedule.routes == {">": (0, 1, 2)}
+    assert recording.notes[0].startswith("rank 2 ran no forward of lane >; that it holds stage 2 is concluded")
+    assert recording.caveats[0] == "ranks 0 1 2 did not come to the end"
+
+
+@pytest.mark.parametrize(("waiting", "peer"), [(1, 2), (2, 1)])
+def test_a_lane_goes_on_to_a_rank_that_waits_for_it_or_that_it_waits_for(waiting, peer):
+    ranks = Rank(0, 3), Rank(1, 3), Rank(2, 3)
+    f = ranks[0].forward()
+    ranks[0].send(1, "F", f)
+    ranks[1].forward(ranks[1].receive(0))
+    ranks[waiting].receive(peer)
+    assert recorded(*ranks, end=False).schedule.routes == {">": (0, 1, 2)}
+
+
+def test_of_a_lane_that_was_cut_short_the_rest_is_that_of_the_other_one():
+    ranks = [Rank(n, 4) for n in range(4)]
+    down = ranks[3].forward(module=0)
+    ranks[3].send(2, "F", down)
+    down = ranks[2].forward(ranks[2].receive(3), module=0)
+    ranks[2].send(1, "F", down)
+    ranks[1].forward(ranks[1].receive(2), module=0)
+    up = ranks[0].forward(module=1)
+    ranks[0].send(1, "F", up)
+    ranks[1].forward(ranks[1].receive(0), module=1)
+    recording = recorded(*ranks, end=False)
+    assert recording.schedule.routes == {">": (0, 1, 2, 3), "<": (3, 2, 1, 0)}
+    assert "lane > is cut short at stage 1; the rest is the other lane's" in recording.notes
+    assert "lane < is cut short at stage 2; the rest is the other lane's" in recording.notes
+
+
+def test_a_send_of_what_nobody_made_is_named_by_what_takes_it_and_said():
+    one, two = Rank(0), Rank(1)
+    for known in (True, False):
+        f = one.forward()
+        one.send(1, "F", f)
+        g = two.forward(two.receive(0))
+        two.backward(g)
+        two.send(0, "B", g if known else None)
+        one.backward(f, one.receive(1))
+    recording = recorded(one, two)
+    assert lines(recording)[1].endswith("1B1>+1W1> 1SB1>")
+    assert recording.caveats == ("1 sends hold what no forward and no backward was seen to make",)
+    assert recording.notes[0].startswith("rank 1: what it sends at rank1.py:")
+    assert recording.notes[0].endswith("it is named by what takes it (1 times)")
+
+
+def test_several_tensors_of_one_boundary_are_one_message_and_what_met_another_send_is_not():
+    def sent(together: bool) -> list[str]:
+        one, two = Rank(0), Rank(1)
+        f = one.forward()
+        if together:
+            one.post(("send", 1, "F", f), ("send", 1, "F", f))
+        else:
+            one.send(1, "F", f)
+            one.send(1, "F", f)
+        two.forward(*two.post(("receive", 0, "", None), ("receive", 0, "", None)))
+        return lines(recorded(one, two))
+
+    assert sent(together=True) == ["0F0> 0SF0>", "1RF0> 1F0>"]
+    assert sent(together=False) == ["0F0> 0SF0> 0SF0>", "1RF0>+1RF0> 1F0>"]
+
+
+def test_a_loss_for_the_log_is_control_data_and_counted():
+    one, two = pair()
+    two.send(0, "F", 1)
+    one.receive(1)
+    recording = recorded(one, two)
+    assert recording.caveats == ("2 message ends are left out as control data",)
+    assert recording.notes[0].startswith("rank 1: what an end of the pipeline sends at rank1.py:")
+    assert "2 message ends carry no activation or gradient of a stage (control data)" in recording.notes[1]
+
+
+def test_of_two_steps_each_is_written_with_its_own_messages():
+    one, two = pair(1)
+    for rank in (one, two):
+        rank.step()
+    f = one.forward()
+    one.send(1, "F", f)
+    two.forward(two.receive(0))
+    recording = recorded(one, two, step=2)
+    assert (lines(recording), recording.steps) == (["0F0> 0SF0>", "1RF0> 1F0>"], 2)
+    assert recording.notes[0] == "step 2 of 2"
+
+
+def test_a_computation_with_a_message_in_flight_is_counted():
+    one, two = Rank(0), Rank(1)
+    f = one.forward()
+    one.send(1, "F", f, wait=False)
+    one.forward()
+    two.forward(two.receive(0))
+    assert "1 computations began with messages still in flight" in " ".join(recorded(one, two).notes)
+
+
+def crossing(down: int) -> tuple[Rank, Rank]:
+    """Two lanes on two ranks: lane > ran two forwards and had its first gradient, lane < ran ``down`` forwards."""
+    one, two = Rank(0), Rank(1)
+    for _ in range(2):
+        f = one.forward(module=0)
+        one.send(1, "F", f)
+        two.forward(two.receive(0), module=1)
+    two.backward(0)
+    two.send(0, "B", 0)
+    one.backward(0, one.receive(1))
+    for _ in range(down):
+        f = two.forward(module=0)
+        two.send(0, "F", f)
+        one.forward(one.receive(1), module=1)
+    return one, two
+
+
+def test_a_gradient_of_what_ran_is_due_before_an_earlier_activation():
+    one, two = crossing(down=1)
+    two.forward(module=0)
+    one.receive(1)
+    assert unmet(recorded(one, two, end=False)) == ["rank 0 0RB1>@1"]
+
+
+def test_what_a_lane_still_lacks_is_due_before_what_it_has_had():
+    one, two = crossing(down=2)
+    two.backward(1)
+    two.send(0, "B", 1)
+    one.backward(1, one.receive(1))
+    for _ in range(2):
+        two.forward(module=0)
+    one.receive(1)
+    assert unmet(recorded(one, two, end=False)) == ["rank 0 1RF2<@1"]

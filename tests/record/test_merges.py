@@ -1,0 +1,240 @@
+"""No message and no computation is dropped or merged with another one: what cannot be told apart is said."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dualpipe.testing import record_ranks
+from proofs.prove import prove
+from tests.record.test_limits import SHAPE, assert_plain, receive, text, train
+
+
+def verdicts(recording) -> dict[str, str]:
+    return {name: check["verdict"] for name, check in prove(recording.schedule).as_json()["checks"].items()}
+
+
+def batch(op, tensors, peer) -> None:
+    for work in dist.batch_isend_irecv([dist.P2POp(op, tensor, peer) for tensor in tensors]):
+        work.wait()
+
+
+def both_forwards_first(rank, backward) -> None:
+    """GPipe of two microbatches on two ranks; ``backward`` gets the outputs and inputs of a rank."""
+    stage = nn.Linear(4, 4)
+    if rank == 0:
+        outputs = [stage(torch.randn(SHAPE)) for _ in range(2)]
+        for y in outputs:
+            dist.send(y.detach(), 1)
+        backward(outputs, [])
+    else:
+        inputs = [receive(0).requires_grad_() for _ in range(2)]
+        backward([stage(x) for x in inputs], inputs)
+
+
+def test_two_receives_of_one_batch_that_met_different_sends_are_two_ops():
+    def body(rank):
+        def backward(outputs, inputs):
+            if rank == 1:
+                for y, x in zip(outputs, inputs, strict=True):
+                    y.sum().backward()
+                    dist.send(x.grad, 0)
+            else:
+                lost, gradient = torch.empty(SHAPE), torch.empty(SHAPE)
+                batch(dist.irecv, [lost, gradient], 1)
+                outputs[0].backward(gradient)
+
+        both_forwards_first(rank, backward)
+
+    recording = record_ranks(2, body)
+    assert text(recording, 0).endswith("0RB0>@1+0RB0>@1 0B0>+0W0>")
+    assert verdicts(recording)["messages"] == "refuted"
+    assert recording.caveats == ("1 receives bring what no forward and no backward was seen to take",)
+    unused, repeated = recording.notes
+    assert "rank 0: what it receives from rank 1 at " in unused
+    assert unused.endswith("was seen to be taken by no forward and no backward; it is named 0RB0>@1 by what was sent")
+    assert repeated.startswith("rank 0: 0RB0>@1 is there 2 times, posted at ")
+
+
+def test_a_gradient_sent_and_received_twice_is_two_messages():
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        if rank == 0:
+            y = stage(torch.randn(SHAPE))
+            dist.send(y.detach(), 1)
+            gradients = [torch.empty(SHAPE) for _ in range(2)]
+            batch(dist.irecv, gradients, 1)
+            y.backward(gradients[0])
+        else:
+            x = receive(0).requires_grad_()
+            stage(x).sum().backward()
+            batch(dist.isend, [x.grad, x.grad], 0)
+
+    recording = record_ranks(2, body)
+    assert text(recording, 1).endswith("1SB0>@0+1SB0>@0")
+    assert verdicts(recording)["messages"] == "refuted"
+
+
+def test_gradients_of_two_microbatches_in_one_run_of_the_engine_are_each_their_own():
+    def body(rank):
+        def backward(outputs, inputs):
+            if rank == 1:
+                losses = [y.square().sum() for y in outputs]
+                print(sum(loss.detach() for loss in losses))  # the two are not one for it
+                for loss in losses:
+                    loss.backward()
+                batch(dist.isend, [x.grad for x in inputs], 0)
+            else:
+                gradients = [torch.empty(SHAPE) for _ in range(2)]
+                batch(dist.irecv, gradients, 1)
+                torch.autograd.backward(outputs, gradients)
+
+        both_forwards_first(rank, backward)
+
+    recording = record_ranks(2, body)
+    assert text(recording, 0) == "0F0> 0F1> 0SF0>@1 0SF1>@1 0RB0>@1+0RB1>@1 0B0>+0B1>+0W0>+0W1>"
+    assert text(recording, 1) == "1RF0>@0 1RF1>@0 1F0> 1F1> 1B0>+1W0> 1B1>+1W1> 1SB0>@0+1SB1>@0"
+    assert (set(verdicts(recording).values()), recording.notes) == ({"proved", "skipped"}, ())
+
+
+def test_a_gradient_that_the_backward_does_not_use_is_said():
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        if rank == 1:
+            train(rank, stage)
+            return
+        for _ in range(2):
+            y = stage(torch.randn(SHAPE))
+            dist.send(y.detach(), 1)
+            receive(1)
+            y.backward(torch.ones(SHAPE))
+
+    recording = record_ranks(2, body)
+    assert_plain(recording)
+    assert recording.caveats == ("2 receives bring what no forward and no backward was seen to take",)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.layer(x)
+
+
+CUTS = {
+    "detach": lambda y: (leaf := y.detach().requires_grad_(), leaf),
+    "clone": lambda y: (leaf := y.detach().clone().requires_grad_(), leaf),
+    "a view of the leaf": lambda y: (leaf := y.detach().requires_grad_(), leaf.view(SHAPE)),
+    "a function of the leaf": lambda y: (leaf := y.detach().requires_grad_(), leaf * 2),
+}
+"""How a stage's output becomes the input of the next one on the same rank: the leaf, and what the stage gets."""
+
+
+def residual_v(rank, cut) -> None:
+    """Rank 0 holds stages 0 and 3, rank 1 stages 1 and 2."""
+    first, last = Residual(), Residual()
+    for _ in range(2):
+        if rank == 0:
+            y = first(torch.randn(SHAPE))
+            dist.send(y.detach(), 1)
+            x = receive(1).requires_grad_()
+            last(x).sum().backward()
+            dist.send(x.grad, 1)
+            y.backward(receive(1))
+        else:
+            x = receive(0).requires_grad_()
+            y = first(x)
+            leaf, given = cut(y)
+            z = last(given)
+            dist.send(z.detach(), 0)
+            z.backward(receive(0))
+            y.backward(leaf.grad)
+            dist.send(x.grad, 0)
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_two_residual_stages_back_to_back_on_one_rank_are_two(how):
+    recording = record_ranks(2, lambda rank: residual_v(rank, CUTS[how]))
+    assert recording.schedule.routes == {">": (0, 1, 1, 0)}
+    assert text(recording, 1).startswith(
+        "1RF0>@0 1F0> 2F0> 2SF0>@0 2RB0>@0 2B0>+2W0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 2F1>"
+    )
+    assert set(verdicts(recording).values()) == {"proved", "skipped"}
+    assert (recording.notes, recording.caveats) == ((), ())
+
+
+def test_an_input_that_a_setter_hands_to_the_stage_is_its_input():
+    class Given(Residual):
+        given = None
+
+        def forward(self, tokens):
+            return self.layer(tokens if self.given is None else self.given)
+
+    def body(rank):
+        stage = Given()
+
+        def call(x):
+            stage.given = x if rank == 1 else None
+            return stage(torch.randn(SHAPE))
+
+        train(rank, call)
+
+    recording = record_ranks(2, body)
+    assert_plain(recording)
+    assert (recording.notes, recording.caveats) == ((), ())
+
+
+DOUBTS = {
+    "a stage that takes a detached tensor": (
+        lambda first, second, x: second(first(x).detach()).sum().backward(),
+        "takes a detached tensor of 1F0>, which asks for no gradient; whether it is a stage of its own could not be",
+        "the stage boundary of 2 calls could not be determined",
+    ),
+    "a forward called twice": (
+        lambda first, second, x: (first(x), first(x))[1].sum().backward(),
+        "was called before on the same tensors for 1F0>; the file has that forward once (2 times)",
+        "2 forwards ran more than once and are written once",
+    ),
+    "a backward run twice": (
+        lambda first, second, x: [y.backward(torch.ones(SHAPE), retain_graph=True) for y in [first(x)] * 2],
+        "from a tensor of 1F0> from which it had run before; the file has that backward once (2 times)",
+        "2 backwards ran more than once and are written once",
+    ),
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_what_a_schedule_cannot_say_of_a_forward_is_said_beside_the_verdict(doubt):
+    run, note, caveat = DOUBTS[doubt]
+
+    def body(rank):
+        first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+        if rank == 0:
+            train(rank, first)
+            return
+        for _ in range(2):
+            x = receive(0).requires_grad_()
+            run(first, second, x)
+            dist.send(torch.zeros(SHAPE) if x.grad is None else x.grad, 0)
+
+    recording = record_ranks(2, body)
+    assert any(note in said for said in recording.notes), recording.notes
+    assert caveat in recording.caveats
+
+
+def test_messages_in_two_process_groups_of_the_same_ranks_are_said():
+    def body(rank):
+        other = dist.new_group([0, 1])
+        train(rank, nn.Linear(4, 4))
+        if rank == 0:
+            dist.send(torch.ones(1), 1, group=other)
+        else:
+            dist.recv(torch.ones(1), 0, group=other)
+
+    recording = record_ranks(2, body)
+    assert "whether messages of different process groups overtake each other could not be determined" in (
+        recording.caveats
+    )
+    assert "in another process group of the same ranks" in " ".join(recording.notes)

@@ -126,17 +126,17 @@ def verify(
     given |= {"--dp": dp != 1, "--tp": tp != 1, "--ep": ep != 1, "--clip": clip is not None}
     _refuse(given, "a small language model has no such option", "add --model gpt or --model moe")
     value = find_schedule(chosen, ranks, microbatches)
+    from dualpipe.cli.verification import print_report, watch_case
     from reference.verify import make_case
     from reference.verify import verify as run
-    from reference.watch import tell, watch
 
     case = make_case(value, dtype.value, steps, seed, device, transport, blocking, timeout, trace is not None)
-    with watch(case, quiet=as_json) as on_progress:
+    with watch_case(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)
     if as_json:
         typer.echo(json.dumps(report.as_json()))
     else:
-        tell(report)
+        print_report(report)
     if trace is not None:
         from reference.measured import write_trace
 
@@ -151,16 +151,16 @@ def _refuse(options: dict[str, Any], rule: str, remedy: str) -> None:
 
 
 def _verify_megatron(model: Model, as_json: bool, **options: Any) -> int:
+    from dualpipe.cli.verification import print_megatron_report, watch_megatron
     from reference.megatron.case import Case
     from reference.megatron.case import Model as MegatronModel
     from reference.megatron.verify import verify as run
-    from reference.megatron.watch import tell, watch
 
     case = Case(MegatronModel(model.value), **options)
-    with watch(case, quiet=as_json) as on_progress:
+    with watch_megatron(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)
     if as_json:
         typer.echo(json.dumps(report.as_json()))
     else:
-        tell(report)
+        print_megatron_report(report)
     return report.exit_code

@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup verify test test-long test-torch check prove gate golden museum docs bench clean
+.PHONY: help setup verify test test-long test-torch check prove gate golden museum mutants docs bench clean
 
 help:
 	@echo "make setup   the virtual environment that the others make too; TORCH_INDEX=URL: the package index to take torch from"
@@ -19,6 +19,7 @@ help:
 	@echo "make prove   the theorems, for every size, and one size of each schedule"
 	@echo "make gate    judge the change since the main branch, or since BASE=...; make golden renews the golden schedules"
 	@echo "make museum  plant known faults in the sources and see the gate refuse each"
+	@echo "make mutants N=150 SEED=1   plant small faults at random and see which no test notices; FILES=... for some sources alone"
 	@echo "make docs    the reference pages that are made from the code: command line and Python API"
 	@echo "make bench   measurements, none of which is a test"
 	@echo "make clean   remove the virtual environment and everything else that was made"
@@ -74,6 +75,11 @@ golden: $(READY)
 
 museum: $(READY)
 	$(BIN)/python -m ci.museum
+
+N ?= 150
+SEED ?= 1
+mutants: $(READY)
+	$(BIN)/python -m ci.mutants --count $(N) --seed $(SEED) $(if $(OUTPUT),--output "$(OUTPUT)") -- $(FILES)
 
 docs: $(READY)
 	$(BIN)/python -m tests.docs.reference

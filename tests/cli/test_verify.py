@@ -14,7 +14,6 @@ from dualpipe.schedulefile import dumps
 from tests.docs.snippets import ROOT
 from tests.production.cases import rewrite, without
 
-
 TORCH_ALONE = """
 import sys
 # A module that is None in sys.modules cannot be imported.

@@ -78,8 +78,8 @@ def test_a_mutant_that_a_test_notices_is_caught_and_one_that_none_does_is_named(
 
 
 def test_a_mutant_that_hangs_is_counted_apart_and_ends_with_all_that_it_started(tree):
-    mutant = Mutant("dualpipe/adding.py", 5, "a loop", SOURCE.replace("    return one", "    while True: pass"))
-    court = Court(tree, ("tests",), {("tests",): Suite(("tests",), 1.0, least=1.0)})
+    mutant = Mutant("dualpipe/adding.py", 5, "a loop", SOURCE.replace("    return one + other", "    while True: pass"))
+    court = Court(tree, ("tests",), {("tests",): Suite(("tests",), 0.5, least=1.0)})
     assert court.try_one(mutant).outcome == "timed out"
     assert (tree / "dualpipe/adding.py").read_text() == SOURCE
 

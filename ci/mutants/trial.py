@@ -122,7 +122,7 @@ class Court:
         return self.suites[tests]
 
     def _pytest(self, tests: Iterable[str], limit: float) -> Completed:
-        options = ("-x", "-q", "-m", "not long", "-p", "no:cacheprovider")
+        options = ("-x", "-q", "-m", "not long", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0")
         return run(python("-m", "pytest", *options, *tests), self.folder, limit)
 
 

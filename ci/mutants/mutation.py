@@ -75,7 +75,7 @@ def sample(texts: Mapping[str, str], count: int, seed: int) -> list[Mutant]:
     """
     random = Random(seed)
     places = [(path, place) for path in sorted(texts) for place in _places(texts[path])]
-    drawn = []
+    drawn: list[Mutant] = []
     for path, place in random.sample(places, len(places)):
         if len(drawn) == count:
             break

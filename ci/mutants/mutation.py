@@ -20,8 +20,9 @@ _TEXTS = frozenset({"__repr__", "__str__", "describe", "told"})
 """Functions that only write text for a reader."""
 
 _DROP = "drop statement"
-_UNUSED = ("VariableReplacer", "VariableInserter")
-"""Operators of cosmic-ray that need arguments."""
+_UNUSED = ("VariableReplacer", "VariableInserter", "_Is_Eq", "_IsNot_NotEq", "_Eq_Is", "_NotEq_IsNot")
+"""Operators of cosmic-ray that need arguments, or exchange identity and equality: of ``None`` and of members of an
+enumeration, which is all that these sources compare by identity, they are the same."""
 
 Position = tuple[int, int]
 

@@ -8,17 +8,19 @@ TORCH_INDEX ?=
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup verify test test-long check prove gate golden museum docs bench clean
+.PHONY: help setup verify test test-long test-torch check prove gate golden museum mutants docs bench clean
 
 help:
 	@echo "make setup   the virtual environment that the others make too; TORCH_INDEX=URL: the package index to take torch from"
 	@echo "make verify  prove DualPipe, run it on processes and compare it with plain PyTorch, bitwise"
 	@echo "make test    the test suite on CPU; make test-long for the few long tests"
+	@echo "make test-torch VERSION=2.9.1   the runtime's and the provers' tests on another torch, in an environment of its own"
 	@echo "make check   lint, types and the fast tests"
 	@echo "make prove   the theorems, for every size, and one size of each schedule"
 	@echo "make gate    judge the change since the main branch, or since BASE=...; FIRST=1 stops at the first fault, ALL=1 tests"
 	@echo "             also what is refuted; make golden renews the golden schedules"
 	@echo "make museum  plant known faults in the sources and see the gate refuse each"
+	@echo "make mutants N=150 SEED=1   plant small faults at random and see which no test notices; FILES=... for some sources alone"
 	@echo "make docs    the reference pages that are made from the code: command line and Python API"
 	@echo "make bench   measurements, none of which is a test"
 	@echo "make clean   remove the virtual environment and everything else that was made"
@@ -46,6 +48,20 @@ test: $(READY)
 test-long: $(READY)
 	$(BIN)/pytest -n 2 -q -m long
 
+# The environment is removed at the end, however that comes, unless KEEP is set.
+TORCH_ENV = .venv-torch-$(VERSION)
+TORCH_PINS = $(TORCH_ENV)/constraints.txt
+test-torch:
+	$(if $(VERSION),,$(error test-torch needs a version of torch: make test-torch VERSION=2.9.1))
+	@set -e; trap '$(if $(KEEP),,rm -rf "$(TORCH_ENV)")' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; set -x; \
+	$(PYTHON) -m venv --clear $(TORCH_ENV); \
+	sed 's/^torch==.*/torch==$(VERSION)/' constraints.txt > $(TORCH_PINS); \
+	$(if $(TORCH_INDEX),$(TORCH_ENV)/bin/pip install --quiet --constraint $(TORCH_PINS) --no-deps --index-url "$(TORCH_INDEX)" torch;) \
+	$(TORCH_ENV)/bin/pip install --quiet --constraint $(TORCH_PINS) torch numpy; \
+	$(TORCH_ENV)/bin/pip install --quiet --constraint $(TORCH_PINS) --editable ".[test]"; \
+	$(TORCH_ENV)/bin/python -c 'import torch; print("torch", torch.__version__)'; \
+	$(TORCH_ENV)/bin/pytest -n 2 -q -m "not long" tests/schedule tests/production tests/reference tests/proofs
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +77,11 @@ golden: $(READY)
 museum: $(READY)
 	$(BIN)/python -m ci.museum
 
+N ?= 150
+SEED ?= 1
+mutants: $(READY)
+	$(BIN)/python -m ci.mutants --count $(N) --seed $(SEED) $(if $(OUTPUT),--output "$(OUTPUT)") -- $(FILES)
+
 docs: $(READY)
 	$(BIN)/python -m tests.docs.reference
 
@@ -68,4 +89,4 @@ bench: $(READY)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .cache build *.egg-info
+	rm -rf $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .cache build *.egg-info

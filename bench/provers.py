@@ -1,4 +1,5 @@
-"""How long the two methods of ``dualpipe prove`` take, plain search and Z3, for the six checks of one schedule.
+"""How long the two methods of ``dualpipe prove`` take, plain search and Z3, for the six checks of one schedule, and how
+long the theorems take, which hold for every size.
 
 Both judge the same schedule in each round, so that the ratio does not depend on what else the machine does.
 
@@ -13,12 +14,15 @@ import typer
 
 from dualpipe.generate import generate
 from proofs.prove import prove
+from proofs.theorems import families, prove_all
+from proofs.verdict import Proved
 
 
 def main(
     schedule: str = "dualpipe",
     sizes: Annotated[str, typer.Option(help="Ranks/microbatches, separated by commas.")] = "8/20,16/64",
     rounds: int = 3,
+    theorems: Annotated[str, typer.Option(help="Families, separated by commas.")] = "1f1b,zb1p,dualpipe,dualpipev",
 ) -> None:
     for size in sizes.split(","):
         if not re.fullmatch(r"\d+/\d+", size):
@@ -37,6 +41,12 @@ def main(
             f"{schedule} at {size}, rounds: {rounds}; plain search {graph:.2f} s, Z3 {smt:.2f} s, "
             f"{statistics.median(ratios):.1f} times as long ({min(ratios):.1f} to {max(ratios):.1f})"
         )
+    chosen = [family for family in families() if family.name in theorems.split(",")]
+    results = prove_all(of=chosen)
+    if any(not isinstance(result.verdict, Proved) for result in results):
+        raise SystemExit("a theorem is not proved")
+    names = ", ".join(family.name for family in chosen)
+    print(f"{len(results)} theorems of {names}: {sum(result.seconds for result in results):.1f} s")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,13 @@ def test_only_the_picture_imports_matplotlib():
                 assert "matplotlib" not in packages(path), path
 
 
+def test_only_the_command_line_and_the_terminal_import_rich():
+    for folder in ("dualpipe", "reference", "proofs"):
+        for path in files(folder):
+            if "cli" not in path.parts and path != ROOT / "dualpipe" / "terminal.py":
+                assert not packages(path) & {"rich", "typer"}, path
+
+
 def test_only_the_drop_in_imports_megatron():
     for folder in ("dualpipe", "reference", "proofs"):
         for path in files(folder):

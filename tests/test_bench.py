@@ -29,8 +29,10 @@ def test_the_fake_ranks_are_timed_against_the_oracle(capsys):
 
 
 def test_both_methods_of_proving_are_timed(capsys):
-    script("provers.py")["main"](sizes="2/4", rounds=1)
-    assert "dualpipe at 2/4, rounds: 1; plain search" in capsys.readouterr().out
+    script("provers.py")["main"](sizes="2/4", rounds=1, theorems="1f1b")
+    out = capsys.readouterr().out
+    assert "dualpipe at 2/4, rounds: 1; plain search" in out
+    assert "9 theorems of 1f1b: " in out
 
 
 def test_mutants_are_proved_and_run(capsys):

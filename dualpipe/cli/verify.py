@@ -136,17 +136,17 @@ def verify(
     if into_folder and trace is not None:
         traces = target("--trace", trace / _trace_name(value), TRACE)
         check_targets(traces, [chosen])
+    from dualpipe.cli.verification import print_report, watch_case
     from reference.verify import make_case
     from reference.verify import verify as run
-    from reference.watch import tell, watch
 
     case = make_case(value, dtype.value, steps, seed, device, transport, blocking, timeout, trace is not None)
-    with watch(case, quiet=as_json) as on_progress:
+    with watch_case(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)
     if as_json:
         typer.echo(json.dumps(report.as_json()))
     else:
-        tell(report)
+        print_report(report)
     for each in traces:
         from reference.measured import trace_of
 
@@ -172,16 +172,16 @@ def _refuse(options: dict[str, Any], rule: str, remedy: str) -> None:
 
 
 def _verify_megatron(model: Model, as_json: bool, **options: Any) -> int:
+    from dualpipe.cli.verification import print_megatron_report, watch_megatron
     from reference.megatron.case import Case
     from reference.megatron.case import Model as MegatronModel
     from reference.megatron.verify import verify as run
-    from reference.megatron.watch import tell, watch
 
     case = Case(MegatronModel(model.value), **options)
-    with watch(case, quiet=as_json) as on_progress:
+    with watch_megatron(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)
     if as_json:
         typer.echo(json.dumps(report.as_json()))
     else:
-        tell(report)
+        print_megatron_report(report)
     return report.exit_code

@@ -87,10 +87,10 @@ def test_the_workflow_installs_what_the_caller_chose_before_the_package(reposito
     pip = tmp_path / "bin" / "pip"
     pip.write_text('#!/bin/sh\necho pip "$@"\n')
     pip.chmod(0o755)
-    environment = os.environ | {"INSTALL": "pip install torch==2.8", "PACKAGE": "git+somewhere"}
+    environment = os.environ | {"INSTALL": "pip install torch==2.9.1", "PACKAGE": "git+somewhere"}
     script = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step("Install")["run"]]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines() == ["pip install torch==2.8", "pip install git+somewhere"]
+    assert done.stdout.splitlines() == ["pip install torch==2.9.1", "pip install git+somewhere"]
 
 
 def test_the_workflow_tells_bad_input(repository):

@@ -1,6 +1,9 @@
 """``dualpipe verify``: equal, different, hung, bad input; as text and as JSON."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -8,14 +11,30 @@ import pytest
 from dualpipe.generate import generate
 from dualpipe.schedule import RF, SENDS, UP, Op, Schedule
 from dualpipe.schedulefile import dumps
+from tests.docs.snippets import ROOT
 from tests.production.cases import rewrite, without
 
+TORCH_ALONE = """
+import sys
+# A module that is None in sys.modules cannot be imported.
+sys.modules.update(dict.fromkeys(["z3", "cvc5", "megatron", "hypothesis", "matplotlib", "psutil", "networkx"]))
+import pytest
+assert pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]) == 0
+sys.argv = ["dualpipe", "verify", "-P", "2", "--steps", "2"]
+from dualpipe.cli import main
+main()
+"""
 
-def test_an_equal_run_prints_a_row_per_stage_and_exits_with_0(run):
-    result = run("verify", "-P", 2, "--steps", 2)
-    assert result.code == 0
-    assert "EQUAL" in result.out
-    rows = [line.split() for line in result.out.splitlines() if line.strip()[:1].isdigit()]
+
+def test_verify_and_the_collection_of_the_gpu_tests_need_torch_rich_and_typer_alone():
+    """A GPU machine may have no solver, no Megatron and no test tool but pytest."""
+    command = [sys.executable, "-c", TORCH_ALONE]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # hypothesis comes with a plugin
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests/gpu/test_megatron.py::test_dualpipe_over_nccl" in done.stdout
+    assert "EQUAL" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1] in ("0", "1")]
     assert [row[0] for row in rows] == ["0", "1"]
     assert all(row[-2:] == ["equal", "equal"] for row in rows)
 

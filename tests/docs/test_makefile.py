@@ -43,3 +43,14 @@ def test_setup_takes_torch_alone_from_an_index_that_is_named(would_do):
     assert len(pip) == 3
     assert pip[0].endswith('--no-deps --index-url "https://example.org/cpu" torch')
     assert not any("index-url" in line for line in pip[1:])
+
+
+def test_another_torch_is_tested_in_an_environment_of_its_own_that_goes_again(would_do):
+    told = "\n".join(would_do("test-torch", "VERSION=2.9.1", "TORCH_INDEX=https://example.org/cpu"))
+    assert ".venv/" not in told
+    assert """trap 'rm -rf ".venv-torch-2.9.1"' EXIT""" in told
+    assert "s/^torch==.*/torch==2.9.1/" in told
+    assert told.count("index-url") == 1
+    kept = "\n".join(would_do("test-torch", "VERSION=2.9.1", "KEEP=1"))
+    assert "trap '' EXIT" in kept
+    assert "index-url" not in kept

@@ -8,15 +8,15 @@ from dualpipe.generate import dualpipev
 from dualpipe.schedule import COMPUTE, Schedule, show_slot
 from tests.schedule import torch_tables
 
-KINDS = {"F": "F", "I": "B", "W": "W"}
+KINDS = {"FORWARD": ("F",), "BACKWARD_INPUT": ("B",), "BACKWARD_WEIGHT": ("W",), "FULL_BACKWARD": ("B", "W")}
 
 
 def slot(action) -> str:
-    """A slot as we write it: torch's B is the full backward, its I the one for the input."""
+    """A slot as we write it, by the names of torch's kinds: their values, and ``str``, differ between its versions."""
     if action.sub_actions:
         return "+".join(map(slot, action.sub_actions))
-    stage, kind, mb = action.stage_index, action.computation_type.value, action.microbatch_index
-    return f"{stage}B{mb}>+{stage}W{mb}>" if kind == "B" else f"{stage}{KINDS[kind]}{mb}>"
+    kinds = KINDS[action.computation_type.name]
+    return "+".join(f"{action.stage_index}{kind}{action.microbatch_index}>" for kind in kinds)
 
 
 def theirs(ranks: int, microbatches: int) -> list[str]:

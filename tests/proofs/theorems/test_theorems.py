@@ -79,10 +79,6 @@ def test_as_many_obligations_arise_as_ever(name, proved):
     assert all(result.obligations >= result.non_vacuous > 0 for result in proved.values())
 
 
-def test_all_theorems_together_take_less_than_a_minute(proved):
-    assert sum(result.seconds for result in proved.values()) < 60
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_makespan_that_is_proved_as_a_bound_is_reached(name):
     family = next(family for family in families() if family.name == name)

@@ -8,7 +8,8 @@ before it closes its connections.  A thread for each other rank listens::
     the phase that this rank is in        nothing
     another phase                         this rank fails: one of the two left out a call
     that the rank has failed              this rank fails with the same reason
-    that the connection is closed         what needs that rank fails; a rank may end before the others
+    that the rank has ended               nothing
+    that the connection is closed         what needs that rank fails, except sends to a rank that has ended
 
 Nothing waits for an announcement, so these messages add no wait to those that were proved free of deadlock.
 
@@ -36,7 +37,7 @@ from torch.distributed import distributed_c10d as c10d
 FOR_EVER = timedelta(days=3650)
 """The timeout of a wait that ends by its message or with the process group."""
 _BYTES = 512
-_PHASE, _FAILURE = 1, 2  # the first byte of a message
+_PHASE, _FAILURE, _END = 1, 2, 3  # the first byte of a message
 _CONTROL_TAG, _NO_TAG = 0, 1  # of the announcements; of a message that nobody sends
 FIRST_DATA_TAG = 2
 _SECONDS_TO_TELL = 1.0
@@ -100,6 +101,8 @@ class Peers:
         """Why this pipeline cannot go on, from whichever rank failed first."""
         self.gone: dict[int, str] = {}
         """The ranks whose connection is closed, with the error."""
+        self.ended: set[int] = set()
+        """The ranks that closed their pipeline without a failure, and so have received all that was sent to them."""
         self.phase = ""
         self._order, self._rank = list(order), list(order).index(parent.rank())
         self._others = [rank for rank in range(len(self._order)) if rank != self._rank]
@@ -179,6 +182,8 @@ class Peers:
             if self._closed or os.getpid() != self._pid:
                 return
             self._closed = True
+        if self.failure is None:
+            self._tell(_message(_END, ""))
         for finisher in self._finishers:
             finisher.close()
         self._disconnect()
@@ -206,6 +211,9 @@ class Peers:
             if kind == _FAILURE:
                 self.fail(text)
                 return
+            if kind == _END:
+                self.ended.add(rank)
+                continue
             with self._changed:
                 self._heard[rank] += 1
                 number = self._heard[rank]

@@ -88,6 +88,10 @@ def _why(cause: BaseException | None) -> str:
     return "the time is up" if cause is None else _SOURCE.sub("", str(cause).strip()).splitlines()[0].split(". ")[0]
 
 
+class OverwrittenError(RuntimeError):
+    """A tensor was written to while it was sent."""
+
+
 class DisagreementError(RuntimeError):
     """The ranks of a pipeline were set up differently, or not all of them came."""
 
@@ -403,7 +407,7 @@ class ProcessGroupTransport:
             written = message.versions != tuple(tensor._version for tensor in message.tensors)
             message.tensors, message.versions = (), ()
             if written:
-                cause = RuntimeError("its tensor was written to while it was sent; return new ones")
+                cause = OverwrittenError("its tensor was written to while it was sent; return new ones")
                 raise MessageError(message, 0.0, cause) from cause
 
     def _wait_all(self, message: Message) -> None:
@@ -434,7 +438,11 @@ class ProcessGroupTransport:
         except TimeoutError:
             raise MessageError(message, seconds, None) from None
         except MessageError as error:
-            raise self._explained(message, started, error.__cause__) from error
+            explained = self._explained(message, started, error.__cause__)
+            overwritten = isinstance(error.__cause__, OverwrittenError)
+            if message.sends and not overwritten and self._peers is not None and message.peer in self._peers.ended:
+                return  # the peer ended after it had received this, and before a thread here woke up
+            raise error if overwritten else explained from error
 
     def _explained(self, message: Message, started: float, cause: BaseException | None) -> MessageError:
         """The error of a message, with the reason that its peer gave for failing if it gave one."""

@@ -52,8 +52,8 @@ class Solver:
             return
         self.close()
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
-        # -P: no folder of the user's may shadow what the child imports.
-        command = [sys.executable, "-P", str(self.child), str(self.memory_bytes)]
+        # -I: no folder of the user's comes before the standard library and what is installed, where Z3 is as a rule
+        command = [sys.executable, "-I", str(self.child), str(self.memory_bytes), json.dumps(sys.path)]
         self._process = subprocess.Popen(
             command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints
         )

@@ -23,6 +23,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple, TypedDict
 
+if __name__ == "__main__":  # Z3 may be somewhere that only the asker's import path names
+    sys.path += [folder for folder in json.loads(sys.argv[2]) if folder not in sys.path]
+
 import z3
 from z3 import z3core
 

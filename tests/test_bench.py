@@ -58,6 +58,14 @@ def test_a_cell_of_the_matrix_on_megatron_is_verified(monkeypatch, capsys):
     assert "gpt pp2 no clipping" in capsys.readouterr().out
 
 
+def test_a_campaign_of_faults_is_run(capsys):
+    with pytest.raises(typer.Exit) as ended:
+        script("campaign.py")["main"](trials=1, seed=3, steps=4, timeout=3.0)
+    assert ended.value.exit_code == 0
+    out = capsys.readouterr().out
+    assert "rank 3: 0 of 4 steps wrong" in out
+
+
 def test_every_script_has_a_test():
     source = Path(__file__).read_text()
     assert [file.name for file in BENCH.glob("*.py") if f'script("{file.name}")' not in source] == []

@@ -80,7 +80,7 @@ def test_tables_of_torch_are_lowered_and_proved(run, table):
 def test_a_bound_that_does_not_hold_is_refuted(run):
     result = run("prove", "--max-activations", 4)
     assert result.code == 1
-    assert "holds 5 microbatches" in result.out
+    assert "holds 5 live activations" in result.out
 
 
 def test_bytes_per_stage_give_the_peak_in_bytes(run):

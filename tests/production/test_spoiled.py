@@ -25,7 +25,7 @@ from dualpipe.execute import StepError
 from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.schedule import B, F, Kind, W
-from dualpipe.transport import DisagreementError, ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.transport import DisagreementError, Message, ProcessGroupTransport, SpoiledError, TensorSpec
 from reference.launch import launch
 
 RANKS, WIDTH, BATCH = 4, 4, 3
@@ -307,6 +307,32 @@ def test_threads_connections_and_children_of_a_process():
     for before, after, said in launch(RANKS, body, timeout=60).values():
         assert after == before
         assert said.startswith("RuleError: a pipeline runs in the process that made its transport")
+
+
+def test_a_rank_that_has_ended_well_fails_no_send_to_it():
+    """Its connections close before a slower thread here has seen that its last message was taken."""
+
+    class Late:
+        def __init__(self, work, peers):
+            self.work, self.peers = work, peers
+
+        def wait(self, *arguments):
+            self.work.wait(*arguments)
+            self.peers.why(1)  # until the connection is closed
+            raise RuntimeError("Connection closed by peer")
+
+    def body(context):
+        transport = ProcessGroupTransport(timeout=10.0)
+        with transport, transport.phase("step"):
+            spec = TensorSpec((2,), torch.float32)
+            message = Message("0SF0>", 1 - context.rank, context.rank == 0, [torch.ones(2)], [spec])
+            transport.post([message])
+            if context.rank == 0:
+                message.works[:] = [Late(work, transport._peers) for work in message.works]
+            transport.wait(message)
+        return True
+
+    assert all(launch(2, body, timeout=30).values())
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), "10", None, True])

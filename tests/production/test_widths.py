@@ -105,14 +105,16 @@ def errors_of(*pipelines) -> list[list[str]]:
     """For each rank, the errors of a step of each of the pipelines, which are functions of the rank."""
 
     def body(context):
-        told = []
+        told, kept = [], []
         for build in pipelines:
+            kept.append(build(context.rank))
             try:
-                build(context.rank).step(feed(SOUND))
+                kept[-1].step(feed(SOUND))
             except (StepError, DisagreementError) as error:
                 told.append(str(error))
             else:
                 told.append("no error")
+        dist.barrier()  # a pipeline that is let go ends its connections
         return told
 
     return launch(4, body, timeout=60).values()

@@ -89,6 +89,8 @@ class Flow:
         number, held = self._parameters.number(module)
         if held is not None:
             self.write("module", module=number, name=type(module).__qualname__, holds=held)
+            for tensor in (*module.parameters(), *module.buffers()):  # weights that were copied from a rank are no data
+                self._table.put(tensor, NONE)
         going_on: set[int] = set()
         messages: set[int] = set()
         cuts: set[int] = set()

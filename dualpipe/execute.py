@@ -169,6 +169,8 @@ class _Step:
         self.activations: dict[Key, _Output] = {}
         self.gradients: dict[Key, _Output] = {}
         self.arrivals: dict[Op, Message] = {}
+        for split in worker.splits.values():
+            split.begin()
         self.handlers: dict[Kind, Callable[[Op, Key], None]] = {F: self.forward, B: self.backward, W: self.weight}
 
     def run(self) -> None:

@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,19 +29,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import functional
 
-from dualpipe.weightgrad import Use, WeightGradError, WeightGradStore, trained
+from dualpipe.weightgrad import Use, WeightGradError, WeightGradStore, training
 
 logger = logging.getLogger(__name__)
+_AUTOGRAD: Any = torch.autograd
+"""The function in it through which every backward that Python starts goes is not exported."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of a stage: ``compute(module, forward, ...)`` runs in place of the method ``method``."""
+    """A linear layer of a stage: ``compute(layer, run, ...)`` runs in place of the method ``method``."""
 
     name: str
     module: nn.Module
     method: str
     compute: Callable[..., Any]
+    within: Sequence[nn.Module] = ()
+    """The module and those of the stage that it is in."""
 
 
 @dataclass
@@ -52,61 +56,89 @@ class SplitStage:
     layers: Sequence[Layer]
     store: WeightGradStore
     learned: bool = False
-    whole: dict[int, str] = field(default_factory=dict)
-    """``id`` of a parameter, and why its gradient cannot be left to W."""
+    whole: set[Tensor | str] = field(default_factory=set)
+    """The parameters whose gradients cannot be left to W, and the names of layers that cannot be split."""
     _watched: set[Hashable] = field(default_factory=set)
+    _first: Hashable | None = None
     _called: set[str] = field(default_factory=set)
-    _names: dict[int, str] = field(default_factory=dict)
+    _names: dict[Tensor, str] = field(default_factory=dict)
     _nodes: set[Node] = field(default_factory=set)
     _accumulators: dict[int, Node] = field(default_factory=dict)
     _logged: set[tuple[str, str]] = field(default_factory=set)
+
+    def begin(self) -> None:
+        """A step begins: nothing waits for W, and no F waits for B."""
+        self._first = None
 
     @contextmanager
     def forward(self, key: Hashable, split: bool) -> Iterator[None]:
         """Around the F of the microbatch ``key``.  ``split``: its W is apart from its B."""
         if not self.learned:
             self._watched.add(key)
+        if self._first is None:
+            self._first = key
         with self._computing(key, split):
             yield
 
     @contextmanager
     def backward(self, key: Hashable, split: bool) -> Iterator[None]:
         """Around the B of ``key``; what a checkpoint computes again is computed as in F."""
+        hidden = split and key not in self._watched
+        before = [(p, p.grad, _version(p.grad)) for p in self._names if p not in self.whole] if hidden else []
         with self.store.collecting(key if split else None), self._computing(key, split):
             yield
         self._watched.discard(key)
+        for parameter, gradient, version in before:
+            if parameter.grad is not gradient or _version(parameter.grad) != version:
+                raise self.late(self._names[parameter], "adds in B, outside the layer, to the gradients of")
 
     @contextmanager
     def _computing(self, key: Hashable, split: bool) -> Iterator[None]:
         """Within it the layers compute by ``Layer.compute``; what the user has put in a method's place stays."""
         watched = key in self._watched
+        if not (watched or split):
+            yield
+            return
         patched: list[Layer] = []
-        run = Run(self, watched)
+        run = Run(self, watched, key == self._first)
+        engine = _AUTOGRAD._engine_run_backward
         try:
-            for layer in self.layers if watched or split else ():
+            if not watched:
+                _AUTOGRAD._engine_run_backward = partial(self._run_engine, engine)
+            for layer in self.layers:
                 own = vars(layer.module)
                 if layer.method not in own:
-                    own[layer.method] = partial(layer.compute, layer.module, run, layer.name)
+                    own[layer.method] = partial(layer.compute, layer, run)
                     patched.append(layer)
             yield
         finally:
+            _AUTOGRAD._engine_run_backward = engine
             for layer in patched:
                 vars(layer.module).pop(layer.method, None)
+
+    def _run_engine(self, engine: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Refuse to take gradients of weights that autograd does not see: it would take them for unused."""
+        inputs = arguments[4] if len(arguments) > 4 else options.get("inputs", ())
+        for wanted in inputs or ():
+            tensor = wanted if isinstance(wanted, Tensor) else getattr(wanted.node, "variable", None)
+            if tensor is not None and tensor in self._names and tensor not in self.whole:
+                raise self.late(self._names[tensor], "takes gradients of the weights of")
+        return engine(*arguments, **options)
 
     def learn(self, roots: Iterable[Node]) -> None:
         """After the first F: find the parameters that its graph, from ``roots``, uses outside their layers."""
         for node, parameter in _parameters(roots, set()):
-            if id(parameter) in self._names and node not in self._nodes:
-                self.run_whole(self._names[id(parameter)], [parameter], "its weights are also used outside the layer")
+            if parameter in self._names and parameter not in self.whole and node not in self._nodes:
+                self.run_whole(self._names[parameter], [parameter], "its weights are also used outside the layer")
         for layer in self.layers:
             if layer.name not in self._called and any(p.requires_grad for p in layer.module.parameters(recurse=False)):
-                self.log(layer.name, "the stage compiles it or uses its weights by themselves")
+                self.log(layer.name, "it was not called (it is compiled, left out, or its weights are used directly)")
         self._nodes.clear()
         self.learned = True
 
     def watch(self, use: Use, x: Tensor, y: Tensor) -> None:
         """In the first F and B: remember how the stock layer's graph uses the parameters, and see gradients taken."""
-        parameters = trained(use)
+        parameters = use.trained
         if not self.learned:
             above = {get_gradient_edge(x).node} if x.requires_grad else set()
             self._nodes.update(node for node, _ in _parameters([get_gradient_edge(y).node], above))
@@ -119,7 +151,9 @@ class SplitStage:
 
     def run_whole(self, name: str, parameters: Iterable[Tensor], reason: str) -> None:
         """From now on the gradients of these parameters are B's."""
-        self.whole.update((id(parameter), reason) for parameter in parameters)
+        self.whole.add(name)
+        self.whole.update(parameter for parameter in parameters if isinstance(parameter, nn.Parameter))
+        self.whole.update(parameter for parameter, of in self._names.items() if of == name)
         self.log(name, reason)
 
     def log(self, name: str, reason: str) -> None:
@@ -135,9 +169,9 @@ class SplitStage:
             node = self._accumulators[id(parameter)] = get_gradient_edge(parameter).node
         return _accumulates(node)
 
-    def late(self, use: Use, what: str) -> WeightGradError:
+    def late(self, name: str, what: str) -> WeightGradError:
         return WeightGradError(
-            f"{self.name} {what} {use.name}, which its first microbatch did not, and only the first one decides what "
+            f"{self.name} {what} {name}, which its first microbatch did not, and only the first one decides what "
             "is split; build the pipeline with split_backward=False"
         )
 
@@ -148,25 +182,28 @@ class Run:
 
     stage: SplitStage
     watched: bool
+    first: bool
+    """Of its step."""
 
-    def apply(self, use: Use, x: Tensor, stock: Callable[[], Tensor]) -> Tensor:
+    def apply(self, use: Use, x: Tensor, stock: Callable[[], Tensor], within: Sequence[nn.Module]) -> Tensor:
         """The layer's output: with its weights kept from autograd's sight, or as ``stock`` computes it."""
         stage = self.stage
         stage._called.add(use.name)
         if self.watched:  # without autograd too: a checkpoint takes the gradient later
-            stage._names.update((id(p), use.name) for p in trained(use))
-        if not torch.is_grad_enabled() or not trained(use):
+            stage._names.update((p, use.name) for p in use.trained if isinstance(p, nn.Parameter))
+        whole = use.name in stage.whole or any(p in stage.whole for p in use.trained)
+        if not torch.is_grad_enabled() or not use.trained or whole:
             return stock()
-        reason = _unfit(x, use.weight, use.bias) or use.unfit(x)
+        reason = _hooked(within, use.trained) or _unfit(x, use.weight, use.bias) or use.unfit(x)
         if reason is not None:
-            stage.log(use.name, reason)
+            if not (self.watched or self.first):  # its gradient would be added before those that wait for W
+                raise stage.late(use.name, f"cannot split ({reason})")
+            stage.run_whole(use.name, use.trained, reason)
             return stock()
         if self.watched:
             y = stock()
             stage.watch(use, x, y)
             return y
-        if any(id(p) in stage.whole for p in trained(use)):
-            return stock()
         # the anchor requires a gradient: without it autograd would skip a layer whose input needs none
         anchor = x.new_empty(0, requires_grad=True)
         split: Tensor = _SplitLinear.apply(x, anchor, use, stage)  # type: ignore[no-untyped-call]
@@ -178,21 +215,22 @@ class _SplitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, use: Use, stage: SplitStage) -> Tensor:
-        ctx.save_for_backward(x, use.weight)  # autograd refuses a weight that was modified before B
+        # autograd refuses a weight that was modified before B; detached, it stays what F used if its data are exchanged
+        ctx.save_for_backward(x, use.weight.detach())
         ctx.use, ctx.stage = use, stage
         return use.output(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, _), (dy,), use = ctx.saved_tensors, gradients, ctx.use
+        (x, weight), (dy,), use = ctx.saved_tensors, gradients, ctx.use
         stage: SplitStage = ctx.stage
         anchor = ctx.next_functions[1][0]
         if stage.store.key is None or torch.is_grad_enabled() or not _accumulates(anchor):
-            raise stage.late(use, "takes a gradient through")
-        if any(map(stage.reaches, trained(use))):
-            raise stage.late(use, "uses outside their layer the weights of")
+            raise stage.late(use.name, "takes a gradient through")
+        if any(map(stage.reaches, use.trained)):
+            raise stage.late(use.name, "uses outside their layer the weights of")
         stage.store.defer(use, x.detach(), dy)
-        return (use.input_gradient(x, dy) if ctx.needs_input_grad[0] else None), None, None, None
+        return (use.input_gradient(x, dy, weight) if ctx.needs_input_grad[0] else None), None, None, None
 
 
 def _parameters(roots: Iterable[Node], above: Set[Node]) -> Iterator[tuple[Node, Tensor]]:
@@ -220,6 +258,28 @@ def _accumulates(leaf: Node) -> bool:
         return False
 
 
+def _version(gradient: Tensor | None) -> int:
+    return -1 if gradient is None else gradient._version
+
+
+def _hooked(within: Sequence[nn.Module], parameters: Sequence[Tensor]) -> str | None:
+    """Whether something runs in the backward that may look at the layer's gradients, which W has yet to compute."""
+    if any(module._backward_hooks or module._backward_pre_hooks for module in within):
+        return "a backward hook of its module may look at its gradients"
+    if nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks:
+        return "a backward hook of all modules may look at its gradients"
+    if any(parameter._backward_hooks for parameter in parameters):
+        return "its weights have tensor hooks"
+    return None
+
+
+def _function_modes() -> bool:
+    """Whether a mode watches functions of torch, other than the one that ``torch.set_default_device`` enters."""
+    count = torch._C._len_torch_function_stack()
+    modes = [torch._C._get_function_stack_at(number) for number in range(count)]
+    return any(not isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)
+
+
 def _unfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why no use of a layer with such tensors can be split; ``None`` if it can."""
     if torch.is_autocast_enabled(x.device.type):
@@ -244,8 +304,11 @@ class _StockLinear:
     name: str
     weight: Tensor
     bias: Tensor | None
+    trained: tuple[Tensor, ...]
 
     def unfit(self, x: Tensor) -> str | None:
+        if functional.linear is not torch._C._nn.linear or _function_modes():
+            return "torch.nn.functional.linear is replaced or watched"
         if x.dim() < 2 or not x.is_contiguous() or not self.weight.is_contiguous():  # PyTorch takes other products
             return "its input or weight is not contiguous, or the input has no batch dimension"
         return None
@@ -253,20 +316,24 @@ class _StockLinear:
     def output(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
 
-    def input_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        return dy.reshape(-1, dy.shape[-1]).mm(self.weight).view(x.shape)
+    def input_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        return dy.reshape(-1, dy.shape[-1]).mm(weight).view(x.shape)
 
     def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        gradients = [dy.t().mm(x)] if self.weight.requires_grad else []
-        return [*gradients, dy.sum(0)] if self.bias is not None and self.bias.requires_grad else gradients
+        return [dy.t().mm(x) if parameter is self.weight else dy.sum(0) for parameter in self.trained]
 
 
-def _forward(module: nn.Linear, run: Run, name: str, input: Tensor) -> Tensor:
+def _forward(layer: Layer, run: Run, input: Tensor) -> Tensor:
     """What a linear layer of a stage runs in place of ``nn.Linear.forward``."""
+    module: Any = layer.module
     weight, bias = module.weight, module.bias  # once: a parametrized layer computes them at each access
     stock = partial(functional.linear, input, weight, bias)
-    return stock() if torch.compiler.is_compiling() else run.apply(_StockLinear(name, weight, bias), input, stock)
+    return (
+        stock()
+        if torch.compiler.is_compiling()
+        else run.apply(_StockLinear(layer.name, weight, bias, training(weight, bias)), input, stock, layer.within)
+    )
 
 
 def linear_layer(name: str, module: nn.Module) -> Layer | None:
@@ -284,10 +351,10 @@ def find_layers(
     """
     layers: list[Layer] = []
     others: Counter[str] = Counter()
-    for path, part in _parts(module):
+    for path, part, within in _parts(module):
         layer = layer_of(path, part)
         if layer is not None:
-            layers.append(layer)
+            layers.append(replace(layer, within=within))
         elif _compiled(part) or any(p.requires_grad and p.dim() > 1 for p in part.parameters(recurse=False)):
             others[f"{type(part).__name__}{', compiled' if _compiled(part) else ''}"] += 1
     if others:
@@ -304,16 +371,17 @@ def split_linears(module: nn.Module, store: WeightGradStore, name: str = "the st
     return find_layers(module, store, name, linear_layer)
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``module`` and all that is in it, each once, by name; what is compiled is one part."""
-    todo, seen = [("", module)], {module}
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    """``module`` and all that is in it, each once, by name, with the modules it is in; what is compiled is one part."""
+    todo: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", module, (module,))]
+    seen = {module}
     while todo:
-        name, part = todo.pop()
-        yield name, part
+        name, part, within = todo.pop()
+        yield name, part, within
         if not _compiled(part):
-            inner = [(f"{name}.{n}" if name else n, child) for n, child in part.named_children() if child not in seen]
+            inner = [(n, child) for n, child in part.named_children() if child not in seen]
             seen.update(child for _, child in inner)
-            todo += reversed(inner)
+            todo += [(f"{name}.{n}" if name else n, child, (*within, child)) for n, child in reversed(inner)]
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -38,20 +38,25 @@ class Use(Protocol):
     @property
     def bias(self) -> Tensor | None: ...
 
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """Those of weight and bias that required a gradient when the layer ran, in that order."""
+
     def unfit(self, x: Tensor) -> str | None:
         """Why the products would not have the bits of the whole backward; ``None`` if they have."""
 
     def output(self, x: Tensor) -> Tensor: ...
 
-    def input_gradient(self, x: Tensor, dy: Tensor) -> Tensor: ...
+    def input_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        """``weight`` is what F has computed with."""
 
     def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
-        """One gradient for each of ``trained(use)``, in that order."""
+        """One gradient for each of ``trained``, in that order."""
 
 
-def trained(use: Use) -> list[Tensor]:
-    """The parameters of the layer that require a gradient: its weight, then its bias."""
-    return [p for p in (use.weight, use.bias) if p is not None and p.requires_grad]
+def training(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Those of a layer's weight and bias that require a gradient now."""
+    return tuple(p for p in (weight, bias) if p is not None and p.requires_grad)
 
 
 @dataclass
@@ -126,7 +131,7 @@ class WeightGradStore:
         entries = self._waiting.pop(key, None)
         if entries is None:
             raise WeightGradError(f"no weight gradient waits for {key}: its B has not run, or its W already has")
-        left = Counter(_sum_of(e.run, p) for e in entries if isinstance(e, _Deferred) for p in trained(e.use))
+        left = Counter(_sum_of(e.run, p) for e in entries if isinstance(e, _Deferred) for p in e.use.trained)
         sums: dict[tuple[int, int], Tensor] = {}
         while entries:
             entry = entries.popleft()
@@ -134,7 +139,7 @@ class WeightGradStore:
                 entry()
                 continue
             complete: list[Tensor] = []
-            for parameter, gradient in zip(trained(entry.use), entry.gradients(), strict=True):
+            for parameter, gradient in zip(entry.use.trained, entry.gradients(), strict=True):
                 total = _sum_of(entry.run, parameter)
                 sums[total] = sums[total] + gradient if total in sums else gradient
                 left[total] -= 1

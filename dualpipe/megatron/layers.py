@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor, nn
 
 from dualpipe.splitlinear import Layer, Run, SplitStage, find_layers, linear_layer
-from dualpipe.weightgrad import WeightGradStore
+from dualpipe.weightgrad import WeightGradStore, training
 
 Delayed = Callable[[], None]
 
@@ -44,16 +44,17 @@ class _Use:
     allreduce_dgrad: bool
     sequence_parallel: bool
     group: dist.ProcessGroup | None
+    trained: tuple[Tensor, ...]
 
     def unfit(self, x: Tensor) -> str | None:
-        return None if self.weight.requires_grad else "its weight is frozen and its bias is not"
+        return None if self.trained[0] is self.weight else "its weight is frozen and its bias is not"
 
     def output(self, x: Tensor) -> Tensor:
         y = torch.matmul(self._whole(x), self.weight.t())
         return y if self.bias is None else y + self.bias
 
-    def input_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        dx = dy.matmul(self.weight)
+    def input_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        dx = dy.matmul(weight)
         if self.allreduce_dgrad:
             dist.all_reduce(dx, group=self.group)
         if self.sequence_parallel:
@@ -64,12 +65,8 @@ class _Use:
 
     def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
         dy, whole = dy.reshape(-1, dy.shape[-1]), self._whole(x).reshape(-1, self.weight.shape[1])
-        gradients: list[Tensor] = []
-        if self.weight.requires_grad:
-            gradients.append(_fused(whole, dy, self.weight) if self.fused else dy.t().matmul(whole))
-        if self.bias is not None and self.bias.requires_grad:
-            gradients.append(dy.sum(dim=0))
-        return gradients
+        gradients = [_fused(whole, dy, self.weight) if self.fused else dy.t().matmul(whole)]
+        return gradients if len(self.trained) == 1 else [*gradients, dy.sum(dim=0)]
 
     def _whole(self, x: Tensor) -> Tensor:
         """The whole sequence from its shards: [tokens / tp, batch, in] to [tokens, batch, in]."""
@@ -97,24 +94,23 @@ def _fused(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     return (torch.zeros_like if zero else torch.empty_like)(weight)
 
 
-def _forward_impl(
-    module: nn.Module, run: Run, name: str, input: Tensor, weight: Tensor, *args: Any, **options: Any
-) -> Tensor:
+def _forward_impl(layer: Layer, run: Run, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
     """What a layer of a stage runs in place of its class's ``_forward_impl``."""
-    method: Callable[..., Tensor] = type(module)._forward_impl  # type: ignore[attr-defined] # of both kinds of layer
-    stock = partial(method, module, input, weight, *args, **options)
+    method: Callable[..., Tensor] = type(layer.module)._forward_impl  # type: ignore[attr-defined] # of both kinds
+    stock = partial(method, layer.module, input, weight, *args, **options)
     if args or torch.compiler.is_compiling():
         return stock()
     use = _Use(
-        name,
+        layer.name,
         weight,
         options["bias"],
         options["gradient_accumulation_fusion"],
         options["allreduce_dgrad"],
         options["sequence_parallel"],
         options["tp_group"],
+        training(weight, options["bias"]),
     )
-    return run.apply(use, input, stock)
+    return run.apply(use, input, stock, layer.within)
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,14 @@ def _tensors(returned: object, op: Op) -> Tensors:
     outputs = (returned,) if isinstance(returned, Tensor) else returned
     if not isinstance(outputs, (tuple, list)) or not all(isinstance(output, Tensor) for output in outputs):
         raise StageError(
-            "a stage returns a tensor or a tuple of tensors", f"at {op} it returned {_kind(returned)}", "return tensors"
+            "a stage returns a tensor or a tuple of tensors",
+            f"at {op} it returned {_kind(returned)}",
+            "return tensors alone",
         )
     return tuple(outputs)
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {', '.join(type(part).__name__ for part in value) or 'nothing'}"
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

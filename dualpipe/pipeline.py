@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Self
 
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dualpipe.execute import Boundary, Observer, StepError, Worker, run_step
-from dualpipe.modules import Criterion, Feed, ModuleComputation, StepResult
+from dualpipe.modules import Criterion, Feed, ModuleComputation, Stages, StepResult
 from dualpipe.replicas import Replicas
 from dualpipe.schedule import MESSAGES, Lane, RuleError, Schedule
 from dualpipe.schedulefile import digest
 from dualpipe.splitlinear import split_linears
 from dualpipe.transport import MessageError, ProcessGroupTransport, TensorSpec, Transport
 from dualpipe.weightgrad import WeightGradStore
+
+_SUMMED: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
+"""The parameters whose gradients a pipeline has summed over the lanes since its last step on them."""
 
 __all__ = ["Feed", "Pipeline", "ProcessGroupTransport", "StepResult", "TensorSpec"]
 
@@ -70,6 +73,7 @@ class Pipeline:
     ) -> None:
         _require_stages(schedule, transport.rank, stages)
         _require_own_ops(schedule, transport.rank)
+        _require_no_weights(schedule, criterion, stages)
         self.stages, self.store, self.criterion = stages, WeightGradStore(), criterion
         self._worker = Worker(
             schedule,
@@ -85,7 +89,6 @@ class Pipeline:
             observe,
         )
         self._replicas = Replicas(schedule, stages, transport)
-        self._summed: dict[nn.Parameter, TensorWeakRef] = {}
         self._earlier: dict[nn.Parameter, Tensor] = {}
         self._agreed = False
 
@@ -123,8 +126,7 @@ class Pipeline:
             earlier = self._earlier.pop(parameter, None)
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
-            if parameter.grad is not None:
-                self._summed[parameter] = TensorWeakRef(parameter.grad)
+            _SUMMED[parameter] = True
 
     def copy_weights(self) -> None:
         """Make the copies of every stage equal: that of the first lane counts."""
@@ -135,8 +137,7 @@ class Pipeline:
     def _set_aside(self) -> None:
         """Keep gradients that are summed over the lanes already from being summed again with those of the next step."""
         for parameter in self._parameters():
-            summed = self._summed.pop(parameter, None)
-            if summed is not None and parameter.grad is not None and summed() is parameter.grad:
+            if _SUMMED.pop(parameter, False) and parameter.grad is not None:
                 self._earlier[parameter], parameter.grad = parameter.grad, None
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -201,6 +202,20 @@ def _require_stages(schedule: Schedule, rank: int, stages: Mapping[tuple[Lane, i
             f"rank {rank} holds the stages that the schedule places on it",
             f"it was given {_names(stages)}, and the schedule places {_names(placed)} there",
             "build those",
+        )
+
+
+def _require_no_weights(schedule: Schedule, criterion: Criterion | None, stages: Stages) -> None:
+    """Weights of a criterion would be trained on each lane apart."""
+    if len(schedule.routes) < 2 or not isinstance(criterion, nn.Module):
+        return
+    held = {id(parameter) for module in stages.values() for parameter in module.parameters()}
+    own = [name for name, p in criterion.named_parameters() if p.requires_grad and id(p) not in held]
+    if own:
+        raise RuleError(
+            "with two lanes a criterion has no weights of its own",
+            f"got {type(criterion).__name__} with {', '.join(own[:3])}",
+            "put them into the module of the last stage",
         )
 
 

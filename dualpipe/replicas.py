@@ -81,6 +81,7 @@ class Replicas:
     def _pack_gradients(self, module: nn.Module) -> Tensor:
         """Whether each parameter has a gradient (a byte), the digests of the state (8 bytes each), the gradients."""
         parameters = _trained(module)
+        _require_gradients(module)
         flags = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         state = _state(module)
         if not state:
@@ -129,13 +130,29 @@ def _differ(stage: int, name: str, weight: bool) -> StageError:
         return StageError(
             "the replicas of a stage start from the same weights",
             f"{name} of stage {stage} differs between the lanes before the first update",
-            "call copy_weights() on every rank before the first step",
+            "call copy_weights() on every rank before the first step; a forward must not change weights",
         )
     return StageError(
         "the replicas of a stage have the same buffers",
         f"{name} of stage {stage} is changed by its forward, and each lane's replica has changed it in its own way",
         "use a layer without running statistics, or put that layer into eval() mode",
     )
+
+
+def _require_gradients(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            raise StageError(
+                "gradients that are summed over the lanes are dense tensors",
+                f"that of {name} is {parameter.grad.layout}",
+                "set sparse=False in its layer, or sum the gradients yourself (reduce_gradients=False)",
+            )
+        if parameter.grad is None and getattr(parameter, "main_grad", None) is not None:
+            raise StageError(
+                "gradients that are summed over the lanes are in .grad",
+                f"{name} has a main_grad and no .grad: a hook has moved it",
+                "leave it in .grad until after the step, or sum them yourself (reduce_gradients=False)",
+            )
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

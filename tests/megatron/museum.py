@@ -52,11 +52,11 @@ def layer_counted_twice() -> None:
 
 
 def hooks_bypassed() -> None:
-    from dualpipe.weightgrad import WeightGradStore, trained
+    from dualpipe.weightgrad import WeightGradStore
 
     def run(self, key):
         for entry in self._waiting.pop(key):
-            for parameter, gradient in zip(trained(entry.use), entry.gradients(), strict=True):
+            for parameter, gradient in zip(entry.use.trained, entry.gradients(), strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     WeightGradStore.run = run

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe.errors import StageError
+from dualpipe.errors import RuleError, StageError
 from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.transport import ProcessGroupTransport, SpoiledError, TensorSpec
@@ -61,6 +61,22 @@ class Reuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient, None
+
+
+def moved(stage: Stage, x: torch.Tensor) -> torch.Tensor:
+    if not hasattr(stage.layer.weight, "main_grad"):
+        stage.layer.weight.main_grad = torch.zeros(WIDTH, WIDTH)
+        stage.layer.weight.register_post_accumulate_grad_hook(into_main_grad)
+    return stage.layer(x)
+
+
+def into_main_grad(weight: torch.Tensor) -> None:
+    weight.main_grad += weight.grad
+    weight.grad = None
+
+
+def looked_up(stage: Stage, x: torch.Tensor) -> torch.Tensor:
+    return stage.layer(x) + stage.table(torch.zeros(BATCH, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,14 @@ TRIALS = {
     "an output buffer that is used again": Trial(
         lambda: (Stage(reusing, layer=linear(), out=torch.zeros(BATCH, WIDTH)), plain()),
         error="was written to",
+    ),
+    "gradients that a hook moves": Trial(
+        lambda: (Stage(moved, layer=linear()), plain()), schedule="dualpipe", error="has a main_grad and no .grad"
+    ),
+    "sparse gradients": Trial(
+        lambda: (Stage(looked_up, layer=linear(), table=nn.Embedding(2, WIDTH, sparse=True)), plain()),
+        schedule="dualpipe",
+        error="that of table.weight is torch.sparse_coo",
     ),
     "buffers that each lane changes in its own way": Trial(
         lambda: (nn.Sequential(linear(), nn.BatchNorm1d(WIDTH)), plain()),
@@ -240,6 +264,40 @@ def test_zeroed_gradients_are_not_added_twice():
 
     for first, second in launch(2, body, timeout=30).values():
         assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
+
+
+def test_a_gradient_that_was_summed_is_not_summed_again_whoever_holds_it():
+    """A copy in its place, as clipping libraries make, or another pipeline on the same modules."""
+    schedule = generate("dualpipe", 2, 4)
+
+    def body(context):
+        torch.manual_seed(0)
+        held = {(lane, route.index(context.rank)): plain() for lane, route in schedule.routes.items()}
+        parameters = [p for module in held.values() for p in module.parameters()]
+        feed = Feed(batches_of(schedule, 0), batches_of(schedule, 7))
+        first, second = (Pipeline(schedule, held, mean, [REAL], ProcessGroupTransport(timeout=10.0)) for _ in range(2))
+        first.copy_weights()
+        first.step(feed)
+        once = [p.grad.clone() for p in parameters]
+        for parameter in parameters:
+            parameter.grad = parameter.grad.clone()
+        first.step(feed)
+        second.step(feed)
+        return all(torch.equal(p.grad, one + one + one) for p, one in zip(parameters, once, strict=True))
+
+    assert all(launch(2, body, timeout=30).values())
+
+
+def test_a_criterion_with_weights_of_its_own_is_refused_on_two_lanes():
+    schedule = generate("dualpipe", 2, 4)
+
+    def body(context):
+        held = {(lane, route.index(context.rank)): plain() for lane, route in schedule.routes.items()}
+        with pytest.raises(RuleError, match="a criterion has no weights of its own"):
+            Pipeline(schedule, held, linear(), [REAL], ProcessGroupTransport(timeout=10.0))
+        return True
+
+    assert all(launch(2, body, timeout=30).values())
 
 
 def test_deepseeks_names_cut_only_what_has_the_batch():

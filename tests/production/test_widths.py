@@ -20,7 +20,7 @@ from dualpipe.execute import StepError
 from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.schedule import SENDS, UP, Op, Schedule, W
-from dualpipe.transport import DisagreementError, ProcessGroupTransport, TensorSpec
+from dualpipe.transport import DisagreementError, ProcessGroupTransport, SpoiledError, TensorSpec
 from reference import fake, oracle
 from reference.data import Batch
 from reference.launch import launch
@@ -109,7 +109,7 @@ def errors_of(*pipelines) -> list[list[str]]:
         for build in pipelines:
             try:
                 build(context.rank).step(feed(SOUND))
-            except (StepError, DisagreementError) as error:
+            except (StepError, DisagreementError, SpoiledError) as error:
                 told.append(str(error))
             else:
                 told.append("no error")

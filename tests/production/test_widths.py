@@ -107,12 +107,14 @@ def errors_of(*pipelines) -> list[list[str]]:
     def body(context):
         told = []
         for build in pipelines:
+            pipeline = build(context.rank)
             try:
-                build(context.rank).step(feed(SOUND))
+                pipeline.step(feed(SOUND))
             except (StepError, DisagreementError, SpoiledError) as error:
                 told.append(str(error))
             else:
                 told.append("no error")
+            dist.barrier()  # a rank that closed its connections before would be named as the cause
         return told
 
     return launch(4, body, timeout=60).values()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from dualpipe.transport import Message, ProcessGroupTransport
@@ -36,3 +38,20 @@ def test_a_staged_send_is_a_contiguous_copy_and_a_work_in_stream_order_is_waited
 
     (found,) = launch(1, body, timeout=30).values()
     assert found == ((True, True, True), [()], True)
+
+
+def test_only_the_first_failure_is_announced_and_closing_waits_for_every_thread_once():
+    def body(context):
+        transport, announced, disconnected = ProcessGroupTransport(timeout=5.0), [], []
+        peers = transport._open()
+        peers._tell, peers._disconnect = announced.append, lambda: disconnected.append(True)
+        peers.fail("the first reason")
+        peers.fail("another")
+        peers.finisher("late").submit(time.sleep, 0.2)
+        transport.close()
+        peers.close()
+        running = [helper.thread.name for helper in peers._finishers if helper.thread.is_alive()]
+        return peers.failure, len(announced), len(disconnected), running
+
+    (found,) = launch(1, body, timeout=30).values()
+    assert found == ("the first reason", 1, 2, [])

@@ -111,7 +111,7 @@ def errors_of(*pipelines) -> list[list[str]]:
             try:
                 pipeline.step(feed(SOUND))
             except (StepError, DisagreementError, SpoiledError) as error:
-                told.append(str(error))
+                told.append(f"{type(error).__name__}: {error}")
             else:
                 told.append("no error")
             dist.barrier()  # a rank that closed its connections before would be named as the cause
@@ -132,7 +132,8 @@ def test_a_second_w_after_a_whole_backward_and_one_rank_that_waits_for_its_messa
         lambda rank: pipeline_of(doubled, rank, short()),
     )
     for otherwise, _ in found:
-        assert "same way of waiting: ranks 0, 2, 3 have at use; rank 1 has blocking" in otherwise
+        assert otherwise.startswith("DisagreementError: every rank runs with the same way of waiting: ")
+        assert "ranks 0, 2, 3 have at use; rank 1 has blocking" in otherwise
     assert "(0W3>): " in found[0][1]
 
 

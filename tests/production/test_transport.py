@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
-from dualpipe.transport import Message, ProcessGroupTransport
+from dualpipe.transport import Message, MessageError, ProcessGroupTransport
 from reference.launch import launch
 
 
 class Noted:
-    """A work that notes with what it was waited for."""
+    """A work that notes how it was waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, polls: int = 0) -> None:
         self.waits: list[tuple] = []
+        self.polls = polls  # how often it is asked before it is completed
 
     def wait(self, *arguments):
         self.waits.append(arguments)
 
     def is_completed(self):
-        return True
+        self.polls -= 1
+        return self.polls < 0
 
 
-def test_a_staged_send_is_a_contiguous_copy_and_a_work_in_stream_order_is_waited_for_without_the_host():
+def test_a_staged_send_is_a_copy_and_works_in_stream_order_are_awaited_by_the_stream_and_polled_at_the_end():
     def body(context):
         with ProcessGroupTransport(staged=True, timeout=5.0) as transport:
             value = torch.arange(6.0).view(2, 3).t()
@@ -34,10 +37,18 @@ def test_a_staged_send_is_a_contiguous_copy_and_a_work_in_stream_order_is_waited
             transport.stream_ordered = True
             receive = Message("1RF0>", 1, sends=False, works=[Noted()], posted=True, tensors=[value])
             received = transport.wait(receive)
-            return staged, receive.works[0].waits, torch.equal(received[0], value)
+            late = Message("1SB0>", 1, sends=True, works=[Noted(polls=2)], posted=True)
+            transport._outstanding = [late]
+            transport.drain()
+            written = Message("1SB1>", 1, sends=True, works=[Noted()], posted=True, tensors=[value], versions=(0,))
+            transport._outstanding = [written]
+            value.add_(1)
+            with pytest.raises(MessageError, match="written to while it was sent"):
+                transport.drain()
+            return staged, receive.works[0].waits, torch.equal(received[0], value), late.works[0].polls
 
     (found,) = launch(1, body, timeout=30).values()
-    assert found == ((True, True, True), [()], True)
+    assert found == ((True, True, True), [()], True, -1)
 
 
 def test_only_the_first_failure_is_announced_and_closing_waits_for_every_thread_once():

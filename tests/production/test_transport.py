@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from dualpipe.transport import Message, MessageError, ProcessGroupTransport
+from dualpipe.transport import Message, MessageError, ProcessGroupTransport, SpoiledError
 from reference.launch import launch
 
 
@@ -58,6 +58,8 @@ def test_only_the_first_failure_is_announced_and_closing_waits_for_every_thread_
         peers._tell, peers._disconnect = announced.append, lambda: disconnected.append(True)
         peers.fail("the first reason")
         peers.fail("another")
+        with pytest.raises(SpoiledError, match="the first reason"), transport.phase("step"):
+            pass  # as where another rank has failed between two calls
         peers.finisher("late").submit(time.sleep, 0.2)
         transport.close()
         peers.close()

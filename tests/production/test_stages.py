@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dualpipe.errors import RuleError, StageError
+from dualpipe.execute import StepError
 from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.transport import ProcessGroupTransport, SpoiledError, TensorSpec
@@ -238,11 +239,12 @@ def test_weights_that_start_apart_are_an_error_at_the_first_sum():
         torch.manual_seed(context.rank)  # and so the lanes' replicas differ
         held = {(lane, route.index(context.rank)): plain() for lane, route in schedule.routes.items()}
         pipeline = Pipeline(schedule, held, mean, [REAL], ProcessGroupTransport(timeout=10.0))
-        with pytest.raises(StageError, match=r"layer\.weight of stage \d differs between the lanes"):
+        with pytest.raises((StageError, StepError, SpoiledError)) as error:  # of this rank, or heard from the other
             pipeline.step(Feed(batches_of(schedule, 0), batches_of(schedule, 7)))
-        return True
+        return str(error.value)
 
-    assert all(launch(2, body, timeout=30).values())
+    for said in launch(2, body, timeout=30).values():
+        assert re.search(r"layer\.weight of stage \d differs between the lanes", said)
 
 
 def test_zeroed_gradients_are_not_added_twice():

@@ -20,7 +20,7 @@ from dualpipe.execute import StepError
 from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.schedule import SENDS, UP, Op, Schedule, W
-from dualpipe.transport import DisagreementError, ProcessGroupTransport, TensorSpec
+from dualpipe.transport import DisagreementError, ProcessGroupTransport, SpoiledError, TensorSpec
 from reference import fake, oracle
 from reference.data import Batch
 from reference.launch import launch
@@ -105,16 +105,16 @@ def errors_of(*pipelines) -> list[list[str]]:
     """For each rank, the errors of a step of each of the pipelines, which are functions of the rank."""
 
     def body(context):
-        told, kept = [], []
+        told = []
         for build in pipelines:
-            kept.append(build(context.rank))
+            pipeline = build(context.rank)
             try:
-                kept[-1].step(feed(SOUND))
-            except (StepError, DisagreementError) as error:
-                told.append(str(error))
+                pipeline.step(feed(SOUND))
+            except (StepError, DisagreementError, SpoiledError) as error:
+                told.append(f"{type(error).__name__}: {error}")
             else:
                 told.append("no error")
-        dist.barrier()  # a pipeline that is let go ends its connections
+            dist.barrier()  # a rank that closed its connections before would be named as the cause
         return told
 
     return launch(4, body, timeout=60).values()
@@ -132,7 +132,8 @@ def test_a_second_w_after_a_whole_backward_and_one_rank_that_waits_for_its_messa
         lambda rank: pipeline_of(doubled, rank, short()),
     )
     for otherwise, _ in found:
-        assert "same way of waiting: ranks 0, 2, 3 have at use; rank 1 has blocking" in otherwise
+        assert otherwise.startswith("DisagreementError: every rank runs with the same way of waiting: ")
+        assert "ranks 0, 2, 3 have at use; rank 1 has blocking" in otherwise
     assert "(0W3>): " in found[0][1]
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from dualpipe.generate import dualpipe, one_f_one_b
 from dualpipe.schedule import Op, Placed
+from dualpipe.schedulefile import loads
 from proofs.findings import Live, Mismatch
-from proofs.prefix import cut
+from proofs.prefix import closed, cut
 from proofs.prove import CHECKS, prove
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, overall, worst
 from tests.mutations import drop
@@ -127,6 +128,11 @@ def test_the_prefix_shows_the_fault_alone():
     short = cut(schedule, result.prefix)
     assert [len(program) for program in short.programs] == [5, 5]
     assert prove(short).checks["deadlock"].verdict.finding == result.verdict.finding
+
+
+def test_a_closed_prefix_holds_both_sides_of_each_message():
+    schedule = loads("lane > 0 1\nrank 0: 0F0> 0SF0> 0F1>\nrank 1: 1RF0> 1F0>\n")
+    assert [closed(schedule, prefix) for prefix in ((1, 0), (2, 0), (0, 1))] == [(1, 0), (2, 1), (2, 1)]
 
 
 def test_a_finding_is_data():

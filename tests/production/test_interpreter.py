@@ -1,0 +1,111 @@
+"""One rank alone, in this process: what the interpreter asks of the transport, and which orders it refuses.
+
+The transport is the test's own: every receive brings ones, and every call is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from dualpipe.execute import StepError
+from dualpipe.generate import generate
+from dualpipe.pipeline import Feed, Pipeline
+from dualpipe.schedule import MESSAGES, RB, UP, B, Op, Schedule, Slot, W
+from dualpipe.transport import Message, TensorSpec
+from tests.production.cases import rewrite
+
+SPEC = TensorSpec((2, 4), torch.float32)
+
+
+class Alone:
+    """The transport of ``rank``; ``calls`` are what was asked of it, ``messages`` all that were posted."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.calls: list[tuple[str, str]] = []
+        self.messages: list[Message] = []
+
+    def post(self, messages):
+        for message in messages:
+            self.calls.append(("post", message.label))
+            if not message.sends:
+                message.tensors = [torch.ones(spec.shape, dtype=spec.dtype) for spec in message.specs]
+        self.messages += messages
+
+    def wait(self, message):
+        self.calls.append(("wait", message.label))
+        return () if message.sends else message.tensors
+
+    def drain(self):
+        self.calls.append(("drain", ""))
+
+    def agree(self, record):
+        self.calls.append(("agree", ""))
+
+    def phase(self, kind):
+        return nullcontext()
+
+    def close(self):
+        pass
+
+
+def step(schedule: Schedule, rank: int, stage: nn.Module, boundary=(SPEC,), **options) -> Alone:
+    """Run one step of ``rank``, which holds one stage; returns its transport."""
+    transport = Alone(rank, schedule.ranks)
+    batches = {UP: [torch.randn(2, 4) for _ in range(schedule.microbatches[UP])]}
+    pipeline = Pipeline(schedule, {(UP, rank): stage}, nn.functional.mse_loss, list(boundary), transport, **options)
+    pipeline.step(Feed(batches, batches))
+    return transport
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_every_message_of_a_slot_is_waited_for_where_slots_block_and_only_receives_otherwise(blocking):
+    schedule = generate("1f1b", 2, 3)
+    expected = [("agree", "")]
+    for slot in schedule.programs[0]:
+        if slot[0].kind in MESSAGES:
+            expected += [("post", str(op)) for op in slot] + [("wait", str(op)) for op in slot] * blocking
+        elif slot[0].kind is B:
+            expected.append(("wait", str(slot[0]._replace(kind=RB))))
+    expected.append(("drain", ""))
+    assert step(schedule, 0, nn.Linear(4, 4), blocking=blocking).calls == expected
+
+
+def test_an_input_that_a_stage_does_not_use_gets_zeros_and_is_named_once(caplog):
+    class First(nn.Linear):
+        def forward(self, x, unused):
+            return super().forward(x)
+
+    posted = step(generate("1f1b", 2, 3), 1, First(4, 4), [SPEC, SPEC]).messages
+    sent = [message.tensors for message in posted if message.sends]
+    assert len(sent) == 3
+    assert all(used.any() and not unused.any() for used, unused in sent)
+    assert [r.getMessage() for r in caplog.records if "does not use its inputs [1] at 1B0>" in r.getMessage()]
+    assert sum("does not use its inputs" in r.getMessage() for r in caplog.records) == 1
+
+
+def twice(slot: Slot) -> list[Slot]:
+    return [slot, slot] if slot == (Op(W, UP, 0, 1),) else [slot]
+
+
+def w_first(slot: Slot) -> list[Slot]:
+    return [slot[1:], slot[:1]] if slot[-1].kind is W and len(slot) > 1 else [slot]
+
+
+WRONG: dict[str, tuple[str, Callable[[Slot], list[Slot]], str]] = {
+    "a W twice": ("zb1p", twice, "no weight gradient waits for 0W1>"),
+    "a W before its B": ("1f1b", w_first, "no weight gradient waits for 0W0>: its B has not run"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_w_that_finds_nothing_to_do_is_refused(fault):
+    name, change, said = WRONG[fault]
+    with pytest.raises(StepError) as error:
+        step(rewrite(generate(name, 1, 2), 0, change), 0, nn.Linear(4, 4))
+    assert said in str(error.value)

@@ -52,14 +52,28 @@ def test_a_fault_of_our_own_is_no_verdict(run, monkeypatch):
     assert "ZeroDivisionError" in result.err
 
 
-@pytest.mark.parametrize("arguments", [("prove", "-P", "2", "-M", "4"), ("show", "-P", "2", "-M", "4", "--json")])
-def test_an_output_that_nobody_reads_is_no_verdict(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered", "takes"),
+    [
+        (("prove", "-P", "2", "-M", "4"), "", 0),
+        (("show", "-P", "40", "-M", "800", "--json"), "1", 1),  # more than a pipe holds, so the reader leaves within it
+    ],
+    ids=["at its start", "in its middle"],
+)
+def test_an_output_that_is_not_read_to_its_end_is_no_verdict(arguments, unbuffered, takes):
     reading, writing = os.pipe()
-    os.close(reading)
     command = [sys.executable, "-c", "from dualpipe.cli import main; main()", *arguments]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (dualpipe.cli.UNREAD, "")
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open(reading, "rb", 0) as reader:
+        if not takes:
+            reader.close()
+        with subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            os.close(writing)
+            if takes:
+                assert len(reader.read(takes)) == takes
+            reader.close()
+            _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (dualpipe.cli.UNREAD, "")
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])

@@ -5,6 +5,7 @@ One file a command; ``options`` has what they share.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -76,7 +77,7 @@ def _run() -> NoReturn:
         with OwnFirst(), leaving_on_sigterm():
             app(prog_name="dualpipe")
     except (RuleError, OSError) as error:
-        _complain(error, "bad input")
+        _complain(_of_output(error) if isinstance(error, OSError) else error, "bad input")
         leave(2)
     except UndecidedError as error:
         _complain(error, "unknown")
@@ -102,9 +103,16 @@ def _printed(code: int) -> int:
         return UNREAD
     except OSError as error:
         _discard_output()
-        _complain(error, "bad input")
+        _complain(_of_output(error), "bad input")
         return 2
     return code
+
+
+def _of_output(error: OSError) -> OSError | RuleError:
+    """The complaint for a standard output that cannot be written; any other error names its file."""
+    if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return error
+    return RuleError("standard output can be written", f"{error.strerror}", "make room, or send it somewhere else")
 
 
 def _discard_output() -> None:

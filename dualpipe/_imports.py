@@ -34,6 +34,13 @@ def own_path(path: list[str]) -> list[str]:
     return [*library, ROOT, *ordered(path)[len(library) :]]
 
 
+def is_installed(file: str) -> bool:
+    """Whether a source file is of the standard library, an installed package or this distribution, or of no file."""
+    parts = os.path.dirname(os.path.abspath(file)).split(os.sep)
+    own = any(file.startswith(os.path.join(ROOT, name) + os.sep) for name in _OWN)
+    return file.startswith(("<", _LIBRARY + os.sep)) or "site-packages" in parts or "dist-packages" in parts or own
+
+
 def _part(folder: str) -> int:
     if os.path.basename(folder) == _ZIP or os.path.abspath(folder) in (_LIBRARY, os.path.join(_LIBRARY, "lib-dynload")):
         return 0

@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -186,6 +186,14 @@ def _text(label: str, item: Any) -> str:
             return dumps(item)
     if isinstance(item, str):
         return item
+    if isinstance(item, Coroutine | AsyncIterable):
+        if isinstance(item, Coroutine):
+            item.close()  # else Python warns that nobody awaited it
+        raise RuleError(
+            "an entry point is a function that is not async",
+            f"{label} is async",
+            "name a plain function, which may call asyncio.run",
+        )
     raise RuleError(
         "an entry point returns a Schedule, the text of one, or an iterable of these",
         f"{label} is of type {type(item).__name__}",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 __all__ = ["RuleError", "StageError", "UndecidedError"]
+
+_ALIKE = 0.7
+"""From which likeness on a name is suggested: one letter of four may differ, but not two."""
 
 
 class RuleError(ValueError):
@@ -27,5 +30,16 @@ class UndecidedError(RuntimeError):
 def nearest(word: str, names: Iterable[str], otherwise: str) -> str:
     """The remedy ``did you mean NAME?`` for the name most like ``word`` (case apart), or ``otherwise``."""
     by_folded = {name.casefold(): name for name in sorted(names, reverse=True)}
-    found = get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
-    return f"did you mean {by_folded[found[0]]}?" if found else otherwise
+    best = max(by_folded, key=lambda name: _likeness(word.casefold(), name), default=None)
+    if best is None or _likeness(word.casefold(), best) < _ALIKE:
+        return otherwise
+    return f"did you mean {by_folded[best]}?"
+
+
+def _likeness(word: str, name: str) -> float:
+    """From 0 to 1; of two files with the same suffix only the rest counts."""
+    stem, dot, suffix = word.rpartition(".")
+    other, _, others_suffix = name.rpartition(".")
+    if dot and suffix == others_suffix:
+        word, name = stem, other
+    return SequenceMatcher(None, word, name).ratio()

@@ -385,7 +385,7 @@ def check_routes(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> None:
                     f"lane {lane} puts stage {stage} on rank {rank}, and there are {ranks} ranks, counted from 0",
                     "add the rank or correct the lane",
                 )
-    depths = [f"lane {lane} has {len(route)} stages" for lane, route in routes.items()]
+    depths = [f"lane {lane} has {len(route)} stage{'s' if len(route) > 1 else ''}" for lane, route in routes.items()]
     if len(set(map(len, routes.values()))) > 1:
         raise ScheduleError("all lanes run the same model", " and ".join(depths), "give each lane as many stages")
 

@@ -34,6 +34,8 @@ from dualpipe.schedule import (
     show_slot,
 )
 
+BYTE_ORDER_MARK = "\ufeff"
+"""Some editors put it in front of UTF-8 text; readers skip it there."""
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _OP = re.compile(r"([0-9]{1,9})(F|B|W|SF|RF|SB|RB)([0-9]{1,9})([<>])(?:@([0-9]{1,9}))?")
 _OP_FORM = (
@@ -90,7 +92,7 @@ def read_text(path: Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        before = data[: error.start].decode()
+        before = data[: error.start].decode().removeprefix(BYTE_ORDER_MARK)
         column = len(before) - before.rfind("\n")
         found = f"byte 0x{data[error.start]:02x}"
         raise ScheduleSyntaxError(str(path), before.count("\n") + 1, column, found, "UTF-8 text") from None
@@ -122,7 +124,7 @@ class _Parser:
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
 
     def parse(self, text: str) -> Schedule:
-        lines = text.split("\n")
+        lines = text.removeprefix(BYTE_ORDER_MARK).split("\n")
         for number, line in enumerate(lines, start=1):
             check_line(self.source, number, line)
             content = line.split("#", 1)[0]

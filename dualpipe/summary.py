@@ -30,11 +30,14 @@ def parse_costs(text: str) -> Costs:
     for part in filter(None, text.split(",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         try:
-            given[name] = float(value)
+            number = float(value)
         except ValueError:
             equals = ""
         if name not in COSTS or not equals:
             raise RuleError("--cost is NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(COSTS)}")
+        if name in given:
+            raise RuleError("--cost gives each name once", f"got {name} twice in {text!r}", "leave one of them out")
+        given[name] = number
     return Costs(**given)
 
 

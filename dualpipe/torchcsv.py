@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from dualpipe.lower import OrderError, lower
 from dualpipe.schedule import UP, B, F, Op, Program, Schedule, Slot, W
-from dualpipe.schedulefile import ScheduleSyntaxError, check_line, read_text
+from dualpipe.schedulefile import BYTE_ORDER_MARK, ScheduleSyntaxError, check_line, read_text
 
 _ACTION = re.compile(r"([0-9]{1,9})([FIWB])([0-9]{1,9})")
 _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
@@ -57,7 +57,7 @@ class _Table:
         self.source = source
 
     def read(self, text: str) -> Schedule:
-        lines = list(enumerate(text.rstrip().split("\n"), start=1))
+        lines = list(enumerate(text.removeprefix(BYTE_ORDER_MARK).rstrip().split("\n"), start=1))
         for number, line in lines:
             check_line(self.source, number, line)
         rows = [list(_cells(number, line)) for number, line in lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,16 +135,25 @@ def _prove(schedule: Schedule, name: str, options: Options, begin: Begin) -> Rep
 def _bytes_per_stage(schedule: Schedule, options: Options) -> tuple[list[int], list[int]] | None:
     if options.bytes_for_b is None and options.bytes_for_w is None:
         return None
+    if options.bytes_for_b is None or options.bytes_for_w is None:
+        got, missing = ("b", "w") if options.bytes_for_w is None else ("w", "b")
+        raise RuleError(
+            "--bytes-for-b and --bytes-for-w go together", f"got --bytes-for-{got} alone", f"add --bytes-for-{missing}"
+        )
     both = [_sizes(text, schedule.stages) for text in (options.bytes_for_b, options.bytes_for_w)]
     return both[0], both[1]
 
 
-def _sizes(text: str | None, stages: int) -> list[int]:
-    words = (text or "").split(",")
-    if len(words) != stages or not all(word.strip().isascii() and word.strip().isdigit() for word in words):
+def _sizes(text: str, stages: int) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != stages or not all(re.fullmatch("[0-9]{1,18}", word) for word in words):
         raise RuleError(
-            "--bytes-for-b and --bytes-for-w each give a whole number of bytes per stage",
-            f"got {text or 'nothing'} for {stages} stages",
+            "--bytes-for-b and --bytes-for-w each give a whole number of bytes per stage, of at most 18 digits",
+            f"got {text[:200] or 'nothing'} for {_stages(stages)}",
             "separate the numbers by commas",
         )
     return [int(word) for word in words]
+
+
+def _stages(count: int) -> str:
+    return f"{count} stage{'s' if count > 1 else ''}"

@@ -78,6 +78,10 @@ def parse_models(text: str) -> tuple[Model, ...]:
         if text == model.name:
             return (model,)
     found = re.fullmatch(r"eager:([0-9]{1,9})", text)
+    if re.fullmatch(r"eager:[0-9]{10,}", text):
+        raise ModelError(
+            "an eager model buffers at most 999999999 messages", f"got {text[:40]!r}", "name a smaller capacity"
+        )
     if found is None:
         remedy = nearest(text, ["all", *(model.name for model in MODELS)], "name one")
         raise ModelError("a model is all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", remedy)

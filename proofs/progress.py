@@ -55,6 +55,8 @@ class Run:
     states: list[State] = field(init=False)
     sent: dict[Pair, int] = field(default_factory=dict)
     received: dict[Pair, int] = field(default_factory=dict)
+    astray: list[Placed] = field(default_factory=list)
+    """Posted sends that no other rank can receive."""
 
     def __post_init__(self) -> None:
         self.threads = [thread(self.schedule, rank, self.model) for rank in range(self.schedule.ranks)]
@@ -96,13 +98,15 @@ class Run:
                 nth = count.get(pair, 0)
                 count[pair] = nth + 1
                 woken.add(peer)
+            elif op.kind in SENDS:
+                self.astray.append(placed)
             numbered.append((placed, nth))
         return numbered
 
     def met(self, placed: Placed, nth: int | None) -> bool:
         peer = other_rank(self.schedule, placed)
-        if nth is None or peer is None:
-            return False
+        if nth is None or peer is None:  # joins no pair of ranks, so where sends are buffered its place is its own
+            return placed.op.kind in SENDS and self.model.capacity > 0
         if placed.op.kind in SENDS:
             return self.received.get((placed.rank, peer), 0) > nth - self.model.capacity
         return self.sent.get((peer, placed.rank), 0) > nth
@@ -113,7 +117,7 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
     run = Run(schedule, model)
     stuck = [waiting for state in run.states for waiting in state.pending or ()]
     buffered = [pair for pair, count in run.sent.items() if run.received.get(pair, 0) < count]
-    if not stuck and not buffered:
+    if not stuck and not buffered and not run.astray:
         return Proved()
     both = sides(schedule)
     waits: dict[int, list[Wait]] = {}
@@ -125,6 +129,9 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
         waits.setdefault(placed.rank, []).append(Wait(placed, partner))
     if waits:
         return Refuted(Circle(model, shortest_circle(waits)))
+    if run.astray:
+        placed = run.astray[0]
+        return Refuted(NeverMet(model, placed, schedule.peer(placed.op), 0, 0, False))
     sender, receiver = buffered[0]  # the sends fitted into the buffer, and nobody empties it
     posted = run.received.get((sender, receiver), 0)
     return Refuted(NeverMet(model, both[0][sender, receiver][posted], receiver, posted, posted, True))

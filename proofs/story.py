@@ -228,7 +228,7 @@ def _never_met(finding: NeverMet) -> str:
     else:
         between = f"rank {place.rank} to rank {peer}" if sends else f"rank {peer} to rank {place.rank}"
         reason = f"this is message {finding.nth + 1} from {between}, and rank {peer} {opposite} only {posted}"
-    if sends and finding.possible and finding.nth - model.capacity < posted:
+    if sends and finding.nth - model.capacity < posted:
         verb = f"rank {place.rank} sends {what} {_slot(place)} into a buffer that is never emptied"
     else:
         stream = "the message stream of " if model.overlaps else ""

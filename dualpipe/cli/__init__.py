@@ -5,12 +5,14 @@ One file a command; ``options`` has what they share.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import traceback
-from contextlib import suppress
-from io import TextIOWrapper
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import RawIOBase, TextIOWrapper
 from typing import NoReturn
 
 import typer
@@ -41,13 +43,41 @@ def main() -> NoReturn:
             stream.reconfigure(
                 errors="backslashreplace"
             )  # names of files may hold any bytes, terminals little of Unicode
+    with _written_whole():
+        _run()
+
+
+@contextmanager
+def _written_whole() -> Iterator[None]:
+    """While inside, standard output is buffered by line, also under ``python -u`` and ``PYTHONUNBUFFERED``.
+
+    Without a buffer Python makes one system call for each text and drops, without an error, what the call does not
+    take: the rest of an output whose reader leaves in the middle of it or whose disk is full.
+    """
+    before = sys.stdout
+    if not isinstance(before, TextIOWrapper) or not isinstance(before.buffer, RawIOBase):
+        yield
+        return
+    before.flush()
+    buffered = open(before.fileno(), "w", 1, before.encoding, before.errors, closefd=False)  # noqa: SIM115 # closed below
+    sys.stdout = buffered
+    try:
+        yield
+    finally:
+        sys.stdout = before
+        with suppress(OSError):  # nothing is left in it but what could not be written, which the exit code shows
+            buffered.close()
+
+
+def _run() -> NoReturn:
+    """Run the command and leave with its exit code."""
     try:
         if sys.stdout is None:  # what is printed would go nowhere, without an error
             raise RuleError("standard output is open", "it is closed", "send it to /dev/null if nobody reads it")
         with OwnFirst(), leaving_on_sigterm():
             app(prog_name="dualpipe")
     except (RuleError, OSError) as error:
-        _complain(error, "bad input")
+        _complain(_of_output(error) if isinstance(error, OSError) else error, "bad input")
         leave(2)
     except UndecidedError as error:
         _complain(error, "unknown")
@@ -73,9 +103,16 @@ def _printed(code: int) -> int:
         return UNREAD
     except OSError as error:
         _discard_output()
-        _complain(error, "bad input")
+        _complain(_of_output(error), "bad input")
         return 2
     return code
+
+
+def _of_output(error: OSError) -> OSError | RuleError:
+    """The complaint for a standard output that cannot be written; any other error names its file."""
+    if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return error
+    return RuleError("standard output can be written", f"{error.strerror}", "make room, or send it somewhere else")
 
 
 def _discard_output() -> None:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dualpipe._imports import own_path
+from dualpipe._imports import is_installed, own_path
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 from dualpipe.schedulefile import loads
@@ -125,17 +125,24 @@ def _ending(name: str, folder: Path, code: int | None, limit: float) -> tuple[st
     trace = folder / "trace"
     told = trace.read_text(errors="replace") if trace.exists() else ""
     if code is None or (code == 1 and told.startswith("Timeout")):
-        return f"{name} still ran after {limit:g} s{_place(told)}", "make it faster, or raise --entry-timeout"
+        at = _place(told)
+        then = f"; at that moment it was at {at}" if at else ""
+        return f"{name} had not returned after {limit:g} s{then}", "make it faster, or raise --entry-timeout"
     if code < 0:
-        return f"{name} was ended by {_signal(-code)}{_place(told)}", "correct it"
+        at = _place(told)
+        return f"{name} was ended by {_signal(-code)}{f' ({at})' if at else ''}", "correct it"
     return f"{name} ended its process with exit code {code}", "have it return instead"
 
 
 def _place(told: str) -> str:
-    """Where the calling thread was, from what ``faulthandler`` wrote."""
+    """Where the calling thread was, from what ``faulthandler`` wrote: its innermost frame in a file of the user's own.
+
+    If none is, as while Python starts or a module of somebody else's is called without one, the innermost of all.
+    """
     threads = [thread for thread in re.split(r"\n(?=Thread |Current thread )", told) if "in serve" in thread]
-    frame = _FRAME.search(threads[0] if threads else told)
-    return f" ({frame.group(1)}:{frame.group(2)}, in {frame.group(3)})" if frame else ""
+    frames = _FRAME.findall(threads[0] if threads else told)
+    own = [frame for frame in frames if not is_installed(frame[0])]
+    return "{}:{}, in {}".format(*(own or frames)[0]) if frames else ""
 
 
 def _signal(number: int) -> str:

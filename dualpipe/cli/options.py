@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,8 @@ from dualpipe.schedulefile import load
 
 NAMES = ", ".join(PLANS)
 MOST_SECONDS = 1_000_000
+_LONGEST_NAME = 255
+"""Bytes in the name of a file, on every file system that Linux is used with."""
 
 
 def complete_schedule(incomplete: str) -> list[str]:
@@ -110,6 +113,18 @@ def find_schedules(
         size = 4 if ranks is None else ranks
         return [generate(name, size, 2 * size if microbatches is None else microbatches)]
     path = Path(name)
+    if not name:
+        raise RuleError(f"a schedule is {NAMES}, or a file, or module:function", "got an empty name", "name one")
+    if path.name and len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise RuleError(
+            f"the name of a file has at most {_LONGEST_NAME} bytes",
+            f"got one of {len(os.fsencode(path.name))}: {name[:40]}...",
+            "name a file, not its content",
+        )
+    if path.is_dir():
+        raise RuleError(
+            f"a schedule is {NAMES}, or a file, or module:function", f"{name} is a folder", "name a file in it"
+        )
     if path.exists():
         found = [read_schedule(path)]
     elif entrypoint.is_entry_point(name):
@@ -139,8 +154,15 @@ def _check_sizes(name: str, schedule: Schedule, ranks: int | None, microbatches:
 
 def read_schedule(path: Path) -> Schedule:
     """A schedule file, or where the name ends in ``.csv`` torch.distributed.pipelining's compute-only table."""
-    if path.suffix == ".csv":
-        from dualpipe.torchcsv import load_csv
+    try:
+        if path.suffix == ".csv":
+            from dualpipe.torchcsv import load_csv
 
-        return load_csv(path)
-    return load(path)
+            return load_csv(path)
+        return load(path)
+    except OSError as error:
+        raise RuleError(
+            "a schedule is a file that can be read",
+            f"{path}: {error.strerror or error}",
+            "name another file, or make it readable",
+        ) from error

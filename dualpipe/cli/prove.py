@@ -13,7 +13,6 @@ from dualpipe.cli.app import app, examples
 from dualpipe.cli.interrupt import interruptible
 from dualpipe.cli.options import (
     EntryTimeout,
-    Json,
     Microbatches,
     Named,
     Ranks,
@@ -77,7 +76,10 @@ def prove(
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples there.")] = None,
     entry_timeout: EntryTimeout = entrypoint.LIMIT_SECONDS,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON instead of text: one object a line for each schedule or theorem."),
+    ] = False,
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from dualpipe.errors import RuleError
 from dualpipe.files import write_whole
@@ -67,17 +67,23 @@ class Target:
     def check(self) -> None:
         """Raise ``RuleError`` if the file cannot be written, or if there is one that is not to be replaced."""
         folder = Path(os.path.realpath(self.path)).parent
-        if self.path.is_dir():
-            self._fail("is a folder")
+        if os.path.isdir(self.path):
+            self._fail("is a folder, which an empty name stands for too" if self.path == Path() else "is a folder")
+        if self.path.parent.is_file():
+            self._fail(f"cannot be made: {self.path.parent} is a file and no folder")
         if not folder.is_dir():
             folder = folder if self.path.parent.is_dir() else self.path.parent  # else a link leads to nowhere
             raise RuleError(
                 f"{self.option} is a file that can be written", f"there is no folder {folder}", "make the folder"
             )
-        if not self.path.exists():
+        try:
+            self.path.stat()
+        except FileNotFoundError:
             if not os.access(folder, os.W_OK):
                 self._fail(f"cannot be made: {folder} is read-only")
             return
+        except OSError as error:
+            self._fail(f"cannot be made: {error.strerror}")
         regular = stat.S_ISREG(self.path.stat().st_mode)
         if not os.access(self.path, os.W_OK) or (regular and not _device(self.path) and not os.access(folder, os.W_OK)):
             self._fail("cannot be written")
@@ -90,14 +96,19 @@ class Target:
                     "name another file, or remove this one first",
                 )
 
-    def _fail(self, came: str) -> None:
+    def _fail(self, came: str) -> NoReturn:
         raise RuleError(f"{self.option} is a file that can be written", f"{self.path} {came}", "name another file")
 
     def write(self, data: str | bytes) -> None:
         """Write the file whole.  It is checked again, for the command's work may have taken long."""
         self.check()
         sys.stdout.flush()  # what was printed before comes before, should this be standard output
-        write_whole(self.path, data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+        try:
+            write_whole(self.path, data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self._fail(f"could not be written: {error.strerror or error}")
 
 
 def target(option: str, path: Path | None, form: Form) -> list[Target]:
@@ -126,7 +137,7 @@ def check_targets(targets: Iterable[Target], inputs: Iterable[str] = ()) -> None
 
 
 def _same(one: Path, other: Path) -> bool:
-    if one.exists() and other.exists():
+    if os.path.exists(one) and os.path.exists(other):
         return stat.S_ISREG(one.stat().st_mode) and one.samefile(other)
     return os.path.realpath(one) == os.path.realpath(other)
 

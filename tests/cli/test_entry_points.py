@@ -53,6 +53,12 @@ def needs(stages):
 def number():
     return 7
 
+async def later():
+    return one()
+
+async def one_by_one():
+    yield one()
+
 def mapping():
     return {"zb1p": one()}
 
@@ -187,7 +193,7 @@ def crashes(): os.kill(os.getpid(), signal.SIGSEGV)
 def replaces(): os.rename = None; return one()
 def forges(): return Forged("no schedule")
 def hangs():
-    while True: pass
+    threading.Event().wait()
 def stops(): os.kill(os.getpid(), signal.SIGSTOP)
 
 class Forged(str):
@@ -240,12 +246,14 @@ def test_an_entry_point_that_hands_back_nothing_is_bad_input_however_it_ends(hos
     assert os.getcwd() == str(tmp_path)
 
 
-def test_an_entry_point_that_does_not_end_is_killed_and_bad_input(hostile, monkeypatch):
+def test_an_entry_point_that_does_not_end_is_killed_and_bad_input(hostile, tmp_path, monkeypatch):
     monkeypatch.setattr(entrypoint, "_LATE", 0.1)
     result = hostile("prove", "hostile:hangs", "hostile:stops", "--json", "--entry-timeout", 1)
     assert result.code == 2
     for name, line in zip(("hangs", "stops"), result.out.splitlines(), strict=True):
-        assert f"hostile:{name} still ran after 1 s" in json.loads(line)["error"]
+        assert f"hostile:{name} had not returned after 1 s" in json.loads(line)["error"]
+    at = HOSTILE.splitlines().index("    threading.Event().wait()") + 1
+    assert f" s; at that moment it was at {tmp_path}/hostile.py:{at}, in hangs; " in result.out
 
 
 def test_an_entry_point_that_returns_is_proved_whatever_else_it_does(hostile, tmp_path, monkeypatch):
@@ -279,6 +287,8 @@ def test_a_fault_in_one_does_not_keep_the_others_from_being_proved(run):
         ("mine:leaves", "mine:leaves raised SystemExit: 0"),
         ("mine:odd", "raised SizeError: dualpipe needs an even number of ranks, 2 or more: got 3; use 4"),
         ("mine:number", "mine:number is of type int"),
+        ("mine:later", "a function that is not async: mine:later is async; name a plain function, which may call"),
+        ("mine:one_by_one", "a function that is not async: mine:one_by_one is async"),
         ("mine:mapping", "mine:mapping is of type dict"),
         ("mine:mixed", "mine:mixed[1] is of type NoneType"),
         ("mine:nothing", "mine:nothing returned none"),
@@ -294,6 +304,7 @@ def test_faults_are_told_in_one_line_with_exit_code_2(run, name, told):
     assert (result.code, result.out) == (2, "")
     assert told in result.err
     assert "Traceback" not in result.err
+    assert "Warning" not in result.err
 
 
 def test_an_error_says_where_it_was_raised(run, tmp_path):

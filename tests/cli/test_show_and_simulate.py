@@ -92,6 +92,22 @@ def test_a_cost_that_is_none(run, cost):
     assert result.err.startswith("dualpipe: ")
 
 
+@pytest.mark.parametrize("command", [("simulate",), ("show", "--timeline")], ids=" ".join)
+def test_a_cost_that_is_given_twice(run, command):
+    result = run(*command, "--cost", "F=1,B=2, F=2")
+    assert (result.code, result.out) == (2, "")
+    assert "--cost gives each name once: got F twice in 'F=1,B=2, F=2'; leave one of them out" in result.err
+
+
+@pytest.mark.parametrize(("name", "text"), [("mine.txt", "lane > 0\nrank 0: 0F0>\n"), ("mine.csv", "0F0\n")])
+def test_a_byte_order_mark_before_the_text_is_skipped(run, tmp_path, name, text):
+    file = tmp_path / name
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert run("show", file).out == "lane > 0\nrank 0: 0F0>\n"
+    file.write_bytes(b"\xef\xbb\xbf" + b"\xff")
+    assert f"{file}:1:1: found byte 0xff" in run("show", file).err
+
+
 def test_every_command_has_a_help(run):
     for command in ("show", "simulate", "verify"):
         result = run(command, "--help")

@@ -120,6 +120,19 @@ def test_who_waits_for_a_partner_that_never_comes_depends_on_the_model(model, st
     assert "rank 1 receives nothing from it" in tell(verdict.finding)
 
 
+@pytest.mark.parametrize("peer", [0, 9])
+def test_an_eager_send_that_no_other_rank_can_receive_lets_its_rank_go_on(peer):
+    """What comes after it is then judged: here the first receive that nothing meets."""
+    text = f"lane > 0 1\nrank 0: 0F0> 0SF0>@{peer}\nrank 1: 1F0>\n"
+    verdict = prove(loads(text), parse_models("eager"), smt=False).checks["deadlock"].verdict
+    story = f"rank 0 sends the activation of microbatch 0 at stage 0 of lane > in slot 1 (0SF0>@{peer}) into a buffer"
+    assert tell(verdict.finding).startswith(f"{story} that is never emptied: ")
+    assert prove(loads(text), parse_models("blocking"), smt=False).verdict == "refuted"
+    behind = loads(text.replace("\nrank 1", " 0RB0>\nrank 1"))
+    verdict = prove(behind, parse_models("eager"), smt=False).checks["deadlock"].verdict
+    assert tell(verdict.finding).startswith("rank 0 waits for ever in slot 2 (0RB0>) to receive")
+
+
 def test_one_is_told_in_the_singular_and_none_as_nothing():
     alone = loads("lane > 0 0\nrank 0: 0F0> 1F0>\n")
     report = prove(alone, max_activations=0, smt=False)

@@ -51,7 +51,6 @@ BAD = {
     "a sign": ("0F-1", 1, 1, "'0F-1'"),
     "too many digits": ("0F1234567890", 1, 1, "'0F1234567890'"),
     "a quote": ('0F0,"0F1"', 1, 5, "'\"0F1\"'"),
-    "a byte order mark": ("\ufeff0F0", 1, 1, r"'\ufeff0F0'"),
     "overlap of two forwards": ("0F0, (0F1;0F2)OVERLAP_F_B", 1, 11, "'0F2'"),
     "overlap that begins with a backward": ("(0B1;0F2)OVERLAP_F_B", 1, 2, "'0B1'"),
     "overlap of nothing": ("(;)OVERLAP_F_B", 1, 2, "nothing"),

@@ -93,7 +93,7 @@ class OverwrittenError(RuntimeError):
 
 
 class DisagreementError(RuntimeError):
-    """The ranks of a pipeline were set up differently, or not all of them came."""
+    """The ranks of a pipeline were set up differently, or a rank is missing."""
 
 
 class SpoiledError(RuntimeError):

@@ -26,9 +26,9 @@ import torch.distributed as dist
 import typer
 from torch import nn
 
-from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline, ProcessGroupTransport, TensorSpec
 from dualpipe.schedule import Schedule
+from dualpipe.schedule.generate import generate
 from reference.launch import Failure, launch
 
 WIDTH, BATCH, STEPS = 8, 3, 4

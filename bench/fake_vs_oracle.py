@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import typer
 
-from dualpipe.generate import generate
+from dualpipe.schedule.generate import generate
 from reference import fake, oracle
 from reference.data import training_data
 from reference.ledger import Ledger

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from dualpipe.generate import PLANS, generate
+from dualpipe.schedule.generate import PLANS, generate
 from reference.case import DTYPES, Case
 from reference.model import ModelConfig
 from reference.verify import tensors_compared, verify

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from dualpipe.generate import generate
+from dualpipe.schedule.generate import generate
 from proofs.prove import prove
 from proofs.theorems import families, prove_all
 from proofs.verdict import Proved

@@ -37,11 +37,11 @@ def expand(tree: Path) -> dict[str, Any]:
 
     if not Path(dualpipe.__file__).resolve().is_relative_to(tree.resolve()):
         raise ImportError(f"{tree} has no dualpipe")
-    from dualpipe.generate import PLANS, SizeError, generate
-    from dualpipe.lower import lower
     from dualpipe.schedule import COMPUTE
-    from dualpipe.schedulefile import dumps
-    from dualpipe.torchcsv import load_csv
+    from dualpipe.schedule.generate import PLANS, SizeError, generate
+    from dualpipe.schedule.lower import lower
+    from dualpipe.schedule.text import dumps
+    from dualpipe.schedule.torch_table import load_csv
 
     shown: dict[str, str] = {}
     digested: dict[str, str] = {}
@@ -79,9 +79,9 @@ def named(name: str, ranks: int, microbatches: int) -> str:
 
 def rows_of(planner: Any, ranks: int, microbatches: int) -> dict[str, Any] | None:
     """Which row made each op of a schedule; ``None`` in a tree whose tables do not tell."""
-    from dualpipe import generate, table
+    from dualpipe.schedule import generate, phase_table
 
-    if not hasattr(table, "trace"):
+    if not hasattr(phase_table, "trace"):
         return None
     variables = {id(value): variable for variable, value in vars(generate).items() if isinstance(value, tuple)}
     numbers: dict[tuple[str, str], int] = {}
@@ -89,7 +89,7 @@ def rows_of(planner: Any, ranks: int, microbatches: int) -> dict[str, Any] | Non
     for rank in range(ranks):
         plan = planner(ranks, microbatches, rank)
         variable = variables.get(id(plan.table), "")
-        slots = table.trace(plan.table, plan.sizes, plan.chunks, plan.routes)
+        slots = phase_table.trace(plan.table, plan.sizes, plan.chunks, plan.routes)
         programs.append([[numbers.setdefault((variable, row.name), len(numbers)) for _, row in slot] for slot in slots])
     return {"rows": list(numbers), "ranks": programs}
 

@@ -80,7 +80,7 @@ def expansion(root: Path, tree: Path | None = None) -> Expansion:
         answer = None
     if answer is None:
         why = f"{EXPAND_LIMIT_S:g} s were not enough" if done.code is None else done.last_words
-        raise GateError("the named schedules can be expanded", why, "see dualpipe/generate.py")
+        raise GateError("the named schedules can be expanded", why, "see dualpipe/schedule/generate.py")
     return Expansion(**answer)
 
 

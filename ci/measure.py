@@ -13,8 +13,8 @@ from typing import Any
 def measure(text: str) -> dict[str, Any]:
     """Makespan, bubble, peaks and messages with F, B and W of one unit each; ``stuck`` where it cannot finish."""
     from dualpipe.schedule import SENDS, ScheduleError
-    from dualpipe.schedulefile import loads
-    from dualpipe.simulate import simulate
+    from dualpipe.schedule.text import loads
+    from dualpipe.timeline.simulate import simulate
 
     try:
         schedule = loads(text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TABLES, TIMES = "dualpipe/generate.py", "proofs/theorems"
+TABLES, TIMES = "dualpipe/schedule/generate.py", "proofs/theorems"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Places:
     rows:
         As ``ci.expand`` gives them: which row made each op.
     lines:
-        For each table and row the line in ``dualpipe/generate.py``.
+        For each table and row the line in ``dualpipe/schedule/generate.py``.
     changed:
         The lines of that file that the change touches: of several places of a finding, the one there is told.
     cause:

@@ -10,7 +10,7 @@ from ci.golden import Expansion
 from ci.outcome import Finding, Outcome, Verdict
 
 CHANGELOG = "CHANGELOG.md"
-GENERATOR = "dualpipe/generate.py"
+GENERATOR = "dualpipe/schedule/generate.py"
 
 
 def goldens(expected: Expansion, kept: Mapping[str, str]) -> Outcome:

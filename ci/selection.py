@@ -35,7 +35,7 @@ PROVE, THEOREMS, TRIAL, MEGATRON, RUNTIME = (
     "proofs/theorems/prove.py",
     "reference/verify.py",
     "reference/megatron/verify.py",
-    "dualpipe/execute.py",
+    "dualpipe/runtime/executor.py",
 )
 DOCUMENTATION, LINKS = "tests/docs/test_documentation.py", "tests/docs/test_links.py"
 PAGE_TESTS = (

@@ -40,7 +40,7 @@ def _section(change: Mapping[str, Any]) -> Any:
     from dualpipe.cli.page import comparison
     from dualpipe.errors import RuleError
     from dualpipe.page.model import Comparison, Table
-    from dualpipe.schedulefile import loads
+    from dualpipe.schedule.text import loads
     from proofs.prove import prove
 
     try:

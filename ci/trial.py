@@ -28,7 +28,7 @@ wrong is told as such, and not as the weights that follow from it."""
 
 def try_file(path: Path, blocking: bool) -> dict[str, object]:
     """The report on one schedule file.  Raises ``RuleError``, ``UndecidedError``, ``OSError``."""
-    from dualpipe.schedulefile import load
+    from dualpipe.schedule.text import load
     from reference.verify import make_case, verify
 
     case = make_case(load(path), "fp32", STEPS, SEED, "cpu", "direct", blocking, TIMEOUT_S)

@@ -13,9 +13,9 @@ from dualpipe import _imports as _imports  # first of all: for the command it pu
 import importlib
 from typing import Any
 
-from dualpipe.generate import dualpipe, dualpipev, one_f_one_b, zb1p
 from dualpipe.schedule import DOWN, UP, Kind, Lane, Op, Schedule
-from dualpipe.schedulefile import dumps, load, loads
+from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b, zb1p
+from dualpipe.schedule.text import dumps, load, loads
 
 _DEEPSEEK = ("DualPipe", "DualPipeV", "WeightGradStore", "set_p2p_tensor_dtype", "set_p2p_tensor_shapes")
 
@@ -43,5 +43,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _DEEPSEEK:
-        return getattr(importlib.import_module("dualpipe.deepseek"), name)
+        return getattr(importlib.import_module("dualpipe.runtime.deepseek"), name)
     raise AttributeError(f"module 'dualpipe' has no attribute {name!r}")

@@ -10,14 +10,15 @@ from typing import Self
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dualpipe.execute import Boundary, Observer, StepError, Worker, run_step
-from dualpipe.modules import Criterion, Feed, ModuleComputation, Stages, StepResult
-from dualpipe.replicas import Replicas
-from dualpipe.schedule import MESSAGES, Lane, RuleError, Schedule
-from dualpipe.schedulefile import digest
-from dualpipe.splitlinear import split_linears
-from dualpipe.transport import MessageError, ProcessGroupTransport, TensorSpec, Transport
-from dualpipe.weightgrad import WeightGradStore
+from dualpipe.errors import RuleError
+from dualpipe.runtime.executor import Boundary, Observer, StepError, Worker, run_step
+from dualpipe.runtime.modules import Criterion, Feed, ModuleComputation, Stages, StepResult
+from dualpipe.runtime.replicas import Replicas
+from dualpipe.runtime.split_linear import split_linears
+from dualpipe.runtime.transport import MessageError, ProcessGroupTransport, TensorSpec, Transport
+from dualpipe.runtime.weightgrad import WeightGradStore
+from dualpipe.schedule import MESSAGES, Lane, Schedule
+from dualpipe.schedule.text import digest
 
 _SUMMED: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
 """The parameters whose gradients a pipeline has summed over the lanes since its last step on them."""
@@ -55,7 +56,7 @@ class Pipeline:
     blocking:
         Wait for every message of a slot before going on, as a plain batch-and-wait program does.
     observe:
-        Called after every op with when it began and ended (see ``dualpipe.execute.Observer``).
+        Called after every op with when it began and ended (see ``dualpipe.runtime.executor.Observer``).
     split_backward:
         Leave the weight gradients of linear layers to W.  If false every backward is whole, and W does nothing.
     """

@@ -1,6 +1,6 @@
 """Which send meets which receive, for what is *told* about a deadlock: who the partner is, and where it stands.
 
-No verdict rests on it: ``proofs.progress`` counts messages while it runs, and ``proofs.meeting`` matches for itself.
+No verdict rests on it: ``proofs.deadlock_search`` counts messages as it runs, ``proofs.deadlock_smt`` matches alone.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.schedule import COMPUTE, Kind, Lane, Op, Program, RuleError, Schedule, Slot
+from dualpipe.errors import RuleError
+from dualpipe.schedule import COMPUTE, Kind, Lane, Op, Program, Schedule, Slot
 from dualpipe.schedule import B as BACKWARD
 from dualpipe.schedule import F as FORWARD
 from dualpipe.schedule import W as WEIGHT

@@ -24,7 +24,8 @@ from itertools import count
 
 import z3
 
-from dualpipe.schedule import DOWN, UP, B, F, Op, RuleError, W
+from dualpipe.errors import RuleError
+from dualpipe.schedule import DOWN, UP, B, F, Op, W
 from proofs.theorems.two_way import dualpipe
 from proofs.verdict import Proved, Unknown
 

@@ -1,6 +1,6 @@
 """The six checks for one schedule, each by two methods, and the report.
 
-``graph`` (plain search) and ``z3`` share nothing but the schedule value; where both decide and differ the run
+``search`` (plain search) and ``z3`` share nothing but the schedule value; where both decide and differ the run
 crashes with both answers.  Where Z3 gives up, a proof by the graph alone is reported as unknown; a refutation
 stands, since its finding can be looked up.  So what the graph has refuted is put to Z3 only where that costs little:
 in a schedule of at most ``SECOND_OPINION`` ops and stages.
@@ -16,7 +16,9 @@ from itertools import count
 from typing import Any
 
 from dualpipe.schedule import Schedule
-from proofs import bounded, graph, meeting, progress, solver
+from proofs import deadlock_search, deadlock_smt, solver
+from proofs import search as by_search
+from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
@@ -190,18 +192,18 @@ def prove(
         return judge(schedule, name, search, problem if smt else None, timeout_s)
 
     def deadlock(model: Model) -> Result:
-        search, problem = (partial(method.deadlock, schedule, model) for method in (progress, meeting))
+        search, problem = (partial(method.deadlock, schedule, model) for method in (deadlock_search, deadlock_smt))
         return check(f"deadlock, {model}", search, problem)
 
-    bounded_memory = None if bound is None else partial(bounded.memory, schedule, bound)
+    bounded_memory = None if bound is None else partial(by_smt.memory, schedule, bound)
     checks = {
-        "complete": check("complete", lambda: graph.complete(schedule), lambda: bounded.complete(schedule)),
-        "order": check("order", lambda: graph.order(schedule), lambda: bounded.order(schedule)),
-        "messages": check("messages", lambda: graph.messages(schedule), lambda: bounded.messages(schedule)),
+        "complete": check("complete", lambda: by_search.complete(schedule), lambda: by_smt.complete(schedule)),
+        "order": check("order", lambda: by_search.order(schedule), lambda: by_smt.order(schedule)),
+        "messages": check("messages", lambda: by_search.messages(schedule), lambda: by_smt.messages(schedule)),
         "deadlock": under_all({str(model): deadlock(model) for model in models}),
         "memory": check("memory", lambda: within(schedule, bound), bounded_memory),
         "accumulation": check(
-            "accumulation", lambda: graph.accumulation(schedule), lambda: bounded.accumulation(schedule)
+            "accumulation", lambda: by_search.accumulation(schedule), lambda: by_smt.accumulation(schedule)
         ),
     }
     peaks = peak_activations(schedule)
@@ -223,7 +225,7 @@ def judge(
     verdict = by_graph
     if problem is not None and not (isinstance(by_graph, Refuted) and _size(schedule) > SECOND_OPINION):
         started = time.perf_counter()
-        by_z3 = bounded.verdict(problem(), timeout_s)
+        by_z3 = by_smt.verdict(problem(), timeout_s)
         seconds["z3"] = time.perf_counter() - started
         verdict = settle(check, by_graph, by_z3)
     prefix = None
@@ -279,7 +281,7 @@ def smtlib(schedule: Schedule, model: Model, max_activations: int | None = None)
 def problems(schedule: Schedule, model: Model, max_activations: int | None = None) -> list[Problem]:
     """The obligations of all checks, as Z3 gets them, in the order of ``CHECKS``."""
     bound = bound_of(schedule, max_activations)
-    found = [bounded.complete(schedule), bounded.order(schedule), bounded.messages(schedule)]
-    found.append(meeting.deadlock(schedule, model))
-    found += [bounded.memory(schedule, bound)] if bound is not None else []
-    return [*found, bounded.accumulation(schedule)]
+    found = [by_smt.complete(schedule), by_smt.order(schedule), by_smt.messages(schedule)]
+    found.append(deadlock_smt.deadlock(schedule, model))
+    found += [by_smt.memory(schedule, bound)] if bound is not None else []
+    return [*found, by_smt.accumulation(schedule)]

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from dualpipe import perfetto
-from dualpipe.perfetto import Scaled
-from dualpipe.recording import Idle, Recording, Work, simulated
 from dualpipe.schedule import COMPUTE, RECEIVES, SENDS, B, F, Op, Placed, Schedule, W
-from dualpipe.simulate import simulate
-from dualpipe.summary import headline, tell_costs
-from dualpipe.timeline import Costs, Message
+from dualpipe.timeline import perfetto
+from dualpipe.timeline.perfetto import Scaled
+from dualpipe.timeline.run_log import Idle, Recording, Work, simulated
+from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.summary import headline, tell_costs
+from dualpipe.timeline.timeline import Costs, Message
 from reference.stopwatch import StepTimes, Stretch
 from reference.verify import PROCESSES, Report
 

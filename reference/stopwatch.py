@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dualpipe.runtime.transport import Message, Transport
 from dualpipe.schedule import Op, Slot
-from dualpipe.transport import Message, Transport
 
 
 class Stretch(NamedTuple):
@@ -44,7 +44,7 @@ class Stopwatch:
         self._waits: dict[str, Stretch] = {}
 
     def observe(self, slot: Slot, op: Op, began: float, ended: float) -> None:
-        """An ``dualpipe.execute.Observer``."""
+        """An ``dualpipe.runtime.executor.Observer``."""
         self._ops.append((op, Stretch(began, ended)))
 
     def waited(self, message: Message, began: float, ended: float) -> None:

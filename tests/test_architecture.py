@@ -42,27 +42,35 @@ def files(folder: str) -> list[Path]:
     return found
 
 
-PURE = [
-    "_imports",
-    "called",
-    "cells",
-    "errors",
-    "files",
-    "generate",
-    "lower",
-    "palette",
-    "perfetto",
-    "recording",
-    "schedule",
-    "schedulefile",
-]
-PURE += ["simulate", "summary", "table", "timeline", "torchcsv"]
-PURE += [f"page/{path.stem}" for path in files("dualpipe/page")]
+DRAWN_BY_LIBRARIES = ("dualpipe/timeline/picture.py", "dualpipe/timeline/terminal.py")
+PURE = [path for folder in ("schedule", "timeline", "page") for path in files(f"dualpipe/{folder}")]
+PURE += [ROOT / "dualpipe" / f"{name}.py" for name in ("_imports", "errors", "files", "lower", "simulate", "torchcsv")]
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_the_schedule_and_what_only_computes_on_it_need_the_standard_library_alone(name):
-    assert packages(ROOT / "dualpipe" / f"{name}.py") <= STANDARD | {"dualpipe"}
+@pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_schedule_and_what_only_computes_on_it_need_the_standard_library_alone(path):
+    if str(path.relative_to(ROOT)) not in DRAWN_BY_LIBRARIES:
+        assert packages(path) <= STANDARD | {"dualpipe"}
+
+
+def own_parts(path: Path) -> set[str]:
+    """The parts of ``dualpipe`` that a file imports: ``schedule`` of ``dualpipe.schedule.text``."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("dualpipe.")}
+
+
+def test_the_parts_of_production_import_in_one_direction():
+    """errors <- schedule <- timeline <- page;  schedule <- runtime <- megatron;  the recorder apart."""
+    may_import = {
+        "schedule": {"errors", "files", "schedule"},
+        "timeline": {"errors", "files", "schedule", "timeline"},
+        "page": {"errors", "schedule", "timeline", "page"},
+        "runtime": {"errors", "schedule", "runtime", "pipeline"},
+        "megatron": {"errors", "schedule", "runtime", "megatron"},
+        "record": {"errors", "files", "schedule", "record"},
+    }
+    for part, allowed in may_import.items():
+        for path in files(f"dualpipe/{part}"):
+            assert own_parts(path) <= allowed, path
 
 
 def test_production_imports_neither_of_its_judges():
@@ -71,22 +79,17 @@ def test_production_imports_neither_of_its_judges():
             assert not packages(path) & {"reference", "proofs", "z3"}, path
 
 
-def test_the_command_line_reaches_the_heavy_packages_lazily():
-    for path in files("dualpipe/cli"):
-        assert not packages(path, lazily=False) & {"reference", "proofs", "z3", "torch", "megatron", "matplotlib"}, path
-
-
 def test_only_the_picture_imports_matplotlib():
     for folder in ("dualpipe", "reference", "proofs"):
         for path in files(folder):
-            if path != ROOT / "dualpipe" / "picture.py":
+            if path != ROOT / "dualpipe/timeline/picture.py":
                 assert "matplotlib" not in packages(path), path
 
 
 def test_only_the_command_line_and_the_terminal_import_rich():
     for folder in ("dualpipe", "reference", "proofs"):
         for path in files(folder):
-            if "cli" not in path.parts and path != ROOT / "dualpipe" / "terminal.py":
+            if "cli" not in path.parts and path != ROOT / "dualpipe/timeline/terminal.py":
                 assert not packages(path) & {"rich", "typer"}, path
 
 
@@ -121,7 +124,7 @@ def test_the_oracle_knows_no_schedule():
 
 
 def test_fake_ranks_share_the_schedule_value_with_production_and_nothing_else():
-    allowed = {"dualpipe.errors", "dualpipe.schedule", "dualpipe.schedulefile"}
+    allowed = {"dualpipe.errors", "dualpipe.schedule", "dualpipe.schedule.text"}
     for name in ("fake", "fault", "ledger", "mailbox", "rank", "replica"):
         modules = {m for m in imports(ROOT / "reference" / f"{name}.py") if m.startswith("dualpipe")}
         assert {".".join(m.split(".")[:2]) for m in modules} <= allowed
@@ -145,16 +148,24 @@ def test_the_oracle_on_megatron_sees_neither_other_party_nor_megatrons_schedules
 
 
 def test_proofs_read_the_schedule_and_never_the_simulator_or_the_runtime():
-    judged = {"errors", "schedule", "schedulefile"}
-    tables = {"table", "generate"}
+    value = {"errors", "schedule"}
+    makers = {f"dualpipe.schedule.{name}" for name in ("generate", "lower", "phase_table", "torch_table", "entrypoint")}
+    tables = {"dualpipe.schedule.generate", "dualpipe.schedule.phase_table"}
     for path in files("proofs"):
-        modules = {m.split(".")[1] for m in imports(path) if m.startswith("dualpipe.")}
-        assert modules <= (judged | tables if "theorems" in path.parts else judged), path
+        assert own_parts(path) <= value, path
+        assert not imports(path) & (makers - tables if "theorems" in path.parts else makers), path
         assert "reference" not in packages(path)
 
 
-def test_importing_dualpipe_loads_neither_torch_nor_z3_nor_megatron_nor_matplotlib():
-    code = "import sys, dualpipe; print(*sorted({'torch', 'z3', 'megatron', 'matplotlib'} & sys.modules.keys()))"
+HEAVY = {"torch", "z3", "megatron", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unloaded"), [("dualpipe", HEAVY), ("dualpipe.cli", HEAVY | {"proofs", "reference"})], ids=str
+)
+def test_importing_loads_nothing_heavy(module, unloaded):
+    """The command line reaches the heavy packages when a command needs them."""
+    code = f"import sys, {module}; print(*sorted({unloaded} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.split() == []
 

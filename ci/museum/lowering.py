@@ -2,7 +2,7 @@
 
 from ci.museum.exhibit import fault
 
-LOWER = "dualpipe/lower.py"
+LOWER = "dualpipe/schedule/lower.py"
 
 FAULTS = (
     fault(

@@ -5,7 +5,7 @@ from ci.museum.exhibit import Edit, fault
 GROUPS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
     f"dualpipe/megatron/{name}.py" for name in ("groups", "layers", "model", "optimizer", "random_streams")
 )
-WEIGHTGRAD, SPLITLINEAR = "dualpipe/weightgrad.py", "dualpipe/splitlinear.py"
+WEIGHTGRAD, SPLITLINEAR = "dualpipe/runtime/weightgrad.py", "dualpipe/runtime/split_linear.py"
 ACCUMULATE = "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n"
 
 FAULTS = (

@@ -2,7 +2,7 @@
 
 from ci.museum.exhibit import fault
 
-TRANSPORT = "dualpipe/transport.py"
+TRANSPORT = "dualpipe/runtime/transport.py"
 
 FAULTS = (
     fault(

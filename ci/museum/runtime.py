@@ -3,10 +3,10 @@
 from ci.museum.exhibit import Edit, fault
 
 EXECUTE, MODULES, PIPELINE, REPLICAS = (
-    "dualpipe/execute.py",
-    "dualpipe/modules.py",
+    "dualpipe/runtime/executor.py",
+    "dualpipe/runtime/modules.py",
     "dualpipe/pipeline.py",
-    "dualpipe/replicas.py",
+    "dualpipe/runtime/replicas.py",
 )
 
 FAULTS = (

@@ -2,7 +2,7 @@
 
 from ci.museum.exhibit import Edit, fault
 
-GENERATE, TABLE = "dualpipe/generate.py", "dualpipe/table.py"
+GENERATE, TABLE = "dualpipe/schedule/generate.py", "dualpipe/schedule/phase_table.py"
 
 FAULTS = (
     fault(

@@ -5,7 +5,7 @@ from ci.museum.exhibit import Edit, harmless
 CHANGES = (
     harmless(
         "a comment",
-        "dualpipe/execute.py",
+        "dualpipe/runtime/executor.py",
         "class _Step:\n",
         "# one object a step, and none is kept\nclass _Step:\n",
     ),
@@ -17,20 +17,24 @@ CHANGES = (
     ),
     harmless(
         "a local variable renamed",
-        "dualpipe/lower.py",
+        "dualpipe/schedule/lower.py",
         "    homes = _homes(schedule)\n    starts = _earliest_starts(schedule, homes)",
         "    where = _homes(schedule)\n    starts = _earliest_starts(schedule, where)",
-        Edit("dualpipe/lower.py", "sorted(_events(schedule, homes, starts)", "sorted(_events(schedule, where, starts)"),
+        Edit(
+            "dualpipe/schedule/lower.py",
+            "sorted(_events(schedule, homes, starts)",
+            "sorted(_events(schedule, where, starts)",
+        ),
     ),
     harmless(
         "messages that need not be joined in a batch sent one after the other",
-        "dualpipe/lower.py",
+        "dualpipe/schedule/lower.py",
         "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE:",
         "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE and len(slot) > 1:",
     ),
     harmless(
         "in the phase table a receive put before a send of the same batch",
-        "dualpipe/generate.py",
+        "dualpipe/schedule/generate.py",
         '"5 forwards end", N - h - 1, "RB1 B1+W1 SB1 RF1 RB0',
         '"5 forwards end", N - h - 1, "RB1 B1+W1 RF1 SB1 RB0',
     ),

@@ -2,8 +2,8 @@
 
 from ci.museum.exhibit import fault
 
-WEIGHTGRAD = "dualpipe/weightgrad.py"
-SPLITLINEAR = "dualpipe/splitlinear.py"
+WEIGHTGRAD = "dualpipe/runtime/weightgrad.py"
+SPLITLINEAR = "dualpipe/runtime/split_linear.py"
 
 FAULTS = (
     fault(

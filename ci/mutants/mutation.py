@@ -13,7 +13,12 @@ from random import Random
 from ci.errors import GateError
 
 PACKAGES = ("dualpipe/", "proofs/", "reference/")
-PRESENTATION = ("dualpipe/page/", "dualpipe/palette.py", "dualpipe/picture.py", "dualpipe/terminal.py")
+PRESENTATION = (
+    "dualpipe/page/",
+    "dualpipe/timeline/palette.py",
+    "dualpipe/timeline/picture.py",
+    "dualpipe/timeline/terminal.py",
+)
 """What only draws: sizes and colours there have no right or wrong that a test could hold."""
 
 _TEXTS = frozenset({"__repr__", "__str__", "describe", "told"})
@@ -63,7 +68,7 @@ def sources(root: Path, tracked: Iterable[str], files: Sequence[str]) -> list[st
         raise GateError(
             f"mutants are drawn from the sources in {', '.join(PACKAGES)}",
             f"no file there begins with {' or '.join(wanted)}",
-            "give paths or folders, such as FILES=dualpipe/lower.py",
+            "give paths or folders, such as FILES=dualpipe/schedule/lower.py",
         )
     return found
 

@@ -22,7 +22,7 @@ TESTS = {
     "dualpipe/page/": ("tests/page",),
     "proofs/": ("tests/proofs", "tests/soundness"),
     "proofs/theorems/": ("tests/proofs/theorems",),
-    "proofs/command.py": ("tests/cli",),
+    "dualpipe/cli/proving.py": ("tests/cli",),
     "reference/": ("tests/reference", "tests/production", "tests/cli/test_verify.py"),
     "reference/measured.py": ("tests/pictures",),
     "reference/stopwatch.py": ("tests/pictures",),

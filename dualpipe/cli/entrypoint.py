@@ -1,8 +1,8 @@
 """``module:function``: a function of somebody's own that returns schedules.
 
-The function runs in a process of its own (``dualpipe.called``), which hands back text.  What is proved is the schedule
-parsed from that text, as if it had been read from a file, and nothing that the foreign code does can end this process
-or change a module of it.  Whatever ends without handing back text is bad input.
+The function runs in a process of its own (``dualpipe.schedule.entrypoint``), which hands back text.  What is proved is
+the schedule parsed from that text, as if it had been read from a file, and nothing that the foreign code does can end
+this process or change a module of it.  Whatever ends without handing back text is bad input.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from dualpipe._imports import is_installed, own_path
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.text import loads
 
 LIMIT_SECONDS = 60.0
 """How long an entry point may take unless ``--entry-timeout`` says otherwise."""
@@ -41,7 +41,7 @@ _START = """\
 import sys
 path = sys.path[:]
 sys.path[:] = {path!r}
-from dualpipe.called import serve
+from dualpipe.schedule.entrypoint import serve
 serve(*{arguments!r}, path)
 """
 

@@ -11,9 +11,9 @@ import typer
 
 from dualpipe.cli import entrypoint
 from dualpipe.errors import RuleError, nearest
-from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import Schedule
-from dualpipe.schedulefile import load
+from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.text import load
 
 NAMES = ", ".join(PLANS)
 MOST_SECONDS = 1_000_000
@@ -156,7 +156,7 @@ def read_schedule(path: Path) -> Schedule:
     """A schedule file, or where the name ends in ``.csv`` torch.distributed.pipelining's compute-only table."""
     try:
         if path.suffix == ".csv":
-            from dualpipe.torchcsv import load_csv
+            from dualpipe.schedule.torch_table import load_csv
 
             return load_csv(path)
         return load(path)

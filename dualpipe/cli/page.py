@@ -12,7 +12,7 @@ from dualpipe.page.model import Comparison, Counterexample, Mark, Page, Table
 from dualpipe.schedule import COMPUTE, Op, Placed, Schedule
 
 if TYPE_CHECKING:
-    from proofs.command import Outcome
+    from dualpipe.cli.proving import Outcome
     from proofs.findings import Finding, Mismatch, OverBound, Wait
     from proofs.prove import Report, Result
 

@@ -27,7 +27,7 @@ from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 
 if TYPE_CHECKING:
-    from proofs.command import Outcome, Source
+    from dualpipe.cli.proving import Outcome, Source
 
 
 @app.command(
@@ -91,7 +91,7 @@ def prove(
     130: ended by Ctrl-C
     With several schedules it is the worst of them: 2, then 1, 3, 0.
     """
-    from proofs import command
+    from dualpipe.cli import proving
 
     if all_sizes or optimal:
         judging: dict[str, object] = {
@@ -121,13 +121,13 @@ def prove(
     with progress() as begin:
         if all_sizes:
             family = schedule if _was_given(context, "schedule") else None
-            raise typer.Exit(interruptible(lambda: command.prove_all_sizes(as_json, begin, family)))
+            raise typer.Exit(interruptible(lambda: proving.prove_all_sizes(as_json, begin, family)))
         if optimal:
             size = 4 if ranks is None else ranks
             count = 2 * size if microbatches is None else microbatches
-            raise typer.Exit(interruptible(lambda: command.prove_optimal(size, count, solver_timeout, as_json, begin)))
+            raise typer.Exit(interruptible(lambda: proving.prove_optimal(size, count, solver_timeout, as_json, begin)))
         to_smtlib = next((each.write for each in files if each.form is SMTLIB), None)
-        options = command.Options(model, max_activations, bytes_for_b, bytes_for_w, to_smtlib, solver_timeout, as_json)
+        options = proving.Options(model, max_activations, bytes_for_b, bytes_for_w, to_smtlib, solver_timeout, as_json)
         sources: list[Source]
         if schedules:
             sources = [source for name in schedules for source in _sources(name, ranks, microbatches, entry_timeout)]
@@ -135,7 +135,7 @@ def prove(
             value = find_schedule(schedule, ranks, microbatches, entry_timeout)
             sources = [(schedule, lambda: value)]
         outcomes: list[Outcome] = []
-        code = interruptible(lambda: command.prove_sources(sources, options, outcomes.append, begin))
+        code = interruptible(lambda: proving.prove_sources(sources, options, outcomes.append, begin))
     for page in (each for each in files if each.form is HTML):
         from dualpipe.cli.page import proofs_page
 

@@ -15,8 +15,8 @@ from dualpipe.cli.options import Cost, EntryTimeout, Json, Microbatches, Named, 
 from dualpipe.cli.targets import PNG, SVG, Target, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedulefile import as_json as schedule_as_json
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.text import as_json as schedule_as_json
+from dualpipe.schedule.text import dumps
 
 
 @app.command(
@@ -55,20 +55,20 @@ def show(
 
 
 def _draw(schedule: Schedule, timeline: bool, pictures: list[Target], cost: str | None) -> None:
-    from dualpipe.simulate import simulate
-    from dualpipe.summary import parse_costs
+    from dualpipe.timeline.simulate import simulate
+    from dualpipe.timeline.summary import parse_costs
 
     times = simulate(schedule, parse_costs(cost or ""))
     if timeline:
         from rich.console import Console
 
-        from dualpipe.terminal import lines
+        from dualpipe.timeline.terminal import lines
 
         console = Console(highlight=False)
         for line in lines(times, console.width):
             console.print(line, soft_wrap=True)
     if pictures:
-        from dualpipe.picture import draw, render
+        from dualpipe.timeline.picture import draw, render
 
         figure = draw(times)
         for picture in pictures:

@@ -32,8 +32,8 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a schedule on ideal ranks: makespan, bubble, peak activations and pending weight gradients."""
-    from dualpipe.simulate import simulate as run
-    from dualpipe.summary import parse_costs, summarise, tell
+    from dualpipe.timeline.simulate import simulate as run
+    from dualpipe.timeline.summary import parse_costs, summarise, tell
 
     name = choose(positional, schedule)
     traces = target("--trace", trace, TRACE)
@@ -41,7 +41,7 @@ def simulate(
     value = find_schedule(name, ranks, microbatches, entry_timeout)
     timeline = run(value, parse_costs(cost or ""), blocking=blocking)
     for each in traces:
-        from dualpipe.perfetto import dumps, of_timeline
+        from dualpipe.timeline.perfetto import dumps, of_timeline
 
         each.write(dumps(of_timeline(timeline)))
     summary = summarise(timeline)

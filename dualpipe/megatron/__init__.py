@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     from dualpipe.megatron.checkpoint import load_checkpoint as load_checkpoint
     from dualpipe.megatron.checkpoint import save_checkpoint as save_checkpoint
     from dualpipe.megatron.checkpoint import sharded_state_dict as sharded_state_dict
+    from dualpipe.megatron.installation import get_forward_backward_func as get_forward_backward_func
+    from dualpipe.megatron.installation import install as install
+    from dualpipe.megatron.installation import installed as installed
+    from dualpipe.megatron.installation import uninstall as uninstall
     from dualpipe.megatron.iterators import split_data_iterator as split_data_iterator
     from dualpipe.megatron.model import build_dualpipe_model as build_dualpipe_model
     from dualpipe.megatron.optimizer import build_dualpipe_optimizer as build_dualpipe_optimizer
     from dualpipe.megatron.schedule import forward_backward_dualpipe as forward_backward_dualpipe
-    from dualpipe.megatron.select import get_forward_backward_func as get_forward_backward_func
-    from dualpipe.megatron.select import install as install
-    from dualpipe.megatron.select import installed as installed
-    from dualpipe.megatron.select import uninstall as uninstall
 
 _HOME = {
     "add_dualpipe_args": "arguments",
     "build_dualpipe_model": "model",
     "build_dualpipe_optimizer": "optimizer",
     "forward_backward_dualpipe": "schedule",
-    "get_forward_backward_func": "select",
-    "install": "select",
-    "installed": "select",
+    "get_forward_backward_func": "installation",
+    "install": "installation",
+    "installed": "installation",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
     "sharded_state_dict": "checkpoint",
     "split_data_iterator": "iterators",
-    "uninstall": "select",
+    "uninstall": "installation",
     "validate_dualpipe_args": "arguments",
 }
 

@@ -12,10 +12,10 @@ import torch
 from megatron.core.pipeline_parallel.schedules import check_first_val_step, forward_step
 from torch import Tensor, nn
 
-from dualpipe.execute import OrderError, Tensors
 from dualpipe.megatron.losses import detached
 from dualpipe.megatron.model import Chunk
 from dualpipe.megatron.position import at_stage
+from dualpipe.runtime.executor import OrderError, Tensors
 from dualpipe.schedule import B, Lane, Op, Schedule, W
 
 NoSync = Callable[[], AbstractContextManager[object]]
@@ -36,7 +36,7 @@ class Call:
 
 @dataclass
 class MegatronComputation:
-    """A step on Megatron's chunks; a ``dualpipe.execute.Computation``.
+    """A step on Megatron's chunks; a ``dualpipe.runtime.executor.Computation``.
 
     ``collected[lane]`` is what the loss function returned, microbatch by microbatch, where the rank holds the last
     stage of the lane; ``tokens`` is the sum of the numbers of tokens that it returned.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualpipe.runtime.transport import Message, TensorSpec, Transport
 from dualpipe.schedule import DOWN, UP, Lane
-from dualpipe.transport import Message, TensorSpec, Transport
 
 _ABSENT = object()
 

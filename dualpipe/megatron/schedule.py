@@ -14,17 +14,17 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
 from dualpipe.errors import RuleError
-from dualpipe.execute import Worker, run_step
-from dualpipe.generate import generate
 from dualpipe.megatron.computation import Call, MegatronComputation, token_count
 from dualpipe.megatron.data_parallel import reduced_once, require_trainable
 from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import bring_losses
 from dualpipe.megatron.model import Chunk, Pipeline, chunk_of, require_chunks
 from dualpipe.megatron.random_streams import follow_rerun
+from dualpipe.runtime.executor import Worker, run_step
+from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import DOWN, RF, SF, UP, F, Lane, Schedule
-from dualpipe.schedulefile import digest
-from dualpipe.transport import TensorSpec
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import digest
 
 
 def forward_backward_dualpipe(
@@ -56,9 +56,9 @@ def forward_backward_dualpipe(
 
     Training needs an even number of microbatches, at least twice the pipeline size; with ``forward_only`` any number
     will do.  Raises ``RuleError`` for what is not supported and where the data ends early,
-    ``dualpipe.execute.StepError`` where a message does not come in time, and ``DisagreementError`` where ranks were
-    set up differently.  Any exception within a step, that of a forward step or of its data too, ends the step on every
-    rank of the pipeline and spoils it: the next call raises ``dualpipe.transport.SpoiledError``.
+    ``dualpipe.runtime.executor.StepError`` where a message does not arrive in time, and ``DisagreementError`` where
+    ranks were set up differently.  Any exception within a step, that of a forward step or of its data too, ends the
+    step on every rank of the pipeline and spoils it: the next call raises ``dualpipe.runtime.transport.SpoiledError``.
     """
     if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
         raise RuleError(

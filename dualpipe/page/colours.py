@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from dualpipe.palette import DARK, LIGHT, Colour, Scheme, colour, ink, line
 from dualpipe.schedule import B, F, W
+from dualpipe.timeline.palette import DARK, LIGHT, Colour, Scheme, colour, ink, line
 
 
 def style(counts: Iterable[int]) -> str:

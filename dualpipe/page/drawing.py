@@ -15,7 +15,7 @@ peers       for each message op the rank at the other end, or null
 meets       numbers of a send and of the receive that it met, one after the other
 waits       who goes no further: the number of the op that stands there, and the reason
 changed     for each rank the slots that the other schedule does not have
-tones       for each lane the tone of each stage, by number (``dualpipe.cells.Tone``), and ``names`` those of the tones
+tones       for each lane the tone of each stage, by number (``dualpipe.timeline.chart.Tone``); ``names`` has the tones'
 ==========  =====================================================================================================
 """
 
@@ -26,11 +26,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.cells import Tone, named, tones
 from dualpipe.errors import RuleError
 from dualpipe.page.model import Mark
 from dualpipe.schedule import COMPUTE, MESSAGES, Op, Placed, Schedule, show_slot
-from dualpipe.simulate import Costs, Stuck, Timeline, Wait, simulate
+from dualpipe.timeline.chart import Tone, named, tones
+from dualpipe.timeline.simulate import Costs, Stuck, Timeline, Wait, simulate
 
 
 @dataclass(frozen=True)

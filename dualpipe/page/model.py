@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualpipe.schedule import Schedule
-from dualpipe.timeline import Costs
+from dualpipe.timeline.timeline import Costs
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Comparison:
     tables:
         Shown below the timelines, before the numbers and the changed slots, which the page works out by itself.
     costs, blocking:
-        How the timelines are simulated; see ``dualpipe.simulate``.
+        How the timelines are simulated; see ``dualpipe.timeline.simulate``.
     """
 
     name: str

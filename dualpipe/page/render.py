@@ -16,13 +16,13 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from dualpipe.cells import tones
 from dualpipe.page import colours
 from dualpipe.page.changes import Change, changed_lanes, changes
 from dualpipe.page.drawing import Run, drawing, marked, run
 from dualpipe.page.model import VERDICTS, Comparison, Counterexample, Page, Table
 from dualpipe.page.numbers import numbers
 from dualpipe.schedule import Schedule, show_slot
+from dualpipe.timeline.chart import tones
 
 _SCRIPTS = ("schedule", "layout", "view", "words", "paint", "arrows", "timeline", "section", "main")
 _MOST_OPEN = 40

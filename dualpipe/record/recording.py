@@ -15,7 +15,7 @@ from dualpipe.record.reach import lengthen
 from dualpipe.record.slots import notes_on_weights, programs
 from dualpipe.record.steps import busy_steps, check_cut, of_step
 from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.text import dumps
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Theorems: what holds of a named schedule at every size, proved with Z3 over free integers.
 
-The tables that ``dualpipe.generate`` expands are read with the sizes left open; see ``docs/explanation/theorems.md``.
+The tables that ``dualpipe.schedule.generate`` expands are read with the sizes left open; see
+``docs/explanation/theorems.md``.
 """
 
 from proofs.theorems.constraint import TableError as TableError

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import z3
 
-from dualpipe.schedule import RuleError
-from dualpipe.table import Affine, affine
+from dualpipe.errors import RuleError
+from dualpipe.schedule.phase_table import Affine, affine
 
 Values = Mapping[str, int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from dualpipe.table import Action, Affine, symbol
+from dualpipe.schedule.phase_table import Action, Affine, symbol
 from proofs.theorems.constraint import Values
 from proofs.theorems.obligation import Link
 from proofs.theorems.symbolic import Rank
@@ -27,7 +27,7 @@ class Family:
     Parameters
     ----------
     name, sizes:
-        The schedule's name in ``dualpipe.generate.PLANS``, and its sizes in words.
+        The schedule's name in ``dualpipe.schedule.generate.PLANS``, and its sizes in words.
     ranks, links:
         Together they must be all ranks and all ordered pairs that exchange messages (the coverage control looks).
     chunks:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from dualpipe.generate import PLANS, Plan
 from dualpipe.schedule import Schedule
+from dualpipe.schedule.generate import PLANS, Plan
 from proofs.theorems.constraint import Constraint, Constraints
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Link, Obligation, evaluate

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dualpipe.schedule import B, F
-from dualpipe.table import Action, Affine
+from dualpipe.schedule.phase_table import Action, Affine
 from proofs.theorems.constraint import at_least, substitute
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Obligation

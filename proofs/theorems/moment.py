@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 from dualpipe.schedule import MESSAGES
-from dualpipe.table import Affine, Step, affine
+from dualpipe.schedule.phase_table import Affine, Step, affine
 from proofs.theorems.constraint import Constraints, TableError, at_least, below, equal, substitute
 from proofs.theorems.family import Times
 from proofs.theorems.symbolic import Place, Rank, is_compute

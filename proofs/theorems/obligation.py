@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import z3
 
-from dualpipe.table import Action, Affine
+from dualpipe.schedule.phase_table import Action, Affine
 from proofs.theorems.constraint import Constraints, Values, formula
 from proofs.theorems.symbolic import Rank
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dualpipe.generate import ONE_F_ONE_B, ZB1P
 from dualpipe.schedule import RB, RF, SB, SF
-from dualpipe.table import Action, Affine, Table, symbol
+from dualpipe.schedule.generate import ONE_F_ONE_B, ZB1P
+from dualpipe.schedule.phase_table import Action, Affine, Table, symbol
 from proofs.theorems.constraint import at_least, below, equal
 from proofs.theorems.family import Bounds, Family, Times, i
 from proofs.theorems.obligation import Link

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from dualpipe.schedule import RB, RF, SB, SF, B, F, Kind, W
-from dualpipe.table import Action
+from dualpipe.schedule.phase_table import Action
 from proofs.theorems.constraint import at_least, equal
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Obligation

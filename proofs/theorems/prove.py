@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from proofs import progress as blocking_run
+from proofs import deadlock_search as blocking_run
 from proofs.models import BLOCKING
+from proofs.theorems.deadlock import deadlock, makespan
 from proofs.theorems.family import Family
 from proofs.theorems.instance import schedule_at
 from proofs.theorems.memory import live, memory
@@ -16,7 +17,6 @@ from proofs.theorems.moment import UntimedError
 from proofs.theorems.obligation import Discharge, Obligation, discharge
 from proofs.theorems.one_lane import one_f_one_b, zb1p
 from proofs.theorems.order import order
-from proofs.theorems.progress import deadlock, makespan
 from proofs.theorems.result import TheoremResult, counterexample
 from proofs.theorems.totals import totals
 from proofs.theorems.two_way import dualpipe, dualpipev

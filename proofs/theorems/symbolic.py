@@ -2,7 +2,8 @@
 
 A ``Place`` is one action of one step of one row, in an iteration that is itself a symbol.  Everything about it is
 then affine: its microbatch, its position among the messages of a channel, the number of computes before it.
-Nothing here expands a table, and nothing is written down twice: the rows are those that ``dualpipe.generate`` runs.
+Nothing here expands a table, and nothing is written down twice: the rows are those that ``dualpipe.schedule.generate``
+expands.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dualpipe.schedule import MESSAGES, B, W
-from dualpipe.table import Action, Affine, Row, Step, Table, affine, symbol
+from dualpipe.schedule.phase_table import Action, Affine, Row, Step, Table, affine, symbol
 from proofs.theorems.constraint import Constraints, at_least, below, substitute
 
 Mark = Callable[[Step, int], bool]

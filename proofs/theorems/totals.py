@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dualpipe.schedule import MESSAGES, B, F, W
-from dualpipe.table import Action
+from dualpipe.schedule.phase_table import Action
 from proofs.theorems.constraint import NEVER, at_least, equal
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Obligation

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dualpipe.generate import MIDDLE, OUTER
 from dualpipe.schedule import RB, RF, SB, SF, B, F
-from dualpipe.table import Action, Affine, Table, symbol
+from dualpipe.schedule.generate import MIDDLE, OUTER
+from dualpipe.schedule.phase_table import Action, Affine, Table, symbol
 from proofs.theorems.constraint import Constraints, at_least, equal
 from proofs.theorems.family import Bounds, Family, Times, i
 from proofs.theorems.obligation import Link

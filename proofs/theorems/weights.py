@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dualpipe.schedule import W
-from dualpipe.table import Affine
+from dualpipe.schedule.phase_table import Affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Obligation

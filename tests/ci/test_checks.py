@@ -267,7 +267,7 @@ def test_a_finding_points_to_the_row_that_the_change_touches_else_to_the_first_e
     data = {"send": {"rank": 0, "slot": 0, "op": ""}, "receive": {"rank": 0, "slot": 1, "op": ""}}
     assert Places(rows, lines_of_rows(SOURCE), frozenset(), cause).of("s", data).line == 2
     touched = Places(rows, lines_of_rows(SOURCE), frozenset({7}), cause).of("s", data)
-    assert (touched.path, touched.line, touched.what) == ("dualpipe/generate.py", 7, "row '2' of B")
+    assert (touched.path, touched.line, touched.what) == ("dualpipe/schedule/generate.py", 7, "row '2' of B")
     assert Places(rows, {}, frozenset(), cause).of("unknown", data) == cause
 
 

@@ -65,8 +65,8 @@ def test_without_a_change_it_passes(clone):
 
 
 def test_what_the_tree_prints_is_not_its_answer(clone):
-    text = (clone.root / "dualpipe/generate.py").read_text()
-    clone.put("dualpipe/generate.py", f"{text}\nprint('debug', '{{}}')\n")
+    text = (clone.root / "dualpipe/schedule/generate.py").read_text()
+    clone.put("dualpipe/schedule/generate.py", f"{text}\nprint('debug', '{{}}')\n")
     assert expansion(clone.root) == expansion(ROOT)
 
 
@@ -77,8 +77,13 @@ def test_a_tree_without_the_package_has_no_schedules_of_another(tmp_path):
 
 def test_sizes_that_a_schedule_no_longer_has_are_a_change(clone, kept):
     rule = 'f"{name} needs at least as many microbatches as ranks",'
-    replace(clone, "dualpipe/generate.py", rule, rule.replace("at least", "nearly at least"))
-    replace(clone, "dualpipe/generate.py", "        microbatches >= ranks,\n", "        microbatches >= ranks != 10,\n")
+    replace(clone, "dualpipe/schedule/generate.py", rule, rule.replace("at least", "nearly at least"))
+    replace(
+        clone,
+        "dualpipe/schedule/generate.py",
+        "        microbatches >= ranks,\n",
+        "        microbatches >= ranks != 10,\n",
+    )
     subprocess.run([sys.executable, "-m", "ci.golden", "--no-theorems"], cwd=clone.root, check=True, timeout=60)
     code, told = kept()
     assert code == 1
@@ -109,7 +114,7 @@ def test_a_golden_written_by_hand_is_refused(clone, kept):
 
 
 def test_a_table_whose_author_forgot_goldens_and_changelog_is_refused_for_both(clone, kept):
-    replace(clone, "dualpipe/generate.py", 'N - h - 1, "W RB0 B0 SB0"', 'N - h - 1, "RB0 B0 W SB0"')
+    replace(clone, "dualpipe/schedule/generate.py", 'N - h - 1, "W RB0 B0 SB0"', 'N - h - 1, "RB0 B0 W SB0"')
     code, told = kept()
     assert code == 1
     assert verdicts(told)["golden"] == "refused"
@@ -126,7 +131,7 @@ def test_a_table_whose_author_forgot_goldens_and_changelog_is_refused_for_both(c
 def test_a_refusal_reads_as_the_page_shows(clone):
     replace(
         clone,
-        "dualpipe/generate.py",
+        "dualpipe/schedule/generate.py",
         'H - 2 * N + h, "RF0 RB1 F0+B1+W1 SF0 SB1',
         'H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0',
     )
@@ -136,16 +141,16 @@ def test_a_refusal_reads_as_the_page_shows(clone):
     done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     (refusal,) = re.findall(r"^dualpipe/generate\.py.*\n(?:  .*\n)+", done.stdout, re.M)
-    assert not unlike(shown("dualpipe/generate.py"), refusal)
+    assert not unlike(shown("dualpipe/schedule/generate.py"), refusal)
 
 
 def test_a_tree_that_does_not_parse_is_refused_and_not_a_crash(clone):
-    clone.put("dualpipe/table.py", "def (\n")
+    clone.put("dualpipe/schedule/phase_table.py", "def (\n")
     code, told, _ = gate(clone)
     assert code == 1
     (finding,) = told["checks"][0]["findings"]
     assert "SyntaxError" in finding["message"]
-    assert (finding["path"], finding["line"]) == ("dualpipe/table.py", 1)
+    assert (finding["path"], finding["line"]) == ("dualpipe/schedule/phase_table.py", 1)
 
 
 def test_a_base_that_does_not_exist_is_bad_input(clone):

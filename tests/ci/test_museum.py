@@ -89,7 +89,7 @@ def test_a_harmless_change_must_pass():
 
 def test_exhibits_are_chosen_by_number_title_or_file():
     assert {exhibit.number for exhibit in chosen("4")} == {4}
-    assert {exhibit.path for exhibit in chosen("weightgrad.py")} == {"dualpipe/weightgrad.py"}
+    assert {exhibit.path for exhibit in chosen("weightgrad.py")} == {"dualpipe/runtime/weightgrad.py"}
     assert len(chosen(None)) == len(EXHIBITS)
     assert chosen("nothing like it") == []
 

@@ -95,4 +95,4 @@ def test_every_source_has_tests_that_are_there():
     for tests in TESTS.values():
         assert all((ROOT / path).exists() for path in tests)
     assert chosen_tests("proofs/theorems/order.py") == ("tests/proofs/theorems",)
-    assert "tests/production" in chosen_tests("dualpipe/transport.py")
+    assert "tests/production" in chosen_tests("dualpipe/runtime/transport.py")

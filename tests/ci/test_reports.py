@@ -32,7 +32,7 @@ STORY = "1f1b-P2-M4: rank 0 waits | for ever\nmade by row '2 last' of ONE_F_ONE_
 
 @pytest.fixture
 def refused():
-    finding = Finding("deadlock", STORY, "dualpipe/generate.py", 42, "1f1b-P2-M4", {"fault": "circle"})
+    finding = Finding("deadlock", STORY, "dualpipe/schedule/generate.py", 42, "1f1b-P2-M4", {"fault": "circle"})
     outcomes = (
         Outcome("golden", Verdict.PASSED, "always", "20 files are up to date"),
         Outcome("prove", Verdict.REFUSED, "1 schedules changed", "1 of 1 refuted", (finding,), 2.0),
@@ -41,7 +41,7 @@ def refused():
     )
     figures = {"makespan": 12.0, "bubble": 2.0, "peak_activations": [2, 1], "peak_pending_w": [0, 0], "messages": 8}
     change = ScheduleChange("1f1b-P2-M4", TEXT, LATER, figures, {"stuck": "every rank reaches its end: no"})
-    changed = (Changed("dualpipe/generate.py", b"a", b"b"),)
+    changed = (Changed("dualpipe/schedule/generate.py", b"a", b"b"),)
     return Judgement(BASE, changed, (change,), Selection(), outcomes, 405.0)
 
 
@@ -49,7 +49,7 @@ def test_the_summary_has_verdicts_stories_and_the_diff(refused):
     text = markdown(refused)
     assert text.startswith("# Schedule gate: ❌ Refused\n")
     assert "| ❔ | theorems | unknown: no answer within 400 s | 400.0 | the phase tables changed |" in text
-    assert "**deadlock** at `dualpipe/generate.py:42`" in text
+    assert "**deadlock** at `dualpipe/schedule/generate.py:42`" in text
     assert "```text\n1f1b-P2-M4: rank 0 waits | for ever\n" in text
     assert "| 1f1b-P2-M4 | changed | cannot finish: every rank reaches its end: no |" in text
     assert "```diff\n-rank 0:" in text
@@ -57,7 +57,7 @@ def test_the_summary_has_verdicts_stories_and_the_diff(refused):
 
 def test_the_summary_says_what_is_compared_and_what_judges_itself(refused):
     golden = Changed("tests/golden/1f1b-P2-M4.txt", b"a", b"b")
-    changed = (Changed("ci/judges.py", b"a", b"b"), Changed("dualpipe/generate.py", b"a", b"b"), golden)
+    changed = (Changed("ci/judges.py", b"a", b"b"), Changed("dualpipe/schedule/generate.py", b"a", b"b"), golden)
     mine = replace(refused, changed=changed)
     assert "differ from `000000000000` (where HEAD left main)" in markdown(mine)
     for text in (markdown(mine), terminal(mine, as_json=False)):
@@ -85,7 +85,7 @@ def test_junit_counts_failures_errors_and_skipped_apart(refused):
     suite = ET.fromstring(junit(refused)).find("testsuite")
     assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "1"]
     case = next(case for case in suite if case.find("failure") is not None)
-    assert (case.get("file"), case.get("line")) == ("dualpipe/generate.py", "42")
+    assert (case.get("file"), case.get("line")) == ("dualpipe/schedule/generate.py", "42")
     assert case.find("failure").get("message") == "1f1b-P2-M4: rank 0 waits | for ever"
 
 
@@ -129,7 +129,7 @@ def test_every_rule_that_a_finding_names_is_described():
 
 def test_the_text_names_the_place_first(refused):
     lines = terminal(refused, as_json=False).splitlines()
-    assert "dualpipe/generate.py:42: prove/deadlock" in lines
+    assert "dualpipe/schedule/generate.py:42: prove/deadlock" in lines
     assert lines[-1] == "REFUSED in 405.0 s, against 000000000000, where HEAD left main"
     assert json.loads(terminal(refused, as_json=True))["verdict"] == "refused"
 
@@ -138,7 +138,7 @@ def test_the_page_draws_the_schedules_with_findings_first(refused):
     data = page(refused)
     assert data["verdict"] == "refused"
     assert [schedule["name"] for schedule in data["schedules"]] == ["1f1b-P2-M4"]
-    assert data["findings"][0][1] == "dualpipe/generate.py:42"
+    assert data["findings"][0][1] == "dualpipe/schedule/generate.py:42"
     assert data["first"] == "1f1b-P2-M4"
 
 

@@ -43,7 +43,7 @@ COMMENT = b"x = 1  # one\n", b"x = (1)\n# two\n"
 
 
 def test_comments_and_layout_ask_for_nothing():
-    assert chosen("dualpipe/simulate.py", *COMMENT) == Selection()
+    assert chosen("dualpipe/timeline/simulate.py", *COMMENT) == Selection()
 
 
 def test_a_change_of_mode_asks_for_everything():
@@ -56,7 +56,9 @@ def test_a_comment_where_the_museum_plants_a_fault_asks_whether_it_still_finds_t
     found = chosen("dualpipe/megatron/computation.py", *COMMENT)
     assert list(found.tests) == [PLANTING]
     assert found == Selection(tests=found.tests)
-    assert {PLANTING, MUSEUM} & chosen("dualpipe/generate.py", TABLE, TABLE.replace(b"F0", b"F0 SF0")).tests.keys()
+    assert {PLANTING, MUSEUM} & chosen(
+        "dualpipe/schedule/generate.py", TABLE, TABLE.replace(b"F0", b"F0 SF0")
+    ).tests.keys()
     page = next(path for path in PLANTED if path.endswith(".md"))
     assert PLANTING in chosen(page, b"a", b"b").tests
 
@@ -64,11 +66,11 @@ def test_a_comment_where_the_museum_plants_a_fault_asks_whether_it_still_finds_t
 def test_that_test_of_the_museum_is_there_and_left_out_where_it_is_not():
     assert f"def {PLANTING.partition('::')[2]}(" in (ROOT / MUSEUM).read_text()
     files = [path for path in tree()[1] if path != MUSEUM]  # as in the museum's own clones
-    assert choose(tree()[0], files, [Changed("dualpipe/execute.py", *COMMENT)]) == Selection()
+    assert choose(tree()[0], files, [Changed("dualpipe/runtime/executor.py", *COMMENT)]) == Selection()
 
 
 def test_what_executes_asks_for_trials_and_the_tests_of_production():
-    found = chosen("dualpipe/execute.py")
+    found = chosen("dualpipe/runtime/executor.py")
     assert found.trial
     assert not found.prove
     assert not found.theorems
@@ -80,12 +82,12 @@ def test_the_glue_to_megatron_asks_for_its_trial_and_a_change_of_what_executes_f
     found = chosen("dualpipe/megatron/losses.py")
     assert found.megatron
     assert not found.trial
-    assert chosen("dualpipe/execute.py").megatron
-    assert not chosen("dualpipe/picture.py").megatron
+    assert chosen("dualpipe/runtime/executor.py").megatron
+    assert not chosen("dualpipe/timeline/picture.py").megatron
 
 
 def test_a_change_of_a_proof_asks_for_the_checks_that_use_it():
-    found = chosen("proofs/graph.py")
+    found = chosen("proofs/search.py")
     assert found.prove
     assert not found.trial
     assert "tests/proofs/test_museum.py" in found.tests
@@ -93,7 +95,7 @@ def test_a_change_of_a_proof_asks_for_the_checks_that_use_it():
 
 
 def test_the_vocabulary_asks_for_everything_that_judges():
-    found = chosen("dualpipe/schedule.py")
+    found = chosen("dualpipe/schedule/value.py")
     assert found.prove
     assert found.theorems
     assert found.trial
@@ -105,12 +107,12 @@ def test_of_a_test_that_changed_itself_the_long_tests_are_run_too(before):
     found = chosen(path, before, b"x = 2")
     assert found.long == (path,)
     assert path in found.tests
-    assert chosen(path, *COMMENT).long == chosen("proofs/graph.py").long == ()
+    assert chosen(path, *COMMENT).long == chosen("proofs/search.py").long == ()
     assert choose(*tree(), [Changed(path, before, b"x = 2"), Changed("pyproject.toml", b"a", b"b")]).long == (path,)
 
 
 def test_the_nearest_tests_come_first():
-    first = next(iter(choose(*tree(), [Changed("dualpipe/weightgrad.py", b"x = 1", b"x = 2")]).tests))
+    first = next(iter(choose(*tree(), [Changed("dualpipe/runtime/weightgrad.py", b"x = 1", b"x = 2")]).tests))
     assert first in ("tests/production/test_weightgrad.py", "tests/test_architecture.py")
 
 
@@ -232,11 +234,11 @@ TABLE = b'T: Table = (Row("1", 1, "F0"),)\ndef f():\n    return T\n'
 
 
 def test_a_change_of_the_tables_alone_leaves_the_tests_of_the_runtime_out():
-    found = chosen("dualpipe/generate.py", TABLE, TABLE.replace(b'"F0"', b'"F0 SF0"'))
+    found = chosen("dualpipe/schedule/generate.py", TABLE, TABLE.replace(b'"F0"', b'"F0 SF0"'))
     assert found.theorems == "the phase tables changed"
     assert "tests/schedule/test_generate.py" in found.tests
     assert "tests/production/test_equality.py" not in found.tests
-    whole = chosen("dualpipe/generate.py", TABLE, TABLE.replace(b"def f", b"def g"))
+    whole = chosen("dualpipe/schedule/generate.py", TABLE, TABLE.replace(b"def f", b"def g"))
     assert "tests/production/test_equality.py" in whole.tests
 
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 import dualpipe.cli
-from dualpipe.perfetto import of_timeline
-from dualpipe.schedulefile import loads
-from dualpipe.simulate import simulate
+from dualpipe.schedule.text import loads
+from dualpipe.timeline.perfetto import of_timeline
+from dualpipe.timeline.simulate import simulate
 
 
 @pytest.mark.parametrize(

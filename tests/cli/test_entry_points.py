@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from dualpipe.called import MOST
 from dualpipe.cli import entrypoint
-from dualpipe.generate import generate
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.entrypoint import MOST
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import loads
 
 MODULE = '''
 import dualpipe as d
@@ -180,7 +180,7 @@ def test_what_a_child_of_the_function_prints_stays_out_of_the_report(run):
 
 HOSTILE = """
 import asyncio, atexit, json, os, signal, sys, threading, time
-import dualpipe, dualpipe.called, dualpipe.schedule
+import dualpipe, dualpipe.schedule.entrypoint, dualpipe.schedule
 
 def one(): return dualpipe.zb1p(2, 4)
 

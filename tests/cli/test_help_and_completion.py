@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from dualpipe.cli import app
-from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import show_slot
+from dualpipe.schedule.generate import PLANS, generate
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
 

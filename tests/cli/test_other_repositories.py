@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dualpipe.generate import generate
 from dualpipe.schedule import RF, UP, Op
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import dumps
 from tests.docs.snippets import blocks_of
 from tests.production.cases import without
 

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dualpipe.cli.options import find_schedule
-from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import RF, UP, Op
-from dualpipe.schedulefile import ScheduleSyntaxError, dumps
+from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.text import ScheduleSyntaxError, dumps
 from proofs.prove import CHECKS, prove
 from tests.production.cases import without
 
@@ -131,7 +131,7 @@ def test_all_sizes_of_one_family_are_those_theorems_alone(run, family):
 def test_all_sizes_of_dualpipe_can_be_asked_for_too_though_it_is_the_default(run, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "proofs.command.prove_all", lambda begin, of: asked.append(of and [family.name for family in of]) or []
+        "dualpipe.cli.proving.prove_all", lambda begin, of: asked.append(of and [family.name for family in of]) or []
     )
     run("prove", "--all-sizes", "--schedule", "dualpipe")
     run("prove", "--all-sizes")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dualpipe import _imports
-from dualpipe.generate import generate
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import dumps
 
 SHADOWS = "reference proofs z3 torch matplotlib numpy typer click rich json typing dataclasses hashlib ci conftest"
 SCRIPT = str(Path(sys.executable).with_name("dualpipe"))

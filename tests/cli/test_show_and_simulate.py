@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dualpipe.generate import PLANS, generate
-from dualpipe.schedulefile import dumps, loads
+from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.text import dumps, loads
 
 
 @pytest.mark.parametrize("name", PLANS)

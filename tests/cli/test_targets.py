@@ -9,8 +9,8 @@ import pytest
 from dualpipe.cli.targets import HTML, PNG, RECORDING, SMTLIB, SVG, TRACE, Target, signed
 from dualpipe.errors import RuleError
 from dualpipe.files import write_whole
-from dualpipe.generate import generate
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import dumps
 
 TEXT = dumps(generate("1f1b", 2, 2))
 TABLE = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"

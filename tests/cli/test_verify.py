@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from dualpipe.generate import generate
 from dualpipe.schedule import RF, SENDS, UP, Op, Schedule
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import dumps
 from tests.docs.snippets import ROOT
 from tests.production.cases import rewrite, without
 

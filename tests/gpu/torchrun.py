@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dualpipe.generate import generate
+from dualpipe.schedule.generate import generate
 from reference.case import DTYPES, Case
 from reference.model import ModelConfig
 from reference.production import run_rank

@@ -34,13 +34,13 @@ class Fault:
 
 
 def weights_never_run() -> None:
-    from dualpipe.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import WeightGradStore
 
     WeightGradStore.run = lambda self, key: self._waiting.pop(key)
 
 
 def layer_counted_twice() -> None:
-    from dualpipe.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import WeightGradStore
 
     real = WeightGradStore.defer
 
@@ -52,7 +52,7 @@ def layer_counted_twice() -> None:
 
 
 def hooks_bypassed() -> None:
-    from dualpipe.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import WeightGradStore
 
     def run(self, key):
         for entry in self._waiting.pop(key):
@@ -64,7 +64,7 @@ def hooks_bypassed() -> None:
 
 def weight_gradient_after_the_reduction() -> None:
     from dualpipe.megatron import schedule
-    from dualpipe.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import WeightGradStore
 
     late: list[tuple[Any, Any]] = []
     real, run = schedule._finalize, WeightGradStore.run
@@ -244,14 +244,14 @@ def one_receive_too_many_on_a_middle_rank() -> None:
 
 
 def outputs_freed_under_the_backward() -> None:
-    from dualpipe import execute
+    from dualpipe.runtime import executor
 
     def edge(output):
         if output.requires_grad and output.dim():
             output.data = torch.empty(1, dtype=output.dtype)
         return torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None
 
-    execute._edge = edge
+    executor._edge = edge
 
 
 def mirror_chunk_numbered_as_rank_r() -> None:

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualpipe.errors import RuleError
-from dualpipe.generate import generate
 from dualpipe.megatron.iterators import LaneData, LaneIterator, _Dealer, split_data_iterator
 from dualpipe.schedule import DOWN, UP, F
+from dualpipe.schedule.generate import generate
 
 interleavings = st.lists(st.sampled_from([UP, DOWN]), max_size=40)
 

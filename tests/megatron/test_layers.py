@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from dualpipe.weightgrad import WeightGradStore
+from dualpipe.runtime.weightgrad import WeightGradStore
 from reference.launch import launch
 from reference.megatron.importing import expected_warnings
 from reference.megatron.standins import install_cpu_standins
@@ -238,7 +238,7 @@ def test_a_layer_that_delays_its_weight_gradient_is_asked_for_it_and_not_split_a
 def test_what_cannot_be_split_is_named_once_for_each_kind(caplog):
     from dualpipe.megatron.layers import split_layers
 
-    with caplog.at_level(logging.INFO, "dualpipe.splitlinear"):
+    with caplog.at_level(logging.INFO, "dualpipe.runtime.split_linear"):
         split_layers(nn.Sequential(nn.Embedding(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4)), WeightGradStore())
     [record] = caplog.records
     assert "Embedding (2)" in record.getMessage()

@@ -41,7 +41,7 @@ def split_gradients(plant=lambda: None) -> list[list[int]]:
     """For each rank, how many weight gradients each B left to its W, over a whole run."""
 
     def body(context):
-        from dualpipe.weightgrad import WeightGradStore
+        from dualpipe.runtime.weightgrad import WeightGradStore
 
         real, counts = WeightGradStore.run, []
         WeightGradStore.run = lambda self, key: (counts.append(self.waiting(key)), real(self, key))
@@ -67,7 +67,7 @@ def test_35_a_store_that_is_never_fed_is_caught_as_w_has_nothing_to_do():
     def plant():
         from dualpipe.megatron import model
         from dualpipe.megatron.layers import Split
-        from dualpipe.splitlinear import SplitStage
+        from dualpipe.runtime.split_linear import SplitStage
 
         model.split_layers = lambda module, store, name: Split(SplitStage(name, (), store), ())
 

@@ -17,9 +17,9 @@ import torch
 from megatron.core.utils import get_model_config
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from dualpipe.execute import StepError
 from dualpipe.megatron.schedule import forward_backward_dualpipe as step
 from dualpipe.megatron.schedule import schedule_for
+from dualpipe.runtime.executor import StepError
 from dualpipe.schedule import DOWN, UP
 from proofs.prove import prove
 from reference.launch import launch
@@ -303,7 +303,7 @@ def test_chunks_that_face_a_training_loop_still_cast_as_their_stage_does():
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 
-        from dualpipe.megatron.loop import _face_the_loop
+        from dualpipe.megatron.training_loop import _face_the_loop
 
         for chunk in model:
             _face_the_loop(chunk)

@@ -23,7 +23,7 @@ with expected_warnings():
     import dualpipe.megatron.checkpoint
     import dualpipe.megatron.model
     import dualpipe.megatron.optimizer
-    from dualpipe.megatron import select
+    from dualpipe.megatron import installation
     from dualpipe.megatron.arguments import validate_dualpipe_config
     from dualpipe.megatron.iterators import split_data_iterator
     from dualpipe.megatron.position import at_stage
@@ -47,7 +47,7 @@ OFF = SimpleNamespace(use_dualpipe=False)
 @pytest.fixture(autouse=True)
 def _afterwards_everything_is_megatrons():
     yield
-    select.uninstall()
+    installation.uninstall()
     assert megatron.core.pipeline_parallel.get_forward_backward_func is MEGATRONS.selector
     assert schedules.get_forward_backward_func is MEGATRONS.selector
     assert megatron.core.optimizer.get_megatron_optimizer is MEGATRONS.optimizer
@@ -77,22 +77,22 @@ def held(training):
 
 
 def test_with_the_flag_the_schedule_is_dualpipe():
-    assert select.get_forward_backward_func(ON) is forward_backward_dualpipe
-    assert select.get_forward_backward_func(ON, pp_size=4, vp_size=None) is forward_backward_dualpipe
+    assert installation.get_forward_backward_func(ON) is forward_backward_dualpipe
+    assert installation.get_forward_backward_func(ON, pp_size=4, vp_size=None) is forward_backward_dualpipe
 
 
 @pytest.mark.parametrize("settings", [OFF, SimpleNamespace(), None])
 def test_without_the_flag_the_schedule_is_megatrons_own_object(settings):
-    chosen = select.get_forward_backward_func(settings, pp_size=4)
+    chosen = installation.get_forward_backward_func(settings, pp_size=4)
     assert chosen is schedules.forward_backward_pipelining_without_interleaving
-    chosen = select.get_forward_backward_func(settings, 4, 2)
+    chosen = installation.get_forward_backward_func(settings, 4, 2)
     assert chosen is schedules.forward_backward_pipelining_with_interleaving
-    assert select.get_forward_backward_func(settings, 1) is schedules.forward_backward_no_pipelining
+    assert installation.get_forward_backward_func(settings, 1) is schedules.forward_backward_no_pipelining
 
 
 def test_a_program_of_ones_own_is_answered_alike_while_a_loop_is_patched():
-    with select.installed(ON):
-        chosen = select.get_forward_backward_func(OFF, pp_size=4)
+    with installation.installed(ON):
+        chosen = installation.get_forward_backward_func(OFF, pp_size=4)
     assert chosen is schedules.forward_backward_pipelining_without_interleaving
 
 
@@ -100,7 +100,7 @@ def test_a_program_of_ones_own_is_answered_alike_while_a_loop_is_patched():
 
 
 def test_install_reaches_every_name_that_a_loop_holds(training):
-    select.install(ON)
+    installation.install(ON)
     for selector in (
         schedules.get_forward_backward_func,
         megatron.core.pipeline_parallel.get_forward_backward_func,
@@ -111,60 +111,60 @@ def test_install_reaches_every_name_that_a_loop_holds(training):
 
 
 def test_what_is_imported_later_is_reached_too():
-    select.install(ON)
+    installation.install(ON)
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     assert get_forward_backward_func() is forward_backward_dualpipe
 
 
 def test_a_loop_imported_after_the_first_install_is_reached_by_the_second(request):
-    select.install(ON)
+    installation.install(ON)
     training = request.getfixturevalue("training")
     own = training.get_model
-    select.install(ON)
+    installation.install(ON)
     assert training.get_model is not own
-    select.uninstall()
+    installation.uninstall()
     assert training.get_model is own
 
 
 def test_uninstall_gives_back_the_very_objects(training):
     before = held(training)
-    select.install(ON)
+    installation.install(ON)
     assert held(training) != before
-    select.uninstall()
+    installation.uninstall()
     assert held(training) == before
     assert all(held(training)[name] is value for name, value in before.items())
 
 
 def test_a_second_install_wraps_nothing_twice(training):
-    select.install(ON)
+    installation.install(ON)
     once = held(training)
-    select.install(ON)
+    installation.install(ON)
     assert held(training) == once
 
 
 def test_a_second_install_takes_the_new_arguments(training):
-    select.install(ON)
-    select.install(OFF)
+    installation.install(ON)
+    installation.install(OFF)
     own = schedules.forward_backward_pipelining_without_interleaving
     assert training.get_forward_backward_func(pp_size=2) is own
 
 
 def test_uninstall_without_install_changes_nothing(training):
     before = held(training)
-    select.uninstall()
+    installation.uninstall()
     assert held(training) == before
 
 
 def test_the_block_form_uninstalls_after_an_error(training):
     before = held(training)
-    with pytest.raises(RuntimeError), select.installed(ON):
+    with pytest.raises(RuntimeError), installation.installed(ON):
         raise RuntimeError
     assert held(training) == before
 
 
 def test_stand_ins_keep_name_and_signature(training):
-    select.install(ON)
+    installation.install(ON)
     for now, own in (
         (training.get_forward_backward_func, MEGATRONS.selector),
         (training.get_megatron_optimizer, MEGATRONS.optimizer),
@@ -177,7 +177,7 @@ def test_stand_ins_keep_name_and_signature(training):
 
 
 def test_without_the_flag_a_patched_loop_runs_megatrons_own(training):
-    select.install(OFF)
+    installation.install(OFF)
     own = schedules.forward_backward_pipelining_without_interleaving
     assert training.get_forward_backward_func(pp_size=2) is own
     assert training.get_model("provider", wrap_with_ddp=False)[0] == "Megatron's model"
@@ -188,18 +188,18 @@ def test_arguments_that_lack_the_flag_leave_every_stand_in_megatrons_own(trainin
     checkpointing = types.ModuleType("megatron.training.checkpointing")
     builders = types.ModuleType("megatron.training.models.dist_utils")
     called = []
-    for module, name, _ in select._REPLACED:
+    for module, name, _ in installation._REPLACED:
         if module in (checkpointing.__name__, builders.__name__):
             owner = checkpointing if module == checkpointing.__name__ else builders
             setattr(owner, name, lambda *_, name=name: called.append(name))
     monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
     monkeypatch.setitem(sys.modules, builders.__name__, builders)
     monkeypatch.setattr(training, "get_megatron_optimizer", MEGATRONS.optimizer)
-    select.install(SimpleNamespace())
+    installation.install(SimpleNamespace())
     for owner in (checkpointing, builders):
         for name in [name for name in vars(owner) if not name.startswith("__")]:
             getattr(owner, name)()
-    assert called == [name for module, name, _ in select._REPLACED if module == checkpointing.__name__] + [
+    assert called == [name for module, name, _ in installation._REPLACED if module == checkpointing.__name__] + [
         "unimodal_build_distributed_models"
     ]
     assert training.get_model("provider")[0] == "Megatron's model"
@@ -212,16 +212,16 @@ def test_a_loop_saves_only_when_the_copies_were_compared(monkeypatch):
     checkpointing.save_checkpoint = lambda iteration, model, optimizer: calls.append("saved")
     monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
     monkeypatch.setattr(dualpipe.megatron.checkpoint, "require_equal_copies", calls.append)
-    with select.installed(ON):
+    with installation.installed(ON):
         checkpointing.save_checkpoint(1, ["low", "high"], None)
     assert calls == [["low", "high"], "saved"]
-    with select.installed(OFF):
+    with installation.installed(OFF):
         checkpointing.save_checkpoint(1, ["low", "high"], None)
     assert calls[2:] == ["saved"]
 
 
 def test_without_a_program_that_has_arguments_the_flag_is_absent(training):
-    select.install()
+    installation.install()
     own = schedules.forward_backward_pipelining_without_interleaving
     assert training.get_forward_backward_func(pp_size=2) is own
 
@@ -236,7 +236,7 @@ def test_the_flag_is_read_from_the_programs_own_arguments_once_they_are_parsed(t
 
     variables.get_args = get_args
     monkeypatch.setitem(sys.modules, variables.__name__, variables)
-    select.install()
+    installation.install()
     own = schedules.forward_backward_pipelining_without_interleaving
     assert training.get_forward_backward_func(pp_size=2) is own
     parsed.append(ON)
@@ -273,7 +273,7 @@ def built(monkeypatch):
 
 
 def test_get_model_builds_two_chunks_by_the_loops_arguments(training, built):
-    select.install(ON)
+    installation.install(ON)
     places = []
 
     def provider(pre_process, post_process, config):
@@ -291,13 +291,13 @@ def test_get_model_builds_two_chunks_by_the_loops_arguments(training, built):
 
 
 def test_the_loop_reads_the_ranks_groups_from_a_chunk(training, built):
-    select.install(ON)
+    installation.install(ON)
     chunk, _ = training.get_model(lambda **_: Layer())
     assert chunk.pg_collection == "the rank's"
 
 
 def test_what_would_train_wrongly_is_refused_before_a_model_is_built(training, built):
-    select.install(SimpleNamespace(**{**vars(ON), "mtp_num_layers": 1}))
+    installation.install(SimpleNamespace(**{**vars(ON), "mtp_num_layers": 1}))
     with pytest.raises(RuleError, match="mtp_num_layers is 1"):
         training.get_model(lambda **_: Layer())
     assert built == []
@@ -329,9 +329,9 @@ def test_the_model_builders_of_later_megatron_lm_build_two_chunks_too(built, mon
             lambda **_: Layer(), "config", "groups", "ddp", pre_wrap_hook=hook
         )
 
-    select.install(OFF)
+    installation.install(OFF)
     assert build() == "Megatron's"
-    select.install(ON)
+    installation.install(ON)
     model = build()
     assert [chunk.hooked for chunk in model] == [True, True]
     assert built[0][1:] == ("ddp", {"wrap_with_ddp": True, "data_parallel_random_init": True})
@@ -343,11 +343,11 @@ def test_a_checkpoint_of_the_distributed_optimizer_is_laid_out_by_parameter(monk
     monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
     efficient = "distrib_optim_fully_reshardable_mem_efficient"
     sharded, plain = {"distrib_optim_sharding_type": "dp_reshardable", efficient: True, "more": 1}, {"more": 1}
-    with select.installed(ON):
+    with installation.installed(ON):
         built = checkpointing._build_sharded_state_dict_metadata
         assert built(sharded) == {"distrib_optim_sharding_type": "fully_reshardable", "more": 1}
         assert built(plain) == plain
-    with select.installed(OFF):
+    with installation.installed(OFF):
         assert checkpointing._build_sharded_state_dict_metadata(sharded) == sharded
 
 
@@ -362,10 +362,10 @@ def test_after_a_loop_has_loaded_a_checkpoint_lane_down_goes_on_with_its_random_
     checkpointing.load_checkpoint = load_checkpoint
     monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
     monkeypatch.setattr(dualpipe.megatron.checkpoint, "resume_random_stream", calls.append)
-    with select.installed(ON):
+    with installation.installed(ON):
         assert checkpointing.load_checkpoint(["low", "high"], None, None) == (7, 0)
     assert calls == ["Megatron's", ["low", "high"]]
-    with select.installed(OFF):
+    with installation.installed(OFF):
         checkpointing.load_checkpoint(["low"], None, None)
     assert calls[2:] == ["Megatron's"]
 
@@ -375,13 +375,13 @@ def test_the_optimizer_is_built_over_both_chunks(training, monkeypatch):
     monkeypatch.setattr(
         dualpipe.megatron.optimizer, "build_dualpipe_optimizer", lambda *given, **named: calls.append((given, named))
     )
-    select.install(ON)
+    installation.install(ON)
     training.get_megatron_optimizer("config", ["low", "high"], config_overrides={}, use_gloo_process_groups=True)
     assert calls == [(("config", ["low", "high"]), {"config_overrides": {}})]
 
 
 def test_dualpipes_own_optimizer_goes_on_calling_megatrons(training):
-    select.install(ON)
+    installation.install(ON)
     assert dualpipe.megatron.optimizer.get_megatron_optimizer is MEGATRONS.optimizer
 
 

@@ -3,11 +3,11 @@
 import pytest
 
 from dualpipe.cli.page import comparison
-from dualpipe.generate import dualpipe, dualpipev, one_f_one_b
 from dualpipe.page import Comparison, Counterexample, Mark, Page, render
-from dualpipe.palette import DARK, LIGHT, NAMES, colour
 from dualpipe.schedule import B, F, Kind, Schedule, W
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b
+from dualpipe.schedule.text import loads
+from dualpipe.timeline.palette import DARK, LIGHT, NAMES, colour
 from proofs.prove import prove
 from tests.page.browser import Shown, chromium, missing
 from tests.pictures.cases import INTERLEAVED

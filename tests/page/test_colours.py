@@ -9,8 +9,8 @@ from matplotlib.colors import to_hex
 
 from dualpipe.page import Comparison, Page, colours, render
 from dualpipe.page.drawing import drawing, run
-from dualpipe.picture import draw
 from dualpipe.schedule import COMPUTE
+from dualpipe.timeline.picture import draw
 from tests.pictures.cases import TIMELINES
 from tests.pictures.seeing import VISIONS, contrast, nearest
 

@@ -3,11 +3,11 @@
 import pytest
 
 from dualpipe.errors import RuleError
-from dualpipe.generate import PLANS, dualpipe, generate, one_f_one_b
 from dualpipe.page import Mark
 from dualpipe.page.drawing import drawing, marked, run
 from dualpipe.schedule import RF, UP, F, Op, Schedule, show_slot
-from dualpipe.timeline import Costs
+from dualpipe.schedule.generate import PLANS, dualpipe, generate, one_f_one_b
+from dualpipe.timeline.timeline import Costs
 from tests.mutations import drop
 from tests.page import reading
 from tests.proofs.museum import EXHIBITS, place, receives_and_sends_not_coalesced, two_sends_of_a_batch_swapped

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from dualpipe.cli.page import comparison, counterexamples
-from dualpipe.generate import dualpipe, one_f_one_b
 from dualpipe.page import Page, render
 from dualpipe.schedule import RF, UP, Op
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.generate import dualpipe, one_f_one_b
+from dualpipe.schedule.text import dumps
 from proofs.prove import prove
 from tests.cli.conftest import run as run
 from tests.page import reading

@@ -6,10 +6,10 @@ from hashlib import sha256
 
 import pytest
 
-from dualpipe.generate import dualpipe
 from dualpipe.page import Comparison, Counterexample, Mark, Page, Table, render
 from dualpipe.page.model import VERDICTS
 from dualpipe.schedule import Schedule
+from dualpipe.schedule.generate import dualpipe
 from tests.page import reading
 from tests.proofs.museum import two_sends_of_a_batch_swapped
 

@@ -1,10 +1,10 @@
 """Timelines to draw: every named schedule, two ways of pricing it, and two odd ones."""
 
-from dualpipe.generate import generate
-from dualpipe.schedulefile import loads
-from dualpipe.simulate import simulate
-from dualpipe.summary import parse_costs
-from dualpipe.timeline import Timeline
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import loads
+from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.summary import parse_costs
+from dualpipe.timeline.timeline import Timeline
 
 INTERLEAVED = """schedule interleaved
 lane > 0 1 0 1 0 1

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 
-from dualpipe.cells import Tone, chart, named, tones
-from dualpipe.generate import generate
 from dualpipe.schedule import COMPUTE, DOWN, UP, B, F, W
-from dualpipe.schedulefile import loads
-from dualpipe.simulate import simulate
-from dualpipe.summary import parse_costs
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import loads
+from dualpipe.timeline.chart import Tone, chart, named, tones
+from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.summary import parse_costs
 from tests.pictures.cases import TIMELINES
 
 

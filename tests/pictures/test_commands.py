@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dualpipe.generate import generate
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import dumps
 from tests.cli.conftest import run as run
 from tests.pictures.tracefile import complaints
 

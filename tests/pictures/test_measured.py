@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from dualpipe.generate import generate
-from dualpipe.schedulefile import loads
-from dualpipe.timeline import Costs
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import loads
+from dualpipe.timeline.timeline import Costs
 from reference.measured import MEASURED, measured, median_costs, trace
 from reference.stopwatch import StepTimes, Stopwatch, Stretch, Timed
 from tests.cli.conftest import run as run

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dualpipe.palette import DARK, GROUND, INK, LIGHT, colour, contrast, ink
 from dualpipe.schedule import B, F, W
+from dualpipe.timeline.palette import DARK, GROUND, INK, LIGHT, colour, contrast, ink
 from tests.pictures import seeing
 
 APART = 25.0

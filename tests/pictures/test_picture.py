@@ -10,12 +10,12 @@ import pytest
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from dualpipe.cells import chart
-from dualpipe.generate import generate
-from dualpipe.picture import draw, write
 from dualpipe.schedule import COMPUTE, DOWN, UP, B, F, Kind, Op
-from dualpipe.simulate import simulate
-from dualpipe.timeline import Span, Timeline
+from dualpipe.schedule.generate import generate
+from dualpipe.timeline.chart import chart
+from dualpipe.timeline.picture import draw, write
+from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.timeline import Span, Timeline
 from tests.pictures.cases import TIMELINES
 
 
@@ -156,7 +156,7 @@ def test_drawing_leaves_no_global_state():
     before = dict(mpl.rcParams)
     draw(TIMELINES["zb1p"])
     assert dict(mpl.rcParams) == before
-    code = "import sys, dualpipe.picture; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, dualpipe.timeline.picture; print('matplotlib.pyplot' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert ran.stdout.strip() == "False"
 

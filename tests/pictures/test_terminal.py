@@ -7,13 +7,13 @@ from textwrap import dedent
 import pytest
 from rich.console import Console
 
-from dualpipe.cells import chart
-from dualpipe.generate import generate
-from dualpipe.palette import LIGHT
 from dualpipe.schedule import DOWN, F
-from dualpipe.simulate import simulate
-from dualpipe.summary import parse_costs
-from dualpipe.terminal import lines
+from dualpipe.schedule.generate import generate
+from dualpipe.timeline.chart import chart
+from dualpipe.timeline.palette import LIGHT
+from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.summary import parse_costs
+from dualpipe.timeline.terminal import lines
 from tests.pictures.cases import TIMELINES
 
 

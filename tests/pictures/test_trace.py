@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from dualpipe.generate import generate
-from dualpipe.perfetto import MICROSECONDS_PER_UNIT, TICK, of_timeline, write
 from dualpipe.schedule import COMPUTE, SENDS
-from dualpipe.simulate import simulate
+from dualpipe.schedule.generate import generate
+from dualpipe.timeline.perfetto import MICROSECONDS_PER_UNIT, TICK, of_timeline, write
+from dualpipe.timeline.simulate import simulate
 from tests.pictures.cases import TIMELINES
 from tests.pictures.tracefile import complaints
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from dualpipe.generate import generate
 from dualpipe.schedule import Op, Schedule, Slot
+from dualpipe.schedule.generate import generate
 from reference.case import Case
 from reference.model import ModelConfig
 from reference.party import Party

@@ -135,7 +135,7 @@ def test_dualpipev_trains_as_their_example_does():
 
 def test_a_step_without_declared_shapes_says_what_to_call(monkeypatch):
     import dualpipe
-    from dualpipe import deepseek
+    from dualpipe.runtime import deepseek
 
     monkeypatch.setattr(deepseek, "_shapes", None)
 

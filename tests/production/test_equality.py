@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
+from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
 from dualpipe.schedule import UP
-from dualpipe.transport import ProcessGroupTransport, TensorSpec
+from dualpipe.schedule.generate import generate
 from reference.case import DTYPES
 from reference.launch import launch
 from reference.model import ModelConfig

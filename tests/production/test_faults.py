@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
+from dualpipe.runtime.transport import ProcessGroupTransport
 from dualpipe.schedule import DOWN, RF, SB, SENDS, SF, UP, Op, W
-from dualpipe.transport import ProcessGroupTransport
+from dualpipe.schedule.generate import generate
 from reference.launch import Failure, launch
 from reference.production import run_rank
 from reference.trace import differences, merge
@@ -277,7 +277,7 @@ def test_a_failed_rank_exits_at_once_though_a_send_of_its_own_still_waits(tmp_pa
     script.write_text(
         f"""
 import os, sys, torch, torch.distributed as dist
-from dualpipe.transport import Message, ProcessGroupTransport
+from dualpipe.runtime.transport import Message, ProcessGroupTransport
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 2), rank=rank, world_size=2)
 transport = ProcessGroupTransport(timeout=60.0)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe.execute import StepError
-from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
+from dualpipe.runtime.executor import StepError
+from dualpipe.runtime.transport import Message, TensorSpec
 from dualpipe.schedule import MESSAGES, RB, UP, B, Op, Schedule, Slot, W
-from dualpipe.transport import Message, TensorSpec
+from dualpipe.schedule.generate import generate
 from tests.production.cases import rewrite
 
 SPEC = TensorSpec((2, 4), torch.float32)

@@ -11,10 +11,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
+from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
 from dualpipe.schedule import B, Lane, Op, Schedule, Slot, W
-from dualpipe.transport import ProcessGroupTransport, TensorSpec
+from dualpipe.schedule.generate import generate
 from reference.launch import launch
 
 WIDTH, BATCH = 4, 3

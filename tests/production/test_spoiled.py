@@ -21,11 +21,11 @@ import torch.distributed as dist
 from torch import nn
 
 from dualpipe.errors import RuleError
-from dualpipe.execute import StepError
-from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
+from dualpipe.runtime.executor import StepError
+from dualpipe.runtime.transport import DisagreementError, Message, ProcessGroupTransport, SpoiledError, TensorSpec
 from dualpipe.schedule import B, F, Kind, W
-from dualpipe.transport import DisagreementError, Message, ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.schedule.generate import generate
 from reference.launch import launch
 
 RANKS, WIDTH, BATCH = 4, 4, 3

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from dualpipe.errors import RuleError, StageError
-from dualpipe.execute import StepError
-from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
-from dualpipe.transport import ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.runtime.executor import StepError
+from dualpipe.runtime.transport import ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.schedule.generate import generate
 from reference.launch import launch
 
 WIDTH, BATCH = 4, 3
@@ -303,7 +303,7 @@ def test_a_criterion_with_weights_of_its_own_is_refused_on_two_lanes():
 
 
 def test_deepseeks_names_cut_only_what_has_the_batch():
-    from dualpipe.deepseek import _cut
+    from dualpipe.runtime.deepseek import _cut
 
     x, lengths = torch.zeros(8, 3), torch.zeros(9)
     assert [len(batch) for batch in _cut("inputs", [x, None, x], 4, 0)] == [2] * 4

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from dualpipe.transport import Message, MessageError, ProcessGroupTransport, SpoiledError
+from dualpipe.runtime.transport import Message, MessageError, ProcessGroupTransport, SpoiledError
 from reference.launch import launch
 
 

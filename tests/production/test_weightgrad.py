@@ -20,8 +20,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from dualpipe.splitlinear import split_linears
-from dualpipe.weightgrad import WeightGradError, WeightGradStore
+from dualpipe.runtime.split_linear import split_linears
+from dualpipe.runtime.weightgrad import WeightGradError, WeightGradStore
 
 SHAPE = (2, 5, 8)
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dualpipe.execute import StepError
-from dualpipe.generate import generate
 from dualpipe.pipeline import Feed, Pipeline
+from dualpipe.runtime.executor import StepError
+from dualpipe.runtime.transport import DisagreementError, ProcessGroupTransport, SpoiledError, TensorSpec
 from dualpipe.schedule import SENDS, UP, Op, Schedule, W
-from dualpipe.transport import DisagreementError, ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.schedule.generate import generate
 from reference import fake, oracle
 from reference.data import Batch
 from reference.launch import launch

@@ -7,8 +7,8 @@ story that the first of them tells.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dualpipe.generate import dualpipe, dualpipev, one_f_one_b, zb1p
 from dualpipe.schedule import DOWN, RECEIVES, RF, SENDS, UP, B, F, Kind, Lane, Op, Program, Schedule, Slot, W
+from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b, zb1p
 from tests.mutations import drop, duplicate, insert, relabelled, reorder, split_all, take_out
 
 

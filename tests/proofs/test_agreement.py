@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from dualpipe.generate import dualpipe, dualpipev, one_f_one_b, zb1p
+from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b, zb1p
+from proofs.deadlock_search import deadlock
 from proofs.models import MODELS, eager
 from proofs.prefix import cut
-from proofs.progress import deadlock
 from proofs.prove import CHECKS, DisagreementError, Result, prove, settle, under_all
 from proofs.verdict import Proved, Refuted, Skipped, Unknown
 from tests.mutations import MUTATIONS, mutants, mutated
@@ -91,7 +91,7 @@ def test_a_solver_out_of_time_makes_the_report_unknown():
 
 
 def test_a_method_that_is_blind_to_a_fault_is_found_out(monkeypatch):
-    monkeypatch.setattr("proofs.graph.order", lambda schedule: Proved())
+    monkeypatch.setattr("proofs.search.order", lambda schedule: Proved())
     blind = next(m for m in mutants(SUBJECTS["zb1p 4"], 200, seed=2) if m.name == "early B")
     with pytest.raises(DisagreementError, match="order"):
         prove(blind.schedule)

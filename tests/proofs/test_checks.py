@@ -3,7 +3,7 @@
 import pytest
 
 from dualpipe.schedule import UP, F, Kind, Op
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.text import loads
 from proofs import findings
 from proofs.models import parse_models
 from proofs.prove import CHECKS, prove

@@ -2,10 +2,10 @@
 
 import pytest
 
-from dualpipe.generate import dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule import Schedule
-from dualpipe.schedulefile import loads
-from proofs import bounded
+from dualpipe.schedule.generate import dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.text import loads
+from proofs import smt
 from proofs.memory import Bound, BoundError, bound_of, peak_activations, peak_bytes, settled_bytes, within
 from proofs.prove import prove
 from proofs.story import live_lines, tell
@@ -55,9 +55,9 @@ def test_both_methods_put_the_peak_at_the_same_count(name, ranks, microbatches):
     for subject in (schedule, *(mutant.schedule for mutant in mutants(schedule, 17, seed=3))):
         peaks = peak_activations(subject)
         enough, too_few = Bound(peaks, "peaks"), Bound(tuple(peak - 1 for peak in peaks), "one fewer")
-        for verdict in (within(subject, enough), bounded.verdict(bounded.memory(subject, enough))):
+        for verdict in (within(subject, enough), smt.verdict(smt.memory(subject, enough))):
             assert isinstance(verdict, Proved)
-        for verdict in (within(subject, too_few), bounded.verdict(bounded.memory(subject, too_few))):
+        for verdict in (within(subject, too_few), smt.verdict(smt.memory(subject, too_few))):
             assert isinstance(verdict, Refuted)
 
 

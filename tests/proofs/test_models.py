@@ -2,13 +2,13 @@
 
 import pytest
 
-from dualpipe.schedulefile import loads
-from proofs.bounded import verdict
+from dualpipe.schedule.text import loads
+from proofs.deadlock_search import deadlock
+from proofs.deadlock_smt import deadlock as times
 from proofs.findings import Circle, NeverMet
-from proofs.meeting import deadlock as times
 from proofs.models import BLOCKING, EAGER, MODELS, STREAM, ModelError, eager, parse_models
-from proofs.progress import deadlock
 from proofs.prove import prove
+from proofs.smt import verdict
 from proofs.story import tell
 from proofs.verdict import Proved, Refuted
 

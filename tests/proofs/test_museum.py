@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualpipe.generate import SizeError, dualpipe, dualpipev, one_f_one_b, zb1p
+from dualpipe.schedule.generate import SizeError, dualpipe, dualpipev, one_f_one_b, zb1p
 from proofs.prove import prove
 from proofs.story import tell
 from proofs.verdict import Refuted

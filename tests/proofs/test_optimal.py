@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dualpipe.generate import generate
 from dualpipe.schedule import UP, B, F, Op, W
-from dualpipe.simulate import simulate
+from dualpipe.schedule.generate import generate
+from dualpipe.timeline.simulate import simulate
 from proofs.optimal import OptimalSizeError, broken_rules, dualpipe_takes, optimal
 from proofs.verdict import Proved, Unknown
 

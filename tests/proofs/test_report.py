@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dualpipe.generate import dualpipe, one_f_one_b
 from dualpipe.schedule import Op, Placed
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.generate import dualpipe, one_f_one_b
+from dualpipe.schedule.text import loads
 from proofs.findings import Live, Mismatch
 from proofs.prefix import closed, cut
 from proofs.prove import CHECKS, prove

@@ -4,7 +4,7 @@ import cvc5
 import pytest
 import z3
 
-from dualpipe.generate import dualpipe, one_f_one_b
+from dualpipe.schedule.generate import dualpipe, one_f_one_b
 from proofs.difference import Contradiction, Fact, Link, Problem, decide, joined
 from proofs.models import MODELS
 from proofs.prove import problems, smtlib

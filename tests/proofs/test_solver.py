@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.generate import dualpipe
+from dualpipe.schedule.generate import dualpipe
 from proofs import solver
 from proofs.prove import prove
 from proofs.solver import MEMORY_BYTES, Solver

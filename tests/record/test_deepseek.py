@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 
-from dualpipe.generate import PLANS, dualpipe
 from dualpipe.record import Launch, Recording, assemble, read_folder, run
 from dualpipe.schedule import MESSAGES, Schedule
-from dualpipe.schedulefile import dumps, loads
-from dualpipe.table import Row, expand, vary
+from dualpipe.schedule.generate import PLANS, dualpipe
+from dualpipe.schedule.phase_table import Row, expand, vary
+from dualpipe.schedule.text import dumps, loads
 from proofs.prove import prove
 from tests.record import upstream
 from tests.record.run import PROGRAMS, command, python

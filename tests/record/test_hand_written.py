@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dualpipe.generate import one_f_one_b
 from dualpipe.schedule import B, F, Op, Schedule, W, show_slot
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.generate import one_f_one_b
+from dualpipe.schedule.text import loads
 from proofs.prove import prove
 from tests.record.run import command, forked, python
 

@@ -6,9 +6,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
 
-from dualpipe.generate import dualpipe
 from dualpipe.schedule import B, F, Schedule, show_slot
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.generate import dualpipe
+from dualpipe.schedule.text import dumps
 from dualpipe.testing import record
 from proofs.prove import prove
 from reference.launch import launch

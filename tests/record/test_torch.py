@@ -3,7 +3,7 @@
 import pytest
 
 from dualpipe.schedule import COMPUTE
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.text import loads
 from proofs.prove import prove
 from tests.record.run import command, forked, python
 from tests.schedule import torch_tables

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe.generate import PLANS, dualpipe, generate
 from dualpipe.schedule import SENDS
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.generate import PLANS, dualpipe, generate
+from dualpipe.schedule.text import loads
 from reference.data import Batch
 from reference.fault import SetupError
 from reference.ledger import Ledger

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe.generate import generate
 from dualpipe.schedule import MESSAGES, RB, RF, UP, Op, Schedule
-from dualpipe.schedulefile import dumps, loads
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import dumps, loads
 from reference.data import Batch
 from reference.fault import Awaited, Deadlock, Misstep, Waiting
 from tests.reference.trials import SGD, Trial, change_slot, decoder, matches, toy, with_program, without

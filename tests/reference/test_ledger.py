@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule import UP, B, F, W
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.text import loads
 from reference.data import Batch
 from reference.ledger import Account, Holder, Key, Ledger
 from tests.reference.trials import SGD, SMALL, Trial, decoder, with_program

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from dualpipe.generate import dualpipe
+from dualpipe.schedule.generate import dualpipe
 from reference import oracle
 from reference.data import Batch
 from tests.reference.trials import ADAM, SGD, decoder, same

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import UP, B, F, Op, W
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.text import loads
 from tests.reference.trials import change_slot, decoder, same, toy, where, without
 
 

@@ -1,7 +1,7 @@
 """Reading what may be anything."""
 
 from dualpipe.schedule import Schedule
-from dualpipe.schedulefile import ScheduleSyntaxError
+from dualpipe.schedule.text import ScheduleSyntaxError
 
 
 def outcome(read, *given):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.generate import PLANS, SizeError, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule import COMPUTE, DOWN, UP, Schedule
-from dualpipe.schedulefile import dumps, load
+from dualpipe.schedule.generate import PLANS, SizeError, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.text import dumps, load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe.generate import PLANS, generate
-from dualpipe.lower import OrderError, lower
 from dualpipe.schedule import COMPUTE, DOWN, RB, RECEIVES, RF, SB, SF, UP, B, F, Op, Schedule, W
-from dualpipe.schedulefile import dumps, loads
-from dualpipe.simulate import simulate
-from dualpipe.torchcsv import load_csv
+from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.lower import OrderError, lower
+from dualpipe.schedule.text import dumps, loads
+from dualpipe.schedule.torch_table import load_csv
+from dualpipe.timeline.simulate import simulate
 from tests.schedule import torch_tables
 from tests.schedule.rendezvous import mismatches, stuck, unordered
 

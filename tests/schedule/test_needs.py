@@ -7,9 +7,9 @@ UP   rank 0 -> rank 1 -> rank 2      DOWN   rank 2 -> rank 1 -> rank 0      V   
 import pytest
 from hypothesis import given
 
-from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import DOWN, MESSAGES, RB, RECEIVES, RF, SB, SENDS, SF, UP, B, F, Op, Schedule, W
-from dualpipe.schedulefile import loads
+from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.text import loads
 from tests.strategies import schedules
 
 TWO_LANES = Schedule({UP: (0, 1, 2), DOWN: (2, 1, 0)}, ((), (), ()))

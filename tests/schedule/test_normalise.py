@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe.errors import RuleError
-from dualpipe.generate import generate
-from dualpipe.perfetto import of_timeline
 from dualpipe.schedule import DOWN, UP, F, Kind, Lane, Op, Schedule, ScheduleError
-from dualpipe.schedulefile import as_json, dumps, loads
-from dualpipe.simulate import simulate
-from dualpipe.summary import summarise
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import as_json, dumps, loads
+from dualpipe.timeline.perfetto import of_timeline
+from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.summary import summarise
 from proofs.prove import prove
 
 

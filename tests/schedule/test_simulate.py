@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule import COMPUTE, Schedule, show_slot
-from dualpipe.schedulefile import loads
-from dualpipe.simulate import CostError, Costs, Stuck, Timeline, simulate
+from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.text import loads
+from dualpipe.timeline.simulate import CostError, Costs, Stuck, Timeline, simulate
 from tests.strategies import schedules
 
 SIZES = [(2, 4), (2, 10), (4, 8), (4, 16), (6, 12), (8, 16), (8, 32), (16, 32)]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe.schedule import DOWN, UP, B, F, show_slot
-from dualpipe.table import Action, Affine, Chunk, Row, affine, expand, steps, symbol, vary
+from dualpipe.schedule import DOWN, UP, B, Chunk, F, show_slot
+from dualpipe.schedule.phase_table import Action, Affine, Row, affine, expand, steps, symbol, vary
 
 N, H = symbol("N"), symbol("H")
 SIZES = st.fixed_dictionaries({"N": st.integers(0, 50), "H": st.integers(0, 50)})

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import DOWN, RB, RF, SB, SF, UP, B, F, Op, Schedule, ScheduleError, W
-from dualpipe.schedulefile import ScheduleSyntaxError, digest, dumps, load, loads
+from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.text import ScheduleSyntaxError, digest, dumps, load, loads
 from tests.schedule.hostile import is_schedule_or_points_into, outcome
 from tests.strategies import schedules
 

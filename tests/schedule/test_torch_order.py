@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.generate import dualpipev
 from dualpipe.schedule import COMPUTE, Schedule, show_slot
+from dualpipe.schedule.generate import dualpipev
 from tests.schedule import torch_tables
 
 KINDS = {"FORWARD": ("F",), "BACKWARD_INPUT": ("B",), "BACKWARD_WEIGHT": ("W",), "FULL_BACKWARD": ("B", "W")}

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe.generate import dualpipev
 from dualpipe.schedule import COMPUTE, UP, Schedule
-from dualpipe.schedulefile import ScheduleSyntaxError, dumps
-from dualpipe.torchcsv import load_csv, loads_csv
+from dualpipe.schedule.generate import dualpipev
+from dualpipe.schedule.text import ScheduleSyntaxError, dumps
+from dualpipe.schedule.torch_table import load_csv, loads_csv
 from tests.schedule import torch_tables
 from tests.schedule.hostile import is_schedule_or_points_into, outcome
 

@@ -12,7 +12,7 @@ from random import Random
 
 import torch
 
-from dualpipe import schedulefile
+from dualpipe.schedule import text
 from proofs.prove import prove
 from proofs.verdict import Proved, Refuted
 from tests.soundness.claims import CLAIMS, MODES, Claim, Observation, Prover, contradictions, observe
@@ -87,7 +87,7 @@ def tell(o: Observation, claim: Claim) -> str:
 
 
 def _text(specimen: Specimen) -> str:
-    return schedulefile.dumps(specimen.schedule)
+    return text.dumps(specimen.schedule)
 
 
 def tables(found: Sequence[Observation], ran: Sequence[Observation]) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from dualpipe.generate import generate
 from dualpipe.schedule import MESSAGES, SENDS, B, F, Kind, Op, Placed, Schedule, W
+from dualpipe.schedule.generate import generate
 from tests.mutations import MUTATIONS, duplicate, move, replace, split_all, take_out, with_program
 
 SIZES = {

@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from dualpipe.generate import generate
 from dualpipe.schedule import SENDS, F, Kind, Op
+from dualpipe.schedule.generate import generate
 from proofs import prove as proving
 from proofs.models import eager
 from proofs.prove import prove

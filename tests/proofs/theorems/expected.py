@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from dualpipe.generate import PLANS, generate
 from dualpipe.schedule import COMPUTE, MESSAGES, SENDS, B, F, Op, Schedule, W
+from dualpipe.schedule.generate import PLANS, generate
 
 Facts = Counter  # of (ranks, fact)
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dualpipe.table import symbol
+from dualpipe.schedule.phase_table import symbol
 from proofs.theorems import THEOREMS, families
 from proofs.theorems.constraint import at_least, equal
 from proofs.theorems.instance import instances, solutions

@@ -10,10 +10,10 @@ from itertools import islice
 
 import pytest
 
-from dualpipe.generate import ONE_F_ONE_B, ZB1P
 from dualpipe.schedule import Schedule
-from dualpipe.table import Row, Table, vary
-from proofs import graph, memory, progress
+from dualpipe.schedule.generate import ONE_F_ONE_B, ZB1P
+from dualpipe.schedule.phase_table import Row, Table, vary
+from proofs import deadlock_search, memory, search
 from proofs.models import BLOCKING
 from proofs.theorems import prove_all
 from proofs.theorems.family import Family
@@ -24,12 +24,12 @@ from proofs.verdict import Proved, Refuted, Verdict
 SIZES = [(ranks, microbatches) for ranks in range(1, 5) for microbatches in range(ranks, ranks + 3)]
 
 CHECKS: dict[str, tuple[frozenset[str], Callable[[Schedule], Verdict]]] = {
-    "complete": (frozenset({"totals", "queue"}), graph.complete),
-    "order": (frozenset({"order", "queue"}), graph.order),
-    "messages": (frozenset({"messages"}), graph.messages),
-    "deadlock": (frozenset({"deadlock"}), lambda schedule: progress.deadlock(schedule, BLOCKING)),
+    "complete": (frozenset({"totals", "queue"}), search.complete),
+    "order": (frozenset({"order", "queue"}), search.order),
+    "messages": (frozenset({"messages"}), search.messages),
+    "deadlock": (frozenset({"deadlock"}), lambda schedule: deadlock_search.deadlock(schedule, BLOCKING)),
     "memory": (frozenset({"memory"}), lambda schedule: memory.within(schedule, memory.bound_of(schedule))),
-    "accumulation": (frozenset({"accumulation"}), graph.accumulation),
+    "accumulation": (frozenset({"accumulation"}), search.accumulation),
 }
 """For each check on one schedule the theorems that together say it of all sizes."""
 

@@ -1,13 +1,12 @@
 """The theorems speak of tables and their sizes; here is what the planner makes of a rank, at every size up to a bound.
 
-Written down once more, from the words of ``dualpipe/generate.py`` and not from its code.  Nothing is expanded.
+Written down once more, from the words of ``dualpipe/schedule/generate.py`` and not from its code.  Nothing is expanded.
 """
 
 import pytest
 
-from dualpipe.generate import MIDDLE, ONE_F_ONE_B, OUTER, PLANS, ZB1P, Plan
-from dualpipe.schedule import DOWN, UP
-from dualpipe.table import Chunk
+from dualpipe.schedule import DOWN, UP, Chunk
+from dualpipe.schedule.generate import MIDDLE, ONE_F_ONE_B, OUTER, PLANS, ZB1P, Plan
 from proofs.theorems import families
 
 LARGEST = 130

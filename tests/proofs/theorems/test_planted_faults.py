@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import pytest
 
-from dualpipe.generate import MIDDLE, ONE_F_ONE_B, OUTER, ZB1P
-from dualpipe.table import Row, symbol, vary
-from proofs import graph, progress
+from dualpipe.schedule.generate import MIDDLE, ONE_F_ONE_B, OUTER, ZB1P
+from dualpipe.schedule.phase_table import Row, symbol, vary
+from proofs import deadlock_search, search
 from proofs.models import BLOCKING
 from proofs.theorems import THEOREMS, TableError, prove, prove_all
 from proofs.theorems.family import Family
@@ -157,7 +157,7 @@ def test_a_planted_fault_breaks_a_named_obligation(fault):
     assert all(failure.values is not None for failure in broken)
     if fault.theorem == "deadlock":  # there the obligation is about times, and the ranks really hang
         schedule = schedule_at(fault.family, *fault.family.world(broken[0].values))
-        assert isinstance(progress.deadlock(schedule, BLOCKING), Refuted)
+        assert isinstance(deadlock_search.deadlock(schedule, BLOCKING), Refuted)
 
 
 @pytest.mark.parametrize("theorem", THEOREMS)
@@ -178,7 +178,7 @@ def test_a_counterexample_is_one_size_and_one_place():
     assert (found.ranks % 2, found.microbatches % 2) == (0, 0)
     assert found.ranks <= 8
     assert result.as_json()["counterexample"] == found.as_json()
-    assert isinstance(graph.messages(schedule_at(swapped, found.ranks, found.microbatches)), Refuted)
+    assert isinstance(search.messages(schedule_at(swapped, found.ranks, found.microbatches)), Refuted)
 
 
 def test_a_deadlock_is_refuted_by_running_into_it():
@@ -213,7 +213,7 @@ def test_a_receive_may_be_early_where_nobody_waits_for_it():
     for theorem in ("totals", "messages", "order", "deadlock"):
         assert isinstance(prove(early, theorem, {"totals"}).verdict, Proved)
     for ranks in (2, 4, 6):
-        assert isinstance(progress.deadlock(schedule_at(early, ranks, 2 * ranks), BLOCKING), Proved)
+        assert isinstance(deadlock_search.deadlock(schedule_at(early, ranks, 2 * ranks), BLOCKING), Proved)
 
 
 def test_a_count_that_is_not_whole_is_an_error_of_the_table():

@@ -5,9 +5,9 @@ import json
 import pytest
 import z3
 
-from dualpipe.generate import generate
-from dualpipe.simulate import simulate
-from dualpipe.table import symbol
+from dualpipe.schedule.generate import generate
+from dualpipe.schedule.phase_table import symbol
+from dualpipe.timeline.simulate import simulate
 from proofs import memory
 from proofs.theorems import THEOREMS, families, prove_all
 from proofs.theorems.constraint import NEVER, TableError, at_least, below, equal, formula, substitute

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from dualpipe.schedule import COMPUTE, B, F, Lane, Op, Placed, Schedule, Slot, W
-from dualpipe.timeline import Costs, Span, Timeline
+from dualpipe.timeline.timeline import Costs, Span, Timeline
 
 
 class Cell(NamedTuple):

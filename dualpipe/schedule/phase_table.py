@@ -14,12 +14,13 @@ they stand in, are one batch.  A message that would leave the lane's end, or sta
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from dualpipe.schedule import MESSAGES, B, Kind, Lane, Op, Program, Schedule, W
+from dualpipe.schedule.op import MESSAGES, B, Chunk, Kind, Lane, Op, Program, W, full_backwards
+from dualpipe.schedule.routes import Routes
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,6 @@ def vary(table: Table, *rows: Row) -> Table:
     return tuple(changed.get(row.name, row) for row in table)
 
 
-class Chunk(NamedTuple):
-    """What a rank's chunk is in world coordinates."""
-
-    lane: Lane
-    stage: int
-
-
 def expand(
     table: Table, sizes: Mapping[str, int], chunks: tuple[Chunk, ...], routes: Mapping[Lane, tuple[int, ...]]
 ) -> Program:
@@ -164,7 +158,7 @@ def trace(
     table: Table, sizes: Mapping[str, int], chunks: tuple[Chunk, ...], routes: Mapping[Lane, tuple[int, ...]]
 ) -> tuple[tuple[tuple[Op, Row], ...], ...]:
     """The slots of one rank, each op with the row that it comes from: where a fault of a slot was written."""
-    exists = _existing_messages(chunks, routes)
+    exists = _existing_messages(chunks, Routes(routes))
     done: dict[Action, int] = {}
     waiting: deque[Op] = deque()
     slots: list[tuple[tuple[Op, Row], ...]] = []
@@ -199,18 +193,17 @@ def trace(
     return tuple(slots)
 
 
-def _existing_messages(chunks: Iterable[Chunk], routes: Mapping[Lane, tuple[int, ...]]) -> frozenset[Action]:
+def _existing_messages(chunks: Iterable[Chunk], routes: Routes) -> frozenset[Action]:
     """The message actions whose partner is another rank."""
-    world = Schedule(routes, ((),) * (1 + max(map(max, routes.values()))))
     return frozenset(
         Action(kind, number)
         for number, chunk in enumerate(chunks)
         for kind in MESSAGES
-        if world.crosses(Op(kind, chunk.lane, chunk.stage, 0))
+        if routes.crosses(Op(kind, chunk.lane, chunk.stage, 0))
     )
 
 
-def _deferred(slot: Iterable[tuple[Op, Row]]) -> list[Op]:
-    """The backwards of a slot whose W is not in it."""
-    own = {(op.lane, op.stage, op.mb) for op, _ in slot if op.kind is W}
-    return [op for op, _ in slot if op.kind is B and (op.lane, op.stage, op.mb) not in own]
+def _deferred(slot: Sequence[tuple[Op, Row]]) -> list[Op]:
+    """The backwards of a slot that leave their W to a later one."""
+    full = full_backwards(op for op, _ in slot)
+    return [op for op, _ in slot if op.kind is B and op.task not in full]

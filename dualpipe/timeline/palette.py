@@ -1,4 +1,4 @@
-"""The colours of a timeline: a hue for each kind of compute, a shade for each tone (see ``dualpipe.cells.Tone``).
+"""The colours of a timeline: a hue for each kind of compute, a shade for each ``dualpipe.timeline.chart.Tone``.
 
 Forward is blue, backward orange and weights grey, hues that every kind of colour blindness tells apart.  The first tone
 is light and the last one dark, and within a tone forward is the darkest, so that a print in black and white tells too.

@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.errors import RuleError
-from dualpipe.peers import FOR_EVER, Finisher, Peers
-from dualpipe.rendezvous import MissingRankError, Rendezvous
+from dualpipe.runtime.peers import FOR_EVER, Finisher, Peers
+from dualpipe.runtime.rendezvous import MissingRankError, Rendezvous
 
 _POLL_SECONDS = 0.002
 _LONGEST_SHOWN = 400  # characters of an entry of a record that differs

@@ -26,7 +26,7 @@ from typing import Any
 
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
-from dualpipe.schedulefile import dumps
+from dualpipe.schedule.text import dumps
 
 MOST = 1000
 """Schedules that one entry point may return; a generator that never ends is refused instead of being waited for."""

@@ -23,12 +23,12 @@ from statistics import median
 from rich.style import Style
 from rich.text import Text
 
-from dualpipe.cells import Cell, Chart, chart, named, tone
 from dualpipe.errors import RuleError
-from dualpipe.palette import NAMES, colour, ink
 from dualpipe.schedule import B, F, W
-from dualpipe.summary import headline
-from dualpipe.timeline import Timeline
+from dualpipe.timeline.chart import Cell, Chart, chart, named, tone
+from dualpipe.timeline.palette import NAMES, colour, ink
+from dualpipe.timeline.summary import headline
+from dualpipe.timeline.timeline import Timeline
 
 BUBBLE, JOINT = "·", "+"
 _LEAST = 20

@@ -26,8 +26,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from dualpipe.megatron import loop
-from dualpipe.megatron.loop import Function, Switch
+from dualpipe.megatron import training_loop
+from dualpipe.megatron.training_loop import Function, Switch
 
 _OWN_PACKAGE = "dualpipe."
 _standing_in: list[tuple[Function, Function]] = []  # (Megatron's, ours): what is patched in this process
@@ -133,10 +133,18 @@ def _swap(pairs: Sequence[tuple[Function, Function]]) -> None:
 
 _REPLACED: tuple[tuple[str, str, Callable[[Function, Switch], Function]], ...] = (
     ("megatron.core.pipeline_parallel.schedules", "get_forward_backward_func", _selector),
-    ("megatron.core.optimizer", "get_megatron_optimizer", loop.get_megatron_optimizer),
-    ("megatron.training.training", "get_model", loop.get_model),
-    ("megatron.training.models.dist_utils", "unimodal_build_distributed_models", loop.build_distributed_models),
-    ("megatron.training.checkpointing", "_build_sharded_state_dict_metadata", loop.sharded_state_dict_metadata),
-    ("megatron.training.checkpointing", "load_checkpoint", loop.load_checkpoint),
-    ("megatron.training.checkpointing", "save_checkpoint", loop.save_checkpoint),
+    ("megatron.core.optimizer", "get_megatron_optimizer", training_loop.get_megatron_optimizer),
+    ("megatron.training.training", "get_model", training_loop.get_model),
+    (
+        "megatron.training.models.dist_utils",
+        "unimodal_build_distributed_models",
+        training_loop.build_distributed_models,
+    ),
+    (
+        "megatron.training.checkpointing",
+        "_build_sharded_state_dict_metadata",
+        training_loop.sharded_state_dict_metadata,
+    ),
+    ("megatron.training.checkpointing", "load_checkpoint", training_loop.load_checkpoint),
+    ("megatron.training.checkpointing", "save_checkpoint", training_loop.save_checkpoint),
 )

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from dualpipe.cells import divide
 from dualpipe.schedule import COMPUTE, RECEIVES, Op, Placed, Schedule
-from dualpipe.timeline import Message, Span, Timeline
+from dualpipe.timeline.chart import divide
+from dualpipe.timeline.timeline import Message, Span, Timeline
 
 
 class Work(NamedTuple):

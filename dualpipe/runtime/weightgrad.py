@@ -1,7 +1,7 @@
 """The queue between B and W: weight gradients that B leaves for a later W.
 
-``dualpipe.splitlinear`` feeds it from linear layers.  It reproduces autograd's own sums: autograd adds up what one
-backward contributes to a parameter, in the order of the backward, and then adds the sum to ``.grad`` once; so a layer
+``dualpipe.runtime.split_linear`` feeds it from linear layers.  It reproduces autograd's own sums: autograd adds up what
+one backward contributes to a parameter, in the order of the backward, then adds the sum to ``.grad`` once; so a layer
 that a microbatch uses twice, or a weight that two layers share, has the bits of the whole backward.
 """
 

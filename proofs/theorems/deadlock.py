@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dualpipe.table import affine
+from dualpipe.schedule.phase_table import affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
 from proofs.theorems.messages import meetings

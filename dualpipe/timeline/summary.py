@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.simulate import Costs, Timeline
+from dualpipe.timeline.simulate import Costs, Timeline
 
 COSTS = ("F", "B", "W", "BW", "FB", "latency")
 

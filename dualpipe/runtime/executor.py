@@ -2,7 +2,7 @@
 
 The order is in the schedule and nowhere else.  A message slot is posted and not waited for; a compute op waits only
 for the receive it needs.  Where B and W of a microbatch share a slot the backward is whole; elsewhere linear layers
-leave their weight gradient to W (``dualpipe.weightgrad``).
+leave their weight gradient to W (``dualpipe.runtime.weightgrad``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualpipe.errors import RuleError, StageError
+from dualpipe.runtime.split_linear import SplitStage
+from dualpipe.runtime.transport import Message, MessageError, TensorSpec, Transport
+from dualpipe.runtime.weightgrad import WeightGradError, WeightGradStore
 from dualpipe.schedule import (
     MESSAGES,
     RB,
@@ -32,12 +35,11 @@ from dualpipe.schedule import (
     Op,
     Schedule,
     Slot,
+    Task,
     W,
+    full_backwards,
     show_slot,
 )
-from dualpipe.splitlinear import SplitStage
-from dualpipe.transport import Message, MessageError, TensorSpec, Transport
-from dualpipe.weightgrad import WeightGradError, WeightGradStore
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +50,6 @@ Observer = Callable[[Slot, Op, float, float], None]
 
 A message op lasts as long as it takes to post its slot; the W of a whole backward is part of its B and lasts no time.
 On a GPU it is the time to launch the work."""
-
-
-class Key(NamedTuple):
-    """A microbatch at a stage; printed as in the schedule file, ``3W0<``, for it names what waits for W."""
-
-    lane: Lane
-    stage: int
-    mb: int
-
-    def __str__(self) -> str:
-        return str(Op(W, *self))
 
 
 class StepError(RuntimeError):
@@ -83,7 +74,7 @@ class OrderError(RuntimeError):
 class Computation(Protocol):
     """What the interpreter asks of the stages that a rank holds; it knows nothing else of a model.
 
-    ``dualpipe.modules`` answers for plain modules, ``dualpipe.megatron`` for Megatron's.
+    ``dualpipe.runtime.modules`` answers for plain modules, ``dualpipe.megatron`` for Megatron's.
     """
 
     def forward(self, op: Op, inputs: Tensors) -> Tensors:
@@ -163,15 +154,15 @@ class _Step:
         self.worker, self.schedule, self.computation = worker, schedule, computation
         self.transport, self.store = worker.transport, worker.store
         self.program = schedule.programs[self.transport.rank]
-        self.whole = whole_backwards(self.program)
-        self.live: dict[Key, _Live] = {}
-        self.backward_done: set[Key] = set()
-        self.activations: dict[Key, _Output] = {}
-        self.gradients: dict[Key, _Output] = {}
+        self.whole = {task for slot in self.program for task in full_backwards(slot)}
+        self.live: dict[Task, _Live] = {}
+        self.backward_done: set[Task] = set()
+        self.activations: dict[Task, _Output] = {}
+        self.gradients: dict[Task, _Output] = {}
         self.arrivals: dict[Op, Message] = {}
         for split in worker.splits.values():
             split.begin()
-        self.handlers: dict[Kind, Callable[[Op, Key], None]] = {F: self.forward, B: self.backward, W: self.weight}
+        self.handlers: dict[Kind, Callable[[Op, Task], None]] = {F: self.forward, B: self.backward, W: self.weight}
 
     def run(self) -> None:
         number, slot, op = 0, None, None
@@ -184,7 +175,7 @@ class _Step:
                     self.observe(slot, slot, began)
                 else:
                     for op in slot:
-                        self.handlers[op.kind](op, _key(op))
+                        self.handlers[op.kind](op, op.task)
                         began = self.observe(slot, (op,), began)
             number, slot, op = len(self.program), None, None
             self.finish()
@@ -216,7 +207,7 @@ class _Step:
         label = str(op.bare)
         if op.kind in SENDS:
             ready, producer = (self.activations, F) if op.kind is SF else (self.gradients, B)
-            tensors = _take(ready, _key(op), op, producer)
+            tensors = _take(ready, op.task, op, producer)
             _require_specs(op, tensors, self.specs(op))
             return Message(label, peer, sends=True, tensors=tensors)
         if op.bare in self.arrivals:
@@ -237,16 +228,16 @@ class _Step:
             raise OrderError(f"it needs {op}, which has not been posted")
         return tuple(self.transport.wait(message))
 
-    def forward(self, op: Op, key: Key) -> None:
-        if key in self.live:
+    def forward(self, op: Op, task: Task) -> None:
+        if task in self.live:
             raise OrderError(f"{op} has run already")
         inputs = self.inputs(op)
         trains = torch.is_grad_enabled()
         split = self.worker.splits.get((op.lane, op.stage)) if trains else None
-        with nullcontext() if split is None else split.forward(key, key not in self.whole):
+        with nullcontext() if split is None else split.forward(task, task not in self.whole):
             outputs = self.computation.forward(op, inputs)
         if not trains:
-            self.live[key] = _Live((), ())  # nothing to hold, but F has run
+            self.live[task] = _Live((), ())  # nothing to hold, but F has run
         elif self.schedule.is_last(op):
             (loss,) = outputs
             if not loss.requires_grad:
@@ -256,36 +247,36 @@ class _Step:
                     "autograd)",
                     "return the loss as it was computed, or evaluate with forward_only",
                 )
-            self.live[key] = _Live(inputs, (_edge(loss),), (torch.ones_like(loss),))
+            self.live[task] = _Live(inputs, (_edge(loss),), (torch.ones_like(loss),))
         else:
-            self.live[key] = _Live(inputs, tuple(_edge(output) for output in outputs if differentiable(output.dtype)))
+            self.live[task] = _Live(inputs, tuple(_edge(output) for output in outputs if differentiable(output.dtype)))
         if split is not None and not split.learned:
-            split.learn(edge.node for edge in self.live[key].roots if edge is not None)
+            split.learn(edge.node for edge in self.live[task].roots if edge is not None)
         if not self.schedule.is_last(op):
-            self.activations[key] = _Output.of(tuple(output.detach() for output in outputs))
+            self.activations[task] = _Output.of(tuple(output.detach() for output in outputs))
 
     def inputs(self, op: Op) -> Tensors:
         if self.schedule.is_first(op):
             return ()
         (need,) = self.schedule.needs(op)
-        tensors = _take(self.activations, _key(need), op, F) if need.kind is F else self.arrived(need)
+        tensors = _take(self.activations, need.task, op, F) if need.kind is F else self.arrived(need)
         return tuple(_leaf(tensor) for tensor in tensors)
 
-    def backward(self, op: Op, key: Key) -> None:
-        if key not in self.live:
+    def backward(self, op: Op, task: Task) -> None:
+        if task not in self.live:
             raise OrderError(f"its F has not run, or {op} already has")
-        seeds = self.live[key].seeds or self.output_gradients(op)
-        live = self.live.pop(key)
-        self.backward_done.add(key)
+        seeds = self.live[task].seeds or self.output_gradients(op)
+        live = self.live.pop(task)
+        self.backward_done.add(task)
         pairs = [(root, seed) for root, seed in zip(live.roots, seeds, strict=True) if root is not None]
         split = self.worker.splits.get((op.lane, op.stage))
-        apart = None if key in self.whole else key
-        with self.store.collecting(apart) if split is None else split.backward(key, apart is not None):
+        apart = None if task in self.whole else task
+        with self.store.collecting(apart) if split is None else split.backward(task, apart is not None):
             if pairs:  # a frozen stage whose input needs no gradient has nothing to do
                 with self.computation.around(op):
                     torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
         if not self.schedule.is_first(op):
-            self.gradients[key] = _Output.of(self.input_gradients(op, live.inputs))
+            self.gradients[task] = _Output.of(self.input_gradients(op, live.inputs))
 
     def input_gradients(self, op: Op, inputs: Tensors) -> Tensors:
         """The gradients of a stage's inputs; zeros for an input that the stage did not use: the peer expects a message.
@@ -314,35 +305,25 @@ class _Step:
 
     def output_gradients(self, op: Op) -> Tensors:
         _, need = self.schedule.needs(op)
-        return _take(self.gradients, _key(need), op, B) if need.kind is B else self.arrived(need)
+        return _take(self.gradients, need.task, op, B) if need.kind is B else self.arrived(need)
 
-    def weight(self, op: Op, key: Key) -> None:
+    def weight(self, op: Op, task: Task) -> None:
         with self.computation.around(op):
-            if key in self.whole and key in self.backward_done:
-                self.whole.remove(key)  # B of the same slot has done it; a second W will find nothing
+            if task in self.whole and task in self.backward_done:
+                self.whole.remove(task)  # B of the same slot has done it; a second W will find nothing
             else:
-                self.store.run(key)
+                self.store.run(task)
 
     def finish(self) -> None:
         """The end of a step: every message over, every weight gradient computed, nothing left live."""
-        left = [*(f"the output of {Op(F, *key)} was not used" for key in self.activations)]
-        left += [f"the gradient of {Op(B, *key)} was not used" for key in self.gradients]
+        left = [*(f"the output of {Op(F, *task)} was not used" for task in self.activations)]
+        left += [f"the gradient of {Op(B, *task)} was not used" for task in self.gradients]
         left += [f"what {op} receives was not used" for op in self.arrivals]
-        left += [f"no backward came for {Op(F, *key)}" for key in self.live if torch.is_grad_enabled()]
+        left += [f"no backward came for {Op(F, *task)}" for task in self.live if torch.is_grad_enabled()]
         if left:
             raise OrderError("; ".join(left))
         self.transport.drain()
         self.store.require_empty()
-
-
-def whole_backwards(program: Sequence[Slot]) -> set[Key]:
-    """The microbatches whose W follows their B in the same slot: their backward is not split."""
-    return {
-        _key(op)
-        for slot in program
-        for position, op in enumerate(slot)
-        if op.kind is B and any(later.kind is W and _key(later) == _key(op) for later in slot[position + 1 :])
-    }
 
 
 def differentiable(dtype: torch.dtype) -> bool:
@@ -350,18 +331,14 @@ def differentiable(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _key(op: Op) -> Key:
-    return Key(op.lane, op.stage, op.mb)
-
-
-def _take(held: dict[Key, _Output], key: Key, op: Op, producer: Kind) -> Tensors:
-    output = held.pop(key, None)
+def _take(held: dict[Task, _Output], task: Task, op: Op, producer: Kind) -> Tensors:
+    output = held.pop(task, None)
     if output is None:
-        raise OrderError(f"{op} needs {Op(producer, *key)}, which has not run or was used already")
+        raise OrderError(f"{op} needs {Op(producer, *task)}, which has not run or was used already")
     if tuple(tensor._version for tensor in output.tensors) != output.versions:
         raise StageError(
             "what a stage returns stays as it is until it is used",
-            f"{op} finds that the output of {Op(producer, *key)} was written to since",
+            f"{op} finds that the output of {Op(producer, *task)} was written to since",
             "return a new tensor for each microbatch, not a buffer that is used again",
         )
     return output.tensors

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualpipe.files import write_whole
-from dualpipe.recording import Recording, Work, simulated
 from dualpipe.schedule import F, Op, Placed, W, show_slot
-from dualpipe.summary import headline, tell_costs
-from dualpipe.timeline import Timeline
+from dualpipe.timeline.run_log import Recording, Work, simulated
+from dualpipe.timeline.summary import headline, tell_costs
+from dualpipe.timeline.timeline import Timeline
 
 Event = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Z3 for one size, the second of the two methods: each check as facts of difference logic (``proofs.difference``).
 
 Facts say what the programs are and what the check asks; together they can hold exactly where the check does.  The
-formulations are not those of ``proofs.graph``, and nothing is shared with it but the schedule value:
+formulations are not those of ``proofs.search``, and nothing is shared with it but the schedule value:
 
 complete
     By counting: as many numbers as there are from 0 to the largest, and as many distinct ones.
@@ -15,7 +15,7 @@ memory
 accumulation
     Times: the B of a stage follow one another as written, and in microbatch order; likewise the W.
 
-``deadlock`` is in ``proofs.meeting``.
+``deadlock`` is in ``proofs.deadlock_smt``.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from dualpipe.schedule import COMPUTE, B, F, Op, Placed, RuleError, Schedule, Slot, W
+from dualpipe.errors import RuleError
+from dualpipe.schedule import COMPUTE, B, F, Placed, Schedule, Slot, W, full_backwards
 
 _MOST = 1e100
 
@@ -66,7 +67,7 @@ class Costs:
     def slot(self, slot: Slot) -> float:
         """What a slot of computes takes."""
         kinds = [op.kind for op in slot]
-        whole = len(_whole(slot))
+        whole = len(full_backwards(slot))
         forwards, backwards, weights = kinds.count(F), kinds.count(B), kinds.count(W)
         total = forwards * self.F + (backwards - whole) * self.B + (weights - whole) * self.W + whole * self.backward
         if self.FB is None or not (forwards and backwards):
@@ -153,12 +154,6 @@ class Timeline:
         return tuple(_peak(spans, _deferred, _caught_up) for spans in self.spans)
 
 
-def _whole(slot: Slot) -> set[Op]:
-    """The B of a slot whose W is in it too."""
-    weights = {op for op in slot if op.kind is W}
-    return {op for op in slot if op.kind is B and op._replace(kind=W) in weights}
-
-
 def _forwards(slot: Slot) -> int:
     return sum(op.kind is F for op in slot)
 
@@ -168,11 +163,11 @@ def _weights(slot: Slot) -> int:
 
 
 def _deferred(slot: Slot) -> int:
-    return sum(op.kind is B for op in slot) - len(_whole(slot))
+    return sum(op.kind is B for op in slot) - len(full_backwards(slot))
 
 
 def _caught_up(slot: Slot) -> int:
-    return _weights(slot) - len(_whole(slot))
+    return _weights(slot) - len(full_backwards(slot))
 
 
 def _peak(spans: tuple[Span, ...], gained: Callable[[Slot], int], lost: Callable[[Slot], int]) -> int:

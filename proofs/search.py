@@ -2,7 +2,7 @@
 
 ``complete`` counts, ``order`` ticks off what each rank has done, ``messages`` lays the sends of an ordered pair of
 ranks beside its receives, ``accumulation`` remembers the last B and W of each stage.  ``deadlock`` is in
-``proofs.progress`` and ``memory`` in ``proofs.memory``.
+``proofs.deadlock_search`` and ``memory`` in ``proofs.memory``.
 """
 
 from __future__ import annotations

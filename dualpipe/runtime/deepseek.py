@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualpipe.errors import RuleError, StageError
-from dualpipe.execute import Tensors
-from dualpipe.generate import generate
-from dualpipe.modules import Criterion, Feed, StepResult
 from dualpipe.pipeline import Pipeline
+from dualpipe.runtime.executor import Tensors
+from dualpipe.runtime.modules import Criterion, Feed, StepResult
+from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
+from dualpipe.runtime.weightgrad import WeightGradError
+from dualpipe.runtime.weightgrad import WeightGradStore as _Store
 from dualpipe.schedule import DOWN, UP, Lane
-from dualpipe.transport import ProcessGroupTransport, TensorSpec
-from dualpipe.weightgrad import WeightGradError
-from dualpipe.weightgrad import WeightGradStore as _Store
+from dualpipe.schedule.generate import generate
 
 _shapes: list[tuple[int, ...]] | None = None
 _dtype: torch.dtype | None = None

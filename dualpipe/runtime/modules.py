@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe.errors import StageError
-from dualpipe.execute import Tensors
+from dualpipe.runtime.executor import Tensors
 from dualpipe.schedule import Lane, Op, Schedule
 
 Stages = Mapping[tuple[Lane, int], nn.Module]
@@ -57,7 +57,7 @@ class StepResult:
 
 @dataclass
 class ModuleComputation:
-    """Runs a step's forwards on plain modules and collects ``result``; a ``dualpipe.execute.Computation``."""
+    """Runs a step's forwards on plain modules and collects ``result``; a ``dualpipe.runtime.executor.Computation``."""
 
     schedule: Schedule
     stages: Stages

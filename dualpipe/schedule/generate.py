@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dualpipe.schedule import DOWN, UP, Lane, Program, RuleError, Schedule
-from dualpipe.table import Chunk, Row, Table, expand, symbol, vary
+from dualpipe.errors import RuleError
+from dualpipe.schedule import DOWN, UP, Chunk, Lane, Program, Schedule
+from dualpipe.schedule.phase_table import Row, Table, expand, symbol, vary
 
 
 class SizeError(RuleError):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from dualpipe.errors import StageError
-from dualpipe.modules import Stages
+from dualpipe.runtime.modules import Stages
+from dualpipe.runtime.transport import Message, TensorSpec, Transport
 from dualpipe.schedule import Lane, Schedule
-from dualpipe.transport import Message, TensorSpec, Transport
 
 _CHUNK = 1 << 20
 _SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as a signed number: it spreads the places

@@ -2,7 +2,7 @@
 
 While a microbatch's F runs, the linear layers of its stage compute through an autograd Function that keeps weight and
 bias from autograd's sight.  Its backward gives the input gradient and leaves the weight gradient to
-``dualpipe.weightgrad``.  Between steps the modules are as the user built them.
+``dualpipe.runtime.weightgrad``.  Between steps the modules are as the user built them.
 
 Not every use of a layer can be split.  Weights that a stage uses outside their layer too, takes gradients of within
 its forward, or computes anew at each call need the whole backward.  So the first microbatch of a stage is run whole
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import functional
 
-from dualpipe.weightgrad import Use, WeightGradError, WeightGradStore, training
+from dualpipe.runtime.weightgrad import Use, WeightGradError, WeightGradStore, training
 
 logger = logging.getLogger(__name__)
 _AUTOGRAD: Any = torch.autograd

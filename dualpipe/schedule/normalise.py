@@ -1,0 +1,116 @@
+"""Values as callers give them, made plain: numpy's integers, kinds and lanes as text, lists for tuples.
+
+A ``Schedule`` is made of ``int``, ``str``, ``Kind``, ``Lane``, ``Op`` and tuples of these, whatever it was given.
+Everything here raises ``ScheduleError`` for what cannot be that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from contextlib import suppress
+from operator import index
+from typing import Any, TypeVar
+
+from dualpipe.schedule.op import LARGEST, Kind, Lane, Op, Program, ScheduleError, Slot
+
+_E = TypeVar("_E", Kind, Lane)
+
+
+def text(name: object) -> str:
+    """A schedule's name as a plain ``str``."""
+    if not isinstance(name, str):
+        raise ScheduleError("a schedule's name is a str", f"got {seen(name)}", 'leave it out, or give "" for none')
+    return str.__str__(name)
+
+
+def programs(programs: object) -> tuple[Program, ...]:
+    """The programs as tuples of tuples of ``Op``; the very same object where that is what it is already."""
+    if _is_plain(programs):
+        return programs  # type: ignore[return-value] # just seen
+    return tuple(
+        tuple(_slot(slot) for slot in items(program, "a program is a sequence of slots"))
+        for program in items(programs, "programs are a sequence with one program for each rank")
+    )
+
+
+def _is_plain(programs: object) -> bool:
+    if type(programs) is not tuple:
+        return False
+    for program in programs:
+        if type(program) is not tuple:
+            return False
+        for slot in program:
+            if type(slot) is not tuple:
+                return False
+            for op in slot:
+                if type(op) is not Op or len(op) != 5:
+                    return False
+                kind, lane, stage, mb, peer = op
+                if type(kind) is not Kind or type(lane) is not Lane or type(stage) is not int or type(mb) is not int:
+                    return False
+                if peer is not None and type(peer) is not int:
+                    return False
+                if min(stage, mb, peer or 0) < 0 or max(stage, mb, peer or 0) > LARGEST:
+                    return False  # reported by the checks, after numbers too large to print were refused
+    return True
+
+
+def _slot(slot: object) -> Slot:
+    if isinstance(slot, Op):
+        raise ScheduleError("a slot is a sequence of ops", f"got the single op {seen(slot)}", "write (op,)")
+    return tuple(_op(op) for op in items(slot, "a slot is a sequence of ops"))
+
+
+def _op(op: object) -> Op:
+    fields = items(op, "an op is Op(kind, lane, stage, mb), with a peer where it is a message that names one")
+    if len(fields) not in (4, 5):
+        raise ScheduleError("an op has a kind, lane, stage, mb and optionally a peer", f"got {seen(op)}", "use Op")
+    kind, lane, stage, mb, *peer = fields
+    return Op(
+        member(Kind, kind),
+        member(Lane, lane),
+        number(stage, "a stage"),
+        number(mb, "a microbatch"),
+        number(peer[0], "a peer") if peer and peer[0] is not None else None,
+    )
+
+
+def items(given: object, rule: str) -> tuple[Any, ...]:
+    """The items of an iterable that has an order."""
+    try:
+        ordered = None if isinstance(given, str | bytes | Mapping | Set) else iter(given)  # type: ignore[call-overload]
+    except TypeError:
+        ordered = None
+    if ordered is None:
+        raise ScheduleError(rule, f"got {seen(given)}", "give a tuple or a list")
+    return tuple(ordered)
+
+
+def number(given: object, what: str) -> int:
+    if type(given).__name__ in ("bool", "bool_"):
+        raise ScheduleError(f"{what} is a whole number", f"got {seen(given)}", "give an int")
+    try:
+        number = index(given)  # type: ignore[arg-type] # that is the question
+    except Exception as error:
+        raise ScheduleError(f"{what} is a whole number", f"got {seen(given)}", "give an int") from error
+    if abs(number) > LARGEST:
+        raise ScheduleError(f"{what} is a number from 0 to {LARGEST}", f"got {seen(number)}", "correct it")
+    return number
+
+
+def member(kinds: type[_E], given: object) -> _E:
+    if isinstance(given, str):
+        with suppress(ValueError):
+            return kinds(str.__str__(given))
+    known = " ".join(kinds)
+    raise ScheduleError(f"a {kinds.__name__.lower()} is one of {known}", f"got {seen(given)}", "correct it")
+
+
+def seen(given: object) -> str:
+    """A foreign value for an error: its type, and its text where that is short and can be had."""
+    try:
+        text = repr(given)
+    except Exception:  # a number of more digits than Python prints, or a repr that raises
+        text = ""
+    kind = type(given).__name__
+    return f"{text} of type {kind}" if text and len(text) <= 40 and "\n" not in text else f"a value of type {kind}"

@@ -1,0 +1,161 @@
+"""The immutable ``Schedule``: what every rank does, in order.
+
+``Routes.needs`` is the only copy of the dependency rule in the package.  ``dualpipe.schedule.text`` reads and prints
+the text form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from dualpipe.schedule import normalise
+from dualpipe.schedule.op import COMPUTE, LARGEST, Kind, Lane, Op, Placed, Program, ScheduleError, Slot, show_slot
+from dualpipe.schedule.routes import Routes, check_routes
+
+
+@dataclass(frozen=True, init=False)
+class Schedule:
+    """What every rank does, in order.  An immutable value.
+
+    The arguments are normalised once, here: integers of any type (numpy's included) become ``int``, kinds and lanes
+    given as text become ``Kind`` and ``Lane``, any ordered iterable becomes a tuple, a plain tuple of an op's fields
+    becomes an ``Op``, and the routes are copied.  So every schedule holds these types and nothing else.
+
+    Parameters
+    ----------
+    routes:
+        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` of two lanes is the same layers, so two
+        lanes mean two copies of each stage's weights.
+    programs:
+        For each rank its slots.  The ops of a slot are issued together, slots run in order.
+    name:
+        A label; it takes no part in what the schedule means, only in how it is printed and whether a published
+        memory bound applies.
+
+    Raises
+    ------
+    ScheduleError
+        If a part has another type (a bool or a float as a number, a set or a text as a sequence), the name is not one
+        word, a route names a rank without a program, an op a lane or stage that does not exist or a number that is
+        negative or above 999999999, or a slot is empty or mixes compute with messages.
+    """
+
+    routes: Routes
+    programs: tuple[Program, ...]
+    name: str
+
+    def __init__(
+        self,
+        routes: Mapping[Lane, Iterable[int]],
+        programs: Iterable[Iterable[Iterable[Op]]],
+        name: str = "",
+    ) -> None:
+        object.__setattr__(self, "name", normalise.text(name))
+        object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
+        object.__setattr__(self, "programs", normalise.programs(programs))
+        check_name(self.name)
+        check_routes(self.routes, len(self.programs))
+        for program in self.programs:
+            for slot in program:
+                check_slot(slot, self.routes)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.programs)
+
+    @cached_property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes in the order in which data is dealt and gradients are summed: ``>`` before ``<``."""
+        return tuple(lane for lane in Lane if lane in self.routes)
+
+    @cached_property
+    def stages(self) -> int:
+        """The depth of the model in stages (that of the longest lane)."""
+        return max(map(len, self.routes.values()))
+
+    @cached_property
+    def microbatches(self) -> Mapping[Lane, int]:
+        """For each lane how many microbatches its ops name: one more than the largest number."""
+        count = dict.fromkeys(self.routes, 0)
+        for placed in self:
+            lane, mb = placed.op.lane, placed.op.mb
+            if mb >= count[lane]:
+                count[lane] = mb + 1
+        return count
+
+    def __iter__(self) -> Iterator[Placed]:
+        """Every op of every rank with its place, rank by rank in program order."""
+        for rank, program in enumerate(self.programs):
+            for number, slot in enumerate(program):
+                for position, op in enumerate(slot):
+                    yield Placed(rank, number, position, op)
+
+    def only(self, kinds: frozenset[Kind]) -> Schedule:
+        """The schedule with the ops of these kinds alone, such as F, SF and RF for an evaluation."""
+        programs = tuple(
+            tuple(kept for slot in program if (kept := tuple(op for op in slot if op.kind in kinds)))
+            for program in self.programs
+        )
+        return Schedule(self.routes, programs, self.name)
+
+    def rank_of(self, op: Op) -> int:
+        """The rank that holds the op's stage."""
+        return self.routes.rank_of(op)
+
+    def is_first(self, op: Op) -> bool:
+        """Whether the op's stage is the one that reads the data."""
+        return self.routes.is_first(op)
+
+    def is_last(self, op: Op) -> bool:
+        """Whether the op's stage is the one that computes the loss."""
+        return self.routes.is_last(op)
+
+    def neighbour(self, op: Op) -> int | None:
+        """The rank that a message's partner stage is on, or ``None`` beyond the end of the lane."""
+        return self.routes.neighbour(op)
+
+    def peer(self, op: Op) -> int | None:
+        """The rank at the other end of a message: the one the file names, else the lane's neighbour."""
+        return self.routes.peer(op)
+
+    def crosses(self, op: Op) -> bool:
+        """Whether a message op joins two ranks: not beyond a lane's end, nor where neighbours share a rank."""
+        return self.routes.crosses(op)
+
+    def needs(self, op: Op) -> tuple[Op, ...]:
+        """The ops that must have completed before ``op`` can (see ``Routes.needs``)."""
+        return self.routes.needs(op)
+
+
+def check_name(name: str) -> None:
+    """Raise ``ScheduleError`` unless the name is empty or one printable word, without ``#``, as the text form needs."""
+    if name and (not name.isprintable() or " " in name or "#" in name):
+        raise ScheduleError(
+            "a schedule's name is one printable word without #", f"it is {name!r}", "put dashes for what is not allowed"
+        )
+
+
+def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]]) -> None:
+    """Raise ``ScheduleError`` unless the slot holds ops of known lanes and stages, all compute or all messages."""
+    if not slot:
+        raise ScheduleError("a slot holds at least one op", "a slot is empty", "leave it out")
+    for op in slot:
+        route = routes.get(op.lane)
+        if route is None:
+            raise ScheduleError("an op names a lane of the schedule", f"{op} names lane {op.lane}", "declare it first")
+        if not 0 <= op.stage < len(route):
+            raise ScheduleError(
+                "an op names a stage of its lane",
+                f"{op} names stage {op.stage}, and lane {op.lane} has stages 0 to {len(route) - 1}",
+                "correct the op or lengthen the lane",
+            )
+        if not 0 <= op.mb <= LARGEST or not 0 <= (op.peer or 0) <= LARGEST:
+            raise ScheduleError(f"microbatch and peer are numbers from 0 to {LARGEST}", f"there is {op}", "correct it")
+        if op.peer is not None and op.kind in COMPUTE:
+            raise ScheduleError("only a message has a peer", f"{op} is compute", f"leave out @{op.peer}")
+    if len(slot) > 1 and len({op.kind in COMPUTE for op in slot}) > 1:
+        raise ScheduleError(
+            "a slot is all compute or all messages", f"{show_slot(slot)} mixes them", "put a space between them"
+        )

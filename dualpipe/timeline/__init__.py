@@ -1,0 +1,1 @@
+"""When everything happens: simulated and measured timelines, and what draws them."""

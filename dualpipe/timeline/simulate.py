@@ -1,0 +1,197 @@
+"""When everything happens: a schedule and its costs give a timeline.
+
+A message of the k-th send of one rank to another meets the k-th receive that the other posts from it, whatever either
+side takes it to be: messages carry no tag.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dualpipe.schedule import COMPUTE, SENDS, Op, Placed, Schedule, ScheduleError, Slot
+from dualpipe.timeline.timeline import CostError, Costs, Message, Span, Timeline
+
+__all__ = ["CostError", "Costs", "Message", "Span", "Stuck", "Timeline", "Wait", "simulate"]
+
+_MOST_TOLD = 8
+"""How many waits an error tells."""
+
+
+class Wait(NamedTuple):
+    """A rank that goes no further: what stands there, and the op that it needs and does not get.
+
+    Where the op that stands there is a message which never meets its partner, it needs itself, from ``peer``.
+    """
+
+    at: Placed
+    need: Op
+    peer: int | None
+
+    def __str__(self) -> str:
+        rank, slot, _, op = self.at
+        place = f"rank {rank} in slot {slot}"
+        if op != self.need:
+            return f"{place} cannot begin {op}: {self.need} has not been there before"
+        if self.peer is None:
+            return f"{place} waits for {op} to meet its partner, and no such rank exists"
+        return f"{place} waits for rank {self.peer} to post the partner of {op}"
+
+
+class Stuck(ScheduleError):  # noqa: N818 - the field says that a pipeline is stuck
+    """A schedule that cannot finish.  ``waits`` says who waits for what, ``reached`` is the timeline up to there."""
+
+    def __init__(self, waits: tuple[Wait, ...], reached: Timeline) -> None:
+        self.waits, self.reached = waits, reached
+        more = [f"and {len(waits) - _MOST_TOLD} more wait"] if len(waits) > _MOST_TOLD else []
+        super().__init__(
+            "every rank reaches its end and every message meets a partner",
+            ", ".join([*map(str, waits[:_MOST_TOLD]), *more]),
+            "run `dualpipe prove` on the schedule for the reason",
+        )
+
+
+def simulate(
+    schedule: Schedule, costs: Costs | None = None, *, blocking: bool = False, eager: bool = False
+) -> Timeline:
+    """Run the schedule on ideal ranks and links.
+
+    Every rank runs its slots in order.  A message slot posts its messages and ends; a message is there ``latency``
+    after both sides have posted it, and a compute waits for the receives that it needs.  With ``blocking`` a message
+    slot ends only once every message in it is there, as after a plain ``batch_isend_irecv`` and ``wait``.  With
+    ``eager`` a message sets out when it is sent: its latency passes whether or not its receive has been posted.
+
+    Raises
+    ------
+    Stuck
+        If a rank cannot reach its end: an op comes before what it needs on its own rank, or a message, also one that
+        nobody needs, never meets a partner.
+    """
+    return _Run(schedule, Costs() if costs is None else costs, blocking, eager).finish()
+
+
+@dataclass
+class _Posted:
+    """One side of a message; ``completed`` once the other side is posted too."""
+
+    at: Placed
+    peer: int | None
+    time: float
+    completed: float | None = None
+
+    def wait(self) -> Wait:
+        return Wait(self.at, self.at.op, self.peer)
+
+
+@dataclass
+class _Rank:
+    """How far a rank has come."""
+
+    clock: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+    over: set[Op] = field(default_factory=set)
+    posted: dict[Op, _Posted] = field(default_factory=dict)
+    batch: list[_Posted] = field(default_factory=list)  # the messages of the slot that is being waited for
+    wait: Wait | None = None
+
+    def end_slot(self, ops: Slot, start: float, end: float) -> None:
+        self.spans.append(Span(len(self.spans), ops, start, end))
+        self.clock = end
+
+
+@dataclass
+class _Channel:
+    """What one rank sends to one other, in the order in which each side was posted."""
+
+    sends: list[_Posted] = field(default_factory=list)
+    receives: list[_Posted] = field(default_factory=list)
+
+
+class _Run:
+    """The state of a run.  A rank advances until it waits; a message that completes wakes the two ranks."""
+
+    def __init__(self, schedule: Schedule, costs: Costs, blocking: bool, eager: bool) -> None:
+        self.schedule, self.costs, self.blocking, self.eager = schedule, costs, blocking, eager
+        self.ranks = [_Rank() for _ in schedule.programs]
+        self.channels: defaultdict[tuple[int, int], _Channel] = defaultdict(_Channel)
+        self.sides: list[_Posted] = []
+        self.messages: list[Message] = []
+        self.awake = deque(range(schedule.ranks))
+
+    def finish(self) -> Timeline:
+        while self.awake:
+            self.advance(self.awake.popleft())
+        waits = [state.wait for state in self.ranks if state.wait is not None]
+        told = {wait.at for wait in waits}
+        waits += [side.wait() for side in self.sides if side.completed is None and side.at not in told]
+        spans = tuple(tuple(state.spans) for state in self.ranks)
+        timeline = Timeline(self.schedule, self.costs, spans, tuple(self.messages))
+        if waits:
+            raise Stuck(tuple(sorted(waits, key=lambda wait: wait.at)), timeline)
+        return timeline
+
+    def advance(self, rank: int) -> None:
+        state, program = self.ranks[rank], self.schedule.programs[rank]
+        state.wait = None
+        while state.wait is None and len(state.spans) < len(program):
+            slot = program[len(state.spans)]
+            step = self.compute if slot[0].kind in COMPUTE else self.communicate
+            state.wait = step(state, [Placed(rank, len(state.spans), position, op) for position, op in enumerate(slot)])
+
+    def compute(self, state: _Rank, slot: list[Placed]) -> Wait | None:
+        """Run a compute slot, or say what it waits for."""
+        ops = tuple(placed.op for placed in slot)
+        start = state.clock
+        for at in slot:
+            for need in self.schedule.needs(at.op):
+                if need in state.over or need in ops[: at.position]:
+                    continue
+                side = state.posted.get(need)
+                if side is None:
+                    return Wait(at, need, None)
+                if side.completed is None:
+                    return side.wait()
+                start = max(start, side.completed)
+        state.end_slot(ops, start, start + self.costs.slot(ops))
+        state.over.update(ops)
+        return None
+
+    def communicate(self, state: _Rank, slot: list[Placed]) -> Wait | None:
+        """Post the messages of a slot; in the blocking model, also wait for them."""
+        if not state.batch:
+            for at in slot:
+                missing = [need for need in self.schedule.needs(at.op) if need not in state.over]
+                if missing and at.op.kind in SENDS:
+                    return Wait(at, missing[0], None)
+            state.batch = [self.post(state, at) for at in slot]
+        ends = [side.completed for side in state.batch if side.completed is not None]
+        if self.blocking and len(ends) < len(slot):
+            return next(side.wait() for side in state.batch if side.completed is None)
+        state.batch = []
+        state.end_slot(tuple(at.op for at in slot), state.clock, max(ends) if self.blocking else state.clock)
+        return None
+
+    def post(self, state: _Rank, at: Placed) -> _Posted:
+        """Post one side of a message, and complete the message if that was the second."""
+        named = self.schedule.peer(at.op)
+        peer = named if named is not None and named < self.schedule.ranks else None
+        side = _Posted(at, peer, state.clock)
+        self.sides.append(side)
+        state.posted.setdefault(at.op.bare, side)
+        if peer is None:
+            return side
+        sending = at.op.kind in SENDS
+        channel = self.channels[(at.rank, peer) if sending else (peer, at.rank)]
+        mine, theirs = (channel.sends, channel.receives) if sending else (channel.receives, channel.sends)
+        mine.append(side)
+        if len(mine) <= len(theirs):
+            self.complete(*((side, theirs[len(mine) - 1]) if sending else (theirs[len(mine) - 1], side)))
+            self.awake.append(peer)
+        return side
+
+    def complete(self, send: _Posted, receive: _Posted) -> None:
+        sets_out = send.time if self.eager else max(send.time, receive.time)
+        there = max(sets_out + self.costs.latency, receive.time)
+        send.completed = receive.completed = there
+        self.messages.append(Message(send.at, receive.at, send.time, receive.time, there))

@@ -4,6 +4,6 @@
 class GateError(ValueError):
     """Bad input: the rule that was broken, what came, and what to do about it."""
 
-    def __init__(self, rule: str, came: str, remedy: str) -> None:
-        self.rule, self.came, self.remedy = rule, came, remedy
-        super().__init__(f"{rule}: {came}; {remedy}")
+    def __init__(self, rule: str, got: str, fix: str) -> None:
+        self.rule, self.got, self.fix = rule, got, fix
+        super().__init__(f"{rule}: {got}; {fix}")

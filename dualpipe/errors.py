@@ -14,9 +14,9 @@ _ALIKE = 0.7
 class RuleError(ValueError):
     """Bad input: the rule that was broken, what came, and what to do about it."""
 
-    def __init__(self, rule: str, came: str, remedy: str) -> None:
-        self.rule, self.came, self.remedy = rule, came, remedy
-        super().__init__(f"{rule}: {came}; {remedy}")
+    def __init__(self, rule: str, got: str, fix: str) -> None:
+        self.rule, self.got, self.fix = rule, got, fix
+        super().__init__(f"{rule}: {got}; {fix}")
 
 
 class StageError(RuleError):

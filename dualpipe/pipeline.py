@@ -224,11 +224,11 @@ def _require_own_ops(schedule: Schedule, rank: int) -> None:
     for slot in schedule.programs[rank]:
         for op in slot:
             if schedule.rank_of(op) != rank:
-                came = f"rank {rank} is to run {op}, whose stage is on rank {schedule.rank_of(op)}"
-                raise RuleError("a rank runs the ops of its own stages", came, "move the op there")
+                got = f"rank {rank} is to run {op}, whose stage is on rank {schedule.rank_of(op)}"
+                raise RuleError("a rank runs the ops of its own stages", got, "move the op there")
             if op.kind in MESSAGES and schedule.neighbour(op) is None:
-                came = f"rank {rank} is to run {op}, where the lane ends"
-                raise RuleError("a message goes to the next stage or the previous one", came, "leave it out")
+                got = f"rank {rank} is to run {op}, where the lane ends"
+                raise RuleError("a message goes to the next stage or the previous one", got, "leave it out")
 
 
 def _names(stages: Mapping[tuple[Lane, int], nn.Module] | set[tuple[Lane, int]]) -> str:

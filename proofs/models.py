@@ -83,6 +83,6 @@ def parse_models(text: str) -> tuple[Model, ...]:
             "an eager model buffers at most 999999999 messages", f"got {text[:40]!r}", "name a smaller capacity"
         )
     if found is None:
-        remedy = nearest(text, ["all", *(model.name for model in MODELS)], "name one")
-        raise ModelError("a model is all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", remedy)
+        fix = nearest(text, ["all", *(model.name for model in MODELS)], "name one")
+        raise ModelError("a model is all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", fix)
     return (eager(int(found.group(1))),)

@@ -16,9 +16,9 @@ class SetupError(RuleError):
 class Misstep(RuleError):  # noqa: N818 - the name says what happened
     """An op that its rank cannot do: at ``rank``, in slot ``slot`` (from 0), the op ``op``."""
 
-    def __init__(self, rank: int, slot: int, op: Op, rule: str, came: str, remedy: str) -> None:
+    def __init__(self, rank: int, slot: int, op: Op, rule: str, got: str, fix: str) -> None:
         self.rank, self.slot, self.op = rank, slot, op
-        super().__init__(rule, f"rank {rank}, slot {slot}, {op}: {came}", remedy)
+        super().__init__(rule, f"rank {rank}, slot {slot}, {op}: {got}", fix)
 
 
 class Awaited(NamedTuple):

@@ -87,8 +87,8 @@ class Rank:
     def _peer(self, op: Op) -> int:
         peer = self.schedule.peer(op)
         if peer is None or peer == self.number or not 0 <= peer < self.schedule.ranks:
-            came = "the lane ends here" if peer is None else f"its peer is rank {peer} of {self.schedule.ranks}"
-            raise self._misstep(op, "a message goes to another rank that exists", came, "name that rank or drop it")
+            got = "the lane ends here" if peer is None else f"its peer is rank {peer} of {self.schedule.ranks}"
+            raise self._misstep(op, "a message goes to another rank that exists", got, "name that rank or drop it")
         return peer
 
     def _content(self, op: Op) -> tuple[Layout, Tensor | None]:
@@ -194,5 +194,5 @@ class Rank:
                     f"put {need} before it",
                 )
 
-    def _misstep(self, op: Op, rule: str, came: str, remedy: str) -> Misstep:
-        return Misstep(self.number, self._slot, op, rule, came, remedy)
+    def _misstep(self, op: Op, rule: str, got: str, fix: str) -> Misstep:
+        return Misstep(self.number, self._slot, op, rule, got, fix)

@@ -95,8 +95,8 @@ def make_case(
     if transport not in ("direct", "staged"):
         raise RuleError("--transport is direct or staged", f"got {transport}", "choose one of them")
     if kind == "cuda" and torch.cuda.device_count() == 0:
-        came = f"torch {torch.__version__} sees none"
-        raise RuleError("--device cuda needs a GPU and a torch built for it", came, "use cpu")
+        got = f"torch {torch.__version__} sees none"
+        raise RuleError("--device cuda needs a GPU and a torch built for it", got, "use cpu")
     if kind == "cuda" and transport == "direct":
         raise RuleError(
             "several ranks on one GPU cannot use NCCL, and gloo cannot send CUDA tensors",

@@ -22,8 +22,8 @@ class Edit:
         """The text with the replacement made.  Raises ``GateError`` unless ``old`` stands there exactly once."""
         count = text.count(self.old)
         if count != 1:
-            came = f"{self.path} has it {count} times: {self.old!r}"
-            raise GateError("the text that an exhibit replaces stands in its file once", came, "write the exhibit anew")
+            got = f"{self.path} has it {count} times: {self.old!r}"
+            raise GateError("the text that an exhibit replaces stands in its file once", got, "write the exhibit anew")
         return text.replace(self.old, self.new)
 
 

@@ -14,8 +14,8 @@ FAULTS = (
         35,
         "the store for weight gradients is never fed, so W does nothing",
         EXECUTE,
-        "split.forward(key, key not in self.whole):",
-        "split.forward(key, False):",
+        "split.forward(task, task not in self.whole):",
+        "split.forward(task, False):",
         check="tests",
         rule="test",
         says="test_in_a_step_b_leaves_every_weight_gradient_to_its_w.*is not left to W",
@@ -24,7 +24,7 @@ FAULTS = (
         11,
         "W does not run what waits for it",
         EXECUTE,
-        "                self.store.run(key)",
+        "                self.store.run(task)",
         "                pass",
         check="trial",
         rule="run",
@@ -95,7 +95,7 @@ FAULTS = (
         "what was received and not used goes unnoticed",
         EXECUTE,
         """        left += [f"what {op} receives was not used" for op in self.arrivals]
-        left += [f"no backward came for {Op(F, *key)}" for key in self.live if torch.is_grad_enabled()]
+        left += [f"no backward came for {Op(F, *task)}" for task in self.live if torch.is_grad_enabled()]
         if left:""",
         """        if not left and self.arrivals:""",
         check="tests",

@@ -156,7 +156,7 @@ def _texts(name: str, answer: Path) -> list[str]:
     try:
         content: Any = json.loads(answer.read_bytes())
         if set(content) == {"error"}:
-            rule, came, remedy = (_line(part) for part in content["error"])
+            rule, got, fix = (_line(part) for part in content["error"])
         else:
             texts = content["texts"]
             if texts and isinstance(texts, list) and all(isinstance(text, str) for text in texts):
@@ -166,7 +166,7 @@ def _texts(name: str, answer: Path) -> list[str]:
         raise RuleError(
             "an entry point returns a schedule", f"{name} replaced what hands it back", "leave dualpipe as it is"
         ) from error
-    raise RuleError(rule, came, remedy)
+    raise RuleError(rule, got, fix)
 
 
 def _line(part: str) -> str:

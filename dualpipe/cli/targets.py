@@ -96,8 +96,8 @@ class Target:
                     "name another file, or remove this one first",
                 )
 
-    def _fail(self, came: str) -> NoReturn:
-        raise RuleError(f"{self.option} is a file that can be written", f"{self.path} {came}", "name another file")
+    def _fail(self, got: str) -> NoReturn:
+        raise RuleError(f"{self.option} is a file that can be written", f"{self.path} {got}", "name another file")
 
     def write(self, data: str | bytes) -> None:
         """Write the file whole.  It is checked again, for the command's work may have taken long."""

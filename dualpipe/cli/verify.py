@@ -165,10 +165,10 @@ def _trace_name(schedule: Schedule) -> str:
     return f"{name}-P{schedule.ranks}-M{sum(schedule.microbatches.values())}.json"
 
 
-def _refuse(options: dict[str, Any], rule: str, remedy: str) -> None:
+def _refuse(options: dict[str, Any], rule: str, fix: str) -> None:
     given = [name for name, value in options.items() if value]
     if given:
-        raise RuleError(rule, f"got {', '.join(given)}", remedy)
+        raise RuleError(rule, f"got {', '.join(given)}", fix)
 
 
 def _verify_megatron(model: Model, as_json: bool, **options: Any) -> int:

@@ -115,7 +115,7 @@ def _together(load: Callable[[], None]) -> None:
     except RuleError as error:
         refused = error
     everyone: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, refused and (refused.rule, refused.came, refused.remedy))
+    dist.all_gather_object(everyone, refused and (refused.rule, refused.got, refused.fix))
     for each in everyone:
         if each is not None:
             raise RuleError(*each) from refused

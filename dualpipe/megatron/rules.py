@@ -20,19 +20,19 @@ class Rule(NamedTuple):
 
     name: str
     because: str
-    came: Callable[[Any], str | None]
-    remedy: str
+    got: Callable[[Any], str | None]
+    fix: str
 
 
 class Violation(NamedTuple):
     """A rule that some settings break, what came, and what to set."""
 
     rule: str
-    came: str
-    remedy: str
+    got: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.rule}: {self.came}; {self.remedy}"
+        return f"{self.rule}: {self.got}; {self.fix}"
 
 
 class SettingsError(RuleError):
@@ -54,8 +54,8 @@ class SettingsError(RuleError):
 def violations(*objects: object | None) -> tuple[Violation, ...]:
     """Every rule that the settings break, in the order of the table."""
     settings = Settings(*objects)
-    found = ((rule, rule.came(settings)) for rule in RULES)
-    return tuple(Violation(f"{rule.name} ({rule.because})", came, rule.remedy) for rule, came in found if came)
+    found = ((rule, rule.got(settings)) for rule in RULES)
+    return tuple(Violation(f"{rule.name} ({rule.because})", got, rule.fix) for rule, got in found if got)
 
 
 def _odd_pipeline(settings: Any) -> str | None:

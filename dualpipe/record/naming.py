@@ -138,9 +138,9 @@ def _is_of(op: Op, lineage: Lineage) -> bool:
 
 
 def _of_unmet(message: Message, op: Op) -> str:
-    what, came = ("send to", "met no receive") if message.send else ("receive from", "got nothing")
+    what, got = ("send to", "met no receive") if message.send else ("receive from", "got nothing")
     return (
-        f"rank {message.id.rank}: the {what} rank {message.peer} at {message.at} {came}; "
+        f"rank {message.id.rank}: the {what} rank {message.peer} at {message.at} {got}; "
         f"it is named {op} by what was to come next"
     )
 

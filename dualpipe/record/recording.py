@@ -142,7 +142,7 @@ def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[Mess
             check_slot((op,), lineage.routes)
         except ScheduleError as error:
             raise RecordError(
-                error.rule, f"{error.came}: the message of rank {id.rank} at {messages[id].at}", "look there"
+                error.rule, f"{error.got}: the message of rank {id.rank} at {messages[id].at}", "look there"
             ) from error
 
 

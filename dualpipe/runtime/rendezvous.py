@@ -63,10 +63,10 @@ class Rendezvous:
         self._await([f"connected/{name}/{rank}" for rank in range(self.ranks)], time.monotonic() + seconds)
 
     def _lead(self, deadline: float) -> None:
-        came = self._await([f"come/{rank}" for rank in range(self.ranks)], deadline)
+        got = self._await([f"come/{rank}" for rank in range(self.ranks)], deadline)
         for rank in range(self.ranks):
             self._set(f"come/{rank}", _NOBODY)
-        name, read = uuid.uuid4().hex, [json.loads(value) for value in came]
+        name, read = uuid.uuid4().hex, [json.loads(value) for value in got]
         self._set(f"records/{name}", json.dumps([record for _, record in read]).encode())
         for ticket, _ in read:
             self._set(f"met/{ticket}", name.encode())

@@ -4,7 +4,7 @@ It runs as a process of its own, so that whatever the foreign code does to its i
 directory, threads, replaced modules) stays there.  What goes back is one file, ``FOLDER/answer``, which appears
 complete or not at all::
 
-    {"texts": ["lane > 0 ...", ...]}      or      {"error": [rule, came, remedy]}
+    {"texts": ["lane > 0 ...", ...]}      or      {"error": [rule, got, fix]}
 
 ``dualpipe.cli.entrypoint`` starts it, with a time limit, and reads the answer.
 """
@@ -83,7 +83,7 @@ def _answer(name: str, sizes: dict[str, int | None]) -> dict[str, Any]:
             )
         return {"texts": [_text(f"{name}[{at}]" if len(items) > 1 else name, item) for at, item in enumerate(items)]}
     except RuleError as error:
-        return {"error": [error.rule, error.came, error.remedy]}
+        return {"error": [error.rule, error.got, error.fix]}
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -161,9 +161,9 @@ def _ranks(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
-def _require(holds: bool, rule: str, came: str, remedy: str) -> None:
+def _require(holds: bool, rule: str, got: str, fix: str) -> None:
     if not holds:
-        raise SizeError(rule, f"got {came}", remedy)
+        raise SizeError(rule, f"got {got}", fix)
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:

@@ -40,9 +40,9 @@ class OrderError(ScheduleError):
     ``blocked`` has, where computes wait for each other or for one that nobody runs, the op at which each rank stops.
     """
 
-    def __init__(self, rule: str, came: str, remedy: str, at: Placed, blocked: tuple[Blocked, ...] = ()) -> None:
+    def __init__(self, rule: str, got: str, fix: str, at: Placed, blocked: tuple[Blocked, ...] = ()) -> None:
         self.at, self.blocked = at, blocked
-        super().__init__(rule, came, remedy)
+        super().__init__(rule, got, fix)
 
 
 def lower(schedule: Schedule) -> Schedule:

@@ -232,7 +232,7 @@ class _Parser:
         try:
             check(*args)
         except ScheduleError as error:
-            self.fail(line, column, f"that {error.came}", f"that {error.rule} ({error.remedy})")
+            self.fail(line, column, f"that {error.got}", f"that {error.rule} ({error.fix})")
 
     def fail(self, line: int, column: int, found: str, expected: str) -> NoReturn:
         raise ScheduleSyntaxError(self.source, line, column, found, expected)

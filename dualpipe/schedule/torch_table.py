@@ -70,7 +70,7 @@ class _Table:
             return lower(schedule)
         except OrderError as error:
             cell = rows[error.at.rank][error.at.slot]
-            self.fail(cell.line, cell.column, f"that {error.came}", f"that {error.rule} ({error.remedy})")
+            self.fail(cell.line, cell.column, f"that {error.got}", f"that {error.rule} ({error.fix})")
 
     def slot(self, cell: _Cell) -> Slot:
         pair = _PAIR.fullmatch(cell.text)

@@ -62,9 +62,9 @@ class Case:
     weight_decay = 0.1
 
     def __post_init__(self) -> None:
-        for rule, holds, came, remedy in self._rules():
+        for rule, holds, got, fix in self._rules():
             if not holds:
-                raise RuleError(rule, came, remedy)
+                raise RuleError(rule, got, fix)
 
     def _rules(self) -> list[tuple[str, bool, str, str]]:
         """Each rule with whether it holds, what came, and what to do."""

@@ -27,7 +27,7 @@ def test_it_ends_with_the_code_that_main_returns(code):
 def test_bad_input_is_one_line():
     error = GateError("the rule", "what came", "the remedy")
     done = ended(
-        f"from ci.errors import GateError\ndef main(arguments): raise GateError{error.rule, error.came, error.remedy}"
+        f"from ci.errors import GateError\ndef main(arguments): raise GateError{error.rule, error.got, error.fix}"
     )
     assert (done.returncode, done.stderr) == (2, f"{error}\n")
 

@@ -105,8 +105,8 @@ PLANTED = [
 def test_a_broken_rule_is_told_alone_with_what_came(name, changes, told):
     (violation,) = broken(given(**changes))
     assert violation.rule.startswith(name)
-    assert told in violation.came
-    assert violation.remedy
+    assert told in violation.got
+    assert violation.fix
 
 
 def test_every_rule_is_broken_above():
@@ -183,7 +183,7 @@ def test_one_broken_rule_reads_as_one_sentence():
 
 def rampup(start, increment, final):
     found = violations(given(rampup_batch_size=[str(start), str(increment), "1000"], global_batch_size=final))
-    return found[0].came if found else None
+    return found[0].got if found else None
 
 
 def test_every_batch_size_on_the_way_up_is_checked():
@@ -203,18 +203,18 @@ def test_a_way_up_that_never_moves_is_refused():
 def test_a_batch_that_may_be_decreased_is_judged_as_decreased():
     validate_dualpipe_args(given(global_batch_size=50, decrease_batch_size_if_needed=True))
     (violation,) = broken(given(global_batch_size=47, decrease_batch_size_if_needed=True))
-    assert "is 7 microbatches" in violation.came
+    assert "is 7 microbatches" in violation.got
 
 
 def test_every_entry_of_a_schedule_of_batch_sizes_is_checked():
     validate_dualpipe_args(given(step_batch_size_schedule="0:48 250B:96", global_batch_size=1))
     (violation,) = broken(given(step_batch_size_schedule="0:48 250B:54,1T:96"))
-    assert "at 250B:54 = 54 over" in violation.came
+    assert "at 250B:54 = 54 over" in violation.got
 
 
 def test_a_schedule_of_batch_sizes_that_cannot_be_read_is_told():
     (violation,) = broken(given(step_batch_size_schedule="0:many"))
-    assert "'many'" in violation.came
+    assert "'many'" in violation.got
 
 
 def test_data_parallel_size_follows_from_the_world_where_it_is_not_set():
@@ -223,7 +223,7 @@ def test_data_parallel_size_follows_from_the_world_where_it_is_not_set():
     validate_dualpipe_args(args)
     args.world_size = 32
     (violation,) = broken(args)
-    assert "data parallel size 4" in violation.came
+    assert "data parallel size 4" in violation.got
 
 
 # The flag

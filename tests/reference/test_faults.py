@@ -97,14 +97,14 @@ MISSTEPS = {
 @pytest.mark.parametrize("fault", MISSTEPS)
 @pytest.mark.parametrize("blocking", [False, True])
 def test_an_op_that_cannot_be_done_is_named_with_its_place(fault, blocking):
-    old, new, rank, slot, came = MISSTEPS[fault]
+    old, new, rank, slot, got = MISSTEPS[fault]
     assert old in SOUND
     with pytest.raises(Misstep) as wrong:
         run(SOUND.replace(old, new), blocking=blocking)
     assert (wrong.value.rank, wrong.value.slot) == (rank, slot)
     assert wrong.value.op in [op for part in loads(SOUND.replace(old, new)).programs[rank] for op in part]
     assert f"rank {rank}, slot {slot}, {wrong.value.op}: " in str(wrong.value)
-    assert came in str(wrong.value)
+    assert got in str(wrong.value)
 
 
 def test_a_message_to_a_wrong_neighbour_starves_the_right_one():

@@ -74,7 +74,7 @@ def test_the_loss_is_the_mean_over_tokens_times_the_scale():
 def test_a_model_that_cannot_be_is_refused_with_a_remedy(sizes):
     with pytest.raises(ModelError) as refused:
         ModelConfig(**sizes)
-    assert refused.value.remedy
+    assert refused.value.fix
 
 
 def test_a_stage_beyond_the_model_is_refused():

@@ -159,10 +159,10 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("what", IMPOSSIBLE)
 def test_an_order_that_cannot_be_run_names_where_each_rank_stops(what):
-    text, came = IMPOSSIBLE[what]
+    text, got = IMPOSSIBLE[what]
     with pytest.raises(OrderError) as error:
         lower(loads(text))
-    assert error.value.came == came
+    assert error.value.got == got
     assert error.value.at == error.value.blocked[0].at
 
 

@@ -233,7 +233,7 @@ def test_both_sending_first_hangs_only_where_slots_block():
     assert simulate(loads(BOTH_SEND_FIRST)).makespan == 2
     with pytest.raises(Stuck) as error:
         simulate(loads(BOTH_SEND_FIRST), blocking=True)
-    assert error.value.came == (
+    assert error.value.got == (
         "rank 0 in slot 1 waits for rank 1 to post the partner of 0SF0>, "
         "rank 1 in slot 1 waits for rank 0 to post the partner of 0SF0<"
     )
@@ -272,11 +272,11 @@ STUCK = {
 @pytest.mark.parametrize("what", STUCK)
 @pytest.mark.parametrize("blocking", [False, True])
 def test_a_schedule_that_cannot_finish_says_who_waits_for_what(what, blocking):
-    text, came = STUCK[what]
+    text, got = STUCK[what]
     with pytest.raises(Stuck) as error:
         simulate(loads(text), blocking=blocking)
-    assert error.value.came == came
-    assert len(error.value.waits) == came.count("rank 0 in") + came.count("rank 1 in")
+    assert error.value.got == got
+    assert len(error.value.waits) == got.count("rank 0 in") + got.count("rank 1 in")
 
 
 def test_messages_meet_in_posting_order_whatever_they_carry():

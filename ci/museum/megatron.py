@@ -5,14 +5,14 @@ from ci.museum.exhibit import Edit, fault
 GROUPS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
     f"dualpipe/megatron/{name}.py" for name in ("groups", "layers", "model", "optimizer", "random_streams")
 )
-WEIGHTGRAD, SPLITLINEAR = "dualpipe/runtime/weightgrad.py", "dualpipe/runtime/split_linear.py"
+WEIGHTGRAD, SPLITSTAGE = "dualpipe/runtime/weightgrad.py", "dualpipe/runtime/split_stage.py"
 ACCUMULATE = "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n"
 
 FAULTS = (
     fault(
         12,
         "Megatron: a weight counted twice in the split",
-        SPLITLINEAR,
+        SPLITSTAGE,
         "        stage.store.defer(use, x.detach(), dy)\n",
         "        for _ in range(2):\n            stage.store.defer(use, x.detach(), dy)\n",
         check="trial, Megatron",

@@ -2,7 +2,7 @@
 
 from ci.museum.exhibit import fault
 
-TRANSPORT = "dualpipe/runtime/transport.py"
+TRANSPORT = "dualpipe/runtime/process_group.py"
 
 FAULTS = (
     fault(
@@ -27,7 +27,7 @@ FAULTS = (
     ),
     fault(
         4,
-        "two sends of one batch posted in reverse",
+        "two sends of one slot posted in reverse",
         TRANSPORT,
         "        for message in messages:\n            self._allocate(message)",
         "        sends = [m for m in messages if m.sends]\n"
@@ -42,9 +42,9 @@ FAULTS = (
         0,
         "a receive handed out before it is there",
         TRANSPORT,
-        "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n",
+        "            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))\n",
         "            early = [tensor.clone() for tensor in message.tensors]\n"
-        "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n"
+        "            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))\n"
         "            message.tensors = early\n",
         check="trial",
         rule="bitwise",

@@ -14,8 +14,8 @@ FAULTS = (
         35,
         "the store for weight gradients is never fed, so W does nothing",
         EXECUTE,
-        "split.forward(task, task not in self.whole):",
-        "split.forward(task, False):",
+        "split.forward(Op(W, *task), task not in self.full):",
+        "split.forward(Op(W, *task), False):",
         check="tests",
         rule="test",
         says="test_in_a_step_b_leaves_every_weight_gradient_to_its_w.*is not left to W",
@@ -24,7 +24,7 @@ FAULTS = (
         11,
         "W does not run what waits for it",
         EXECUTE,
-        "                self.store.run(task)",
+        "                self.store.run(Op(W, *task))",
         "                pass",
         check="trial",
         rule="run",
@@ -95,7 +95,7 @@ FAULTS = (
         "what was received and not used goes unnoticed",
         EXECUTE,
         """        left += [f"what {op} receives was not used" for op in self.arrivals]
-        left += [f"no backward came for {Op(F, *task)}" for task in self.live if torch.is_grad_enabled()]
+        left += [f"{Op(F, *task)} has no backward" for task in self.live if not self.forward_only]
         if left:""",
         """        if not left and self.arrivals:""",
         check="tests",
@@ -106,7 +106,7 @@ FAULTS = (
         5,
         "ranks do not compare their set-ups before the first message",
         PIPELINE,
-        "            self._worker.transport.agree(self._record())\n",
+        "            self.transport.agree(self._record())\n",
         "",
         check="tests",
         rule="test",
@@ -116,18 +116,18 @@ FAULTS = (
         38,
         "gradients are reduced before the last W",
         PIPELINE,
-        """        with self._worker.transport.phase("evaluation" if forward_only else "step"):
-            feed.require(self._worker.schedule, self._worker.transport.rank, self.criterion is not None)
+        """        with self.transport.phase("evaluation" if forward_only else "step"):
+            feed.require(self.schedule, self.transport.rank, self.criterion is not None)
             if not forward_only:
                 self._set_aside()
-            run_step(self._worker, computation, forward_only)
+            executor.run()
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
 """,
         """        if reduce_gradients and not forward_only:
             self.reduce_gradients()
-        with self._worker.transport.phase("evaluation" if forward_only else "step"):
-            run_step(self._worker, computation, forward_only)
+        with self.transport.phase("evaluation" if forward_only else "step"):
+            executor.run()
 """,
         check="tests",
         rule="test",
@@ -137,8 +137,8 @@ FAULTS = (
         15,
         "each copy of a stage starts from weights of its own",
         REPLICAS,
-        "{o: packed if o == lane else arrived[o, stage] for o in schedule.lanes}",
-        "{lane: packed} | {o: arrived[o, stage] for o in schedule.lanes if o != lane}",  # sums stay what they are
+        "{lane: packed if replica == chunk else received[replica] for replica, lane in of_lane.items()}",
+        "{chunk.lane: packed} | {of_lane[other]: received[other] for other in of_lane if other != chunk}",  # sums stay
         check="tests",
         rule="test",
         says="test_every_copy_of_a_stage_starts_from_the_first_lanes_weights.*differs from lane >",

@@ -12,10 +12,12 @@ import torch
 from megatron.core.pipeline_parallel.schedules import check_first_val_step, forward_step
 from torch import Tensor, nn
 
+from dualpipe.errors import StageError
 from dualpipe.megatron.losses import detached
 from dualpipe.megatron.model import Chunk
 from dualpipe.megatron.position import at_stage
-from dualpipe.runtime.executor import OrderError, Tensors
+from dualpipe.runtime.executor import Tensors
+from dualpipe.runtime.modules import describe
 from dualpipe.schedule import B, Lane, Op, Schedule, W
 
 NoSync = Callable[[], AbstractContextManager[object]]
@@ -77,7 +79,11 @@ class MegatronComputation:
         if call.forward_only:
             return ()
         if not isinstance(output, Tensor) or output.numel() != 1:
-            raise OrderError(f"the loss function gives a scalar tensor; at {op} it gave {type(output).__name__}")
+            raise StageError(
+                "the loss function returns a scalar tensor",
+                f"at {op} it returned {describe(output)}",
+                "reduce it to the microbatch's loss",
+            )
         return (output if call.config.grad_scale_func is None else call.config.grad_scale_func(output),)
 
     @contextmanager

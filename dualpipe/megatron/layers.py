@@ -2,7 +2,7 @@
 
 ``ColumnParallelLinear`` and ``RowParallelLinear`` (qkv, projections, the MLP, the output layer, the experts of a
 ``SequentialMLP``) compute through ``_forward_impl``, whose autograd Function gives both gradients at once.  Here they
-are what ``dualpipe.runtime.split_linear`` splits.  B gives the input gradient, with the collectives that belong to it,
+are what ``dualpipe.runtime.split_stage`` splits.  B gives the input gradient, with the collectives that belong to it,
 and leaves the rest to W::
 
     B    dx = dy W        then all-reduce (tensor parallel) or reduce-scatter (sequence parallel) of dx
@@ -27,7 +27,8 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from dualpipe.runtime.split_linear import Layer, Run, SplitStage, find_layers, linear_layer
+from dualpipe.runtime.split_linear import find_layers, linear_layer
+from dualpipe.runtime.split_stage import Layer, Run, SplitStage
 from dualpipe.runtime.weightgrad import WeightGradStore, training
 
 Delayed = Callable[[], None]

@@ -30,7 +30,7 @@ from dualpipe.megatron.layers import Split, split_layers
 from dualpipe.megatron.position import at_stage
 from dualpipe.megatron.random_streams import RandomStream, capture, exchange, restore
 from dualpipe.megatron.replicas import Copies, copies_of
-from dualpipe.runtime.transport import ProcessGroupTransport
+from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.weightgrad import WeightGradStore
 from dualpipe.schedule import UP
 

@@ -20,9 +20,10 @@ from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import bring_losses
 from dualpipe.megatron.model import Chunk, Pipeline, chunk_of, require_chunks
 from dualpipe.megatron.random_streams import follow_rerun
-from dualpipe.runtime.executor import Worker, run_step
+from dualpipe.runtime.executor import Executor
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import DOWN, RF, SF, UP, F, Lane, Schedule
+from dualpipe.schedule import Chunk as ScheduleChunk
 from dualpipe.schedule.generate import generate
 from dualpipe.schedule.text import digest
 
@@ -102,10 +103,13 @@ def forward_backward_dualpipe(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     transport = pipeline.transport
-    splits = {(chunk.place.lane, chunk.place.stage): chunk.split.stage for _, chunk in chunks}
-    worker = Worker(schedule, lambda stage: boundary, transport, pipeline.store, splits)
+    splits = {ScheduleChunk(chunk.place.lane, chunk.place.stage): chunk.split.stage for _, chunk in chunks}
+    store = pipeline.store
+    executor = Executor(
+        schedule, computation, lambda stage: boundary, transport, store, splits, forward_only=forward_only
+    )
     with transport.phase("evaluation" if forward_only else "step"):
-        run_step(worker, computation, forward_only)
+        executor.run()
         data.finish(num_microbatches)
     with transport.phase("collection of losses"):
         collected = bring_losses(computation.collected, transport, transport.device)

@@ -1,15 +1,15 @@
-"""The ranks of a pipeline meet before its first message: they compare their set-ups and agree on a name.
+"""Before their first message the ranks of a pipeline compare their set-ups and agree on a name for their connections.
 
-They meet in the store of their process group, so that nothing is sent and no connection opened before all have come.
+They use the store of their process group, so no message is sent and no connection opened until all have arrived.
 The first rank leads::
 
     key            written by        value
     come/RANK      that rank         its ticket, new at every attempt, and its record; empty once the leader has read it
-    met/TICKET     the first rank    the name of this meeting; one key for each rank that came
-    records/NAME   the first rank    everybody's records
-    connected/...  each rank         that it is connected with all others
+    met/TICKET     the first rank    the name of this meeting; one key for each rank that arrived
+    records/NAME   the first rank    the records of all ranks
+    connected/...  each rank         that it is connected to all others
 
-A ticket is used once, so an attempt that a rank gave up cannot be taken for the next one.
+A ticket is used once, so an attempt that a rank gave up cannot be mistaken for the next one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.distributed import distributed_c10d as c10d
 
-_FIRST_DELAY, _LONGEST_DELAY = 0.002, 0.05  # seconds between two looks into the store
+from dualpipe.runtime.transport import DisagreementError
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.002, 0.05  # seconds between two polls of the store
 _NOBODY = b"-"  # not every store can hold an empty value
+_LONGEST_SHOWN = 400  # characters of a value that differs
 
 
 class MissingRankError(RuntimeError):
-    """Not all ranks came in time."""
+    """A rank did not arrive in time."""
 
 
 @dataclass
@@ -55,20 +59,20 @@ class Rendezvous:
         return name, json.loads(self.store.get(f"records/{name}"))
 
     def confirm(self, name: str, seconds: float) -> None:
-        """Wait until every rank of the meeting ``name`` is connected with all others.
+        """Wait until every rank of the meeting ``name`` is connected to all others.
 
-        A rank that ended before would fail a slower one's connecting.  Raises ``MissingRankError``.
+        Otherwise a rank that ends early would break the connecting of a slower one.  Raises ``MissingRankError``.
         """
         self._set(f"connected/{name}/{self.rank}", b"yes")
         self._await([f"connected/{name}/{rank}" for rank in range(self.ranks)], time.monotonic() + seconds)
 
     def _lead(self, deadline: float) -> None:
-        got = self._await([f"come/{rank}" for rank in range(self.ranks)], deadline)
+        values = self._await([f"come/{rank}" for rank in range(self.ranks)], deadline)
         for rank in range(self.ranks):
             self._set(f"come/{rank}", _NOBODY)
-        name, read = uuid.uuid4().hex, [json.loads(value) for value in got]
-        self._set(f"records/{name}", json.dumps([record for _, record in read]).encode())
-        for ticket, _ in read:
+        name, arrived = uuid.uuid4().hex, [json.loads(value) for value in values]
+        self._set(f"records/{name}", json.dumps([record for _, record in arrived]).encode())
+        for ticket, _ in arrived:
             self._set(f"met/{ticket}", name.encode())
 
     def _await(self, keys: Sequence[str], deadline: float) -> list[bytes]:
@@ -83,10 +87,38 @@ class Rendezvous:
                 return [values[key] for key in keys]
             if time.monotonic() > deadline or self.cancelled.wait(delay):
                 absent = [key.rpartition("/")[2] for key in keys if key not in values and not key.startswith("met/")]
-                raise MissingRankError(
-                    f"rank {', '.join(absent)} of the group did not come" if absent else "not all ranks came"
-                )
+                who = f"rank {', '.join(absent)} of the group" if absent else "a rank of the group"
+                raise MissingRankError(f"{who} did not arrive")
             delay = min(1.5 * delay, _LONGEST_DELAY)
 
     def _set(self, key: str, value: bytes) -> None:
-        self.store.set(key, value)  # type: ignore[arg-type] # declared for str; bytes are what it stores
+        self.store.set(key, value)  # type: ignore[arg-type] # declared for str, but it stores bytes
+
+
+def require_same(records: Sequence[Mapping[str, str]]) -> None:
+    """Compare each entry among the ranks that have it; ``records`` are in order of rank.
+
+    Raises ``DisagreementError`` with the values of the first entry that differs.
+    """
+    for name in dict.fromkeys(name for record in records for name in record):
+        ranks_of: dict[str, list[int]] = {}
+        for rank, record in enumerate(records):
+            if name in record:
+                ranks_of.setdefault(record[name], []).append(rank)
+        if len(ranks_of) > 1:
+            shown = "; ".join(f"{_ranks_have(ranks)} {_excerpt(value, ranks_of)}" for value, ranks in ranks_of.items())
+            raise DisagreementError(f"every rank runs with the same {name}: {shown}; set them up alike")
+
+
+def _excerpt(value: str, values: Mapping[str, Any]) -> str:
+    """The value; if one of ``values`` is long, the part around their first difference."""
+    if all(len(other) <= _LONGEST_SHOWN for other in values):
+        return value
+    first = next((at for at, letters in enumerate(zip(*values, strict=False)) if len(set(letters)) > 1), None)
+    start = max(0, (min(map(len, values)) if first is None else first) - _LONGEST_SHOWN // 4)
+    end = start + _LONGEST_SHOWN
+    return f"{'... ' if start else ''}{value[start:end]}{' ...' if end < len(value) else ''}"
+
+
+def _ranks_have(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"

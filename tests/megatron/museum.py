@@ -36,7 +36,7 @@ class Fault:
 def weights_never_run() -> None:
     from dualpipe.runtime.weightgrad import WeightGradStore
 
-    WeightGradStore.run = lambda self, key: self._waiting.pop(key)
+    WeightGradStore.run = lambda self, key: self._deferred.pop(key)
 
 
 def layer_counted_twice() -> None:
@@ -55,7 +55,7 @@ def hooks_bypassed() -> None:
     from dualpipe.runtime.weightgrad import WeightGradStore
 
     def run(self, key):
-        for entry in self._waiting.pop(key):
+        for entry in self._deferred.pop(key):
             for parameter, gradient in zip(entry.use.trained, entry.gradients(), strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
@@ -72,11 +72,11 @@ def weight_gradient_after_the_reduction() -> None:
     def finalize(*args):
         real(*args)
         for store, entries in late:
-            store._waiting["late"] = entries
+            store._deferred["late"] = entries
             run(store, "late")
         late.clear()
 
-    WeightGradStore.run = lambda self, key: late.append((self, self._waiting.pop(key)))
+    WeightGradStore.run = lambda self, key: late.append((self, self._deferred.pop(key)))
     schedule._finalize = finalize
 
 

@@ -263,7 +263,7 @@ def test_layers_run_whole_where_they_must_and_are_split_elsewhere():
                     stage.learn([torch.autograd.graph.get_gradient_edge(loss).node])
                 with stage.backward(key, split=True):
                     loss.backward()
-                counts.append(store.waiting(key))
+                counts.append(store.count(key))
                 store.run(key)
             return counts
 

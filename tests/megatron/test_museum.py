@@ -44,7 +44,7 @@ def split_gradients(plant=lambda: None) -> list[list[int]]:
         from dualpipe.runtime.weightgrad import WeightGradStore
 
         real, counts = WeightGradStore.run, []
-        WeightGradStore.run = lambda self, key: (counts.append(self.waiting(key)), real(self, key))
+        WeightGradStore.run = lambda self, key: (counts.append(self.count(key)), real(self, key))
         plant()
         production.run_rank(BASE, context)
         return counts
@@ -67,7 +67,7 @@ def test_35_a_store_that_is_never_fed_is_caught_as_w_has_nothing_to_do():
     def plant():
         from dualpipe.megatron import model
         from dualpipe.megatron.layers import Split
-        from dualpipe.runtime.split_linear import SplitStage
+        from dualpipe.runtime.split_stage import SplitStage
 
         model.split_layers = lambda module, store, name: Split(SplitStage(name, (), store), ())
 

@@ -258,7 +258,7 @@ def test_a_step_that_fails_in_mid_backward_leaves_no_weight_gradient_to_the_next
 
         store, backwards, dropped = chunk_of(model[0]).pipeline.store, [], []
         clear = store.clear
-        store.clear = lambda: (dropped.append(len(store._waiting)), clear())
+        store.clear = lambda: (dropped.append(len(store._deferred)), clear())
 
         def fail(gradient):
             backwards.append(1)
@@ -269,7 +269,7 @@ def test_a_step_that_fails_in_mid_backward_leaves_no_weight_gradient_to_the_next
             chunk.module.decoder.layers[0].input_layernorm.weight.register_hook(fail)
         with pytest.raises((ValueError, StepError)):
             step(model=model, **keywords)
-        return dropped, len(store._waiting)
+        return dropped, len(store._deferred)
 
     for dropped, left in on_each_rank(body, replace(CASE, timeout=3)):
         assert dropped == [1]

@@ -9,7 +9,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dualpipe.pipeline import Feed, Pipeline
-from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import UP
 from dualpipe.schedule.generate import generate
 from reference.case import DTYPES

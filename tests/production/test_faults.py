@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe.pipeline import Feed, Pipeline
-from dualpipe.runtime.transport import ProcessGroupTransport
+from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.schedule import DOWN, RF, SB, SENDS, SF, UP, Op, W
 from dualpipe.schedule.generate import generate
 from reference.launch import Failure, launch
@@ -119,10 +119,10 @@ def test_a_receive_that_the_runtime_forgets_is_told_where_it_is_missed():
 class Hasty(ProcessGroupTransport):
     """Waits for all but one of the works of an RF, as a runtime does that takes a batch for one work."""
 
-    def _finish(self, message):
+    def _complete(self, message):
         if "RF" in message.label:
             message.left, message.works = message.works[:1], message.works[1:]
-        super()._finish(message)
+        super()._complete(message)
 
 
 def test_a_work_that_is_not_waited_for_never_ends_in_an_equal_run():
@@ -277,7 +277,8 @@ def test_a_failed_rank_exits_at_once_though_a_send_of_its_own_still_waits(tmp_pa
     script.write_text(
         f"""
 import os, sys, torch, torch.distributed as dist
-from dualpipe.runtime.transport import Message, ProcessGroupTransport
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import Message
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 2), rank=rank, world_size=2)
 transport = ProcessGroupTransport(timeout=60.0)

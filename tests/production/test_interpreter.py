@@ -98,8 +98,8 @@ def w_first(slot: Slot) -> list[Slot]:
 
 
 WRONG: dict[str, tuple[str, Callable[[Slot], list[Slot]], str]] = {
-    "a W twice": ("zb1p", twice, "no weight gradient waits for 0W1>"),
-    "a W before its B": ("1f1b", w_first, "no weight gradient waits for 0W0>: its B has not run"),
+    "a W twice": ("zb1p", twice, "no weight gradient is deferred to 0W1>"),
+    "a W before its B": ("1f1b", w_first, "no weight gradient is deferred to 0W0>: its B has not run"),
 }
 
 

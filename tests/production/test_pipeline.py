@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dualpipe.pipeline import Feed, Pipeline
-from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import B, Lane, Op, Schedule, Slot, W
 from dualpipe.schedule.generate import generate
 from reference.launch import launch

@@ -23,7 +23,8 @@ from torch import nn
 from dualpipe.errors import RuleError
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
-from dualpipe.runtime.transport import DisagreementError, Message, ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import DisagreementError, Message, SpoiledError, TensorSpec
 from dualpipe.schedule import B, F, Kind, W
 from dualpipe.schedule.generate import generate
 from reference.launch import launch
@@ -318,7 +319,7 @@ def test_a_rank_that_has_ended_well_fails_no_send_to_it():
 
         def wait(self, *arguments):
             self.work.wait(*arguments)
-            self.peers.why(1)  # until the connection is closed
+            self.peers.reason(1)  # until the connection is closed
             raise RuntimeError("Connection closed by peer")
 
     def body(context):
@@ -363,4 +364,4 @@ def test_set_ups_of_any_length_are_compared_and_the_rank_that_does_not_come_is_n
     assert "rank 0 has ... x" in differing
     assert "rank 1 has ... x" in differing
     assert len(differing) < 1500
-    assert "rank 0 waited 0.5 s and not all came (rank 1 of the group did not come)" in missing
+    assert "rank 0 waited 0.5 s for all of them (rank 1 of the group did not arrive)" in missing

@@ -17,7 +17,8 @@ from torch import nn
 from dualpipe.errors import RuleError, StageError
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
-from dualpipe.runtime.transport import ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import SpoiledError, TensorSpec
 from dualpipe.schedule.generate import generate
 from reference.launch import launch
 

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from dualpipe.runtime.transport import Message, MessageError, ProcessGroupTransport, SpoiledError
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import Message, MessageError, SpoiledError
 from reference.launch import launch
 
 
@@ -55,15 +56,15 @@ def test_only_the_first_failure_is_announced_and_closing_waits_for_every_thread_
     def body(context):
         transport, announced, disconnected = ProcessGroupTransport(timeout=5.0), [], []
         peers = transport._open()
-        peers._tell, peers._disconnect = announced.append, lambda: disconnected.append(True)
+        peers._notify, peers._disconnect = announced.append, lambda: disconnected.append(True)
         peers.fail("the first reason")
         peers.fail("another")
         with pytest.raises(SpoiledError, match="the first reason"), transport.phase("step"):
             pass  # as where another rank has failed between two calls
-        peers.finisher("late").submit(time.sleep, 0.2)
+        peers.helper("late").submit(time.sleep, 0.2)
         transport.close()
         peers.close()
-        running = [helper.thread.name for helper in peers._finishers if helper.thread.is_alive()]
+        running = [helper.thread.name for helper in peers._helpers if helper.thread.is_alive()]
         return peers.failure, len(announced), len(disconnected), running
 
     (found,) = launch(1, body, timeout=30).values()

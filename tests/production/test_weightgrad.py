@@ -67,7 +67,7 @@ def step(stage, store, xs, delay=2):
             split.learn([get_gradient_edge(loss).node])
         with split.backward(key, split=True):
             loss.backward()
-        left.append(store.waiting(key))
+        left.append(store.count(key))
         if key >= delay:
             store.run(key - delay)
     for key in range(max(0, len(xs) - delay), len(xs)):
@@ -421,7 +421,7 @@ def test_w_without_b_and_w_twice_are_errors():
     store = WeightGradStore()
     with pytest.raises(WeightGradError, match="its B has not run"):
         store.run("3W0<")
-    with store.collecting("3W0<"):
+    with store.deferring_to("3W0<"):
         pass
     store.run("3W0<")
     with pytest.raises(WeightGradError, match="its W already has"):
@@ -430,7 +430,7 @@ def test_w_without_b_and_w_twice_are_errors():
 
 def test_a_forgotten_w_is_named_at_the_end():
     store = WeightGradStore()
-    with store.collecting("3W0<"):
+    with store.deferring_to("3W0<"):
         pass
     with pytest.raises(WeightGradError, match="never computed: 3W0<"):
         store.require_empty()

@@ -18,7 +18,8 @@ from torch import nn
 
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
-from dualpipe.runtime.transport import DisagreementError, ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import DisagreementError, SpoiledError, TensorSpec
 from dualpipe.schedule import SENDS, UP, Op, Schedule, W
 from dualpipe.schedule.generate import generate
 from reference import fake, oracle

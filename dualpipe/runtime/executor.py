@@ -327,7 +327,7 @@ def _take(outputs: dict[Task, _Output], task: Task, op: Op, producer: Kind) -> T
         raise ProgramError(f"{op} needs {Op(producer, *task)}, which has not run or was used already")
     if tuple(tensor._version for tensor in output.tensors) != output.versions:
         raise StageError(
-            "a stage does not write to what it returned, until that is used",
+            "a stage does not write to what it returned until that is used",
             f"{op} finds that the output of {Op(producer, *task)} was written to since",
             "return a new tensor for each microbatch, not a buffer that is used again",
         )

@@ -39,7 +39,6 @@ from dualpipe.runtime.transport import (
     DisagreementError,
     Message,
     MessageError,
-    OverwrittenError,
     SpoiledError,
     first_sentence,
 )
@@ -343,8 +342,6 @@ class ProcessGroupTransport:
         except TimeoutError:
             raise MessageError(message, self.timeout, None) from None
         except MessageError as error:
-            if isinstance(error.__cause__, OverwrittenError):
-                raise
             explained = self._explain(message, started, error.__cause__)
             if message.sends and self._peers is not None and message.peer in self._peers.ended:
                 return  # the peer received this and ended, before a thread here woke up

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe.errors import StageError
+
 _SOURCE = re.compile(r"^\[[^]]*\] ")  # gloo's errors begin with the file and line of its own source
 
 
@@ -48,13 +50,16 @@ class Message:
     sent: Future[None] | None = None
 
     def release(self) -> None:
-        """Let go of a send's tensors.  Raises ``MessageError`` if one was written to since the send was posted."""
+        """Let go of a send's tensors.  Raises ``StageError`` if one was written to since the send was posted."""
         if self.sends:
             written = self.versions != tuple(tensor._version for tensor in self.tensors)
             self.tensors, self.versions = (), ()
             if written:
-                cause = OverwrittenError("its tensor was written to while it was sent; return new ones")
-                raise MessageError(self, 0.0, cause) from cause
+                raise StageError(
+                    "a stage does not write to what it returned until that is sent",
+                    f"a tensor of {self.label} to rank {self.peer} was written to while it was sent",
+                    "return a new tensor for each microbatch, not a buffer that is used again",
+                )
 
 
 class Transport(Protocol):
@@ -92,10 +97,6 @@ class MessageError(RuntimeError):
 def first_sentence(error: BaseException) -> str:
     """The first sentence of an error's text, without the place in gloo's source that gloo puts before it."""
     return _SOURCE.sub("", str(error).strip()).splitlines()[0].split(". ")[0]
-
-
-class OverwrittenError(RuntimeError):
-    """A tensor was written to while it was being sent."""
 
 
 class DisagreementError(RuntimeError):

@@ -9,7 +9,9 @@ losses      0  1  2  3  4  5  ...      on the last rank, each once
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,10 +19,12 @@ import torch
 from megatron.core.utils import get_model_config
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.errors import StageError
+from dualpipe.megatron import computation
 from dualpipe.megatron.schedule import forward_backward_dualpipe as step
 from dualpipe.megatron.schedule import schedule_for
 from dualpipe.runtime.executor import StepError
-from dualpipe.schedule import DOWN, UP
+from dualpipe.schedule import DOWN, UP, F, Op
 from proofs.prove import prove
 from reference.launch import launch
 from reference.megatron import data, production
@@ -378,3 +382,16 @@ def test_after_an_error_that_the_loop_catches_the_next_call_refuses_on_every_ran
         assert place.endswith(str(rank)) <= (said[0] != "ok")
         assert said[2].startswith("SpoiledError"), said
         assert f"rank {place[-1]} failed in " in said[2]
+
+
+def test_a_loss_function_that_returns_no_scalar_is_an_error_of_the_stage(monkeypatch):
+    def returning_three_losses(*arguments, **options):
+        arguments[5].append({})  # the losses of the microbatches before
+        return torch.zeros(3), 0
+
+    monkeypatch.setattr(computation, "forward_step", returning_three_losses)
+    config = SimpleNamespace(no_sync_func=None)
+    call = computation.Call(lambda: None, {UP: None}, config, False, False, None, 1)
+    model = {(UP, 1): (torch.nn.Identity(), SimpleNamespace(drawing=nullcontext))}
+    with pytest.raises(StageError, match=r"at 1F0> it returned a tensor of shape \[3\]"):
+        computation.MegatronComputation(schedule_for(2, 4), model, call).forward(Op(F, UP, 1, 0), ())

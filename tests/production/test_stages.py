@@ -87,7 +87,7 @@ class Trial:
 
     stages: Callable[[], tuple[nn.Module, nn.Module]]
     boundary: tuple[TensorSpec, ...] = (REAL,)
-    criterion: Callable = nn.functional.mse_loss
+    criterion: Callable | None = nn.functional.mse_loss
     schedule: str = "1f1b"
     error: str = ""
     change: Callable[[dict], dict] = field(default=lambda batches: batches)
@@ -118,6 +118,23 @@ TRIALS = {
         change=lambda batches: {lane: [x for (x,) in given] for lane, given in batches.items()},
     ),
     "two steps with the defaults add up": Trial(lambda: (plain(), plain()), schedule="dualpipe", steps=2),
+    "an output of another shape than the boundary's": Trial(
+        lambda: (Stage(lambda s, x: s.a(x), a=nn.Linear(WIDTH, 7)), plain()),
+        error=r"0SF0> sends \[3, 7\] float32 where the boundary is \[3, 4\] float32",
+    ),
+    "an output of another dtype": Trial(
+        lambda: (Stage(lambda s, x: s.a(x).double(), a=linear()), plain()),
+        error=r"0SF0> sends \[3, 4\] float64 where",
+    ),
+    "an output that is not a tensor": Trial(
+        lambda: (Stage(lambda s, x: {"y": s.a(x)}, a=linear()), plain()), error="at 0F0> it returned dict"
+    ),
+    "a loss that is not a scalar": Trial(
+        lambda: (plain(), plain()),
+        criterion=lambda y, t: y - t,
+        error=r"at 1F0> it returned a tensor of shape \[3, 4\]",
+    ),
+    "no criterion": Trial(lambda: (plain(), plain()), criterion=None, error="1F0> has none"),
     "a loss without a gradient": Trial(
         lambda: (plain(), plain()), criterion=lambda y, t: mean(y, t).detach(), error="a loss with a gradient.*1F0>"
     ),
@@ -229,8 +246,8 @@ def test_unusual_stages_train_to_the_bits_of_autograd(name, outcomes):
 @pytest.mark.parametrize("name", [name for name, trial in TRIALS.items() if trial.error])
 def test_what_cannot_be_trained_is_an_error_on_every_rank(name, outcomes):
     assert all(isinstance(found[name], str) for found in outcomes), outcomes
-    said = [found[name] for found in outcomes]
-    assert any(re.search(TRIALS[name].error, text) for text in said), said
+    errors = [found[name] for found in outcomes]
+    assert any(re.search(f"^StageError: .*{TRIALS[name].error}", text) for text in errors), errors
 
 
 def test_weights_that_start_apart_are_an_error_at_the_first_sum():

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
+from dualpipe.errors import StageError
 from dualpipe.runtime.process_group import ProcessGroupTransport
-from dualpipe.runtime.transport import Message, MessageError, SpoiledError
+from dualpipe.runtime.transport import Message, SpoiledError
 from reference.launch import launch
 
 
@@ -44,7 +45,7 @@ def test_a_staged_send_is_a_copy_and_works_in_stream_order_are_awaited_by_the_st
             written = Message("1SB1>", 1, sends=True, works=[Noted()], posted=True, tensors=[value], versions=(0,))
             transport._outstanding = [written]
             value.add_(1)
-            with pytest.raises(MessageError, match="written to while it was sent"):
+            with pytest.raises(StageError, match="written to while it was sent"):
                 transport.drain()
             return staged, receive.works[0].waits, torch.equal(received[0], value), late.works[0].polls
 

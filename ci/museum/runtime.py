@@ -18,7 +18,7 @@ FAULTS = (
         "split.forward(Op(W, *task), False):",
         check="tests",
         rule="test",
-        says="test_in_a_step_b_leaves_every_weight_gradient_to_its_w.*is not left to W",
+        says="test_in_a_step_b_defers_every_weight_gradient_to_its_w.*is not deferred to W",
     ),
     fault(
         11,
@@ -100,7 +100,7 @@ FAULTS = (
         """        if not left and self.arrivals:""",
         check="tests",
         rule="test",
-        says="test_a_gradient_that_is_never_sent_is_told_by_the_rank_that_kept_it.*was not used",
+        says="test_a_gradient_that_is_never_sent_is_reported_by_the_rank_that_kept_it.*was not used",
     ),
     fault(
         5,
@@ -131,7 +131,7 @@ FAULTS = (
 """,
         check="tests",
         rule="test",
-        says="test_a_step_leaves_the_gradients_summed_over_both_copies.*is not the sum",
+        says="test_a_step_leaves_the_gradients_summed_over_both_replicas.*is not the sum",
     ),
     fault(
         15,
@@ -141,7 +141,7 @@ FAULTS = (
         "{chunk.lane: packed} | {of_lane[other]: received[other] for other in of_lane if other != chunk}",  # sums stay
         check="tests",
         rule="test",
-        says="test_every_copy_of_a_stage_starts_from_the_first_lanes_weights.*differs from lane >",
+        says="test_every_replica_of_a_stage_starts_from_the_first_lanes_weights.*differs from lane >",
     ),
     fault(
         15,

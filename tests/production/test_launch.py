@@ -17,7 +17,7 @@ def gone(pid: int) -> bool:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             return True
-        if state == "Z":  # ended, and waiting for whoever inherited it to notice
+        if state == "Z":  # a zombie: ended, and not yet reaped
             return True
         time.sleep(0.1)
     return False
@@ -27,7 +27,7 @@ def test_results_come_back_by_rank():
     assert launch(3, lambda context: context.rank**2, backend=None).values() == [0, 1, 4]
 
 
-def test_a_rank_that_fails_is_told_with_its_error_and_the_others_results_stay():
+def test_a_rank_that_fails_is_reported_with_its_error_and_the_others_results_stay():
     def body(context):
         if context.rank == 1:
             raise KeyError("missing")
@@ -42,7 +42,7 @@ def test_a_rank_that_fails_is_told_with_its_error_and_the_others_results_stay():
         outcome.values()
 
 
-def test_an_error_without_a_text_is_told_with_the_line_that_raised_it():
+def test_an_error_without_a_text_is_reported_with_the_line_that_raised_it():
     def body(context):
         raise AssertionError  # as a bare assert of a library does
 
@@ -52,7 +52,7 @@ def test_an_error_without_a_text_is_told_with_the_line_that_raised_it():
 
 
 def test_no_body_starts_before_every_rank_has_joined_the_group(monkeypatch):
-    """gloo's ranks connect each to each: were one gone already, the connecting of a slower one would fail."""
+    """gloo connects every rank to every other: if one had ended already, a slower one could not connect."""
     join = dist.init_process_group
     seconds = {}
 
@@ -101,11 +101,11 @@ def test_ranks_end_with_their_parent_however_it_ends(how):
         os.close(reading)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        def told(rank, pid):
+        def report(rank, pid):
             os.write(writing, f"{pid} ".encode())
 
         try:
-            launch(2, lambda context: (context.progress(os.getpid()), time.sleep(60)), 50.0, 1.0, None, told)
+            launch(2, lambda context: (context.progress(os.getpid()), time.sleep(60)), 50.0, 1.0, None, report)
         finally:
             os._exit(0)
     os.close(writing)

@@ -1,4 +1,4 @@
-"""Unusual stages, criteria and data: each trains to autograd's own bits, or ends in an error that says why.
+"""Unusual stages, criteria and data: each trains to autograd's own bits, or ends in an error with the reason.
 
 Two ranks, 1F1B (lane >: stage 0 on rank 0, stage 1 on rank 1) or DualPipe (lane < the other way round).
 """
@@ -261,8 +261,8 @@ def test_weights_that_start_apart_are_an_error_at_the_first_sum():
             pipeline.step(Feed(batches_of(schedule, 0), batches_of(schedule, 7)))
         return str(error.value)
 
-    for said in launch(2, body, timeout=30).values():
-        assert re.search(r"layer\.weight of stage \d differs between the lanes", said)
+    for text in launch(2, body, timeout=30).values():
+        assert re.search(r"layer\.weight of stage \d differs between the lanes", text)
 
 
 def test_zeroed_gradients_are_not_added_twice():
@@ -286,8 +286,8 @@ def test_zeroed_gradients_are_not_added_twice():
         assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
 
 
-def test_a_gradient_that_was_summed_is_not_summed_again_whoever_holds_it():
-    """A copy in its place, as clipping libraries make, or another pipeline on the same modules."""
+def test_a_gradient_that_was_summed_is_not_summed_again_by_another_pipeline():
+    """Also where a clipping library has replaced it by a copy."""
     schedule = generate("dualpipe", 2, 4)
 
     def body(context):

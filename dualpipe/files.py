@@ -62,11 +62,8 @@ def _read_stream(path: Path) -> bytes:
         ready.register(descriptor, select.POLLIN)
         while len(data) <= MOST_BYTES:
             if not ready.poll(SILENT_SECONDS * 1000):
-                raise RuleError(
-                    "input keeps arriving until it ends",
-                    f"{path} gave nothing for {SILENT_SECONDS:g} s",
-                    "close the writing side",
-                )
+                silence = f"{path} gave nothing for {SILENT_SECONDS:g} s"
+                raise RuleError("input keeps arriving until it ends", silence, "close the writing side")
             with contextlib.suppress(BlockingIOError):
                 got = os.read(descriptor, 1 << 20)
                 if not got:

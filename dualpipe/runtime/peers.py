@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline tell each other besides their data: which phase begins, and that a rank has failed.
+"""The announcements between the ranks of a pipeline: that a phase begins, that a rank has failed or ended.
 
 A *phase* is one call that exchanges messages: a step, an evaluation, a reduction of gradients, a copy of weights.
 Every rank announces each of its phases to all others as it begins.  A rank that fails sends the reason to all others
@@ -9,7 +9,7 @@ before it closes its connections.  A thread for each other rank receives these a
     another phase                         this rank fails: one of the two left out a call
     a failure                             this rank fails with the same reason
     the end of that rank                  none
-    an error: the connection is closed    whatever needs that rank fails, except sends to a rank that has ended
+    an error: the connection is closed    messages with that rank fail, except sends to a rank that has ended
 
 Nothing waits for an announcement, so they add no wait to those that were proved free of deadlock.
 
@@ -197,7 +197,7 @@ class Peers:
         for work in self._send(announcement):
             try:
                 work.wait(NO_TIMEOUT)
-            except RuntimeError:  # that rank has ended; whatever needs it raises the error
+            except RuntimeError:  # that rank has ended; a message that needs it raises the error
                 continue
 
     def _notify(self, announcement: Tensor) -> None:

@@ -84,8 +84,7 @@ class _Deferred:
 class WeightGradStore:
     """The deferred weight gradients of one rank, by key.
 
-    A key stands for one W; the interpreter uses the op.  There is no global state: whoever runs a pipeline owns its
-    store.
+    A key stands for one W; the interpreter uses the op.  There is no global state: each pipeline owns its store.
     """
 
     def __init__(self) -> None:

@@ -28,8 +28,8 @@ TESTS = {
     "reference/stopwatch.py": ("tests/pictures",),
     "reference/megatron/": ("tests/megatron", "tests/cli/test_verify_megatron.py"),
 } | {
-    f"dualpipe/{name}.py": ("tests/production", "tests/reference/test_faults.py")
-    for name in ("comm", "deepseek", "execute", "modules", "pipeline", "replicas", "transport", "utils", "weightgrad")
+    f"dualpipe/{name}": ("tests/production", "tests/reference/test_faults.py")
+    for name in ("comm.py", "pipeline.py", "runtime/", "utils.py")
 }
 """The tests of a source: those of the longest path here that it begins with.  pytest runs them in this order."""
 

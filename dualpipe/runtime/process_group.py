@@ -32,15 +32,13 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.errors import RuleError
-from dualpipe.runtime.helper_thread import NO_TIMEOUT, HelperThread
+from dualpipe.runtime.helper_thread import NO_TIMEOUT
 from dualpipe.runtime.peers import Peers
-from dualpipe.runtime.rendezvous import MissingRankError, Rendezvous, require_same
+from dualpipe.runtime.rendezvous import Rendezvous
 from dualpipe.runtime.transport import (
-    DisagreementError,
     Message,
     MessageError,
     SpoiledError,
-    first_sentence,
 )
 
 _POLL_SECONDS = 0.002
@@ -191,27 +189,11 @@ class ProcessGroupTransport:
             raise
 
     def _agree(self, record: Mapping[str, str]) -> None:
-        rendezvous = Rendezvous(
-            c10d.PrefixStore("dualpipe", c10d._get_process_group_store(self._parent)),
-            dist.get_rank(self._parent),
-            self.ranks,
-        )
-        helper = HelperThread("dualpipe-rendezvous")
-        deadline = self.timeout + 1.0  # the jobs have the timeout themselves
-        try:
-            name, records = helper.submit(rendezvous.meet, record, self.timeout).result(deadline)
-            require_same([records[position] for position in self.order])
+        with Rendezvous(self._parent, self.order, self.timeout) as rendezvous:
+            name = rendezvous.compare(record)
             if self._peers is None:
-                self._use(helper.submit(self._connect, name).result(deadline))
-                helper.submit(rendezvous.confirm, name, self.timeout).result(deadline)
-        except (MissingRankError, dist.DistError, TimeoutError) as error:
-            raise DisagreementError(
-                f"every rank compares its set-up with the others' before the first message: rank {self.rank} waited "
-                f"{self.timeout:g} s for all of them ({first_sentence(error)}); see the logs of the others"
-            ) from error
-        finally:
-            rendezvous.cancelled.set()
-            helper.close()
+                self._use(rendezvous.run(self._connect, name))
+                rendezvous.confirm(name)
 
     def _connect(self, name: str) -> Peers:
         backends = dict(pair.split(":") for pair in dist.get_backend_config(self._parent).split(","))

@@ -18,13 +18,14 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
+import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from dualpipe.runtime.transport import DisagreementError
+from dualpipe.runtime.helper_thread import HelperThread
+from dualpipe.runtime.transport import DisagreementError, first_sentence
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.002, 0.05  # seconds between two polls of the store
 _NOBODY = b"-"  # not every store can hold an empty value
@@ -35,40 +36,68 @@ class MissingRankError(RuntimeError):
     """A rank did not arrive in time."""
 
 
-@dataclass
 class Rendezvous:
-    """One attempt of group rank ``rank`` of ``ranks`` to meet the others; ``cancelled`` ends it early."""
+    """One attempt of this rank to meet the other ranks of ``parent``; ``order[r]`` is the group rank of rank ``r``.
 
-    store: c10d.Store
-    rank: int
-    ranks: int
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    A context manager.  A helper thread does the work, so that the main thread can be interrupted.  Raises
+    ``DisagreementError`` if the ranks differ, or if one does not arrive within ``timeout`` seconds.
+    """
 
-    def meet(self, record: Mapping[str, str], seconds: float) -> tuple[str, list[dict[str, str]]]:
+    def __init__(self, parent: dist.ProcessGroup, order: Sequence[int], timeout: float) -> None:
+        self._store = c10d.PrefixStore("dualpipe", c10d._get_process_group_store(parent))
+        self._rank, self._order, self._timeout = dist.get_rank(parent), order, timeout
+        self._cancelled = threading.Event()
+        self._helper = HelperThread("dualpipe-rendezvous")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._cancelled.set()
+        self._helper.close()
+        if isinstance(error, (MissingRankError, dist.DistError, TimeoutError)):
+            rank, reason = self._order.index(self._rank), first_sentence(error)
+            raise DisagreementError(
+                f"every rank compares its set-up with the others' before the first message: rank {rank} waited "
+                f"{self._timeout:g} s for all of them ({reason}); see the logs of the others"
+            ) from error
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the function in the helper thread; it has the same timeout itself."""
+        return self._helper.submit(function, *arguments).result(self._timeout + 1.0)
+
+    def compare(self, record: Mapping[str, str]) -> str:
+        """Compare the ranks' records, each entry among those that have it.  Returns the name of the meeting."""
+        name, records = self.run(self._meet, record)
+        _require_same([records[position] for position in self._order])
+        return str(name)
+
+    def confirm(self, name: str) -> None:
+        """Wait until every rank of the meeting ``name`` is connected to all others.
+
+        Otherwise a rank that ends early would break the connecting of a slower one.
+        """
+        self._set(f"connected/{name}/{self._rank}", b"yes")
+        keys = [f"connected/{name}/{rank}" for rank in range(len(self._order))]
+        self.run(self._await, keys, time.monotonic() + self._timeout)
+
+    def _meet(self, record: Mapping[str, str]) -> tuple[str, list[dict[str, str]]]:
         """The name of the meeting, and every rank's record by group rank.  Raises ``MissingRankError``."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self._timeout
         ticket = uuid.uuid4().hex
-        self._set(f"come/{self.rank}", json.dumps([ticket, dict(record)]).encode())
+        self._set(f"come/{self._rank}", json.dumps([ticket, dict(record)]).encode())
         try:
-            if self.rank == 0:
+            if self._rank == 0:
                 self._lead(deadline)
             name = self._await([f"met/{ticket}"], deadline)[0].decode()
         except BaseException:
-            self._set(f"come/{self.rank}", _NOBODY)
+            self._set(f"come/{self._rank}", _NOBODY)
             raise
-        return name, json.loads(self.store.get(f"records/{name}"))
-
-    def confirm(self, name: str, seconds: float) -> None:
-        """Wait until every rank of the meeting ``name`` is connected to all others.
-
-        Otherwise a rank that ends early would break the connecting of a slower one.  Raises ``MissingRankError``.
-        """
-        self._set(f"connected/{name}/{self.rank}", b"yes")
-        self._await([f"connected/{name}/{rank}" for rank in range(self.ranks)], time.monotonic() + seconds)
+        return name, json.loads(self._store.get(f"records/{name}"))
 
     def _lead(self, deadline: float) -> None:
-        values = self._await([f"come/{rank}" for rank in range(self.ranks)], deadline)
-        for rank in range(self.ranks):
+        values = self._await([f"come/{rank}" for rank in range(len(self._order))], deadline)
+        for rank in range(len(self._order)):
             self._set(f"come/{rank}", _NOBODY)
         name, arrived = uuid.uuid4().hex, [json.loads(value) for value in values]
         self._set(f"records/{name}", json.dumps([record for _, record in arrived]).encode())
@@ -81,21 +110,21 @@ class Rendezvous:
         delay = _FIRST_DELAY
         while True:
             for key in keys:
-                if key not in values and self.store.check([key]) and (value := self.store.get(key)) != _NOBODY:
+                if key not in values and self._store.check([key]) and (value := self._store.get(key)) != _NOBODY:
                     values[key] = value
             if len(values) == len(keys):
                 return [values[key] for key in keys]
-            if time.monotonic() > deadline or self.cancelled.wait(delay):
+            if time.monotonic() > deadline or self._cancelled.wait(delay):
                 absent = [key.rpartition("/")[2] for key in keys if key not in values and not key.startswith("met/")]
                 who = f"rank {', '.join(absent)} of the group" if absent else "a rank of the group"
                 raise MissingRankError(f"{who} did not arrive")
             delay = min(1.5 * delay, _LONGEST_DELAY)
 
     def _set(self, key: str, value: bytes) -> None:
-        self.store.set(key, value)  # type: ignore[arg-type] # declared for str, but it stores bytes
+        self._store.set(key, value)  # type: ignore[arg-type] # declared for str, but it stores bytes
 
 
-def require_same(records: Sequence[Mapping[str, str]]) -> None:
+def _require_same(records: Sequence[Mapping[str, str]]) -> None:
     """Compare each entry among the ranks that have it; ``records`` are in order of rank.
 
     Raises ``DisagreementError`` with the values of the first entry that differs.

@@ -95,8 +95,9 @@ class MessageError(RuntimeError):
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first sentence of an error's text, without the place in gloo's source that gloo puts before it."""
-    return _SOURCE.sub("", str(error).strip()).splitlines()[0].split(". ")[0]
+    """The first sentence of an error's text, or its type; without the place in its source that gloo puts before it."""
+    text = _SOURCE.sub("", str(error).strip()) or type(error).__name__
+    return text.splitlines()[0].split(". ")[0]
 
 
 class DisagreementError(RuntimeError):

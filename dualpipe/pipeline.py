@@ -17,7 +17,7 @@ from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.replicas import Replicas
 from dualpipe.runtime.split_linear import split_linears
 from dualpipe.runtime.transport import MessageError, TensorSpec, Transport
-from dualpipe.runtime.weightgrad import WeightGradStore
+from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.schedule import MESSAGES, Chunk, Lane, Schedule
 from dualpipe.schedule.text import digest
 
@@ -75,7 +75,7 @@ class Pipeline:
     ) -> None:
         self.schedule, self.transport, self.criterion = schedule, transport, criterion
         self.stages: Stages = {Chunk(*chunk): module for chunk, module in stages.items()}
-        self.store = WeightGradStore()
+        self.store = DeferredGradients()
         _require_stages(schedule, transport.rank, self.stages)
         _require_own_ops(schedule, transport.rank)
         _require_no_weights(schedule, criterion, self.stages)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dualpipe.runtime.split_linear import find_layers, linear_layer
 from dualpipe.runtime.split_stage import Layer, Run, SplitStage
-from dualpipe.runtime.weightgrad import WeightGradStore, training
+from dualpipe.runtime.weightgrad import DeferredGradients, training
 
 Delayed = Callable[[], None]
 
@@ -123,7 +123,7 @@ class Split:
     delayed: tuple[Delayed, ...]
 
 
-def split_layers(module: nn.Module, store: WeightGradStore, name: str = "the chunk") -> Split:
+def split_layers(module: nn.Module, store: DeferredGradients, name: str = "the chunk") -> Split:
     """Find the layers of ``module`` that can leave their weight gradient to ``store``, or delay it themselves.
 
     What has a matrix of weights and cannot be split is named in the log, once for each kind of layer.

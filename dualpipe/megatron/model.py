@@ -31,7 +31,7 @@ from dualpipe.megatron.position import at_stage
 from dualpipe.megatron.random_streams import RandomStream, capture, exchange, restore
 from dualpipe.megatron.replicas import Copies, copies_of
 from dualpipe.runtime.process_group import ProcessGroupTransport
-from dualpipe.runtime.weightgrad import WeightGradStore
+from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.schedule import UP
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Pipeline:
     groups: Groups
     transport: ProcessGroupTransport
     stream: RandomStream
-    store: WeightGradStore = field(default_factory=WeightGradStore)
+    store: DeferredGradients = field(default_factory=DeferredGradients)
     agreed: set[str] = field(default_factory=set)
     optimizer: Callable[[], Any] = lambda: None
     copies: Copies = field(init=False)

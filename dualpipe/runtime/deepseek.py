@@ -22,14 +22,13 @@ from dualpipe.runtime.executor import Tensors
 from dualpipe.runtime.modules import Criterion, Feed, StepResult
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import TensorSpec
-from dualpipe.runtime.weightgrad import WeightGradError
-from dualpipe.runtime.weightgrad import WeightGradStore as _Store
+from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
 from dualpipe.schedule import DOWN, UP, Lane
 from dualpipe.schedule.generate import generate
 
 _shapes: list[tuple[int, ...]] | None = None
 _dtype: torch.dtype | None = None
-_active: _Store | None = None
+_active: DeferredGradients | None = None
 
 
 def set_p2p_tensor_shapes(shapes: Sequence[Sequence[int]]) -> None:

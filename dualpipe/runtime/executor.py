@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dualpipe.errors import StageError
 from dualpipe.runtime.split_stage import SplitStage
 from dualpipe.runtime.transport import Message, MessageError, TensorSpec, Transport
-from dualpipe.runtime.weightgrad import WeightGradError, WeightGradStore
+from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
 from dualpipe.schedule import (
     MESSAGES,
     RB,
@@ -122,7 +122,7 @@ class Executor:
         computation: Computation,
         boundary: Boundary,
         transport: Transport,
-        store: WeightGradStore,
+        store: DeferredGradients,
         splits: Mapping[Chunk, SplitStage],
         *,
         forward_only: bool = False,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dualpipe.runtime.split_stage import Layer, Run, SplitStage
-from dualpipe.runtime.weightgrad import WeightGradStore, training
+from dualpipe.runtime.weightgrad import DeferredGradients, training
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def linear_layer(name: str, module: nn.Module) -> Layer | None:
 
 
 def find_layers(
-    module: nn.Module, store: WeightGradStore, name: str, layer_of: Callable[[str, nn.Module], Layer | None]
+    module: nn.Module, store: DeferredGradients, name: str, layer_of: Callable[[str, nn.Module], Layer | None]
 ) -> SplitStage:
     """The stage ``module`` with its layers that can be split: those for which ``layer_of`` returns a ``Layer``.
 
@@ -98,7 +98,7 @@ def find_layers(
     return SplitStage(name, layers, store)
 
 
-def split_linears(module: nn.Module, store: WeightGradStore, name: str = "the stage") -> SplitStage:
+def split_linears(module: nn.Module, store: DeferredGradients, name: str = "the stage") -> SplitStage:
     """The stage ``module`` with its ``nn.Linear`` layers.
 
     A subclass with its own ``forward`` is not split, nor is anything compiled by ``torch.compile``.

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from dualpipe.runtime.weightgrad import Use, WeightGradError, WeightGradStore
+from dualpipe.runtime.weightgrad import DeferredGradients, Use, WeightGradError
 
 logger = logging.getLogger(__name__)
 _AUTOGRAD: Any = torch.autograd
@@ -51,7 +51,7 @@ class SplitStage:
 
     name: str
     layers: Sequence[Layer]
-    store: WeightGradStore
+    store: DeferredGradients
     learned: bool = False
     unsplit: set[Tensor | str] = field(default_factory=set)
     """The parameters whose gradients cannot be deferred, and the names of layers that cannot be split."""

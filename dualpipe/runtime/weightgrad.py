@@ -81,7 +81,7 @@ class _Deferred:
         return self.use.weight_gradients(self.x, self.dy)
 
 
-class WeightGradStore:
+class DeferredGradients:
     """The deferred weight gradients of one rank, by key.
 
     A key stands for one W; the interpreter uses the op.  There is no global state: each pipeline owns its store.

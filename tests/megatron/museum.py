@@ -34,40 +34,40 @@ class Fault:
 
 
 def weights_never_run() -> None:
-    from dualpipe.runtime.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import DeferredGradients
 
-    WeightGradStore.run = lambda self, key: self._deferred.pop(key)
+    DeferredGradients.run = lambda self, key: self._deferred.pop(key)
 
 
 def layer_counted_twice() -> None:
-    from dualpipe.runtime.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import DeferredGradients
 
-    real = WeightGradStore.defer
+    real = DeferredGradients.defer
 
     def defer(self, use, x, dy):
         for _ in range(2 if use.weight.shape[0] == 4 * BASE.hidden else 1):
             real(self, use, x, dy)
 
-    WeightGradStore.defer = defer
+    DeferredGradients.defer = defer
 
 
 def hooks_bypassed() -> None:
-    from dualpipe.runtime.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import DeferredGradients
 
     def run(self, key):
         for entry in self._deferred.pop(key):
             for parameter, gradient in zip(entry.use.trained, entry.gradients(), strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    WeightGradStore.run = run
+    DeferredGradients.run = run
 
 
 def weight_gradient_after_the_reduction() -> None:
     from dualpipe.megatron import schedule
-    from dualpipe.runtime.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import DeferredGradients
 
     late: list[tuple[Any, Any]] = []
-    real, run = schedule._finalize, WeightGradStore.run
+    real, run = schedule._finalize, DeferredGradients.run
 
     def finalize(*args):
         real(*args)
@@ -76,7 +76,7 @@ def weight_gradient_after_the_reduction() -> None:
             run(store, "late")
         late.clear()
 
-    WeightGradStore.run = lambda self, key: late.append((self, self._deferred.pop(key)))
+    DeferredGradients.run = lambda self, key: late.append((self, self._deferred.pop(key)))
     schedule._finalize = finalize
 
 

@@ -41,10 +41,10 @@ def split_gradients(plant=lambda: None) -> list[list[int]]:
     """For each rank, how many weight gradients each B left to its W, over a whole run."""
 
     def body(context):
-        from dualpipe.runtime.weightgrad import WeightGradStore
+        from dualpipe.runtime.weightgrad import DeferredGradients
 
-        real, counts = WeightGradStore.run, []
-        WeightGradStore.run = lambda self, key: (counts.append(self.count(key)), real(self, key))
+        real, counts = DeferredGradients.run, []
+        DeferredGradients.run = lambda self, key: (counts.append(self.count(key)), real(self, key))
         plant()
         production.run_rank(BASE, context)
         return counts

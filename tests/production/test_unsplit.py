@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe.runtime.split_linear import split_linears
-from dualpipe.runtime.weightgrad import WeightGradError, WeightGradStore
+from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
 from tests.production.test_weightgrad import SHAPE, Stage, both, linear, step
 
 
@@ -159,7 +159,7 @@ def test_what_the_first_microbatch_did_not_show_is_an_error_and_never_a_wrong_gr
     stage = Stage(LATE[complaint], a=linear(), calls=0, buffer=torch.zeros(SHAPE))
     xs = [torch.randn(SHAPE).requires_grad_() for _ in range(4)]
     with pytest.raises(WeightGradError, match=complaint):
-        step(stage, WeightGradStore(), xs)
+        step(stage, DeferredGradients(), xs)
 
 
 def test_a_gradient_that_a_function_takes_within_b_is_not_deferred():
@@ -188,13 +188,13 @@ def test_a_subclass_with_its_own_forward_is_not_split():
         def forward(self, x):
             return super().forward(x) * 2
 
-    assert len(split_linears(nn.Sequential(Own(8, 8), linear()), WeightGradStore()).layers) == 1
+    assert len(split_linears(nn.Sequential(Own(8, 8), linear()), DeferredGradients()).layers) == 1
 
 
 def test_a_compiled_layer_is_not_split_and_other_kinds_are_named(caplog):
     with caplog.at_level(logging.INFO):
         split = split_linears(
-            nn.Sequential(torch.compile(linear(), backend="eager"), nn.Conv1d(1, 1, 1), linear()), WeightGradStore()
+            nn.Sequential(torch.compile(linear(), backend="eager"), nn.Conv1d(1, 1, 1), linear()), DeferredGradients()
         )
     assert [layer.name for layer in split.layers] == ["2"]
     assert "Conv1d (1), OptimizedModule, compiled (1)" in caplog.text

@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe.runtime.split_linear import split_linears
-from dualpipe.runtime.weightgrad import WeightGradError, WeightGradStore
+from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
 
 SHAPE = (2, 5, 8)
 
@@ -84,7 +84,7 @@ def both(stage: nn.Module, microbatches: int = 4, dtype=torch.float32, needs_inp
     stock_x, split_x = ([x.clone().requires_grad_(needs_input) for x in inputs] for _ in range(2))
     for x in stock_x:
         stock(x).float().pow(2).sum().backward()
-    deferred = step(split, WeightGradStore(), split_x)
+    deferred = step(split, DeferredGradients(), split_x)
     assert same(gradients(split), gradients(stock))
     assert same([x.grad for x in split_x], [x.grad for x in stock_x])
     assert any(g is not None and g.any() for g in gradients(split))
@@ -167,7 +167,7 @@ def test_b_and_w_use_the_weights_and_input_of_f(function):
 
 
 def test_hooks_on_a_parameter_run_at_w_and_not_at_b():
-    module, store, fired = model(), WeightGradStore(), []
+    module, store, fired = model(), DeferredGradients(), []
     split = split_linears(module, store)
     split.learned = True
     module[1].weight.register_post_accumulate_grad_hook(lambda parameter: fired.append(parameter.grad is not None))
@@ -182,7 +182,7 @@ def test_hooks_on_a_parameter_run_at_w_and_not_at_b():
 
 def test_between_steps_the_modules_are_as_they_were_built():
     module = model()
-    step(module, WeightGradStore(), [torch.randn(SHAPE) for _ in range(3)])
+    step(module, DeferredGradients(), [torch.randn(SHAPE) for _ in range(3)])
     assert all("forward" not in vars(part) for part in module.modules())
     file = io.BytesIO()
     torch.save(module, file)
@@ -195,7 +195,7 @@ def test_between_steps_the_modules_are_as_they_were_built():
 
 
 def test_the_same_modules_train_in_two_pipelines_in_turn():
-    stage, first, second = model(), WeightGradStore(), WeightGradStore()
+    stage, first, second = model(), DeferredGradients(), DeferredGradients()
     xs = [torch.randn(SHAPE) for _ in range(3)]
     assert [step(stage, store, xs) for store in (first, second, first)] == [[0, 2, 2]] * 3
 
@@ -207,7 +207,7 @@ def test_a_forward_that_the_user_set_on_a_layer_is_used():
     stock = copy.deepcopy(stage)
     stock[1].forward = lambda x: nn.Linear.forward(stock[1], x) * 2
     xs = [torch.randn(SHAPE) for _ in range(3)]
-    deferred = step(stage, WeightGradStore(), xs)
+    deferred = step(stage, DeferredGradients(), xs)
     for x in xs:
         stock(x).pow(2).sum().backward()
     assert deferred == [0, 1, 1]
@@ -215,7 +215,7 @@ def test_a_forward_that_the_user_set_on_a_layer_is_used():
 
 
 def test_after_b_only_the_inputs_and_output_gradients_of_linear_layers_stay():
-    module, store, kept = nn.Sequential(linear(), nn.GELU(), linear()), WeightGradStore(), []
+    module, store, kept = nn.Sequential(linear(), nn.GELU(), linear()), DeferredGradients(), []
     split = split_linears(module, store)
     split.learned = True
     module[1].register_forward_hook(lambda layer, args, out: kept.append((weakref.ref(args[0]), weakref.ref(out))))
@@ -233,7 +233,7 @@ def test_after_b_only_the_inputs_and_output_gradients_of_linear_layers_stay():
 
 
 def test_w_without_b_and_w_twice_are_errors():
-    store = WeightGradStore()
+    store = DeferredGradients()
     with pytest.raises(WeightGradError, match="its B has not run"):
         store.run("3W0<")
     with store.deferring_to("3W0<"):
@@ -244,7 +244,7 @@ def test_w_without_b_and_w_twice_are_errors():
 
 
 def test_a_w_that_has_not_run_is_named_at_the_end():
-    store = WeightGradStore()
+    store = DeferredGradients()
     with store.deferring_to("3W0<"):
         pass
     with pytest.raises(WeightGradError, match="never computed: 3W0<"):

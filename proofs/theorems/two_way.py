@@ -23,7 +23,7 @@ N, H, h, odd = symbol("N"), symbol("H"), symbol("h"), symbol("odd")
 half = (h + odd) // 2
 
 OUTER_TIMES: dict[str, tuple[Affine | int, ...]] = {
-    "1 warm up": (h + i,),
+    "1 warm-up": (h + i,),
     "2 other lane enters": (2 * N - h - 2 + 2 * i, 2 * N - h - 1 + 2 * i),
     "2 last": (2 * N + h - 2, 2 * N + h - 1),
     "3 first backwards": (2 * N + h + 3 * i, 2 * N + h + 1 + 3 * i, 2 * N + h + 2 + 3 * i),
@@ -31,10 +31,10 @@ OUTER_TIMES: dict[str, tuple[Affine | int, ...]] = {
     "4 first": (5 * N - 2 * h - 2, 6 * N - 3 * h - 1),
     "4 overlapped": (6 * N - 3 * h + 2 + 6 * i, 6 * N - 3 * h + 5 + 6 * i),
     "5 forwards end": (6 * H - 6 * N + 3 * h + 2 + 6 * i, 6 * H - 6 * N + 3 * h + 5 + 6 * i),
-    "6 whole": (6 * H - 3 * h - 4 + 5 * i, 6 * H - 3 * h - 2 + 5 * i),
+    "6 full": (6 * H - 3 * h - 4 + 5 * i, 6 * H - 3 * h - 2 + 5 * i),
     "6 turn": (6 * H - 4 - half, 6 * H - 2 - half),
     "6 split": (6 * H - half - odd + 3 * i, 6 * H + 1 - half - odd + 3 * i),
-    "7 cool down": (6 * H + h - 1 + 2 * i, 6 * H + h + 2 * i),
+    "7 cooldown": (6 * H + h - 1 + 2 * i, 6 * H + h + 2 * i),
     "8 weights": (6 * H + 2 * N - h - 3 + i,),
     "end": (6 * H + 2 * N - 2,),
 }
@@ -44,7 +44,7 @@ MIDDLE_TIMES: Times = OUTER_TIMES | {
     "2 last": (3 * N - 3, 3 * N - 2),
     "4 first": (3 * N - 1, 3 * N, 3 * N + 2),
     "4 overlapped": (3 * N + 5 + 6 * i, 3 * N + 8 + 6 * i),
-    "6 whole": (6 * H - 3 * N - 1 + 5 * i, 6 * H - 3 * N + 1 + 5 * i),
+    "6 full": (6 * H - 3 * N - 1 + 5 * i, 6 * H - 3 * N + 1 + 5 * i),
 }
 
 LONE_TIMES: Times = OUTER_TIMES | {

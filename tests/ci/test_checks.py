@@ -86,8 +86,8 @@ def test_recorded_times_hide_nothing_else(other, verdict):
 
 def test_the_times_of_a_family_are_found_in_its_file_at_the_row_that_is_told():
     find = times_in(ROOT)
-    place = find("zb1p", "B0 in row '4 cool down' step 1 waits")
-    assert (ROOT / place.path).read_text().splitlines()[place.line - 1].strip().startswith('"4 cool down": (')
+    place = find("zb1p", "B0 in row '4 cooldown' step 1 waits")
+    assert (ROOT / place.path).read_text().splitlines()[place.line - 1].strip().startswith('"4 cooldown": (')
     assert find("dualpipev", "").path == "proofs/theorems/two_way.py"
     assert "_TIMES" in (ROOT / find("1f1b", "").path).read_text().splitlines()[find("1f1b", "").line - 1]
 

@@ -118,8 +118,11 @@ def _late(result: Mapping[str, Any], place: Place) -> Finding:
     message = (
         f"{result['name']} is not proved, and nothing refutes it: the table may be right and slower than recorded\n"
         f"{result['reason']}\n"
-        f"edit {place.what} in {place.path}: no compute may start before what it waits for has ended; where the "
-        "makespan grows, edit its bound there too"
+        f"edit {place.what} in {place.path}: write starts so late that no compute starts before what it waits for has "
+        "ended, one for each compute of a row, and the 'end' to match\n"
+        "where the end grows, edit makespan and its words in the bounds there; if no bound is reached at every size, "
+        "write makespan_reached=False beside it\n"
+        f"then run dualpipe prove --all-sizes --schedule {_family(result)}, make golden and the gate again"
     )
     return Finding("times", message, place.path, place.line)
 

@@ -33,7 +33,7 @@ CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 SECOND_OPINION = 3_000
 """Up to so many ops and stages a refutation by plain search is put to Z3 too, which then adds its core."""
 
-MOST_FOR_Z3 = 100_000
+MOST_FOR_Z3 = 200_000
 """Up to so many ops and stages Z3 is asked where no time limit is given; for more it may take minutes and gigabytes."""
 
 Begin = Callable[[int, int, str], None]

@@ -26,7 +26,7 @@ from typing import IO, Any, Self
 from proofs.verdict import Unknown
 
 CHILD = Path(__file__).with_name("z3child.py")
-SECONDS = 60.0
+SECONDS = 120.0
 """Seconds for a question where nothing else is asked for."""
 GRACE_SECONDS = 10.0
 """How much later the process is ended, if it has not given up itself: Z3 does not look at the clock while it reads."""

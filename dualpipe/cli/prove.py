@@ -62,7 +62,7 @@ def prove(
     solver_timeout: Annotated[
         float | None,
         typer.Option(
-            help="Seconds for each question to Z3; 60 by default, and none about more than 100,000 ops.",
+            help="Seconds for each question to Z3; 120 by default, and none about more than 200,000 ops.",
             callback=seconds,
         ),
     ] = None,

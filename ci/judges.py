@@ -134,8 +134,8 @@ def _theorem(result: Mapping[str, Any], places: Places, times: Callable[[str, st
     if bound in BOUNDS:
         place = times(_family(result), bound)
         message += (
-            f"\nif this much is intended, edit {bound} and its words in the family's bounds, {place.path}:{place.line}, "
-            "and say why in CHANGELOG.md"
+            f"\nif this much is intended, edit {bound} and its words in the family's bounds, "
+            f"{place.path}:{place.line}, and say why in CHANGELOG.md"
         )
     return Finding("theorem", message, places.cause.path, places.cause.line)
 

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor, nn
 
 from dualpipe.runtime.split_linear import find_layers, linear_layer
-from dualpipe.runtime.split_stage import Layer, Run, SplitStage
+from dualpipe.runtime.split_stage import Layer, SplitStage
 from dualpipe.runtime.weightgrad import DeferredGradients, training
 
 Delayed = Callable[[], None]
@@ -95,7 +95,7 @@ def _fused(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     return (torch.zeros_like if zero else torch.empty_like)(weight)
 
 
-def _forward_impl(layer: Layer, run: Run, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+def _forward_impl(layer: Layer, stage: SplitStage, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
     """What a layer of a stage runs in place of its class's ``_forward_impl``."""
     method: Callable[..., Tensor] = type(layer.module)._forward_impl  # type: ignore[attr-defined] # of both kinds
     stock = partial(method, layer.module, input, weight, *args, **options)
@@ -111,7 +111,7 @@ def _forward_impl(layer: Layer, run: Run, input: Tensor, weight: Tensor, *args: 
         options["tp_group"],
         training(weight, options["bias"]),
     )
-    return run.apply(use, input, stock, layer.within)
+    return stage.apply(use, input, stock, layer.within)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from numbers import Real
 from typing import Self
@@ -32,7 +31,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.errors import RuleError
-from dualpipe.runtime.helper_thread import NO_TIMEOUT
+from dualpipe.runtime.helper_thread import NO_TIMEOUT, Job
 from dualpipe.runtime.peers import Peers
 from dualpipe.runtime.rendezvous import Rendezvous
 from dualpipe.runtime.transport import (
@@ -316,11 +315,11 @@ class ProcessGroupTransport:
                 raise MessageError(message, self.timeout, None)
             time.sleep(_POLL_SECONDS)
 
-    def _await(self, message: Message, future: Future[None]) -> None:
+    def _await(self, message: Message, job: Job) -> None:
         """Wait for a message that a helper thread completes."""
         started = time.monotonic()
         try:
-            future.result(self.timeout)
+            job.result(self.timeout)
         except TimeoutError:
             raise MessageError(message, self.timeout, None) from None
         except MessageError as error:

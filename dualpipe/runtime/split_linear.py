@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dualpipe.runtime.split_stage import Layer, Run, SplitStage
+from dualpipe.runtime.split_stage import Layer, SplitStage
 from dualpipe.runtime.weightgrad import DeferredGradients, training
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class _StockLinear:
     """A use of ``nn.Linear``: PyTorch's own products on the same two-dimensional views, so the bits agree."""
 
@@ -45,21 +45,29 @@ class _StockLinear:
         return functional.linear(x, self.weight, self.bias)
 
     def input_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        return dy.reshape(-1, dy.shape[-1]).mm(weight).view(x.shape)
+        dx = _rows(dy).mm(weight)
+        return dx if x.dim() == 2 else dx.view(x.shape)
 
     def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        x, dy = _rows(x), _rows(dy)
         return [dy.t().mm(x) if parameter is self.weight else dy.sum(0) for parameter in self.trained]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``[..., n]`` as ``[rows, n]``."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _function_modes() -> bool:
     """Whether a mode watches functions of torch, other than the one that ``torch.set_default_device`` enters."""
     count = torch._C._len_torch_function_stack()
+    if not count:
+        return False
     modes = [torch._C._get_function_stack_at(number) for number in range(count)]
     return any(not isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)
 
 
-def _forward(layer: Layer, run: Run, input: Tensor) -> Tensor:
+def _forward(layer: Layer, stage: SplitStage, input: Tensor) -> Tensor:
     """Replaces ``nn.Linear.forward`` while a stage runs."""
     module: Any = layer.module
     weight, bias = module.weight, module.bias  # read once: a parametrized layer computes them at each access
@@ -67,7 +75,7 @@ def _forward(layer: Layer, run: Run, input: Tensor) -> Tensor:
     return (
         stock()
         if torch.compiler.is_compiling()
-        else run.apply(_StockLinear(layer.name, weight, bias, training(weight, bias)), input, stock, layer.within)
+        else stage.apply(_StockLinear(layer.name, weight, bias, training(weight, bias)), input, stock, layer.within)
     )
 
 

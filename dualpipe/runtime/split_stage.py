@@ -29,13 +29,14 @@ from torch.autograd.graph import Node, get_gradient_edge
 from dualpipe.runtime.weightgrad import DeferredGradients, Use, WeightGradError
 
 logger = logging.getLogger(__name__)
+_MODULE: Any = nn.modules.module
 _AUTOGRAD: Any = torch.autograd
 """``_engine_run_backward`` in it, through which every backward that Python starts goes, is not exported."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of a stage: ``compute(layer, run, ...)`` replaces its ``method`` while the stage runs."""
+    """A linear layer of a stage: ``compute(layer, stage, ...)`` replaces its ``method`` while the stage runs."""
 
     name: str
     module: nn.Module
@@ -57,6 +58,10 @@ class SplitStage:
     """The parameters whose gradients cannot be deferred, and the names of layers that cannot be split."""
     _watched: set[Hashable] = field(default_factory=set)
     _first: Hashable | None = None
+    _watching: bool = False
+    """Whether the running F or B is of the first microbatch, with full backwards."""
+    _at_first: bool = False
+    """Whether it is of the step's first microbatch."""
     _called: set[str] = field(default_factory=set)
     _names: dict[Tensor, str] = field(default_factory=dict)
     _nodes: set[Node] = field(default_factory=set)
@@ -74,44 +79,47 @@ class SplitStage:
             self._watched.add(key)
         if self._first is None:
             self._first = key
-        with self._computing(key, split):
+        restore = self._patch(key, split)
+        try:
             yield
+        finally:
+            restore()
 
     @contextmanager
     def backward(self, key: Hashable, split: bool) -> Iterator[None]:
         """Around the B of the same microbatch; a checkpoint that recomputes a layer computes it as in F."""
         hidden = split and key not in self._watched
         before = [(p, p.grad, _version(p.grad)) for p in self._names if p not in self.unsplit] if hidden else []
-        with self.store.deferring_to(key if split else None), self._computing(key, split):
+        restore = self._patch(key, split)
+        outer = self.store.defer_to(key if split else None)
+        try:
             yield
+        finally:
+            self.store.key = outer
+            restore()
         self._watched.discard(key)
         for parameter, gradient, version in before:
             if parameter.grad is not gradient or _version(parameter.grad) != version:
                 raise self.late(self._names[parameter], "adds in B, outside the layer, to the gradients of")
 
-    @contextmanager
-    def _computing(self, key: Hashable, split: bool) -> Iterator[None]:
-        """Within it the layers compute by ``Layer.compute``; a method that the user has replaced stays."""
-        watched = key in self._watched
-        if not (watched or split):
-            yield
-            return
-        patched: list[Layer] = []
-        run = Run(self, watched, key == self._first)
+    def _patch(self, key: Hashable, split: bool) -> Callable[[], None]:
+        """Let the layers compute by ``Layer.compute`` until the function that this returns is called.
+
+        A method that the user has replaced stays.
+        """
+        self._watching, self._at_first = key in self._watched, key == self._first
+        if not (self._watching or split):
+            return _patched_nothing
         engine = _AUTOGRAD._engine_run_backward
-        try:
-            if not watched:
-                _AUTOGRAD._engine_run_backward = partial(self._run_engine, engine)
-            for layer in self.layers:
-                own = vars(layer.module)
-                if layer.method not in own:
-                    own[layer.method] = partial(layer.compute, layer, run)
-                    patched.append(layer)
-            yield
-        finally:
-            _AUTOGRAD._engine_run_backward = engine
-            for layer in patched:
-                vars(layer.module).pop(layer.method, None)
+        patched: list[tuple[dict[str, Any], str]] = []
+        for layer in self.layers:
+            own = vars(layer.module)
+            if layer.method not in own:
+                own[layer.method] = partial(layer.compute, layer, self)
+                patched.append((own, layer.method))
+        if not self._watching:
+            _AUTOGRAD._engine_run_backward = partial(self._run_engine, engine)
+        return partial(_restore, engine, patched)
 
     def _run_engine(self, engine: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Refuse to take gradients of weights that are hidden from autograd, which would report them as unused."""
@@ -166,6 +174,31 @@ class SplitStage:
             node = self._accumulators[id(parameter)] = get_gradient_edge(parameter).node
         return _accumulates(node)
 
+    def apply(self, use: Use, x: Tensor, stock: Callable[[], Tensor], within: Sequence[nn.Module]) -> Tensor:
+        """The layer's output: with its weights hidden from autograd, or as ``stock`` computes it."""
+        if self._watching:  # without autograd too: a checkpoint takes the gradient later
+            self._called.add(use.name)
+            self._names.update((p, use.name) for p in use.trained if isinstance(p, nn.Parameter))
+        if not torch.is_grad_enabled() or not use.trained or (self.unsplit and self._is_unsplit(use)):
+            return stock()
+        reason = _hooked(within, use.trained) or _unfit(x, use.weight, use.bias) or use.unfit(x)
+        if reason is not None:
+            if not (self._watching or self._at_first):  # its gradient would be added before the deferred ones
+                raise self.late(use.name, f"cannot split ({reason})")
+            self.leave_unsplit(use.name, use.trained, reason)
+            return stock()
+        if self._watching:
+            y = stock()
+            self.watch(use, x, y)
+            return y
+        # the anchor requires a gradient: without it autograd would skip a layer whose input needs none
+        anchor = x.new_empty(0, requires_grad=True)
+        split: Tensor = _SplitLinear.apply(x, anchor, use, self)  # type: ignore[no-untyped-call]
+        return split
+
+    def _is_unsplit(self, use: Use) -> bool:
+        return use.name in self.unsplit or any(parameter in self.unsplit for parameter in use.trained)
+
     def late(self, name: str, what: str) -> WeightGradError:
         return WeightGradError(
             f"{self.name} {what} {name}, which its first microbatch did not, and only the first one decides what "
@@ -173,38 +206,14 @@ class SplitStage:
         )
 
 
-@dataclass(frozen=True)
-class Run:
-    """One F or B of a stage.  ``watched``: its microbatch is the first one, which runs with full backwards."""
+def _patched_nothing() -> None:
+    """Restores the methods of layers if none was replaced."""
 
-    stage: SplitStage
-    watched: bool
-    first: bool
-    """Of its step."""
 
-    def apply(self, use: Use, x: Tensor, stock: Callable[[], Tensor], within: Sequence[nn.Module]) -> Tensor:
-        """The layer's output: with its weights hidden from autograd, or as ``stock`` computes it."""
-        stage = self.stage
-        stage._called.add(use.name)
-        if self.watched:  # without autograd too: a checkpoint takes the gradient later
-            stage._names.update((p, use.name) for p in use.trained if isinstance(p, nn.Parameter))
-        unsplit = use.name in stage.unsplit or any(p in stage.unsplit for p in use.trained)
-        if not torch.is_grad_enabled() or not use.trained or unsplit:
-            return stock()
-        reason = _hooked(within, use.trained) or _unfit(x, use.weight, use.bias) or use.unfit(x)
-        if reason is not None:
-            if not (self.watched or self.first):  # its gradient would be added before the deferred ones
-                raise stage.late(use.name, f"cannot split ({reason})")
-            stage.leave_unsplit(use.name, use.trained, reason)
-            return stock()
-        if self.watched:
-            y = stock()
-            stage.watch(use, x, y)
-            return y
-        # the anchor requires a gradient: without it autograd would skip a layer whose input needs none
-        anchor = x.new_empty(0, requires_grad=True)
-        split: Tensor = _SplitLinear.apply(x, anchor, use, stage)  # type: ignore[no-untyped-call]
-        return split
+def _restore(engine: Callable[..., Any], patched: Sequence[tuple[dict[str, Any], str]]) -> None:
+    _AUTOGRAD._engine_run_backward = engine
+    for own, method in patched:
+        own.pop(method, None)
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -224,8 +233,9 @@ class _SplitLinear(torch.autograd.Function):
         anchor = ctx.next_functions[1][0]
         if stage.store.key is None or torch.is_grad_enabled() or not _accumulates(anchor):
             raise stage.late(use.name, "takes a gradient through")
-        if any(map(stage.reaches, use.trained)):
-            raise stage.late(use.name, "uses outside their layer the weights of")
+        for parameter in use.trained:
+            if stage.reaches(parameter):
+                raise stage.late(use.name, "uses outside their layer the weights of")
         stage.store.defer(use, x.detach(), dy)
         return (use.input_gradient(x, dy, weight) if ctx.needs_input_grad[0] else None), None, None, None
 
@@ -261,12 +271,14 @@ def _version(gradient: Tensor | None) -> int:
 
 def _hooked(within: Sequence[nn.Module], parameters: Sequence[Tensor]) -> str | None:
     """Why a hook that runs in B may look at the layer's gradients, before W has computed them; else ``None``."""
-    if any(module._backward_hooks or module._backward_pre_hooks for module in within):
-        return "a backward hook of its module may look at its gradients"
-    if nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks:
+    for module in within:  # a loop: any() with a generator takes several times as long
+        if module._backward_hooks or module._backward_pre_hooks:
+            return "a backward hook of its module may look at its gradients"
+    if _MODULE._global_backward_hooks or _MODULE._global_backward_pre_hooks:
         return "a backward hook of all modules may look at its gradients"
-    if any(parameter._backward_hooks for parameter in parameters):
-        return "its weights have tensor hooks"
+    for parameter in parameters:
+        if parameter._backward_hooks:
+            return "its weights have tensor hooks"
     return None
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe.errors import StageError
+from dualpipe.runtime.helper_thread import Job
 
 _SOURCE = re.compile(r"^\[[^]]*\] ")  # gloo's errors begin with the file and line of its own source
 
@@ -47,7 +47,7 @@ class Message:
     works: list[dist.Work] = field(default_factory=list)
     posted: bool = False
     completed: bool = False
-    sent: Future[None] | None = None
+    sent: Job | None = None
 
     def release(self) -> None:
         """Let go of a send's tensors.  Raises ``StageError`` if one was written to since the send was posted."""

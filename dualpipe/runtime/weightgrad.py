@@ -7,10 +7,10 @@ that a microbatch uses twice, or a weight that two layers share, has the bits of
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -56,21 +56,24 @@ class Use(Protocol):
 
 def training(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Those of a layer's weight and bias that require a gradient now."""
-    return tuple(p for p in (weight, bias) if p is not None and p.requires_grad)
+    if bias is None or not bias.requires_grad:
+        return (weight,) if weight.requires_grad else ()
+    return (weight, bias) if weight.requires_grad else (bias,)
 
 
-@dataclass
+_Sum = tuple[int, int]
+"""Identifies the sum that autograd makes for a parameter in one backward."""
+
+
+@dataclass(slots=True, eq=False)
 class _Deferred:
-    """The weight gradient of one use of a layer.  ``run`` is autograd's number of the backward that deferred it."""
+    """The weight gradient of one use of a layer; ``sums`` identifies the sum of each trained parameter."""
 
-    run: int
     use: Use
     x: Tensor
     dy: Tensor
-    versions: tuple[int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.versions = self.x._version, self.dy._version
+    sums: Sequence[_Sum]
+    versions: tuple[int, int]
 
     def gradients(self) -> Sequence[Tensor]:
         if self.versions != (self.x._version, self.dy._version):
@@ -95,13 +98,18 @@ class DeferredGradients:
     @contextmanager
     def deferring_to(self, key: Hashable | None) -> Iterator[None]:
         """Around a B: within it weight gradients may be deferred to ``run(key)``; with ``None`` they may not."""
-        if key is not None:
-            self._deferred.setdefault(key, deque())
-        outer, self.key = self.key, key
+        outer = self.defer_to(key)
         try:
             yield
         finally:
             self.key = outer
+
+    def defer_to(self, key: Hashable | None) -> Hashable | None:
+        """From now on weight gradients are deferred to ``run(key)``, or refused (``None``); returns the old key."""
+        if key is not None:
+            self._deferred.setdefault(key, deque())
+        outer, self.key = self.key, key
+        return outer
 
     def put(self, closure: Closure) -> None:
         """Defer the computation of a weight gradient to the W of the B that is running."""
@@ -109,7 +117,9 @@ class DeferredGradients:
 
     def defer(self, use: Use, x: Tensor, dy: Tensor) -> None:
         """Keep a linear layer's input and output gradient; called from within autograd's backward."""
-        self._queue().append(_Deferred(torch._C._current_graph_task_id(), use, x, dy))
+        run = torch._C._current_graph_task_id()
+        sums = [_sum_of(run, parameter) for parameter in use.trained]
+        self._queue().append(_Deferred(use, x, dy, sums, (x._version, dy._version)))
 
     def _queue(self) -> deque[Closure | _Deferred]:
         if self.key is None:
@@ -129,21 +139,29 @@ class DeferredGradients:
         entries = self._deferred.pop(key, None)
         if entries is None:
             raise WeightGradError(f"no weight gradient is deferred to {key}: its B has not run, or its W already has")
-        left = Counter(_sum_of(e.run, p) for e in entries if isinstance(e, _Deferred) for p in e.use.trained)
-        sums: dict[tuple[int, int], Tensor] = {}
+        left: dict[_Sum, int] = {}
+        for entry in entries:
+            if isinstance(entry, _Deferred):
+                for name in entry.sums:
+                    left[name] = left.get(name, 0) + 1
+        begun: dict[_Sum, Tensor] = {}
         while entries:
             entry = entries.popleft()
             if not isinstance(entry, _Deferred):
                 entry()
                 continue
             complete: list[Tensor] = []
-            for parameter, gradient in zip(entry.use.trained, entry.gradients(), strict=True):
-                total = _sum_of(entry.run, parameter)
-                sums[total] = sums[total] + gradient if total in sums else gradient
-                left[total] -= 1
-                if not left[total]:
+            sums: list[Tensor] = []
+            for parameter, name, gradient in zip(entry.use.trained, entry.sums, entry.gradients(), strict=True):
+                total = begun.pop(name) + gradient if name in begun else gradient
+                left[name] -= 1
+                if left[name]:
+                    begun[name] = total
+                else:
                     complete.append(parameter)
-            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])
+                    sums.append(total)
+            if complete:
+                torch.autograd.backward(complete, sums)
 
     def clear(self) -> None:
         """Drop all deferred gradients: the step that deferred them failed, and the next step has the same keys."""
@@ -156,6 +174,6 @@ class DeferredGradients:
             raise WeightGradError(f"the step ended and these weight gradients were never computed: {keys}")
 
 
-def _sum_of(run: int, parameter: Tensor) -> tuple[int, int]:
-    """Identifies the sum that autograd makes for a parameter in one backward."""
+def _sum_of(run: int, parameter: Tensor) -> _Sum:
+    """``run`` is autograd's number of the backward."""
     return run, id(parameter)

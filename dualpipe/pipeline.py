@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dualpipe.errors import RuleError, StageError
-from dualpipe.runtime.executor import Boundary, Executor, Observer, StepError
+from dualpipe.runtime.executor import Boundary, Executor, Observer, StepError, require_size
 from dualpipe.runtime.modules import Criterion, Feed, ModuleComputation, Stages, StepResult
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.replicas import Replicas
@@ -79,12 +79,7 @@ class Pipeline:
         _require_stages(schedule, transport.rank, self.stages)
         _require_own_ops(schedule, transport.rank)
         _require_no_weights(schedule, criterion, self.stages)
-        if transport.ranks != schedule.ranks:
-            raise RuleError(
-                "a schedule runs on as many processes as it has ranks",
-                f"the schedule has {schedule.ranks} and the process group {transport.ranks}",
-                "generate it for the group's size",
-            )
+        require_size(schedule, transport)
         self._boundary: Boundary = boundary if callable(boundary) else lambda stage: boundary
         self._blocking, self._observe = blocking, observe
         self._splits = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dualpipe.errors import StageError
+from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.split_stage import SplitStage
 from dualpipe.runtime.transport import Message, MessageError, TensorSpec, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
@@ -130,6 +130,7 @@ class Executor:
         observe: Observer | None = None,
         warned: set[Chunk] | None = None,
     ) -> None:
+        require_size(schedule, transport)
         self.schedule = schedule.only(frozenset({F, SF, RF})) if forward_only else schedule
         self.computation, self.boundary = computation, boundary
         self.transport, self.store, self.splits = transport, store, splits
@@ -314,6 +315,16 @@ class Executor:
             raise ProgramError("; ".join(left))
         self.transport.drain()
         self.store.require_empty()
+
+
+def require_size(schedule: Schedule, transport: Transport) -> None:
+    """Raise ``RuleError`` unless the schedule has as many ranks as the transport."""
+    if transport.ranks != schedule.ranks:
+        raise RuleError(
+            "a schedule runs on as many processes as it has ranks",
+            f"the schedule has {schedule.ranks} and the process group {transport.ranks}",
+            "generate it for the group's size",
+        )
 
 
 def differentiable(dtype: torch.dtype) -> bool:

@@ -330,7 +330,7 @@ FAULTS = [
         36,
         "freed outputs break the backward's shape check",
         outputs_freed_under_the_backward,
-        r"sends \[1\] float32 where the boundary was declared",
+        r"sends \[1\] float32 where the boundary is",
     ),
     Fault(37, "the mirror chunk numbered as rank r", mirror_chunk_numbered_as_rank_r, "whose first layer is"),
     Fault(38, "gradients never finalized", gradients_never_finalized, "gradient of .* differs"),

@@ -130,16 +130,16 @@ def test_fake_ranks_share_the_schedule_value_with_production_and_nothing_else():
         assert {".".join(m.split(".")[:2]) for m in modules} <= allowed
 
 
-def test_of_the_court_on_megatron_only_the_party_production_knows_the_drop_in():
+def test_in_the_verification_on_megatron_only_production_imports_the_drop_in():
     allowed = {"dualpipe.errors", "dualpipe.errors.RuleError", "dualpipe.errors.UndecidedError"}
     for path in files("reference/megatron"):
         if path.name != "production.py":
             assert {module for module in imports(path) if module.startswith(("dualpipe", "proofs"))} <= allowed, path
 
 
-def test_the_oracle_on_megatron_sees_neither_other_party_nor_megatrons_schedules():
+def test_the_oracle_on_megatron_imports_neither_other_implementations_nor_megatrons_schedules():
     others = ("production", "training", "truth", "verify", "comparison")
-    for name in ("plain", "reduction"):
+    for name in ("oracle", "reduction"):
         found = imports(ROOT / "reference" / "megatron" / f"{name}.py")
         assert not {module for module in found for other in others if f"reference.megatron.{other}" in module}
         assert not {

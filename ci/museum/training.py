@@ -62,11 +62,11 @@ FAULTS = (
         37,
         "Megatron: the mirror chunk runs where global state tells rank r",
         COMPUTATION,
-        "        with chunk.drawing(), at_stage(op.stage):\n",
-        "        with chunk.drawing():\n",
+        "        with setup.drawing(), at_stage(op.stage):\n",
+        "        with setup.drawing():\n",
         check="tests",
         rule="test",
-        says="test_a_layer_that_is_recomputed_sees_the_rank_of_its_stage",
+        says="test_a_recomputed_layer_reads_its_stage_from_global_state",
     ),
     fault(
         22,
@@ -93,7 +93,7 @@ FAULTS = (
         "Megatron: on the first rank the data of the two lanes swapped",
         SCHEDULE,
         "{lane: data[lane] for lane in (UP, DOWN)}",
-        "{lane: data[lane if pipeline.groups.rank else (DOWN, UP)[lane is DOWN]] for lane in (UP, DOWN)}",
+        "{lane: data[lane if shared.groups.rank else (DOWN, UP)[lane is DOWN]] for lane in (UP, DOWN)}",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: loss of microbatch",
@@ -102,10 +102,10 @@ FAULTS = (
         32,
         "Megatron: the losses are cleared before they are returned",
         SCHEDULE,
-        "        collected = bring_losses(computation.collected, ",
+        "        collected = collect_losses(computation.collected, ",
         "        for values in computation.collected.values():\n"
         "            values.clear()\n"
-        "        collected = bring_losses(computation.collected, ",
+        "        collected = collect_losses(computation.collected, ",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*loss of microbatch . of replica . is missing",
@@ -114,11 +114,13 @@ FAULTS = (
         33,
         "Megatron: the mirror chunk used by the wrong lane behind the middle",
         SCHEDULE,
-        "        {(chunk.place.lane, chunk.place.stage): (module, chunk) for module, chunk in chunks},\n",
+        "        {setup.chunk: (module, setup) for module, setup in zip(model, setups, strict=True)},\n",
         "        dict(\n"
         "            zip(\n"
-        "                lanes_of(model),\n"
-        "                chunks[:: -1 if 1 < pipeline.groups.rank == pipeline.groups.size // 2 else 1],\n"
+        "                chunks_of(model),\n"
+        "                list(zip(model, setups, strict=True))[\n"
+        "                    :: -1 if 1 < shared.groups.rank == shared.groups.size // 2 else 1\n"
+        "                ],\n"
         "                strict=True,\n"
         "            )\n"
         "        ),\n",
@@ -142,7 +144,7 @@ FAULTS = (
         SCHEDULE,
         "        run_step(worker, computation, forward_only)\n",
         "        if not forward_only:\n"
-        "            _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)\n"
+        "            _finalize(model, setups, config, groups, computation, force_all_reduce)\n"
         "        run_step(worker, computation, forward_only)\n"
         "        force_all_reduce, forward_only = False, True\n",
         check="trial, Megatron",

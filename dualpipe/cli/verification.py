@@ -95,7 +95,7 @@ def print_report(report: Report) -> None:
 def print_megatron_report(report: MegatronReport) -> None:
     """The report of a verification on Megatron, on standard output."""
     from reference.megatron.comparison import tensors_compared
-    from reference.megatron.trace import Place
+    from reference.megatron.trace import Shard
 
     console = Console(highlight=False)
     case, last = report.case, report.truth[-1]
@@ -107,9 +107,9 @@ def print_megatron_report(report: MegatronReport) -> None:
     )
     table = _table(report.parties, "stage")
     for stage in range(case.pp):
-        places = [Place(0, stage, tp) for tp in range(case.tp)]
-        weights = [weight for place in places for weight in last.weights[place].values()]
-        gradients = [gradient for place in places for gradient in last.gradients[place].values()]
+        shards = [Shard(0, stage, tp) for tp in range(case.tp)]
+        weights = [weight for shard in shards for weight in last.weights[shard].values()]
+        gradients = [gradient for shard in shards for gradient in last.gradients[shard].values()]
         table.add_row(str(stage), *_sizes(weights, gradients), *(_verdict(party, stage) for party in report.parties))
     console.print(table)
     _print_complaints(console, report.complaints, report.parties)

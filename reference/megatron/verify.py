@@ -1,4 +1,4 @@
-"""The trial on Megatron: its own 1F1B is the truth; the drop-in and the single-process oracle are held against it."""
+"""Verifies the drop-in on Megatron: it and the single-process oracle are compared with Megatron's own 1F1B."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from typing import Any
 
 from dualpipe.errors import UndecidedError
 from reference.launch import Context, Failure, launch
-from reference.megatron import plain, production, truth
+from reference.megatron import oracle, production, truth
 from reference.megatron.case import Case
-from reference.megatron.comparison import KINDS, differences, mean_loss, norm_difference, tensors_compared, vital_signs
+from reference.megatron.comparison import (
+    KINDS,
+    differences,
+    failed_sanity_checks,
+    mean_loss,
+    norm_difference,
+    tensors_compared,
+)
 from reference.megatron.trace import StepTrace, merge
 from reference.party import Party, Progress
 
@@ -25,8 +32,8 @@ Body = Callable[[Case, Context], list[StepTrace]]
 class Normed(Party):
     """A party with the gradient norms of its optimizer.
 
-    ``norm_difference``: by how much, relatively, they differ from the truth's at most; NaN where the party failed.
-    Under the distributed optimizer a norm may do so and still count as equal, see ``Case.norm_rounding``.
+    ``norm_difference``: their largest relative difference from the truth's; NaN if the party failed.  Under the
+    distributed optimizer, norms that differ by rounding count as equal, see ``Case.norm_rounding``.
     """
 
     norm_difference: float = math.nan
@@ -97,10 +104,10 @@ def verify(
     on_progress: Progress = lambda party, rank, steps: None,
     production_body: Body = production.run_rank,
 ) -> Report:
-    """Run the parties one after the other, each in processes forked from this one, and compare.
+    """Run each implementation in turn, in processes forked from this one, and compare them with the truth.
 
-    The oracle takes part where one process can tell the truth (``Case.has_oracle``).  Raises ``UndecidedError`` where
-    Megatron itself fails.  A test may bring a faulty ``production_body``.
+    The oracle runs if one process can compute the case (``Case.has_oracle``).  Raises ``UndecidedError`` if Megatron
+    itself fails.  A test may pass a faulty ``production_body``.
     """
     started = time.monotonic()
 
@@ -111,18 +118,18 @@ def verify(
 
     true, failures, _ = run(TRUTH, truth.run_rank, truth.ranks(case))
     if failures:
-        told = "; ".join(map(str, failures))
-        raise UndecidedError(f"Megatron's own 1F1B did not finish, so nothing can be said: {told}")
+        described = "; ".join(map(str, failures))
+        raise UndecidedError(f"Megatron's own 1F1B did not finish, so there is no verdict: {described}")
 
-    def judge(name: str, body: Body, ranks: int, kinds: Sequence[str] = KINDS) -> Normed:
+    def compare(name: str, body: Body, ranks: int, kinds: Sequence[str] = KINDS) -> Normed:
         found, failures, seconds = run(name, body, ranks)
         if failures:
             return Normed(name, (), failures, seconds)
-        told = tuple(differences(case, true, found, kinds))
-        return Normed(name, told, (), seconds, norm_difference=norm_difference(true, found))
+        different = tuple(differences(case, true, found, kinds))
+        return Normed(name, different, (), seconds, norm_difference=norm_difference(true, found))
 
-    parties = [judge(PRODUCTION, production_body, production.ranks(case))]
+    parties = [compare(PRODUCTION, production_body, production.ranks(case))]
     if case.has_oracle:
         kinds = KINDS[:2] if case.distributed_optimizer else KINDS  # the oracle shards nothing
-        parties.append(judge(ORACLE, plain.run, 1, kinds))
-    return Report(case, tuple(true), tuple(vital_signs(true)), tuple(parties), time.monotonic() - started)
+        parties.append(compare(ORACLE, oracle.run, 1, kinds))
+    return Report(case, tuple(true), tuple(failed_sanity_checks(true)), tuple(parties), time.monotonic() - started)

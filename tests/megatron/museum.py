@@ -1,7 +1,7 @@
-"""Faults of the glue between a schedule and Megatron that real implementations shipped, each planted into production.
+"""Known faults of the code between a schedule and Megatron, each planted into production.
 
-A plant runs in every rank before production does, and changes what a faulty implementation would have different.  The
-numbers and titles are those of the museum of faults in docs/reference/museum.md.
+Real implementations shipped them.  A plant runs in every rank before production, and patches in the fault.  The numbers
+are those of docs/reference/museum.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASE = Case(pp=2, steps=2, timeout=10)
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: its number and title, how it is planted, on which case, and how the complaint must begin or read."""
+    """A fault: its number and title, how it is planted, a pattern of the complaint that must catch it, and the case."""
 
     number: int
     title: str
@@ -90,7 +90,7 @@ def replicas_not_reduced_together() -> None:
 def norm_counts_both_replicas() -> None:
     from dualpipe.megatron import model
 
-    model._mark_shared = lambda module, place: None
+    model._mark_shared = lambda module, chunk: None
 
 
 def norm_of_one_stage_only() -> None:
@@ -98,11 +98,11 @@ def norm_of_one_stage_only() -> None:
 
     real = optimizer.ProcessGroupCollection
 
-    def alone(**groups: Any) -> Any:
+    def one_stage(**groups: Any) -> Any:
         return real(**{**groups, "mp": groups["tp"]})
 
-    alone.use_mpu_process_groups = real.use_mpu_process_groups
-    optimizer.ProcessGroupCollection = alone
+    one_stage.use_mpu_process_groups = real.use_mpu_process_groups
+    optimizer.ProcessGroupCollection = one_stage
 
 
 def gradients_rescaled_at_each_accumulation() -> None:
@@ -160,26 +160,26 @@ def gradients_cleared_in_mid_accumulation() -> None:
 def losses_read_on_the_first_rank() -> None:
     from dualpipe.megatron import schedule
 
-    schedule.bring_losses = lambda collected, transport, device: [v for values in collected.values() for v in values]
+    schedule.collect_losses = lambda collected, transport, device: [v for values in collected.values() for v in values]
 
 
 def losses_cleared_before_they_are_returned() -> None:
     from dualpipe.megatron import schedule
 
-    real = schedule.bring_losses
+    real = schedule.collect_losses
 
-    def bring_losses(collected, transport, device):
+    def collect_losses(collected, transport, device):
         for values in collected.values():
             values.clear()
         return real(collected, transport, device)
 
-    schedule.bring_losses = bring_losses
+    schedule.collect_losses = collect_losses
 
 
 def dropout_drawn_in_order_of_execution() -> None:
-    from dualpipe.megatron.model import Chunk
+    from dualpipe.megatron.model import ChunkSetup
 
-    Chunk.drawing = lambda self: nullcontext()
+    ChunkSetup.drawing = lambda self: nullcontext()
 
 
 def labels_of_the_lanes_swapped() -> None:
@@ -261,9 +261,9 @@ def mirror_chunk_numbered_as_rank_r() -> None:
 
     real = model._provide
 
-    def provide(provider, place, stages, options):
+    def provide(provider, chunk, groups, options):
         own = ProcessGroupCollection.use_mpu_process_groups()
-        return real(provider, replace(place, collection=own), stages, options)
+        return real(provider, chunk, replace(groups, chunks=dict.fromkeys(groups.chunks, own)), options)
 
     model._provide = provide
 
@@ -277,10 +277,10 @@ def gradients_never_finalized() -> None:
 def initial_weights_differ() -> None:
     from dualpipe.megatron import model
 
-    model._equalise = lambda module, place, groups: None
+    model._equalise = lambda module, chunk, groups: None
 
 
-UNCLIPPED = replace(BASE, clip=0.0)  # the norm alone is wrong, and nothing that follows from it
+UNCLIPPED = replace(BASE, clip=0.0)  # so that a wrong norm does not make the weights wrong too
 OVERLAPPED = replace(BASE, overlap_grad_reduce=True)
 FOUR = replace(BASE, pp=4, steps=1)
 

@@ -1,4 +1,4 @@
-"""Every fault of the glue in the museum is caught by the court, with a complaint that names what is wrong."""
+"""Every known fault of the drop-in is found by the comparison, with a complaint that names what is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def the_truth(case):
 
 
 def complaint(case, plant=lambda: None) -> str:
-    """The first thing that the court says of production with a fault planted; empty when it is equal."""
+    """The first failure or difference of production with a planted fault; empty if it is equal."""
 
     def body(context):
         plant()
@@ -33,12 +33,12 @@ def complaint(case, plant=lambda: None) -> str:
     return next(map(str, differences(case, the_truth(case), merge(outcome.values()))), "")
 
 
-def test_without_a_fault_production_is_equal_to_the_truth():
+def test_without_a_fault_production_equals_the_truth():
     assert complaint(BASE) == ""
 
 
 def split_gradients(plant=lambda: None) -> list[list[int]]:
-    """For each rank, how many weight gradients each B left to its W, over a whole run."""
+    """For each rank, the number of weight gradients that each B of a run left to its W."""
 
     def body(context):
         from dualpipe.runtime.weightgrad import WeightGradStore
@@ -61,8 +61,8 @@ def test_b_leaves_every_linear_layer_of_a_stage_to_w():
         assert any(counts)
 
 
-def test_35_a_store_that_is_never_fed_is_caught_as_w_has_nothing_to_do():
-    """Gradients stay right when nothing is split, so the court is silent about it."""
+def test_35_a_store_that_stays_empty_is_found_as_w_has_nothing_to_do():
+    """Gradients are right even if nothing is split, so the comparison cannot find this fault."""
 
     def plant():
         from dualpipe.megatron import model
@@ -75,6 +75,6 @@ def test_35_a_store_that_is_never_fed_is_caught_as_w_has_nothing_to_do():
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_a_fault_of_the_museum_is_caught_by_name(fault):
-    told = complaint(fault.case, fault.plant)
-    assert re.search(fault.caught, told), told or "nothing was noticed"
+def test_a_known_fault_is_found_with_the_right_complaint(fault):
+    found = complaint(fault.case, fault.plant)
+    assert re.search(fault.caught, found), found or "nothing was found"

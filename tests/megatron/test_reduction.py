@@ -1,4 +1,4 @@
-"""The oracle's order of summation is that of Megatron's buckets and gloo's ring."""
+"""The oracle sums in the order of Megatron's buckets and gloo's ring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chunk is built and run where Megatron's global state tells its stage: a provider or a loss may ask there."""
+"""While a chunk is built or run, Megatron's global state has its stage, since a provider or a loss may read it."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from reference.megatron import production
 from reference.megatron.case import Case
 
 CASE = Case(pp=2, steps=1, timeout=10)
-told = parallel_state.get_pipeline_model_parallel_rank
+pipeline_rank = parallel_state.get_pipeline_model_parallel_rank
 
 
-def test_a_provider_that_asks_global_state_is_told_the_stage_that_it_builds():
+def test_a_provider_reads_the_stage_that_it_builds_from_global_state():
     def body(context):
-        real, asked = production.build_gpt, []
+        real, seen = production.build_gpt, []
 
         def build(case, config, pre_process, post_process, pg_collection):
-            asked.append((told(), pg_collection.pp.rank()))
+            seen.append((pipeline_rank(), pg_collection.pp.rank()))
             return real(case, config, pre_process, post_process, pg_collection)
 
         production.build_gpt = build
         production.run_rank(CASE, context)
-        return asked
+        return seen
 
     assert launch(2, body, CASE.limit).values() == [[(0, 0), (1, 1)], [(1, 1), (0, 0)]]
 
 
-def test_a_forward_step_that_asks_global_state_is_told_the_stage_that_runs():
+def test_a_forward_step_reads_the_stage_that_it_runs_from_global_state():
     def body(context):
-        asked = set()
+        seen = set()
 
         def step(forward_step_func, **keywords):
-            def asking(iterator, model):
-                asked.add((told(), model.module.dualpipe_chunk.place.stage))
+            def observed(iterator, model):
+                seen.add((pipeline_rank(), model.module.dualpipe_setup.chunk.stage))
                 return forward_step_func(iterator, model)
 
-            return production.forward_backward_dualpipe(forward_step_func=asking, **keywords)
+            return production.forward_backward_dualpipe(forward_step_func=observed, **keywords)
 
         production.run_rank(CASE, context, step)
-        return asked, told()
+        return seen, pipeline_rank()
 
     assert launch(2, body, CASE.limit).values() == [({(0, 0), (1, 1)}, 0), ({(0, 0), (1, 1)}, 1)]

@@ -1,4 +1,4 @@
-"""Which schedule a program gets, and what ``install`` puts in the place of Megatron's functions and takes back."""
+"""Which schedule a program gets, and which of Megatron's functions ``install`` replaces and ``uninstall`` restores."""
 
 import inspect
 import sys
@@ -25,8 +25,8 @@ with expected_warnings():
     import dualpipe.megatron.optimizer
     from dualpipe.megatron import installation
     from dualpipe.megatron.arguments import validate_dualpipe_config
+    from dualpipe.megatron.groups import at_stage
     from dualpipe.megatron.iterators import split_data_iterator
-    from dualpipe.megatron.position import at_stage
     from dualpipe.megatron.schedule import forward_backward_dualpipe
 
 MEGATRONS = SimpleNamespace(  # not names of this module, or they would be replaced as in any other
@@ -45,7 +45,7 @@ OFF = SimpleNamespace(use_dualpipe=False)
 
 
 @pytest.fixture(autouse=True)
-def _afterwards_everything_is_megatrons():
+def _everything_is_megatrons_again_afterwards():
     yield
     installation.uninstall()
     assert megatron.core.pipeline_parallel.get_forward_backward_func is MEGATRONS.selector
@@ -55,7 +55,7 @@ def _afterwards_everything_is_megatrons():
 
 @pytest.fixture
 def training(monkeypatch):
-    """A training loop like Megatron-LM's: it imports the functions by name, and has a get_model of its own."""
+    """A training loop like Megatron-LM's: it imports the functions by name, and defines its own get_model."""
     loop = types.ModuleType("megatron.training.training")
 
     def get_model(model_provider_func, model_type="any", wrap_with_ddp=True, config=None, pg_collection=None):
@@ -73,16 +73,16 @@ def held(training):
     return dict(vars(training))
 
 
-# A program of one's own
+# Your own training script
 
 
-def test_with_the_flag_the_schedule_is_dualpipe():
+def test_with_the_flag_dualpipe_is_selected():
     assert installation.get_forward_backward_func(ON) is forward_backward_dualpipe
     assert installation.get_forward_backward_func(ON, pp_size=4, vp_size=None) is forward_backward_dualpipe
 
 
 @pytest.mark.parametrize("settings", [OFF, SimpleNamespace(), None])
-def test_without_the_flag_the_schedule_is_megatrons_own_object(settings):
+def test_without_the_flag_megatrons_own_function_is_selected(settings):
     chosen = installation.get_forward_backward_func(settings, pp_size=4)
     assert chosen is schedules.forward_backward_pipelining_without_interleaving
     chosen = installation.get_forward_backward_func(settings, 4, 2)
@@ -90,7 +90,7 @@ def test_without_the_flag_the_schedule_is_megatrons_own_object(settings):
     assert installation.get_forward_backward_func(settings, 1) is schedules.forward_backward_no_pipelining
 
 
-def test_a_program_of_ones_own_is_answered_alike_while_a_loop_is_patched():
+def test_selecting_directly_gives_the_same_while_a_loop_is_patched():
     with installation.installed(ON):
         chosen = installation.get_forward_backward_func(OFF, pp_size=4)
     assert chosen is schedules.forward_backward_pipelining_without_interleaving
@@ -99,7 +99,7 @@ def test_a_program_of_ones_own_is_answered_alike_while_a_loop_is_patched():
 # A training loop
 
 
-def test_install_reaches_every_name_that_a_loop_holds(training):
+def test_install_replaces_a_function_under_every_name(training):
     installation.install(ON)
     for selector in (
         schedules.get_forward_backward_func,
@@ -110,14 +110,14 @@ def test_install_reaches_every_name_that_a_loop_holds(training):
         assert selector(schedule_pg_collection=None) is forward_backward_dualpipe
 
 
-def test_what_is_imported_later_is_reached_too():
+def test_install_covers_later_imports():
     installation.install(ON)
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     assert get_forward_backward_func() is forward_backward_dualpipe
 
 
-def test_a_loop_imported_after_the_first_install_is_reached_by_the_second(request):
+def test_a_second_install_covers_a_loop_imported_after_the_first(request):
     installation.install(ON)
     training = request.getfixturevalue("training")
     own = training.get_model
@@ -127,7 +127,7 @@ def test_a_loop_imported_after_the_first_install_is_reached_by_the_second(reques
     assert training.get_model is own
 
 
-def test_uninstall_gives_back_the_very_objects(training):
+def test_uninstall_restores_the_original_objects(training):
     before = held(training)
     installation.install(ON)
     assert held(training) != before
@@ -173,7 +173,7 @@ def test_stand_ins_keep_name_and_signature(training):
         assert inspect.signature(now) == inspect.signature(own)
 
 
-# With the flag absent, everything is Megatron's
+# Without the flag, everything is Megatron's
 
 
 def test_without_the_flag_a_patched_loop_runs_megatrons_own(training):
@@ -183,8 +183,8 @@ def test_without_the_flag_a_patched_loop_runs_megatrons_own(training):
     assert training.get_model("provider", wrap_with_ddp=False)[0] == "Megatron's model"
 
 
-def test_arguments_that_lack_the_flag_leave_every_stand_in_megatrons_own(training, monkeypatch):
-    """Every function that ``install`` replaces, called with arguments of a program that knows no DualPipe."""
+def test_arguments_without_the_flag_make_every_stand_in_call_the_original(training, monkeypatch):
+    """Call every function that ``install`` replaces with the arguments of a program without DualPipe."""
     checkpointing = types.ModuleType("megatron.training.checkpointing")
     builders = types.ModuleType("megatron.training.models.dist_utils")
     called = []
@@ -207,11 +207,11 @@ def test_arguments_that_lack_the_flag_leave_every_stand_in_megatrons_own(trainin
     assert training.get_forward_backward_func(pp_size=2) is own
 
 
-def test_a_loop_saves_only_when_the_copies_were_compared(monkeypatch):
+def test_a_loop_compares_the_replicas_before_it_saves(monkeypatch):
     checkpointing, calls = types.ModuleType("megatron.training.checkpointing"), []
     checkpointing.save_checkpoint = lambda iteration, model, optimizer: calls.append("saved")
     monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
-    monkeypatch.setattr(dualpipe.megatron.checkpoint, "require_equal_copies", calls.append)
+    monkeypatch.setattr(dualpipe.megatron.checkpoint, "require_equal_replicas", calls.append)
     with installation.installed(ON):
         checkpointing.save_checkpoint(1, ["low", "high"], None)
     assert calls == [["low", "high"], "saved"]
@@ -220,13 +220,13 @@ def test_a_loop_saves_only_when_the_copies_were_compared(monkeypatch):
     assert calls[2:] == ["saved"]
 
 
-def test_without_a_program_that_has_arguments_the_flag_is_absent(training):
+def test_without_global_arguments_the_flag_is_off(training):
     installation.install()
     own = schedules.forward_backward_pipelining_without_interleaving
     assert training.get_forward_backward_func(pp_size=2) is own
 
 
-def test_the_flag_is_read_from_the_programs_own_arguments_once_they_are_parsed(training, monkeypatch):
+def test_the_flag_is_read_from_the_global_arguments_once_they_are_parsed(training, monkeypatch):
     variables = types.ModuleType("megatron.training.global_vars")
     parsed = []
 
@@ -243,11 +243,11 @@ def test_the_flag_is_read_from_the_programs_own_arguments_once_they_are_parsed(t
     assert training.get_forward_backward_func(pp_size=2) is forward_backward_dualpipe
 
 
-# With the flag, the loop builds what DualPipe runs
+# With the flag, the loop builds the model for DualPipe
 
 
 class Layer:
-    """As much of a model chunk as a loop looks at."""
+    """The part of a model chunk that a loop reads."""
 
     def __init__(self):
         self.pg_collection = "the stage's"
@@ -255,7 +255,7 @@ class Layer:
 
 @pytest.fixture
 def built(monkeypatch):
-    """Records how the model is built; nothing is."""
+    """Records the calls that would build the model."""
     calls = []
 
     def build_dualpipe_model(provider, ddp_config=None, **options):
@@ -272,16 +272,16 @@ def built(monkeypatch):
     return calls
 
 
-def test_get_model_builds_two_chunks_by_the_loops_arguments(training, built):
+def test_get_model_builds_two_chunks_from_the_loops_arguments(training, built):
     installation.install(ON)
-    places = []
+    calls = []
 
     def provider(pre_process, post_process, config):
-        places.append((pre_process, post_process, config))
+        calls.append((pre_process, post_process, config))
         return Layer()
 
     model = training.get_model(provider, "decoder", config="given")
-    assert places == [(True, False, "given"), (False, True, "given")]
+    assert calls == [(True, False, "given"), (False, True, "given")]
     assert [chunk.model_type for chunk in model] == ["decoder", "decoder"]
     assert ON.model_type == "decoder"
     ((_, ddp, options),) = built
@@ -296,7 +296,7 @@ def test_the_loop_reads_the_ranks_groups_from_a_chunk(training, built):
     assert chunk.pg_collection == "the rank's"
 
 
-def test_what_would_train_wrongly_is_refused_before_a_model_is_built(training, built):
+def test_settings_that_would_train_wrongly_are_refused_before_building(training, built):
     installation.install(SimpleNamespace(**{**vars(ON), "mtp_num_layers": 1}))
     with pytest.raises(RuleError, match="mtp_num_layers is 1"):
         training.get_model(lambda **_: Layer())
@@ -337,7 +337,7 @@ def test_the_model_builders_of_later_megatron_lm_build_two_chunks_too(built, mon
     assert built[0][1:] == ("ddp", {"wrap_with_ddp": True, "data_parallel_random_init": True})
 
 
-def test_a_checkpoint_of_the_distributed_optimizer_is_laid_out_by_parameter(monkeypatch):
+def test_the_distributed_optimizer_is_saved_parameter_by_parameter(monkeypatch):
     checkpointing = types.ModuleType("megatron.training.checkpointing")
     checkpointing._build_sharded_state_dict_metadata = lambda args: dict(args)
     monkeypatch.setitem(sys.modules, checkpointing.__name__, checkpointing)
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_the_distributed_optimizer_is_laid_out_by_parameter(monk
         assert checkpointing._build_sharded_state_dict_metadata(sharded) == sharded
 
 
-def test_after_a_loop_has_loaded_a_checkpoint_lane_down_goes_on_with_its_random_numbers(monkeypatch):
+def test_after_a_loop_loads_a_checkpoint_the_random_numbers_of_lane_down_are_restored(monkeypatch):
     checkpointing = types.ModuleType("megatron.training.checkpointing")
     calls = []
 
@@ -380,12 +380,12 @@ def test_the_optimizer_is_built_over_both_chunks(training, monkeypatch):
     assert calls == [(("config", ["low", "high"]), {"config_overrides": {}})]
 
 
-def test_dualpipes_own_optimizer_goes_on_calling_megatrons(training):
+def test_dualpipes_own_optimizer_still_calls_megatrons(training):
     installation.install(ON)
     assert dualpipe.megatron.optimizer.get_megatron_optimizer is MEGATRONS.optimizer
 
 
-# Against Megatron's own pieces
+# With Megatron's own classes
 
 
 def config(**changes):
@@ -404,7 +404,7 @@ def test_a_real_config_that_defers_is_refused():
         validate_dualpipe_config(deferring, DistributedDataParallelConfig(num_distributed_optimizer_instances=2))
 
 
-def test_global_state_tells_the_stage_within_and_the_rank_outside():
+def test_global_state_has_the_stage_within_the_block_and_the_rank_outside():
     parallel_state.set_pipeline_model_parallel_rank(0)
     try:
         with at_stage(3):
@@ -421,7 +421,7 @@ def test_global_state_tells_the_stage_within_and_the_rank_outside():
 
 
 def kinds(stage):
-    """Which layers of a stage are mixtures of experts, when the first three of eight are dense."""
+    """For each layer of a stage, whether it is a mixture of experts; the first three of eight layers are dense."""
     sparse = config(
         num_moe_experts=4, moe_ffn_hidden_size=8, moe_layer_freq=[0, 0, 0, 1, 1, 1, 1, 1], add_bias_linear=False
     )
@@ -430,7 +430,7 @@ def kinds(stage):
     return ["MoELayer" in str(layer.submodules.mlp.module) for layer in block.layer_specs]
 
 
-def test_a_mirrored_chunk_has_the_layers_of_its_stage_even_where_a_provider_asks_global_state():
+def test_a_layer_spec_that_reads_global_state_is_that_of_the_chunks_stage():
     assert [kinds(stage) for stage in range(4)] == [[False, False], [False, True], [True, True], [True, True]]
 
 
@@ -461,7 +461,7 @@ def test_megatrons_replaying_iterator_replays_a_step_for_both_lanes(rerunning):
     assert step("><><><><") == list(range(8))
 
 
-def test_the_step_after_a_replay_reads_on(rerunning):
+def test_the_step_after_a_replay_reads_the_next_items(rerunning):
     stream = RerunDataIterator(iter(range(8)))
     for start in (0, 4):
         stream.advance()

@@ -1,9 +1,9 @@
-"""The oracle: all stages and replicas in one process, plain autograd, no schedule, no data-parallel wrapper.
+"""The oracle: all stages and replicas in one process, with plain autograd, no schedule and no data-parallel wrapper.
 
-What it says is independent of both parties: it reads none of their numbers, and of Megatron it uses the layers alone.
+It is independent of the other implementations: it reads none of their numbers, and uses only the layers of Megatron.
 Each replica runs its microbatches one after the other through all stages; then gradients are scaled, summed over the
-replicas and clipped as Megatron documents it, and torch's AdamW makes the step.  Without tensor parallelism only: the
-layers would need other processes.
+replicas and clipped as Megatron documents it, and torch's AdamW makes the step.  Tensor parallelism is not possible
+here, since such layers need several processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from reference.megatron.importing import expected_warnings
 from reference.megatron.model import bucket_limit, build_gpt, seed, transformer_config
 from reference.megatron.reduction import buckets, ring_sum
 from reference.megatron.standins import install_cpu_standins
-from reference.megatron.trace import Microbatch, Place, StepTrace, Tensors
+from reference.megatron.trace import Microbatch, Shard, StepTrace, Tensors
 
 Gradients = list[dict[str, Tensor]]
 """By stage and parameter name, float32."""
@@ -36,7 +36,7 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class _Position:
-    """A place in the pipeline, where Megatron's layers ask a group for it."""
+    """A pipeline position, in place of the process group that Megatron's layers read it from."""
 
     stage: int
     stages: int
@@ -54,13 +54,15 @@ def run(case: Case, context: Context) -> list[StepTrace]:
     install_cpu_standins()
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) if case.per_token_loss else torch.ones(1) / case.per_lane)
-    stages, dice = _build(case)
+    stages, generators = _build(case)
     masters = [_masters(case, stage) for stage in stages]
     optimizer = _optimizer(case, masters)
     traces = []
     for step in range(case.steps):
         trace = StepTrace()
-        replicas = [_replica(case, step, replica, stages, dice[replica], trace) for replica in range(case.replicas)]
+        replicas = [
+            _replica(case, step, replica, stages, generators[replica], trace) for replica in range(case.replicas)
+        ]
         gradients = _reduce(case, replicas)
         if case.per_token_loss:
             tokens = torch.stack([losses[0][1] for losses in trace.losses.values()]).sum().int()
@@ -81,47 +83,47 @@ def run(case: Case, context: Context) -> list[StepTrace]:
         _record(case, trace, "weights", [dict(module.named_parameters()) for module in stages])
         if case.has_main_weights and not case.distributed_optimizer:
             _record(case, trace, "main_weights", masters)
-        trace.norms = {Place(0, stage, 0): norm for stage in range(case.pp)}
+        trace.norms = {Shard(0, stage, 0): norm for stage in range(case.pp)}
         traces.append(trace)
         context.progress(step + 1)
     return traces
 
 
-def _build(case: Case) -> tuple[list[nn.Module], list[list[_Dice]]]:
-    """The stages, and by replica and stage the random numbers that dropout will draw."""
-    config, stages, dice = transformer_config(case), [], []
+def _build(case: Case) -> tuple[list[nn.Module], list[list[_Generators]]]:
+    """The stages, and by replica and stage the random generators of dropout."""
+    config, stages, generators = transformer_config(case), [], []
     for stage in range(case.pp):
         seed(case, stage)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         groups.pp = _Position(stage, case.pp)
         module = build_gpt(case, config, stage == 0, stage == case.pp - 1, groups)
         stages.append(module.bfloat16() if config.bf16 else module)
-        dice.append(_Dice.now())
-    return stages, [[_Dice(each.generator, dict(each.named)) for each in dice] for _ in range(case.replicas)]
+        generators.append(_Generators.now())
+    return stages, [[_Generators(each.default, dict(each.named)) for each in generators] for _ in range(case.replicas)]
 
 
 @dataclass
-class _Dice:
-    """The states of the random generators as one replica of one stage sees them."""
+class _Generators:
+    """The states of the random generators of one replica of one stage; within the block they are in use."""
 
-    generator: Tensor
+    default: Tensor
     named: dict[str, Tensor]
 
     @classmethod
-    def now(cls) -> _Dice:
+    def now(cls) -> _Generators:
         return cls(torch.get_rng_state(), dict(get_cuda_rng_tracker().get_states()))
 
     def __enter__(self) -> None:
-        torch.set_rng_state(self.generator)
+        torch.set_rng_state(self.default)
         get_cuda_rng_tracker().set_states(dict(self.named))
 
     def __exit__(self, *exception: object) -> None:
         now = self.now()
-        self.generator, self.named = now.generator, now.named
+        self.default, self.named = now.default, now.named
 
 
 def _masters(case: Case, stage: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer steps: the parameters, or float32 copies of parameters of a shorter format."""
+    """The parameters that the optimizer updates: the model's own, or float32 copies of bf16 parameters."""
     parameters = dict(stage.named_parameters())
     if not case.has_main_weights:
         return parameters
@@ -129,7 +131,7 @@ def _masters(case: Case, stage: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _optimizer(case: Case, masters: Sequence[Mapping[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """AdamW; biases and vectors, such as those of norms, do not decay."""
+    """AdamW without weight decay for biases and other vectors, such as those of norms."""
     decaying, others = list[nn.Parameter](), list[nn.Parameter]()
     for stage in masters:
         for name, parameter in stage.items():
@@ -143,7 +145,12 @@ def _is_plain(name: str, tensor: Tensor) -> bool:
 
 
 def _replica(
-    case: Case, step: int, replica: int, stages: Sequence[nn.Module], dice: Sequence[_Dice], trace: StepTrace
+    case: Case,
+    step: int,
+    replica: int,
+    stages: Sequence[nn.Module],
+    generators: Sequence[_Generators],
+    trace: StepTrace,
 ) -> Gradients:
     """One replica's gradients, summed over its microbatches in float32."""
     summed: Gradients = [
@@ -152,7 +159,7 @@ def _replica(
     ]
     for batch in data.of_replica(case, step, replica):
         hidden: Any = None
-        for stage, states in zip(stages, dice, strict=True):
+        for stage, states in zip(stages, generators, strict=True):
             with states:
                 hidden = _forward(stage, hidden, batch)
         total = (hidden.float() * batch.mask).sum()
@@ -162,23 +169,23 @@ def _replica(
         loss.backward()
         for stage, sums in zip(stages, summed, strict=True):
             for name, parameter in stage.named_parameters():
-                assert parameter.grad is not None, f"{name} took no part"
+                assert parameter.grad is not None, f"{name} has no gradient"
                 sums[name] += parameter.grad
                 parameter.grad = None
     return summed
 
 
 def _forward(stage: Any, hidden: Tensor | None, batch: data.Batch) -> Tensor:
-    """A stage's output from the output of the one before; of the last stage the loss of each token."""
-    places = torch.arange(batch.tokens.shape[1]).repeat(batch.tokens.shape[0], 1)
+    """The output of a stage for the output of the previous one; for the last stage the loss of each token."""
+    positions = torch.arange(batch.tokens.shape[1]).repeat(batch.tokens.shape[0], 1)
     tokens, labels = batch.tokens if stage.pre_process else None, batch.labels if stage.post_process else None
     stage.set_input_tensor(hidden)
-    output: Tensor = stage(tokens, places, None, labels=labels)
+    output: Tensor = stage(tokens, positions, None, labels=labels)
     return output
 
 
 def _reduce(case: Case, replicas: Sequence[Gradients]) -> Gradients:
-    """The mean over the replicas (their sum where the loss is normalised by tokens), in the order of their numbers."""
+    """The mean over the replicas (their sum if the loss is normalised by tokens), in the order of their numbers."""
     scale = 1.0 if case.per_token_loss else 1.0 / case.replicas
     reduced: Gradients = []
     for stage in range(case.pp):
@@ -186,7 +193,7 @@ def _reduce(case: Case, replicas: Sequence[Gradients]) -> Gradients:
         result: dict[str, Tensor] = {}
         layout = buckets(
             [(name, shape.numel()) for name, shape in shapes.items()],
-            bucket_limit(case) if stage == 0 else None,  # only there does reduction overlap with much
+            bucket_limit(case) if stage == 0 else None,  # Megatron splits only the first stage into buckets
             case.replicas if case.distributed_optimizer else None,
         )
         for bucket in layout:
@@ -203,7 +210,7 @@ def _reduce(case: Case, replicas: Sequence[Gradients]) -> Gradients:
 
 
 def _norm(gradients: Gradients) -> float:
-    """The norm over all stages: of norms of tensors, those that decay first; its square summed over the ranks' ring."""
+    """The norm over all stages: from the norms of tensors, decaying ones first, with squares summed in ring order."""
     squares = []
     for stage in gradients:
         ordered = sorted(stage.items(), key=lambda item: _is_plain(*item))
@@ -214,7 +221,7 @@ def _norm(gradients: Gradients) -> float:
 
 
 def _record(case: Case, trace: StepTrace, what: str, found: Sequence[Mapping[str, Tensor]]) -> None:
-    """Every replica has the same."""
+    """Record these tensors for every replica."""
     for stage, tensors in enumerate(found):
         copies: Tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        getattr(trace, what).update({Place(replica, stage, 0): copies for replica in range(case.replicas)})
+        getattr(trace, what).update({Shard(replica, stage, 0): copies for replica in range(case.replicas)})

@@ -343,7 +343,7 @@ def test_a_provider_that_returns_one_parameter_twice_is_refused():
             return model
 
         real, production.build_gpt = production.build_gpt, build_gpt
-        with pytest.raises(ValueError, match=r"the same decoder\.final\.weight and more; build the parameters anew"):
+        with pytest.raises(ValueError, match=r"the same decoder\.final\.weight and more; build new parameters at every call"):
             production.run_rank(CASE, context)
 
     launch(production.ranks(CASE), rank, CASE.limit).values()

@@ -151,13 +151,13 @@ def _compared(part: Any) -> Callable[..., Any]:
     stock = part.load_parameter_state_from_fully_reshardable
 
     def load_parameter_state_from_fully_reshardable(state_dict: dict[int, Any]) -> None:
-        _require_the_weights(part, state_dict)
+        _require_equal_weights(part, state_dict)
         stock(state_dict)
 
     return load_parameter_state_from_fully_reshardable
 
 
-def _require_the_weights(part: Any, state_dict: dict[int, Any]) -> None:
+def _require_equal_weights(part: Any, state_dict: dict[int, Any]) -> None:
     """Refuse an optimizer whose float32 copy of a weight, rounded to the model's dtype, is not the loaded weight."""
     if part.config.use_precision_aware_optimizer:
         return  # keeps its copies in other dtypes

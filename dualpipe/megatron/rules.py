@@ -155,7 +155,7 @@ RULES: tuple[Rule, ...] = (
     # The model
     Rule(
         "embedding and output weights must be untied",
-        "tied weights are reduced between the first and the last rank, which here hold both",
+        "tied weights are reduced between the first and the last rank, and here each of these holds both",
         _either(
             _first(lambda value: value is False, "untie_embeddings_and_output_weights"),
             _is_set("share_embeddings_and_output_weights"),

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from dualpipe.errors import RuleError
+from dualpipe.megatron.optimizer_state import distributed_parts
 
 
 def allocate_state(optimizer: Any) -> None:
@@ -36,7 +36,7 @@ def allocate_state(optimizer: Any) -> None:
 @contextmanager
 def loading(optimizer: Any) -> Iterator[None]:
     """Within, ``optimizer.load_state_dict`` works; afterwards each parameter has its own step counter."""
-    parts = list(_parts(optimizer))
+    parts = _parts(optimizer)
     for part in parts:
         part._set_main_param_and_optimizer_states = _with_step(part)
     try:
@@ -49,10 +49,8 @@ def loading(optimizer: Any) -> Iterator[None]:
             state["step"] = state["step"].clone()
 
 
-def _parts(optimizer: Any) -> Iterator[Any]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam):
-            yield part
+def _parts(optimizer: Any) -> list[Any]:
+    return [part for part in distributed_parts(optimizer) if isinstance(part.optimizer, torch.optim.Adam)]
 
 
 def _with_step(part: Any) -> Any:

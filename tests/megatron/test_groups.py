@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.megatron.groups import at_stage
 from reference.launch import launch
 from reference.megatron import production
 from reference.megatron.case import Case
@@ -43,3 +48,39 @@ def test_a_forward_step_reads_the_stage_that_it_runs_from_global_state():
         return seen, pipeline_rank()
 
     assert launch(2, body, CASE.limit).values() == [({(0, 0), (1, 1)}, 0), ({(0, 0), (1, 1)}, 1)]
+
+
+def test_global_state_has_the_stage_within_the_block_and_the_rank_outside():
+    parallel_state.set_pipeline_model_parallel_rank(0)
+    try:
+        with at_stage(3):
+            assert parallel_state.get_pipeline_model_parallel_rank() == 3
+            with at_stage(1):
+                assert parallel_state.get_pipeline_model_parallel_rank() == 1
+            assert parallel_state.get_pipeline_model_parallel_rank() == 3
+        assert parallel_state.get_pipeline_model_parallel_rank() == 0
+        with pytest.raises(RuntimeError), at_stage(3):
+            raise RuntimeError
+        assert parallel_state.get_pipeline_model_parallel_rank() == 0
+    finally:
+        parallel_state.set_pipeline_model_parallel_rank(None)
+
+
+def config(**changes):
+    options = {"num_layers": 8, "hidden_size": 8, "num_attention_heads": 2, "pipeline_model_parallel_size": 4}
+    options |= {"pipeline_dtype": torch.float32, "use_cpu_initialization": True, "cuda_graph_scope": []}
+    return TransformerConfig(**options | changes)
+
+
+def kinds(stage):
+    """For each layer of a stage, whether it is a mixture of experts; the first three of eight layers are dense."""
+    sparse = config(
+        num_moe_experts=4, moe_ffn_hidden_size=8, moe_layer_freq=[0, 0, 0, 1, 1, 1, 1, 1], add_bias_linear=False
+    )
+    with at_stage(stage):
+        block = get_gpt_decoder_block_spec(sparse, use_transformer_engine=False)
+    return ["MoELayer" in str(layer.submodules.mlp.module) for layer in block.layer_specs]
+
+
+def test_a_layer_spec_that_reads_global_state_is_that_of_the_chunks_stage():
+    assert [kinds(stage) for stage in range(4)] == [[False, False], [False, True], [True, True], [True, True]]

@@ -6,7 +6,6 @@ import types
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from dualpipe.errors import RuleError
 from reference.megatron.importing import expected_warnings
@@ -14,19 +13,11 @@ from reference.megatron.importing import expected_warnings
 with expected_warnings():
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel.schedules as schedules
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
-    from megatron.core.transformer import TransformerConfig
 
     import dualpipe.megatron.checkpoint
     import dualpipe.megatron.model
     import dualpipe.megatron.optimizer
     from dualpipe.megatron import installation
-    from dualpipe.megatron.arguments import validate_dualpipe_config
-    from dualpipe.megatron.groups import at_stage
-    from dualpipe.megatron.iterators import split_data_iterator
     from dualpipe.megatron.schedule import forward_backward_dualpipe
 
 MEGATRONS = SimpleNamespace(  # not names of this module, or they would be replaced as in any other
@@ -383,91 +374,3 @@ def test_the_optimizer_is_built_over_both_chunks(training, monkeypatch):
 def test_dualpipes_own_optimizer_still_calls_megatrons(training):
     installation.install(ON)
     assert dualpipe.megatron.optimizer.get_megatron_optimizer is MEGATRONS.optimizer
-
-
-# With Megatron's own classes
-
-
-def config(**changes):
-    options = {"num_layers": 8, "hidden_size": 8, "num_attention_heads": 2, "pipeline_model_parallel_size": 4}
-    options |= {"pipeline_dtype": torch.float32, "use_cpu_initialization": True, "cuda_graph_scope": []}
-    return TransformerConfig(**options | changes)
-
-
-def test_megatrons_default_configs_break_no_rule():
-    validate_dualpipe_config(config(), DistributedDataParallelConfig())
-
-
-def test_a_real_config_that_defers_is_refused():
-    deferring = config(defer_embedding_wgrad_compute=True, gradient_accumulation_fusion=True)
-    with pytest.raises(RuleError, match="defer_embedding_wgrad_compute is True"):
-        validate_dualpipe_config(deferring, DistributedDataParallelConfig(num_distributed_optimizer_instances=2))
-
-
-def test_global_state_has_the_stage_within_the_block_and_the_rank_outside():
-    parallel_state.set_pipeline_model_parallel_rank(0)
-    try:
-        with at_stage(3):
-            assert parallel_state.get_pipeline_model_parallel_rank() == 3
-            with at_stage(1):
-                assert parallel_state.get_pipeline_model_parallel_rank() == 1
-            assert parallel_state.get_pipeline_model_parallel_rank() == 3
-        assert parallel_state.get_pipeline_model_parallel_rank() == 0
-        with pytest.raises(RuntimeError), at_stage(3):
-            raise RuntimeError
-        assert parallel_state.get_pipeline_model_parallel_rank() == 0
-    finally:
-        parallel_state.set_pipeline_model_parallel_rank(None)
-
-
-def kinds(stage):
-    """For each layer of a stage, whether it is a mixture of experts; the first three of eight layers are dense."""
-    sparse = config(
-        num_moe_experts=4, moe_ffn_hidden_size=8, moe_layer_freq=[0, 0, 0, 1, 1, 1, 1, 1], add_bias_linear=False
-    )
-    with at_stage(stage):
-        block = get_gpt_decoder_block_spec(sparse, use_transformer_engine=False)
-    return ["MoELayer" in str(layer.submodules.mlp.module) for layer in block.layer_specs]
-
-
-def test_a_layer_spec_that_reads_global_state_is_that_of_the_chunks_stage():
-    assert [kinds(stage) for stage in range(4)] == [[False, False], [False, True], [True, True], [True, True]]
-
-
-@pytest.fixture
-def rerunning():
-    machine = get_rerun_state_machine()
-    mode = machine.get_mode()
-    machine.set_mode(RerunMode.VALIDATE_RESULTS)
-    yield
-    machine.set_mode(mode)
-
-
-def test_megatrons_replaying_iterator_replays_a_step_for_both_lanes(rerunning):
-    def step(order):
-        data = split_data_iterator(stream)
-        up, down = data
-        taken = [next(up if lane == ">" else down) for lane in order]
-        data.finish(len(order))
-        return taken
-
-    stream = RerunDataIterator(iter(range(8)))
-    first = step(">><>><<<")
-    assert first == [0, 2, 1, 4, 6, 3, 5, 7]
-    assert stream.saved_microbatches == list(range(8))
-    stream.rewind()
-    assert step(">><>><<<") == first
-    stream.rewind()
-    assert step("><><><><") == list(range(8))
-
-
-def test_the_step_after_a_replay_reads_the_next_items(rerunning):
-    stream = RerunDataIterator(iter(range(8)))
-    for start in (0, 4):
-        stream.advance()
-        for _ in range(2):
-            data = split_data_iterator(stream)
-            up, down = data
-            assert [next(up), next(up), next(down), next(down)] == [start, start + 2, start + 1, start + 3]
-            data.finish(4)
-            stream.rewind()

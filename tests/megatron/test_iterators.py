@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
 
 from dualpipe.errors import RuleError
 from dualpipe.megatron.iterators import LaneData, LaneIterator, _Dealer, split_data_iterator
@@ -251,3 +252,45 @@ def test_lane_iterators_are_iterators():
 def test_data_that_is_not_an_iterator_is_refused(wrong):
     with pytest.raises(RuleError):
         split_data_iterator(wrong)
+
+
+# With Megatron-LM's replaying iterator
+
+
+@pytest.fixture
+def rerunning():
+    machine = get_rerun_state_machine()
+    mode = machine.get_mode()
+    machine.set_mode(RerunMode.VALIDATE_RESULTS)
+    yield
+    machine.set_mode(mode)
+
+
+def test_megatrons_replaying_iterator_replays_a_step_for_both_lanes(rerunning):
+    def step(order):
+        data = split_data_iterator(stream)
+        up, down = data
+        taken = [next(up if lane == ">" else down) for lane in order]
+        data.finish(len(order))
+        return taken
+
+    stream = RerunDataIterator(iter(range(8)))
+    first = step(">><>><<<")
+    assert first == [0, 2, 1, 4, 6, 3, 5, 7]
+    assert stream.saved_microbatches == list(range(8))
+    stream.rewind()
+    assert step(">><>><<<") == first
+    stream.rewind()
+    assert step("><><><><") == list(range(8))
+
+
+def test_the_step_after_a_replay_reads_the_next_items(rerunning):
+    stream = RerunDataIterator(iter(range(8)))
+    for start in (0, 4):
+        stream.advance()
+        for _ in range(2):
+            data = split_data_iterator(stream)
+            up, down = data
+            assert [next(up), next(up), next(down), next(down)] == [start, start + 2, start + 1, start + 3]
+            data.finish(4)
+            stream.rewind()

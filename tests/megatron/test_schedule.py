@@ -315,22 +315,6 @@ def test_chunks_that_show_the_ranks_groups_still_cast_like_their_stage():
     assert on_each_rank(body, replace(CASE, dtype="bf16")) == [0, CASE.count]
 
 
-def test_a_provider_that_returns_one_parameter_twice_is_refused():
-    def rank(context):
-        kept = {}
-
-        def build_gpt(*args):
-            model = real(*args)
-            model.decoder.final = kept.setdefault("one", torch.nn.Linear(2, 2))
-            return model
-
-        real, production.build_gpt = production.build_gpt, build_gpt
-        with pytest.raises(ValueError, match=r"the same decoder\.final\.weight and more; build new parameters"):
-            production.run_rank(CASE, context)
-
-    launch(production.ranks(CASE), rank, CASE.limit).values()
-
-
 @pytest.mark.parametrize("place", ["loss of rank 1", "data of rank 0", "reduction of rank 0"])
 def test_after_an_error_that_the_loop_catches_the_next_call_raises_on_every_rank(place):
     def body(data_iterator, forward_step_func, **keywords):

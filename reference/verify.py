@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ RankBody = Callable[[Case, Callable[[Any], None]], list[StepTrace]]
 class Traced(Party):
     """A party with what it had to show of each step."""
 
-    traces: Sequence[StepTrace] = ()
+    traces: Sequence[StepTrace] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Report:
     """The outcome of a verification."""
 
     case: Case
-    truth: tuple[StepTruth, ...]
+    truth: tuple[StepTruth, ...] = field(repr=False)
     complaints: tuple[str, ...]
     parties: tuple[Traced, ...]
     seconds: float

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, assert_never
 
 from dualpipe.schedule import Schedule
 from proofs import deadlock_search, deadlock_smt, solver
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
+from proofs.findings import Finding
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import Prefix, smallest_prefix
@@ -57,6 +58,11 @@ class Result:
     prefix: Prefix | None = None
     models: Mapping[str, Result] = field(default_factory=dict)
 
+    @property
+    def finding(self) -> Finding | None:
+        """What the check found, where it is refuted and that is known."""
+        return self.verdict.finding if isinstance(self.verdict, Refuted) else None
+
     def as_json(self) -> dict[str, Any]:
         seconds = {method: round(spent, 4) for method, spent in self.seconds.items()}
         shown: dict[str, Any] = {
@@ -72,6 +78,10 @@ class Result:
                     shown["core"] = list(core)
             case Unknown(reason) | Skipped(reason):
                 shown["reason"] = reason
+            case Proved():
+                pass
+            case _:
+                assert_never(self.verdict)
         if self.prefix is not None:
             shown["prefix"] = list(self.prefix)
         if self.models:
@@ -118,7 +128,7 @@ class Report:
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
-            lines += [f"      {line}" for line in told(result)]
+            lines += [f"      {line}" for line in describe(result)]
         lines.append(f"  peak activations by rank: {' '.join(map(str, self.peak_activations))}")
         for peak in self.peaks_in_bytes:
             when = "" if peak.slot is None else f" in slot {peak.slot}"
@@ -127,21 +137,26 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def told(result: Result) -> list[str]:
+def describe(result: Result) -> list[str]:
+    """The lines below a check: the story with its remarks, or the reason."""
     match result.verdict:
         case Unknown(reason) | Skipped(reason):
             return [reason]
-        case Refuted(finding, _) if finding is not None:
-            shown = tell(finding).split("\n")
+        case Proved():
+            return []
+        case Refuted(finding, _):
+            if finding is None:
+                return []
+            lines = tell(finding).split("\n")
             if result.prefix is not None:
                 counts = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(result.prefix) if count)
-                shown.append(f"the first slots are enough to see it: {counts}")
+                lines.append(f"the first slots are enough to see it: {counts}")
             passed = [name for name, other in result.models.items() if isinstance(other.verdict, Proved)]
             if passed:
-                shown.append(f"proved with {' and '.join(passed)} messages")
-            return shown
+                lines.append(f"proved with {' and '.join(passed)} messages")
+            return lines
         case _:
-            return []
+            assert_never(result.verdict)
 
 
 def prove(
@@ -228,10 +243,10 @@ def judge(
         by_z3 = by_smt.verdict(problem(), timeout_s)
         seconds["z3"] = time.perf_counter() - started
         verdict = settle(check, by_graph, by_z3)
-    prefix = None
-    if isinstance(verdict, Refuted) and verdict.finding is not None:
-        prefix = smallest_prefix(schedule, verdict.finding)
-    return Result(verdict, seconds, prefix)
+    result = Result(verdict, seconds)
+    if result.finding is None:
+        return result
+    return replace(result, prefix=smallest_prefix(schedule, result.finding))
 
 
 def _size(schedule: Schedule) -> int:

@@ -40,8 +40,8 @@ FAULTS = [
     (findings.Mismatch, "mismatch", "0SF0> 0F1> 0SF1>", "0F1> 0SF1> 0SF0>", "but the next message from rank 0 is the"),
     (findings.LeftOver, "left over", "1SB1>", "", "as message 2 from rank 1, which sends only 1"),
     (findings.LeftOver, "left over", "0RB1>", "", "as message 2 to rank 0, which receives only 1"),
-    (findings.NeverMet, "never met", "0RB1>", "", "rank 1 waits for ever in slot 6 (1SB1>) to send the gradient"),
-    (findings.NeverMet, "never met", "1SB1>", "", "is message 2 from rank 1 to rank 0, and rank 1 sends only 1"),
+    (findings.Unmatched, "never met", "0RB1>", "", "rank 1 waits for ever in slot 6 (1SB1>) to send the gradient"),
+    (findings.Unmatched, "never met", "1SB1>", "", "is message 2 from rank 1 to rank 0, and rank 1 sends only 1"),
     (
         findings.OutOfOrder,
         "out of order",

@@ -5,7 +5,7 @@ import pytest
 from dualpipe.schedule.text import loads
 from proofs.deadlock_search import deadlock
 from proofs.deadlock_smt import deadlock as times
-from proofs.findings import Circle, NeverMet
+from proofs.findings import Unmatched, WaitCycle
 from proofs.models import BLOCKING, EAGER, MODELS, STREAM, ModelError, eager, parse_models
 from proofs.prove import prove
 from proofs.smt import verdict
@@ -29,7 +29,7 @@ def both(schedule, model):
 
 def test_senders_that_face_each_other_block():
     found = both(crossing(1), BLOCKING)
-    assert isinstance(found.finding, Circle)
+    assert isinstance(found.finding, WaitCycle)
     assert [wait.place.rank for wait in found.finding.waits] == [0, 1]
 
 
@@ -51,7 +51,7 @@ def test_a_message_left_in_the_buffer_is_one_that_never_meets_its_partner():
     alone = loads("lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1:\n")
     for model in MODELS:
         found = both(alone, model)
-        assert isinstance(found.finding, NeverMet)
+        assert isinstance(found.finding, Unmatched)
         assert "rank 1 receives nothing from it" in tell(found.finding)
 
 
@@ -66,7 +66,7 @@ def test_a_stream_keeps_the_groups_of_a_communicator_in_order():
 def test_a_message_to_nobody_is_never_met():
     for text in ("1RF0>@5", "1RF0>@1", "0RF0>"):
         found = both(loads(f"lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1: {text}\n"), BLOCKING)
-        assert isinstance(found.finding, NeverMet)
+        assert isinstance(found.finding, Unmatched)
 
 
 def test_deadlock_is_refuted_where_any_chosen_model_is_and_says_which_are_proved():

@@ -1,9 +1,9 @@
 """The six checks for one schedule, each by two methods, and the report.
 
-``search`` (plain search) and ``z3`` share nothing but the schedule value; where both decide and differ the run
-crashes with both answers.  Where Z3 gives up, a proof by the graph alone is reported as unknown; a refutation
-stands, since its finding can be looked up.  So what the graph has refuted is put to Z3 only where that costs little:
-in a schedule of at most ``SECOND_OPINION`` ops and stages.
+Plain search and Z3 share nothing but the schedule value.  If both decide and differ, the run crashes with both
+answers.  If Z3 gives up, a proof by plain search alone is reported as unknown, but a refutation counts, since its
+finding can be looked up.  So Z3 checks a refutation only where that is cheap: in a schedule of at most
+``SECOND_OPINION`` ops and stages.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from itertools import count
 from typing import Any, assert_never
 
+from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
 from proofs import deadlock_search, deadlock_smt, solver
 from proofs import search as by_search
@@ -32,14 +33,11 @@ __all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
 SECOND_OPINION = 3_000
-"""Up to so many ops and stages a refutation by plain search is put to Z3 too, which then adds its core."""
-
-Begin = Callable[[int, int, str], None]
-"""Called with how many checks are done, how many there are, and the name of the next one; at the end with all done."""
+"""Up to so many ops and stages Z3 also checks a refutation by plain search, and adds its core."""
 
 
 class DisagreementError(AssertionError):
-    """The two methods answer differently: a bug of ours, in one of them.  Carries both answers."""
+    """The two methods answer differently, which is a bug in one of them.  Holds both answers."""
 
     def __init__(self, check: str, by_graph: Verdict, by_z3: Verdict) -> None:
         self.check, self.by_graph, self.by_z3 = check, by_graph, by_z3
@@ -48,9 +46,9 @@ class DisagreementError(AssertionError):
 
 @dataclass(frozen=True)
 class Result:
-    """One check's verdict, the seconds that each method took, and where it fails the smallest failing prefix.
+    """One check's verdict, the seconds that each method took, and, if it fails, the smallest prefix that fails.
 
-    ``models`` holds, for ``deadlock``, the result under each model of communication.
+    For ``deadlock``, ``models`` has the result under each model of communication.
     """
 
     verdict: Verdict
@@ -60,7 +58,7 @@ class Result:
 
     @property
     def finding(self) -> Finding | None:
-        """What the check found, where it is refuted and that is known."""
+        """What the check found, if it is refuted and more than the solver's core is known."""
         return self.verdict.finding if isinstance(self.verdict, Refuted) else None
 
     def as_json(self) -> dict[str, Any]:
@@ -91,7 +89,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What is known about a schedule.  ``label`` names it; ``peaks_in_bytes`` is there where sizes were given."""
+    """The results of all checks of a schedule.  ``label`` names it; ``peaks_in_bytes`` is empty without sizes."""
 
     label: str
     ranks: int
@@ -122,7 +120,7 @@ class Report:
         return shown
 
     def text(self) -> str:
-        """The report for a terminal: a line a check, the stories under theirs, the peaks."""
+        """The report for a terminal: a line for each check with its story below, then the peaks."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}"]
         for name, result in self.checks.items():
@@ -138,7 +136,7 @@ class Report:
 
 
 def describe(result: Result) -> list[str]:
-    """The lines below a check: the story with its remarks, or the reason."""
+    """The lines below a check in the report: the story and remarks, or the reason."""
     match result.verdict:
         case Unknown(reason) | Skipped(reason):
             return [reason]
@@ -167,26 +165,26 @@ def prove(
     timeout_s: float | None = None,
     bytes_per_stage: tuple[Sequence[int], Sequence[int]] | None = None,
     label: str | None = None,
-    begin: Begin = lambda done, total, check: None,
+    begin: Progress = silent,
 ) -> Report:
-    """Run the six checks of a schedule; any schedule value gives a report.
+    """Run the six checks of a schedule.  Any schedule value gives a report.
 
     Parameters
     ----------
     models:
-        The models of communication for ``deadlock``, which is refuted where it is under any of them.
+        The models of communication for ``deadlock``, which is refuted if it is under any of them.
     max_activations:
-        The bound of ``memory`` for every rank, instead of the published one of the schedule's name.
+        The bound of ``memory`` for every rank, instead of the published one for the schedule's name.
     smt:
-        Whether Z3 gives its opinion too; without it a proof rests on one method.
+        Whether Z3 checks as well; without it a proof rests on plain search alone.
     timeout_s:
-        Seconds after which Z3 gives up on one question, from when it gets it; ``solver.SECONDS`` if not given.
+        Seconds until Z3 gives up on one question, once it has the question; ``solver.SECONDS`` if not given.
     bytes_per_stage:
-        What a microbatch holds at each stage waiting for its B and for its W, in bytes (``memory.peak_bytes``).
+        The bytes that a microbatch holds at each stage while it waits for its B and for its W (``memory.peak_bytes``).
     label:
-        What the report calls the schedule, where that is not its own name.
+        The name of the schedule in the report, if not its own.
     begin:
-        Called before each check and each model of ``deadlock``, and at the end.
+        Called before each check and each model of ``deadlock`` with its name, and at the end.
 
     Raises
     ------
@@ -204,7 +202,7 @@ def prove(
 
     def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem] | None) -> Result:
         begin(next(done), total, name)
-        return judge(schedule, name, search, problem if smt else None, timeout_s)
+        return run_check(schedule, name, search, problem if smt else None, timeout_s)
 
     def deadlock(model: Model) -> Result:
         search, problem = (partial(method.deadlock, schedule, model) for method in (deadlock_search, deadlock_smt))
@@ -226,14 +224,14 @@ def prove(
     return Report(schedule.name if label is None else label, schedule.ranks, checks, peaks, peaks_in_bytes)
 
 
-def judge(
+def run_check(
     schedule: Schedule,
     check: str,
     search: Callable[[], Verdict],
     problem: Callable[[], Problem] | None,
     timeout_s: float | None = None,
 ) -> Result:
-    """One check by both methods, or by plain search alone where there is no problem for Z3."""
+    """Run one check by both methods, or by plain search alone without a problem for Z3."""
     started = time.perf_counter()
     by_graph = search()
     seconds = {"graph": time.perf_counter() - started}
@@ -250,13 +248,13 @@ def judge(
 
 
 def _size(schedule: Schedule) -> int:
-    """How many ops and stages there are, which is what a problem for Z3 grows with."""
+    """The number of ops and stages, with which a problem for Z3 grows."""
     ops = sum(len(slot) for program in schedule.programs for slot in program)
     return ops + sum(map(len, schedule.routes.values()))
 
 
 def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
-    """The verdict of both methods together.  Raises ``DisagreementError``."""
+    """Combine the verdicts of both methods.  Raises ``DisagreementError`` if they differ."""
     match by_graph, by_z3:
         case Refuted(), Unknown():
             return by_graph
@@ -271,7 +269,7 @@ def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
 
 
 def under_all(results: Mapping[str, Result]) -> Result:
-    """The first refutation in the order of the models, else the first that is unknown, else proved."""
+    """The first refutation in the order of the models, else the first unknown, else proved."""
     seconds: dict[str, float] = {}
     for result in results.values():
         for method, spent in result.seconds.items():
@@ -286,15 +284,15 @@ def under_all(results: Mapping[str, Result]) -> Result:
 
 
 def smtlib(schedule: Schedule, model: Model, max_activations: int | None = None) -> str:
-    """The obligations of all checks as SMT-LIB 2.6: one ``check-sat`` each, ``sat`` where the check holds.
+    """The obligations of all checks as SMT-LIB 2.6: one ``check-sat`` each, ``sat`` if the check holds.
 
-    They come in the order of ``CHECKS``; ``memory`` is left out where there is no bound.
+    They are in the order of ``CHECKS``; ``memory`` is left out if there is no bound.
     """
     return smtlib_of(problems(schedule, model, max_activations))
 
 
 def problems(schedule: Schedule, model: Model, max_activations: int | None = None) -> list[Problem]:
-    """The obligations of all checks, as Z3 gets them, in the order of ``CHECKS``."""
+    """The obligations of all checks as Z3 gets them, in the order of ``CHECKS``."""
     bound = bound_of(schedule, max_activations)
     found = [by_smt.complete(schedule), by_smt.order(schedule), by_smt.messages(schedule)]
     found.append(deadlock_smt.deadlock(schedule, model))

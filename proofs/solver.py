@@ -28,12 +28,12 @@ CHILD = Path(__file__).with_name("z3child.py")
 SECONDS = 300.0
 """Seconds for a question where nothing else is asked for."""
 GRACE_SECONDS = 10.0
-"""How much later the process is ended, if it has not given up itself: Z3 does not look at the clock while it reads."""
+"""How much later the process is killed if it has not given up: Z3 does not look at the clock while it reads."""
 MEMORY_BYTES = min(6 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 """The address space of the process: 6 GiB, or half of the machine's memory if that is less."""
 _START_SECONDS = 60.0
 _OUT_OF_MEMORY = 101
-"""With this exit code Z3 ends a process for which it has no memory left."""
+"""Z3 ends its process with this exit code if it runs out of memory."""
 
 
 class Solver:
@@ -61,7 +61,7 @@ class Solver:
         self._buffer, self._ready = b"", False
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process, whatever it is doing."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -103,7 +103,7 @@ class Solver:
         return None if reply.get("holds") else [int(number) for number in reply["core"]]
 
     def _send(self, data: bytes, deadline: float) -> bool:
-        """Write all of the data; ``False`` where the process takes no more of it."""
+        """Write all of the data; ``False`` if the process stops reading."""
         assert self._process is not None
         assert self._process.stdin is not None
         pipe, rest = self._process.stdin.fileno(), memoryview(data)
@@ -118,7 +118,7 @@ class Solver:
         return True
 
     def _line(self, seconds: float) -> bytes | None:
-        """The next line of the process, ``None`` if it ends or the seconds are over first."""
+        """The next line from the process; ``None`` if it ends or time runs out first."""
         assert self._process is not None
         assert self._process.stdout is not None
         pipe, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
@@ -133,7 +133,7 @@ class Solver:
         return line
 
     def _lost(self, limit: float) -> Unknown:
-        """Why the process gave no answer; the next question gets another one."""
+        """The reason why the process gave no answer; the next question gets a new process."""
         assert self._process is not None
         assert self._complaints is not None
         try:
@@ -143,12 +143,12 @@ class Solver:
             return Unknown(self._why("timeout", limit))
         self._complaints.seek(0)
         lines = self._complaints.read().decode(errors="replace").split("\n")
-        said = next((line for line in reversed(lines) if line.strip()), "")
+        last = next((line for line in reversed(lines) if line.strip()), "")
         self.close()
-        if code == _OUT_OF_MEMORY or "MemoryError" in said:
+        if code == _OUT_OF_MEMORY or "MemoryError" in last:
             return Unknown(self._why("out of memory", limit))
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return Unknown(f"Z3 gave up: its process {how}{said and f' ({said})'}")
+        return Unknown(f"Z3 gave up: its process {how}{last and f' ({last})'}")
 
     def _why(self, reason: str, limit: float) -> str:
         if reason in ("timeout", "canceled"):

@@ -1,4 +1,4 @@
-"""What ``dualpipe prove`` does: proves each schedule that it is given and prints text, or one JSON object a line."""
+"""The work of ``dualpipe prove``: it proves each source and prints text, or one JSON object per line."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dualpipe.errors import RuleError, nearest
+from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
 from proofs.models import parse_models
 from proofs.optimal import optimal
-from proofs.prove import Begin, Report, prove, smtlib
+from proofs.prove import Report, prove, smtlib
 from proofs.theorems import families, prove_all
 from proofs.theorems.family import Family
-from proofs.verdict import ExitCode, Refuted, Unknown, worst
+from proofs.verdict import ExitCode, overall, worst
 
 Source = tuple[str, Callable[[], Schedule]]
-"""A name for reports, and how to get the schedule; getting it may raise ``RuleError`` or ``OSError``."""
-
-
-def _silent(done: int, total: int, name: str) -> None:
-    pass
+"""A name for reports, and a function that returns the schedule; it may raise ``RuleError`` or ``OSError``."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command line, as they were typed."""
+    """The options as given on the command line."""
 
     model: str = "all"
     max_activations: int | None = None
@@ -40,7 +37,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a source: its schedule and the report, or for bad input the error's text."""
+    """The result of a source: its schedule and the report, or for bad input the error's text."""
 
     name: str
     schedule: Schedule | None = None
@@ -51,14 +48,13 @@ class Outcome:
 def prove_sources(
     sources: Sequence[Source],
     options: Options,
-    see: Callable[[Outcome], None] | None = None,
-    begin: Begin = _silent,
+    collect: Callable[[Outcome], None] = lambda outcome: None,
+    begin: Progress = silent,
 ) -> ExitCode:
-    """Prove every source in order; bad input in one does not keep the others from being proved.
+    """Prove every source in order; bad input in one does not stop the others.
 
-    ``see`` gets what became of each source, after it was printed; ``begin`` is called as ``prove`` calls it.
+    ``collect`` gets each outcome after it is printed; ``begin`` is called as by ``proofs.prove.prove``.
     """
-    show = see or (lambda outcome: None)
     parse_models(options.model)
     if options.smtlib is not None and len(sources) != 1:
         raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
@@ -72,29 +68,27 @@ def prove_sources(
             print(f"dualpipe: {error}", file=sys.stderr)
             if options.as_json:
                 print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
-            show(Outcome(name, error=str(error)))
+            collect(Outcome(name, error=str(error)))
             continue
         codes.append(report.exit_code)
         if options.as_json:
             print(json.dumps(report.as_json() | {"source": name}))
         else:
             print(report.text(), end="")
-        show(Outcome(name, schedule, report))
+        collect(Outcome(name, schedule, report))
     return worst(codes)
 
 
-def prove_all_sizes(as_json: bool, begin: Begin = _silent, family: str | None = None) -> ExitCode:
-    """Prove the theorems for every size, one line each; those of one family where its name is given."""
+def prove_all_sizes(as_json: bool, begin: Progress = silent, family: str | None = None) -> ExitCode:
+    """Prove the theorems for every size and print a line for each; only those of one family if its name is given."""
     results = prove_all(begin, None if family is None else [_family(family)])
-    begin(len(results), len(results), "")
     for result in results:
         print(json.dumps(result.as_json()) if as_json else result.text)
     if not as_json:
         obligations, arise = (sum(getattr(r, f) for r in results) for f in ("obligations", "non_vacuous"))
         seconds = sum(result.seconds for result in results)
         print(f"{len(results)} theorems, {obligations} obligations, {arise} of them arise, {seconds:.1f} s")
-    codes = {Refuted: ExitCode.REFUTED, Unknown: ExitCode.UNKNOWN}
-    return worst(codes.get(type(result.verdict), ExitCode.PROVED) for result in results)
+    return overall(result.verdict for result in results)
 
 
 def _family(name: str) -> Family:
@@ -107,17 +101,17 @@ def _family(name: str) -> Family:
 
 
 def prove_optimal(
-    ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool, begin: Begin = _silent
+    ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool, begin: Progress = silent
 ) -> ExitCode:
-    """Find and prove the least makespan of a size; unknown where the solver gave up."""
+    """Find, prove and print the least makespan of a size; unknown if the solver gave up."""
     begin(0, 1, "the least makespan")
     found = optimal(ranks, microbatches) if solver_timeout is None else optimal(ranks, microbatches, solver_timeout)
     begin(1, 1, "")
     print(json.dumps(found.as_json()) if as_json else found.text)
-    return ExitCode.UNKNOWN if isinstance(found.verdict, Unknown) else ExitCode.PROVED
+    return overall([found.verdict])
 
 
-def _prove(schedule: Schedule, name: str, options: Options, begin: Begin) -> Report:
+def _prove(schedule: Schedule, name: str, options: Options, begin: Progress) -> Report:
     models = parse_models(options.model)
     if options.smtlib is not None:
         options.smtlib(smtlib(schedule, models[0], options.max_activations))

@@ -1,15 +1,15 @@
-"""Theorems ``deadlock`` and ``makespan``: a time for every compute, of which Z3 checks that nothing comes later.
+"""Theorems ``deadlock`` and ``makespan``: a time for every compute, which Z3 checks to be an upper bound.
 
-In the blocking model a batch of messages ends when each of them has met its partner, and a batch is posted when the
-compute before it ends.  Suppose a time T for every compute slot, with E = T + the slot's duration, such that
+In the blocking model a message slot is posted when the compute before it ends, and completes when each of its messages
+has matched.  Suppose a time T for every compute slot, with E = T + the slot's duration, such that
 
-    T(next compute of the rank)            >= E(this one)
-    T(compute after the receiver's batch)  >= E(compute before the sender's batch)     for every message,
-    T(compute after the sender's batch)    >= E(compute before the receiver's batch)   for every message.
+    T(next compute of the rank)                   >= E(this one)
+    T(compute after the receiver's message slot)  >= E(compute before the sender's message slot)     for every message,
+    T(compute after the sender's message slot)    >= E(compute before the receiver's message slot)   for every message.
 
-Then T grows along everything that anything waits for, so nothing waits for itself: no deadlock, whatever the
-computes really take.  And with the durations that T was made for, by induction along T no compute starts after its
-T, so the last E bounds the makespan.  T comes from ``times``; where from does not matter, since it is checked here.
+Then T increases along every wait, so nothing waits for itself: there is no deadlock, whatever the computes really
+take.  With the durations that T was computed for, no compute starts after its T, by induction along T, so the last E
+bounds the makespan.  T is ``Family.times``; its origin does not matter, since it is checked here.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dualpipe.schedule.phase_table import affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
-from proofs.theorems.messages import meetings
+from proofs.theorems.messages import candidates
 from proofs.theorems.moment import Moment, after, before, end_of, first, moments, start_of
 from proofs.theorems.obligation import Link, Obligation
-from proofs.theorems.symbolic import Place, Rank, exactly, is_compute
+from proofs.theorems.symbolic import Position, Rank, exactly, is_compute
 
 
 def deadlock(family: Family) -> Iterator[Obligation]:
@@ -43,27 +43,27 @@ def _own_order(family: Family, rank: Rank) -> Iterator[Obligation]:
     times = family.times[rank.kind]
     for moment in first(rank, times):
         yield _in_time(rank, (), start_of(rank), moment, ("own", "own"))
-    for place in rank.places(is_compute, "i"):
-        for this in moments(rank, place.row, place.step, place.iteration, times):
-            for moment in after(place, times):
-                yield _in_time(rank, place.guard, this, moment, ("own", "own"))
+    for at in rank.positions(is_compute, "i"):
+        for this in moments(rank, at.row, at.step, at.iteration, times):
+            for moment in after(at, times):
+                yield _in_time(rank, at.guard, this, moment, ("own", "own"))
 
 
 def _partners(family: Family, link: Link) -> Iterator[Obligation]:
-    sends, receives = exactly(*link.meets), exactly(*link.meets.values())
-    for send, receive in meetings(link):
-        met = (*send.guard, *receive.guard, equal(send.before(sends), receive.before(receives)))
-        yield from _posted(family, link, met, send, receive, ("sender", "receiver"))
-        yield from _posted(family, link, met, receive, send, ("receiver", "sender"))
+    sends, receives = exactly(*link.matches), exactly(*link.matches.values())
+    for send, receive in candidates(link):
+        matched = (*send.guard, *receive.guard, equal(send.before(sends), receive.before(receives)))
+        yield from _posted(family, link, matched, send, receive, ("sender", "receiver"))
+        yield from _posted(family, link, matched, receive, send, ("receiver", "sender"))
 
 
 def _posted(
-    family: Family, link: Link, met: Constraints, this: Place, partner: Place, roles: tuple[str, str]
+    family: Family, link: Link, matched: Constraints, this: Position, partner: Position, roles: tuple[str, str]
 ) -> Iterator[Obligation]:
-    """What follows ``partner``'s batch comes after what is before ``this`` one's."""
+    """The compute after ``partner``'s message slot starts after the compute before ``this`` one's ends."""
     for earlier in before(this, family.times[this.rank.kind]):
         for later in after(partner, family.times[partner.rank.kind]):
-            yield _in_time(link, met, earlier, later, roles)
+            yield _in_time(link, matched, earlier, later, roles)
 
 
 def _in_time(

@@ -117,7 +117,7 @@ def test_likewise_of_pictures_and_traces(run, command, tmp_path):
 def test_an_option_that_a_question_does_not_know_is_refused(run, question, option):
     result = run("prove", question, *option)
     assert (result.code, result.out) == (2, "")
-    assert f"got {option[0]} as well" in result.err
+    assert f"{question} cannot be combined with {option[0]}: got both" in result.err
 
 
 def test_costs_beyond_all_sums_are_refused(run):

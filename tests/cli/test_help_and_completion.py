@@ -91,10 +91,10 @@ def test_show_in_json_is_the_schedule(run):
 
 
 @pytest.mark.parametrize("option", ["--all-sizes", "--optimal"])
-def test_a_question_of_its_own_takes_no_schedule(run, option):
+def test_all_sizes_and_optimal_take_no_schedule(run, option):
     result = run("prove", option, "mine.txt")
     assert (result.code, result.out) == (2, "")
-    assert f"{option} is a question of its own: got mine.txt as well" in result.err
+    assert f"{option} cannot be combined with mine.txt: got both" in result.err
 
 
 def complete(*words: str) -> list[str]:

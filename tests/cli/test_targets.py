@@ -91,7 +91,7 @@ def test_two_options_do_not_name_one_file(run, folder, second):
     for command in (("show", "--svg", "a.out", "--png", second), ("prove", "--html", "a.out", "--smtlib", second)):
         result = run(*command)
         assert (result.code, result.out) == (2, "")
-        assert "every output is a file of its own" in result.err
+        assert "every output needs its own file" in result.err
     assert not (folder / "a.out").exists()
 
 

@@ -73,7 +73,7 @@ TYPES: dict[str, tuple[str, ...]] = {
         "proofs.memory:PeakBytes",
         "proofs.models:Model",
         "proofs.prefix:Prefix",
-        "proofs.prove:Begin",
+        "dualpipe.progress:Progress",
         "proofs.findings:Live",
     ),
     "proofs.verdict": ("proofs.findings:Finding", "proofs.verdict:Verdict"),

@@ -125,10 +125,10 @@ def test_a_result_is_data_and_one_line(proved):
     assert "\n" not in result.text
 
 
-def test_premises_stand_before_what_rests_on_them():
+def test_premises_come_before_the_theorems_that_assume_them():
     seen = set()
     for name, theorem in THEOREMS.items():
-        assert set(theorem.rests_on) <= seen
+        assert set(theorem.premises) <= seen
         seen.add(name)
 
 

@@ -121,7 +121,7 @@ def _too_early(finding: TooEarly) -> str:
     place, need, later = finding.place, finding.need, finding.later
     where = f"comes only {_slot(later)}" if later is not None else f"never comes on rank {place.rank}"
     if later is not None and later.slot == place.slot:
-        where = "stands behind it in the same slot"
+        where = "comes after it in the same slot"
     what = f"rank {place.rank} comes {_slot(place)} to {_thing(place.op)}"
     return f"{what}, but that needs {_thing(need)} ({need}), which {where}"
 
@@ -199,11 +199,11 @@ def _wait(model: Model, wait: Wait, partner_blocked_in: int) -> str:
     place, partner = wait.place, wait.partner
     stream = "the message stream of " if model.overlaps else ""
     if place.op.kind not in SENDS:
-        until = f"until rank {partner.rank} sends it {content(place.op)}; the send that meets it"
+        until = f"until rank {partner.rank} sends it {content(place.op)}; the send that matches it"
     elif model.capacity:
         until = f"for room to send rank {partner.rank} {content(place.op)}; the receive that makes room"
     else:
-        until = f"until rank {partner.rank} receives {content(place.op)}; the receive that meets it"
+        until = f"until rank {partner.rank} receives {content(place.op)}; the receive that matches it"
     return (
         f"{stream}rank {place.rank} waits {_slot(place)} {until} is {_slot(partner)} there, "
         f"and {stream}rank {partner.rank} gets no further than slot {partner_blocked_in}"

@@ -42,7 +42,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("command", WRITING, ids=" ".join)
-def test_an_input_under_any_name_and_any_other_file_are_refused_before_the_work(run, folder, command):
+def test_an_input_by_any_name_and_any_other_file_are_rejected_before_the_work(run, folder, command):
     before = contents(folder)
     for target in ("mine.txt", folder / "mine.txt", "./linked.txt", "hard.txt", "other.csv", "plans.py"):
         name, option = command
@@ -66,7 +66,7 @@ def test_record_replaces_nothing_but_a_recording_that_nobody_has_edited(run, fol
     assert f"{recorded} is something else" in run("record", "-o", recorded, "--", "nosuchprogram").err
 
 
-def test_an_earlier_output_of_the_same_option_is_replaced_and_no_other_kind(run, folder):
+def test_only_an_earlier_output_of_the_same_option_is_replaced(run, folder):
     made = {
         "--svg": ("show", "a.svg", SVG),
         "--png": ("show", "a.png", PNG),

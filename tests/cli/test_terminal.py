@@ -37,7 +37,7 @@ def test_help_is_coloured_on_a_terminal_unless_NO_COLOR_says_no():  # noqa: N802
     assert not COLOUR.search(on_a_terminal("prove", "--help", NO_COLOR="1").out)
 
 
-def test_nothing_that_is_piped_has_escapes():
+def test_piped_output_has_no_escapes():
     for arguments in (["--help"], ["show", "-P", "2"], ["prove", "-P", "2"], ["prove", "--optimal", "-P", "2"]):
         done = piped(*arguments)
         assert done.returncode == 0
@@ -46,7 +46,7 @@ def test_nothing_that_is_piped_has_escapes():
         assert done.stderr == ""
 
 
-def test_proving_shows_how_far_it_has_come_on_a_terminal_and_takes_it_away_again():
+def test_proving_shows_its_progress_on_a_terminal_and_removes_it_again():
     done = on_a_terminal("prove", "-P", 4, "-M", 8)
     assert done.code == 0
     assert "dualpipe: deadlock, eager" in done.out
@@ -123,7 +123,7 @@ def test_sigterm_ends_every_process_with_143_and_leaves_no_file(tmp_path):
     assert list(tmp_path.glob("dualpipe-*")) == []
 
 
-def test_sigterm_within_somebodys_function_is_no_error_of_theirs(tmp_path):
+def test_sigterm_in_a_users_function_is_not_an_error_of_that_function(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import pathlib, time\n\n"
         "def build():\n    pathlib.Path(__file__).with_name('here').touch()\n    time.sleep(60)\n"

@@ -39,21 +39,21 @@ def _is_recording(content: bytes) -> bool:
     return head == _RECORDED + hashlib.sha256(rest).hexdigest().encode()
 
 
-SVG = Form("an SVG picture of dualpipe's", lambda content: content.startswith(b"<?xml") and b"dualpipe" in content)
-PNG = Form("a PNG picture of dualpipe's", lambda content: content.startswith(b"\x89PNG") and b"dualpipe" in content)
+SVG = Form("an SVG picture by dualpipe", lambda content: content.startswith(b"<?xml") and b"dualpipe" in content)
+PNG = Form("a PNG picture by dualpipe", lambda content: content.startswith(b"\x89PNG") and b"dualpipe" in content)
 HTML = Form(
-    "a page of dualpipe's",
+    "a page by dualpipe",
     lambda content: content.startswith(
         b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         b"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src '"
     ),
 )
-TRACE = Form("a trace of dualpipe's", lambda content: content.startswith(b'{"traceEvents": [\n'))
+TRACE = Form("a trace by dualpipe", lambda content: content.startswith(b'{"traceEvents": [\n'))
 SMTLIB = Form(
-    "obligations of dualpipe's in SMT-LIB",
+    "SMT-LIB obligations by dualpipe",
     lambda content: content.startswith(b"(set-logic QF_IDL)\n\n; complete: sat"),
 )
-RECORDING = Form("a recording that nobody has edited", _is_recording)
+RECORDING = Form("an unedited recording", _is_recording)
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,12 @@ class Target:
         if os.path.isdir(self.path):
             self._fail("is a folder, which an empty name stands for too" if self.path == Path() else "is a folder")
         if self.path.parent.is_file():
-            self._fail(f"cannot be made: {self.path.parent} is a file and no folder")
+            self._fail(f"cannot be made: {self.path.parent} is a file, not a folder")
         if not folder.is_dir():
-            folder = (
-                folder if self.path.parent.is_dir() else self.path.parent
-            )  # else a link points to a folder that does not exist
+            through_link = self.path.parent.is_dir()  # the path itself is a link into a folder that does not exist
+            missing = folder if through_link else self.path.parent
             raise RuleError(
-                f"{self.option} is a file that can be written", f"there is no folder {folder}", "make the folder"
+                f"{self.option} is a file that can be written", f"there is no folder {missing}", "make the folder"
             )
         try:
             self.path.stat()

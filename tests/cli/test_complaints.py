@@ -234,7 +234,7 @@ LONG = "a" * 300
         (("show", "--svg", LONG), f"{LONG} cannot be made: File name too long; name another file"),
         (
             ("show", "--svg", "ok.txt/x.svg"),
-            "ok.txt/x.svg cannot be made: ok.txt is a file and no folder; name another",
+            "ok.txt/x.svg cannot be made: ok.txt is a file, not a folder; name another",
         ),
         (
             ("show", "--svg", "/dev/full"),

@@ -1,4 +1,4 @@
-"""Files of the user's that are called like modules which a verdict depends on."""
+"""Files of the user with the names of modules on which a verdict depends."""
 
 import json
 import os

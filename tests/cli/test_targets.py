@@ -1,4 +1,4 @@
-"""``--svg``, ``--png``, ``--html``, ``--trace``, ``--smtlib`` and ``-o``: nothing else is lost to them."""
+"""``--svg``, ``--png``, ``--html``, ``--trace``, ``--smtlib`` and ``-o`` destroy no other file."""
 
 import os
 import stat
@@ -58,7 +58,7 @@ def test_an_input_by_any_name_and_any_other_file_are_rejected_before_the_work(ru
 def test_record_replaces_nothing_but_a_recording_that_nobody_has_edited(run, folder):
     for target in ("mine.txt", "linked.txt", "other.csv", "plans.py"):
         result = run("record", "-o", target, "--", "nosuchprogram")
-        assert "--output makes a new file, or replaces a recording" in result.err
+        assert "--output makes a new file, or replaces an unedited recording" in result.err
     recorded = folder / "recorded.txt"
     recorded.write_text(signed(TEXT))
     assert "what follows -- is a command" in run("record", "-o", recorded, "--", "nosuchprogram").err

@@ -1,4 +1,4 @@
-"""A terminal gets colours and a bar, a pipe gets neither, and Ctrl-C ends everything at once."""
+"""Colours and a progress bar on a terminal, neither on a pipe; Ctrl-C ends everything at once."""
 
 import os
 import re
@@ -145,12 +145,12 @@ def test_ctrl_c_while_a_solver_works_is_130_and_no_verdict(arguments):
 
 
 def test_ctrl_c_just_before_the_wait_for_the_solver_begins_is_not_lost():
-    """The signal comes while the interpreter is on its way into the wait: whoever waits once and for all misses it."""
+    """The signal arrives just before the interpreter blocks; a single wait without a timeout would miss it."""
     code = """
 import os, signal, threading, time
 from dualpipe.cli.interrupt import interruptible, leave
 pending = []
-def lost(number, frame):  # what a signal is that the wait did not see: a note, read when the wait is over
+def lost(number, frame):  # Python only notes such a signal, and acts on it once the wait returns
     pending.append(number)
 signal.signal(signal.SIGINT, lost)
 real = threading.Thread.join

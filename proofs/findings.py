@@ -305,7 +305,10 @@ Finding = (
     | OverBound
     | OutOfOrder
 )
-"""A fault in a schedule: ``check`` is the check that it refutes, ``fault`` its name, ``as_json()`` all of it."""
+"""A fault in a schedule: ``check`` is the check that it refutes and ``fault`` its name.
+
+``as_json()`` is all of it as data, with an op and its place as ``{"rank": 0, "slot": 5, "op": "0SF2>"}``.
+"""
 
 
 def _plain(value: object) -> Any:

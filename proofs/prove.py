@@ -242,9 +242,8 @@ def run_check(
         seconds["z3"] = time.perf_counter() - started
         verdict = settle(check, by_graph, by_z3)
     result = Result(verdict, seconds)
-    if result.finding is None:
-        return result
-    return replace(result, prefix=smallest_prefix(schedule, result.finding))
+    prefix = None if result.finding is None else smallest_prefix(schedule, result.finding)
+    return replace(result, prefix=prefix)
 
 
 def _size(schedule: Schedule) -> int:

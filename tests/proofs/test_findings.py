@@ -58,7 +58,7 @@ def test_a_new_class_of_finding_cannot_leave_out_its_places():
         Forgotten()
 
 
-def test_a_new_class_of_finding_has_its_prefix_at_once_and_its_story_and_marks_are_asked_for():
+def test_a_new_class_of_finding_gets_a_prefix_and_fails_without_a_story_and_marks():
     @dataclass(frozen=True)
     class New(findings._Finding):
         check, fault = "order", "new"

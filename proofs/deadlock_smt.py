@@ -6,8 +6,8 @@ durations.  ``proofs.models`` defines what waits for what.  There is one variabl
 slot is posted (and, where computes overlap with messages, for the end of each compute and of each message slot)::
 
     blocking, eager     posted(slot) -> posted(next slot)       posted(partner) -> posted(next slot)
-    stream              computed -> posted(slot) -> completed(slot) -> posted(next slot)
-                        completed(slot) -> computed by what needs it       posted(partner) -> completed(slot)
+    stream              done(compute) -> posted(slot) -> completed(slot) -> posted(next slot)
+                        completed(slot) -> done(compute that needs it)     posted(partner) -> completed(slot)
 """
 
 from __future__ import annotations

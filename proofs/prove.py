@@ -3,7 +3,8 @@
 Plain search and Z3 share nothing but the schedule value.  If both decide and differ, the run crashes with both
 answers.  If Z3 gives up, a proof by plain search alone is reported as unknown, but a refutation counts, since its
 finding can be looked up.  So Z3 checks a refutation only where that is cheap: in a schedule of at most
-``SECOND_OPINION`` ops and stages.
+``SECOND_OPINION`` ops and stages.  Z3 does not check a schedule of more than ``MOST_FOR_Z3`` at all, unless the caller
+gives a time limit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, assert_never
 
 from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
-from proofs import deadlock_search, deadlock_smt, solver
+from proofs import deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
@@ -25,6 +26,7 @@ from proofs.findings import Finding
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import Prefix, smallest_prefix
+from proofs.solver import SHARED, Solver
 from proofs.story import live_lines, tell
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
 
@@ -34,6 +36,9 @@ CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
 SECOND_OPINION = 3_000
 """Up to so many ops and stages Z3 also checks a refutation by plain search, and adds its core."""
+
+MOST_FOR_Z3 = 200_000
+"""Up to so many ops and stages Z3 checks without a given time limit; more may take it minutes and gigabytes."""
 
 
 class DisagreementError(AssertionError):
@@ -166,6 +171,7 @@ def prove(
     bytes_per_stage: tuple[Sequence[int], Sequence[int]] | None = None,
     label: str | None = None,
     begin: Progress = silent,
+    solver: Solver = SHARED,
 ) -> Report:
     """Run the six checks of a schedule.  Any schedule value gives a report.
 
@@ -178,13 +184,16 @@ def prove(
     smt:
         Whether Z3 checks as well; without it a proof rests on plain search alone.
     timeout_s:
-        Seconds until Z3 gives up on one question, once it has the question; ``solver.SECONDS`` if not given.
+        Seconds until Z3 gives up on one question, once it has the question.  If not given, ``solver.SECONDS``, and Z3
+        does not check a schedule of more than ``MOST_FOR_Z3`` ops and stages, which is then refuted or unknown.
     bytes_per_stage:
         The bytes that a microbatch holds at each stage while it waits for its B and for its W (``memory.peak_bytes``).
     label:
         The name of the schedule in the report, if not its own.
     begin:
         Called before each check and each model of ``deadlock`` with its name, and at the end.
+    solver:
+        The process that runs Z3, with its memory limit.
 
     Raises
     ------
@@ -197,12 +206,12 @@ def prove(
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
     done, total = count(), len(CHECKS) - 1 + len(models)
-    if smt:
+    if smt and (timeout_s is not None or _size(schedule) <= MOST_FOR_Z3):
         solver.start()
 
     def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem] | None) -> Result:
         begin(next(done), total, name)
-        return run_check(schedule, name, search, problem if smt else None, timeout_s)
+        return run_check(schedule, name, search, problem if smt else None, timeout_s, solver)
 
     def deadlock(model: Model) -> Result:
         search, problem = (partial(method.deadlock, schedule, model) for method in (deadlock_search, deadlock_smt))
@@ -230,15 +239,24 @@ def run_check(
     search: Callable[[], Verdict],
     problem: Callable[[], Problem] | None,
     timeout_s: float | None = None,
+    solver: Solver = SHARED,
 ) -> Result:
     """Run one check by both methods, or by plain search alone without a problem for Z3."""
     started = time.perf_counter()
     by_graph = search()
     seconds = {"graph": time.perf_counter() - started}
     verdict = by_graph
-    if problem is not None and not (isinstance(by_graph, Refuted) and _size(schedule) > SECOND_OPINION):
+    size = _size(schedule)
+    if problem is not None and not (isinstance(by_graph, Refuted) and size > SECOND_OPINION):
         started = time.perf_counter()
-        by_z3 = by_smt.verdict(problem(), timeout_s)
+        by_z3: Verdict
+        if timeout_s is None and size > MOST_FOR_Z3:
+            by_z3 = Unknown(
+                f"Z3 is not asked about more than {MOST_FOR_Z3:,} ops and stages, and there are {size:,}: "
+                "a timeout for the solver (--solver-timeout) makes it try"
+            )
+        else:
+            by_z3 = by_smt.verdict(problem(), timeout_s, solver)
         seconds["z3"] = time.perf_counter() - started
         verdict = settle(check, by_graph, by_z3)
     result = Result(verdict, seconds)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dualpipe.errors import RuleError, nearest
 from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
+from proofs.isolated import Isolated
 from proofs.models import parse_models
-from proofs.optimal import optimal
+from proofs.optimal import SECONDS
 from proofs.prove import Report, prove, smtlib
+from proofs.solver import MEMORY_BYTES, SHARED, Solver
 from proofs.theorems import families, prove_all
 from proofs.theorems.family import Family
 from proofs.verdict import ExitCode, overall, worst
@@ -32,6 +34,7 @@ class Options:
     bytes_for_w: str | None = None
     smtlib: Callable[[str], None] | None = None
     solver_timeout: float | None = None
+    solver_memory: int = MEMORY_BYTES
     as_json: bool = False
 
 
@@ -58,30 +61,43 @@ def prove_sources(
     parse_models(options.model)
     if options.smtlib is not None and len(sources) != 1:
         raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
-    codes = []
+    if options.solver_memory == SHARED.memory_bytes:
+        return worst(_prove_each(sources, options, collect, begin, SHARED))
+    with Solver(options.solver_memory) as solver:
+        return worst(_prove_each(sources, options, collect, begin, solver))
+
+
+def _prove_each(
+    sources: Sequence[Source], options: Options, collect: Callable[[Outcome], None], begin: Progress, solver: Solver
+) -> Iterator[ExitCode]:
+    """Prove each source, print its report and yield its exit code."""
     for name, get in sources:
+        begin(0, 1, f"{name}: reading")
         try:
             schedule = get()
-            report = _prove(schedule, name, options, begin)
+            report = _prove(schedule, name, options, begin, solver)
         except (RuleError, OSError) as error:
-            codes.append(ExitCode.BAD_INPUT)
+            yield ExitCode.BAD_INPUT
             print(f"dualpipe: {error}", file=sys.stderr)
             if options.as_json:
                 print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
             collect(Outcome(name, error=str(error)))
             continue
-        codes.append(report.exit_code)
+        yield report.exit_code
         if options.as_json:
             print(json.dumps(report.as_json() | {"source": name}))
         else:
             print(report.text(), end="")
         collect(Outcome(name, schedule, report))
-    return worst(codes)
 
 
-def prove_all_sizes(as_json: bool, begin: Progress = silent, family: str | None = None) -> ExitCode:
+def prove_all_sizes(
+    as_json: bool, begin: Progress = silent, family: str | None = None, solver_memory: int = MEMORY_BYTES
+) -> ExitCode:
     """Prove the theorems for every size and print a line for each; only those of one family if its name is given."""
-    results = prove_all(begin, None if family is None else [_family(family)])
+    chosen = None if family is None else [_family(family)]
+    with Isolated(solver_memory) as isolated:
+        results = prove_all(begin, chosen, by=isolated.prove)
     for result in results:
         print(json.dumps(result.as_json()) if as_json else result.text)
     if not as_json:
@@ -101,17 +117,24 @@ def _family(name: str) -> Family:
 
 
 def prove_optimal(
-    ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool, begin: Progress = silent
+    ranks: int,
+    microbatches: int,
+    solver_timeout: float | None,
+    as_json: bool,
+    begin: Progress = silent,
+    solver_memory: int = MEMORY_BYTES,
 ) -> ExitCode:
     """Find, prove and print the least makespan of a size; unknown if the solver gave up."""
     begin(0, 1, "the least makespan")
-    found = optimal(ranks, microbatches) if solver_timeout is None else optimal(ranks, microbatches, solver_timeout)
+    seconds = SECONDS if solver_timeout is None else solver_timeout
+    with Isolated(solver_memory) as isolated:
+        found = isolated.optimal(ranks, microbatches, seconds)
     begin(1, 1, "")
     print(json.dumps(found.as_json()) if as_json else found.text)
     return overall([found.verdict])
 
 
-def _prove(schedule: Schedule, name: str, options: Options, begin: Progress) -> Report:
+def _prove(schedule: Schedule, name: str, options: Options, begin: Progress, solver: Solver) -> Report:
     models = parse_models(options.model)
     if options.smtlib is not None:
         options.smtlib(smtlib(schedule, models[0], options.max_activations))
@@ -123,6 +146,7 @@ def _prove(schedule: Schedule, name: str, options: Options, begin: Progress) -> 
         bytes_per_stage=_bytes_per_stage(schedule, options),
         label=schedule.name or name,
         begin=lambda done, total, check: begin(done, total, f"{name}: {check}"),
+        solver=solver,
     )
 
 

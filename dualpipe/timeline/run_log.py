@@ -1,9 +1,9 @@
-"""What a run of a schedule shows, simulated or measured: the work, the waiting and the messages, op by op.
+"""The log of a run of a schedule, simulated or measured: work, waits and messages, op by op.
 
 ::
 
-    rank 0   work 0F0> 0..1   work 0F1> 1..2                     message 0SF0> posted 1, there 1
-    rank 1   idle 0..1 for 1RF0>   work 1F0> 1..2                        1RF0> posted 0, there 1
+    rank 0   work 0F0> 0..1   work 0F1> 1..2                     message 0SF0> posted 1, completed 1
+    rank 1   idle 0..1 for 1RF0>   work 1F0> 1..2                        1RF0> posted 0, completed 1
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dualpipe.timeline.timeline import Message, Span, Timeline
 
 
 class Work(NamedTuple):
-    """A compute op from start to end.  ``note`` says what the times alone do not."""
+    """A compute op from start to end.  ``note`` is a remark for the reader."""
 
     at: Placed
     start: float
@@ -47,7 +47,7 @@ class Recording:
     idle:
         When ranks waited.
     messages:
-        A send and a receive each, with when they were posted and when the message was there.
+        A send and a receive each, with when they were posted and when the message completed.
     """
 
     name: str
@@ -74,6 +74,6 @@ def simulated(timeline: Timeline, name: str = "simulated") -> Recording:
 
 
 def _last_need(schedule: Schedule, span: Span, there: dict[Op, float]) -> Op | None:
-    """The receive that came as the slot began."""
+    """The receive that completed as the slot began."""
     needs: Iterator[Op] = (need for op in span.ops for need in schedule.needs(op) if need.kind in RECEIVES)
     return next((need for need in needs if there.get(need) == span.start), None)

@@ -65,7 +65,8 @@ class Bounds:
 
     ``live`` counts for each chunk the microbatches between F and the end of B, ``memory`` those of all chunks between F
     and the end of W, ``pending`` the deferred W (``None`` if there are none).  ``makespan`` is the end if F, B and W
-    take one unit of time each.  ``words`` has the same as text.
+    take one unit of time each.  ``makespan_reached``: whether schedules of two or more ranks take exactly that long
+    with blocking messages, which a test checks.  ``words`` has the figures as text.
     """
 
     live: tuple[Affine, ...]
@@ -73,3 +74,4 @@ class Bounds:
     pending: Affine | None
     makespan: Affine
     words: Mapping[str, str]
+    makespan_reached: bool = True

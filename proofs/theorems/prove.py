@@ -81,6 +81,10 @@ THEOREMS: Mapping[str, Theorem] = {
 }
 
 
+Prover = Callable[[Family, str, set[str], float], TheoremResult]
+"""Proves one theorem as ``prove`` does."""
+
+
 def families() -> tuple[Family, ...]:
     """The schedules for which there are theorems, the simplest first."""
     return one_f_one_b(), zb1p(), dualpipe(), dualpipev()
@@ -92,12 +96,17 @@ def theorems_of(family: Family) -> tuple[str, ...]:
 
 
 def prove_all(
-    progress: Progress = silent, of: Iterable[Family] | None = None, timeout: float = 10.0
+    progress: Progress = silent,
+    of: Iterable[Family] | None = None,
+    timeout: float = 10.0,
+    by: Prover | None = None,
 ) -> list[TheoremResult]:
     """Prove every theorem of every family for all sizes, with ``timeout`` seconds for each question to Z3.
 
-    If the solver gives up, the theorem is ``Unknown``, never proved.
+    If the solver gives up, the theorem is ``Unknown``, never proved.  ``by`` proves one theorem; by default it is
+    ``prove``, in this process and without a memory limit.
     """
+    by = by or prove
     chosen = tuple(families() if of is None else of)
     results: list[TheoremResult] = []
     total = sum(len(theorems_of(family)) for family in chosen)
@@ -105,12 +114,17 @@ def prove_all(
         proved: set[str] = set()
         for name in theorems_of(family):
             progress(len(results), total, f"{family.name}: {name}")
-            result = prove(family, name, proved, timeout)
+            result = by(family, name, proved, timeout)
             if isinstance(result.verdict, Proved):
                 proved.add(name)
             results.append(result)
     progress(total, total, "")
     return results
+
+
+def statement(family: Family, name: str) -> str:
+    """The claim of a theorem about a family, in words."""
+    return f"for {family.sizes}, {THEOREMS[name].claim.format_map(family.bounds.words)}"
 
 
 def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) -> TheoremResult:
@@ -136,7 +150,7 @@ def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) ->
         verdict = stuck if isinstance(stuck, Refuted) else verdict
     return TheoremResult(
         name=f"{family.name}: {name}",
-        statement=f"for {family.sizes}, {theorem.claim.format_map(family.bounds.words)}",
+        statement=statement(family, name),
         obligations=done.obligations,
         non_vacuous=done.non_vacuous,
         seconds=time.monotonic() - start,

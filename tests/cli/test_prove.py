@@ -131,7 +131,8 @@ def test_all_sizes_of_one_family_proves_its_theorems_alone(run, family):
 def test_all_sizes_can_name_dualpipe_although_it_is_the_default(run, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "dualpipe.cli.proving.prove_all", lambda begin, of: asked.append(of and [family.name for family in of]) or []
+        "dualpipe.cli.proving.prove_all",
+        lambda begin, of, by: asked.append(of and [family.name for family in of]) or [],
     )
     run("prove", "--all-sizes", "--schedule", "dualpipe")
     run("prove", "--all-sizes")

@@ -51,7 +51,7 @@ def test_a_dropped_obligation_is_noticed():
     family = FAMILIES["1f1b"]
     obligations = list(THEOREMS["messages"].obligations(family))
     wanted = expected.messages(expected.World("1f1b", 4, 8))
-    kept = [obligation for obligation in obligations if "3 cool down" not in obligation.name]
+    kept = [obligation for obligation in obligations if "3 cooldown" not in obligation.name]
     assert Counter(i[:2] for i in instances(family, obligations, 4, 8)) == wanted
     assert Counter(i[:2] for i in instances(family, kept, 4, 8)) != wanted
 

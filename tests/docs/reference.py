@@ -74,6 +74,7 @@ TYPES: dict[str, tuple[str, ...]] = {
         "proofs.models:Model",
         "proofs.prefix:Prefix",
         "dualpipe.progress:Progress",
+        "proofs.solver:Solver",
         "proofs.findings:Live",
     ),
     "proofs.verdict": ("proofs.findings:Finding", "proofs.verdict:Verdict"),

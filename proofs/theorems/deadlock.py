@@ -15,11 +15,11 @@ bounds the makespan.  T is ``Family.times``; its origin does not matter, since i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from dualpipe.schedule.phase_table import affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
-from proofs.theorems.messages import candidates
 from proofs.theorems.moment import Moment, after, before, end_of, first, moments, start_of
 from proofs.theorems.obligation import Link, Obligation
 from proofs.theorems.symbolic import Position, Rank, exactly, is_compute
@@ -51,18 +51,34 @@ def _own_order(family: Family, rank: Rank) -> Iterator[Obligation]:
 
 def _partners(family: Family, link: Link) -> Iterator[Obligation]:
     sends, receives = exactly(*link.matches), exactly(*link.matches.values())
-    for send, receive in candidates(link):
-        matched = (*send.guard, *receive.guard, equal(send.before(sends), receive.before(receives)))
-        yield from _posted(family, link, matched, send, receive, ("sender", "receiver"))
-        yield from _posted(family, link, matched, receive, send, ("receiver", "sender"))
+    received = [_message(family, receive) for receive in link.receiver.positions(receives, "j")]
+    for send in (_message(family, send) for send in link.sender.positions(sends, "i")):
+        for receive in received:
+            same = equal(send.at.before(sends), receive.at.before(receives))
+            matched = (*send.at.guard, *receive.at.guard, same)
+            yield from _posted(link, matched, send, receive, ("sender", "receiver"))
+            yield from _posted(link, matched, receive, send, ("receiver", "sender"))
+
+
+class _Message(NamedTuple):
+    """A send or a receive, and the computes that may come directly before and after its message slot."""
+
+    at: Position
+    before: tuple[Moment, ...]
+    after: tuple[Moment, ...]
+
+
+def _message(family: Family, at: Position) -> _Message:
+    times = family.times[at.rank.kind]
+    return _Message(at, tuple(before(at, times)), tuple(after(at, times)))
 
 
 def _posted(
-    family: Family, link: Link, matched: Constraints, this: Position, partner: Position, roles: tuple[str, str]
+    link: Link, matched: Constraints, this: _Message, partner: _Message, roles: tuple[str, str]
 ) -> Iterator[Obligation]:
     """The compute after ``partner``'s message slot starts after the compute before ``this`` one's ends."""
-    for earlier in before(this, family.times[this.rank.kind]):
-        for later in after(partner, family.times[partner.rank.kind]):
+    for earlier in this.before:
+        for later in partner.after:
             yield _in_time(link, matched, earlier, later, roles)
 
 

@@ -27,8 +27,9 @@ def order(family: Family) -> Iterator[Obligation]:
 
 
 def _after(rank: Rank, action: Action, need: Action) -> Iterator[Obligation]:
+    needed = rank.positions(exactly(need), "j")
     for second in rank.positions(exactly(action), "i"):
-        for first in rank.positions(exactly(need), "j"):
+        for first in needed:
             yield Obligation(
                 rank,
                 f"{second} after {first}",

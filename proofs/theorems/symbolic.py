@@ -7,8 +7,9 @@ expands a table or writes one down again: the rows are those that ``dualpipe.sch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 from dualpipe.schedule import MESSAGES, B, W
 from dualpipe.schedule.phase_table import Action, Affine, Row, Step, Table, affine, symbol
@@ -60,19 +61,29 @@ class Rank:
         return self._before_row(len(self.table), mark)
 
     def _before_row(self, number: int, mark: Mark) -> Affine:
-        total = affine(0)
-        for row in self.table[:number]:
-            if often := _occurrences(row.steps, mark):
-                total = total + often * self.count(row)
-        return total
+        known = self._counted
+        if (number, mark) not in known:
+            total = affine(0)
+            for row in self.table[:number]:
+                if often := _occurrences(row.steps, mark):
+                    total = total + often * self.count(row)
+            known[number, mark] = total
+        return known[number, mark]
 
-    def positions(self, mark: Mark, iteration: str) -> Iterator[Position]:
+    @cached_property
+    def _counted(self) -> dict[tuple[int, Mark], Affine]:
+        """The results of ``_before_row``."""
+        return {}
+
+    def positions(self, mark: Mark, iteration: str) -> list[Position]:
         """Every marked action that exists at some size, in the iteration with the symbol ``iteration``."""
-        for number, row in enumerate(self.table):
-            for s, step in enumerate(row.steps):
-                for p, action in enumerate(step):
-                    if mark(step, p) and self.exists.get(action, ()) is not None:
-                        yield Position(self, number, s, p, symbol(iteration))
+        return [
+            Position(self, number, s, p, symbol(iteration))
+            for number, row in enumerate(self.table)
+            for s, step in enumerate(row.steps)
+            for p, action in enumerate(step)
+            if mark(step, p) and self.exists.get(action, ()) is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ class Position:
     def __str__(self) -> str:
         return f"{self.action} in row {self.the_row.name!r} step {self.step} of {self.rank.name}"
 
-    @property
+    @cached_property
     def guard(self) -> Constraints:
         """The condition that the iteration and the message exist."""
         count = self.rank.count(self.the_row)
@@ -120,12 +131,21 @@ class Position:
         return self._until(mark, 0)
 
     def _until(self, mark: Mark, index: int) -> Affine:
-        steps = self.the_row.steps
-        each, earlier = _occurrences(steps, mark), _occurrences(steps[: self.step], mark)
-        here = sum(mark(self.the_step, p) for p in range(index))
-        return self.rank._before_row(self.row, mark) + each * self.iteration + (earlier + here)
+        known = self._counted
+        if (mark, index) not in known:
+            steps = self.the_row.steps
+            each, earlier = _occurrences(steps, mark), _occurrences(steps[: self.step], mark)
+            here = sum(mark(self.the_step, p) for p in range(index))
+            before = self.rank._before_row(self.row, mark)
+            known[mark, index] = before + each * self.iteration + (earlier + here)
+        return known[mark, index]
 
-    @property
+    @cached_property
+    def _counted(self) -> dict[tuple[Mark, int], Affine]:
+        """The results of ``_until``, since a position is compared with many others."""
+        return {}
+
+    @cached_property
     def mb(self) -> Affine:
         """The microbatch: the number of equal actions before it; for the W of a chunk, that of the last B before it."""
         kind, chunk = self.action
@@ -138,7 +158,7 @@ class Position:
         """The number of compute slots before this step."""
         return self.before_step(is_compute)
 
-    @property
+    @cached_property
     def slot(self) -> Affine:
         """A number that orders slots: compute k is ``2k + 1``, and the message slot before it is ``2k``."""
         return 2 * self.computes + (0 if self.action.kind in MESSAGES else 1)
@@ -154,8 +174,9 @@ def _occurrences(steps: tuple[Step, ...], mark: Mark) -> int:
     return sum(mark(step, p) for step in steps for p in range(len(step)))
 
 
+@cache
 def exactly(*actions: Action) -> Mark:
-    """Marks these actions."""
+    """Marks these actions.  The same actions give the same mark, under which counts are cached."""
     return lambda step, p: step[p] in actions
 
 

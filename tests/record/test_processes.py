@@ -99,7 +99,7 @@ pathlib.Path(f"past{rank}").write_text(str(time.monotonic()))
 """Rank 1 joins the process group half a second later than rank 0, which does nothing and ends."""
 
 
-@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo"])
+@pytest.mark.parametrize("backend", [pytest.param("nccl", marks=pytest.mark.long), "cpu:gloo"])
 def test_no_rank_goes_on_before_every_other_has_joined_the_group(tmp_path, monkeypatch, backend):
     """NCCL connects at the first message and gloo at once: a rank that ends early would fail the others."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
 """The command line.  It alone may import every package, and only when a command needs it.
 
-Each command has a file; ``options`` has the options that several share, ``entrypoint`` the console script's way in.
+Each command has a file; ``options`` has the options that several share.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Child:
         self.child, self.memory_bytes = child, memory_bytes
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._complaints: IO[bytes] | None = None
+        self._errors: IO[bytes] | None = None
         self._owner = 0
 
     def start(self) -> None:
@@ -57,11 +57,11 @@ class Child:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
         self.close()
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         # -I: no folder of the user's comes before the standard library and what is installed, where Z3 is as a rule
         command = [sys.executable, "-I", str(self.child), str(self.memory_bytes), json.dumps(sys.path)]
         self._process = subprocess.Popen(
-            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
         self._owner = os.getpid()
         self._buffer, self._ready = b"", False
@@ -80,7 +80,7 @@ class Child:
         if self._owner == os.getpid():
             process.kill()
             process.wait()
-        for pipe in (process.stdin, process.stdout, self._complaints):
+        for pipe in (process.stdin, process.stdout, self._errors):
             if pipe is not None:
                 pipe.close()
 
@@ -137,14 +137,14 @@ class Child:
     def _lost(self, limit: float) -> Unknown:
         """The reason why the process gave no answer; the next question gets a new process."""
         assert self._process is not None
-        assert self._complaints is not None
+        assert self._errors is not None
         try:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
             self.close()
             return Unknown(self._why("timeout", limit))
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode(errors="replace").split("\n")
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "")
         self.close()
         if code == _OUT_OF_MEMORY or any(words in last for words in _NO_MEMORY):

@@ -33,7 +33,7 @@ _AFTERWARDS = 2.0
 _LATE = 1.0
 """Seconds after the limit at which a process is killed that does not end itself."""
 _POLL = 0.005
-_LONGEST_COMPLAINT = 2000
+_LONGEST_ERROR = 2000
 
 _FORM = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (.+)')
@@ -170,4 +170,4 @@ def _texts(name: str, answer: Path) -> list[str]:
 
 
 def _line(part: str) -> str:
-    return part if len(part) <= _LONGEST_COMPLAINT else part[: _LONGEST_COMPLAINT - 1] + "…"
+    return part if len(part) <= _LONGEST_ERROR else part[: _LONGEST_ERROR - 1] + "…"

@@ -89,8 +89,8 @@ def test_prove_writes_the_page_of_one_schedule(run, files):
     text = target.read_text(encoding="utf-8")
     reading.tree(text)
     (section,) = reading.data(text)
-    told = {one["title"]: one["story"] for one in section["counterexamples"]}
-    assert told["order"].startswith("rank 1 comes in slot 4 (1F1>)")
+    printed = {one["title"]: one["story"] for one in section["counterexamples"]}
+    assert printed["order"].startswith("rank 1 comes in slot 4 (1F1>)")
     assert '<span class="badge refuted">refuted</span>' in text
 
 

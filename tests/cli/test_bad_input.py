@@ -1,4 +1,4 @@
-"""Bad input, whatever the command: told before the work, in JSON too, and never as a verdict."""
+"""Bad input to any command: reported before the work, in JSON too, and never as a verdict."""
 
 import itertools
 import json
@@ -26,20 +26,20 @@ from dualpipe.timeline.simulate import simulate
     ],
     ids=" ".join,
 )
-def test_with_json_a_complaint_is_one_object(run, arguments):
+def test_with_json_an_error_is_one_object(run, arguments):
     arguments = arguments if "--json" in arguments else (*arguments, "--json")
     result = run(*arguments)
-    told = json.loads(result.out)
-    assert (result.code, told["verdict"]) == (2, "bad input")
-    assert told["error"] in result.err
+    printed = json.loads(result.out)
+    assert (result.code, printed["verdict"]) == (2, "bad input")
+    assert printed["error"] in result.err
 
 
-def test_a_recorded_programs_json_option_is_not_ours(run):
+def test_the_json_option_of_a_recorded_program_is_not_ours(run):
     result = run("record", "--", "nosuchprogram", "--json")
     assert (result.code, result.out) == (2, "")
 
 
-def test_a_fault_of_our_own_is_no_verdict(run, monkeypatch):
+def test_an_internal_error_is_no_verdict(run, monkeypatch):
     def broken(**_):
         raise ZeroDivisionError("a bug")
 
@@ -60,7 +60,7 @@ def test_a_fault_of_our_own_is_no_verdict(run, monkeypatch):
     ],
     ids=["at its start", "in its middle"],
 )
-def test_an_output_that_is_not_read_to_its_end_is_no_verdict(arguments, unbuffered, takes):
+def test_an_output_whose_reader_leaves_is_no_verdict(arguments, unbuffered, takes):
     reading, writing = os.pipe()
     command = [sys.executable, "-c", "from dualpipe.cli import main; main()", *arguments]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
@@ -72,30 +72,30 @@ def test_an_output_that_is_not_read_to_its_end_is_no_verdict(arguments, unbuffer
             if takes:
                 assert len(reader.read(takes)) == takes
             reader.close()
-            _, told = process.communicate(timeout=60)
-    assert (process.returncode, told) == (dualpipe.cli.UNREAD, "")
+            _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (dualpipe.cli.UNREAD, "")
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
-def test_a_time_to_wait_is_a_time(run, seconds):
+def test_a_timeout_is_a_positive_number_of_seconds(run, seconds):
     result = run("prove", "-P", 2, "--solver-timeout", seconds)
     assert result.code == 2
     assert "--solver-timeout is more than 0" in result.err
 
 
 @pytest.mark.parametrize("option", ["--html", "--smtlib"])
-def test_an_output_that_cannot_be_written_is_told_before_the_proof(run, option, tmp_path):
+def test_an_output_that_cannot_be_written_is_an_error_before_the_proof(run, option, tmp_path):
     (tmp_path / "held").mkdir()
-    for place, told in (("nowhere/a", "there is no folder"), ("held", "is a folder")):
+    for place, message in (("nowhere/a", "there is no folder"), ("held", "is a folder")):
         result = run("prove", option, tmp_path / place)
         assert (result.code, result.out) == (2, "")
-        assert told in result.err
+        assert message in result.err
 
 
 @pytest.mark.parametrize(
     "command", [("show", "--svg"), ("show", "--png"), ("simulate", "--trace"), ("verify", "--trace")]
 )
-def test_likewise_of_pictures_and_traces(run, command, tmp_path):
+def test_a_picture_or_trace_that_cannot_be_written_is_an_error(run, command, tmp_path):
     result = run(*command, tmp_path / "nowhere" / "a")
     assert (result.code, result.out) == (2, "")
     assert "there is no folder" in result.err
@@ -114,26 +114,26 @@ def test_likewise_of_pictures_and_traces(run, command, tmp_path):
     ],
     ids=str,
 )
-def test_an_option_that_a_question_does_not_know_is_refused(run, question, option):
+def test_all_sizes_and_optimal_reject_options_that_they_do_not_use(run, question, option):
     result = run("prove", question, *option)
     assert (result.code, result.out) == (2, "")
-    assert f"got {option[0]} as well" in result.err
+    assert f"{question} cannot be combined with {option[0]}: got both" in result.err
 
 
-def test_costs_beyond_all_sums_are_refused(run):
+def test_costs_whose_sum_overflows_are_rejected(run):
     assert run("simulate", "--json", "--cost", "F=1e308").code == 2
     assert run("show", "--timeline", "--cost", "F=1e308").code == 2
     assert json.loads(run("simulate", "--json", "--cost", "F=1e100").out)["makespan"] > 1e100
 
 
 @pytest.mark.parametrize("latency", ["1e7", "1e99"])
-def test_a_drawing_without_end_is_refused(run, latency):
+def test_a_drawing_that_is_too_long_is_rejected(run, latency):
     result = run("show", "--timeline", "--cost", f"latency={latency}")
     assert (result.code, result.out) == (2, "")
     assert "draw a picture instead" in result.err
 
 
-def test_a_name_that_is_no_text_and_a_terminal_that_knows_little(tmp_path):
+def test_a_file_name_that_is_not_utf_8_on_an_ascii_terminal(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "dualpipe.cli"]
     name = b"\xff.txt"
@@ -144,7 +144,7 @@ def test_a_name_that_is_no_text_and_a_terminal_that_knows_little(tmp_path):
     assert rb"\udcff.txt" in (tmp_path / "a.html").read_bytes()
 
 
-def test_tracks_are_apart_however_many_ranks_there_are():
+def test_tracks_are_distinct_for_any_number_of_ranks():
     ranks = 1500
     lines = [f"lane > {' '.join(map(str, range(ranks)))}"]
     for rank in range(ranks):
@@ -164,7 +164,7 @@ def test_tracks_are_apart_however_many_ranks_there_are():
 
 @pytest.mark.parametrize("output", ["closed", "full"])
 @pytest.mark.parametrize("command", [("prove", "--model", "blocking", "--json"), ("show",)], ids=" ".join)
-def test_a_verdict_that_cannot_be_printed_is_none(command, output):
+def test_a_verdict_that_cannot_be_printed_is_bad_input(command, output):
     redirect = ">&-" if output == "closed" else ">/dev/full"
     line = f'exec "$0" -m dualpipe.cli "$@" -P 2 -M 4 {redirect}'
     done = subprocess.run(["sh", "-c", line, sys.executable, *command], capture_output=True, text=True, timeout=60)
@@ -172,7 +172,7 @@ def test_a_verdict_that_cannot_be_printed_is_none(command, output):
     assert done.stderr.startswith("dualpipe: standard output ")
 
 
-def test_a_pipe_that_gives_nothing_is_not_waited_for_without_end(run, tmp_path, monkeypatch):
+def test_a_silent_pipe_is_an_error(run, tmp_path, monkeypatch):
     monkeypatch.setattr("dualpipe.files.SILENT_SECONDS", 0.05)
     os.mkfifo(tmp_path / "pipe")
     assert "gave nothing for" in run("show", tmp_path / "pipe").err
@@ -185,7 +185,7 @@ def test_a_pipe_that_gives_nothing_is_not_waited_for_without_end(run, tmp_path, 
     os.close(reading)
 
 
-def test_a_file_without_end_is_bad_input(run, monkeypatch):
+def test_an_endless_file_is_bad_input(run, monkeypatch):
     monkeypatch.setattr("dualpipe.files.MOST_BYTES", 1 << 20)
     assert "/dev/zero has more" in run("show", "/dev/zero").err
 
@@ -207,12 +207,12 @@ def test_a_file_that_changes_while_it_is_read_is_bad_input(run, tmp_path, monkey
 
 
 @pytest.mark.parametrize("text", ["# one\rlane > 0\nrank 0: 0F0>\n", "lane > 0\nrank 0: 0F0> # W later\r0W0>\n"])
-def test_a_line_end_of_carriage_returns_alone_hides_nothing_in_a_comment(run, tmp_path, text):
+def test_a_bare_carriage_return_in_a_comment_is_bad_input(run, tmp_path, text):
     (tmp_path / "mine.txt").write_bytes(text.encode())
     assert "found a carriage return; expected lines that end in a newline" in run("show", tmp_path / "mine.txt").err
 
 
-def test_a_table_of_such_lines_is_not_joined_to_one_rank(run, tmp_path):
+def test_a_bare_carriage_return_in_a_table_is_bad_input(run, tmp_path):
     (tmp_path / "mine.csv").write_bytes(b"0F0,0W0\r,1F0,1W0\n")
     assert "mine.csv:1:8: found a carriage return" in run("show", tmp_path / "mine.csv").err
 
@@ -221,7 +221,7 @@ LONG = "a" * 300
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("prove", ""), "or module:function: got an empty name; name one"),
         (("prove", "."), "or module:function: . is a folder; name a file in it"),
@@ -234,7 +234,7 @@ LONG = "a" * 300
         (("show", "--svg", LONG), f"{LONG} cannot be made: File name too long; name another file"),
         (
             ("show", "--svg", "ok.txt/x.svg"),
-            "ok.txt/x.svg cannot be made: ok.txt is a file and no folder; name another",
+            "ok.txt/x.svg cannot be made: ok.txt is a file, not a folder; name another",
         ),
         (
             ("show", "--svg", "/dev/full"),
@@ -250,13 +250,13 @@ LONG = "a" * 300
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )
-def test_a_complaint_names_the_rule_what_was_given_and_the_fix(run, tmp_path, monkeypatch, arguments, told):
+def test_an_error_gives_the_rule_what_was_given_and_the_fix(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "ok.txt").write_text("lane > 0\nrank 0: 0F0> 0B0> 0W0>\n")
     (tmp_path / "depths.txt").write_text("lane > 0 0\nlane < 0\nrank 0:\n")
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert (result.code, result.out) == (2, "")
-    assert told in result.err
+    assert message in result.err
     assert len(result.err.splitlines()) == 1
 
 

@@ -1,8 +1,8 @@
-"""Theorems and the least makespan, each computed in a process of its own with limits of memory and time.
+"""Theorems and the least makespan in a process of its own, with limits on memory and time.
 
-Z3 ends a process that runs out of memory.  So ``python proofs/apart.py`` is that process, and ``Apart`` asks it: a
-line of JSON names what to compute, and the reply is one line with the pickled result, or with why Z3 gave up.  What is
-computed is ``proofs.theorems.prove`` and ``proofs.optimal.optimal``, which a caller may also run without limits.
+Z3 ends its process if it runs out of memory.  ``python proofs/isolated.py`` is that process, and ``Isolated`` asks it.
+A question is a line of JSON; the reply is one line with the pickled result, or the reason why Z3 gave up.  The process
+runs ``proofs.theorems.prove`` and ``proofs.optimal.optimal``, which a caller may also run without limits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run by its path: this tree comes after the standard library and before what is installed
+if __name__ == "__main__":  # run by its path: this tree comes after the standard library and before installed packages
     installed = (at for at, folder in enumerate(sys.path) if folder.endswith(("site-packages", "dist-packages")))
     sys.path.insert(next(installed, len(sys.path)), str(Path(__file__).parents[1]))
     sys.path += [folder for folder in json.loads(sys.argv[2]) if folder not in sys.path]
@@ -37,14 +37,14 @@ THEOREM_SECONDS = 300.0
 """Seconds for one theorem, all of its questions to Z3 together."""
 
 
-class Apart(Child):
+class Isolated(Child):
     """The process that proves theorems and finds the least makespan; ``memory_bytes`` limits its address space."""
 
     def __init__(self, memory_bytes: int = MEMORY_BYTES, child: Path = Path(__file__)) -> None:
         super().__init__(child, memory_bytes)
 
     def prove(self, family: Family, name: str, proved: set[str], timeout: float) -> TheoremResult:
-        """As ``proofs.theorems.prove``, for a family of ``families()``; where the process gives no result, unknown."""
+        """As ``proofs.theorems.prove``, for a family of ``families()``; unknown if the process gives no result."""
         started = time.monotonic()
         result = self._result({"prove": [family.name, name, sorted(proved), timeout]}, THEOREM_SECONDS)
         if isinstance(result, TheoremResult):
@@ -53,7 +53,7 @@ class Apart(Child):
         return TheoremResult(f"{family.name}: {name}", statement(family, name), 0, 0, spent, result)
 
     def optimal(self, ranks: int, microbatches: int, timeout_s: float = SECONDS) -> Optimum:
-        """As ``proofs.optimal.optimal``; where the process gives no result, unknown."""
+        """As ``proofs.optimal.optimal``; unknown if the process gives no result."""
         require_size(ranks, microbatches)
         started = time.monotonic()
         result = self._result({"optimal": [ranks, microbatches, timeout_s]}, timeout_s)
@@ -68,7 +68,7 @@ class Apart(Child):
 
 
 def main(memory_bytes: int) -> None:
-    """Answer questions until nobody asks any more."""
+    """Answer questions until the input closes."""
     confine(memory_bytes)
     questions: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_read, args=(questions,), daemon=True).start()
@@ -85,14 +85,14 @@ def main(memory_bytes: int) -> None:
 
 
 def _read(questions: queue.Queue[dict[str, Any]]) -> None:
-    """Put every question into the queue; at the end of the input end the process, whatever Z3 is at."""
+    """Put every question into the queue; at the end of the input end the process, whatever Z3 is doing."""
     for line in sys.stdin:
         questions.put(json.loads(line))
     os._exit(0)
 
 
 def answer(question: dict[str, Any]) -> TheoremResult | Optimum:
-    """Compute what one question names."""
+    """Compute the answer to one question."""
     if "optimal" in question:
         return optimal(*question["optimal"])
     family, name, proved, timeout = question["prove"]

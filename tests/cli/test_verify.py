@@ -98,7 +98,7 @@ def test_a_hung_run_ends_in_time_with_what_every_rank_waited_for_and_exits_with_
         ("--steps", 0, "at least one step"),
         ("--device", "tpu", "cpu or cuda"),
         ("--transport", "pigeon", "direct or staged"),
-        ("--timeout", 0, "number of seconds"),
+        ("--timeout", 0, "positive number of seconds"),
     ],
 )
 def test_bad_options(run, option, value, told):
@@ -118,4 +118,4 @@ def test_a_gap_in_the_numbers_of_microbatches(run, tmp_path):
     file.write_text("lane > 0\nrank 0: 0F999999999> 0B999999999> 0W999999999>\n")
     result = run("verify", file)
     assert result.code == 2
-    assert "lane > names 1, the largest being 999999999; number them anew" in result.err
+    assert "lane > names 1, the largest being 999999999; renumber them" in result.err

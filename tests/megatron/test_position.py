@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.core import parallel_state
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron import production
 from reference.megatron.case import Case
 

@@ -21,10 +21,11 @@ from dualpipe.runtime.executor import StepError
 from dualpipe.runtime.transport import DisagreementError, ProcessGroupTransport, SpoiledError, TensorSpec
 from dualpipe.schedule import SENDS, UP, Op, Schedule, W
 from dualpipe.schedule.generate import generate
+from dualpipe.testing.launch import launch
 from reference import fake, oracle
+from reference.comparison import differences
 from reference.data import Batch
-from reference.launch import launch
-from reference.trace import StepTrace, differences, merge
+from reference.trace import StepTrace, merge
 from tests.production.test_pipeline import held_by
 
 WIDTHS = (6, 4, 5, 3, 2)

@@ -1,4 +1,4 @@
-"""What the tests of the reference share: small models with their data, and ways to compare and to spoil."""
+"""Small models with their data, and functions that compare runs and change schedules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ def decoder(schedule: Schedule, dtype=torch.float32, steps=2, config=SMALL, seed
 
 
 def toy(schedule: Schedule, width=4, steps=1) -> Trial:
-    """Norm, linear, tanh in every stage, on random numbers: quick enough to run hundreds of times."""
+    """Norm, linear, tanh in every stage, on random numbers; fast enough to run hundreds of times."""
     generator = torch.Generator().manual_seed(11)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -97,9 +97,9 @@ def change_slot(schedule: Schedule, rank: int, number: int, *slots: Slot) -> Sch
 
 
 def where(schedule: Schedule, op: Op) -> tuple[int, int]:
-    """Rank and slot of the only place where the op stands."""
-    (place,) = [(placed.rank, placed.slot) for placed in schedule if placed.op == op]
-    return place
+    """The rank and the slot of an op that occurs once."""
+    (found,) = [(placed.rank, placed.slot) for placed in schedule if placed.op == op]
+    return found
 
 
 def without(schedule: Schedule, op: Op) -> Schedule:

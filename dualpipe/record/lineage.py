@@ -67,8 +67,8 @@ def trace(
     module_of = _modules(logs, forwards, votes, messages, partner)
     used = {earlier for earlier, _ in votes}
     used |= {forward for m in messages.values() for forward in (*m.activation_of, *m.gradient_of)}
-    for id in _isolated(forwards, module_of, used):
-        del module_of[id]
+    for isolated in _isolated(forwards, module_of, used):
+        del module_of[isolated]
     notes = [*_notes_on_data(data, messages, partner), *_notes_on_left_out(forwards, module_of)]
     chains = _chains(forwards, module_of, votes, data)
     routes = {lane: tuple(rank for rank, _ in chain) for lane, chain in zip(Lane, chains, strict=False)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from torch import Tensor, nn
 
@@ -126,9 +126,13 @@ class Rank:
                 self._forward(op, replica)
             case Kind.B:
                 self._backward(op, replica)
-            case _:
+            case Kind.W:
                 self._uses[op] -= 1
                 replica.weight(op.task, again=self._uses[op] > 0)
+            case Kind.SF | Kind.RF | Kind.SB | Kind.RB:
+                raise AssertionError(f"{op} is in a slot of computes")
+            case never:
+                assert_never(never)
         self._done.add(op)
         if replica.account is not None:
             replica.account.settle(op)

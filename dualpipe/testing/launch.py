@@ -172,7 +172,7 @@ def _collect(
             seconds = time.monotonic() - started
             try:
                 what, value = pickle.loads(pipes[rank].recv_bytes())
-            except EOFError:
+            except (EOFError, OSError):  # killed, perhaps in the middle of a report
                 processes[rank].join(_POLL)
                 what, value = "end", _lost(rank, processes[rank], seconds)
             if what == "progress":

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from dualpipe.schedule import MESSAGES, SENDS, B, Op, Schedule, Slot, W
 from proofs.models import eager
 from proofs.prove import Report, prove
-from proofs.verdict import Proved, Refuted
+from proofs.verdict import Proved, Refuted, Unknown
 from tests.soundness.mutants import Mutant
 from tests.soundness.runs import Ending, Outcome, on_fakes
 
@@ -76,8 +76,10 @@ def observe(mutant: Mutant, prover: Prover = prove) -> Observation:
     match report.checks["messages"].verdict:
         case Refuted(finding, _):
             repeats = finding is not None and finding.fault == "sent twice"
-        case _:
+        case Proved() | Unknown():
             repeats = False
+        case never:
+            assert_never(never)
     fakes = {blocking: on_fakes(schedule, blocking) for blocking in MODES}
     return Observation(mutant, by_both, by_graph, repeats, fakes, {})
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dualpipe.schedule import Chunk, Schedule
-from reference.oracle import StepTruth
-from reference.trace import StepTrace, Tensors
+from reference.oracle import StepTruth, Tensors
+from reference.trace import StepTrace
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +34,7 @@ from reference.oracle import (
 )
 from reference.rank import Observer, Pause, Rank, Supply
 from reference.replica import Replica
-
-
-@dataclass(frozen=True)
-class FakeStep:
-    """One training step.  The tensors are detached copies on the CPU, as in ``reference.oracle.StepTruth``.
-
-    ``losses[l][mb]`` with lanes in the order of ``Schedule.lanes``; ``None`` if the schedule never computes the loss.
-    By chunk: ``lane_gradients`` before the replicas of a stage are summed, ``gradients`` as the optimizer got them, and
-    ``weights`` after the optimizer step.
-    """
-
-    losses: tuple[tuple[Tensor | None, ...], ...]
-    lane_gradients: Mapping[Chunk, Tensors]
-    gradients: Mapping[Chunk, Tensors]
-    weights: Mapping[Chunk, Tensors]
+from reference.trace import StepTrace
 
 
 def train(
@@ -63,7 +48,7 @@ def train(
     seed: int = 0,
     ledger: Ledger | None = None,
     observe: Observer | None = None,
-) -> Iterator[FakeStep]:
+) -> Iterator[StepTrace]:
     """Train on fake ranks, each with its own replicas and its own optimizer; yields every step.
 
     ``steps`` is the data by step, lane (in the order of ``Schedule.lanes``) and microbatch; all microbatches have the
@@ -88,21 +73,17 @@ def train(
         mail = Mailbox()
         ranks = [Rank(number, schedule, replicas, supply, mail, blocking, observe) for number in range(schedule.ranks)]
         _run([rank.run() for rank in ranks], chance)
-        losses = {key: loss for rank in ranks for key, loss in rank.losses.items()}
+        losses: dict[Lane, dict[int, Tensor]] = {lane: {} for lane in lanes}
+        for rank in ranks:
+            for (lane, mb), loss in rank.losses.items():
+                losses[lane][mb] = snapshot(loss)
         for replica in replicas.values():
             replica.clear()
         lane_gradients, gradients = _reduce(lanes, replicas, len(stages))
         for stepper in optimizers:
             stepper.step()
-        yield FakeStep(
-            tuple(
-                tuple(_snapshot_or_none(losses.get((lane, mb))) for mb in range(len(batches)))
-                for lane, batches in zip(lanes, data, strict=True)
-            ),
-            lane_gradients,
-            gradients,
-            {chunk: weights_of(replica.module) for chunk, replica in replicas.items()},
-        )
+        weights = {chunk: weights_of(replica.module) for chunk, replica in replicas.items()}
+        yield StepTrace(losses, lane_gradients, gradients, weights)
 
 
 def _run(programs: Sequence[Iterator[Pause]], chance: random.Random) -> None:
@@ -174,10 +155,6 @@ def _boundaries(stages: Sequence[nn.Module], steps: Steps) -> tuple[Layout, ...]
             x = stage(x)
             layouts.append(Layout.of(x))
     return tuple(layouts)
-
-
-def _snapshot_or_none(loss: Tensor | None) -> Tensor | None:
-    return None if loss is None else snapshot(loss)
 
 
 def _check_fit(schedule: Schedule, stages: Sequence[nn.Module], steps: Steps) -> None:

@@ -20,7 +20,7 @@ from dualpipe.timeline.summary import headline, tell_costs
 from dualpipe.timeline.timeline import Costs, Message
 from reference.case import Case
 from reference.report import Report
-from reference.stopwatch import Interval, StepTimes
+from reference.trace import Interval, StepTimes
 from reference.verify import PROCESSES, Traced
 
 MICROSECONDS = 1e6

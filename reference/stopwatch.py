@@ -5,31 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from dualpipe.runtime.transport import Message, Transport
 from dualpipe.schedule import Op, Slot
-
-
-class Interval(NamedTuple):
-    """Start and end in seconds of ``time.monotonic``, which all processes of a Linux machine share."""
-
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """One step of one rank: each op in program order, and the waits for receives by label.
-
-    The time of a message op is that of posting its slot; the time of a compute op includes its waits.
-    """
-
-    ops: tuple[tuple[Op, Interval], ...]
-    waits: Mapping[str, Interval]
+from reference.trace import Interval, StepTimes
 
 
 class Stopwatch:

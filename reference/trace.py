@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
-from dualpipe.schedule import Chunk, Lane
-from reference.stopwatch import StepTimes
+from dualpipe.schedule import Chunk, Lane, Op
+from reference.oracle import Tensors
 
-Tensors = Mapping[str, Tensor]
+
+class Interval(NamedTuple):
+    """Start and end in seconds of ``time.monotonic``, which all processes of a Linux machine share."""
+
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One step of one rank: each op in program order, and the waits for receives by label.
+
+    The time of a message op is that of posting its slot; the time of a compute op includes its waits.
+    """
+
+    ops: tuple[tuple[Op, Interval], ...]
+    waits: Mapping[str, Interval]
 
 
 @dataclass
 class StepTrace:
     """One step, as seen on one rank or on all.  Tensors are detached and on the CPU.
 
-    ``losses[lane][mb]``; by chunk and parameter name ``lane_gradients`` (before the replicas of a stage are reduced),
-    ``gradients`` (after the reduction) and ``weights`` (after the optimizer step); by rank ``times``, if the case is
-    timed.
+    ``losses[lane][mb]``, without those that the schedule never computes; by chunk and parameter name ``lane_gradients``
+    (before the replicas of a stage are reduced), ``gradients`` (after the reduction) and ``weights`` (after the
+    optimizer step); by rank ``times``, if the case is timed.
     """
 
     losses: dict[Lane, dict[int, Tensor]] = field(default_factory=dict)

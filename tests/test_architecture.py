@@ -125,7 +125,7 @@ def test_the_oracle_knows_no_schedule():
 
 def test_fake_ranks_share_the_schedule_value_with_production_and_nothing_else():
     allowed = {"dualpipe.errors", "dualpipe.schedule", "dualpipe.schedule.text"}
-    for name in ("fake", "fault", "ledger", "mailbox", "rank", "replica"):
+    for name in ("fake", "fault", "ledger", "mailbox", "rank", "replica", "trace"):
         modules = {m for m in imports(ROOT / "reference" / f"{name}.py") if m.startswith("dualpipe")}
         assert {".".join(m.split(".")[:2]) for m in modules} <= allowed
 

@@ -263,7 +263,7 @@ def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[Ran
         raise RecordError(
             "a recorded program calls torch.distributed.init_process_group in Python",
             "no process of it did",
-            "check that it runs; give -P if it wants its ranks to be launched; do not start python with -I or -S",
+            "check that it runs; give -P if it expects to be started once a rank; do not start python with -I or -S",
         )
     fitting = [group for key, group in groups.items() if ranks in (None, key[0])] or list(groups.values())
     if not 1 <= session <= len(fitting):

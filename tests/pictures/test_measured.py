@@ -12,7 +12,8 @@ from dualpipe.schedule.generate import generate
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.timeline import Costs
 from reference.measured import MEASURED, measured, median_costs, trace
-from reference.stopwatch import Interval, StepTimes, Stopwatch, Timed
+from reference.stopwatch import Stopwatch, Timed
+from reference.trace import Interval, StepTimes
 from tests.cli.conftest import run as run
 from tests.pictures.tracefile import complaints
 

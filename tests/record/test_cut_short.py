@@ -8,7 +8,7 @@ from torch import nn
 from dualpipe.record import RecordError
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
-from tests.record.test_limits import PLAIN, SHAPE, receive, text, train
+from tests.record.two_ranks import PLAIN, SHAPE, receive, text, train
 
 STALL = 0.3
 

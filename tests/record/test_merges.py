@@ -7,7 +7,7 @@ from torch import nn
 
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
-from tests.record.test_limits import SHAPE, assert_plain, receive, text, train
+from tests.record.two_ranks import SHAPE, assert_plain, receive, text, train
 
 
 def verdicts(recording) -> dict[str, str]:

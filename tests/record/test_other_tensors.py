@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
-from tests.record.test_limits import PLAIN, SHAPE, assert_plain, receive, text, train
+from tests.record.two_ranks import PLAIN, SHAPE, assert_plain, receive, text, train
 
 
 def verdict(recording) -> str:

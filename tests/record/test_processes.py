@@ -16,7 +16,7 @@ from dualpipe.record import Launch, run
 from dualpipe.record.processes import MARK
 from dualpipe.testing import record_ranks
 from tests.record.run import ROOT, command, python
-from tests.record.test_limits import assert_plain, train
+from tests.record.two_ranks import assert_plain, train
 
 ESCAPE = """
 import subprocess, sys, time

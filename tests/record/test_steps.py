@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from dualpipe.record import RecordError
 from dualpipe.testing import record, record_ranks
 from dualpipe.testing.launch import launch
-from tests.record.test_limits import PLAIN, SHAPE, assert_plain, text, train
+from tests.record.two_ranks import PLAIN, SHAPE, assert_plain, text, train
 
 
 def steps(rank: int, optimizers: int = 1, count: int = 3) -> None:

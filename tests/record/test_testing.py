@@ -13,7 +13,7 @@ from dualpipe.testing import record
 from dualpipe.testing.launch import launch
 from proofs.prove import prove
 from tests.record.run import forked
-from tests.record.test_limits import PLAIN, SHAPE, text, train
+from tests.record.two_ranks import PLAIN, SHAPE, text, train
 
 
 def test_record_covers_the_with_block_and_gather_returns_it_on_every_rank():

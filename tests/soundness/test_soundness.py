@@ -142,7 +142,7 @@ def test_backwards_out_of_turn_change_bits_although_every_w_is_in_order():
         if (changed := backwards_out_of_turn(generate("zb1p", 4, 6), Random(seed))) and not commutes(changed)
     )
     seen = observe(mutant(odd))
-    assert seen.blames_bits_alone
+    assert seen.refutes_only_accumulation
     assert {run.ending for run in seen.fakes.values()} == {Ending.DIFFERENT}
 
 

@@ -76,8 +76,8 @@ def record(
             tuple(command), ranks, timeout, stall, together=tuple(together or ()), containers=tuple(container or ())
         )
         end = run(launch, folder, output=2)
-        if not end.well:
-            for line in end.text().splitlines():
+        if not end.succeeded:
+            for line in end.describe().splitlines():
                 typer.echo(f"dualpipe: {line}", err=True)
         logs, groups = read_folder(folder, ranks, session)
     recording = assemble(logs, name, step)
@@ -92,8 +92,8 @@ def record(
         except (RuleError, OSError):
             typer.echo(recording.text(), nl=False)  # do not lose the result of a long run
             raise
-    code = 0 if end.well else 1
-    caveats = [*([] if end.well else ["the program failed or was ended"]), *recording.caveats]
+    code = 0 if end.succeeded else 1
+    caveats = [*([] if end.succeeded else ["the program failed or was ended"]), *recording.caveats]
     result = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
     if prove:
         from proofs.prove import prove as run_checks

@@ -70,20 +70,20 @@ class End:
     reason: str
 
     @property
-    def well(self) -> bool:
+    def succeeded(self) -> bool:
         return all(code == 0 for code in self.codes)
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """One line for each process that failed or was killed."""
         return "\n".join(
-            f"{self._who(n)} still ran after {self.seconds:.0f} s and was ended: {self.reason}"
+            f"{self._name(n)} still ran after {self.seconds:.0f} s and was ended: {self.reason}"
             if code is None
-            else f"{self._who(n)} ended with exit code {code}"
+            else f"{self._name(n)} ended with exit code {code}"
             for n, code in enumerate(self.codes)
             if code != 0
         )
 
-    def _who(self, number: int) -> str:
+    def _name(self, number: int) -> str:
         return f"rank {number}" if len(self.codes) > 1 else "the command"
 
 

@@ -12,7 +12,7 @@ from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
 from dualpipe.record.routes import complete
 from dualpipe.record.slots import programs
-from dualpipe.record.steps import busy_steps, check_cut, of_step
+from dualpipe.record.steps import check_within_step, computing_steps, select_step
 from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
 from dualpipe.schedule.text import dumps
 
@@ -79,22 +79,22 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     RecordError
         If an op cannot be named; the error gives the line of the program.
     """
-    busy = busy_steps(logs)
-    if not 1 <= step <= len(busy):
-        got = f"got {step}, and there were {len(busy)}"
+    steps = computing_steps(logs)
+    if not 1 <= step <= len(steps):
+        got = f"got {step}, and there were {len(steps)}"
         raise RecordError("--step counts the training steps", got, "use one of them")
     everything = {m.id: m for log in logs for m in log.messages.values()}
     partner = match(list(everything.values()))
-    check_cut(busy[step - 1], everything, partner, uses(logs))
-    notes = [f"step {step} of {len(busy)}"] if len(busy) > 1 else []
-    logs = of_step(logs, busy[step - 1])
+    check_within_step(steps[step - 1], everything, partner, uses(logs))
+    notes = [f"step {step} of {len(steps)}"] if len(steps) > 1 else []
+    logs = select_step(logs, steps[step - 1])
     messages = {m.id: m for log in logs for m in log.messages.values()}
     tagged = sorted({m.at for m in messages.values() if m.tag})
     if tagged:
         notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file and NCCL have none")
     lineage = complete(trace(logs, messages, partner), logs, messages.values(), partner)
     named = name_messages(logs, messages, partner, lineage)
-    check_cut(busy[step - 1], everything, partner, named.ops)
+    check_within_step(steps[step - 1], everything, partner, named.ops)
     notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
     notes += notes_on_doubts(logs, lineage)
     _check(lineage, named.ops, messages)
@@ -108,7 +108,7 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     ended = tuple(log.ended for log in logs)
     lost = sum(id not in partner and id not in messages for id in everything)
     schedule = Schedule(lineage.routes, ranks, name)
-    return Recording(schedule, len(busy), ended, tuple(caveats(logs, lineage, named, lost)), tuple(notes))
+    return Recording(schedule, len(steps), ended, tuple(caveats(logs, lineage, named, lost)), tuple(notes))
 
 
 def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]) -> None:
@@ -127,7 +127,7 @@ def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[Mess
             check_slot((op,), lineage.routes)
         except ScheduleError as error:
             raise RecordError(
-                error.rule, f"{error.got}: the message of rank {id.rank} at {messages[id].at}", "look there"
+                error.rule, f"{error.got}: the message of rank {id.rank} at {messages[id].at}", "correct that message"
             ) from error
 
 

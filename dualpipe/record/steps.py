@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dualpipe.record.events import Message, MessageId, RankLog, RecordError
 
 
-def busy_steps(logs: Sequence[RankLog]) -> list[int]:
+def computing_steps(logs: Sequence[RankLog]) -> list[int]:
     """The steps in which a forward ran, numbered by the optimizer steps before them.
 
     Raises ``RecordError`` if a rank finished with fewer steps than another one.
@@ -25,12 +25,12 @@ def busy_steps(logs: Sequence[RankLog]) -> list[int]:
     return sorted(steps) or [0]
 
 
-def of_step(logs: Sequence[RankLog], step: int) -> list[RankLog]:
+def select_step(logs: Sequence[RankLog], step: int) -> list[RankLog]:
     """The logs restricted to one training step."""
-    return [_of_step(log, step) for log in logs]
+    return [_select(log, step) for log in logs]
 
 
-def _of_step(log: RankLog, step: int) -> RankLog:
+def _select(log: RankLog, step: int) -> RankLog:
     events, steps = [], 0
     for event in log.events:
         if event["event"] == "step":
@@ -43,7 +43,7 @@ def _of_step(log: RankLog, step: int) -> RankLog:
     return RankLog(log.rank, events, forwards, messages, log.modules, log.ended, log.steps, log.same, doubts)
 
 
-def check_cut(
+def check_within_step(
     step: int,
     messages: Mapping[MessageId, Message],
     partner: Mapping[MessageId, MessageId],

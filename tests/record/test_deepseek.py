@@ -41,7 +41,7 @@ def record(folder: Path, ranks: int, sizes: list[int]) -> list[Recording]:
         events.mkdir()
         end = run(Launch(words, ranks, timeout=140.0), events, output.fileno())
         output.seek(0)
-        assert end.well, end.text() + output.read()
+        assert end.succeeded, end.describe() + output.read()
         assert f"rank 0 runs {folder.resolve() / 'dualpipe'}" in Path(output.name).read_text()
         logs, _ = read_folder(events, ranks, 1)
         return [assemble(logs, "dualpipe", step) for step in range(1, len(sizes) + 1)]

@@ -51,7 +51,7 @@ def test_workers_in_new_sessions_are_killed(tmp_path, known, arguments):
         launch = Launch((sys.executable, "-S", "-c", ESCAPE, *arguments), timeout=0.7)
         end = run(launch, _empty(tmp_path / "events"), output.fileno())
         output.seek(0)
-        assert end.well == bool(arguments)
+        assert end.succeeded == bool(arguments)
     assert marked() == []
 
 

@@ -31,7 +31,7 @@ def record(
     ranks: Annotated[
         int | None,
         typer.Option(
-            "-P", "--ranks", min=2, help="Start the command once for each of these ranks.", show_default="once"
+            "-P", "--ranks", min=2, help="Number of ranks; starts the command once for each.", show_default="once"
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
@@ -49,7 +49,7 @@ def record(
     timeout: Annotated[float, typer.Option(help="Seconds until the program is ended.", callback=seconds)] = 120.0,
     stall: Annotated[
         float,
-        typer.Option(help="Seconds that all ranks wait for messages until that is a hang.", callback=seconds),
+        typer.Option(help="Seconds that all ranks must be waiting to count as a hang.", callback=seconds),
     ] = 10.0,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule.")] = False,
     as_json: Json = False,

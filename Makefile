@@ -43,7 +43,7 @@ prove: $(READY)
 	for name in dualpipe dualpipev 1f1b zb1p; do $(BIN)/dualpipe prove -P 8 -M 20 --schedule $$name || exit 1; done
 
 test: $(READY)
-	$(BIN)/pytest -n 2 -q -m "not long"
+	$(BIN)/pytest -n 2 --dist loadfile -q -m "not long"
 
 test-long: $(READY)
 	$(BIN)/pytest -n 2 -q -m long

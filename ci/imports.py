@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, cached_property
 from pathlib import PurePosixPath
 from typing import TypeAlias
 
@@ -49,17 +49,22 @@ class Source:
     strings: tuple[str, ...]
     paths: frozenset[str] = frozenset()
 
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """The strings, without a slash at either end."""
+        return frozenset(text.strip("/") for text in self.strings)
+
 
 def read(text: bytes | str) -> Source:
     """Read a source.  Raises ``SyntaxError``."""
-    tree = ast.parse(text)
-    documentation = {id(node) for node in _documentation(tree)}
+    nodes = list(ast.walk(ast.parse(text)))
+    documentation = {id(node) for node in _documentation(nodes)}
     modules: set[str] = set()
     names: set[tuple[str, str]] = set()
     strings: list[str] = []
     paths: set[str] = set()
-    parts = {id(part) for node in ast.walk(tree) for part in _parts(node)}
-    for node in ast.walk(tree):
+    parts = {id(part) for node in nodes for part in _parts(node)}
+    for node in nodes:
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -122,9 +127,9 @@ def _ends(path: str) -> list[str]:
     return [path, last, *(_ends(_known(folder)) if "*" in last and _known(folder) else [])]
 
 
-def _documentation(tree: ast.Module) -> Iterator[ast.Constant]:
+def _documentation(nodes: Iterable[ast.AST]) -> Iterator[ast.Constant]:
     """The strings that are statements: docstrings, and those under a constant."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             yield node.value
 
@@ -227,7 +232,7 @@ def _runners(path: str, sources: Mapping[str, Source], names: Mapping[str, int])
     """The sources that name a Python file by its path, or its folder in a path; by its name where no other has it."""
     pure = PurePosixPath(path)
     for user, source in sources.items():
-        strings = {text.strip("/") for text in source.strings}
+        strings = source.named
         named = path in strings or (pure.name in strings and names[pure.name] == 1)
         apart = pure.stem in strings and ".py" in strings and not strings.isdisjoint(_folders(pure))
         if named or apart or any(_leads_to(way, path) for way in source.paths):
@@ -257,7 +262,7 @@ def _users(path: str, sources: Mapping[str, Source], names: Set[str]) -> Iterato
     """The sources that name a file which is not Python, or the folder it lies in."""
     pure = PurePosixPath(path)
     for user, source in sources.items():
-        strings = {text.strip("/") for text in source.strings}
+        strings = source.named
         folder = not strings.isdisjoint(_folders(pure)) and _may_mean(strings, pure, names)
         if folder or strings & {path, pure.name}:
             yield user
@@ -271,7 +276,7 @@ def _owners(path: str, sources: Mapping[str, Source]) -> list[str]:
     return package if f"{pure.parent}/__init__.py" in sources and not named else []
 
 
-def _may_mean(strings: set[str], file: PurePosixPath, names: Set[str]) -> bool:
+def _may_mean(strings: Set[str], file: PurePosixPath, names: Set[str]) -> bool:
     """Whether a source that names a file's folder may go on to this file.
 
     Not where it names other files that there are, and neither a pattern nor a part of this file's name.  A lone star

@@ -10,7 +10,7 @@ from typing import Any
 from ci.check import Check, Reading, crashed
 from ci.golden import COUNTS, Counts
 from ci.outcome import Finding, Verdict
-from ci.place import Place, Places
+from ci.place import BOUNDS, Place, Places
 from ci.process import Completed, python
 
 PROVE_LIMIT_S, THEOREMS_LIMIT_S, TRIAL_LIMIT_S = 120.0, 400.0, 240.0
@@ -74,13 +74,14 @@ def theorems(
         results = _lines(done)
         if not results or done.code not in (0, 1, 3):
             return crashed(done)
-        findings = [_theorem(result, places) for result in results if result["verdict"] == "refuted"]
+        findings = [_theorem(result, places, times) for result in results if result["verdict"] == "refuted"]
         counts = {result["name"]: (result["obligations"], result["non_vacuous"]) for result in results}
         unknown = [result for result in results if result["verdict"] == "unknown"]
         untimed = [result for result in unknown if result["reason"].startswith(_UNTIMED)]
+        late = tuple(_late(result, times(_family(result), result["reason"])) for result in untimed)
         if not findings and untimed and all(_rests_on(result, untimed) for result in unknown):
-            late = tuple(_late(result, times(_family(result), result["reason"])) for result in untimed)
             return Verdict.OUTDATED, f"the recorded times do not fit {len(late)} of {len(results)} theorems", late
+        findings += late if findings else ()
         if not unknown and not findings:
             findings += stale_counts(recorded, counts)
             findings += fallen_counts(base, counts, explained)
@@ -118,14 +119,24 @@ def _late(result: Mapping[str, Any], place: Place) -> Finding:
     message = (
         f"{result['name']} is not proved, and nothing refutes it: the table may be right and slower than recorded\n"
         f"{result['reason']}\n"
-        f"edit {place.what} in {place.path}: no compute may start before what it waits for has ended; where the "
-        "makespan grows, edit its bound there too"
+        f"edit {place.what} in {place.path}: write starts so late that no compute starts before what it waits for has "
+        "ended, one for each compute of a row, and the 'end' to match\n"
+        "where the end grows, edit makespan and its words in the bounds there; if no bound is reached at every size, "
+        "write makespan_reached=False beside it\n"
+        f"then run dualpipe prove --all-sizes --schedule {_family(result)}, make golden and the gate again"
     )
     return Finding("times", message, place.path, place.line)
 
 
-def _theorem(result: Mapping[str, Any], places: Places) -> Finding:
+def _theorem(result: Mapping[str, Any], places: Places, times: Callable[[str, str], Place]) -> Finding:
     message = f"{result['name']} is refuted: {result['statement']}\n{result['reason']}"
+    bound = result["name"].partition(": ")[2]
+    if bound in BOUNDS:
+        place = times(_family(result), bound)
+        message += (
+            f"\nif this much is intended, edit {bound} and its words in the family's bounds, "
+            f"{place.path}:{place.line}, and say why in CHANGELOG.md"
+        )
     return Finding("theorem", message, places.cause.path, places.cause.line)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 TABLES, TIMES = "dualpipe/schedule/generate.py", "proofs/theorems"
+BOUNDS = ("live", "memory", "pending")
+"""The theorems that say no more than that a family keeps the bound of this name."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class Places:
 
 
 def times_in(root: Path) -> Callable[[str, str], Place]:
-    """Finds the recorded times that a family's theorems rest on, and of them those of a row that a text quotes."""
+    """Finds the recorded times that a family's theorems rest on, and of them those of a row that a text quotes.
+
+    Where the text is the name of a bound, finds that bound.
+    """
     sources = {file: file.read_text(errors="replace") for file in sorted((root / TIMES).glob("*.py"))}
 
     def find(family: str, text: str) -> Place:
@@ -68,12 +73,21 @@ def times_in(root: Path) -> Callable[[str, str], Place]:
             if f'"{family}"' in source and "times=" in source:
                 rows = re.findall(r"row '([^']+)'", text)
                 lines = source.splitlines()
+                if text in BOUNDS:
+                    return Place(f"{TIMES}/{file.name}", _bound(lines, family, text), f"the bound {text!r}")
                 quoted = (n for row in rows for n, line in enumerate(lines, 1) if line.strip().startswith(f'"{row}":'))
                 first = (n for n, line in enumerate(lines, 1) if "_TIMES" in line)
                 return Place(f"{TIMES}/{file.name}", next(quoted, next(first, 1)), "the recorded times")
         return Place(TIMES, 1, "the recorded times")
 
     return find
+
+
+def _bound(lines: Sequence[str], family: str, bound: str) -> int:
+    """The line of a family's bound: the last one above the family's name, else the first one below."""
+    written = [n for n, line in enumerate(lines, 1) if line.strip().startswith(f"{bound}=")]
+    named = next(n for n, line in enumerate(lines, 1) if f'"{family}"' in line)
+    return max((n for n in written if n < named), default=min(written, default=named))
 
 
 NOWHERE = Places({}, {}, frozenset(), Place("", 1))

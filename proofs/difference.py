@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from proofs.solver import ask
+from proofs.solver import SHARED, Solver
 from proofs.verdict import Unknown
 
 Why = tuple[object, ...]
@@ -63,9 +63,9 @@ class Contradiction(NamedTuple):
     core: tuple[Fact, ...]
 
 
-def decide(problem: Problem, timeout_s: float | None = None) -> Contradiction | Unknown | None:
+def decide(problem: Problem, timeout_s: float | None = None, solver: Solver = SHARED) -> Contradiction | Unknown | None:
     """``None`` where the facts can all hold, else why they cannot; ``Unknown`` where there is no answer."""
-    answer = ask((fact[:3] for fact in problem.facts), timeout_s)
+    answer = solver.ask((fact[:3] for fact in problem.facts), timeout_s)
     return Contradiction(tuple(problem.facts[index] for index in answer)) if isinstance(answer, list) else answer
 
 

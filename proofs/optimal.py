@@ -37,6 +37,9 @@ class OptimalSizeError(RuleError):
     """A size that the model does not have."""
 
 
+SECONDS = 60.0
+"""Seconds for the whole search where nothing else is asked for."""
+
 MOST_BOOLEANS = 100_000
 """How many ops times slots a question may have: writing it down must not take longer than answering it."""
 
@@ -91,19 +94,24 @@ class Optimum:
         return f"proved: {size}: {self.least} slots are enough and {self.impossible} are not{theirs}"
 
 
-def optimal(ranks: int, microbatches: int, timeout_s: float = 60.0) -> Optimum:
-    """The least makespan for ``ranks`` (even) and ``microbatches`` in all (even).
-
-    The search begins one slot below the work that each rank has.  ``timeout_s`` bounds all of it; when it ends early,
-    and for sizes too large to write down, the verdict is ``Unknown``.
-    Raises ``OptimalSizeError`` for a size that the model does not have.
-    """
+def require_size(ranks: int, microbatches: int) -> None:
+    """Raise ``OptimalSizeError`` for a size that the model does not have."""
     if ranks < 2 or ranks % 2 or microbatches < 2 or microbatches % 2:
         raise OptimalSizeError(
             "two lanes that mirror each other need even numbers of ranks and microbatches, 2 or more",
             f"got {ranks} ranks and {microbatches} microbatches",
             f"use {max(ranks + ranks % 2, 2)} and {max(microbatches + microbatches % 2, 2)}",
         )
+
+
+def optimal(ranks: int, microbatches: int, timeout_s: float = SECONDS) -> Optimum:
+    """The least makespan for ``ranks`` (even) and ``microbatches`` in all (even).
+
+    The search begins one slot below the work that each rank has.  ``timeout_s`` bounds all of it; when it ends early,
+    and for sizes too large to write down, the verdict is ``Unknown``.
+    Raises ``OptimalSizeError`` for a size that the model does not have.
+    """
+    require_size(ranks, microbatches)
     start = time.monotonic()
     result = partial(Optimum, ranks, microbatches, dualpipe=dualpipe_takes(ranks, microbatches))
     gave_up = partial(result, least=None, timetable=())

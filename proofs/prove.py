@@ -3,7 +3,8 @@
 ``search`` (plain search) and ``z3`` share nothing but the schedule value; where both decide and differ the run
 crashes with both answers.  Where Z3 gives up, a proof by the graph alone is reported as unknown; a refutation
 stands, since its finding can be looked up.  So what the graph has refuted is put to Z3 only where that costs little:
-in a schedule of at most ``SECOND_OPINION`` ops and stages.
+in a schedule of at most ``SECOND_OPINION`` ops and stages.  A schedule of more than ``MOST_FOR_Z3`` is not put to Z3
+at all, unless the caller says how long it may take.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from itertools import count
 from typing import Any
 
 from dualpipe.schedule import Schedule
-from proofs import deadlock_search, deadlock_smt, solver
+from proofs import deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import Prefix, smallest_prefix
+from proofs.solver import SHARED, Solver
 from proofs.story import live_lines, tell
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
 
@@ -32,6 +34,9 @@ CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
 SECOND_OPINION = 3_000
 """Up to so many ops and stages a refutation by plain search is put to Z3 too, which then adds its core."""
+
+MOST_FOR_Z3 = 200_000
+"""Up to so many ops and stages Z3 is asked where no time limit is given; for more it may take minutes and gigabytes."""
 
 Begin = Callable[[int, int, str], None]
 """Called with how many checks are done, how many there are, and the name of the next one; at the end with all done."""
@@ -153,6 +158,7 @@ def prove(
     bytes_per_stage: tuple[Sequence[int], Sequence[int]] | None = None,
     label: str | None = None,
     begin: Begin = lambda done, total, check: None,
+    solver: Solver = SHARED,
 ) -> Report:
     """Run the six checks of a schedule; any schedule value gives a report.
 
@@ -165,13 +171,16 @@ def prove(
     smt:
         Whether Z3 gives its opinion too; without it a proof rests on one method.
     timeout_s:
-        Seconds after which Z3 gives up on one question, from when it gets it; ``solver.SECONDS`` if not given.
+        Seconds after which Z3 gives up on one question, from when it gets it.  If not given, ``solver.SECONDS``, and Z3
+        is not asked about a schedule of more than ``MOST_FOR_Z3`` ops and stages: what is not refuted is unknown.
     bytes_per_stage:
         What a microbatch holds at each stage waiting for its B and for its W, in bytes (``memory.peak_bytes``).
     label:
         What the report calls the schedule, where that is not its own name.
     begin:
         Called before each check and each model of ``deadlock``, and at the end.
+    solver:
+        The process that asks Z3, with its limit of memory.
 
     Raises
     ------
@@ -184,12 +193,12 @@ def prove(
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
     done, total = count(), len(CHECKS) - 1 + len(models)
-    if smt:
+    if smt and (timeout_s is not None or _size(schedule) <= MOST_FOR_Z3):
         solver.start()
 
     def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem] | None) -> Result:
         begin(next(done), total, name)
-        return judge(schedule, name, search, problem if smt else None, timeout_s)
+        return judge(schedule, name, search, problem if smt else None, timeout_s, solver)
 
     def deadlock(model: Model) -> Result:
         search, problem = (partial(method.deadlock, schedule, model) for method in (deadlock_search, deadlock_smt))
@@ -217,15 +226,24 @@ def judge(
     search: Callable[[], Verdict],
     problem: Callable[[], Problem] | None,
     timeout_s: float | None = None,
+    solver: Solver = SHARED,
 ) -> Result:
     """One check by both methods, or by plain search alone where there is no problem for Z3."""
     started = time.perf_counter()
     by_graph = search()
     seconds = {"graph": time.perf_counter() - started}
     verdict = by_graph
-    if problem is not None and not (isinstance(by_graph, Refuted) and _size(schedule) > SECOND_OPINION):
+    size = _size(schedule)
+    if problem is not None and not (isinstance(by_graph, Refuted) and size > SECOND_OPINION):
         started = time.perf_counter()
-        by_z3 = by_smt.verdict(problem(), timeout_s)
+        by_z3: Verdict
+        if timeout_s is None and size > MOST_FOR_Z3:
+            by_z3 = Unknown(
+                f"Z3 is not asked about more than {MOST_FOR_Z3:,} ops and stages, and there are {size:,}: "
+                "a timeout for the solver (--solver-timeout) makes it try"
+            )
+        else:
+            by_z3 = by_smt.verdict(problem(), timeout_s, solver)
         seconds["z3"] = time.perf_counter() - started
         verdict = settle(check, by_graph, by_z3)
     prefix = None

@@ -27,6 +27,7 @@ from itertools import pairwise
 from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, Kind, Lane, Op, Placed, Schedule
 from proofs.difference import Contradiction, Link, Problem, decide, joined
 from proofs.memory import Bound
+from proofs.solver import SHARED, Solver
 from proofs.verdict import Proved, Refuted, Unknown, Verdict
 
 WHERE = "{0.op} in slot {0.slot} of rank {0.rank}"
@@ -34,9 +35,9 @@ BEHIND = Link("rank {0.rank} has {0.op} in slot {0.slot} and {1.op} behind it in
 GROWS = Link("rank {0} holds {gap} more in slot {2} than in slot {1}")
 
 
-def verdict(problem: Problem, timeout_s: float | None = None) -> Verdict:
+def verdict(problem: Problem, timeout_s: float | None = None, solver: Solver = SHARED) -> Verdict:
     """What Z3 says: a contradiction refutes and its facts, in words, are the core."""
-    answer = decide(problem, timeout_s)
+    answer = decide(problem, timeout_s, solver)
     match answer:
         case None:
             return Proved()

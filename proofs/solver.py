@@ -2,7 +2,8 @@
 
 Whatever becomes of that process (out of memory, out of time, a crash, a kill) is an ``Unknown`` with the reason.  It
 starts at the first question, serves the later ones too, and ends with the process that asks, also after ``SIGKILL``:
-it reads from a pipe that then closes.
+it reads from a pipe that then closes.  ``Solver`` decides the checks of one schedule; ``proofs.apart`` has the child
+for theorems and the least makespan.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import time
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Self
 
 from proofs.verdict import Unknown
 
 CHILD = Path(__file__).with_name("z3child.py")
-SECONDS = 300.0
+SECONDS = 120.0
 """Seconds for a question where nothing else is asked for."""
 GRACE_SECONDS = 10.0
 """How much later the process is ended, if it has not given up itself: Z3 does not look at the clock while it reads."""
@@ -34,13 +35,18 @@ MEMORY_BYTES = min(6 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SI
 _START_SECONDS = 60.0
 _OUT_OF_MEMORY = 101
 """With this exit code Z3 ends a process for which it has no memory left."""
+_NO_MEMORY = ("MemoryError", "can't start new thread")
+"""The last line of a Python process for which there is no memory left."""
 
 
-class Solver:
-    """A process with Z3, or none until it is needed."""
+class Child:
+    """A process with Z3, or none until it is needed; it runs the file ``child``, which answers a question with a line.
 
-    def __init__(self, memory_bytes: int = MEMORY_BYTES, child: Path = CHILD) -> None:
-        self.memory_bytes, self.child = memory_bytes, child
+    ``memory_bytes`` limits its address space.
+    """
+
+    def __init__(self, child: Path, memory_bytes: int = MEMORY_BYTES) -> None:
+        self.child, self.memory_bytes = child, memory_bytes
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
@@ -60,6 +66,12 @@ class Solver:
         self._owner = os.getpid()
         self._buffer, self._ready = b"", False
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the process, whatever it is doing."""
         process, self._process = self._process, None
@@ -72,35 +84,25 @@ class Solver:
             if pipe is not None:
                 pipe.close()
 
-    def ask(self, facts: Iterable[tuple[int, int, int]], timeout_s: float | None = None) -> list[int] | Unknown | None:
-        """``None`` where facts ``(earlier, later, gap)`` can all hold, else the numbers of facts that cannot.
-
-        ``timeout_s`` are seconds for the whole question, ``SECONDS`` if not given.
-        """
-        limit = SECONDS if timeout_s is None else timeout_s
-        numbers = array("q", (0, max(1, min(int(1000 * limit), 1 << 40))))
-        for fact in facts:
-            numbers.extend(fact)
-        numbers[0] = len(numbers) // 3
+    def exchange(self, question: bytes, limit: float) -> dict[str, Any] | Unknown:
+        """The reply, or ``Unknown`` where the process gives up or gives no reply within ``limit`` seconds and a bit."""
         with self._lock:
             try:
                 self.start()
-                return self._exchange(numbers.tobytes(), limit)
+                return self._exchange(question, limit)
             except BaseException:
                 self.close()
                 raise
 
-    def _exchange(self, question: bytes, limit: float) -> list[int] | Unknown | None:
+    def _exchange(self, question: bytes, limit: float) -> dict[str, Any] | Unknown:
         if not self._ready and self._line(_START_SECONDS) != b"ready":
             return self._lost(_START_SECONDS)
         self._ready = True
         deadline = time.monotonic() + limit + GRACE_SECONDS
         if not self._send(question, deadline) or (line := self._line(deadline - time.monotonic())) is None:
             return self._lost(limit)
-        reply = json.loads(line)
-        if "unknown" in reply:
-            return Unknown(self._why(reply["unknown"], limit))
-        return None if reply.get("holds") else [int(number) for number in reply["core"]]
+        reply: dict[str, Any] = json.loads(line)
+        return Unknown(self._why(reply["unknown"], limit)) if "unknown" in reply else reply
 
     def _send(self, data: bytes, deadline: float) -> bool:
         """Write all of the data; ``False`` where the process takes no more of it."""
@@ -145,7 +147,7 @@ class Solver:
         lines = self._complaints.read().decode(errors="replace").split("\n")
         said = next((line for line in reversed(lines) if line.strip()), "")
         self.close()
-        if code == _OUT_OF_MEMORY or "MemoryError" in said:
+        if code == _OUT_OF_MEMORY or any(words in said for words in _NO_MEMORY):
             return Unknown(self._why("out of memory", limit))
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return Unknown(f"Z3 gave up: its process {how}{said and f' ({said})'}")
@@ -158,7 +160,28 @@ class Solver:
         return f"Z3 gave up: {reason}"
 
 
-_SHARED = Solver()
-atexit.register(_SHARED.close)
-ask, start = _SHARED.ask, _SHARED.start
-"""Those of the solver that all questions of this process share."""
+class Solver(Child):
+    """The process that decides difference logic."""
+
+    def __init__(self, memory_bytes: int = MEMORY_BYTES, child: Path = CHILD) -> None:
+        super().__init__(child, memory_bytes)
+
+    def ask(self, facts: Iterable[tuple[int, int, int]], timeout_s: float | None = None) -> list[int] | Unknown | None:
+        """``None`` where facts ``(earlier, later, gap)`` can all hold, else the numbers of facts that cannot.
+
+        ``timeout_s`` are seconds for the whole question, ``SECONDS`` if not given.
+        """
+        limit = SECONDS if timeout_s is None else timeout_s
+        numbers = array("q", (0, max(1, min(int(1000 * limit), 1 << 40))))
+        for fact in facts:
+            numbers.extend(fact)
+        numbers[0] = len(numbers) // 3
+        reply = self.exchange(numbers.tobytes(), limit)
+        if isinstance(reply, Unknown):
+            return reply
+        return None if reply.get("holds") else [int(number) for number in reply["core"]]
+
+
+SHARED = Solver()
+"""The solver of all questions of this process that name no other."""
+atexit.register(SHARED.close)

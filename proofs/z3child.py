@@ -52,13 +52,18 @@ class Reply(TypedDict, total=False):
     unknown: str
 
 
-def main(memory_bytes: int) -> None:
-    """Answer questions until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks, and this process ends with it
+def confine(memory_bytes: int) -> None:
+    """Limit the address space of this process and of Z3 in it; Ctrl-C is for whoever asks, who then ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     z3.set_param("ctrl_c", False)
     z3.set_param("memory_max_size", memory_bytes * 9 // 10 >> 20)
+
+
+def main(memory_bytes: int) -> None:
+    """Answer questions until nobody asks any more."""
+    confine(memory_bytes)
     questions: queue.Queue[tuple[array[int], int]] = queue.Queue()
     threading.Thread(target=_read, args=(sys.stdin.buffer, questions), daemon=True).start()
     sys.stdout.write("ready\n")

@@ -16,7 +16,7 @@ from dualpipe.timeline import perfetto
 from dualpipe.timeline.perfetto import Scaled
 from dualpipe.timeline.run_log import Idle, RunLog, Work, simulated
 from dualpipe.timeline.simulate import simulate
-from dualpipe.timeline.summary import headline, tell_costs
+from dualpipe.timeline.summary import describe_costs, headline
 from dualpipe.timeline.timeline import Costs, Message
 from reference.case import Case
 from reference.report import Report
@@ -55,7 +55,7 @@ def trace(schedule: Schedule, steps: Sequence[Mapping[int, StepTimes]], blocking
         "schedule": name,
         "sizes": sizes,
         "scale": "microseconds of time.monotonic since the first op of the first step",
-        "costs": f"{tell_costs(costs)} (seconds, the median of each kind)",
+        "costs": f"{describe_costs(costs)} (seconds, the median of each kind)",
         "device": device if device == "cpu" else f"{device}: an op's time is that of launching its work",
     }
     return perfetto.trace(parts, about)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ RankBody = Callable[[Case, Callable[[Any], None]], list[StepTrace]]
 class Traced(Comparison):
     """A comparison together with what the implementation recorded of each step."""
 
-    traces: Sequence[StepTrace] = ()
+    traces: Sequence[StepTrace] = field(default=(), repr=False)
 
 
 def verify(

@@ -1,48 +1,23 @@
 """Faults of the Megatron drop-in: what a rank holds, and the split of its layers.  ``ci.museum.training``: a step's."""
 
-from ci.museum.exhibit import Edit, fault
+from ci.museum.exhibit import fault
 
 GROUPS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
     f"dualpipe/megatron/{name}.py" for name in ("groups", "layers", "model", "optimizer", "random_streams")
 )
-WEIGHTGRAD, SPLITLINEAR = "dualpipe/runtime/weightgrad.py", "dualpipe/runtime/split_linear.py"
-ACCUMULATE = "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n"
+WEIGHTGRAD = "dualpipe/runtime/weightgrad.py"
 
 FAULTS = (
-    fault(
-        12,
-        "Megatron: a weight counted twice in the split",
-        SPLITLINEAR,
-        "        stage.store.defer(use, x.detach(), dy)\n",
-        "        for _ in range(2):\n            stage.store.defer(use, x.detach(), dy)\n",
-        check="trial, Megatron",
-        rule="bitwise",
-        says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
-    ),
     fault(
         13,
         "Megatron: W adds to the gradient past the data-parallel hooks",
         WEIGHTGRAD,
-        ACCUMULATE,
-        "            for leaf in complete:\n"
-        "                gradient = sums.pop(_sum_of(entry.run, leaf))\n"
-        "                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
+        "                torch.autograd.backward(complete, sums)\n",
+        "                for leaf, gradient in zip(complete, sums):\n"
+        "                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
-    ),
-    fault(
-        14,
-        "Megatron: the last weight gradient arrives after the reduction",
-        WEIGHTGRAD,
-        ACCUMULATE,
-        "            _LATE.append((complete, [sums.pop(_sum_of(entry.run, p)) for p in complete]))\n"
-        "            if len(_LATE) > 1:\n"
-        "                torch.autograd.backward(*_LATE.pop(0))\n",
-        Edit(WEIGHTGRAD, "Closure = Callable[[], None]\n", "Closure = Callable[[], None]\n_LATE: list[Any] = []\n"),
-        check="trial, Megatron",
-        rule="run",
-        says="gpt-P2, DualPipe: .*differs between ranks",
     ),
     fault(
         30,

@@ -22,8 +22,8 @@ FAULTS = (
         "            for work in message.works:\n",
         "            for work in message.works[1:]:\n",
         check="trial",
-        rule="bitwise",
-        says="first step 0, stage .: ",
+        rule="run",
+        says="differs between the lanes before the first update",
     ),
     fault(
         4,
@@ -47,7 +47,7 @@ FAULTS = (
         "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n"
         "            message.tensors = early\n",
         check="trial",
-        rule="bitwise",
-        says="first step 0, stage .: ",
+        rule="run",
+        says="differs between the lanes before the first update",
     ),
 )

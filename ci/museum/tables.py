@@ -59,22 +59,22 @@ FAULTS = (
         10,
         "W taken from an empty queue",
         GENERATE,
-        '"2 weights wait", r, "F0 SF0 RB0 B0 SB0 RF0"',
-        '"2 weights wait", r, "F0 SF0 W RB0 B0 SB0 RF0"',
+        '"2 weights deferred", r, "F0 SF0 RB0 B0 SB0 RF0"',
+        '"2 weights deferred", r, "F0 SF0 W RB0 B0 SB0 RF0"',
         check="generator",
         rule="schedule",
-        says="row '2 weights wait' runs a W and none waits",
+        says="row '2 weights deferred' runs a W and none is deferred",
     ),
     fault(
         25,
         "all forwards first: as many activations as microbatches",
         GENERATE,
         """ONE_F_ONE_B: Table = (
-    Row("1 warm up", P - r - 1, "RF0 F0 SF0"),""",
+    Row("1 warm-up", P - r - 1, "RF0 F0 SF0"),""",
         """ONE_F_ONE_B: Table = (
-    Row("1 warm up", M - 1, "RF0 F0 SF0"),""",
+    Row("1 warm-up", M - 1, "RF0 F0 SF0"),""",
         Edit(GENERATE, '"2 one forward, one backward", M - P + r,', '"2 one forward, one backward", M - M,'),
-        Edit(GENERATE, '"3 cool down", P - r - 1, "RB0 B0+W0 SB0"', '"3 cool down", M - 1, "RB0 B0+W0 SB0"'),
+        Edit(GENERATE, '"3 cooldown", P - r - 1, "RB0 B0+W0 SB0"', '"3 cooldown", M - 1, "RB0 B0+W0 SB0"'),
         check="prove",
         rule="memory",
         says="1f1b-P1-M4: rank 0 holds 2 live activations in slot 1, and may hold 1 ",
@@ -124,7 +124,7 @@ FAULTS = (
         7,
         "forward receive and backward send not in one batch",
         TABLE,
-        "batch += [(op(action, row), row) for action in step if action in exists]",
+        "messages += [(op(action, row), row) for action in step if action in exists]",
         "slots += [((op(action, row), row),) for action in step if action in exists]",
         check="prove",
         rule="deadlock",
@@ -134,14 +134,14 @@ FAULTS = (
         1,
         "both sides send first, receives put off",
         TABLE,
-        """                if batch:
-                    slots.append(tuple(batch))
-                    batch.clear()""",
-        """                if batch:
+        """                if messages:
+                    slots.append(tuple(messages))
+                    messages.clear()""",
+        """                if messages:
                     for first in ("S", "R"):
-                        part = tuple(item for item in batch if item[0].kind.startswith(first))
+                        part = tuple(item for item in messages if item[0].kind.startswith(first))
                         slots += [part] if part else []
-                    batch.clear()""",
+                    messages.clear()""",
         check="prove",
         rule="deadlock",
         says="rank 0 waits in slot 3 .0SF1>. until rank 1 receives .* and rank 1 gets no further than slot 3",
@@ -150,8 +150,8 @@ FAULTS = (
         0,
         "a stack where a queue was meant: the W that waited least is run first",
         TABLE,
-        "oldest = waiting.popleft()",
-        "oldest = waiting.pop()",
+        "oldest = deferred.popleft()",
+        "oldest = deferred.pop()",
         check="prove",
         rule="accumulation",
         says="adds the weight gradient of microbatch",

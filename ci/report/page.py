@@ -27,7 +27,7 @@ def page(judgement: Judgement) -> dict[str, Any]:
     return {
         "title": "Schedule gate",
         "verdict": judgement.exit_code.name.lower(),
-        "lead": f"{counts} {left} larger ones are not drawn." if left else counts,
+        "lead": f"{counts} {left} of the schedules are not drawn." if left else counts,
         "first": next((schedule["name"] for schedule in drawn if told and schedule["name"] == told[0][1].schedule), ""),
         "checks": [
             [outcome.check, outcome.verdict.value, f"{outcome.seconds:.1f}", outcome.told, outcome.why]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def publish(judgement: Judgement, root: Path, output: Path | None, html: Path | 
     if output is not None:
         problems += _write(output / "gate.xml", junit(judgement)) + _write(output / "gate.sarif", sarif(judgement))
         pages.append((output / "gate.html").resolve())
-    return problems + [problem for page in pages if (problem := _draw(judgement, root, page))]
+    return problems + _draw(judgement, root, pages)
 
 
 def publish_complaint(error: Exception, output: Path | None) -> None:
@@ -96,9 +97,15 @@ def _write(file: Path, text: str, mode: str = "w") -> list[str]:
     return []
 
 
-def _draw(judgement: Judgement, root: Path, file: Path) -> str:
-    """Write the page with the timelines; returns why it could not be, or nothing."""
-    done = run(python("-m", "ci.timelines", str(file)), root, PAGE_LIMIT_S, given=json.dumps(page(judgement)))
-    if done.code == 0:
-        return ""
-    return f"{file.name}: {f'{PAGE_LIMIT_S:g} s were not enough' if done.code is None else done.last_words}"
+def _draw(judgement: Judgement, root: Path, files: Sequence[Path]) -> list[str]:
+    """Draw the page with the timelines once and write it to each of the files; returns what could not be written."""
+    if not files:
+        return []
+    with tempfile.TemporaryDirectory(prefix="gate-page-") as folder:
+        drawn = Path(folder) / "gate.html"
+        done = run(python("-m", "ci.timelines", str(drawn)), root, PAGE_LIMIT_S, given=json.dumps(page(judgement)))
+        if done.code == 0:
+            html = drawn.read_text(encoding="utf-8")
+            return [problem for file in files for problem in _write(file, html)]
+    why = f"{PAGE_LIMIT_S:g} s were not enough" if done.code is None else done.last_words
+    return [f"{file.name}: {why}" for file in files]

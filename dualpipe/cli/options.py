@@ -17,6 +17,7 @@ from dualpipe.schedule.text import load
 
 NAMES = ", ".join(PLANS)
 MOST_SECONDS = 1_000_000
+LEAST_GIBIBYTES, MOST_GIBIBYTES = 0.2, 100_000
 _LONGEST_NAME = 255
 """Bytes in the name of a file, on every file system that Linux is used with."""
 
@@ -31,6 +32,15 @@ def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
     if value is not None and not 0 < value <= MOST_SECONDS:
         raise RuleError(
             f"{option.opts[-1]} is more than 0 and at most {MOST_SECONDS} seconds", f"got {value:g}", "correct it"
+        )
+    return value
+
+
+def gibibytes(option: typer.CallbackParam, value: float | None) -> float | None:
+    """Reject limits of memory in which Z3 cannot even start."""
+    if value is not None and not LEAST_GIBIBYTES <= value <= MOST_GIBIBYTES:
+        raise RuleError(
+            f"{option.opts[-1]} is {LEAST_GIBIBYTES} to {MOST_GIBIBYTES} GiB", f"got {value:g}", "correct it"
         )
     return value
 

@@ -19,6 +19,7 @@ from dualpipe.cli.options import (
     Several,
     find_schedule,
     find_schedules,
+    gibibytes,
     seconds,
 )
 from dualpipe.cli.progress import progress
@@ -61,7 +62,15 @@ def prove(
     solver_timeout: Annotated[
         float | None,
         typer.Option(
-            help="Seconds for each question to Z3, 300 by default; then a check is unknown.", callback=seconds
+            help="Seconds for each question to Z3; 120 by default, and none about more than 200,000 ops.",
+            callback=seconds,
+        ),
+    ] = None,
+    solver_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB of memory for Z3, 6 by default or half of the machine's; beyond, a check is unknown.",
+            callback=gibibytes,
         ),
     ] = None,
     all_sizes: Annotated[
@@ -92,7 +101,9 @@ def prove(
     With several schedules it is the worst of them: 2, then 1, 3, 0.
     """
     from dualpipe.cli import proving
+    from proofs.solver import MEMORY_BYTES
 
+    memory = MEMORY_BYTES if solver_memory is None else int(solver_memory * 2**30)
     if all_sizes or optimal:
         judging: dict[str, object] = {
             "--max-activations": max_activations,
@@ -121,13 +132,17 @@ def prove(
     with progress() as begin:
         if all_sizes:
             family = schedule if _was_given(context, "schedule") else None
-            raise typer.Exit(interruptible(lambda: proving.prove_all_sizes(as_json, begin, family)))
+            raise typer.Exit(interruptible(lambda: proving.prove_all_sizes(as_json, begin, family, memory)))
         if optimal:
             size = 4 if ranks is None else ranks
             count = 2 * size if microbatches is None else microbatches
-            raise typer.Exit(interruptible(lambda: proving.prove_optimal(size, count, solver_timeout, as_json, begin)))
+            raise typer.Exit(
+                interruptible(lambda: proving.prove_optimal(size, count, solver_timeout, as_json, begin, memory))
+            )
         to_smtlib = next((each.write for each in files if each.form is SMTLIB), None)
-        options = proving.Options(model, max_activations, bytes_for_b, bytes_for_w, to_smtlib, solver_timeout, as_json)
+        options = proving.Options(
+            model, max_activations, bytes_for_b, bytes_for_w, to_smtlib, solver_timeout, memory, as_json
+        )
         sources: list[Source]
         if schedules:
             sources = [source for name in schedules for source in _sources(name, ranks, microbatches, entry_timeout)]

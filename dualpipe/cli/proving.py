@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
+from proofs.apart import Apart
 from proofs.models import parse_models
-from proofs.optimal import optimal
+from proofs.optimal import SECONDS
 from proofs.prove import Begin, Report, prove, smtlib
+from proofs.solver import MEMORY_BYTES, SHARED, Solver
 from proofs.theorems import families, prove_all
 from proofs.theorems.family import Family
 from proofs.verdict import ExitCode, Refuted, Unknown, worst
@@ -35,6 +37,7 @@ class Options:
     bytes_for_w: str | None = None
     smtlib: Callable[[str], None] | None = None
     solver_timeout: float | None = None
+    solver_memory: int = MEMORY_BYTES
     as_json: bool = False
 
 
@@ -62,30 +65,43 @@ def prove_sources(
     parse_models(options.model)
     if options.smtlib is not None and len(sources) != 1:
         raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
-    codes = []
+    if options.solver_memory == SHARED.memory_bytes:
+        return worst(_each(sources, options, show, begin, SHARED))
+    with Solver(options.solver_memory) as solver:
+        return worst(_each(sources, options, show, begin, solver))
+
+
+def _each(
+    sources: Sequence[Source], options: Options, show: Callable[[Outcome], None], begin: Begin, solver: Solver
+) -> Iterator[ExitCode]:
+    """Prove each source, print its report and yield its exit code."""
     for name, get in sources:
+        begin(0, 1, f"{name}: reading")
         try:
             schedule = get()
-            report = _prove(schedule, name, options, begin)
+            report = _prove(schedule, name, options, begin, solver)
         except (RuleError, OSError) as error:
-            codes.append(ExitCode.BAD_INPUT)
+            yield ExitCode.BAD_INPUT
             print(f"dualpipe: {error}", file=sys.stderr)
             if options.as_json:
                 print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
             show(Outcome(name, error=str(error)))
             continue
-        codes.append(report.exit_code)
+        yield report.exit_code
         if options.as_json:
             print(json.dumps(report.as_json() | {"source": name}))
         else:
             print(report.text(), end="")
         show(Outcome(name, schedule, report))
-    return worst(codes)
 
 
-def prove_all_sizes(as_json: bool, begin: Begin = _silent, family: str | None = None) -> ExitCode:
+def prove_all_sizes(
+    as_json: bool, begin: Begin = _silent, family: str | None = None, solver_memory: int = MEMORY_BYTES
+) -> ExitCode:
     """Prove the theorems for every size, one line each; those of one family where its name is given."""
-    results = prove_all(begin, None if family is None else [_family(family)])
+    chosen = None if family is None else [_family(family)]
+    with Apart(solver_memory) as apart:
+        results = prove_all(begin, chosen, by=apart.prove)
     begin(len(results), len(results), "")
     for result in results:
         print(json.dumps(result.as_json()) if as_json else result.text)
@@ -107,17 +123,24 @@ def _family(name: str) -> Family:
 
 
 def prove_optimal(
-    ranks: int, microbatches: int, solver_timeout: float | None, as_json: bool, begin: Begin = _silent
+    ranks: int,
+    microbatches: int,
+    solver_timeout: float | None,
+    as_json: bool,
+    begin: Begin = _silent,
+    solver_memory: int = MEMORY_BYTES,
 ) -> ExitCode:
     """Find and prove the least makespan of a size; unknown where the solver gave up."""
     begin(0, 1, "the least makespan")
-    found = optimal(ranks, microbatches) if solver_timeout is None else optimal(ranks, microbatches, solver_timeout)
+    seconds = SECONDS if solver_timeout is None else solver_timeout
+    with Apart(solver_memory) as apart:
+        found = apart.optimal(ranks, microbatches, seconds)
     begin(1, 1, "")
     print(json.dumps(found.as_json()) if as_json else found.text)
     return ExitCode.UNKNOWN if isinstance(found.verdict, Unknown) else ExitCode.PROVED
 
 
-def _prove(schedule: Schedule, name: str, options: Options, begin: Begin) -> Report:
+def _prove(schedule: Schedule, name: str, options: Options, begin: Begin, solver: Solver) -> Report:
     models = parse_models(options.model)
     if options.smtlib is not None:
         options.smtlib(smtlib(schedule, models[0], options.max_activations))
@@ -129,6 +152,7 @@ def _prove(schedule: Schedule, name: str, options: Options, begin: Begin) -> Rep
         bytes_per_stage=_bytes_per_stage(schedule, options),
         label=schedule.name or name,
         begin=lambda done, total, check: begin(done, total, f"{name}: {check}"),
+        solver=solver,
     )
 
 

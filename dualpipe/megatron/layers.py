@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from dualpipe.runtime.split_linear import Layer, Run, SplitStage, find_layers, linear_layer
+from dualpipe.runtime.split_linear import Layer, SplitStage, find_layers, linear_layer
 from dualpipe.runtime.weightgrad import WeightGradStore, training
 
 Delayed = Callable[[], None]
@@ -94,7 +94,7 @@ def _fused(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     return (torch.zeros_like if zero else torch.empty_like)(weight)
 
 
-def _forward_impl(layer: Layer, run: Run, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+def _forward_impl(layer: Layer, stage: SplitStage, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
     """What a layer of a stage runs in place of its class's ``_forward_impl``."""
     method: Callable[..., Tensor] = type(layer.module)._forward_impl  # type: ignore[attr-defined] # of both kinds
     stock = partial(method, layer.module, input, weight, *args, **options)
@@ -110,7 +110,7 @@ def _forward_impl(layer: Layer, run: Run, input: Tensor, weight: Tensor, *args: 
         options["tp_group"],
         training(weight, options["bias"]),
     )
-    return run.apply(use, input, stock, layer.within)
+    return stage.apply(use, input, stock, layer.within)
 
 
 @dataclass(frozen=True)

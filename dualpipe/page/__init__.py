@@ -1,7 +1,7 @@
 """One self-contained HTML page about schedules: timelines, the counterexample drawn over them, tables.
 
-``render`` is pure and gives the whole page as text.  It needs neither the prover nor torch: what was proved comes in
-as plain values, ``Counterexample`` and ``Table``.
+``render`` is pure and gives the whole page as text.  It needs neither the prover nor torch: results arrive as
+plain values, ``Counterexample`` and ``Table``.
 """
 
 from dualpipe.page.changes import Change, changes

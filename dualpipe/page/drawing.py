@@ -13,7 +13,7 @@ needs       for each op, ``;`` between: the needed ops, each as its distance bac
             and its text where the schedule has no such op
 peers       for each message op the rank at the other end, or null
 meets       numbers of a send and of the receive that it met, one after the other
-waits       who goes no further: the number of the op that stands there, and the reason
+waits       blocked ranks: the number of the op at which each is blocked, and the reason
 changed     for each rank the slots that the other schedule does not have
 tones       for each lane the tone of each stage, by number (``dualpipe.timeline.chart.Tone``); ``names`` has the tones'
 ==========  =====================================================================================================
@@ -124,23 +124,23 @@ def _ops(schedule: Schedule, starts: list[list[int]], rank: int, slot: int, op: 
 def _times(timeline: Timeline, rank: int, line: float) -> list[float]:
     program, spans = timeline.schedule.programs[rank], timeline.spans[rank]
     shown = [(span.start, span.end) for span in spans]
-    stands = spans[-1].end if spans else 0.0
-    shown += [(stands, line)] if len(spans) < len(program) else []
+    stopped = spans[-1].end if spans else 0.0
+    shown += [(stopped, line)] if len(spans) < len(program) else []
     clock = line + _gap(timeline.costs) / 4
     for slot in program[len(shown) :]:
         takes = timeline.costs.slot(slot) if slot[0].kind in COMPUTE else 0.0
         shown.append((clock, clock + takes))
         clock += takes
-    told: list[float] = []
+    times: list[float] = []
     before = 0.0
     for start, end in ((round(start, 4), round(end, 4)) for start, end in shown):
-        told += [_short(start - before), _short(end - start)]
+        times += [_short(start - before), _short(end - start)]
         before = end
-    return told
+    return times
 
 
 def _gap(costs: Costs) -> float:
-    """How long a rank that stands still is drawn to do so after the last thing ended."""
+    """For how long a blocked rank is drawn after its last op ended."""
     return max(costs.F, costs.B, costs.W)
 
 
@@ -158,15 +158,15 @@ def _needs(schedule: Schedule, placed: Sequence[Placed]) -> str:
     where: defaultdict[Op, list[int]] = defaultdict(list)
     for number, at in enumerate(placed):
         where[at.op.bare].append(number)
-    told = []
+    needed = []
     for number, at in enumerate(placed):
         needs = (_distance(placed, where, number, need) for need in schedule.needs(at.op))
-        told.append(",".join(needs))
-    return ";".join(told)
+        needed.append(",".join(needs))
+    return ";".join(needed)
 
 
 def _distance(placed: Sequence[Placed], where: dict[Op, list[int]], number: int, need: Op) -> str:
-    """How far back the needed op stands: the nearest before on the same rank, else the first of all."""
+    """How far back the needed op is: the nearest one before on the same rank, else the first of all."""
     found = where.get(need)
     if not found:
         return f"?{need}".replace("<", "{")

@@ -12,7 +12,7 @@ from dualpipe.schedule import MESSAGES, SENDS
 def numbers(runs: Sequence[Run], compared: bool) -> Table:
     """One column a run, and with ``compared`` a last one for what changed.
 
-    Of a schedule that gets stuck only what its programs say is known: the messages, and that it never ends.
+    A schedule that gets stuck has no makespan, bubble or peaks: its column has the messages alone.
     """
     rows = [_row(name, [value(ran) for ran in runs], compared) for name, value in ROWS.items()]
     head = ["before", "after", "change"] if compared else ["value"]
@@ -21,8 +21,8 @@ def numbers(runs: Sequence[Run], compared: bool) -> Table:
 
 def _row(name: str, values: list[float | tuple[int, ...] | None], compared: bool) -> list[str]:
     percent = name.endswith("share")
-    told = [_text(value, percent, name) for value in values]
-    return [name, *told, _change(values[0], values[-1], percent)] if compared else [name, *told]
+    cells = [_text(value, percent, name) for value in values]
+    return [name, *cells, _change(values[0], values[-1], percent)] if compared else [name, *cells]
 
 
 def _text(value: float | tuple[int, ...] | None, percent: bool, name: str) -> str:

@@ -67,7 +67,7 @@ def _comparison(section: Comparison, anchor: str) -> str:
         f'<section class="comparison" id="{anchor}" aria-labelledby="{anchor}-name">',
         f'<header><h2 id="{anchor}-name">{escape(section.name)}</h2>{_badge(section.verdict)}',
         f'<p class="source">{escape(_facts(section))}</p></header>',
-        f'<div class="layout{" told" if section.counterexamples else ""}">',
+        f'<div class="layout{" with-stories" if section.counterexamples else ""}">',
         '<div class="board"></div>',
         _stories(section.counterexamples),
         '<div class="tables">',
@@ -89,7 +89,7 @@ def _data(
         changed = [slot for change in found for slot in _slots(change, word)]
         title = word if len(shown) > 1 else ""
         drawings.append({"title": title, **drawing(ran, changed)})
-    judged = section.after or section.before
+    last = section.after or section.before
     return {
         "name": section.name,
         "drawings": drawings,
@@ -97,7 +97,7 @@ def _data(
             {
                 "title": example.title,
                 "story": example.story,
-                "marks": [marked(judged, mark) for mark in example.marks] if judged else [],
+                "marks": [marked(last, mark) for mark in example.marks] if last else [],
             }
             for example in section.counterexamples
         ],
@@ -130,8 +130,8 @@ def _contents(comparisons: Sequence[Comparison]) -> str:
 
 def _stories(counterexamples: Sequence[Counterexample]) -> str:
     """The stories in words; the script makes them point at the timeline."""
-    told = (f'<h3>{escape(one.title)}</h3><p class="plain">{escape(one.story)}</p>' for one in counterexamples)
-    text = "".join(told)
+    stories = (f'<h3>{escape(one.title)}</h3><p class="plain">{escape(one.story)}</p>' for one in counterexamples)
+    text = "".join(stories)
     return f'<aside class="stories" aria-label="Counterexample">{text}</aside>' if text else ""
 
 
@@ -186,7 +186,7 @@ def _line(sign: str, place: str, text: str) -> str:
 
 
 def _json(data: object) -> str:
-    """JSON that may stand inside a script element: no ``<`` can end it."""
+    """JSON for the inside of a script element: no ``<`` can end it."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -37,9 +37,9 @@ function readOp(word, slot, ops, { tones, names }) {
 
 /* needs: ops, or the text of an op that the schedule does not have. */
 function joinNeeds(ops, needs) {
-  const told = ops.length ? needs.split(";") : [];
+  const needed = ops.length ? needs.split(";") : [];
   ops.forEach((op, number) => {
-    op.needs = told[number]
+    op.needs = needed[number]
       .split(",")
       .filter(Boolean)
       .map((need) => (need[0] === "?" ? need.slice(1).replace("{", "<") : ops[number - need]));

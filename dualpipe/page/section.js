@@ -10,19 +10,19 @@ function makeSection(node) {
   const view = makeView(Math.max(...schedules.map((one) => one.end), 1e-6), 3 * schedules[0].unit);
   const timelines = schedules.map((schedule) => makeTimeline(schedule, view, labelOf(data.name, schedule)));
   const section = { node, data, view, timelines, example: data.counterexamples.length ? 0 : null, shown: true };
-  const judged = timelines[timelines.length - 1];
+  const after = timelines[timelines.length - 1];
 
   section.showExample = () => {
     const example = data.counterexamples[section.example];
-    judged.focused = null;
-    judged.mark(section.shown && example ? example.marks : []);
+    after.focused = null;
+    after.mark(section.shown && example ? example.marks : []);
   };
-  section.aim = () => aim(section, judged);
+  section.aim = () => aim(section, after);
   const figures = timelines.map((timeline, index) => figureOf(schedules[index], timeline));
   const stage = element("div", { class: "stage" }, toolbarOf(section, schedules), ...figures, hint(), ...schedules.map(programOf));
   node.querySelector(".board").append(stage);
   const stories = node.querySelector(".stories");
-  if (stories) fillStories(stories, section, judged);
+  if (stories) fillStories(stories, section, after);
   section.showExample();
   timelines.forEach((timeline) => timeline.resize());
   if (section.example !== null) section.aim();
@@ -80,17 +80,17 @@ function toolbarOf(section, schedules) {
 }
 
 /* The words and colours of the key that pictures have, and what only a page shows. */
-function legend(schedules, told) {
+function legend(schedules, hasExamples) {
   const entry = (text, ...kinds) => element("li", {}, ...kinds.map((kind) => element("span", { class: `swatch ${kind}` })), text);
   const entries = [...new Map(schedules.map(({ names }) => [names.join(), names])).values()].flatMap(shadesOf);
   entries.push(entry("bubble", "bubble"), entry("send", "send", "send gradient"), entry("receive", "receive", "receive gradient"));
   if (schedules.some(({ ranks }) => ranks.flat().some((slot) => slot.changed))) entries.push(entry("changed", "changed"));
   if (schedules.some(({ stuck }) => stuck !== null)) entries.push(entry("not reached", "unreached"));
-  if (told) entries.push(entry("counterexample", "fault"));
+  if (hasExamples) entries.push(entry("counterexample", "fault"));
   return element("ul", { class: "legend", "aria-label": "Legend" }, ...entries);
 }
 
-/* For each kind the shades of its tones; the first one says which is which. */
+/* For each kind the shades of its tones; the first one names the tones. */
 function shadesOf(names) {
   const which = names.length > 1 ? `: ${names.join(", ")}` : "";
   return ["forward", "backward", "weights"].map((kind, index) => {
@@ -126,7 +126,7 @@ function programOf(schedule) {
   return details;
 }
 
-function fillStories(aside, section, judged) {
+function fillStories(aside, section, after) {
   const { counterexamples } = section.data;
   const panel = `${section.node.id}-story`;
   const body = element("div", { class: "story", role: "tabpanel", id: panel, "aria-label": "Story" });
@@ -149,7 +149,7 @@ function fillStories(aside, section, judged) {
       tab.setAttribute("aria-selected", other === index);
       tab.tabIndex = other === index ? 0 : -1;
     });
-    body.replaceChildren(...storyOf(section, judged, counterexamples[index]));
+    body.replaceChildren(...storyOf(section, after, counterexamples[index]));
     section.showExample();
     if (asked) section.aim();
   };
@@ -158,29 +158,29 @@ function fillStories(aside, section, judged) {
   aside.replaceChildren(heading, list, body);
 }
 
-/* The steps that the timeline numbers, and what the story says besides. */
-function storyOf(section, judged, { story, marks }) {
-  const told = marks.map((mark) => mark.sentence);
-  const rest = story.split("\n").filter((text) => !told.some((sentence) => sentence.includes(text)));
-  const steps = marks.map((mark, index) => stepOf(section, judged, mark, index));
-  const covered = told.length && told.join("\n").includes(story) ? [] : rest;
+/* The steps that the timeline numbers, and the lines of the story that they leave out. */
+function storyOf(section, after, { story, marks }) {
+  const sentences = marks.map((mark) => mark.sentence);
+  const rest = story.split("\n").filter((text) => !sentences.some((sentence) => sentence.includes(text)));
+  const steps = marks.map((mark, index) => stepOf(section, after, mark, index));
+  const covered = sentences.length && sentences.join("\n").includes(story) ? [] : rest;
   const list = steps.length ? [element("ol", {}, ...steps)] : [];
   return [...list, ...covered.map((text) => element("p", {}, text))];
 }
 
-function stepOf(section, judged, mark, index) {
+function stepOf(section, after, mark, index) {
   const number = element("span", { class: "step", "aria-hidden": "true" }, String(index + 1));
   const step = button("", mark.sentence, () => {
-    const op = judged.scene.schedule.ops[mark.at[0]];
+    const op = after.scene.schedule.ops[mark.at[0]];
     if (!section.shown) return;
     section.view.reveal(op.x0, op.x1);
-    judged.node.scrollIntoView({ block: "nearest" });
+    after.node.scrollIntoView({ block: "nearest" });
   });
   step.removeAttribute("title");
   step.append(number, element("span", {}, mark.sentence));
   const focus = (value) => () => {
-    judged.focused = value;
-    judged.refresh();
+    after.focused = value;
+    after.refresh();
   };
   ["pointerenter", "focus"].forEach((event) => step.addEventListener(event, focus(index)));
   ["pointerleave", "blur"].forEach((event) => step.addEventListener(event, focus(null)));

@@ -17,7 +17,7 @@ const place = (op) => `rank ${op.slot.rank}, slot ${op.slot.number}`;
 function when(op) {
   const { start, end, reached, waits } = op.slot;
   if (op.reason) return `stuck here: ${op.reason}`;
-  if (!reached) return waits ? "the rank stands here and waits" : "not reached";
+  if (!reached) return waits ? "the rank waits here" : "not reached";
   return end > start ? `time ${number(start)} to ${number(end)}` : `posted at time ${number(start)}`;
 }
 
@@ -42,8 +42,8 @@ function describeNeed(need) {
 
 function sentence(op) {
   const needs = op.needs.map((need) => describeNeed(need)[1]).join("; ");
-  const told = describe(op).map(([, text]) => text);
-  return `${op.text}: ${told.join(". ")}. Needs ${needs || "nothing"}.`;
+  const parts = describe(op).map(([, text]) => text);
+  return `${op.text}: ${parts.join(". ")}. Needs ${needs || "nothing"}.`;
 }
 
 function element(tag, attributes = {}, ...children) {
@@ -53,7 +53,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-function tell(op) {
+function contents(op) {
   const lines = describe(op).map(([kind, text]) => element("p", { class: kind }, text));
   const needs = op.needs.map((need) => {
     const [kind, text] = describeNeed(need);
@@ -67,7 +67,7 @@ function tell(op) {
 const tooltip = {
   show(op, box) {
     const tip = document.getElementById("tooltip");
-    tip.replaceChildren(...tell(op));
+    tip.replaceChildren(...contents(op));
     tip.hidden = false;
     const { width, height } = tip.getBoundingClientRect();
     const left = Math.min(Math.max(8, (box.left + box.right - width) / 2), innerWidth - width - 8);

@@ -1,6 +1,6 @@
 """The process that calls an entry point ``module:function`` and hands back the text of its schedules.
 
-It runs as a process of its own, so that whatever the foreign code does to its interpreter (exit, hang, change of
+It runs as a process of its own, so that nothing the foreign code does to its interpreter (exit, hang, change of
 directory, threads, replaced modules) stays there.  What goes back is one file, ``FOLDER/answer``, which appears
 complete or not at all::
 

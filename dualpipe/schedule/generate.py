@@ -30,7 +30,7 @@ class SizeError(RuleError):
 N, H, h, odd = symbol("N"), symbol("H"), symbol("h"), symbol("odd")
 
 OUTER: Table = (
-    Row("1 warm up", 2 * (N - h - 1), "RF0 F0 SF0"),
+    Row("1 warm-up", 2 * (N - h - 1), "RF0 F0 SF0"),
     Row("2 receive ahead", 1, "RF0"),
     Row("2 other lane enters", h, "F0 RF0 RF1 F1 SF1 SF0"),
     Row("2 last", 1, "F0 RF0 RF1 F1 SF1 SF0"),
@@ -38,10 +38,10 @@ OUTER: Table = (
     Row("4 first", 1, "RB1 F0+B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
     Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
     Row("5 forwards end", N - h - 1, "RB1 B1+W1 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
-    Row("6 whole", (h + odd) // 2, "RB1 B1+W1 SB1 RB0 B0+W0 SB0"),
+    Row("6 full", (h + odd) // 2, "RB1 B1+W1 SB1 RB0 B0+W0 SB0"),
     Row("6 turn", 1 - odd, "RB1 B1+W1 SB1 RB0 B0 SB0"),
     Row("6 split", (h + odd) // 2, "RB1 B1 SB1 RB0 B0 SB0"),
-    Row("7 cool down", N - h - 1, "W RB0 B0 SB0"),
+    Row("7 cooldown", N - h - 1, "W RB0 B0 SB0"),
     Row("8 weights", h + 1, "W"),
 )
 
@@ -57,20 +57,20 @@ MIDDLE: Table = vary(
 P, M, r = symbol("P"), symbol("M"), symbol("r")
 
 ONE_F_ONE_B: Table = (
-    Row("1 warm up", P - r - 1, "RF0 F0 SF0"),
+    Row("1 warm-up", P - r - 1, "RF0 F0 SF0"),
     Row("2 receive ahead", 1, "RF0"),
     Row("2 one forward, one backward", M - P + r, "F0 SF0 RB0 B0+W0 SB0 RF0"),
     Row("2 last", 1, "F0 SF0 RB0 B0+W0 SB0"),
-    Row("3 cool down", P - r - 1, "RB0 B0+W0 SB0"),
+    Row("3 cooldown", P - r - 1, "RB0 B0+W0 SB0"),
 )
 
 ZB1P: Table = (
-    Row("1 warm up", P - r - 1, "RF0 F0 SF0"),
+    Row("1 warm-up", P - r - 1, "RF0 F0 SF0"),
     Row("2 receive ahead", 1, "RF0"),
-    Row("2 weights wait", r, "F0 SF0 RB0 B0 SB0 RF0"),
+    Row("2 weights deferred", r, "F0 SF0 RB0 B0 SB0 RF0"),
     Row("3 one of each", M - P, "F0 SF0 RB0 B0 SB0 RF0 W"),
     Row("3 last", 1, "F0 SF0 RB0 B0 SB0 W"),
-    Row("4 cool down", P - r - 1, "RB0 B0 SB0 W"),
+    Row("4 cooldown", P - r - 1, "RB0 B0 SB0 W"),
     Row("5 weights", r, "W"),
 )
 
@@ -182,7 +182,7 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
 
 
 def zb1p(ranks: int, microbatches: int) -> Schedule:
-    """ZB1P (ZB-H1): 1F1B with W put off, at 1F1B's memory; at least ``ranks`` microbatches."""
+    """ZB1P (ZB-H1): 1F1B with W deferred, at 1F1B's memory; at least ``ranks`` microbatches."""
     return generate("zb1p", ranks, microbatches)
 
 

@@ -1,17 +1,16 @@
-"""Adds the messages to an order of computes that has none: 1F1B from a paper, a table from another framework.
+"""Adds messages to an order of computes that has none: 1F1B from a paper, a table from another framework.
 
-The greedy rule, to send what was just made and receive what comes next, deadlocks on real tables.  Here computes
-and messages are put in *one* total order, by the times at which they could happen at the earliest; a message
-happens right when its producer ends, before any compute that starts then.  The program of a rank is what the order
-holds of it::
+A greedy lowering, which sends each result at once and receives what the next compute needs, deadlocks on real tables.
+Here computes and messages are put in *one* total order, by the earliest time at which each can happen.  A message
+happens when its producer ends, before any compute that starts then.  The program of a rank is its part of that order::
 
     order    0F0>   0SF0> 1RF0>   0F1>   1F0>   0SF1> 1RF1>   1F1>
     rank 0   0F0>   0SF0>         0F1>          0SF1>
     rank 1                1RF0>          1F0>         1RF1>   1F1>
 
-A message is one event that both sides reach at the same place of the order.  So the k-th send meets the k-th
-receive, and the first event that has not happened never waits for a later one: no deadlock, even where every
-message slot blocks.  Joining neighbouring message slots only posts messages earlier, and changes neither.
+A message is one event, at one place of the order for both sides.  So the k-th send matches the k-th receive, and the
+first event that has not happened never waits for a later one: there is no deadlock, even where every message slot
+blocks.  Joining neighbouring message slots only posts messages earlier; both properties remain.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from typing import NamedTuple
 
 from dualpipe.schedule import COMPUTE, RECEIVES, Op, Placed, Schedule, ScheduleError, Slot
 
-_MOST_TOLD = 8
-"""How many ranks an error speaks of."""
+_MOST_SHOWN = 8
+"""How many ranks an error lists."""
 
 
 class Blocked(NamedTuple):
@@ -35,9 +34,9 @@ class Blocked(NamedTuple):
 
 
 class OrderError(ScheduleError):
-    """An order of computes that cannot get messages.  ``at`` is the first op to blame.
+    """An order of computes that messages cannot be added to.  ``at`` is the first op at fault.
 
-    ``blocked`` has, where computes wait for each other or for one that nobody runs, the op at which each rank stops.
+    Where computes wait for each other, or for one that no rank runs, ``blocked`` has the op at which each rank stops.
     """
 
     def __init__(self, rule: str, got: str, fix: str, at: Placed, blocked: tuple[Blocked, ...] = ()) -> None:
@@ -109,13 +108,13 @@ def _origin(schedule: Schedule, receive: Op) -> tuple[Op, Op]:
 
 
 def _computes_before(schedule: Schedule, op: Op) -> Iterator[Op]:
-    """The computes that must be over before a compute, those behind a message included."""
+    """The computes that must have completed before a compute, those across a message included."""
     for need in schedule.needs(op):
         yield _origin(schedule, need)[1] if need.kind in RECEIVES else need
 
 
 def _homes(schedule: Schedule) -> dict[Op, Placed]:
-    """Where each compute stands.  Raises ``OrderError`` for anything but computes, once each, on their own rank."""
+    """The place of each compute.  Raises ``OrderError`` for a message, a repeated compute, or one on the wrong rank."""
     homes: dict[Op, Placed] = {}
     for placed in schedule:
         rank, slot, _, op = placed
@@ -140,10 +139,10 @@ def _homes(schedule: Schedule) -> dict[Op, Placed]:
 
 
 def _earliest_starts(schedule: Schedule, homes: dict[Op, Placed]) -> list[list[int]]:
-    """For each rank when its slots start at the earliest, if every compute takes 1 and a slot the sum of its own."""
+    """For each rank the earliest starts of its slots, where a compute takes 1 and a slot the sum of its computes."""
     starts: list[list[int]] = [[] for _ in schedule.programs]
     clocks = [0] * schedule.ranks
-    over: dict[Op, int] = {}
+    completed: dict[Op, int] = {}
     sleeping: dict[Op, list[int]] = {}
     blocked: dict[int, Blocked] = {}
     ready = deque(range(schedule.ranks))
@@ -154,17 +153,17 @@ def _earliest_starts(schedule: Schedule, homes: dict[Op, Placed]) -> list[list[i
         for number in range(len(starts[rank]), len(program)):
             slot = program[number]
             needs = list(_needs_of_slot(schedule, slot))
-            missing = next(((position, need) for position, need in needs if need not in over), None)
+            missing = next(((position, need) for position, need in needs if need not in completed), None)
             if missing is not None:
                 position, need = missing
                 blocked[rank] = Blocked(Placed(rank, number, position, slot[position]), need)
                 sleeping.setdefault(need, []).append(rank)
                 break
-            start = max([clocks[rank], *(over[need] for _, need in needs)])
+            start = max([clocks[rank], *(completed[need] for _, need in needs)])
             starts[rank].append(start)
             clocks[rank] = start + len(slot)
             for op in slot:
-                over[op] = clocks[rank]
+                completed[op] = clocks[rank]
                 ready.extend(sleeping.pop(op, ()))
     if blocked:
         raise _impossible(tuple(blocked[rank] for rank in sorted(blocked)), homes)
@@ -172,7 +171,7 @@ def _earliest_starts(schedule: Schedule, homes: dict[Op, Placed]) -> list[list[i
 
 
 def _needs_of_slot(schedule: Schedule, slot: Slot) -> Iterator[tuple[int, Op]]:
-    """The computes that a slot waits for, each with the position of the op that does; not those earlier within it."""
+    """The computes outside a slot that it waits for, each with the position of the op that needs it."""
     for position, op in enumerate(slot):
         for need in _computes_before(schedule, op):
             if need not in slot[:position]:
@@ -180,11 +179,11 @@ def _needs_of_slot(schedule: Schedule, slot: Slot) -> Iterator[tuple[int, Op]]:
 
 
 def _impossible(blocked: tuple[Blocked, ...], homes: dict[Op, Placed]) -> OrderError:
-    stops = [_stop(at, homes.get(need), need) for at, need in blocked[:_MOST_TOLD]]
-    if len(blocked) > _MOST_TOLD:
-        stops.append(f"and so do {len(blocked) - _MOST_TOLD} ranks more")
+    stops = [_stop(at, homes.get(need), need) for at, need in blocked[:_MOST_SHOWN]]
+    if len(blocked) > _MOST_SHOWN:
+        stops.append(f"and so do {len(blocked) - _MOST_SHOWN} ranks more")
     return OrderError(
-        "every compute comes after what it needs, whichever rank that is on",
+        "every compute runs after what it needs, on this rank or another",
         ", ".join(stops),
         "run what is needed earlier",
         blocked[0].at,

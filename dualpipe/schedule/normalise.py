@@ -1,7 +1,7 @@
 """Values as callers give them, made plain: numpy's integers, kinds and lanes as text, lists for tuples.
 
-A ``Schedule`` is made of ``int``, ``str``, ``Kind``, ``Lane``, ``Op`` and tuples of these, whatever it was given.
-Everything here raises ``ScheduleError`` for what cannot be that.
+A ``Schedule`` holds ``int``, ``str``, ``Kind``, ``Lane``, ``Op`` and tuples of these, and nothing else.  Every function
+here raises ``ScheduleError`` for a value that cannot be converted.
 """
 
 from __future__ import annotations

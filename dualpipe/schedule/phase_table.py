@@ -1,14 +1,14 @@
 """A phase table: the order of a pipeline schedule as data, for every size at once.
 
-A row says *how often* and *what*; an affine expression in the sizes says how often, so the same rows that are
-expanded for one size can be reasoned about for all sizes::
+A row is a count and a body.  The count is an affine expression in the sizes, so the rows that are expanded for one
+size can also be reasoned about for all sizes::
 
     Row("1", 2 * (N - h - 1), "RF0 F0 SF0")
 
 ``F0`` is the forward of the rank's chunk 0.  The k-th F of a chunk is of microbatch k, and so for B and the
-messages; a table has no counters.  ``W0`` is the weight gradient of the ``B0`` before it, ``W`` without a chunk the
-one that has waited longest.  Ops joined by ``+`` share a slot.  The messages between two computes, whichever rows
-they stand in, are one batch.  A message that would leave the lane's end, or stay on its rank, does not exist.
+messages; a table has no counters.  ``W0`` is the weight gradient of the ``B0`` before it; ``W`` without a chunk is
+the one deferred longest.  Ops joined by ``+`` share a slot.  The messages between two computes, of one row or of
+several, share a slot too.  A message beyond a lane's end, or between two stages of one rank, is left out.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Affine:
     __rmul__ = __mul__
 
     def at(self, sizes: Mapping[str, int]) -> int:
-        """The value at the given sizes; the division must come out even."""
+        """The value at the given sizes; the division must leave no remainder."""
         value = sum(c * sizes[name] for name, c in self.terms.items()) + self.constant
         quotient, rest = divmod(value, self.divisor)
         if rest:
@@ -90,7 +90,7 @@ def symbol(name: str) -> Affine:
 
 
 class Action(NamedTuple):
-    """A kind and the chunk it works on; ``chunk`` is ``None`` for the weight gradient that has waited longest."""
+    """A kind and the chunk it works on; ``chunk`` is ``None`` for the weight gradient deferred longest."""
 
     kind: Kind
     chunk: int | None
@@ -115,7 +115,7 @@ def _action(text: str) -> Action:
 
 @dataclass(frozen=True)
 class Row:
-    """``count`` repetitions of ``body``; a phase that needs several rows says so in their names ("4 first", "4")."""
+    """``count`` repetitions of ``body``.  Rows of one phase share its number in their names: "4 first", "4 last"."""
 
     name: str
     count: Affine | int
@@ -136,7 +136,7 @@ Table = tuple[Row, ...]
 
 
 def vary(table: Table, *rows: Row) -> Table:
-    """The table with the rows of the same names replaced: how a variant says only what differs."""
+    """The table with the rows of the same names replaced, so that a variant states only its differences."""
     changed = {row.name: row for row in rows}
     unknown = changed.keys() - {row.name for row in table}
     if unknown:
@@ -149,7 +149,7 @@ def expand(
 ) -> Program:
     """The slots of one rank.
 
-    ``sizes`` gives the table's symbols; ``chunks[c]`` says which stage of which lane the table's chunk ``c`` is.
+    ``sizes`` gives the table's symbols their values; ``chunks[c]`` is the table's chunk ``c``.
     """
     return tuple(tuple(op for op, _ in slot) for slot in trace(table, sizes, chunks, routes))
 
@@ -157,19 +157,19 @@ def expand(
 def trace(
     table: Table, sizes: Mapping[str, int], chunks: tuple[Chunk, ...], routes: Mapping[Lane, tuple[int, ...]]
 ) -> tuple[tuple[tuple[Op, Row], ...], ...]:
-    """The slots of one rank, each op with the row that it comes from: where a fault of a slot was written."""
+    """The slots of one rank, each op with the row that it was expanded from."""
     exists = _existing_messages(chunks, Routes(routes))
     done: dict[Action, int] = {}
-    waiting: deque[Op] = deque()
+    deferred: deque[Op] = deque()
     slots: list[tuple[tuple[Op, Row], ...]] = []
-    batch: list[tuple[Op, Row]] = []
+    messages: list[tuple[Op, Row]] = []
 
     def op(action: Action, row: Row) -> Op:
         kind, chunk = action
         if chunk is None:
-            if not waiting:
-                raise IndexError(f"row {row.name!r} runs a W and none waits at {dict(sizes)}")
-            oldest = waiting.popleft()
+            if not deferred:
+                raise IndexError(f"row {row.name!r} runs a W and none is deferred at {dict(sizes)}")
+            oldest = deferred.popleft()
             return Op(W, oldest.lane, oldest.stage, oldest.mb)
         mb = done[Action(B, chunk)] - 1 if kind is W else done.get(action, 0)
         done[action] = mb + 1
@@ -180,16 +180,16 @@ def trace(
         for _ in range(row.times(sizes)):
             for step in row.steps:
                 if step[0].kind in MESSAGES:
-                    batch += [(op(action, row), row) for action in step if action in exists]
+                    messages += [(op(action, row), row) for action in step if action in exists]
                     continue
-                if batch:
-                    slots.append(tuple(batch))
-                    batch.clear()
+                if messages:
+                    slots.append(tuple(messages))
+                    messages.clear()
                 slot = tuple((op(action, row), row) for action in step)
                 slots.append(slot)
-                waiting += _deferred(slot)
-    if batch:
-        slots.append(tuple(batch))
+                deferred += _deferred(slot)
+    if messages:
+        slots.append(tuple(messages))
     return tuple(slots)
 
 

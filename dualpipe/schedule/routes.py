@@ -78,7 +78,7 @@ class Routes(Mapping[Lane, tuple[int, ...]]):
         return neighbour is not None and neighbour != self.rank_of(op)
 
     def needs(self, op: Op) -> tuple[Op, ...]:
-        """The ops that must be over before ``op`` can be: the only copy of this rule.
+        """The ops that must have completed before ``op`` can: the dependency rule, written once.
 
         A receive needs its send, which is on another rank; every other need is on the op's own rank.  Where
         neighbouring stages share a rank there is no message, and F needs F (or B needs B) directly::

@@ -65,7 +65,7 @@ def dumps(schedule: Schedule) -> str:
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:
-    """The schedule as an object for JSON: what its text says, each slot in the words of the text form."""
+    """The schedule as an object for JSON: the content of its text, each slot as the text writes it."""
     return {
         "schedule": schedule.name,
         "ranks": schedule.ranks,
@@ -77,7 +77,7 @@ def as_json(schedule: Schedule) -> dict[str, Any]:
 
 
 def digest(schedule: Schedule) -> str:
-    """SHA-256 of the schedule's text in hexadecimal, by which ranks see that they run the same schedule."""
+    """SHA-256 of the schedule's text in hexadecimal, by which ranks check that they run the same schedule."""
     return hashlib.sha256(dumps(schedule).encode()).hexdigest()
 
 
@@ -114,7 +114,7 @@ def loads(text: str, source: str = "<string>") -> Schedule:
 
 
 class _Parser:
-    """One pass over the lines, then the rank lines against the lanes (which may stand after them)."""
+    """One pass over the lines, then the rank lines against the lanes (which may follow them)."""
 
     def __init__(self, source: str) -> None:
         self.source = source

@@ -44,14 +44,14 @@ def loads_csv(text: str, source: str = "<string>") -> Schedule:
     Raises
     ------
     ScheduleSyntaxError
-        For a cell that is no action, a stage that no rank or two ranks run, a compute that stands twice, and an
+        For a cell that is no action, a stage that no rank or two ranks run, a compute that is there twice, or an
         order that cannot be run; with line and column.
     """
     return _Table(source).read(text)
 
 
 class _Table:
-    """The rows of a table on their way to a schedule."""
+    """Parses one table; ``source`` is its name in errors."""
 
     def __init__(self, source: str) -> None:
         self.source = source

@@ -1,7 +1,6 @@
 """The immutable ``Schedule``: what every rank does, in order.
 
-``Routes.needs`` is the only copy of the dependency rule in the package.  ``dualpipe.schedule.text`` reads and prints
-the text form.
+``Routes.needs`` is the dependency rule, written once.  ``dualpipe.schedule.text`` reads and prints the text form.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Schedule:
     ----------
     routes:
         For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` of two lanes is the same layers, so two
-        lanes mean two copies of each stage's weights.
+        lanes mean two replicas of each stage.
     programs:
         For each rank its slots.  The ops of a slot are issued together, slots run in order.
     name:

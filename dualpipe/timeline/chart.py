@@ -1,6 +1,6 @@
-"""Where every compute op of a timeline stands, for whoever draws it: cells, frames, gaps and tones.
+"""A timeline as the drawings need it: cells, frames, gaps and tones.
 
-A slot of several computes is one span of time.  Here it is divided among its ops in proportion to what each costs::
+A slot of several computes is one span of time.  Here it is divided among its ops in proportion to their costs::
 
     span      0F3>+3B1<+3W1<  from 6 to 9
     cells     0F3> 6..7   3B1< 7..8   3W1< 8..9        a frame around all three, for F and B overlap
@@ -34,7 +34,7 @@ class Stretch(NamedTuple):
 
 
 class Tone(NamedTuple):
-    """What shares a shade: the ``chunk``-th stage of a lane on its rank.
+    """What has one shade: the ``chunk``-th stage of a lane on its rank.
 
     DualPipe has two tones, one a lane; DualPipeV two of one lane, on the way down the V and on the way back.
     """
@@ -52,7 +52,7 @@ class Chart:
     cells:
         One for each compute op, rank by rank in order.
     wholes:
-        For the B of each full backward (its W stands in the same slot) that W's cell.
+        For the B of each full backward whose W follows at once, the cell of that W.
     frames:
         The slots in which a forward and a backward overlap.
     gaps:
@@ -113,7 +113,7 @@ def overlaps(slot: Slot) -> bool:
 
 
 def wholes(cells: Iterable[Cell]) -> dict[Placed, Cell]:
-    """The full backwards: the cell of W by the place of its B, where W follows B at once in one slot."""
+    """The cell of W by the place of its B, for the full backwards in which W follows B at once."""
     return {
         b.at: w
         for b, w in pairwise(cells)
@@ -138,7 +138,7 @@ def tones(schedule: Schedule) -> dict[Tone, tuple[int, ...]]:
 
 
 def named(tones: Mapping[Tone, tuple[int, ...]]) -> tuple[str, ...]:
-    """What tells each tone from the others: its lane, its stages, both, or nothing where there is one."""
+    """The name of each tone: its lane, its stages or both, as far as these distinguish it; empty for a single tone."""
     lanes = [key.lane for key in tones]
     names = []
     for lane, stages in zip(lanes, tones.values(), strict=True):

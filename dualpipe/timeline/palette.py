@@ -1,7 +1,7 @@
 """The colours of a timeline: a hue for each kind of compute, a shade for each ``dualpipe.timeline.chart.Tone``.
 
-Forward is blue, backward orange and weights grey, hues that every kind of colour blindness tells apart.  The first tone
-is light and the last one dark, and within a tone forward is the darkest, so that a print in black and white tells too.
+Forward is blue, backward orange and weights grey, hues that differ under every kind of colour blindness.  The first
+tone is light and the last one dark, and within a tone forward is the darkest, so it is readable in black and white.
 
 Pictures and the terminal have the ``LIGHT`` scheme; the page on a dark screen has the hues of ``DARK``.
 """

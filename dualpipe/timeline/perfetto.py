@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from dualpipe.files import write_whole
 from dualpipe.schedule import F, Op, Placed, W, show_slot
 from dualpipe.timeline.run_log import RunLog, Work, simulated
-from dualpipe.timeline.summary import headline, tell_costs
+from dualpipe.timeline.summary import describe_costs, headline
 from dualpipe.timeline.timeline import Timeline
 
 Event = dict[str, Any]
@@ -65,7 +65,7 @@ def of_timeline(timeline: Timeline) -> dict[str, Any]:
     about = {
         "schedule": name,
         "sizes": sizes,
-        "costs": tell_costs(timeline.costs),
+        "costs": describe_costs(timeline.costs),
         "scale": f"one unit of time is {MICROSECONDS_PER_UNIT:g} us",
     }
     return trace([Scaled(simulated(timeline, f"simulated {name}, {sizes}"))], about)
@@ -99,8 +99,8 @@ def _names(pid: int, name: str, parts: Sequence[Scaled]) -> Iterator[Event]:
         lanes = 1 + max((lane for part in own for lane in _packed(part, rank).values()), default=-1)
         for lane in range(lanes):
             tracks[_message_track(ranks, rank, lane)] = f"rank {rank} messages" + (f" {lane + 1}" if lane else "")
-    for order, (tid, told) in enumerate(tracks.items()):
-        yield _head("thread_name", pid, tid, {"name": told})
+    for order, (tid, label) in enumerate(tracks.items()):
+        yield _head("thread_name", pid, tid, {"name": label})
         yield _head("thread_sort_index", pid, tid, {"sort_index": order})
 
 
@@ -114,8 +114,8 @@ def _work(pid: int, part: Scaled) -> Iterator[Event]:
         slot = tuple(work.at.op for work in works)
         start, end = part.at(works[0].start), part.at(works[-1].end)
         if len(works) > 1:
-            told = {"rank": rank, "slot": number}
-            yield _slice(show_slot(slot), "slot", pid, 1 + rank, start, end, told)
+            arguments = {"rank": rank, "slot": number}
+            yield _slice(show_slot(slot), "slot", pid, 1 + rank, start, end, arguments)
         for work in works:
             args = _args(part.run, work.at) | ({"note": work.note} if work.note else {})
             yield _slice(str(work.at.op), work.at.op.kind, pid, 1 + rank, part.at(work.start), part.at(work.end), args)

@@ -31,7 +31,7 @@ from dualpipe.files import write_whole
 from dualpipe.schedule import B, F, Kind, W
 from dualpipe.timeline.chart import Cell, Chart, Tone, chart, named, tone
 from dualpipe.timeline.palette import GROUND, INK, LIGHT, NAMES, colour, ink
-from dualpipe.timeline.summary import headline, tell_costs
+from dualpipe.timeline.summary import describe_costs, headline
 from dualpipe.timeline.timeline import Timeline
 
 __all__ = ["draw", "render", "write"]
@@ -66,7 +66,7 @@ def draw(timeline: Timeline) -> Figure:
     Every compute op is one rectangle of the ``PolyCollection`` whose gid is its kind and tone, such as ``F>0``; those
     with the gids ``overlap`` and ``bubble`` hold the frames and the waiting times.  The figure grows with the
     schedule up to 26 inches.  Beyond that the numbers in the cells shrink, and where one would need less than 4
-    points it is left out, which the caption then says.
+    points it is left out, and the caption says how many were.
     """
     drawing = chart(timeline)
     with _style():
@@ -89,7 +89,7 @@ def render(figure: Figure, form: Form) -> bytes:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib as it comes, whatever the user's own settings are; restored afterwards."""
+    """matplotlib with its default settings instead of the user's, which are restored afterwards."""
     fonts = {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"]}
     own = {"svg.hashsalt": "dualpipe", "svg.fonttype": "none", "hatch.linewidth": 0.6, **fonts}
     with style.context(["default", own]):
@@ -169,7 +169,7 @@ def _frames(axes: Axes, drawing: Chart, point: float) -> None:
 
 
 def _numbers(axes: Axes, drawing: Chart, point: float) -> int:
-    """Write the microbatches' numbers into the cells; say in how many there was no room.
+    """Write the microbatches' numbers into the cells; return in how many there was no room.
 
     A number is as large as its cell allows for the longest of the schedule, so that equal cells look alike.
     """
@@ -209,13 +209,13 @@ def _axes(axes: Axes, ranks: int, makespan: float) -> None:
 def _caption(figure: Figure, drawing: Chart, left_out: int, whole: tuple[float, float]) -> None:
     timeline = drawing.timeline
     name, sizes = headline(timeline.schedule)
-    told = f"makespan {timeline.makespan:g}, bubble {timeline.bubble_share:.1%} of the ranks' time; "
-    told += f"costs {tell_costs(timeline.costs)}"
+    figures = f"makespan {timeline.makespan:g}, bubble {timeline.bubble_share:.1%} of the ranks' time; "
+    figures += f"costs {describe_costs(timeline.costs)}"
     if left_out:
-        told += f"; {left_out} numbers have no room"
+        figures += f"; {left_out} numbers have no room"
     left = _LEFT / whole[0]
     figure.text(left, 1 - 0.26 / whole[1], f"{name}, {sizes}", size=11, weight="bold", color=INK, va="baseline")
-    figure.text(left, 1 - 0.48 / whole[1], told, size=8, color=INK, va="baseline")
+    figure.text(left, 1 - 0.48 / whole[1], figures, size=8, color=INK, va="baseline")
 
 
 def _legend(figure: Figure, drawing: Chart, whole: tuple[float, float]) -> None:

@@ -1,7 +1,7 @@
-"""When everything happens: a schedule and its costs give a timeline.
+"""Simulates a schedule: with the costs of its ops it gives a timeline.
 
-A message of the k-th send of one rank to another meets the k-th receive that the other posts from it, whatever either
-side takes it to be: messages carry no tag.
+Messages carry no tag: the k-th send of one rank to another matches the k-th receive that the other posts from it,
+also where the two name different messages.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dualpipe.timeline.timeline import CostError, Costs, Message, Span, Timeline
 
 __all__ = ["CostError", "Costs", "Message", "Span", "Stuck", "Timeline", "Wait", "simulate"]
 
-_MOST_TOLD = 8
-"""How many waits an error tells."""
+_MOST_SHOWN = 8
+"""How many waits an error lists."""
 
 
 class Wait(NamedTuple):
-    """A rank that goes no further: what stands there, and the op that it needs and does not get.
+    """A rank that is blocked: the op at which it is blocked, and the op that this one needs.
 
-    Where the op that stands there is a message which never meets its partner, it needs itself, from ``peer``.
+    A message that is never matched needs itself, from ``peer``.
     """
 
     at: Placed
@@ -33,21 +33,21 @@ class Wait(NamedTuple):
         rank, slot, _, op = self.at
         place = f"rank {rank} in slot {slot}"
         if op != self.need:
-            return f"{place} cannot begin {op}: {self.need} has not been there before"
+            return f"{place} cannot begin {op}: {self.need} has not run before it"
         if self.peer is None:
             return f"{place} waits for {op} to meet its partner, and no such rank exists"
         return f"{place} waits for rank {self.peer} to post the partner of {op}"
 
 
 class Stuck(ScheduleError):  # noqa: N818 - the field says that a pipeline is stuck
-    """A schedule that cannot finish.  ``waits`` says who waits for what, ``reached`` is the timeline up to there."""
+    """A schedule that cannot finish.  ``waits`` has the blocked ranks, ``reached`` the timeline until then."""
 
     def __init__(self, waits: tuple[Wait, ...], reached: Timeline) -> None:
         self.waits, self.reached = waits, reached
-        more = [f"and {len(waits) - _MOST_TOLD} more wait"] if len(waits) > _MOST_TOLD else []
+        more = [f"and {len(waits) - _MOST_SHOWN} more wait"] if len(waits) > _MOST_SHOWN else []
         super().__init__(
             "every rank reaches its end and every message meets a partner",
-            ", ".join([*map(str, waits[:_MOST_TOLD]), *more]),
+            ", ".join([*map(str, waits[:_MOST_SHOWN]), *more]),
             "run `dualpipe prove` on the schedule for the reason",
         )
 
@@ -57,16 +57,16 @@ def simulate(
 ) -> Timeline:
     """Run the schedule on ideal ranks and links.
 
-    Every rank runs its slots in order.  A message slot posts its messages and ends; a message is there ``latency``
-    after both sides have posted it, and a compute waits for the receives that it needs.  With ``blocking`` a message
-    slot ends only once every message in it is there, as after a plain ``batch_isend_irecv`` and ``wait``.  With
-    ``eager`` a message sets out when it is sent: its latency passes whether or not its receive has been posted.
+    Every rank runs its slots in order.  A message slot posts its messages and ends; a message completes
+    ``latency`` after both sides have posted it, and a compute waits for the receives that it needs.  With ``blocking``
+    a message slot ends only when all its messages have completed, as after ``batch_isend_irecv`` and ``wait``.  With
+    ``eager`` the latency begins when the send is posted, whether or not its receive has been posted.
 
     Raises
     ------
     Stuck
-        If a rank cannot reach its end: an op comes before what it needs on its own rank, or a message, also one that
-        nobody needs, never meets a partner.
+        If a rank cannot reach its end: an op runs before what it needs on its own rank, or a message (needed or not) is
+        never matched.
     """
     return _Run(schedule, Costs() if costs is None else costs, blocking, eager).finish()
 
@@ -86,13 +86,13 @@ class _Posted:
 
 @dataclass
 class _Rank:
-    """How far a rank has come."""
+    """The progress of a rank."""
 
     clock: float = 0.0
     spans: list[Span] = field(default_factory=list)
-    over: set[Op] = field(default_factory=set)
+    done: set[Op] = field(default_factory=set)
     posted: dict[Op, _Posted] = field(default_factory=dict)
-    batch: list[_Posted] = field(default_factory=list)  # the messages of the slot that is being waited for
+    waited: list[_Posted] = field(default_factory=list)  # the messages of the slot that has not ended
     wait: Wait | None = None
 
     def end_slot(self, ops: Slot, start: float, end: float) -> None:
@@ -123,8 +123,8 @@ class _Run:
         while self.awake:
             self.advance(self.awake.popleft())
         waits = [state.wait for state in self.ranks if state.wait is not None]
-        told = {wait.at for wait in waits}
-        waits += [side.wait() for side in self.sides if side.completed is None and side.at not in told]
+        listed = {wait.at for wait in waits}
+        waits += [side.wait() for side in self.sides if side.completed is None and side.at not in listed]
         spans = tuple(tuple(state.spans) for state in self.ranks)
         timeline = Timeline(self.schedule, self.costs, spans, tuple(self.messages))
         if waits:
@@ -140,12 +140,12 @@ class _Run:
             state.wait = step(state, [Placed(rank, len(state.spans), position, op) for position, op in enumerate(slot)])
 
     def compute(self, state: _Rank, slot: list[Placed]) -> Wait | None:
-        """Run a compute slot, or say what it waits for."""
+        """Run a compute slot, or return what it waits for."""
         ops = tuple(placed.op for placed in slot)
         start = state.clock
         for at in slot:
             for need in self.schedule.needs(at.op):
-                if need in state.over or need in ops[: at.position]:
+                if need in state.done or need in ops[: at.position]:
                     continue
                 side = state.posted.get(need)
                 if side is None:
@@ -154,21 +154,21 @@ class _Run:
                     return side.wait()
                 start = max(start, side.completed)
         state.end_slot(ops, start, start + self.costs.slot(ops))
-        state.over.update(ops)
+        state.done.update(ops)
         return None
 
     def communicate(self, state: _Rank, slot: list[Placed]) -> Wait | None:
         """Post the messages of a slot; in the blocking model, also wait for them."""
-        if not state.batch:
+        if not state.waited:
             for at in slot:
-                missing = [need for need in self.schedule.needs(at.op) if need not in state.over]
+                missing = [need for need in self.schedule.needs(at.op) if need not in state.done]
                 if missing and at.op.kind in SENDS:
                     return Wait(at, missing[0], None)
-            state.batch = [self.post(state, at) for at in slot]
-        ends = [side.completed for side in state.batch if side.completed is not None]
+            state.waited = [self.post(state, at) for at in slot]
+        ends = [side.completed for side in state.waited if side.completed is not None]
         if self.blocking and len(ends) < len(slot):
-            return next(side.wait() for side in state.batch if side.completed is None)
-        state.batch = []
+            return next(side.wait() for side in state.waited if side.completed is None)
+        state.waited = []
         state.end_slot(tuple(at.op for at in slot), state.clock, max(ends) if self.blocking else state.clock)
         return None
 
@@ -191,7 +191,7 @@ class _Run:
         return side
 
     def complete(self, send: _Posted, receive: _Posted) -> None:
-        sets_out = send.time if self.eager else max(send.time, receive.time)
-        there = max(sets_out + self.costs.latency, receive.time)
-        send.completed = receive.completed = there
-        self.messages.append(Message(send.at, receive.at, send.time, receive.time, there))
+        departs = send.time if self.eager else max(send.time, receive.time)
+        completed = max(departs + self.costs.latency, receive.time)
+        send.completed = receive.completed = completed
+        self.messages.append(Message(send.at, receive.at, send.time, receive.time, completed))

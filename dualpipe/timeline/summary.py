@@ -1,4 +1,4 @@
-"""What ``dualpipe simulate`` says of a timeline, as data and as text."""
+"""The summary of a timeline that ``dualpipe simulate`` prints, as data and as text."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def parse_costs(text: str) -> Costs:
     return Costs(**given)
 
 
-def tell_costs(costs: Costs) -> str:
-    """Costs as ``parse_costs`` reads them; BW, FB and latency only where they say something."""
+def describe_costs(costs: Costs) -> str:
+    """Costs as ``parse_costs`` reads them; BW, FB and latency only where they differ from the default."""
     default = Costs()
     given = {name: getattr(costs, name) for name in COSTS}
-    told = {n: value for n, value in given.items() if n in ("F", "B", "W") or value != getattr(default, n)}
-    return ",".join(f"{name}={value:g}" for name, value in told.items())
+    shown = {n: value for n, value in given.items() if n in ("F", "B", "W") or value != getattr(default, n)}
+    return ",".join(f"{name}={value:g}" for name, value in shown.items())
 
 
 def headline(schedule: Schedule) -> tuple[str, str]:
@@ -72,7 +72,7 @@ def summarise(timeline: Timeline) -> Summary:
     )
 
 
-def tell(summary: Summary) -> str:
+def describe(summary: Summary) -> str:
     """The summary as a few aligned lines."""
     head = ", ".join(_headline(summary["schedule"], summary["ranks"], summary["microbatches"]))
     rows = ["rank  bubble  peak activations  peak pending W"]

@@ -74,10 +74,10 @@ def lines(timeline: Timeline, width: int) -> list[Text]:
             "draw a picture instead (--svg FILE)",
         )
     name, sizes = headline(timeline.schedule)
-    told = f"makespan {timeline.makespan:g}, bubble {timeline.bubble_share:.1%} of the ranks' time"
+    figures = f"makespan {timeline.makespan:g}, bubble {timeline.bubble_share:.1%} of the ranks' time"
     rows = [_row(drawing, grid, rank) for rank in range(len(timeline.spans))]
     return [
-        Text(f"{name}, {sizes}: {told}"),
+        Text(f"{name}, {sizes}: {figures}"),
         *_bands([_ruler(drawing, grid), *rows], grid),
         _key(drawing, any(JOINT in row.plain for row in rows)),
         *_missing(drawing, grid, width),

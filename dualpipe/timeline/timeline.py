@@ -1,6 +1,6 @@
-"""What a simulation needs and what it gives: the costs, and the timeline with its bubble and its peaks.
+"""The costs that a simulation takes and the timeline that it gives, with its bubble and its peaks.
 
-Time has whatever unit the costs are in.
+Times are in the unit of the costs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MOST = 1e100
 
 
 class CostError(RuleError):
-    """A cost that nothing can have."""
+    """A cost outside its range."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What things take, in any unit of time.
+    """The time that ops and messages take, in any unit.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Costs:
         An overlapped slot ``F+B+W``; ``F + BW``, no credit for the overlap, if not given.  A slot of F and B that
         leaves W for later gets the same credit in proportion: it takes ``(F + B) * FB / (F + BW)``.
     latency:
-        How long a message travels, once both sides have posted it.
+        The time from when both sides have posted a message to its completion.
 
     The model in which one full backward costs 2 however it is split is ``Costs(B=2, BW=2)``; an overlapped pair then
     costs 3.
@@ -57,7 +57,7 @@ class Costs:
             if cost is not None and not 0 <= cost <= _MOST:
                 raise CostError(f"a cost is a number from 0 to {_MOST:g}", f"{name} is {cost}", "correct it")
         if self.FB is not None and self.F + self.backward == 0:
-            raise CostError("what costs nothing cannot be overlapped", f"FB is {self.FB}", "give F, B or W a cost")
+            raise CostError("FB needs computes that take time", f"FB is {self.FB}", "give F, B or W a cost")
 
     @property
     def backward(self) -> float:
@@ -67,16 +67,16 @@ class Costs:
     def slot(self, slot: Slot) -> float:
         """What a slot of computes takes."""
         kinds = [op.kind for op in slot]
-        whole = len(full_backwards(slot))
+        full = len(full_backwards(slot))
         forwards, backwards, weights = kinds.count(F), kinds.count(B), kinds.count(W)
-        total = forwards * self.F + (backwards - whole) * self.B + (weights - whole) * self.W + whole * self.backward
+        total = forwards * self.F + (backwards - full) * self.B + (weights - full) * self.W + full * self.backward
         if self.FB is None or not (forwards and backwards):
             return total
         return total / (self.F + self.backward) * self.FB
 
 
 class Span(NamedTuple):
-    """One slot of one rank from start to end.  A message slot ends at once, or in the blocking model once it is met."""
+    """One slot of one rank from start to end.  A message slot ends at once; if blocking, when its messages complete."""
 
     slot: int
     ops: Slot
@@ -85,7 +85,7 @@ class Span(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A send and the receive that it meets: where they stand, when each was posted, when the message was there."""
+    """A send and the receive that it matches: their places, when each was posted, when the message completed."""
 
     send: Placed
     receive: Placed
@@ -115,7 +115,7 @@ class Timeline:
 
     @cached_property
     def makespan(self) -> float:
-        """The time at which the last slot or message is over."""
+        """The time at which the last slot or message completes."""
         ends = [spans[-1].end for spans in self.spans if spans]
         return max([0.0, *ends, *(message.completed for message in self.messages)])
 
@@ -133,12 +133,12 @@ class Timeline:
 
     @cached_property
     def bubble_share(self) -> float:
-        """Idle time of all ranks over ``ranks * makespan``: 0 if nobody ever waits."""
+        """Idle time of all ranks over ``ranks * makespan``: 0 if no rank ever waits."""
         return sum(self.bubble) / (len(self.spans) * self.makespan) if self.makespan else 0.0
 
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:
-        """For each rank the most microbatches that are live at once, each from its F until its W is over.
+        """For each rank the most microbatches that are live at once, each from its F to the end of its W.
 
         Counted per stage and lane.  Inside a slot, what is allocated counts before what is released.
         """
@@ -146,10 +146,10 @@ class Timeline:
 
     @cached_property
     def peak_pending_w(self) -> tuple[int, ...]:
-        """For each rank the most W that wait at once: B is over and W is not.
+        """For each rank the most W that are deferred at once: B has run and W has not.
 
-        The W of a full backward, in one slot with its B, never waits.  Inside a slot, what begins to wait counts
-        before what no longer does.
+        The W of a full backward, in one slot with its B, is not deferred.  Inside a slot, what is added counts before
+        what is removed.
         """
         return tuple(_peak(spans, _deferred, _caught_up) for spans in self.spans)
 

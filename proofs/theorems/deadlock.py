@@ -15,11 +15,11 @@ T, so the last E bounds the makespan.  T comes from ``times``; where from does n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from dualpipe.schedule.phase_table import affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
-from proofs.theorems.messages import meetings
 from proofs.theorems.moment import Moment, after, before, end_of, first, moments, start_of
 from proofs.theorems.obligation import Link, Obligation
 from proofs.theorems.symbolic import Place, Rank, exactly, is_compute
@@ -51,18 +51,34 @@ def _own_order(family: Family, rank: Rank) -> Iterator[Obligation]:
 
 def _partners(family: Family, link: Link) -> Iterator[Obligation]:
     sends, receives = exactly(*link.meets), exactly(*link.meets.values())
-    for send, receive in meetings(link):
-        met = (*send.guard, *receive.guard, equal(send.before(sends), receive.before(receives)))
-        yield from _posted(family, link, met, send, receive, ("sender", "receiver"))
-        yield from _posted(family, link, met, receive, send, ("receiver", "sender"))
+    received = [_message(family, receive) for receive in link.receiver.places(receives, "j")]
+    for send in (_message(family, send) for send in link.sender.places(sends, "i")):
+        for receive in received:
+            same = equal(send.place.before(sends), receive.place.before(receives))
+            met = (*send.place.guard, *receive.place.guard, same)
+            yield from _posted(link, met, send, receive, ("sender", "receiver"))
+            yield from _posted(link, met, receive, send, ("receiver", "sender"))
+
+
+class _Message(NamedTuple):
+    """A send or a receive, and the computes between which its batch may stand."""
+
+    place: Place
+    before: tuple[Moment, ...]
+    after: tuple[Moment, ...]
+
+
+def _message(family: Family, place: Place) -> _Message:
+    times = family.times[place.rank.kind]
+    return _Message(place, tuple(before(place, times)), tuple(after(place, times)))
 
 
 def _posted(
-    family: Family, link: Link, met: Constraints, this: Place, partner: Place, roles: tuple[str, str]
+    link: Link, met: Constraints, this: _Message, partner: _Message, roles: tuple[str, str]
 ) -> Iterator[Obligation]:
     """What follows ``partner``'s batch comes after what is before ``this`` one's."""
-    for earlier in before(this, family.times[this.rank.kind]):
-        for later in after(partner, family.times[partner.rank.kind]):
+    for earlier in this.before:
+        for later in partner.after:
             yield _in_time(link, met, earlier, later, roles)
 
 

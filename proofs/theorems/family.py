@@ -66,7 +66,8 @@ class Bounds:
     ``live`` is for each chunk the microbatches between F and the end of B, ``memory`` all chunks' between F and the
     end of W, ``pending`` the W that wait (``None`` if none ever does), ``makespan`` the end with every F, B and W
     taking one unit of time.
-    The texts say the same in words.
+    The texts say the same in words.  ``makespan_reached``: whether the schedules of two or more ranks really take that
+    long where messages block, which a test compares.
     """
 
     live: tuple[Affine, ...]
@@ -74,3 +75,4 @@ class Bounds:
     pending: Affine | None
     makespan: Affine
     words: Mapping[str, str]
+    makespan_reached: bool = True

@@ -30,6 +30,7 @@ def messages(family: Family) -> Iterator[Obligation]:
 
 def meetings(link: Link) -> Iterator[tuple[Place, Place]]:
     """Every send and receive that some size may bring together on the link."""
+    receives = link.receiver.places(exactly(*link.meets.values()), "j")
     for send in link.sender.places(exactly(*link.meets), "i"):
-        for receive in link.receiver.places(exactly(*link.meets.values()), "j"):
+        for receive in receives:
             yield send, receive

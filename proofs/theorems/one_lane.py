@@ -19,19 +19,19 @@ from proofs.theorems.symbolic import Rank
 P, M, r = symbol("P"), symbol("M"), symbol("r")
 
 ONE_F_ONE_B_TIMES: Times = {
-    "1 warm up": (r + i,),
+    "1 warm-up": (r + i,),
     "2 one forward, one backward": (3 * P - 2 * r - 3 + 3 * i, 3 * P - 2 * r - 2 + 3 * i),
     "2 last": (3 * M + r - 3, 3 * M + r - 2),
-    "3 cool down": (3 * M + r + 1 + 3 * i,),
+    "3 cooldown": (3 * M + r + 1 + 3 * i,),
     "end": (3 * M + 3 * P - 2 * r - 3,),
 }
 
 ZB1P_TIMES: Times = {
-    "1 warm up": (r + i,),
-    "2 weights wait": (2 * P - r - 2 + 3 * i, 2 * P - r - 1 + 3 * i),
+    "1 warm-up": (r + i,),
+    "2 weights deferred": (2 * P - r - 2 + 3 * i, 2 * P - r - 1 + 3 * i),
     "3 one of each": (2 * P + 2 * r - 2 + 3 * i, 2 * P + 2 * r - 1 + 3 * i, 2 * P + 2 * r + 3 * i),
     "3 last": (3 * M - P + 2 * r - 2, 3 * M - P + 2 * r - 1, 3 * M - P + 2 * r),
-    "4 cool down": (3 * M + r + 2 * i, 3 * M + r + 1 + 2 * i),
+    "4 cooldown": (3 * M + r + 2 * i, 3 * M + r + 1 + 2 * i),
     "5 weights": (3 * M + 2 * P - r - 2 + i,),
     "end": (3 * M + 2 * P - 2,),
 }

@@ -26,8 +26,9 @@ def order(family: Family) -> Iterator[Obligation]:
 
 
 def _after(rank: Rank, action: Action, need: Action) -> Iterator[Obligation]:
+    needed = rank.places(exactly(need), "j")
     for second in rank.places(exactly(action), "i"):
-        for first in rank.places(exactly(need), "j"):
+        for first in needed:
             yield Obligation(
                 rank,
                 f"{second} after {first}",

@@ -84,6 +84,9 @@ Progress = Callable[[int, int, str], None]
 """Called before each theorem with how many are done, how many there are, and the name of the next one."""
 
 
+Prover = Callable[[Family, str, set[str], float], TheoremResult]
+
+
 def families() -> tuple[Family, ...]:
     """The schedules for which there are theorems, the one that is easiest to read first."""
     return one_f_one_b(), zb1p(), dualpipe(), dualpipev()
@@ -95,12 +98,17 @@ def theorems_of(family: Family) -> tuple[str, ...]:
 
 
 def prove_all(
-    progress: Progress | None = None, of: Iterable[Family] | None = None, timeout: float = 10.0
+    progress: Progress | None = None,
+    of: Iterable[Family] | None = None,
+    timeout: float = 10.0,
+    by: Prover | None = None,
 ) -> list[TheoremResult]:
     """Prove every theorem of every family for all sizes; ``timeout`` in seconds for each question to Z3.
 
-    A solver that gives up makes a theorem ``Unknown``, never proved.
+    A solver that gives up makes a theorem ``Unknown``, never proved.  ``by`` proves one theorem as ``prove`` does.  If
+    it is not given that is ``prove`` itself: in this process, without a limit of memory.
     """
+    by = by or prove
     chosen = tuple(families() if of is None else of)
     results: list[TheoremResult] = []
     total = sum(len(theorems_of(family)) for family in chosen)
@@ -109,11 +117,16 @@ def prove_all(
         for name in theorems_of(family):
             if progress:
                 progress(len(results), total, f"{family.name}: {name}")
-            result = prove(family, name, proved, timeout)
+            result = by(family, name, proved, timeout)
             if isinstance(result.verdict, Proved):
                 proved.add(name)
             results.append(result)
     return results
+
+
+def statement(family: Family, name: str) -> str:
+    """What a theorem says of a family, in words."""
+    return f"for {family.sizes}, {THEOREMS[name].says.format_map(family.bounds.words)}"
 
 
 def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) -> TheoremResult:
@@ -139,7 +152,7 @@ def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) ->
         verdict = stuck if isinstance(stuck, Refuted) else verdict
     return TheoremResult(
         name=f"{family.name}: {name}",
-        statement=f"for {family.sizes}, {theorem.says.format_map(family.bounds.words)}",
+        statement=statement(family, name),
         obligations=done.obligations,
         non_vacuous=done.non_vacuous,
         seconds=time.monotonic() - start,

@@ -8,8 +8,9 @@ expands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 from dualpipe.schedule import MESSAGES, B, W
 from dualpipe.schedule.phase_table import Action, Affine, Row, Step, Table, affine, symbol
@@ -61,19 +62,29 @@ class Rank:
         return self._before_row(len(self.table), mark)
 
     def _before_row(self, number: int, mark: Mark) -> Affine:
-        total = affine(0)
-        for row in self.table[:number]:
-            if often := _occurrences(row.steps, mark):
-                total = total + often * self.count(row)
-        return total
+        known = self._counted
+        if (number, mark) not in known:
+            total = affine(0)
+            for row in self.table[:number]:
+                if often := _occurrences(row.steps, mark):
+                    total = total + often * self.count(row)
+            known[number, mark] = total
+        return known[number, mark]
 
-    def places(self, mark: Mark, iteration: str) -> Iterator[Place]:
+    @cached_property
+    def _counted(self) -> dict[tuple[int, Mark], Affine]:
+        """What ``_before_row`` has found so far."""
+        return {}
+
+    def places(self, mark: Mark, iteration: str) -> list[Place]:
         """Every marked action that some size may have, its iteration being the symbol ``iteration``."""
-        for number, row in enumerate(self.table):
-            for s, step in enumerate(row.steps):
-                for p, action in enumerate(step):
-                    if mark(step, p) and self.exists.get(action, ()) is not None:
-                        yield Place(self, number, s, p, symbol(iteration))
+        return [
+            Place(self, number, s, p, symbol(iteration))
+            for number, row in enumerate(self.table)
+            for s, step in enumerate(row.steps)
+            for p, action in enumerate(step)
+            if mark(step, p) and self.exists.get(action, ()) is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ class Place:
     def __str__(self) -> str:
         return f"{self.action} in row {self.the_row.name!r} step {self.step} of {self.rank.name}"
 
-    @property
+    @cached_property
     def guard(self) -> Constraints:
         """The iterations there are, and that the message exists."""
         count = self.rank.count(self.the_row)
@@ -121,12 +132,21 @@ class Place:
         return self._until(mark, 0)
 
     def _until(self, mark: Mark, position: int) -> Affine:
-        steps = self.the_row.steps
-        each, earlier = _occurrences(steps, mark), _occurrences(steps[: self.step], mark)
-        here = sum(mark(self.the_step, p) for p in range(position))
-        return self.rank._before_row(self.row, mark) + each * self.iteration + (earlier + here)
+        known = self._counted
+        if (mark, position) not in known:
+            steps = self.the_row.steps
+            each, earlier = _occurrences(steps, mark), _occurrences(steps[: self.step], mark)
+            here = sum(mark(self.the_step, p) for p in range(position))
+            before = self.rank._before_row(self.row, mark)
+            known[mark, position] = before + each * self.iteration + (earlier + here)
+        return known[mark, position]
 
-    @property
+    @cached_property
+    def _counted(self) -> dict[tuple[Mark, int], Affine]:
+        """What ``_until`` has found so far: a place is compared with many others."""
+        return {}
+
+    @cached_property
     def mb(self) -> Affine:
         """The microbatch: how many of the same action came before; for W of a chunk, that of the B before it."""
         kind, chunk = self.action
@@ -139,7 +159,7 @@ class Place:
         """How many compute slots come before this step."""
         return self.before_step(is_compute)
 
-    @property
+    @cached_property
     def slot(self) -> Affine:
         """A number that orders slots: compute k is ``2k + 1``, and the batch of messages before it is ``2k``."""
         return 2 * self.computes + (0 if self.action.kind in MESSAGES else 1)
@@ -155,8 +175,9 @@ def _occurrences(steps: tuple[Step, ...], mark: Mark) -> int:
     return sum(mark(step, p) for step in steps for p in range(len(step)))
 
 
+@cache
 def exactly(*actions: Action) -> Mark:
-    """Marks these actions."""
+    """Marks these actions.  Returns the same mark for the same actions, so that counts are kept under it."""
     return lambda step, p: step[p] in actions
 
 

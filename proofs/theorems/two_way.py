@@ -23,7 +23,7 @@ N, H, h, odd = symbol("N"), symbol("H"), symbol("h"), symbol("odd")
 half = (h + odd) // 2
 
 OUTER_TIMES: dict[str, tuple[Affine | int, ...]] = {
-    "1 warm up": (h + i,),
+    "1 warm-up": (h + i,),
     "2 other lane enters": (2 * N - h - 2 + 2 * i, 2 * N - h - 1 + 2 * i),
     "2 last": (2 * N + h - 2, 2 * N + h - 1),
     "3 first backwards": (2 * N + h + 3 * i, 2 * N + h + 1 + 3 * i, 2 * N + h + 2 + 3 * i),
@@ -31,10 +31,10 @@ OUTER_TIMES: dict[str, tuple[Affine | int, ...]] = {
     "4 first": (5 * N - 2 * h - 2, 6 * N - 3 * h - 1),
     "4 overlapped": (6 * N - 3 * h + 2 + 6 * i, 6 * N - 3 * h + 5 + 6 * i),
     "5 forwards end": (6 * H - 6 * N + 3 * h + 2 + 6 * i, 6 * H - 6 * N + 3 * h + 5 + 6 * i),
-    "6 whole": (6 * H - 3 * h - 4 + 5 * i, 6 * H - 3 * h - 2 + 5 * i),
+    "6 full": (6 * H - 3 * h - 4 + 5 * i, 6 * H - 3 * h - 2 + 5 * i),
     "6 turn": (6 * H - 4 - half, 6 * H - 2 - half),
     "6 split": (6 * H - half - odd + 3 * i, 6 * H + 1 - half - odd + 3 * i),
-    "7 cool down": (6 * H + h - 1 + 2 * i, 6 * H + h + 2 * i),
+    "7 cooldown": (6 * H + h - 1 + 2 * i, 6 * H + h + 2 * i),
     "8 weights": (6 * H + 2 * N - h - 3 + i,),
     "end": (6 * H + 2 * N - 2,),
 }
@@ -44,7 +44,7 @@ MIDDLE_TIMES: Times = OUTER_TIMES | {
     "2 last": (3 * N - 3, 3 * N - 2),
     "4 first": (3 * N - 1, 3 * N, 3 * N + 2),
     "4 overlapped": (3 * N + 5 + 6 * i, 3 * N + 8 + 6 * i),
-    "6 whole": (6 * H - 3 * N - 1 + 5 * i, 6 * H - 3 * N + 1 + 5 * i),
+    "6 full": (6 * H - 3 * N - 1 + 5 * i, 6 * H - 3 * N + 1 + 5 * i),
 }
 
 LONE_TIMES: Times = OUTER_TIMES | {
@@ -103,7 +103,13 @@ def _two_way(name: str, sizes: str, ranks: Ranks, words: Mapping[str, str]) -> F
         chunks=(0, 1),
         each=H,
         times={"outer": OUTER_TIMES, "middle": MIDDLE_TIMES, "lone": LONE_TIMES},
-        bounds=Bounds((2 * N - h, h + 1), 2 * N + 1, h + 1, 6 * H + 2 * N - 2, words),
+        bounds=Bounds(
+            live=(2 * N - h, h + 1),
+            memory=2 * N + 1,
+            pending=h + 1,
+            makespan=6 * H + 2 * N - 2,
+            words=words,
+        ),
         values=_values,
         world=lambda values: (values["N"] * lanes, values["H"] * lanes),
         turn=dict.fromkeys(("middle", "lone"), TURN) if folded else {},

@@ -28,8 +28,9 @@ def queue(family: Family) -> Iterator[Obligation]:
             (equal(pushed, popped),),
             ("pending", pushed, popped),
         )
+        pushes = rank.places(is_push, "j")
         for pop in rank.places(is_pop, "i"):
-            for push in rank.places(is_push, "j"):
+            for push in pushes:
                 yield Obligation(
                     rank,
                     f"{pop} runs the W of {push}",
@@ -59,8 +60,9 @@ def accumulation(family: Family) -> Iterator[Obligation]:
     """The W of microbatch m + 1 comes after that of microbatch m, chunk by chunk."""
     for rank in family.ranks:
         for chunk in family.chunks:
+            later = list(_weights(rank, chunk, "k", "l"))
             for first in _weights(rank, chunk, "i", "j"):
-                for second in _weights(rank, chunk, "k", "l"):
+                for second in later:
                     yield Obligation(
                         rank,
                         f"{second.name} after {first.name}",
@@ -86,7 +88,8 @@ class _Weight(NamedTuple):
 def _weights(rank: Rank, chunk: int, iteration: str, pushed: str) -> Iterator[_Weight]:
     for place in rank.places(lambda step, p: step[p] == (W, chunk), iteration):
         yield _Weight(str(place), place, place.mb, place.guard)
+    pushes = rank.places(lambda step, p: is_push(step, p) and step[p].chunk == chunk, pushed)
     for pop in rank.places(is_pop, iteration):
-        for push in rank.places(lambda step, p: is_push(step, p) and step[p].chunk == chunk, pushed):
+        for push in pushes:
             same = equal(pop.before(is_pop), push.before(is_push))
             yield _Weight(f"{pop} of {push}", pop, push.mb, (*pop.guard, *push.guard, same))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _MODULES = (
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
     "megatron.core.models.gpt.gpt_layer_specs",

@@ -86,10 +86,27 @@ def test_recorded_times_hide_nothing_else(other, verdict):
 
 def test_the_times_of_a_family_are_found_in_its_file_at_the_row_that_is_told():
     find = times_in(ROOT)
-    place = find("zb1p", "B0 in row '4 cool down' step 1 waits")
-    assert (ROOT / place.path).read_text().splitlines()[place.line - 1].strip().startswith('"4 cool down": (')
+    place = find("zb1p", "B0 in row '4 cooldown' step 1 waits")
+    assert (ROOT / place.path).read_text().splitlines()[place.line - 1].strip().startswith('"4 cooldown": (')
     assert find("dualpipev", "").path == "proofs/theorems/two_way.py"
     assert "_TIMES" in (ROOT / find("1f1b", "").path).read_text().splitlines()[find("1f1b", "").line - 1]
+
+
+def test_a_refuted_bound_is_refused_and_named_beside_the_times_that_no_longer_fit():
+    late = {**theorem("unknown"), "name": "a: deadlock", "reason": SLOWER}
+    verdict, _, (refuted, outdated) = read_theorems(late, {**theorem("refuted"), "name": "a: pending"})
+    assert verdict is Verdict.REFUSED
+    assert "edit pending and its words in the family's bounds, a.py:7" in refuted.message
+    assert (refuted.rule, outdated.rule) == ("theorem", "times")
+
+
+@pytest.mark.parametrize("family", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+def test_a_bound_of_a_family_is_found_in_its_file(family):
+    place = times_in(ROOT)(family, "memory")
+    lines = (ROOT / place.path).read_text().splitlines()
+    assert lines[place.line - 1].strip().startswith("memory=")
+    if family in ("1f1b", "zb1p"):  # two families in one file
+        assert f'"{family}"' in next(line for line in lines[place.line :] if "_one_lane(" in line)
 
 
 def test_theorems_pass_with_the_recorded_counts_and_no_others():
@@ -186,15 +203,17 @@ def marked(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_long_tests_are_run_of_the_files_that_changed_and_counted_of_the_others(marked, workers):
-    def judged(*files: str, long: tuple[str, ...] = ()) -> tuple[Verdict, str]:
+def test_long_tests_are_run_of_the_files_that_changed_and_counted_of_the_others(marked, monkeypatch):
+    def judged(*files: str, long: tuple[str, ...] = (), workers: int = 0) -> tuple[Verdict, str]:
         outcome = run_check(suite.tests(files, "", marked / "tests.xml", workers, False, long), marked)
         return outcome.verdict, outcome.told
 
     both = ("test_a.py", "test_b.py")
+    some = (Verdict.REFUSED, "1 passed, 1 failed, 0 skipped, 1 long test not run")
+    assert judged(*both, long=both[:1], workers=2) == some
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins take longer to import than this takes to run
     assert judged(*both) == (Verdict.PASSED, "1 passed, 0 failed, 0 skipped, 2 long tests not run")
-    assert judged(*both, long=both[:1]) == (Verdict.REFUSED, "1 passed, 1 failed, 0 skipped, 1 long test not run")
+    assert judged(*both, long=both[:1]) == some
     assert judged(*both, long=both) == (Verdict.REFUSED, "2 passed, 1 failed, 0 skipped")
     alone = "none of the selected files has a test that is not long, 1 long test not run"
     assert judged("test_a.py") == (Verdict.SKIPPED, alone)

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
-from ci import judgement
+from ci import imports, judgement, selection
 from ci.change import ScheduleChange
 from ci.errors import GateError
+from ci.gate import main
 from ci.golden import expansion
 from ci.judgement import _cause
 from ci.museum.clone import bring_up_to_date
@@ -24,6 +26,7 @@ PAGE = ROOT / "docs" / "how-to" / "gate.md"
 
 
 def gate(clone, *arguments: str) -> tuple[int, dict, str]:
+    """The gate as a process."""
     command = [sys.executable, "-m", "ci.gate", "--base", "HEAD", "--first", "--json", *arguments]
     env = {**os.environ, **environment(clone.root)}
     done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
@@ -43,9 +46,28 @@ def replace(clone, path: str, old: str, new: str) -> None:
 
 
 @pytest.fixture
+def called(clone, monkeypatch, capsys):
+    """The gate's command called in this process, in the clone: a function that returns what ``gate`` does."""
+    monkeypatch.chdir(clone.root)
+    monkeypatch.setattr(selection, "read", read_once)
+
+    def call(*arguments: str) -> tuple[int, dict, str]:
+        code = main(["--base", "HEAD", "--first", "--json", *arguments])
+        out, err = capsys.readouterr()
+        return code, json.loads(out), err
+
+    return call
+
+
+read_once = cache(imports.read)
+"""All clones have nearly the same sources, and reading them takes seconds."""
+
+
+@pytest.fixture
 def kept(clone, monkeypatch):
     """What the gate says of the clone by itself, without any check that is a process: a function of no arguments."""
     monkeypatch.setattr(judgement, "run_all", lambda *given: [])
+    monkeypatch.setattr(selection, "read", read_once)
 
     def told() -> tuple[int, dict]:
         judged = judgement.judge(clone.root, "HEAD", judgement.Options(first=True), lambda line: None)
@@ -56,12 +78,6 @@ def kept(clone, monkeypatch):
 
 def verdicts(told: dict) -> dict[str, str]:
     return {check["check"]: check["verdict"] for check in told["checks"]}
-
-
-def test_without_a_change_it_passes(clone):
-    code, told, _ = gate(clone)
-    assert (code, told["verdict"], told["changed"]) == (0, "passed", [])
-    assert list(verdicts(told).items()) == [("generator", "passed"), ("golden", "passed"), ("changelog", "passed")]
 
 
 def test_what_the_tree_prints_is_not_its_answer(clone):
@@ -140,13 +156,13 @@ def test_a_refusal_reads_as_the_page_shows(clone):
     env = {**os.environ, **environment(clone.root)}
     done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
-    (refusal,) = re.findall(r"^dualpipe/generate\.py.*\n(?:  .*\n)+", done.stdout, re.M)
+    (refusal,) = re.findall(r"^dualpipe/schedule/generate\.py.*\n(?:  .*\n)+", done.stdout, re.M)
     assert not unlike(shown("dualpipe/schedule/generate.py"), refusal)
 
 
-def test_a_tree_that_does_not_parse_is_refused_and_not_a_crash(clone):
+def test_a_tree_that_does_not_parse_is_refused_and_not_a_crash(clone, kept):
     clone.put("dualpipe/schedule/phase_table.py", "def (\n")
-    code, told, _ = gate(clone)
+    code, told = kept()
     assert code == 1
     (finding,) = told["checks"][0]["findings"]
     assert "SyntaxError" in finding["message"]
@@ -161,11 +177,13 @@ def test_a_base_that_does_not_exist_is_bad_input(clone):
     assert told["error"] in err
 
 
-def test_bad_input_is_told_where_reports_are_looked_for_and_none_of_another_run_stays(clone, tmp_path):
+def test_without_a_change_it_passes_and_bad_input_afterwards_leaves_none_of_its_reports(clone, called, tmp_path):
     reports = tmp_path / "reports"
-    assert gate(clone, "--output", str(reports))[0] == 0
+    code, told, _ = gate(clone, "--output", str(reports))
+    assert (code, told["verdict"], told["changed"]) == (0, "passed", [])
+    assert list(verdicts(told).items()) == [("generator", "passed"), ("golden", "passed"), ("changelog", "passed")]
     assert {file.suffix for file in reports.iterdir()} == {".md", ".xml", ".sarif", ".json", ".html"}
-    code, told, _ = gate(clone, "--output", str(reports), "--base", "nowhere")
+    code, told, _ = called("--output", str(reports), "--base", "nowhere")
     assert code == 2
     assert {file.suffix for file in reports.iterdir()} == {".md", ".json"}
     assert json.loads((reports / "gate.json").read_text()) == told
@@ -193,27 +211,27 @@ LONG = "a" * 300
         (("--root", "{}"), "the gate looks at a git work tree: "),
     ],
 )
-def test_what_cannot_be_read_or_written_is_bad_input_before_any_work(clone, tmp_path, arguments, said):
+def test_what_cannot_be_read_or_written_is_bad_input_before_any_work(called, tmp_path, arguments, said):
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "gate.sarif").mkdir(parents=True)
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    code, told, err = gate(clone, *(argument.format(tmp_path) for argument in arguments))
+    code, told, err = called(*(argument.format(tmp_path) for argument in arguments))
     assert (code, told["verdict"]) == (2, "bad_input")
     (line,) = err.splitlines()
     assert line.startswith(f"gate: {said}")
 
 
-def test_a_summary_of_a_job_that_cannot_be_written_is_bad_input_before_any_work(clone, tmp_path, monkeypatch):
+def test_a_summary_of_a_job_that_cannot_be_written_is_bad_input_before_any_work(called, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "nowhere" / "summary.md"))
-    code, told, err = gate(clone)
+    code, told, err = called()
     assert (code, told["verdict"]) == (2, "bad_input")
     assert err.startswith("gate: GITHUB_STEP_SUMMARY names a file that can be written: ")
 
 
 @pytest.mark.parametrize("path", ["tests/golden/theorems.txt", "tests/golden/digests.txt"])
-def test_a_record_that_cannot_be_read_is_bad_input(clone, path):
+def test_a_record_that_cannot_be_read_is_bad_input(clone, called, path):
     clone.put(path, "what\n")
-    code, _, err = gate(clone)
+    code, _, err = called()
     assert code == 2
     assert "make golden" in err
 

@@ -130,7 +130,10 @@ def exhibit(title: str):
     return next(exhibit for exhibit in EXHIBITS if exhibit.title == title)
 
 
-@pytest.mark.parametrize("title", ["two sends of one batch swapped", "W taken from an empty queue"])
+@pytest.mark.parametrize(
+    "title",
+    [pytest.param("two sends of one batch swapped", marks=pytest.mark.long), "W taken from an empty queue"],
+)
 def test_a_planted_fault_is_refused(title, template, tmp_path):
     seen = visit(exhibit(title), template, tmp_path / "planted")
     assert seen.right, seen

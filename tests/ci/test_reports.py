@@ -194,6 +194,7 @@ def test_everything_is_written_and_the_jobs_summary_is_added_to(refused, tmp_pat
 
 
 def test_a_page_that_cannot_be_drawn_is_told(refused, tmp_path):
+    (tmp_path / "ci.py").touch()  # shadows the package wherever it is installed
     (problem,) = publish(refused, tmp_path, None, tmp_path / "mine.html")
     assert problem.startswith("mine.html: ")
     assert not (tmp_path / "mine.html").exists()

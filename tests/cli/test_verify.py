@@ -40,8 +40,9 @@ def test_verify_and_the_collection_of_the_gpu_tests_need_torch_rich_and_typer_al
 
 
 def test_an_equal_run_in_json(run):
-    report = json.loads(run("verify", "-P", 2, "--steps", 2, "--json").out)
-    assert report["verdict"] == "equal"
+    result = run("verify", "-P", 2, "--steps", 2, "--json")
+    report = json.loads(result.out)
+    assert (report["verdict"], result.err) == ("equal", "")
     assert report["losses"][0] > report["losses"][1]
     assert {party["verdict"] for party in report["parties"].values()} == {"equal"}
     assert report["tensors"] > 200
@@ -60,7 +61,8 @@ def test_a_different_run_names_the_first_parameter_step_and_stage_with_units_in_
     file = tmp_path / "swapped.txt"
     file.write_text(dumps(swapped(generate("dualpipe", 4, 8))))
     result = run("verify", file, "--steps", 1)
-    assert result.code == 1
+    assert (result.code, result.err) == (1, "")
+    assert "\x1b" not in result.out
     assert "NOT EQUAL" in result.out
     assert "processes: step 0, stage" in result.out
     assert "units in the last place" in result.out

@@ -6,7 +6,7 @@ import pytest
 
 
 def test_an_equal_run_prints_a_row_per_stage_and_exits_with_0(run):
-    result = run("verify", "--model", "gpt", "-P", 2, "--steps", 2)
+    result = run("verify", "--model", "gpt", "-P", 2, "--steps", 1)
     assert result.code == 0
     assert "DualPipe: 1 x 4 microbatches on 2 ranks; Megatron's 1F1B: 2 x 2 on 4" in result.out
     rows = [line.split() for line in result.out.splitlines() if line.strip()[:1].isdigit()]

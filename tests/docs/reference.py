@@ -30,13 +30,13 @@ HOW_MADE = "<!-- made by `make docs`; edit what it is made from, not this page -
 
 MODULES: dict[str, tuple[str, str]] = {
     "dualpipe": ("Schedules", "Needs the standard library alone, the names of DeepSeek's package aside."),
-    "dualpipe.schedule.lower": ("Messages for an order of computes", "Pure; needs the standard library alone."),
-    "dualpipe.schedule.torch_table": (
+    "dualpipe.lower": ("Messages for an order of computes", "Pure; needs the standard library alone."),
+    "dualpipe.torchcsv": (
         "Tables of torch.distributed.pipelining",
         "Pure; needs the standard library alone.",
     ),
-    "dualpipe.timeline.simulate": ("Simulation on ideal ranks", "Pure; needs the standard library alone."),
-    "dualpipe.timeline.picture": ("Pictures", "Needs matplotlib."),
+    "dualpipe.simulate": ("Simulation on ideal ranks", "Pure; needs the standard library alone."),
+    "dualpipe.picture": ("Pictures", "Needs matplotlib."),
     "dualpipe.page": ("The report page", "Pure; needs the standard library alone."),
     "dualpipe.pipeline": ("Running a schedule", "Needs torch."),
     "dualpipe.megatron": ("Megatron-core", "Needs megatron-core once a name is used."),
@@ -48,9 +48,9 @@ MODULES: dict[str, tuple[str, str]] = {
 }
 
 TYPES: dict[str, tuple[str, ...]] = {
-    "dualpipe": ("dualpipe.schedule:Program", "dualpipe.schedule:Slot"),
-    "dualpipe.schedule.lower": ("dualpipe.schedule:Placed",),
-    "dualpipe.timeline.picture": ("dualpipe.timeline.picture:Form",),
+    "dualpipe": ("dualpipe.schedule.op:Program", "dualpipe.schedule.op:Slot"),
+    "dualpipe.lower": ("dualpipe.schedule:Placed",),
+    "dualpipe.picture": ("dualpipe.timeline.picture:Form",),
     "dualpipe.pipeline": (
         "dualpipe.runtime.executor:Boundary",
         "dualpipe.runtime.executor:Observer",

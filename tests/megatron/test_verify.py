@@ -11,8 +11,8 @@ from reference.megatron.case import Case, Model
 from reference.megatron.verify import ORACLE, PRODUCTION, verify
 
 SAMPLE = {
-    "gpt": Case(),
-    "four stages, two pipelines": Case(pp=4, dp=2, steps=2, per_token_loss=True),
+    "gpt": Case(steps=2),
+    "two pipelines": Case(dp=2, steps=2, per_token_loss=True),
     "moe, bf16, overlapped": Case(Model.MOE, dtype="bf16", overlap_grad_reduce=True, steps=2),
     "distributed optimizer": Case(pp=4, distributed_optimizer=True, overlap_grad_reduce=True, steps=2),
     "dropout, recompute": Case(dropout=0.1, recompute=True, steps=2),

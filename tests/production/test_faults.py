@@ -273,7 +273,7 @@ def test_a_gradient_that_is_never_sent_is_told_by_the_rank_that_kept_it():
 
 
 def test_a_failed_rank_exits_at_once_though_a_send_of_its_own_still_waits(tmp_path):
-    """As a user's script would: no launcher that ends it, a send that nobody takes, a timeout of a minute."""
+    """As a user's script would: no launcher that ends it, a send that nobody takes, a timeout of ten minutes."""
     script = tmp_path / "train.py"
     script.write_text(
         f"""
@@ -281,7 +281,7 @@ import os, sys, torch, torch.distributed as dist
 from dualpipe.runtime.transport import Message, ProcessGroupTransport
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 2), rank=rank, world_size=2)
-transport = ProcessGroupTransport(timeout=60.0)
+transport = ProcessGroupTransport(timeout=600.0)
 transport.agree({{"alike": "yes"}})
 if rank == 0:
     transport.post([Message("0SF0>", 1, sends=True, tensors=[torch.ones(1000)])])
@@ -294,10 +294,8 @@ sys.stdin.read()
         for rank in range(2)
     ]
     try:
-        started = time.monotonic()
-        _, told = ranks[0].communicate(timeout=50)
+        _, told = ranks[0].communicate(timeout=140)
         assert "the user's own" in told
-        assert time.monotonic() - started < 40
     finally:
         for process in ranks:
             process.kill()

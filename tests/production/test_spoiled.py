@@ -282,7 +282,7 @@ def test_threads_connections_and_children_of_a_process():
         before = counts()
         for _ in range(5):
             pipeline_of().step(feed_of(0))
-        for _ in range(200):
+        for _ in range(50):
             pipeline_of()
         after = counts()
         pipeline = pipeline_of()

@@ -37,9 +37,9 @@ def instead(tmp_path):
 
 
 def test_it_names_the_facts_that_contradict_each_other_and_only_those():
-    assert sorted(solver.ask(CIRCLE)) == [0, 1, 2]
-    assert solver.ask(CIRCLE[1:]) is None
-    assert solver.ask([]) is None
+    assert sorted(solver.SHARED.ask(CIRCLE)) == [0, 1, 2]
+    assert solver.SHARED.ask(CIRCLE[1:]) is None
+    assert solver.SHARED.ask([]) is None
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,8 @@ def test_a_question_over_the_memory_limit_is_unknown_and_the_next_one_is_answere
         small.close()
 
 
-def test_a_check_without_an_answer_makes_the_report_unknown(instead, monkeypatch):
-    monkeypatch.setattr("proofs.difference.ask", instead("import sys; sys.exit(101)").ask)
-    report = prove(dualpipe(2, 4))
+def test_a_check_without_an_answer_makes_the_report_unknown(instead):
+    report = prove(dualpipe(2, 4), solver=instead("import sys; sys.exit(101)"))
     assert (report.verdict, report.exit_code) == ("unknown", 3)
     assert "it needs more than" in report.text()
 
@@ -97,12 +96,22 @@ def test_what_plain_search_has_refuted_is_put_to_z3_only_where_that_costs_little
     assert set(report.checks["order"].seconds) == {"graph", "z3"}
 
 
+def test_a_schedule_too_large_for_z3_is_unknown_unless_a_time_limit_is_given(monkeypatch):
+    monkeypatch.setattr("proofs.prove.MOST_FOR_Z3", 10)
+    report = prove(dualpipe(2, 4))
+    assert report.exit_code == 3
+    assert "Z3 is not asked about more than 10 ops and stages, and there are 44: a timeout" in report.text()
+    refuted = prove(dualpipe(2, 4), max_activations=1)
+    assert refuted.exit_code == 1
+    assert prove(dualpipe(2, 4), timeout_s=60.0).exit_code == 0
+
+
 def test_the_process_ends_with_the_one_that_asks_also_when_that_is_killed():
     code = """
 import time
-from proofs.solver import _SHARED
-_SHARED.ask([])
-print(_SHARED._process.pid, flush=True)
+from proofs.solver import SHARED
+SHARED.ask([])
+print(SHARED._process.pid, flush=True)
 time.sleep(600)
 """
     asker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -111,7 +111,7 @@ def test_a_message_to_another_peer_changes_the_order(recorded):
 
 
 FAULTS = {
-    "a W too early": Row("7 cool down", PLANS["dualpipe"](4, 10, 0).table[-2].count, "RB0 B0 W SB0"),
+    "a W too early": Row("7 cooldown", PLANS["dualpipe"](4, 10, 0).table[-2].count, "RB0 B0 W SB0"),
     "two sends of the main phase swapped": Row(
         "4 overlapped",
         next(row.count for row in PLANS["dualpipe"](4, 10, 0).table if row.name == "4 overlapped"),

@@ -99,7 +99,7 @@ pathlib.Path(f"past{rank}").write_text(str(time.monotonic()))
 """Rank 1 joins the process group half a second later than rank 0, which does nothing and ends."""
 
 
-@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo"])
+@pytest.mark.parametrize("backend", [pytest.param("nccl", marks=pytest.mark.long), "cpu:gloo"])
 def test_no_rank_continues_before_every_rank_has_joined_the_group(tmp_path, monkeypatch, backend):
     """gloo connects at once, NCCL at the first message: with gloo a rank that ends early would make the others fail."""
     monkeypatch.chdir(tmp_path)

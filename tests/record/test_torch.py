@@ -41,6 +41,7 @@ def test_torchs_dualpipev_has_the_computations_of_its_table_and_is_proved(ranks,
     assert "messages still in flight" in notes, "it waits for a message where it needs it"
 
 
+@pytest.mark.long
 def test_torchs_dualpipev_is_recorded_and_proved_by_the_command(tmp_path):
     file = tmp_path / "recorded.txt"
     result = command("-P", 2, "-o", file, "--prove", *python("torch_dualpipev.py", 4))

@@ -1,10 +1,13 @@
 """What is proved for all sizes, with how many obligations, and what a verdict looks like."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import z3
 
+from ci.golden import COUNTS, read_counts
 from dualpipe.schedule.generate import generate
 from dualpipe.schedule.phase_table import symbol
 from dualpipe.timeline.simulate import simulate
@@ -14,57 +17,7 @@ from proofs.theorems.constraint import NEVER, TableError, at_least, below, equal
 from proofs.theorems.one_lane import one_f_one_b
 from proofs.verdict import Proved, Unknown
 
-ARISING = {
-    "1f1b": {
-        "totals": 14,
-        "messages": 10,
-        "order": 24,
-        "queue": 1,
-        "deadlock": 36,
-        "makespan": 1,
-        "live": 3,
-        "memory": 3,
-        "accumulation": 4,
-    },
-    "zb1p": {
-        "totals": 13,
-        "messages": 16,
-        "order": 32,
-        "queue": 14,
-        "deadlock": 61,
-        "makespan": 1,
-        "live": 4,
-        "memory": 4,
-        "pending": 4,
-        "accumulation": 39,
-    },
-    "dualpipe": {
-        "totals": 92,
-        "messages": 84,
-        "order": 200,
-        "queue": 15,
-        "deadlock": 253,
-        "makespan": 3,
-        "live": 25,
-        "memory": 25,
-        "pending": 9,
-        "accumulation": 65,
-    },
-    "dualpipev": {
-        "totals": 84,
-        "messages": 67,
-        "order": 185,
-        "queue": 15,
-        "deadlock": 223,
-        "makespan": 3,
-        "live": 25,
-        "memory": 25,
-        "pending": 9,
-        "accumulation": 65,
-    },
-}
-"""How many obligations arise at some size.  A smaller number means that something is no longer looked at."""
-
+ROOT = Path(__file__).parents[3]
 FAMILIES = [family.name for family in families()]
 
 
@@ -73,22 +26,47 @@ def test_every_theorem_is_proved_for_every_family(proved):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_as_many_obligations_arise_as_ever(name, proved):
-    mine = {key.partition(": ")[2]: result.non_vacuous for key, result in proved.items() if key.startswith(f"{name}:")}
-    assert mine == ARISING[name]
+def test_as_many_obligations_arise_as_are_recorded(name, proved):
+    """A smaller number means that something is no longer looked at; make golden records it, the gate wants a reason."""
+    recorded = {key: counts for key, counts in read_counts((ROOT / COUNTS).read_text()).items() if _of(key, name)}
+    assert {key: (r.obligations, r.non_vacuous) for key, r in proved.items() if _of(key, name)} == recorded
     assert all(result.obligations >= result.non_vacuous > 0 for result in proved.values())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_makespan_that_is_proved_as_a_bound_is_reached(name):
-    family = next(family for family in families() if family.name == name)
+def _of(theorem, family):
+    return theorem.startswith(f"{family}: ")
+
+
+def test_the_makespan_that_is_proved_as_a_bound_is_reached_where_the_family_says_so():
+    assert [text for family in families() if (text := wrong_makespan(family))] == []
+
+
+def wrong_makespan(family):
+    """What is wrong with a family's bound on the makespan, and what to write; empty if it fits the schedules."""
+    ends, bounds = [], []
     for ranks, microbatches in [(2, 4), (4, 8), (4, 12), (6, 14)]:
-        halves = ranks // 2, microbatches // 2
-        sizes = {"P": ranks, "M": microbatches, "N": ranks, "H": microbatches}
-        if name == "dualpipe":
-            sizes["N"], sizes["H"] = halves
-        end = simulate(generate(name, ranks, microbatches), blocking=True).makespan
-        assert end == family.bounds.makespan.at(sizes)
+        part = 2 if family.name == "dualpipe" else 1
+        sizes = {"P": ranks, "M": microbatches, "N": ranks // part, "H": microbatches // part}
+        ends.append(simulate(generate(family.name, ranks, microbatches), blocking=True).makespan)
+        bounds.append(family.bounds.makespan.at(sizes))
+    here = f"{family.name}: makespans {ends} and bounds {bounds}; in proofs/theorems, edit"
+    if any(end > bound for end, bound in zip(ends, bounds, strict=True)):
+        return f"{here} makespan in the family's bounds"
+    if (ends == bounds) is not family.bounds.makespan_reached:
+        return f"{here} the bound, or write makespan_reached={ends == bounds} beside it"
+    return ""
+
+
+def test_a_bound_that_is_not_reached_is_named_with_what_to_write():
+    subject = one_f_one_b()
+    loose = replace(subject.bounds, makespan=subject.bounds.makespan + 1)
+    assert "write makespan_reached=False beside it" in wrong_makespan(replace(subject, bounds=loose))
+    assert wrong_makespan(replace(subject, bounds=replace(loose, makespan_reached=False))) == ""
+    assert "write makespan_reached=True" in wrong_makespan(
+        replace(subject, bounds=replace(subject.bounds, makespan_reached=False))
+    )
+    tight = replace(subject.bounds, makespan=subject.bounds.makespan - 1, makespan_reached=False)
+    assert "edit makespan in the family's bounds" in wrong_makespan(replace(subject, bounds=tight))
 
 
 @pytest.mark.parametrize(("name", "peak"), [("dualpipe", 9), ("dualpipev", 17), ("zb1p", 8)])

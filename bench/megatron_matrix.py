@@ -9,7 +9,6 @@ import sys
 import time
 
 from reference.megatron.case import Case, Model
-from reference.megatron.comparison import tensors_compared
 from reference.megatron.verify import verify
 
 SIZES = {"pp2": {"pp": 2}, "pp4": {"pp": 4}, "pp2 dp2": {"pp": 2, "dp": 2}, "pp4 dp2": {"pp": 4, "dp": 2}}
@@ -67,11 +66,11 @@ def main() -> int:
     for name, case in chosen.items():
         report = verify(case)
         unequal += not report.equal
-        told = "  ".join(f"{party.name} {party.verdict}" for party in report.parties)
-        rounding = max(party.norm_difference for party in report.parties)
-        print(f"{name:26} {told:34} {tensors_compared(report.truth):6} tensors  {report.seconds:5.1f} s", end="")
+        told = "  ".join(f"{party.name} {party.verdict}" for party in report.comparisons)
+        rounding = max(party.norm_difference for party in report.comparisons)
+        print(f"{name:26} {told:34} {report.tensors:6} tensors  {report.seconds:5.1f} s", end="")
         print(f"  norm rounded by {rounding:.1g}" if rounding else "", flush=True)
-        for party in report.parties:
+        for party in report.comparisons:
             for trouble in [*party.failures, *party.differences][:2]:
                 print(f"    {party.name}: {trouble}")
     print(f"{len(chosen)} cells, {unequal} not equal, {time.monotonic() - started:.0f} s")

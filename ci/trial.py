@@ -29,10 +29,10 @@ wrong is told as such, and not as the weights that follow from it."""
 def try_file(path: Path, blocking: bool) -> dict[str, object]:
     """The report on one schedule file.  Raises ``RuleError``, ``UndecidedError``, ``OSError``."""
     from dualpipe.schedule.text import load
-    from reference.verify import make_case, verify
+    from reference.case import Case
+    from reference.verify import verify
 
-    case = make_case(load(path), "fp32", STEPS, SEED, "cpu", "direct", blocking, TIMEOUT_S)
-    return verify(case).as_json()
+    return verify(Case(load(path), steps=STEPS, seed=SEED, blocking=blocking, timeout=TIMEOUT_S)).as_json()
 
 
 def try_megatron(name: str) -> dict[str, object]:

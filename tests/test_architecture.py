@@ -113,8 +113,8 @@ def test_what_runs_inside_a_recorded_program_needs_torch_and_names_nothing_of_ou
 
 
 def test_what_a_recording_is_made_of_needs_no_torch():
-    for name in ("events", "hang", "launch", "lineage", "naming", "recording"):
-        assert packages(ROOT / "dualpipe/record" / f"{name}.py") <= STANDARD | {"dualpipe"}
+    for path in sorted((ROOT / "dualpipe/record").glob("*.py")):
+        assert packages(path) <= STANDARD | {"dualpipe", "psutil"}, path
 
 
 def test_the_oracle_knows_no_schedule():
@@ -126,16 +126,22 @@ def test_the_oracle_knows_no_schedule():
 
 def test_fake_ranks_share_the_schedule_value_with_production_and_nothing_else():
     allowed = {"dualpipe.errors", "dualpipe.schedule", "dualpipe.schedule.text"}
-    for name in ("fake", "fault", "ledger", "mailbox", "rank", "replica"):
+    for name in ("fake", "fault", "ledger", "mailbox", "rank", "replica", "trace"):
         modules = {m for m in imports(ROOT / "reference" / f"{name}.py") if m.startswith("dualpipe")}
         assert {".".join(m.split(".")[:2]) for m in modules} <= allowed
 
 
 def test_in_the_verification_on_megatron_only_production_imports_the_drop_in():
-    allowed = {"dualpipe.errors", "dualpipe.errors.RuleError", "dualpipe.errors.UndecidedError"}
+    allowed = ("dualpipe.errors", "dualpipe.testing.launch")  # the launcher of ranks knows no schedule and no model
     for path in files("reference/megatron"):
         if path.name != "production.py":
-            assert {module for module in imports(path) if module.startswith(("dualpipe", "proofs"))} <= allowed, path
+            found = {module for module in imports(path) if module.startswith(("dualpipe", "proofs"))}
+            assert {module for module in found if not module.startswith(allowed)} == set(), path
+
+
+def test_the_launcher_of_ranks_knows_no_schedule():
+    found = {module for module in imports(ROOT / "dualpipe/testing/launch.py") if module.startswith("dualpipe")}
+    assert {".".join(module.split(".")[:4]) for module in found} == {"dualpipe.record.child.ranks"}
 
 
 def test_the_oracle_on_megatron_imports_neither_other_implementations_nor_megatrons_schedules():

@@ -19,6 +19,7 @@ TESTS = {
     "dualpipe/megatron/": ("tests/megatron",),
     "dualpipe/record/": ("tests/record",),
     "dualpipe/testing/": ("tests/record",),
+    "dualpipe/testing/launch.py": ("tests/production/test_launch.py",),
     "dualpipe/page/": ("tests/page",),
     "proofs/": ("tests/proofs", "tests/soundness"),
     "proofs/theorems/": ("tests/proofs/theorems",),

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from reference.comparison import Difference, compare
 from reference.megatron.case import Case
 from reference.megatron.trace import Shard, StepTrace, Tensors
-from reference.trace import Difference, compare
 
 KINDS = ("gradients", "weights", "main_weights")
 

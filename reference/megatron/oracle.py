@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
-from reference.launch import Context
+from dualpipe.testing.launch import Context
 from reference.megatron import data
 from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings

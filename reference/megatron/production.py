@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from dualpipe.megatron import build_dualpipe_model, build_dualpipe_optimizer, forward_backward_dualpipe
 from dualpipe.megatron.schedule import chunks_of
 from dualpipe.schedule import UP
-from reference.launch import Context
+from dualpipe.testing.launch import Context
 from reference.megatron import data
 from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings

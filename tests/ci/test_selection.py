@@ -213,7 +213,7 @@ def runs_what_uses_it(found: Selection) -> bool:
         ("dualpipe/page/paint.js", "tests/page/test_browser.py"),
         ("dualpipe/page/paint.js", "tests/page/test_render.py"),
         ("dualpipe/record/child/startup.py", "tests/record/test_hand_written.py"),
-        ("dualpipe/record/child/tags.py", "tests/record/test_torch.py"),
+        ("dualpipe/record/child/marks.py", "tests/record/test_torch.py"),
         ("examples/gpt_data.py", "tests/megatron/test_example.py"),
         ("tests/record/programs/gpipe.py", "tests/record/test_hand_written.py"),
         ("bench/soundness.py", "tests/test_bench.py"),

@@ -75,7 +75,7 @@ def test_ctrl_c_at_a_fork_is_not_lost():
     """Python drops an exception that is raised in a hook of a fork, and torch and logging have such hooks."""
     code = """
 import os, signal, time
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
 try:
     launch(2, lambda context: time.sleep(20), backend=None)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron.importing import expected_warnings
 from reference.megatron.standins import install_cpu_standins
 

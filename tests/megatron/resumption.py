@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dualpipe.megatron import load_checkpoint, save_checkpoint
-from reference.launch import Context, launch
+from dualpipe.testing.launch import Context, launch
 from reference.megatron import production, truth
 from reference.megatron.case import Case
 from reference.megatron.trace import StepTrace, merge

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron import truth
 from reference.megatron.case import Case
 from reference.megatron.comparison import differences, failed_sanity_checks, tensors_compared

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.megatron.groups import at_stage
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron import production
 from reference.megatron.case import Case
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.runtime.weightgrad import WeightGradStore
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron.importing import expected_warnings
 from reference.megatron.standins import install_cpu_standins
 

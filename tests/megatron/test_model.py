@@ -10,7 +10,7 @@ from torch import nn
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron import production
 from reference.megatron.case import Case
 from tests.megatron.test_groups import config

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron import production, truth
 from reference.megatron.comparison import differences
 from reference.megatron.trace import merge

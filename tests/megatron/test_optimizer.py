@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron import production, truth
 from reference.megatron.case import Case
 from reference.megatron.comparison import differences

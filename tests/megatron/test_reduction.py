@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron.case import Case, Model
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import bucket_limit, build_gpt, ddp_config, seed, transformer_config

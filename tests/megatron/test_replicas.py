@@ -16,7 +16,7 @@ from dualpipe.megatron.checkpoint import require_equal_replicas
 from dualpipe.megatron.model import setup_of
 from dualpipe.megatron.replicas import checksum
 from dualpipe.megatron.schedule import forward_backward_dualpipe as step
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron import data, production
 from reference.megatron.case import Case
 from reference.megatron.training import forward_step

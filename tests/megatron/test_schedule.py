@@ -21,8 +21,8 @@ from dualpipe.megatron.schedule import forward_backward_dualpipe as step
 from dualpipe.megatron.schedule import schedule_for
 from dualpipe.runtime.executor import StepError
 from dualpipe.schedule import DOWN, UP
+from dualpipe.testing.launch import launch
 from proofs.prove import prove
-from reference.launch import launch
 from reference.megatron import data, production
 from reference.megatron.case import Case
 from reference.megatron.data import Batch

@@ -25,11 +25,11 @@ SAMPLE = {
 def test_equal(case):
     report = verify(case)
     assert report.complaints == ()
-    assert {party.name: (party.failures, party.differences) for party in report.parties} == (
+    assert {party.name: (party.failures, party.differences) for party in report.comparisons} == (
         {PRODUCTION: ((), ())} | ({ORACLE: ((), ())} if case.has_oracle else {})
     )
     assert report.losses[-1] < report.losses[0]
-    assert all(party.norm_difference <= case.norm_rounding for party in report.parties)
+    assert all(party.norm_difference <= case.norm_rounding for party in report.comparisons)
 
 
 @pytest.mark.long
@@ -52,7 +52,7 @@ def test_a_gradient_off_by_one_unit_on_one_rank_is_reported():
 
     report = verify(Case(steps=1), production_body=faulty)
     assert report.exit_code == 1
-    wrong, oracle = report.parties
+    wrong, oracle = report.comparisons
     assert str(wrong.differences[0]) == (
         "step 0, stage 1: gradient of decoder.layers.0.mlp.linear_fc2.weight (replica 0, tensor rank 0) differs, "
         "by up to 1 units in the last place"
@@ -67,7 +67,7 @@ def test_a_loss_that_does_not_reach_the_last_rank_is_reported():
 
         return production.run_rank(case, context, step)
 
-    differences = [str(d) for d in verify(Case(steps=1), production_body=faulty).parties[0].differences]
+    differences = [str(d) for d in verify(Case(steps=1), production_body=faulty).comparisons[0].differences]
     assert differences == ["step 0, stage 1: loss of microbatch 0 of replica 0 is missing"]
 
 
@@ -77,7 +77,7 @@ def test_a_run_that_fails_is_reported_with_its_error():
 
     report = verify(Case(steps=1), production_body=faulty)
     assert report.as_json()["parties"][PRODUCTION]["verdict"] == "failed"
-    assert str(report.parties[0].failures[0]).endswith("ValueError: a planted fault")
+    assert str(report.comparisons[0].failures[0]).endswith("ValueError: a planted fault")
 
 
 def test_a_failure_of_megatron_itself_is_undecided(monkeypatch):

@@ -1,9 +1,9 @@
-"""Marks on tensors: what a tensor holds.
+"""Marks on tensors, which show where a tensor comes from.
 
-A mark is a pair of a letter and a number: ``("F", 3)`` made by forward 3 of this rank, ``("B", 3)`` by its backward,
-``("M", 7)`` brought by message 7, ``("C", 3)`` computed from a leaf that was cut off from what forward 3 made.
-Marks are kept by storage and offset, so a view, a detached alias and ``.data`` of a tensor carry its marks, and two
-chunks of one batch do not share theirs.
+A mark is a letter and a number: ``("F", 3)`` made by forward 3 of this rank, ``("B", 3)`` made by its backward,
+``("M", 7)`` received by message 7, ``("C", 3)`` computed from a leaf that was detached from the output of forward 3.
+Marks are kept by storage and offset, so a view, a detached alias and ``.data`` of a tensor have the same marks, and two
+chunks of one tensor do not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NONE: Marks = frozenset()
 
 
 def key_of(tensor: Tensor) -> Key | None:
-    """The place of a tensor in memory, or ``None`` where it has none (a fake or a wrapper)."""
+    """The storage and offset of a tensor, or ``None`` if it has no storage (a fake tensor or a wrapper)."""
     try:
         return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
     except (RuntimeError, NotImplementedError):
@@ -28,7 +28,7 @@ def key_of(tensor: Tensor) -> Key | None:
 
 
 def weak_storage(tensor: Tensor) -> Any:
-    """A weak reference to a tensor's storage.  While it is held, no other storage gets that one's number."""
+    """A weak reference to a tensor's storage.  While it exists, no other storage gets the same number."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call] # torch's own
 
 

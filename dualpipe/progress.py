@@ -6,9 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called before each step with how many steps are done, how many there are, and the name of the next one.
+    """Called with the number of steps done, the number of all steps, and a name.
 
-    The last call has all steps done and comes before anything is printed.
+    The name is that of the next step, or, where several implementations run side by side, of the one that takes the
+    steps.  The last call has all steps done and comes before anything is printed.
     """
 
     def __call__(self, done: int, total: int, name: str, /) -> None: ...

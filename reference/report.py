@@ -8,11 +8,20 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from dualpipe.progress import Progress
 from dualpipe.testing.launch import Failure
 from reference.comparison import Difference
 
-Progress = Callable[[str, int, int], None]
-"""Called with an implementation's name, the rank within it, and the number of steps that it has finished."""
+
+def of_all_ranks(progress: Progress, name: str, ranks: int, steps: int) -> Callable[[int, int], None]:
+    """A callback for the steps that each rank has finished, which reports those that all ranks have."""
+    finished = [0] * ranks
+
+    def on_progress(rank: int, done: int) -> None:
+        finished[rank] = done
+        progress(min(finished), steps, name)
+
+    return on_progress
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dualpipe.errors import RuleError, UndecidedError
+from dualpipe.progress import Progress, silent
 from dualpipe.testing.launch import Context, Failure, Outcome, launch
 from reference import fake
 from reference.case import Case, make_deterministic
 from reference.comparison import differences, failed_sanity_checks
 from reference.oracle import StepTruth, train, weights_of
 from reference.production import run_rank
-from reference.report import Comparison, Progress, Report, StageSize
+from reference.report import Comparison, Report, StageSize, of_all_ranks
 from reference.trace import StepTrace, merge
 
 FAKE, PROCESSES = "fake ranks", "processes"
@@ -34,9 +35,7 @@ class Traced(Comparison):
     traces: Sequence[StepTrace] = field(default=(), repr=False)
 
 
-def verify(
-    case: Case, on_progress: Progress = lambda name, rank, steps: None, rank_body: RankBody = run_rank
-) -> Report[Case, Traced]:
+def verify(case: Case, on_progress: Progress = silent, rank_body: RankBody = run_rank) -> Report[Case, Traced]:
     """Run each implementation in processes of its own and compare it with the oracle.
 
     ``rank_body`` lets a test replace a production rank with a faulty one.
@@ -51,7 +50,7 @@ def verify(
         _time_limit(case),
         _time_limit(case),  # the two are independent: a failure of one does not end the other
         None,
-        lambda rank, steps: on_progress(FAKE, 0, steps),
+        lambda rank, steps: on_progress(steps, case.steps, FAKE),
     )
     of_oracle, of_fake = references.results
     if isinstance(of_oracle, Failure):
@@ -63,7 +62,7 @@ def verify(
         _time_limit(case),
         case.timeout + 5,
         "gloo",
-        lambda rank, value: on_progress(PROCESSES, rank, value),
+        of_all_ranks(on_progress, PROCESSES, case.schedule.ranks, case.steps),
     )
     return Report(
         case,

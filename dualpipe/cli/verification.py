@@ -5,62 +5,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from dualpipe.cli.progress import progress_bars
+from dualpipe.progress import Progress
 
 if TYPE_CHECKING:
     from reference.case import Case
     from reference.megatron.case import Case as MegatronCase
     from reference.megatron.verify import Normed
     from reference.report import Comparison, Report
-    from reference.report import Progress as OnProgress
 
 MOST_SHOWN = 6
 """At most this many complaints, and differences of each implementation, are printed."""
 
 
-@contextmanager
-def watch(ranks: Mapping[str, int], steps: int, quiet: bool = False) -> Iterator[OnProgress]:
-    """Draw a bar on standard error for each implementation, given its number of ranks; yields the progress callback."""
-    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, disable=quiet or not console.is_terminal, transient=True, auto_refresh=False
-    ) as bars:  # without auto_refresh there is no thread: the ranks are forked from this process
-        tasks = {name: bars.add_task(name, total=steps) for name in ranks}
-        done = {name: dict.fromkeys(range(count), 0) for name, count in ranks.items()}
-
-        def on_progress(name: str, rank: int, finished: int) -> None:
-            done[name][rank] = finished
-            bars.update(tasks[name], completed=min(done[name].values()))
-            bars.refresh()
-
-        yield on_progress
-
-
-@contextmanager
-def watch_case(case: Case, quiet: bool = False) -> Iterator[OnProgress]:
-    """``watch`` for a verification."""
+def watch_case(case: Case, quiet: bool = False) -> AbstractContextManager[Progress]:
+    """Progress bars for a verification."""
     from reference.verify import FAKE, PROCESSES
 
-    with watch({FAKE: 1, PROCESSES: case.schedule.ranks}, case.steps, quiet) as on_progress:
-        yield on_progress
+    return progress_bars((FAKE, PROCESSES), case.steps, quiet)
 
 
-@contextmanager
-def watch_megatron(case: MegatronCase, quiet: bool = False) -> Iterator[OnProgress]:
-    """``watch`` for a verification on Megatron."""
-    from reference.megatron import production, truth
+def watch_megatron(case: MegatronCase, quiet: bool = False) -> AbstractContextManager[Progress]:
+    """Progress bars for a verification on Megatron."""
     from reference.megatron.verify import ORACLE, PRODUCTION, TRUTH
 
-    ranks = {TRUTH: truth.ranks(case), PRODUCTION: production.ranks(case)} | ({ORACLE: 1} if case.has_oracle else {})
-    with watch(ranks, case.steps, quiet) as on_progress:
-        yield on_progress
+    return progress_bars((TRUTH, PRODUCTION, ORACLE) if case.has_oracle else (TRUTH, PRODUCTION), case.steps, quiet)
 
 
 def print_case_report(report: Report[Case, Any]) -> None:

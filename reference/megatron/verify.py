@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from dualpipe.errors import UndecidedError
+from dualpipe.progress import Progress, silent
 from dualpipe.testing.launch import Context, Failure, launch
 from reference.megatron import oracle, production, truth
 from reference.megatron.case import Case
@@ -22,7 +23,7 @@ from reference.megatron.comparison import (
     tensors_compared,
 )
 from reference.megatron.trace import Shard, StepTrace, merge
-from reference.report import Comparison, Progress, Report, StageSize
+from reference.report import Comparison, Report, StageSize, of_all_ranks
 
 TRUTH, PRODUCTION, ORACLE = "1F1B", "DualPipe", "plain PyTorch"
 Body = Callable[[Case, Context], list[StepTrace]]
@@ -44,7 +45,7 @@ class Normed(Comparison):
 
 def verify(
     case: Case,
-    on_progress: Progress = lambda party, rank, steps: None,
+    on_progress: Progress = silent,
     production_body: Body = production.run_rank,
 ) -> Report[Case, Normed]:
     """Run each implementation in turn, each in processes forked from this one, and compare.
@@ -55,7 +56,8 @@ def verify(
     started = time.monotonic()
 
     def run(name: str, body: Body, ranks: int) -> tuple[list[StepTrace], tuple[Failure, ...], float]:
-        outcome = launch(ranks, partial(body, case), case.limit, on_progress=partial(on_progress, name))
+        reported = of_all_ranks(on_progress, name, ranks, case.steps)
+        outcome = launch(ranks, partial(body, case), case.limit, on_progress=reported)
         traces = [] if outcome.failures else merge(outcome.values())
         return traces, outcome.failures, outcome.seconds
 

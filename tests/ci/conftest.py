@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ci.museum.clone import make_template
+from ci.faults.clone import make_template
 from ci.repository import Repository
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ci.errors import GateError
+from ci import GateError
 from ci.process import environment
 from tests.ci.conftest import ROOT
 
@@ -25,18 +25,16 @@ def test_it_ends_with_the_code_that_main_returns(code):
 
 
 def test_bad_input_is_one_line():
-    error = GateError("the rule", "what came", "the remedy")
-    done = ended(
-        f"from ci.errors import GateError\ndef main(arguments): raise GateError{error.rule, error.got, error.fix}"
-    )
+    error = GateError("the rule", "what was given", "the fix")
+    done = ended(f"from ci import GateError\ndef main(arguments): raise GateError{error.rule, error.got, error.fix}")
     assert (done.returncode, done.stderr) == (2, f"{error}\n")
 
 
-def test_an_error_of_its_own_is_told_whole_and_is_no_refusal():
+def test_an_internal_error_is_printed_whole_and_is_no_refusal():
     done = ended("def main(arguments): return [][0]")
     assert done.returncode == 70
     assert "IndexError" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("a fault of this command itself, and no verdict: ")
+    assert done.stderr.splitlines()[-1].startswith("internal error (not a verdict): ")
 
 
 def test_what_cannot_be_read_is_bad_input():
@@ -61,7 +59,7 @@ def test_a_signal_ends_it_without_a_word(sent, code):
     assert (done.returncode, done.stderr) == (code, "")
 
 
-@pytest.mark.parametrize("name", ["ci.gate", "ci.golden", "ci.museum"])
+@pytest.mark.parametrize("name", ["ci.gate", "ci.golden", "ci.faults"])
 def test_help_says_what_it_does_and_how_it_ends(name):
     command = [sys.executable, "-m", name, "--help"]
     done = subprocess.run(command, cwd=ROOT, env=dict(environment(ROOT)), capture_output=True, text=True, timeout=30)

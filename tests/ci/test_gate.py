@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from ci import judgement
+from ci import GateError, evaluation
 from ci.change import ScheduleChange
-from ci.errors import GateError
+from ci.evaluation import find_cause
+from ci.faults.clone import update_records
 from ci.golden import expansion
-from ci.judgement import _cause
-from ci.museum.clone import bring_up_to_date
-from ci.place import Place
+from ci.location import Location
+from ci.plan import Options
 from ci.process import environment
 from ci.report.terminal import as_data
 from tests.ci.conftest import ROOT
@@ -45,11 +45,11 @@ def replace(clone, path: str, old: str, new: str) -> None:
 @pytest.fixture
 def kept(clone, monkeypatch):
     """What the gate says of the clone by itself, without any check that is a process: a function of no arguments."""
-    monkeypatch.setattr(judgement, "run_all", lambda *given: [])
+    monkeypatch.setattr(evaluation, "run_all", lambda *given: [])
 
     def told() -> tuple[int, dict]:
-        judged = judgement.judge(clone.root, "HEAD", judgement.Options(first=True), lambda line: None)
-        return judged.exit_code, as_data(judged)
+        found = evaluation.evaluate(clone.root, "HEAD", Options(first=True), lambda line: None)
+        return found.exit_code, as_data(found)
 
     return told
 
@@ -99,10 +99,10 @@ def test_a_finding_without_a_place_points_to_what_says_something_new(scratch):
     base = scratch.commit()
     scratch.put("bench/a.py", "# a remark\nx = 1\n")
     scratch.put("README.md", "two\n")
-    assert _cause(scratch.repository, base, scratch.repository.changes(base)).path == "bench/a.py"
+    assert find_cause(scratch.repository, base, scratch.repository.changes(base)).path == "bench/a.py"
     scratch.put("tests/test_b.py", "x = 1\n")
     scratch.put("dualpipe/b.py", "x = 1\n\ny = 2\n")
-    assert _cause(scratch.repository, base, scratch.repository.changes(base)) == Place("dualpipe/b.py", 3)
+    assert find_cause(scratch.repository, base, scratch.repository.changes(base)) == Location("dualpipe/b.py", 3)
 
 
 def test_a_golden_written_by_hand_is_refused(clone, kept):
@@ -135,7 +135,7 @@ def test_a_refusal_reads_as_the_page_shows(clone):
         'H - 2 * N + h, "RF0 RB1 F0+B1+W1 SF0 SB1',
         'H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0',
     )
-    bring_up_to_date(clone.root)
+    update_records(clone.root)
     command = [sys.executable, "-m", "ci.gate", "--base", "HEAD", "--first"]
     env = {**os.environ, **environment(clone.root)}
     done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
@@ -190,7 +190,7 @@ LONG = "a" * 300
         (("--html", LONG), "--html is a file that can be written: "),
         (("--root", "{}/nowhere"), "--root is a folder: "),
         (("--root", "{}/circle"), "--root is a folder: "),
-        (("--root", "{}"), "the gate looks at a git work tree: "),
+        (("--root", "{}"), "the gate needs a git work tree: "),
     ],
 )
 def test_what_cannot_be_read_or_written_is_bad_input_before_any_work(clone, tmp_path, arguments, said):

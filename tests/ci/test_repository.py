@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ci.errors import GateError
+from ci import GateError
 from ci.repository import Base, Repository
 from tests.ci.conftest import Scratch
 
@@ -20,7 +20,7 @@ def test_on_a_branch_the_base_is_where_it_left_main(scratch):
 def test_on_main_the_base_is_the_commit_before(scratch):
     before = scratch.commit()
     scratch.commit()
-    assert scratch.repository.resolve(None) == Base(before, "the commit before, for all of HEAD is in main")
+    assert scratch.repository.resolve(None) == Base(before, "the commit before, as all of HEAD is in main")
 
 
 def test_on_a_main_that_is_ahead_the_base_is_what_was_pushed(scratch):
@@ -55,7 +55,7 @@ def test_a_base_that_is_ahead_is_compared_as_it_is(scratch):
 def test_a_folder_within_the_work_tree_is_bad_input(scratch):
     scratch.put("inner/a.py", "1")
     scratch.commit()
-    with pytest.raises(GateError, match="the gate judges a whole work tree"):
+    with pytest.raises(GateError, match="the gate checks a whole work tree"):
         Repository(scratch.root / "inner").resolve(None)
 
 
@@ -150,7 +150,7 @@ def test_a_base_that_does_not_exist_is_bad_input(scratch):
 
 
 def test_what_is_no_repository_is_bad_input(tmp_path):
-    with pytest.raises(GateError, match="the gate looks at a git work tree"):
+    with pytest.raises(GateError, match="the gate needs a git work tree"):
         Repository(tmp_path).changes("HEAD")
 
 

@@ -192,7 +192,7 @@ class Document:
         """Raise ``SnippetError`` unless the test that holds a block is there and names this document."""
         test = self.root / block.notes["held by"]
         if block.notes["held by"].startswith("tests/ci/") and not test.parent.exists():
-            return  # a scratch clone of the museum, which leaves these out
+            return  # a scratch clone of the planted faults, without these tests
         if not test.is_file() or Path(self.source).name not in test.read_text():
             raise SnippetError(block, f"{block.notes['held by']} is no test that names {self.source}")
 

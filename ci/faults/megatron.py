@@ -1,0 +1,158 @@
+"""Faults of the Megatron drop-in in what a rank holds and in the split of its layers."""
+
+from ci.faults.fault import Edit, fault
+
+GROUPS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
+    f"dualpipe/megatron/{name}.py" for name in ("groups", "layers", "model", "optimizer", "random_streams")
+)
+WEIGHTGRAD, SPLITLINEAR = "dualpipe/runtime/weightgrad.py", "dualpipe/runtime/split_linear.py"
+ACCUMULATE = "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n"
+
+FAULTS = (
+    fault(
+        12,
+        "Megatron: a weight counted twice in the split",
+        SPLITLINEAR,
+        "        stage.store.defer(use, x.detach(), dy)\n",
+        "        for _ in range(2):\n            stage.store.defer(use, x.detach(), dy)\n",
+        check="trial, Megatron",
+        rule="bitwise",
+        says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
+    ),
+    fault(
+        13,
+        "Megatron: W adds to the gradient past the data-parallel hooks",
+        WEIGHTGRAD,
+        ACCUMULATE,
+        "            for leaf in complete:\n"
+        "                gradient = sums.pop(_sum_of(entry.run, leaf))\n"
+        "                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
+        check="trial, Megatron",
+        rule="bitwise",
+        says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
+    ),
+    fault(
+        14,
+        "Megatron: the last weight gradient arrives after the reduction",
+        WEIGHTGRAD,
+        ACCUMULATE,
+        "            _LATE.append((complete, [sums.pop(_sum_of(entry.run, p)) for p in complete]))\n"
+        "            if len(_LATE) > 1:\n"
+        "                torch.autograd.backward(*_LATE.pop(0))\n",
+        Edit(WEIGHTGRAD, "Closure = Callable[[], None]\n", "Closure = Callable[[], None]\n_LATE: list[Any] = []\n"),
+        check="trial, Megatron",
+        rule="run",
+        says="gpt-P2, DualPipe: .*differs between ranks",
+    ),
+    fault(
+        30,
+        "Megatron: a weight gradient that comes late overwrites the one that is there",
+        LAYERS,
+        "        dy, whole = dy.reshape(-1, dy.shape[-1]), self._whole(x)",
+        "        self.weight.main_grad.zero_()  # type: ignore[attr-defined]\n"
+        "        dy, whole = dy.reshape(-1, dy.shape[-1]), self._whole(x)",
+        check="trial, Megatron",
+        rule="bitwise",
+        says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
+    ),
+    fault(
+        35,
+        "Megatron: no layer leaves its weight gradient to W",
+        LAYERS,
+        "    if args or torch.compiler.is_compiling():\n",
+        "    if args or True:\n",
+        check="tests",
+        rule="test",
+        says="test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits.*after_b",
+    ),
+    fault(
+        15,
+        "Megatron: the replicas of a stage are not reduced together",
+        GROUPS,
+        "groups = {kind: made[tuple(up[kind] + down[kind])] for kind in KINDS}",
+        "groups = {kind: getattr(collection, kind) for kind in KINDS}",
+        check="trial, Megatron",
+        rule="run",
+        says="gpt-P2, DualPipe: .*differs between ranks",
+    ),
+    fault(
+        15,
+        "Megatron: the replicas of a stage start apart",
+        MODEL,
+        "        dist.broadcast(tensor.data, src=source, group=groups.pair)",
+        "        pass",
+        check="trial, Megatron",
+        rule="run",
+        says="gpt-P2, DualPipe: .*differs between ranks",
+    ),
+    fault(
+        16,
+        "Megatron: the gradient norm counts both replicas of a stage",
+        MODEL,
+        "        if not ddp_config.use_distributed_optimizer:\n            _mark_shared(module, place)\n",
+        "",
+        check="trial, Megatron",
+        rule="bitwise",
+        says="gpt-P2, DualPipe: .*first step 0, stage .: gradient norm",
+    ),
+    fault(
+        17,
+        "Megatron: the gradient norm of one stage only",
+        OPTIMIZER,
+        '"pp": own.pp, "intra_dist_opt": dist.group.WORLD}',
+        '"pp": own.pp, "mp": own.tp, "intra_dist_opt": dist.group.WORLD}',
+        check="trial, Megatron",
+        rule="bitwise",
+        says="gpt-P2, DualPipe: .*first step 0, stage .: gradient norm",
+    ),
+    fault(
+        26,
+        "Megatron: dropout is drawn in the order in which a rank's chunks take turns",
+        RANDOM,
+        "        restore(self.states)\n        try:",
+        "        try:",
+        check="trial, Megatron",
+        rule="bitwise",
+        says="gpt-P2-dropout-overlapped, DualPipe: .*first step 0",
+    ),
+    fault(
+        28,
+        "Megatron: messages on the default group",
+        MODEL,
+        "return ProcessGroupTransport(groups.pipeline, ",
+        "return ProcessGroupTransport(dist.group.WORLD, ",
+        check="trial, Megatron",
+        rule="run",
+        says="gpt-P4-data-parallel-2, DualPipe: .*a schedule runs on as many processes as it has ranks",
+    ),
+    fault(
+        37,
+        "Megatron: the mirror chunk numbered as if it were at rank r",
+        GROUPS,
+        '        "pp": Position(stage, own.pp.size()),\n',
+        "",
+        check="trial, Megatron",
+        rule="run",
+        says="gpt-P2, DualPipe: .*whose first layer is",
+    ),
+    fault(
+        37,
+        "Megatron: the mirror chunk built where global state tells rank r",
+        MODEL,
+        "        with at_stage(place.stage):\n",
+        "        with nullcontext():\n",
+        check="tests",
+        rule="test",
+        says="test_a_provider_that_asks_global_state_is_told_the_stage_that_it_builds",
+    ),
+    fault(
+        0,
+        "Megatron: both replicas of a stage are saved as the main one",
+        MODEL,
+        '        metadata = {**(metadata or {}), "dp_cp_group": place.collection.dp_cp}\n',
+        "",
+        check="tests",
+        rule="test",
+        says="test_training_resumed_is_bitwise_the_training_not_interrupted.*Invalid access pattern for ShardedTensor",
+    ),
+)

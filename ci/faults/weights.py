@@ -1,0 +1,101 @@
+"""Faults of the split of a backward into B and W."""
+
+from ci.faults.fault import fault
+
+WEIGHTGRAD = "dualpipe/runtime/weightgrad.py"
+SPLITLINEAR = "dualpipe/runtime/split_linear.py"
+
+FAULTS = (
+    fault(
+        12,
+        "a weight counted twice in the split",
+        SPLITLINEAR,
+        "        stage.store.defer(use, x.detach(), dy)\n",
+        "        for _ in range(2):\n            stage.store.defer(use, x.detach(), dy)\n",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: gradient of its lane of .*weight ",
+    ),
+    fault(
+        30,
+        "a weight gradient that comes late overwrites the one that is there",
+        WEIGHTGRAD,
+        "                    complete.append(parameter)\n",
+        "                    complete.append(parameter)\n                    parameter.grad = None\n",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: gradient of its lane of .*weight ",
+    ),
+    fault(
+        13,
+        "W adds to the gradient past the hooks on the parameters",
+        WEIGHTGRAD,
+        "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n",
+        "            for leaf in complete:\n"
+        "                gradient = sums.pop(_sum_of(entry.run, leaf))\n"
+        "                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
+        check="tests",
+        rule="test",
+        says="test_hooks_on_a_parameter_run_at_w_and_not_at_b",
+    ),
+    fault(
+        24,
+        "what W needed is held after W",
+        WEIGHTGRAD,
+        "entries = self._waiting.pop(key, None)",
+        "entries = self._waiting.get(key, None)",
+        check="trial",
+        rule="run",
+        says="these weight gradients were never computed: ",
+    ),
+    fault(
+        0,
+        "the bias left out of W",
+        SPLITLINEAR,
+        "else dy.sum(0) for parameter",
+        "else dy.sum(0).zero_() for parameter",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: gradient of its lane of .*bias ",
+    ),
+    fault(
+        12,
+        "a layer that a microbatch uses twice is accumulated twice, not summed first",
+        WEIGHTGRAD,
+        "    return run, id(parameter)\n",
+        "    return run, torch.rand(1).item()\n",
+        check="tests",
+        rule="test",
+        says="test_a_layer_used_three_times_is_summed_before_it_is_accumulated",
+    ),
+    fault(
+        0,
+        "weights that are used outside their layer are split all the same",
+        SPLITLINEAR,
+        "            if parameter in self._names and parameter not in self.whole and node not in self._nodes:\n",
+        "            if False:\n",
+        check="tests",
+        rule="test",
+        says="test_what_cannot_be_split_is_run_whole_and_named_once",
+    ),
+    fault(
+        0,
+        "a gradient that is taken within the stage is left to W",
+        SPLITLINEAR,
+        "        if stage.store.key is None or torch.is_grad_enabled() or not _accumulates(anchor):\n",
+        "        if stage.store.key is None:\n",
+        check="tests",
+        rule="test",
+        says="test_what_the_first_microbatch_did_not_show_is_an_error_and_never_a_wrong_gradient",
+    ),
+    fault(
+        29,
+        "a first layer whose input needs no gradient gets none itself",
+        SPLITLINEAR,
+        "    anchor = x.new_empty(0, requires_grad=True)",
+        "    anchor = x.new_empty(0)",
+        check="tests",
+        rule="test",
+        says="test_a_first_layer_whose_input_needs_no_gradient_still_gets_its_own",
+    ),
+)

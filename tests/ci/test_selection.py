@@ -107,6 +107,19 @@ def test_a_source_needs_every_test_that_imports_it():
     assert missing == {}
 
 
+@pytest.mark.parametrize(
+    ("check", "start"),
+    [
+        ("prove", "proofs/prove.py"),
+        ("theorems", "proofs/theorems/prove.py"),
+        ("trial", "reference/verify.py"),
+        ("trial, Megatron", "reference/megatron/verify.py"),
+    ],
+)
+def test_a_source_needs_every_check_that_imports_it(check, start):
+    assert [path for path in sorted(uses(start)) if check not in selected(path).checks] == []
+
+
 def test_every_row_names_tests_that_exist_and_is_of_some_file():
     for prefix, row in ROWS.items():
         assert any(path.startswith(prefix) for path in FILES), prefix
@@ -155,8 +168,9 @@ def test_the_runtime_needs_trials_and_the_tests_of_production_first():
 
 def test_a_proof_needs_prove_and_a_theorem_the_theorems():
     assert "trial" not in selected("proofs/search.py").checks
-    assert set(selected("proofs/search.py").checks) == {"prove", "theorems"}
+    assert set(selected("proofs/search.py").checks) == {"prove"}
     assert set(selected("proofs/theorems/messages.py").checks) == {"theorems"}
+    assert set(selected("proofs/findings.py").checks) == {"prove", "theorems"}
 
 
 def test_the_schedule_value_needs_every_check_and_every_test():

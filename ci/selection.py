@@ -41,9 +41,9 @@ WITH_FAULTS = frozenset(edit.path for fault in PLANTED for edit in fault.plant.e
 """Files in which faults are planted.  Each needs ``FAULTS_FIT``, even for a comment: the replaced text may have one."""
 _PAGES = "tests/docs/test_documentation.py"
 PAGE_TESTS = (
-    f"{_PAGES}::test_what_the_document_says_happens[{{page}}]",
+    f"{_PAGES}::test_the_commands_of_the_page_work[{{page}}]",
     f"{_PAGES}::test_every_link_leads_somewhere",
-    f"{_PAGES}::test_what_is_not_run_has_a_reason_and_is_listed",
+    f"{_PAGES}::test_snippets_that_do_not_run_have_a_reason_and_are_listed",
     "tests/docs/test_links.py",
 )
 """The tests of one page of the documentation.  Links of other pages may lead to a heading that is gone."""

@@ -29,7 +29,7 @@ def proved(verdict: str = "proved", **checks: object) -> dict[str, object]:
 STORY = {"verdict": "refuted", "story": "rank 1 waits", "finding": {"place": {"rank": 1, "slot": 2, "op": "1F0>"}}}
 
 
-def test_proofs_pass_only_where_every_schedule_is_proved():
+def test_prove_passes_only_if_every_schedule_is_proved():
     read = prove.check(FILES, "", LOCATOR).read
     assert read(done(proved(), proved()))[0] is Verdict.PASSED
     assert read(done(proved(), proved("unknown")))[0] is Verdict.UNKNOWN
@@ -61,7 +61,7 @@ def times(family: str, reason: str) -> Location:
 SLOWER = "the times of the proof do not fit this table: at 2 ranks"
 
 
-def test_recorded_times_that_no_longer_fit_are_an_outcome_that_names_the_file():
+def test_recorded_times_that_no_longer_fit_are_outdated_and_name_their_file():
     late = {**theorem("unknown"), "name": "a: deadlock", "reason": SLOWER}
     rests = {**theorem("unknown"), "name": "a: makespan", "reason": "rests on deadlock, not proved"}
     verdict, told, (finding,) = read_theorems(theorem(), late, rests)
@@ -85,7 +85,7 @@ def test_recorded_times_hide_nothing_else(other, verdict):
     assert read_theorems(late, {**theorem("unknown"), **other})[0] is verdict
 
 
-def test_the_times_of_a_family_are_found_in_its_file_at_the_row_that_is_told():
+def test_the_times_of_a_family_are_located_at_the_row_that_is_quoted():
     find = times_in(ROOT)
     place = find("zb1p", "B0 in row '4 cool down' step 1 waits")
     assert (ROOT / place.path).read_text().splitlines()[place.line - 1].strip().startswith('"4 cool down": (')
@@ -126,7 +126,7 @@ def test_a_trial_is_read(report, verdict, rule):
     assert [finding.rule for finding in findings] == ([] if rule is None else [rule])
 
 
-def test_the_first_that_differs_may_be_the_last_that_is_tried():
+def test_with_first_a_trial_may_end_at_a_difference():
     stopped = done(tried("different", differences=2, first_difference="loss"))
     names = ["a", "b"]
     verdict, told, _ = trial.check_megatron(names, "", LOCATOR, first=True).read(stopped)
@@ -150,7 +150,7 @@ def test_a_failed_test_is_a_finding_at_its_line_and_a_skipped_one_has_not_passed
     assert finding.message.splitlines() == ["test_b: assert 1 == 2", "more", "", "the body"]
 
 
-def test_the_story_of_a_failed_test_begins_with_all_that_its_error_says():
+def test_the_story_of_a_failed_test_begins_with_its_whole_error():
     """A terminal shows a story's first lines only, and of an error many lines long the cause may be the last."""
     many = REPORT.replace("more", "&#10;".join(f"rank {rank}: waits" for rank in range(9)))
     _, _, (finding,) = tests.read_report(many)
@@ -188,7 +188,7 @@ def marked(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_long_tests_are_run_of_the_files_that_changed_and_counted_of_the_others(marked, workers):
+def test_long_tests_of_changed_files_run_and_the_others_are_counted(marked, workers):
     def judged(*files: str, long: tuple[str, ...] = ()) -> tuple[Verdict, str]:
         outcome = run_check(tests.check(files, "", marked / "tests.xml", workers, False, long), marked)
         return outcome.verdict, outcome.summary
@@ -205,7 +205,7 @@ def answer(code: str, limit: float = 20.0) -> CheckResult:
     return run_check(Check("c", "", python("-c", code), limit, prove.check(FILES[:1], "", LOCATOR).read), Path.cwd())
 
 
-def test_a_check_whose_time_is_up_is_unknown_and_leaves_no_process():
+def test_a_check_that_exceeds_its_time_limit_is_unknown_and_leaves_no_process():
     started = time.monotonic()
     outcome = answer(
         "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])", 0.5
@@ -215,17 +215,17 @@ def test_a_check_whose_time_is_up_is_unknown_and_leaves_no_process():
     assert time.monotonic() - started < 20
 
 
-def test_after_everything_was_ended_nothing_is_started():
+def test_after_end_all_nothing_is_started():
     code = "from ci.process import end_all, python, run; end_all(); run(python('-c', ''), None, 9.0, tree='.')"
     assert answer(code).summary.endswith(f"EndingError: {sys.executable} is not started: the gate is ending")
 
 
-def test_a_check_that_crashes_or_babbles_is_unknown():
+def test_a_check_that_crashes_or_prints_no_json_is_unknown():
     assert answer("raise KeyError('x')").summary == "no answer: it ended with 1 and KeyError: 'x'"
     assert answer("print('{no json')").verdict is Verdict.UNKNOWN
 
 
-def test_the_worst_verdict_is_the_gates_and_a_skipped_check_is_none():
+def test_the_worst_verdict_counts_and_a_skipped_check_has_none():
     def code(*verdicts: Verdict) -> ExitCode:
         return exit_code([CheckResult("c", verdict, "") for verdict in verdicts])
 
@@ -262,7 +262,7 @@ def test_a_row_of_a_variant_has_the_line_of_the_table_it_comes_from():
     assert lines_of_rows(SOURCE) == {("A", "1"): 2, ("A", "2"): 3, ("B", "1"): 2, ("B", "2"): 7}
 
 
-def test_a_finding_points_to_the_row_that_the_change_touches_else_to_the_first_else_to_the_change():
+def test_a_finding_is_located_at_a_changed_row_else_at_its_first_row_else_at_the_cause():
     rows = {"s": {"rows": [["A", "1"], ["B", "2"]], "ranks": [[[0], [1, 1]]]}}
     cause = Location("x.py", 5)
     data = {"send": {"rank": 0, "slot": 0, "op": ""}, "receive": {"rank": 0, "slot": 1, "op": ""}}
@@ -277,7 +277,7 @@ def test_a_finding_has_a_first_line():
     assert Finding("r", "").first_line == ""
 
 
-def test_a_command_gets_this_tree_and_what_it_is_given(tmp_path):
+def test_a_command_imports_this_tree_and_reads_its_standard_input(tmp_path):
     (tmp_path / "only_here.py").write_text("X = 4\n")
     code = "import sys, only_here; print(only_here.X, sys.stdin.read())"
     assert run(python("-c", code), tmp_path, 20.0, stdin="in").out == "4 in\n"

@@ -38,7 +38,7 @@ def test_a_planted_fault_finds_the_text_that_it_replaces_and_leaves_python(fault
             compile((tmp_path / edit.path).read_text(), edit.path, "exec")
 
 
-def test_every_known_fault_is_planted_and_harmless_changes_beside_them():
+def test_every_known_fault_is_planted_and_so_are_harmless_changes():
     assert len(FAULTS) >= 60
     assert {fault.number for fault in FAULTS} - {0} == set(range(1, 39))
     assert len(HARMLESS) >= 4
@@ -57,7 +57,7 @@ def test_the_expected_message_is_specific_and_of_a_test_begins_with_its_name(fau
 
 def test_an_edit_whose_text_does_not_occur_once_is_an_error():
     with pytest.raises(GateError, match=r"a.py has it 2 times: 'x'; update the record"):
-        Edit("a.py", "x", "y").applied("x x")
+        Edit("a.py", "x", "y").apply("x x")
 
 
 def check_report(check: str, verdict: str, rule: str = "deadlock", message: str = "rank 0 waits\nfor ever") -> dict:
@@ -108,7 +108,7 @@ def test_the_changed_schedules_are_read_from_a_diff_of_the_goldens():
     assert changed_names(diff) == ["a-P2-M4", "a-P9-M9", "b-P9-M9", "c-P2-M4"]
 
 
-def test_a_clone_is_made_in_its_own_folder_also_within_a_hook(scratch, tmp_path, monkeypatch):
+def test_a_clone_is_made_in_its_own_folder_even_within_a_hook(scratch, tmp_path, monkeypatch):
     scratch.write(a="1")
     before = scratch.commit()
     monkeypatch.setenv("GIT_DIR", str(scratch.root / ".git"))

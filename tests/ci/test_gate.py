@@ -64,7 +64,7 @@ def test_without_a_change_it_passes(clone):
     assert list(verdicts(told).items()) == [("generator", "passed"), ("golden", "passed"), ("changelog", "passed")]
 
 
-def test_what_the_tree_prints_is_not_its_answer(clone):
+def test_output_of_the_tree_is_not_part_of_the_answer(clone):
     text = (clone.root / "dualpipe/schedule/generate.py").read_text()
     clone.put("dualpipe/schedule/generate.py", f"{text}\nprint('debug', '{{}}')\n")
     assert expansion(clone.root) == expansion(ROOT)
@@ -92,7 +92,7 @@ def test_sizes_that_a_schedule_no_longer_has_are_a_change(clone, kept):
     assert verdicts(told)["changelog"] == "refused"
 
 
-def test_a_finding_without_a_place_points_to_what_says_something_new(scratch):
+def test_a_finding_without_a_location_points_to_the_first_changed_code(scratch):
     scratch.put("bench/a.py", "x = 1\n")
     scratch.put("dualpipe/b.py", "x = 1\n\ny = 1\n")
     scratch.put("README.md", "one\n")
@@ -113,7 +113,7 @@ def test_a_golden_written_by_hand_is_refused(clone, kept):
     assert verdicts(told)["golden"] == "refused"
 
 
-def test_a_table_whose_author_forgot_goldens_and_changelog_is_refused_for_both(clone, kept):
+def test_a_changed_table_without_goldens_and_changelog_entry_is_refused_for_both(clone, kept):
     replace(clone, "dualpipe/schedule/generate.py", 'N - h - 1, "W RB0 B0 SB0"', 'N - h - 1, "RB0 B0 W SB0"')
     code, told = kept()
     assert code == 1
@@ -140,7 +140,7 @@ def test_a_refusal_reads_as_the_page_shows(clone):
     env = {**os.environ, **environment(clone.root)}
     done = subprocess.run(command, cwd=clone.root, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
-    (refusal,) = re.findall(r"^dualpipe/generate\.py.*\n(?:  .*\n)+", done.stdout, re.M)
+    (refusal,) = re.findall(r"^dualpipe/schedule/generate\.py.*\n(?:  .*\n)+", done.stdout, re.M)
     assert not unlike(shown("dualpipe/schedule/generate.py"), refusal)
 
 
@@ -161,7 +161,7 @@ def test_a_base_that_does_not_exist_is_bad_input(clone):
     assert told["error"] in err
 
 
-def test_bad_input_is_told_where_reports_are_looked_for_and_none_of_another_run_stays(clone, tmp_path):
+def test_bad_input_is_in_the_reports_and_those_of_another_run_are_removed(clone, tmp_path):
     reports = tmp_path / "reports"
     assert gate(clone, "--output", str(reports))[0] == 0
     assert {file.suffix for file in reports.iterdir()} == {".md", ".xml", ".sarif", ".json", ".html"}
@@ -218,7 +218,7 @@ def test_a_record_that_cannot_be_read_is_bad_input(clone, path):
     assert "make golden" in err
 
 
-def test_the_first_fault_and_all_tests_cannot_both_be_asked_for(clone):
+def test_first_and_all_cannot_be_combined(clone):
     command = [sys.executable, "-m", "ci.gate", "--first", "--all"]
     done = subprocess.run(command, cwd=clone.root, env={**os.environ, **environment(clone.root)}, capture_output=True)
     assert done.returncode == 2
@@ -226,6 +226,6 @@ def test_the_first_fault_and_all_tests_cannot_both_be_asked_for(clone):
 
 
 @pytest.mark.parametrize(("given", "passed"), [("FIRST=1", "--first"), ("ALL=1", "--all")])
-def test_make_passes_on_how_far_to_go(given, passed):
+def test_make_passes_on_first_and_all(given, passed):
     words = ["make", "--dry-run", "--assume-old=.venv/ready", "gate", given]
     assert passed in subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()

@@ -41,7 +41,7 @@ def files(check) -> list[str]:
     return [word.rpartition("/")[2].removesuffix(".txt") for word in check.command if word.endswith(".txt")]
 
 
-def test_every_schedule_that_changed_is_proved_the_large_ones_apart(asked):
+def test_every_changed_schedule_is_proved_and_large_ones_apart(asked):
     found = asked("a-P2-M4", "a-P6-M14", "a-P16-M64")
     assert files(found["prove"]) == ["a-P2-M4", "a-P6-M14"]
     assert files(found["prove, large"]) == ["a-P16-M64"]
@@ -63,11 +63,11 @@ def test_a_change_of_large_ones_alone_is_proved_too(asked):
         (["a-P2-M4", "b-P8-M20", "b-P10-M24"], ["a-P2-M4", "b-P8-M20"]),
     ],
 )
-def test_of_every_name_that_changed_one_is_tried(asked, changed, tried):
+def test_of_every_changed_name_one_schedule_is_trained_with(asked, changed, tried):
     assert files(asked(*changed)["trial"]) == tried
 
 
-def test_what_is_too_large_to_be_tried_is_told(asked):
+def test_schedules_too_large_to_train_with_are_named(asked):
     alone = asked("b-P10-M24")
     assert "trial" not in alone
     proved = Completed(0, json.dumps({"verdict": "proved", "checks": {}}), "", 1.0)
@@ -102,7 +102,5 @@ PASSED, SKIPPED = Verdict.PASSED, Verdict.SKIPPED
         (Options(first=True), [("golden", "golden"), ("theorems", "counts")], [PASSED, PASSED]),
     ],
 )
-def test_a_refuted_schedule_leaves_out_the_tests_and_the_first_fault_all_but_bookkeeping_none(
-    options, before, verdicts
-):
+def test_tests_are_skipped_after_a_refuted_schedule_and_with_first_after_any_fault(options, before, verdicts):
     assert ran(options, *before) == verdicts

@@ -55,7 +55,7 @@ def test_the_summary_has_verdicts_stories_and_the_diff(refused):
     assert "```diff\n-rank 0:" in text
 
 
-def test_the_summary_says_what_is_compared_and_what_judges_itself(refused):
+def test_the_summary_names_the_base_and_the_changed_files_that_check_the_rest(refused):
     golden = Changed("tests/golden/1f1b-P2-M4.txt", b"a", b"b")
     changed = (Changed("ci/selection.py", b"a", b"b"), Changed("dualpipe/schedule/generate.py", b"a", b"b"), golden)
     mine = replace(refused, changed=changed)
@@ -65,7 +65,7 @@ def test_the_summary_says_what_is_compared_and_what_judges_itself(refused):
     assert "read that yourself" not in markdown(refused)
 
 
-def test_the_summary_stays_within_what_a_job_may_show_and_is_no_markup():
+def test_the_summary_stays_below_the_size_limit_and_escapes_markup():
     many = [Finding("order", f"<script>{number}\n{'x' * 4000}", f"tests/test_{number}.py") for number in range(700)]
     many.insert(0, Finding("order", f"too long\n{'x' * 950_000}"))
     many.append(Finding("order", "a <b>bold</b> | claim"))
@@ -114,7 +114,7 @@ def test_sarif_has_the_shape_of_version_2_1_0(refused):
     assert run["invocations"] == [{"executionSuccessful": True, "exitCode": 1}]
 
 
-def test_sarif_points_to_the_row_and_says_what_got_no_answer(refused):
+def test_sarif_points_to_the_row_and_lists_checks_without_an_answer(refused):
     deadlock, unanswered = json.loads(sarif(refused))["runs"][0]["results"]
     assert deadlock["locations"][0]["physicalLocation"]["region"]["startLine"] == 42
     assert unanswered["ruleId"] == "unknown"
@@ -127,7 +127,7 @@ def test_every_rule_that_a_finding_names_is_described():
     assert set(CHECKS) <= RULES.keys()
 
 
-def test_the_text_names_the_place_first(refused):
+def test_the_text_begins_a_finding_with_its_location(refused):
     lines = terminal(refused, as_json=False).splitlines()
     assert "dualpipe/schedule/generate.py:42: prove/deadlock" in lines
     assert lines[-1] == "REFUSED in 405.0 s, against 000000000000, where HEAD left main"
@@ -168,13 +168,13 @@ def test_of_many_failed_tests_five_are_shown_and_all_are_in_the_data(refused):
     assert ET.fromstring(junit(many)).get("failures") == "12"
 
 
-def test_figures_that_could_not_be_measured_do_not_read_as_unmoved(refused):
+def test_missing_figures_do_not_read_as_unchanged(refused):
     change = replace(refused.schedules[0], figures_after=None)
     text = terminal(replace(refused, schedules=(change,)), as_json=False)
     assert "no figure moves" not in text
 
 
-def test_one_fault_in_several_schedules_is_told_once():
+def test_one_fault_in_several_schedules_is_one_finding():
     one, two = (Finding("order", f"{name}: s", "g.py", 3, name) for name in ("a", "b"))
     test = Finding("test", "t", "t.py", 3)
     assert [finding.message for finding in grouped([one, two, test, test])] == ["a: s\nlikewise in b", "t", "t"]
@@ -201,7 +201,7 @@ def test_a_page_that_cannot_be_drawn_is_reported(refused, tmp_path):
     assert not (tmp_path / "mine.html").exists()
 
 
-def test_of_another_run_no_report_stays_and_nothing_else_goes(tmp_path, monkeypatch):
+def test_the_reports_of_another_run_are_removed_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     (tmp_path / "summary.md").write_text("of another step")
     for name in (*NAMES, "mine.html", "other.txt"):
@@ -216,7 +216,7 @@ def test_of_another_run_no_report_stays_and_nothing_else_goes(tmp_path, monkeypa
     assert Path("/dev/null").is_char_device()
 
 
-def test_what_cannot_be_written_is_told_beside_what_is(refused, tmp_path, monkeypatch):
+def test_reports_that_cannot_be_written_are_listed_and_the_others_written(refused, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "nowhere" / ".." / "summary.md" / "below"))
     (tmp_path / "summary.md").touch()
     (tmp_path / "gate.sarif").mkdir()

@@ -59,7 +59,7 @@ def test_every_known_fault_has_one_row():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.number}")
-def test_a_row_says_what_where_and_how_and_what_it_names_exists(row):
+def test_a_row_is_complete_and_the_functions_it_names_exist(row):
     assert len(row.fault.split()) > 3
     assert row.seen_in
     assert row.caught_by
@@ -84,7 +84,7 @@ def test_the_faults_planted_in_the_sources_are_marked():
     assert {row.number for row in ROWS if row.gate} == {fault.number for fault in SOURCE_FAULTS} - {0}
 
 
-def test_a_row_that_names_nothing_real_is_noticed():
+def test_a_row_with_a_missing_function_is_found():
     planted = "| 4 | two sends swapped | seen | messages | [`test_it`](../../tests/proofs/test_planted_faults.py) | |"
     assert absent(rows(planted)[0]) == ["tests/proofs/test_planted_faults.py: test_it"]
     assert absent(rows(planted.replace("test_planted_faults", "missing"))[0]) == ["tests/proofs/missing.py: test_it"]

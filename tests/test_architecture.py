@@ -1,7 +1,7 @@
 """The directions of import, read from the sources.
 
 dualpipe  <-  reference, proofs        dualpipe knows neither (the command line reaches them lazily)
-reference <-/-> proofs                 two judges who do not talk
+reference <-/-> proofs                 two independent checks of a schedule
 oracle                                 knows no schedule at all
 ci                                     the gate imports none of what it checks
 """
@@ -48,7 +48,7 @@ PURE += [ROOT / "dualpipe" / f"{name}.py" for name in ("_imports", "errors", "fi
 
 
 @pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_schedule_and_what_only_computes_on_it_need_the_standard_library_alone(path):
+def test_the_schedule_and_pure_computations_on_it_need_only_the_standard_library(path):
     if str(path.relative_to(ROOT)) not in DRAWN_BY_LIBRARIES:
         assert packages(path) <= STANDARD | {"dualpipe"}
 
@@ -73,7 +73,7 @@ def test_the_parts_of_production_import_in_one_direction():
             assert own_parts(path) <= allowed, path
 
 
-def test_production_imports_neither_of_its_judges():
+def test_production_imports_neither_reference_nor_proofs():
     for path in files("dualpipe"):
         if "cli" not in path.parts:
             assert not packages(path) & {"reference", "proofs", "z3"}, path
@@ -100,8 +100,8 @@ def test_only_the_drop_in_imports_megatron():
                 assert "megatron" not in packages(path), path
 
 
-def test_what_runs_inside_a_recorded_program_needs_torch_and_names_nothing_of_ours():
-    """That program may have another package called dualpipe."""
+def test_code_inside_a_recorded_program_imports_only_torch_and_itself():
+    """The program may have another package called dualpipe."""
     for path in files("dualpipe/record/child"):
         absolute = ast.parse(path.read_text())
         for node in ast.walk(absolute):
@@ -111,33 +111,33 @@ def test_what_runs_inside_a_recorded_program_needs_torch_and_names_nothing_of_ou
                 assert {alias.name.partition(".")[0] for alias in node.names} <= STANDARD | {"torch"}, path
 
 
-def test_what_a_recording_is_made_of_needs_no_torch():
+def test_the_analysis_of_a_recording_needs_no_torch():
     for name in ("events", "hang", "launch", "lineage", "naming", "recording"):
         assert packages(ROOT / "dualpipe/record" / f"{name}.py") <= STANDARD | {"dualpipe"}
 
 
-def test_the_oracle_knows_no_schedule():
+def test_the_oracle_imports_no_schedule():
     for name in ("oracle", "model", "data"):
         found = imports(ROOT / "reference" / f"{name}.py")
         own = {module for module in found if module.startswith(("dualpipe", "proofs"))}
         assert own <= {"dualpipe.errors", "dualpipe.errors.RuleError"}
 
 
-def test_fake_ranks_share_the_schedule_value_with_production_and_nothing_else():
+def test_fake_ranks_share_only_the_schedule_value_with_production():
     allowed = {"dualpipe.errors", "dualpipe.schedule", "dualpipe.schedule.text"}
     for name in ("fake", "fault", "ledger", "mailbox", "rank", "replica"):
         modules = {m for m in imports(ROOT / "reference" / f"{name}.py") if m.startswith("dualpipe")}
         assert {".".join(m.split(".")[:2]) for m in modules} <= allowed
 
 
-def test_of_the_court_on_megatron_only_the_party_production_knows_the_drop_in():
+def test_in_the_reference_on_megatron_only_production_imports_the_drop_in():
     allowed = {"dualpipe.errors", "dualpipe.errors.RuleError", "dualpipe.errors.UndecidedError"}
     for path in files("reference/megatron"):
         if path.name != "production.py":
             assert {module for module in imports(path) if module.startswith(("dualpipe", "proofs"))} <= allowed, path
 
 
-def test_the_oracle_on_megatron_sees_neither_other_party_nor_megatrons_schedules():
+def test_the_oracle_on_megatron_imports_neither_other_runs_nor_megatrons_schedules():
     others = ("production", "training", "truth", "verify", "comparison")
     for name in ("plain", "reduction"):
         found = imports(ROOT / "reference" / "megatron" / f"{name}.py")
@@ -147,7 +147,7 @@ def test_the_oracle_on_megatron_sees_neither_other_party_nor_megatrons_schedules
         }
 
 
-def test_proofs_read_the_schedule_and_never_the_simulator_or_the_runtime():
+def test_proofs_import_the_schedule_and_neither_simulator_nor_runtime():
     value = {"errors", "schedule"}
     makers = {f"dualpipe.schedule.{name}" for name in ("generate", "lower", "phase_table", "torch_table", "entrypoint")}
     tables = {"dualpipe.schedule.generate", "dualpipe.schedule.phase_table"}

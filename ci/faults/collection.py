@@ -36,13 +36,13 @@ HARMLESS: tuple[SourceFault, ...] = (
         ),
     ),
     harmless(
-        "messages that need not be joined in a batch sent one after the other",
+        "messages that need not share a slot put into slots of their own",
         "dualpipe/schedule/lower.py",
         "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE:",
         "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE and len(slot) > 1:",
     ),
     harmless(
-        "in the phase table a receive put before a send of the same batch",
+        "in the phase table a receive put before a send of the same slot",
         "dualpipe/schedule/generate.py",
         '"5 forwards end", N - h - 1, "RB1 B1+W1 SB1 RF1 RB0',
         '"5 forwards end", N - h - 1, "RB1 B1+W1 RF1 SB1 RB0',

@@ -46,7 +46,7 @@ FAULTS = (
     ),
     fault(
         30,
-        "Megatron: a weight gradient that comes late overwrites the one that is there",
+        "Megatron: a deferred weight gradient overwrites the accumulated one",
         LAYERS,
         "        dy, whole = dy.reshape(-1, dy.shape[-1]), self._whole(x)",
         "        self.weight.main_grad.zero_()  # type: ignore[attr-defined]\n"
@@ -57,7 +57,7 @@ FAULTS = (
     ),
     fault(
         35,
-        "Megatron: no layer leaves its weight gradient to W",
+        "Megatron: no layer defers its weight gradient to W",
         LAYERS,
         "    if args or torch.compiler.is_compiling():\n",
         "    if args or True:\n",
@@ -77,7 +77,7 @@ FAULTS = (
     ),
     fault(
         15,
-        "Megatron: the replicas of a stage start apart",
+        "Megatron: the replicas of a stage start with different weights",
         MODEL,
         "        dist.broadcast(tensor.data, src=source, group=groups.pair)",
         "        pass",
@@ -107,7 +107,7 @@ FAULTS = (
     ),
     fault(
         26,
-        "Megatron: dropout is drawn in the order in which a rank's chunks take turns",
+        "Megatron: dropout depends on the order in which a rank runs its chunks",
         RANDOM,
         "        restore(self.states)\n        try:",
         "        try:",
@@ -137,7 +137,7 @@ FAULTS = (
     ),
     fault(
         37,
-        "Megatron: the mirror chunk built where global state tells rank r",
+        "Megatron: the mirror chunk built while global state says rank r",
         MODEL,
         "        with at_stage(place.stage):\n",
         "        with nullcontext():\n",

@@ -37,7 +37,7 @@ FAULTS = (
     ),
     fault(
         21,
-        "Megatron: gradients dropped in mid-accumulation",
+        "Megatron: gradients cleared in mid-accumulation",
         COMPUTATION,
         "        with at_stage(op.stage), self.synchronising(op):",
         "        if op.kind is B and op.mb == 1:\n"
@@ -60,7 +60,7 @@ FAULTS = (
     ),
     fault(
         37,
-        "Megatron: the mirror chunk runs where global state tells rank r",
+        "Megatron: the mirror chunk runs while global state says rank r",
         COMPUTATION,
         "        with chunk.drawing(), at_stage(op.stage):\n",
         "        with chunk.drawing():\n",
@@ -80,7 +80,7 @@ FAULTS = (
     ),
     fault(
         22,
-        "Megatron: the losses of lane < are left on the first rank",
+        "Megatron: the losses of lane < stay on the first rank",
         LOSSES,
         "        _send(collected.get(DOWN, []), last, transport, device)\n        return []\n",
         "        _send([], last, transport, device)\n        return collected.get(DOWN, [])\n",

@@ -10,7 +10,7 @@ PIPELINE = "dualpipe/pipeline.py"
 FAULTS = (
     fault(
         35,
-        "the store for weight gradients is never fed, so W does nothing",
+        "nothing is deferred to W, which does nothing",
         EXECUTE,
         "split.forward(task, task not in self.whole):",
         "split.forward(task, False):",
@@ -20,7 +20,7 @@ FAULTS = (
     ),
     fault(
         11,
-        "W does not run what waits for it",
+        "W does not run its deferred weight gradients",
         EXECUTE,
         "                self.store.run(task)",
         "                pass",
@@ -60,7 +60,7 @@ FAULTS = (
     ),
     fault(
         4,
-        "the runtime posts a batch in another order on one rank",
+        "the runtime posts the messages of a slot in another order on one rank",
         EXECUTE,
         "        self.transport.post(messages)",
         "        self.transport.post(messages[:: -1 if self.transport.rank == 1 else 1])",
@@ -80,7 +80,7 @@ FAULTS = (
     ),
     fault(
         24,
-        "an output is held until its backward",
+        "an output is kept until its backward",
         EXECUTE,
         "    return get_gradient_edge(output) if output.requires_grad else None",
         "    return output if output.requires_grad else None",  # autograd takes a tensor for a root as well
@@ -90,7 +90,7 @@ FAULTS = (
     ),
     fault(
         9,
-        "what was received and not used goes unnoticed",
+        "an unused received tensor goes unnoticed",
         EXECUTE,
         """        left += [f"what {op} receives was not used" for op in self.arrivals]
         left += [f"no backward came for {Op(F, *task)}" for task in self.live if torch.is_grad_enabled()]
@@ -133,7 +133,7 @@ FAULTS = (
     ),
     fault(
         15,
-        "each copy of a stage starts from weights of its own",
+        "each replica of a stage starts with its own weights",
         REPLICAS,
         "{o: packed if o == lane else arrived[o, stage] for o in schedule.lanes}",
         "{lane: packed} | {o: arrived[o, stage] for o in schedule.lanes if o != lane}",  # sums stay what they are
@@ -143,7 +143,7 @@ FAULTS = (
     ),
     fault(
         15,
-        "the two copies of a stage are not reduced together",
+        "the two replicas of a stage are not reduced together",
         REPLICAS,
         "total = gradient if total is None else total + gradient",
         "total = gradient if total is None else total",
@@ -173,7 +173,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "a second step sums the gradients of the first one again",
+        "a second step sums the gradients of the first again",
         PIPELINE,
         "            self._set_aside()\n",
         "            pass\n",
@@ -183,7 +183,7 @@ FAULTS = (
     ),
     fault(
         21,
-        "gradients dropped where one copy has none",
+        "gradients dropped if one replica has none",
         REPLICAS,
         "            if flags[index]:",
         "            if all(row[index] for row in present):",
@@ -204,7 +204,7 @@ FAULTS = (
     ),
     fault(
         6,
-        "of the works of a message one is waited for",
+        "only one of the works of a message is waited for",
         TRANSPORT,
         "            for work in message.works:\n",
         "            for work in message.works[1:]:\n",
@@ -214,7 +214,7 @@ FAULTS = (
     ),
     fault(
         4,
-        "two sends of one batch posted in reverse",
+        "two sends of one slot posted in reverse",
         TRANSPORT,
         "        for message in messages:\n            self._allocate(message)",
         "        sends = [m for m in messages if m.sends]\n"
@@ -227,7 +227,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "a receive handed out before it is there",
+        "a received tensor returned before it has arrived",
         TRANSPORT,
         "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n",
         "            early = [tensor.clone() for tensor in message.tensors]\n"

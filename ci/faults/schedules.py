@@ -7,7 +7,7 @@ GENERATE, TABLE, LOWER = (f"dualpipe/schedule/{name}.py" for name in ("generate"
 FAULTS = (
     fault(
         4,
-        "two sends of one batch swapped",
+        "two sends of one slot swapped",
         GENERATE,
         '"4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SF0 SB1',
         '"4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0',
@@ -17,7 +17,7 @@ FAULTS = (
     ),
     fault(
         3,
-        "in the middle, where both lanes go to one peer, two receives mixed up",
+        "in the middle, where both lanes have one peer, two receives swapped",
         GENERATE,
         '"F0 SF1 RB1 B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"',
         '"F0 SF1 RB1 B1+W1 SF0 SB1 RB0 RF1 F1+B0+W0 SF1 SB0"',
@@ -47,7 +47,7 @@ FAULTS = (
     ),
     fault(
         11,
-        "W put off and never run",
+        "W deferred and never run",
         GENERATE,
         'Row("8 weights", h + 1, "W")',
         'Row("8 weights", h, "W")',
@@ -91,7 +91,7 @@ FAULTS = (
     ),
     fault(
         37,
-        "the mirror chunk numbered as if it were at the rank's own place",
+        "the mirror chunk numbered as if it were at rank r",
         GENERATE,
         "(Chunk(here, near), Chunk(there, ranks - 1 - near))",
         "(Chunk(here, near), Chunk(there, near))",
@@ -111,7 +111,7 @@ FAULTS = (
     ),
     fault(
         8,
-        "fewer microbatches than two a rank let through",
+        "fewer than two microbatches per rank accepted",
         GENERATE,
         """    _require_twice("dualpipe", ranks, microbatches)
 """,
@@ -122,7 +122,7 @@ FAULTS = (
     ),
     fault(
         7,
-        "forward receive and backward send not in one batch",
+        "forward receive and backward send not in one slot",
         TABLE,
         "batch += [(op(action, row), row) for action in step if action in exists]",
         "slots += [((op(action, row), row),) for action in step if action in exists]",
@@ -132,7 +132,7 @@ FAULTS = (
     ),
     fault(
         1,
-        "both sides send first, receives put off",
+        "both sides send first, receives deferred",
         TABLE,
         """                if batch:
                     slots.append(tuple(batch))
@@ -148,7 +148,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "a stack where a queue was meant: the W that waited least is run first",
+        "a stack instead of a queue: the W deferred last runs first",
         TABLE,
         "oldest = waiting.popleft()",
         "oldest = waiting.pop()",
@@ -179,7 +179,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "a message takes the receiver's place for the sender's",
+        "a message takes the receiver's rank for the sender's",
         LOWER,
         "((made.rank, (send,)), (rank, (receive,)))",
         "((rank, (send,)), (made.rank, (receive,)))",

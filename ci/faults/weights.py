@@ -18,7 +18,7 @@ FAULTS = (
     ),
     fault(
         30,
-        "a weight gradient that comes late overwrites the one that is there",
+        "a deferred weight gradient overwrites the accumulated one",
         WEIGHTGRAD,
         "                    complete.append(parameter)\n",
         "                    complete.append(parameter)\n                    parameter.grad = None\n",
@@ -40,7 +40,7 @@ FAULTS = (
     ),
     fault(
         24,
-        "what W needed is held after W",
+        "the inputs of W are kept after W",
         WEIGHTGRAD,
         "entries = self._waiting.pop(key, None)",
         "entries = self._waiting.get(key, None)",
@@ -70,7 +70,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "weights that are used outside their layer are split all the same",
+        "weights used outside their layer are split nevertheless",
         SPLITLINEAR,
         "            if parameter in self._names and parameter not in self.whole and node not in self._nodes:\n",
         "            if False:\n",
@@ -80,7 +80,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "a gradient that is taken within the stage is left to W",
+        "a gradient taken within the stage is deferred to W",
         SPLITLINEAR,
         "        if stage.store.key is None or torch.is_grad_enabled() or not _accumulates(anchor):\n",
         "        if stage.store.key is None:\n",

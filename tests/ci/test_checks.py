@@ -1,4 +1,4 @@
-"""How the answers of checks are read: three verdicts, and none for a command that gives no answer."""
+"""How the answers of checks are read: a command that gives no answer is unknown."""
 
 import json
 import sys
@@ -38,15 +38,15 @@ def test_prove_passes_only_if_every_schedule_is_proved():
 
 
 def test_a_refuted_check_is_a_finding_with_its_story():
-    verdict, told, (finding,) = prove.check(FILES, "", LOCATOR).read(done(proved(), proved("refuted", order=STORY)))
+    verdict, summary, (finding,) = prove.check(FILES, "", LOCATOR).read(done(proved(), proved("refuted", order=STORY)))
     assert verdict is Verdict.REFUSED
-    assert told == "1 of 2 schedules refuted"
+    assert summary == "1 of 2 schedules refuted"
     assert (finding.rule, finding.schedule, finding.first_line) == ("order", "b", "b: rank 1 waits")
 
 
 def theorem(verdict: str = "proved", arising: int = 3) -> dict[str, object]:
-    told = {"name": "a: order", "statement": "s", "reason": "r", "obligations": 5, "non_vacuous": arising}
-    return {**told, "verdict": verdict}
+    summary = {"name": "a: order", "statement": "s", "reason": "r", "obligations": 5, "non_vacuous": arising}
+    return {**summary, "verdict": verdict}
 
 
 def read_theorems(*results: object, recorded: tuple[int, int] = (5, 3)):
@@ -64,8 +64,8 @@ SLOWER = "the times of the proof do not fit this table: at 2 ranks"
 def test_recorded_times_that_no_longer_fit_are_outdated_and_name_their_file():
     late = {**theorem("unknown"), "name": "a: deadlock", "reason": SLOWER}
     rests = {**theorem("unknown"), "name": "a: makespan", "reason": "rests on deadlock, not proved"}
-    verdict, told, (finding,) = read_theorems(theorem(), late, rests)
-    assert (verdict, told) == (Verdict.OUTDATED, "the recorded times do not fit 1 of 3 theorems")
+    verdict, summary, (finding,) = read_theorems(theorem(), late, rests)
+    assert (verdict, summary) == (Verdict.OUTDATED, "the recorded times do not fit 1 of 3 theorems")
     assert (finding.rule, finding.path, finding.line) == ("times", "a.py", 7)
     assert SLOWER in finding.message
     assert "edit the recorded times in a.py" in finding.message
@@ -104,8 +104,8 @@ def test_theorems_pass_with_the_recorded_counts_and_no_others():
     assert read_theorems()[0] is Verdict.UNKNOWN
 
 
-def tried(verdict: str = "equal", **party: object) -> dict[str, object]:
-    how = {"failures": [], "differences": 0, "first_difference": None, **party}
+def tried(verdict: str = "equal", **result: object) -> dict[str, object]:
+    how = {"failures": [], "differences": 0, "first_difference": None, **result}
     return {"name": "a", "verdict": verdict, "tensors": 7, "complaints": [], "parties": {"processes": how}}
 
 
@@ -129,8 +129,8 @@ def test_a_trial_is_read(report, verdict, rule):
 def test_with_first_a_trial_may_end_at_a_difference():
     stopped = done(tried("different", differences=2, first_difference="loss"))
     names = ["a", "b"]
-    verdict, told, _ = trial.check_megatron(names, "", LOCATOR, first=True).read(stopped)
-    assert (verdict, told) == (Verdict.REFUSED, "1 of 1 differ from Megatron's 1F1B")
+    verdict, summary, _ = trial.check_megatron(names, "", LOCATOR, first=True).read(stopped)
+    assert (verdict, summary) == (Verdict.REFUSED, "1 of 1 differ from Megatron's 1F1B")
     assert trial.check_megatron(names, "", LOCATOR).read(stopped)[0] is Verdict.UNKNOWN
     assert trial.check_megatron(names, "", LOCATOR, first=True).read(done(tried()))[0] is Verdict.UNKNOWN
 
@@ -189,16 +189,16 @@ def marked(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_long_tests_of_changed_files_run_and_the_others_are_counted(marked, workers):
-    def judged(*files: str, long: tuple[str, ...] = ()) -> tuple[Verdict, str]:
+    def run_tests(*files: str, long: tuple[str, ...] = ()) -> tuple[Verdict, str]:
         outcome = run_check(tests.check(files, "", marked / "tests.xml", workers, False, long), marked)
         return outcome.verdict, outcome.summary
 
     both = ("test_a.py", "test_b.py")
-    assert judged(*both) == (Verdict.PASSED, "1 passed, 0 failed, 0 skipped, 2 long tests not run")
-    assert judged(*both, long=both[:1]) == (Verdict.REFUSED, "1 passed, 1 failed, 0 skipped, 1 long test not run")
-    assert judged(*both, long=both) == (Verdict.REFUSED, "2 passed, 1 failed, 0 skipped")
+    assert run_tests(*both) == (Verdict.PASSED, "1 passed, 0 failed, 0 skipped, 2 long tests not run")
+    assert run_tests(*both, long=both[:1]) == (Verdict.REFUSED, "1 passed, 1 failed, 0 skipped, 1 long test not run")
+    assert run_tests(*both, long=both) == (Verdict.REFUSED, "2 passed, 1 failed, 0 skipped")
     alone = "none of the selected files has a test that is not long, 1 long test not run"
-    assert judged("test_a.py") == (Verdict.SKIPPED, alone)
+    assert run_tests("test_a.py") == (Verdict.SKIPPED, alone)
 
 
 def answer(code: str, limit: float = 20.0) -> CheckResult:

@@ -133,7 +133,7 @@ def planted(title: str):
     return next(fault for fault in PLANTED if fault.title == title)
 
 
-@pytest.mark.parametrize("title", ["two sends of one batch swapped", "W taken from an empty queue"])
+@pytest.mark.parametrize("title", ["two sends of one slot swapped", "W taken from an empty queue"])
 def test_a_planted_fault_is_refused(title, template, tmp_path):
     gate_run = run_gate(planted(title), template, tmp_path / "planted")
     assert gate_run.right, gate_run
@@ -142,17 +142,17 @@ def test_a_planted_fault_is_refused(title, template, tmp_path):
 
 def test_a_run_that_is_terminated_leaves_no_process_and_no_folder(tmp_path):
     env = {**os.environ, **environment(ROOT), "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "ci.faults", "--only", "two sends of one batch swapped"]
+    command = [sys.executable, "-m", "ci.faults", "--only", "two sends of one slot swapped"]
     command_run = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     try:
         assert eventually(lambda: processes_in(tmp_path, "clone-"))
         for _ in range(100):  # an impatient user, or a shell and `timeout` together
             command_run.terminate()
             time.sleep(0.01)
-        _, told = command_run.communicate(timeout=20)
+        _, stderr = command_run.communicate(timeout=20)
     finally:
         command_run.kill()
-    assert command_run.returncode == 128 + signal.SIGTERM, told
+    assert command_run.returncode == 128 + signal.SIGTERM, stderr
     assert eventually(lambda: not processes_in(tmp_path, ""))
     assert list(tmp_path.iterdir()) == []
 

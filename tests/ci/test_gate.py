@@ -1,4 +1,4 @@
-"""The gate on copies of this repository: nothing to say, something to refuse, nothing to judge."""
+"""The gate on copies of this repository: changes that pass, changes that are refused, and bad input."""
 
 import json
 import os
@@ -44,24 +44,24 @@ def replace(clone, path: str, old: str, new: str) -> None:
 
 @pytest.fixture
 def kept(clone, monkeypatch):
-    """What the gate says of the clone by itself, without any check that is a process: a function of no arguments."""
+    """A function that runs the gate on the clone without the checks that are processes."""
     monkeypatch.setattr(evaluation, "run_all", lambda *given: [])
 
-    def told() -> tuple[int, dict]:
+    def report() -> tuple[int, dict]:
         found = evaluation.evaluate(clone.root, "HEAD", Options(first=True), lambda line: None)
         return found.exit_code, as_data(found)
 
-    return told
+    return report
 
 
-def verdicts(told: dict) -> dict[str, str]:
-    return {check["check"]: check["verdict"] for check in told["checks"]}
+def verdicts(report: dict) -> dict[str, str]:
+    return {check["check"]: check["verdict"] for check in report["checks"]}
 
 
 def test_without_a_change_it_passes(clone):
-    code, told, _ = gate(clone)
-    assert (code, told["verdict"], told["changed"]) == (0, "passed", [])
-    assert list(verdicts(told).items()) == [("generator", "passed"), ("golden", "passed"), ("changelog", "passed")]
+    code, report, _ = gate(clone)
+    assert (code, report["verdict"], report["changed"]) == (0, "passed", [])
+    assert list(verdicts(report).items()) == [("generator", "passed"), ("golden", "passed"), ("changelog", "passed")]
 
 
 def test_output_of_the_tree_is_not_part_of_the_answer(clone):
@@ -85,11 +85,11 @@ def test_sizes_that_a_schedule_no_longer_has_are_a_change(clone, kept):
         "        microbatches >= ranks != 10,\n",
     )
     subprocess.run([sys.executable, "-m", "ci.golden", "--no-theorems"], cwd=clone.root, check=True, timeout=60)
-    code, told = kept()
+    code, report = kept()
     assert code == 1
-    gone = {change["name"] for change in told["schedules"] if change["what"] == "gone"}
+    gone = {change["name"] for change in report["schedules"] if change["what"] == "gone"}
     assert gone == {"1f1b-P10-M24", "zb1p-P10-M24"}
-    assert verdicts(told)["changelog"] == "refused"
+    assert verdicts(report)["changelog"] == "refused"
 
 
 def test_a_finding_without_a_location_points_to_the_first_changed_code(scratch):
@@ -108,18 +108,18 @@ def test_a_finding_without_a_location_points_to_the_first_changed_code(scratch):
 def test_a_golden_written_by_hand_is_refused(clone, kept):
     golden = clone.root / "tests/golden/zb1p-P4-M8.txt"
     golden.write_text(golden.read_text().replace("0F0>", "0F1>", 1))
-    code, told = kept()
+    code, report = kept()
     assert code == 1
-    assert verdicts(told)["golden"] == "refused"
+    assert verdicts(report)["golden"] == "refused"
 
 
 def test_a_changed_table_without_goldens_and_changelog_entry_is_refused_for_both(clone, kept):
     replace(clone, "dualpipe/schedule/generate.py", 'N - h - 1, "W RB0 B0 SB0"', 'N - h - 1, "RB0 B0 W SB0"')
-    code, told = kept()
+    code, report = kept()
     assert code == 1
-    assert verdicts(told)["golden"] == "refused"
-    assert verdicts(told)["changelog"] == "refused"
-    (change,) = [change for change in told["schedules"] if change["name"] == "dualpipe-P4-M8"]
+    assert verdicts(report)["golden"] == "refused"
+    assert verdicts(report)["changelog"] == "refused"
+    (change,) = [change for change in report["schedules"] if change["name"] == "dualpipe-P4-M8"]
     assert (change["before"]["makespan"], change["after"]["makespan"]) == (26, 27)
     first, *diff = shown("dualpipe-P4-M8 changed").splitlines()
     assert set(diff) < set(change["diff"])
@@ -146,29 +146,29 @@ def test_a_refusal_reads_as_the_page_shows(clone):
 
 def test_a_tree_that_does_not_parse_is_refused_and_not_a_crash(clone):
     clone.put("dualpipe/schedule/phase_table.py", "def (\n")
-    code, told, _ = gate(clone)
+    code, report, _ = gate(clone)
     assert code == 1
-    (finding,) = told["checks"][0]["findings"]
+    (finding,) = report["checks"][0]["findings"]
     assert "SyntaxError" in finding["message"]
     assert (finding["path"], finding["line"]) == ("dualpipe/schedule/phase_table.py", 1)
 
 
 def test_a_base_that_does_not_exist_is_bad_input(clone):
-    code, told, err = gate(clone, "--base", "nowhere")
+    code, report, err = gate(clone, "--base", "nowhere")
     assert code == 2
     assert err.splitlines()[-1].startswith("gate: --base is a revision of this repository: got nowhere")
-    assert told["verdict"] == "bad_input"
-    assert told["error"] in err
+    assert report["verdict"] == "bad_input"
+    assert report["error"] in err
 
 
 def test_bad_input_is_in_the_reports_and_those_of_another_run_are_removed(clone, tmp_path):
     reports = tmp_path / "reports"
     assert gate(clone, "--output", str(reports))[0] == 0
     assert {file.suffix for file in reports.iterdir()} == {".md", ".xml", ".sarif", ".json", ".html"}
-    code, told, _ = gate(clone, "--output", str(reports), "--base", "nowhere")
+    code, report, _ = gate(clone, "--output", str(reports), "--base", "nowhere")
     assert code == 2
     assert {file.suffix for file in reports.iterdir()} == {".md", ".json"}
-    assert json.loads((reports / "gate.json").read_text()) == told
+    assert json.loads((reports / "gate.json").read_text()) == report
     assert "Bad input" in (reports / "gate.md").read_text()
 
 
@@ -197,16 +197,16 @@ def test_what_cannot_be_read_or_written_is_bad_input_before_any_work(clone, tmp_
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "gate.sarif").mkdir(parents=True)
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    code, told, err = gate(clone, *(argument.format(tmp_path) for argument in arguments))
-    assert (code, told["verdict"]) == (2, "bad_input")
+    code, report, err = gate(clone, *(argument.format(tmp_path) for argument in arguments))
+    assert (code, report["verdict"]) == (2, "bad_input")
     (line,) = err.splitlines()
     assert line.startswith(f"gate: {said}")
 
 
 def test_a_summary_of_a_job_that_cannot_be_written_is_bad_input_before_any_work(clone, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "nowhere" / "summary.md"))
-    code, told, err = gate(clone)
-    assert (code, told["verdict"]) == (2, "bad_input")
+    code, report, err = gate(clone)
+    assert (code, report["verdict"]) == (2, "bad_input")
     assert err.startswith("gate: GITHUB_STEP_SUMMARY names a file that can be written: ")
 
 

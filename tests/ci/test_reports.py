@@ -1,4 +1,4 @@
-"""The reports of a evaluation with every kind of verdict."""
+"""The reports of an evaluation with every kind of verdict."""
 
 import importlib
 import json

@@ -18,7 +18,7 @@ def test_goldens_that_are_what_the_generator_gives_pass():
 
 
 @pytest.mark.parametrize(
-    ("path", "text", "told", "line"),
+    ("path", "text", "message", "line"),
     [
         (path_of("a-P2-M4"), "head\nrank 0: x\n", "is not what the generator gives", 1),
         (path_of("a-P2-M4"), None, "is missing; run make golden", 1),
@@ -26,12 +26,12 @@ def test_goldens_that_are_what_the_generator_gives_pass():
         (DIGESTS, f"a-P9-M9 {digest('z')}\n", "is not what the generator gives", 1),
     ],
 )
-def test_a_stale_golden_is_refused(path, text, told, line):
+def test_a_stale_golden_is_refused(path, text, message, line):
     kept = {**NOW.files({}), path: text}
     result = check_goldens(NOW, {path: text for path, text in kept.items() if text is not None})
     (finding,) = result.findings
     assert result.verdict is Verdict.REFUSED
-    assert told in finding.message
+    assert message in finding.message
     assert (finding.path, finding.line) == (path, line)
 
 

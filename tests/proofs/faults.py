@@ -139,7 +139,7 @@ FAULTS = (
     ),
     Fault(
         4,
-        "two sends of one batch swapped",
+        "two sends of one slot swapped",
         two_sends_of_a_batch_swapped,
         ("messages",),
         "rank 1 expects the activation of microbatch 3 of lane >",

@@ -110,6 +110,20 @@ The changed schedules are proved and trained with anyway, so the tests of the ru
 those of the command line are left out.
 """
 
+# Modules of proofs that no theorem imports, and of reference that nothing on Megatron imports.
+_WITHOUT_THEOREMS = [
+    "deadlock_smt",
+    "difference",
+    "memory",
+    "prefix",
+    "prove",
+    "search",
+    "smt",
+    "solver",
+    "story",
+    "z3child",
+]
+_WITHOUT_MEGATRON = ["case", "fake", "fault", "ledger", "mailbox", "model", "production", "rank", "replica", "verify"]
 _PROOFS = Row(("prove",), ("tests/proofs", "tests/soundness"), _PROVED)
 _REFERENCE = Row(
     ("trial",),
@@ -145,17 +159,8 @@ ROWS: dict[str, Row] = {
     "dualpipe/simulate.py": Row((), ("tests/schedule/test_simulate.py",), _PUBLIC),
     "dualpipe/torchcsv.py": Row((), ("tests/schedule/test_torchcsv.py",), _PUBLIC),
     "proofs/": replace(_PROOFS, checks=("prove", "theorems")),
-    "proofs/deadlock_smt.py": _PROOFS,
-    "proofs/difference.py": _PROOFS,
-    "proofs/memory.py": _PROOFS,
+    **{f"proofs/{name}.py": _PROOFS for name in _WITHOUT_THEOREMS},
     "proofs/optimal.py": Row((), ("tests/proofs/test_optimal.py",), ("tests/page/test_browser.py", *_CLI)),
-    "proofs/prefix.py": _PROOFS,
-    "proofs/prove.py": _PROOFS,
-    "proofs/search.py": _PROOFS,
-    "proofs/smt.py": _PROOFS,
-    "proofs/solver.py": _PROOFS,
-    "proofs/story.py": _PROOFS,
-    "proofs/z3child.py": _PROOFS,
     "proofs/theorems/": Row(
         ("theorems",),
         ("tests/proofs/theorems",),
@@ -166,17 +171,8 @@ ROWS: dict[str, Row] = {
         checks=("trial", "trial, Megatron"),
         far=(*_REFERENCE.far, "tests/record/test_steps.py", "tests/megatron", "tests/gpu"),
     ),
-    "reference/case.py": _REFERENCE,
-    "reference/fake.py": _REFERENCE,
-    "reference/fault.py": _REFERENCE,
-    "reference/ledger.py": _REFERENCE,
-    "reference/mailbox.py": _REFERENCE,
+    **{f"reference/{name}.py": _REFERENCE for name in _WITHOUT_MEGATRON},
     "reference/measured.py": Row((), ("tests/pictures",), _CLI),
-    "reference/model.py": _REFERENCE,
-    "reference/production.py": _REFERENCE,
-    "reference/rank.py": _REFERENCE,
-    "reference/replica.py": _REFERENCE,
-    "reference/verify.py": _REFERENCE,
     "reference/stopwatch.py": Row(
         ("trial", "trial, Megatron"),
         ("tests/pictures",),

@@ -5,20 +5,10 @@ from ci.faults.fault import Edit, fault
 GROUPS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
     f"dualpipe/megatron/{name}.py" for name in ("groups", "layers", "model", "optimizer", "random_streams")
 )
-WEIGHTGRAD, SPLITLINEAR = "dualpipe/runtime/weightgrad.py", "dualpipe/runtime/split_linear.py"
+WEIGHTGRAD = "dualpipe/runtime/weightgrad.py"
 ACCUMULATE = "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n"
 
 FAULTS = (
-    fault(
-        12,
-        "Megatron: a weight counted twice in the split",
-        SPLITLINEAR,
-        "        stage.store.defer(use, x.detach(), dy)\n",
-        "        for _ in range(2):\n            stage.store.defer(use, x.detach(), dy)\n",
-        check="trial, Megatron",
-        rule="bitwise",
-        says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
-    ),
     fault(
         13,
         "Megatron: W adds to the gradient past the data-parallel hooks",

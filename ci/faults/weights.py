@@ -27,18 +27,6 @@ FAULTS = (
         says="first step 0, stage .: gradient of its lane of .*weight ",
     ),
     fault(
-        13,
-        "W adds to the gradient past the hooks on the parameters",
-        WEIGHTGRAD,
-        "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n",
-        "            for leaf in complete:\n"
-        "                gradient = sums.pop(_sum_of(entry.run, leaf))\n"
-        "                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
-        check="tests",
-        rule="test",
-        says="test_hooks_on_a_parameter_run_at_w_and_not_at_b",
-    ),
-    fault(
         24,
         "the inputs of W are kept after W",
         WEIGHTGRAD,

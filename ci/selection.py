@@ -144,7 +144,10 @@ ROWS: dict[str, Row] = {
         ("tests/production",),
         ("tests/soundness", "tests/megatron", "tests/gpu", *_CLI),
     ),
-    "dualpipe/pipeline.py": Row(("trial",), ("tests/production",), ("tests/soundness", *_CLI)),
+    **dict.fromkeys(
+        ("dualpipe/pipeline.py", "dualpipe/runtime/modules.py", "dualpipe/runtime/replicas.py"),
+        Row(("trial",), ("tests/production",), ("tests/soundness", *_CLI)),
+    ),
     "dualpipe/megatron/": Row(("trial, Megatron",), ("tests/megatron",), ("tests/gpu", *_CLI)),
     "dualpipe/record/": Row((), ("tests/record",), _CLI),
     "dualpipe/testing/": Row((), ("tests/record",), ("tests/docs/test_reference.py",)),

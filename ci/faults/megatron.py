@@ -1,6 +1,6 @@
 """Faults of the Megatron drop-in in what a rank holds and in the split of its layers."""
 
-from ci.faults.fault import Edit, fault
+from ci.faults.fault import fault
 
 GROUPS, LAYERS, MODEL, OPTIMIZER, RANDOM = (
     f"dualpipe/megatron/{name}.py" for name in ("groups", "layers", "model", "optimizer", "random_streams")
@@ -20,19 +20,6 @@ FAULTS = (
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of .*weight",
-    ),
-    fault(
-        14,
-        "Megatron: the last weight gradient arrives after the reduction",
-        WEIGHTGRAD,
-        ACCUMULATE,
-        "            _LATE.append((complete, [sums.pop(_sum_of(entry.run, p)) for p in complete]))\n"
-        "            if len(_LATE) > 1:\n"
-        "                torch.autograd.backward(*_LATE.pop(0))\n",
-        Edit(WEIGHTGRAD, "Closure = Callable[[], None]\n", "Closure = Callable[[], None]\n_LATE: list[Any] = []\n"),
-        check="trial, Megatron",
-        rule="run",
-        says="gpt-P2, DualPipe: .*differs between ranks",
     ),
     fault(
         30,

@@ -1,6 +1,6 @@
 """Faults of the split of a backward into B and W."""
 
-from ci.faults.fault import fault
+from ci.faults.fault import Edit, fault
 
 WEIGHTGRAD = "dualpipe/runtime/weightgrad.py"
 SPLITLINEAR = "dualpipe/runtime/split_linear.py"
@@ -22,6 +22,19 @@ FAULTS = (
         WEIGHTGRAD,
         "                    complete.append(parameter)\n",
         "                    complete.append(parameter)\n                    parameter.grad = None\n",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: gradient of its lane of .*weight ",
+    ),
+    fault(
+        14,
+        "the last weight gradient arrives after the reduction",
+        WEIGHTGRAD,
+        "            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])\n",
+        "            _LATE.append((complete, [sums.pop(_sum_of(entry.run, p)) for p in complete]))\n"
+        "            if len(_LATE) > 1:\n"
+        "                torch.autograd.backward(*_LATE.pop(0))\n",
+        Edit(WEIGHTGRAD, "Closure = Callable[[], None]\n", "Closure = Callable[[], None]\n_LATE: list[Any] = []\n"),
         check="trial",
         rule="bitwise",
         says="first step 0, stage .: gradient of its lane of .*weight ",

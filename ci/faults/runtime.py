@@ -83,7 +83,9 @@ FAULTS = (
         "an output is kept until its backward",
         EXECUTE,
         "    return get_gradient_edge(output) if output.requires_grad else None",
-        "    return output if output.requires_grad else None",  # autograd takes a tensor for a root as well
+        "    if output.requires_grad:\n"
+        '        get_gradient_edge(output).node.metadata["kept"] = output\n'
+        "    return get_gradient_edge(output) if output.requires_grad else None",
         check="tests",
         rule="test",
         says="test_a_view_that_was_sent_is_freed_with_its_base",

@@ -54,8 +54,8 @@ def prove(repository, schedules, options=""):
     environment = os.environ | {"SCHEDULES": schedules, "OPTIONS": options, "GITHUB_STEP_SUMMARY": str(summary)}
     script = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step("Prove")["run"]]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    tell = [sys.executable, "-c", step("Tell")["run"]]
-    subprocess.run(tell, env=environment, check=True, timeout=60)
+    told = [sys.executable, "-c", step("Summarise")["run"]]
+    subprocess.run(told, env=environment, check=True, timeout=60)
     return done.returncode, done.stdout + done.stderr, summary.read_text()
 
 

@@ -17,7 +17,7 @@ from tests.production.cases import rewrite, without
 TORCH_ALONE = """
 import sys
 # A module that is None in sys.modules cannot be imported.
-sys.modules.update(dict.fromkeys(["z3", "cvc5", "megatron", "hypothesis", "matplotlib", "psutil", "networkx"]))
+sys.modules.update(dict.fromkeys(["z3", "cvc5", "megatron", "hypothesis", "matplotlib", "psutil"]))
 import pytest
 assert pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]) == 0
 sys.argv = ["dualpipe", "verify", "-P", "2", "--steps", "2"]

@@ -12,7 +12,7 @@ from proofs.prefix import closed, cut
 from proofs.prove import CHECKS, prove
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, overall, worst
 from tests.mutations import drop
-from tests.proofs.museum import both_sides_send_first, two_sends_of_a_batch_swapped
+from tests.proofs.faults import both_sides_send_first, two_sends_of_a_batch_swapped
 
 
 def lines_below(schedule, check, **options) -> list[str]:

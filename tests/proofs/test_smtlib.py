@@ -10,7 +10,7 @@ from proofs.models import MODELS
 from proofs.prove import problems, smtlib
 from proofs.z3child import Edge, minimal
 from tests.mutations import mutants
-from tests.proofs.museum import EXHIBITS
+from tests.proofs.faults import FAULTS
 
 ANSWERS = {"sat", "unsat"}
 
@@ -35,10 +35,10 @@ def test_cvc5_proves_what_z3_proves(model):
     assert by_cvc5(smtlib(dualpipe(4, 8), model)) == by_z3(dualpipe(4, 8), model) == ["sat"] * 6
 
 
-@pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)
-def test_cvc5_refutes_the_museum_check_by_check_as_z3_does(exhibit):
-    answers = by_cvc5(smtlib(exhibit.plant(), MODELS[0]))
-    assert answers == by_z3(exhibit.plant(), MODELS[0])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
+def test_cvc5_refutes_the_planted_faults_check_by_check_as_z3_does(fault):
+    answers = by_cvc5(smtlib(fault.plant(), MODELS[0]))
+    assert answers == by_z3(fault.plant(), MODELS[0])
     assert "unsat" in answers
 
 
@@ -76,8 +76,8 @@ def test_a_core_is_one_cycle_without_superfluous_facts():
 
 
 def test_the_core_of_a_wait_cycle_is_joined_into_fewer_facts():
-    exhibit = next(exhibit for exhibit in EXHIBITS if "ring" in exhibit.name)
-    problem = problems(exhibit.plant(), MODELS[0])[3]
+    fault = next(fault for fault in FAULTS if "ring" in fault.title)
+    problem = problems(fault.plant(), MODELS[0])[3]
     answer = decide(problem)
     assert isinstance(answer, Contradiction)
     lines = list(map(str, joined(answer.core)))

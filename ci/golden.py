@@ -1,9 +1,9 @@
-"""``python -m ci.golden [--no-theorems]``: writes tests/golden anew.
+"""``python -m ci.golden [--no-theorems]``: writes the files of tests/golden.
 
-Each named schedule as text at a few sizes, digests of more, and the counts of the theorems.  A golden file lags behind
-when it is not what the tree's own generator gives; the gate refuses that.
+Each named schedule as text at a few sizes, digests of more sizes, and the counts of the theorems.  The gate refuses a
+golden file that is not what the tree's own generator gives.
 
-Exit code 0: written.  2: a schedule cannot be expanded, or the theorems cannot be counted.  70: a fault of its own.
+Exit code 0: written.  2: a schedule cannot be expanded, or the theorems cannot be counted.  70: an internal error.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ci import GateError
 from ci.command import BAD_INPUT, command_line, run_as_command
-from ci.errors import GateError
 from ci.process import python, run
 
 FOLDER = "tests/golden"
@@ -26,14 +26,14 @@ COUNTS = f"{FOLDER}/theorems.txt"
 EXPAND_LIMIT_S, THEOREMS_LIMIT_S = 60.0, 400.0
 
 Counts = Mapping[str, tuple[int, int]]
-"""By theorem, as ``dualpipe: messages``: how many obligations it has, and how many of them arise at some size."""
+"""By theorem, such as ``dualpipe: messages``: its obligations, and how many of them arise at some size."""
 
 
 @dataclass(frozen=True)
 class Expansion:
     """What a tree's generator gives.
 
-    The texts of the shown and the digested schedules, the rows that made them, and what ``failed`` with which error.
+    The texts of the shown and the digested schedules, the rows that made them, and the errors of those that failed.
     """
 
     shown: Mapping[str, str]
@@ -46,9 +46,9 @@ class Expansion:
         return {**self.shown, **self.digested}
 
     def files(self, kept: Mapping[str, str]) -> dict[str, str]:
-        """The golden files of this expansion, by path: all but the counts of the theorems.
+        """The golden files of this expansion, by path, without the counts of the theorems.
 
-        ``kept`` are the files as they are, which stay so for a schedule that failed.
+        A schedule that failed keeps its present file of ``kept``.
         """
         digests = {name: value for name, value in read_digests(kept.get(DIGESTS, "")).items() if name in self.failed}
         digests |= {name: digest(text) for name, text in self.digested.items()}
@@ -69,17 +69,17 @@ def digest(text: str) -> str:
 def expansion(root: Path, tree: Path | None = None) -> Expansion:
     """Expand the schedules of ``tree`` (``root`` if ``None``) in a process of its own.
 
-    Raises ``GateError`` where the tree's generator fails or takes too long.
+    Raises ``GateError`` if the tree's generator fails or exceeds its time limit.
     """
     tree = root if tree is None else tree
-    script = Path(__file__).with_name("expand.py")
+    script = Path(__file__).with_name("child") / "expand.py"
     done = run(python("-P", str(script), str(tree)), tree, EXPAND_LIMIT_S, tree)
     try:
         answer = json.loads(done.out) if done.code == 0 else None
     except json.JSONDecodeError:
         answer = None
     if answer is None:
-        why = f"{EXPAND_LIMIT_S:g} s were not enough" if done.code is None else done.last_words
+        why = f"no answer within {EXPAND_LIMIT_S:g} s" if done.code is None else done.last_line
         raise GateError("the named schedules can be expanded", why, "see dualpipe/schedule/generate.py")
     return Expansion(**answer)
 
@@ -90,7 +90,7 @@ def is_golden_schedule(path: str) -> bool:
 
 
 def read_digests(text: str) -> dict[str, str]:
-    """The digests by name.  Raises ``GateError`` for a line that has no such form."""
+    """The digests by name.  Raises ``GateError`` for a line of another form."""
     found = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, space, value = line.partition(" ")
@@ -101,7 +101,7 @@ def read_digests(text: str) -> dict[str, str]:
 
 
 def read_counts(text: str) -> dict[str, tuple[int, int]]:
-    """The recorded counts.  Raises ``GateError`` for a line that has no such form."""
+    """The recorded counts.  Raises ``GateError`` for a line of another form."""
     found = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, _, figures = line.rpartition("  ")
@@ -121,25 +121,25 @@ def show_counts(counts: Counts) -> str:
 
 
 def count_theorems(root: Path) -> dict[str, tuple[int, int]]:
-    """Run the theorems and count their obligations.  Raises ``GateError`` where they cannot be counted."""
+    """Run the theorems and count their obligations.  Raises ``GateError`` if they cannot be counted."""
     done = run(python("-m", "dualpipe.cli", "prove", "--all-sizes", "--json"), root, THEOREMS_LIMIT_S)
     try:
         results = [json.loads(line) for line in done.out.splitlines()]
     except json.JSONDecodeError:
         results = []
     if done.code is None or not results:
-        raise GateError("the theorems can be counted", done.last_words, "see dualpipe prove --all-sizes")
+        raise GateError("the theorems can be counted", done.last_line, "see dualpipe prove --all-sizes")
     return {result["name"]: (result["obligations"], result["non_vacuous"]) for result in results}
 
 
 def kept_files(root: Path) -> dict[str, str]:
-    """The golden files as they are that the generator writes, by path."""
+    """The present golden files of the generator, by path."""
     files = {f"{FOLDER}/{file.name}": file for file in sorted((root / FOLDER).glob("*.txt"))}
     return {path: file.read_text(errors="replace") for path, file in files.items() if is_golden_schedule(path)}
 
 
 def write(root: Path, files: Mapping[str, str]) -> list[str]:
-    """Write golden files and remove schedules that are no longer expanded; the paths that changed."""
+    """Write golden files and remove those of other schedules.  Returns the paths that changed."""
     changed = []
     for path in sorted({*files, *(f"{FOLDER}/{file.name}" for file in (root / FOLDER).glob("*.txt"))}):
         file = root / path

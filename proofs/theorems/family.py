@@ -13,7 +13,7 @@ from proofs.theorems.symbolic import Rank
 Times = Mapping[str, tuple[Affine | int, ...]]
 """For each row the start of each of its computes in iteration ``i``, in the table's symbols.
 
-``"NAME, last"`` speaks of the row's last iteration where that differs, ``"end"`` of the end of the program.
+``"NAME, last"`` has those of the row's last iteration if that differs, ``"end"`` the end of the program.
 """
 
 i = symbol("i")
@@ -29,21 +29,21 @@ class Family:
     name, sizes:
         The schedule's name in ``dualpipe.schedule.generate.PLANS``, and its sizes in words.
     ranks, links:
-        Together they must be all ranks and all ordered pairs that exchange messages (the coverage control looks).
+        Together they must cover all ranks and all ordered pairs that exchange messages (the coverage control checks).
     chunks:
         The numbers of the table's chunks.
     each:
-        How many microbatches pass each chunk.
+        The number of microbatches of each chunk.
     times:
-        For each kind of rank the times that the deadlock theorem rests on.
+        For each kind of rank the times that the deadlock theorem relies on.
     bounds:
-        What the theorems about memory and time claim, by name.
+        The figures that the theorems about memory and time claim.
     values:
-        ``values(plan_sizes, suffix)``: the symbols of a rank with this suffix, at one size.
+        ``values(plan_sizes, suffix)``: the values of a rank's symbols at one size, the symbols ending in the suffix.
     world:
-        ``world(values)``: ranks and microbatches of the size that the symbols stand for.
+        ``world(values)``: the numbers of ranks and microbatches that the values of the symbols stand for.
     turn:
-        For each kind of rank what an op needs of the other chunk (where a lane turns).
+        For each kind of rank the actions that need one of the rank's other chunk, where a lane turns.
     """
 
     name: str
@@ -63,11 +63,10 @@ class Family:
 class Bounds:
     """The figures that are claimed, in the table's symbols (so that they may differ from rank to rank).
 
-    ``live`` is for each chunk the microbatches between F and the end of B, ``memory`` all chunks' between F and the
-    end of W, ``pending`` the W that wait (``None`` if none ever does), ``makespan`` the end with every F, B and W
-    taking one unit of time.
-    The texts say the same in words.  ``makespan_reached``: whether the schedules of two or more ranks really take that
-    long where messages block, which a test compares.
+    ``live`` counts for each chunk the microbatches between F and the end of B, ``memory`` those of all chunks between F
+    and the end of W, ``pending`` the deferred W (``None`` if there are none).  ``makespan`` is the end if F, B and W
+    take one unit of time each.  ``makespan_reached``: whether schedules of two or more ranks take exactly that long
+    with blocking messages, which a test checks.  ``words`` has the figures as text.
     """
 
     live: tuple[Affine, ...]

@@ -1,7 +1,6 @@
-"""The computes before and after a batch of messages, and when they run according to a family's ``Times``.
+"""The computes before and after a message slot, and when they run according to a family's ``Times``.
 
-Which compute comes next depends on the size where rows may be empty: each possibility is a ``Moment`` with the
-condition under which it is the one.
+If rows may be empty, the next compute depends on the size.  Each possibility is a ``Moment`` with its condition.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from dualpipe.schedule import MESSAGES
 from dualpipe.schedule.phase_table import Affine, Step, affine
 from proofs.theorems.constraint import Constraints, TableError, at_least, below, equal, substitute
 from proofs.theorems.family import Times
-from proofs.theorems.symbolic import Place, Rank, is_compute
+from proofs.theorems.symbolic import Position, Rank, is_compute
 
 
 class UntimedError(TableError):
-    """A table with computes that the family's times say nothing of."""
+    """A table with computes for which the family has no times."""
 
 
 class Moment(NamedTuple):
-    """A compute slot: when it is the one meant, which one of the rank it is, when it starts and ends.
+    """A compute slot, if ``given`` holds: its number within the rank, its start and its end.
 
-    The program's start and its end count as computes that take no time, numbers -1 and the number of computes.
+    The start and the end of the program count as computes that take no time; their numbers are -1 and the number of
+    computes.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Moment(NamedTuple):
 
 
 def moments(rank: Rank, row: int, step: int, iteration: Affine, times: Times) -> Iterator[Moment]:
-    """The compute that is ``step`` of ``row`` in an iteration: two cases where the row's last one has its own time.
+    """The compute at ``step`` of ``row`` in an iteration: two cases if the row's last iteration has its own time.
 
-    Raises ``UntimedError`` where ``times`` and the table do not fit.
+    Raises ``UntimedError`` if ``times`` do not fit the table.
     """
     the_row = rank.table[row]
-    place = Place(rank, row, step, 0, iteration)
+    at = Position(rank, row, step, 0, iteration)
     computes = _computes(the_row.steps)
     sizes = {**rank.sizes, "i": iteration}
     last = affine(rank.count(the_row) - 1)
@@ -55,7 +55,7 @@ def moments(rank: Rank, row: int, step: int, iteration: Affine, times: Times) ->
                 "give the family times that fit its table",
             )
         start = substitute(starts[computes.index(step)], sizes)
-        yield Moment(f"{place} ({name})", given, place.computes, start, start + len(place.the_step))
+        yield Moment(f"{at} ({name})", given, at.computes, start, start + len(at.the_step))
 
 
 def start_of(rank: Rank, given: Constraints = ()) -> Moment:
@@ -67,14 +67,14 @@ def end_of(rank: Rank, times: Times, given: Constraints = ()) -> Moment:
     return Moment(f"the end of {rank.name}", given, rank.total(is_compute), end, end)
 
 
-def after(place: Place, times: Times) -> Iterator[Moment]:
-    """The compute that follows a place (the program's end if none does)."""
-    return filter(_is_possible, _after(place, times))
+def after(at: Position, times: Times) -> Iterator[Moment]:
+    """The compute that follows a position (the program's end if none does)."""
+    return filter(_is_possible, _after(at, times))
 
 
-def before(place: Place, times: Times) -> Iterator[Moment]:
-    """The compute that a place follows (the program's start if none does)."""
-    return filter(_is_possible, _before(place, times))
+def before(at: Position, times: Times) -> Iterator[Moment]:
+    """The compute that precedes a position (the program's start if none does)."""
+    return filter(_is_possible, _before(at, times))
 
 
 def first(rank: Rank, times: Times) -> Iterator[Moment]:
@@ -83,37 +83,37 @@ def first(rank: Rank, times: Times) -> Iterator[Moment]:
 
 
 def _is_possible(moment: Moment) -> bool:
-    """Not if a row of constant length would have to have another length."""
+    """Whether no row of constant length would need another length."""
     return all(constraint.terms or constraint.holds({}) for constraint in moment.given)
 
 
-def _after(place: Place, times: Times) -> Iterator[Moment]:
-    rank, row, count = place.rank, place.row, place.rank.count(place.the_row)
-    inside = [s for s in _computes(place.the_row.steps) if s > place.step]
+def _after(at: Position, times: Times) -> Iterator[Moment]:
+    rank, row, count = at.rank, at.row, at.rank.count(at.the_row)
+    inside = [s for s in _computes(at.the_row.steps) if s > at.step]
     if inside:
-        yield from moments(rank, row, inside[0], place.iteration, times)
+        yield from moments(rank, row, inside[0], at.iteration, times)
         return
     given: Constraints = ()
-    if again := _computes(place.the_row.steps):
-        for moment in moments(rank, row, again[0], place.iteration + 1, times):
-            yield moment._replace(given=(*moment.given, below(place.iteration + 1, count)))
-        given = (equal(place.iteration + 1, count),)
+    if again := _computes(at.the_row.steps):
+        for moment in moments(rank, row, again[0], at.iteration + 1, times):
+            yield moment._replace(given=(*moment.given, below(at.iteration + 1, count)))
+        given = (equal(at.iteration + 1, count),)
     for later in range(row + 1, len(rank.table)):
         given = yield from _if_not_empty(rank, later, 0, given, times)
     yield end_of(rank, times, given)
 
 
-def _before(place: Place, times: Times) -> Iterator[Moment]:
-    rank, row = place.rank, place.row
-    inside = [s for s in _computes(place.the_row.steps) if s < place.step]
+def _before(at: Position, times: Times) -> Iterator[Moment]:
+    rank, row = at.rank, at.row
+    inside = [s for s in _computes(at.the_row.steps) if s < at.step]
     if inside:
-        yield from moments(rank, row, inside[-1], place.iteration, times)
+        yield from moments(rank, row, inside[-1], at.iteration, times)
         return
     given: Constraints = ()
-    if again := _computes(place.the_row.steps):
-        for moment in moments(rank, row, again[-1], place.iteration - 1, times):
-            yield moment._replace(given=(*moment.given, at_least(place.iteration, 1)))
-        given = (equal(place.iteration, 0),)
+    if again := _computes(at.the_row.steps):
+        for moment in moments(rank, row, again[-1], at.iteration - 1, times):
+            yield moment._replace(given=(*moment.given, at_least(at.iteration, 1)))
+        given = (equal(at.iteration, 0),)
     for earlier in reversed(range(row)):
         given = yield from _if_not_empty(rank, earlier, -1, given, times)
     yield start_of(rank, given)
@@ -129,7 +129,7 @@ def _first(rank: Rank, times: Times) -> Iterator[Moment]:
 def _if_not_empty(
     rank: Rank, row: int, end: int, given: Constraints, times: Times
 ) -> Generator[Moment, None, Constraints]:
-    """The row's first (``end`` 0) or last (-1) compute if it has one; what is given beyond it if not."""
+    """The row's first (``end`` 0) or last (-1) compute, if it is not empty; returns the condition that it is."""
     the_row = rank.table[row]
     computes = _computes(the_row.steps)
     if not computes:

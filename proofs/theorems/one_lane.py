@@ -38,7 +38,7 @@ ZB1P_TIMES: Times = {
 
 
 def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
-    """1F1B: at most P - r microbatches in flight on rank r, and 3(P - 1) units of time more than the work itself."""
+    """1F1B: at most P - r microbatches in flight on rank r, and 3(P - 1) units of bubble."""
     bounds = Bounds(
         live=(P - r,),
         memory=P - r,
@@ -50,7 +50,7 @@ def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
 
 
 def zb1p(table: Table = ZB1P) -> Family:
-    """ZB1P: the memory of 1F1B's first rank on every rank, at most r + 1 W waiting, 2(P - 1) units of bubble."""
+    """ZB1P: on every rank the memory of 1F1B's first rank, at most r + 1 deferred W, and 2(P - 1) units of bubble."""
     bounds = Bounds(
         live=(P - r,),
         memory=P,

@@ -1,4 +1,4 @@
-"""All theorems: what each says in plain words, what it rests on, and its verdict."""
+"""All theorems: the claim of each in words, the theorems that it relies on, and its verdict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from proofs import deadlock_search as blocking_run
+from dualpipe.progress import Progress, silent
+from proofs import deadlock_search
 from proofs.models import BLOCKING
 from proofs.theorems.deadlock import deadlock, makespan
 from proofs.theorems.family import Family
@@ -26,38 +27,38 @@ from proofs.verdict import Proved, Refuted, Unknown
 
 @dataclass(frozen=True)
 class Theorem:
-    """What is claimed of every family.
+    """A claim about every family.
 
     Parameters
     ----------
-    says:
-        The claim; ``{live}`` and the like stand for a family's own bounds in words.
+    claim:
+        The claim in words; ``{live}`` and the like stand for a family's own bounds.
     obligations:
-        The cases that together are the claim.
-    rests_on:
-        Theorems without which this one means nothing.
+        The cases that together make up the claim.
+    premises:
+        Theorems that this one assumes.
     by_times:
-        Whether the proof goes through given times.  A case that fails then refutes the times, not the claim.
+        Whether the proof uses the family's times.  A case that fails then refutes the times, not the claim.
     """
 
-    says: str
+    claim: str
     obligations: Callable[[Family], Iterator[Obligation]]
-    rests_on: tuple[str, ...] = ("totals",)
+    premises: tuple[str, ...] = ("totals",)
     by_times: bool = False
 
 
 THEOREMS: Mapping[str, Theorem] = {
     "totals": Theorem(
-        "no phase is shorter than 0, F, B and each message come once for each microbatch, and W with its B or put off",
+        "no phase is shorter than 0, each microbatch has F, B and each message once, and its W with its B or deferred",
         totals,
-        rests_on=(),
+        premises=(),
     ),
     "messages": Theorem(
         "on every ordered pair of ranks the k-th send is the k-th receive's payload, and none is left over", messages
     ),
     "order": Theorem("on its rank every op comes after all that it needs there", order),
     "queue": Theorem(
-        "each W that is put off is run once, after its B, first come first served; none is asked of an empty queue",
+        "each deferred W runs once, after its B, first in first out; none is taken from an empty queue",
         queue,
     ),
     "deadlock": Theorem(
@@ -68,45 +69,42 @@ THEOREMS: Mapping[str, Theorem] = {
     "makespan": Theorem(
         "with F, B and W of one unit each and instant messages the step ends by {makespan}",
         makespan,
-        rests_on=("totals", "deadlock"),
+        premises=("totals", "deadlock"),
         by_times=True,
     ),
     "live": Theorem("microbatches between F and the end of B: at most {live}", live),
-    "memory": Theorem("live activations, pending W counted: at most {memory}", memory, rests_on=("totals", "queue")),
-    "pending": Theorem("W that wait: at most {pending}", pending, rests_on=("totals", "queue")),
+    "memory": Theorem("live activations, deferred W included: at most {memory}", memory, premises=("totals", "queue")),
+    "pending": Theorem("deferred W: at most {pending}", pending, premises=("totals", "queue")),
     "accumulation": Theorem(
-        "at each stage and lane the W run in microbatch order", accumulation, rests_on=("totals", "queue")
+        "at each stage and lane the W run in microbatch order", accumulation, premises=("totals", "queue")
     ),
 }
 
 
-Progress = Callable[[int, int, str], None]
-"""Called before each theorem with how many are done, how many there are, and the name of the next one."""
-
-
 Prover = Callable[[Family, str, set[str], float], TheoremResult]
+"""Proves one theorem as ``prove`` does."""
 
 
 def families() -> tuple[Family, ...]:
-    """The schedules for which there are theorems, the one that is easiest to read first."""
+    """The schedules for which there are theorems, the simplest first."""
     return one_f_one_b(), zb1p(), dualpipe(), dualpipev()
 
 
 def theorems_of(family: Family) -> tuple[str, ...]:
-    """The names of a family's theorems, premises first.  Where no W is ever put off there is nothing to bound."""
+    """The names of a family's theorems, premises first; without ``pending`` if the family defers no W."""
     return tuple(name for name in THEOREMS if name != "pending" or family.bounds.pending is not None)
 
 
 def prove_all(
-    progress: Progress | None = None,
+    progress: Progress = silent,
     of: Iterable[Family] | None = None,
     timeout: float = 10.0,
     by: Prover | None = None,
 ) -> list[TheoremResult]:
-    """Prove every theorem of every family for all sizes; ``timeout`` in seconds for each question to Z3.
+    """Prove every theorem of every family for all sizes, with ``timeout`` seconds for each question to Z3.
 
-    A solver that gives up makes a theorem ``Unknown``, never proved.  ``by`` proves one theorem as ``prove`` does.  If
-    it is not given that is ``prove`` itself: in this process, without a limit of memory.
+    If the solver gives up, the theorem is ``Unknown``, never proved.  ``by`` proves one theorem; by default it is
+    ``prove``, in this process and without a memory limit.
     """
     by = by or prove
     chosen = tuple(families() if of is None else of)
@@ -115,24 +113,24 @@ def prove_all(
     for family in chosen:
         proved: set[str] = set()
         for name in theorems_of(family):
-            if progress:
-                progress(len(results), total, f"{family.name}: {name}")
+            progress(len(results), total, f"{family.name}: {name}")
             result = by(family, name, proved, timeout)
             if isinstance(result.verdict, Proved):
                 proved.add(name)
             results.append(result)
+    progress(total, total, "")
     return results
 
 
 def statement(family: Family, name: str) -> str:
-    """What a theorem says of a family, in words."""
-    return f"for {family.sizes}, {THEOREMS[name].says.format_map(family.bounds.words)}"
+    """The claim of a theorem about a family, in words."""
+    return f"for {family.sizes}, {THEOREMS[name].claim.format_map(family.bounds.words)}"
 
 
 def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) -> TheoremResult:
-    """One theorem of a family, given the names of those that are ``proved`` already.
+    """Prove one theorem of a family, given the names of those that are ``proved`` already.
 
-    Where the times of the deadlock theorem do not fit, the schedule is run at that size: if it really deadlocks the
+    If the times of the deadlock theorem do not fit at a size, the schedule is run at that size: if it deadlocks, the
     theorem is refuted, otherwise unknown.
 
     Raises ``TableError`` for a table that cannot be read for all sizes.
@@ -144,11 +142,11 @@ def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) ->
         done = discharge(list(theorem.obligations(family)), timeout)
     except UntimedError as error:
         done, untimed = Discharge(0, 0, 0.0, ()), str(error)
-    missing = [premise for premise in theorem.rests_on if premise not in proved]
+    missing = [premise for premise in theorem.premises if premise not in proved]
     verdict = Unknown(untimed) if untimed else _verdict(theorem, done, missing)
     found = next((failure for failure in done.failures if failure.values is not None), None)
     if name == "deadlock" and found and {"totals", "queue"} <= proved:
-        stuck = blocking_run.deadlock(schedule_at(family, *family.world(found.values or {})), BLOCKING)
+        stuck = deadlock_search.deadlock(schedule_at(family, *family.world(found.values or {})), BLOCKING)
         verdict = stuck if isinstance(stuck, Refuted) else verdict
     return TheoremResult(
         name=f"{family.name}: {name}",

@@ -1,4 +1,4 @@
-"""The command line as a process of its own, on a terminal or piped, and what Ctrl-C does to it."""
+"""Runs the command line as a process, on a terminal or piped, and interrupts it."""
 
 import os
 import pty
@@ -18,13 +18,13 @@ class Ended:
     code: int
     out: str
     seconds: float
-    """From the interrupt, if there was one."""
+    """Since the interrupt, if there was one."""
 
 
 def on_a_terminal(*arguments: object, interrupt_at: str | None = None, stdout=None, **environment: str) -> Ended:
-    """Run on a terminal of 100 columns, standard output unless it is given another place.
+    """Run on a terminal of 100 columns, to which standard output goes as well unless ``stdout`` is given.
 
-    Ctrl-C is typed when the text ``interrupt_at`` has appeared.
+    Ctrl-C is typed once the text ``interrupt_at`` appears.
     """
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
@@ -76,8 +76,8 @@ def interrupted(*arguments: object, when, group: bool = True, by: signal.Signals
     try:
         begun = time.monotonic()
         while not when(child.pid):
-            assert child.poll() is None, f"over before it could be interrupted: {child.communicate()[0]}"
-            assert time.monotonic() - begun < WAIT, "what was waited for did not come"
+            assert child.poll() is None, f"it ended before it could be interrupted: {child.communicate()[0]}"
+            assert time.monotonic() - begun < WAIT, "the condition did not become true"
             time.sleep(0.02)
         begun = time.monotonic()
         (os.killpg if group else os.kill)(child.pid, by)
@@ -88,7 +88,7 @@ def interrupted(*arguments: object, when, group: bool = True, by: signal.Signals
 
 
 def members(session: int) -> list[int]:
-    """The living processes of a session, read from /proc; the ended ones that nobody has collected do not count."""
+    """The living processes of a session, read from /proc; zombies do not count."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():

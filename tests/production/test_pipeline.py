@@ -16,7 +16,7 @@ from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import B, Lane, Op, Schedule, Slot, W
 from dualpipe.schedule.generate import generate
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 WIDTH, BATCH = 4, 3
 Held = tuple[Lane, int]

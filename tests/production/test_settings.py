@@ -2,8 +2,8 @@
 
 import pytest
 
+from dualpipe.testing.launch import launch
 from reference.case import SettingsError, require_deterministic
-from reference.launch import launch
 from reference.verify import verify
 from tests.gpu.torchrun import compare_ranks
 from tests.production.cases import processes, tiny

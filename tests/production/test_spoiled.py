@@ -27,7 +27,7 @@ from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import DisagreementError, Message, SpoiledError, TensorSpec
 from dualpipe.schedule import B, F, Kind, W
 from dualpipe.schedule.generate import generate
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 RANKS, WIDTH, BATCH = 4, 4, 3
 SCHEDULE = generate("dualpipe", RANKS, 2 * RANKS)

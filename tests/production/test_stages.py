@@ -20,7 +20,7 @@ from dualpipe.runtime.executor import StepError
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import SpoiledError, TensorSpec
 from dualpipe.schedule.generate import generate
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 WIDTH, BATCH = 4, 3
 REAL = TensorSpec((BATCH, WIDTH), torch.float32)

@@ -10,7 +10,7 @@ import torch
 from dualpipe.errors import StageError
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import Message, SpoiledError
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 
 class Noted:

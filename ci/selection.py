@@ -52,6 +52,7 @@ PAGE_TESTS = (
 _CLI = (
     "tests/cli",
     "tests/docs",
+    "tests/proofs/test_findings.py",  # reads the marks of the page
     "tests/record/test_command.py",
     "tests/record/test_deepseek.py",
     "tests/record/test_hand_written.py",
@@ -78,6 +79,7 @@ _PUBLIC = (
 _PROVED = (
     "tests/schedule/test_normalise.py",
     "tests/page/test_browser.py",
+    "tests/megatron/test_random_streams.py",
     "tests/megatron/test_replicas.py",
     "tests/megatron/test_schedule.py",
     "tests/record/test_cut_short.py",
@@ -114,7 +116,6 @@ those of the command line are left out.
 _WITHOUT_THEOREMS = [
     "deadlock_smt",
     "difference",
-    "memory",
     "prefix",
     "prove",
     "search",
@@ -136,7 +137,12 @@ ROWS: dict[str, Row] = {
     "dualpipe/timeline/": Row(
         (),
         ("tests/pictures", "tests/schedule", "tests/page"),
-        ("tests/proofs/test_optimal.py", "tests/proofs/theorems/test_theorems.py", *_CLI, "tests/ci"),
+        (
+            "tests/proofs/test_optimal.py",
+            "tests/proofs/theorems/test_theorems.py",
+            *_CLI,
+            "tests/ci",
+        ),
     ),
     "dualpipe/page/": Row((), ("tests/page",), (*_CLI, "tests/ci")),
     "dualpipe/runtime/": Row(
@@ -151,8 +157,18 @@ ROWS: dict[str, Row] = {
     "dualpipe/megatron/": Row(("trial, Megatron",), ("tests/megatron",), ("tests/gpu", *_CLI)),
     "dualpipe/record/": Row((), ("tests/record",), _CLI),
     "dualpipe/testing/": Row((), ("tests/record",), ("tests/docs/test_reference.py",)),
+    **dict.fromkeys(
+        ("dualpipe/testing/launch.py", "dualpipe/record/child/ranks.py"),  # every process of a trial is forked here
+        Row(
+            ("trial", "trial, Megatron"),
+            ("tests/production", "tests/record"),
+            ("tests/reference", "tests/megatron", "tests/soundness", "tests/gpu", *_CLI),
+        ),
+    ),
     "dualpipe/cli/": Row(
-        (), ("tests/cli", "tests/docs/test_snippets.py"), ("tests/page/test_browser.py", *_CLI, "tests/ci")
+        (),
+        ("tests/cli", "tests/docs/test_snippets.py"),
+        ("tests/page/test_browser.py", *_CLI, "tests/ci"),
     ),
     "dualpipe/_imports.py": Row((), ("tests/cli",), _CLI),
     "dualpipe/comm.py": Row((), ("tests/production/test_deepseek_names.py",), _PUBLIC),
@@ -203,7 +219,15 @@ ROWS: dict[str, Row] = {
     ),
     "tests/gpu/": Row((), ("tests/gpu",), ("tests/production/test_settings.py",)),
     "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py",)),
-    "tests/megatron/test_schedule.py": Row((), ("tests/megatron/test_schedule.py", "tests/megatron/test_replicas.py")),
+    "tests/megatron/test_groups.py": Row((), ("tests/megatron/test_groups.py", "tests/megatron/test_model.py")),
+    "tests/megatron/test_schedule.py": Row(
+        (),
+        (
+            "tests/megatron/test_schedule.py",
+            "tests/megatron/test_random_streams.py",
+            "tests/megatron/test_replicas.py",
+        ),
+    ),
     "tests/page/": Row((), ("tests/page",)),
     "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),
     "tests/production/": Row(
@@ -242,6 +266,7 @@ ROWS: dict[str, Row] = {
     "docs/how-to/other-repositories.md": Row((), (*PAGE_TESTS, "tests/cli/test_other_repositories.py")),
     "docs/how-to/when-a-run-fails.md": Row((), (*PAGE_TESTS, "tests/production/test_faults.py")),
     "README.md": Row((), PAGE_TESTS),
+    "CONTRIBUTING.md": Row((), PAGE_TESTS),
     "CHANGELOG.md": Row((), ("tests/docs/test_links.py",)),
     "Makefile": Row((), ("tests/docs", "tests/ci/test_gate.py")),
     ".github/": Row((), ("tests/cli/test_other_repositories.py",)),

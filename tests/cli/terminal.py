@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 COMMAND = [sys.executable, "-m", "dualpipe.cli"]
@@ -102,10 +103,14 @@ def members(session: int) -> list[int]:
     return found
 
 
-def cpu_seconds(pid: int) -> float:
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(session: int) -> float:
+    """The processor time of the living processes of a session, in seconds."""
+    ticks = 0
+    for pid in members(session):
+        with suppress(OSError), open(f"/proc/{pid}/stat") as file:  # it may end meanwhile
+            fields = file.read().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def quiet() -> dict[str, str]:

@@ -50,6 +50,8 @@ def test_a_module_that_exports_names_is_listed_or_known_to_be_internal():
         "dualpipe.cli": "the command line has its own page",
         "dualpipe.comm": "the module paths of DeepSeek's package, whose names dualpipe has too",
         "dualpipe.utils": "likewise",
+        "dualpipe.schedule": "the vocabulary of the sources; dualpipe has what a user needs of it",
+        "dualpipe.timeline.simulate": "dualpipe.simulate is its public name",
         "dualpipe.record": "what the command line and dualpipe.testing are made of",
     }
     found = set()

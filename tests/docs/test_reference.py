@@ -91,7 +91,7 @@ def test_a_docstring_is_complete(rendered):
     page = rendered["python.md"]
     for text in (
         "- `criterion`: `criterion(*outputs, *labels)`: a scalar loss, scaled as its gradient should be",
-        "Microbatches all have the same shapes, contiguous and at aligned storage",
+        "For bitwise reproducibility all microbatches have the same shapes",
         "  Raises `DisagreementError` at the first step if the ranks were set up differently",
         "**Raises**\n\n- `OrderError`: If the order already has messages",
     ):

@@ -17,7 +17,7 @@ from ci.golden import COUNTS, FOLDER, Counts, Expansion, expansion, kept_files, 
 from ci.history import counts_at, schedule_changes
 from ci.meaning import Meaning, meaning
 from ci.outcome import ExitCode, Finding, Outcome, Verdict, exit_code
-from ci.place import NOWHERE, TABLES, Place, Places, lines_of_rows, times_in
+from ci.place import NOWHERE, TABLES, Place, Places, bounds_in, lines_of_rows
 from ci.process import Completed, end_all
 from ci.repository import Base, Changed, Repository
 from ci.selection import Selection, select
@@ -199,7 +199,7 @@ class _Case:
                 selection.theorems,
                 places,
                 self.explained(),
-                times_in(self.repository.root),
+                bounds_in(self.repository.root),
             )
         if selection.tests:
             files = list(selection.tests)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ci.check import Check, Reading, crashed
-from ci.golden import COUNTS, Counts
+from ci.golden import COUNTS, Count, Counts
 from ci.outcome import Finding, Verdict
 from ci.place import BOUNDS, Place, Places
 from ci.process import Completed, python
@@ -61,78 +61,48 @@ def theorems(
     why: str,
     places: Places,
     explained: Callable[[str], bool],
-    times: Callable[[str, str], Place],
+    bounds: Callable[[str, str], Place],
 ) -> Check:
-    """The theorems for every size, and their counts against the recorded ones.
+    """The theorems for every size, and their counts and the bounds of makespans against the recorded ones.
 
-    A count of obligations that arise which is smaller than at the base needs an entry that explains it:
-    ``explained(name)`` says whether there is one.  Where all that keeps a theorem from its proof is that the recorded
-    times do not fit the table, the check is outdated: ``times(family, reason)`` is the place of those times.
+    Fewer obligations that arise than at the base, and another makespan, need an entry of the changelog:
+    ``explained(name)`` says whether there is one.  ``bounds(family, name)`` is where a bound is written.
     """
 
     def read(done: Completed) -> Reading:
         results = _lines(done)
         if not results or done.code not in (0, 1, 3):
             return crashed(done)
-        findings = [_theorem(result, places, times) for result in results if result["verdict"] == "refuted"]
-        counts = {result["name"]: (result["obligations"], result["non_vacuous"]) for result in results}
+        findings = [_theorem(result, places, bounds) for result in results if result["verdict"] == "refuted"]
+        counts = {result["name"]: Count.of(result) for result in results}
         unknown = [result for result in results if result["verdict"] == "unknown"]
-        untimed = [result for result in unknown if result["reason"].startswith(_UNTIMED)]
-        late = tuple(_late(result, times(_family(result), result["reason"])) for result in untimed)
-        if not findings and untimed and all(_rests_on(result, untimed) for result in unknown):
-            return Verdict.OUTDATED, f"the recorded times do not fit {len(late)} of {len(results)} theorems", late
-        findings += late if findings else ()
         if not unknown and not findings:
             findings += stale_counts(recorded, counts)
             findings += fallen_counts(base, counts, explained)
+            findings += changed_bounds(base, counts, explained)
         if findings:
             return Verdict.REFUSED, f"{len(findings)} findings", tuple(findings)
         if unknown:
             first = unknown[0]
             told = f"{len(unknown)} of {len(results)} not proved; {first['name']}: {first['reason']}"
             return Verdict.UNKNOWN, told, ()
-        return Verdict.PASSED, f"{len(results)} theorems proved for every size", ()
+        moved = [f"; {name} {now}; was {before}" for name, before, now in _moved(base, counts)]
+        return Verdict.PASSED, f"{len(results)} theorems proved for every size{''.join(moved)}", ()
 
     return Check(
         "theorems", why, python("-m", "dualpipe.cli", "prove", "--all-sizes", "--json"), THEOREMS_LIMIT_S, read
     )
 
 
-_UNTIMED = ("the times of the proof do not fit this table", "each compute of each row has a time")
-"""How ``prove`` begins the reason for a theorem that its recorded times no longer prove, and that nothing refutes."""
-
-
-def _rests_on(result: Mapping[str, Any], untimed: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a theorem is unknown for its times alone, or for those of one of its family that it rests on."""
-    if result in untimed:
-        return True
-    premises = result["reason"].removeprefix("rests on ").partition(", not proved")[0].split(" and ")
-    lacking = {other["name"].partition(": ")[2] for other in untimed if _family(other) == _family(result)}
-    return result["reason"].startswith("rests on ") and lacking.issuperset(premises)
-
-
 def _family(result: Mapping[str, Any]) -> str:
     return str(result["name"]).partition(": ")[0]
 
 
-def _late(result: Mapping[str, Any], place: Place) -> Finding:
-    message = (
-        f"{result['name']} is not proved, and nothing refutes it: the table may be right and slower than recorded\n"
-        f"{result['reason']}\n"
-        f"edit {place.what} in {place.path}: write starts so late that no compute starts before what it waits for has "
-        "ended, one for each compute of a row, and the 'end' to match\n"
-        "where the end grows, edit makespan and its words in the bounds there; if no bound is reached at every size, "
-        "write makespan_reached=False beside it\n"
-        f"then run dualpipe prove --all-sizes --schedule {_family(result)}, make golden and the gate again"
-    )
-    return Finding("times", message, place.path, place.line)
-
-
-def _theorem(result: Mapping[str, Any], places: Places, times: Callable[[str, str], Place]) -> Finding:
+def _theorem(result: Mapping[str, Any], places: Places, bounds: Callable[[str, str], Place]) -> Finding:
     message = f"{result['name']} is refuted: {result['statement']}\n{result['reason']}"
     bound = result["name"].partition(": ")[2]
     if bound in BOUNDS:
-        place = times(_family(result), bound)
+        place = bounds(_family(result), bound)
         message += (
             f"\nif this much is intended, edit {bound} and its words in the family's bounds, "
             f"{place.path}:{place.line}, and say why in CHANGELOG.md"
@@ -155,16 +125,42 @@ def stale_counts(recorded: Counts, counts: Counts) -> list[Finding]:
 def fallen_counts(base: Counts, counts: Counts, explained: Callable[[str], bool]) -> list[Finding]:
     """Theorems of which fewer obligations arise than at the base, and no entry of the changelog says why."""
     findings = []
-    for name, (_, before) in base.items():
-        arising = counts.get(name, (0, 0))[1]
-        if arising < before and not explained(name):
-            told = f"{name}: {arising} obligations arise, {before} did before; say in CHANGELOG.md why, naming {name!r}"
+    for name, before in base.items():
+        arising = counts[name].arising if name in counts else 0
+        if arising < before.arising and not explained(name):
+            told = (
+                f"{name}: {arising} obligations arise, {before.arising} did before; "
+                f"say in CHANGELOG.md why, naming {name!r}"
+            )
             findings.append(Finding("counts", told, COUNTS, 1 + list(counts).index(name) if name in counts else 1))
     return findings
 
 
-def _counted(count: tuple[int, int] | None) -> str:
-    return "none" if count is None else f"{count[0]} obligations of which {count[1]} arise"
+def changed_bounds(base: Counts, counts: Counts, explained: Callable[[str], bool]) -> list[Finding]:
+    """Makespans that are not those of the base, and no entry of the changelog says why."""
+    return [
+        Finding(
+            "counts",
+            f"{name} {now}; was {before}: say in CHANGELOG.md why, naming {name!r}",
+            COUNTS,
+            1 + list(counts).index(name),
+        )
+        for name, before, now in _moved(base, counts)
+        if not explained(name)
+    ]
+
+
+def _moved(base: Counts, counts: Counts) -> list[tuple[str, str, str]]:
+    """The theorems whose bound is another one than at the base, with both."""
+    both = [(name, base[name].bound, count.bound) for name, count in counts.items() if name in base]
+    return [(name, before, now) for name, before, now in both if before and now != before]
+
+
+def _counted(count: Count | None) -> str:
+    if count is None:
+        return "none"
+    bound = f" and the bound {count.bound}" if count.bound else ""
+    return f"{count.obligations} obligations of which {count.arising} arise{bound}"
 
 
 def trial(files: Sequence[Path], why: str, places: Places, blocking: bool = False, first: bool = False) -> Check:

@@ -7,20 +7,15 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
 
-BOOKKEEPING = frozenset({"golden", "changelog", "counts", "times"})
+BOOKKEEPING = frozenset({"golden", "changelog", "counts"})
 """Rules that hold a record to the tree: what they find is no fault of a schedule, and hides none."""
 
 
 class Verdict(Enum):
-    """What became of a check.
-
-    An outdated one found no fault, but a proof that rests on recorded times that the change no longer keeps: they have
-    to be edited.  A skipped one was not run, which is neither passed nor a verdict on the change.
-    """
+    """What became of a check.  A skipped one was not run, which is neither passed nor a verdict on the change."""
 
     PASSED = "passed"
     REFUSED = "refused"
-    OUTDATED = "outdated"
     UNKNOWN = "unknown"
     SKIPPED = "skipped"
 
@@ -84,10 +79,10 @@ class Outcome:
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> ExitCode:
-    """Refused if any check is, else unknown if any is, else refused if a record is outdated, else passed."""
+    """Refused if any check is, else unknown if any is, else passed."""
     verdicts = {outcome.verdict for outcome in outcomes}
     if Verdict.REFUSED in verdicts:
         return ExitCode.REFUSED
     if Verdict.UNKNOWN in verdicts:
         return ExitCode.UNKNOWN
-    return ExitCode.REFUSED if Verdict.OUTDATED in verdicts else ExitCode.PASSED
+    return ExitCode.PASSED

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TABLES, TIMES = "dualpipe/schedule/generate.py", "proofs/theorems"
+TABLES, THEOREMS = "dualpipe/schedule/generate.py", "proofs/theorems"
 BOUNDS = ("live", "memory", "pending")
 """The theorems that say no more than that a family keeps the bound of this name."""
 
@@ -61,24 +60,15 @@ class Places:
                 yield Place(TABLES, line, f"row {row!r} of {table}")
 
 
-def times_in(root: Path) -> Callable[[str, str], Place]:
-    """Finds the recorded times that a family's theorems rest on, and of them those of a row that a text quotes.
+def bounds_in(root: Path) -> Callable[[str, str], Place]:
+    """Finds where a family's bound of a name is written."""
+    sources = {file: file.read_text(errors="replace") for file in sorted((root / THEOREMS).glob("*.py"))}
 
-    Where the text is the name of a bound, finds that bound.
-    """
-    sources = {file: file.read_text(errors="replace") for file in sorted((root / TIMES).glob("*.py"))}
-
-    def find(family: str, text: str) -> Place:
+    def find(family: str, bound: str) -> Place:
         for file, source in sources.items():
-            if f'"{family}"' in source and "times=" in source:
-                rows = re.findall(r"row '([^']+)'", text)
-                lines = source.splitlines()
-                if text in BOUNDS:
-                    return Place(f"{TIMES}/{file.name}", _bound(lines, family, text), f"the bound {text!r}")
-                quoted = (n for row in rows for n, line in enumerate(lines, 1) if line.strip().startswith(f'"{row}":'))
-                first = (n for n, line in enumerate(lines, 1) if "_TIMES" in line)
-                return Place(f"{TIMES}/{file.name}", next(quoted, next(first, 1)), "the recorded times")
-        return Place(TIMES, 1, "the recorded times")
+            if f'"{family}"' in source and "Bounds(" in source:
+                return Place(f"{THEOREMS}/{file.name}", _bound(source.splitlines(), family, bound))
+        return Place(THEOREMS, 1)
 
     return find
 

@@ -13,7 +13,6 @@ from ci.report.terminal import judges_told
 MARKS = {
     Verdict.PASSED: "✅",
     Verdict.REFUSED: "❌",
-    Verdict.OUTDATED: "✏️",
     Verdict.UNKNOWN: "❔",
     Verdict.SKIPPED: "➖",
 }
@@ -82,10 +81,9 @@ def _head(judgement: Judgement) -> Iterator[str]:
 def _findings(outcome: Outcome) -> Iterator[list[str]]:
     if not outcome.findings:
         return
-    verb = "is outdated" if outcome.verdict is Verdict.OUTDATED else "refuses"
     findings = shown(outcome)
     stories = [finding for finding in findings if "\n" in finding.message.strip()]
-    yield ["", f"## {outcome.check} {verb}", ""]
+    yield ["", f"## {outcome.check} refuses", ""]
     for finding in findings:
         if finding not in stories:
             yield [f"* {_where(finding)}{_cell(finding.message)}"]

@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from dualpipe.schedule.phase_table import Action, Affine, symbol
+from dualpipe.schedule.phase_table import Action, Affine
 from proofs.theorems.constraint import Values
 from proofs.theorems.obligation import Link
 from proofs.theorems.symbolic import Rank
 
-Times = Mapping[str, tuple[Affine | int, ...]]
-"""For each row the start of each of its computes in iteration ``i``, in the table's symbols.
 
-``"NAME, last"`` speaks of the row's last iteration where that differs, ``"end"`` of the end of the program.
-"""
-
-i = symbol("i")
-"""The iteration of a row, in ``Times``."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One named schedule for all sizes.
 
@@ -34,14 +25,12 @@ class Family:
         The numbers of the table's chunks.
     each:
         How many microbatches pass each chunk.
-    times:
-        For each kind of rank the times that the deadlock theorem rests on.
     bounds:
-        What the theorems about memory and time claim, by name.
+        What the theorems about memory claim, by name.
     values:
         ``values(plan_sizes, suffix)``: the symbols of a rank with this suffix, at one size.
     world:
-        ``world(values)``: ranks and microbatches of the size that the symbols stand for.
+        The numbers of ranks and of microbatches, each in one symbol of the sizes.
     turn:
         For each kind of rank what an op needs of the other chunk (where a lane turns).
     """
@@ -52,11 +41,15 @@ class Family:
     links: tuple[Link, ...]
     chunks: tuple[int, ...]
     each: Affine
-    times: Mapping[str, Times]
     bounds: Bounds
     values: Callable[[Mapping[str, int], str], dict[str, int]]
-    world: Callable[[Values], tuple[int, int]]
+    world: tuple[Affine, Affine]
     turn: Mapping[str, Mapping[Action, Action]] = field(default_factory=dict)
+
+    def size_of(self, values: Values) -> tuple[int, int]:
+        """Ranks and microbatches of the size that the symbols stand for."""
+        ranks, microbatches = self.world
+        return ranks.at(values), microbatches.at(values)
 
 
 @dataclass(frozen=True)
@@ -64,15 +57,10 @@ class Bounds:
     """The figures that are claimed, in the table's symbols (so that they may differ from rank to rank).
 
     ``live`` is for each chunk the microbatches between F and the end of B, ``memory`` all chunks' between F and the
-    end of W, ``pending`` the W that wait (``None`` if none ever does), ``makespan`` the end with every F, B and W
-    taking one unit of time.
-    The texts say the same in words.  ``makespan_reached``: whether the schedules of two or more ranks really take that
-    long where messages block, which a test compares.
+    end of W, ``pending`` the W that wait (``None`` if none ever does).  The texts say the same in words.
     """
 
     live: tuple[Affine, ...]
     memory: Affine
     pending: Affine | None
-    makespan: Affine
     words: Mapping[str, str]
-    makespan_reached: bool = True

@@ -1,4 +1,4 @@
-"""The computes before and after a batch of messages, and when they run according to a family's ``Times``.
+"""The computes before and after a slot of messages, and when they run according to given times.
 
 Which compute comes next depends on the size where rows may be empty: each possibility is a ``Moment`` with the
 condition under which it is the one.
@@ -6,18 +6,22 @@ condition under which it is the one.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import NamedTuple
 
-from dualpipe.schedule import MESSAGES
-from dualpipe.schedule.phase_table import Affine, Step, affine
-from proofs.theorems.constraint import Constraints, TableError, at_least, below, equal, substitute
-from proofs.theorems.family import Times
-from proofs.theorems.symbolic import Place, Rank, is_compute
+from dualpipe.schedule.phase_table import Affine, affine
+from proofs.theorems.constraint import Constraints, at_least, below, equal, substitute
+from proofs.theorems.symbolic import Place, Rank, computes_of, is_compute
 
+Times = Mapping[tuple[str, str, int], Affine]
+"""When each compute starts: by kind of rank, row and number among the computes of the row's body.
 
-class UntimedError(TableError):
-    """A table with computes that the family's times say nothing of."""
+In the symbols of the kind (``Rank.symbols``) and ``i``, the iteration.  The row ``end`` is the end of the program.
+What is missing starts at time 0.
+"""
+
+END = "end"
+"""The row of a program's end, which counts as a compute that takes no time."""
 
 
 class Moment(NamedTuple):
@@ -33,29 +37,12 @@ class Moment(NamedTuple):
     end: Affine
 
 
-def moments(rank: Rank, row: int, step: int, iteration: Affine, times: Times) -> Iterator[Moment]:
-    """The compute that is ``step`` of ``row`` in an iteration: two cases where the row's last one has its own time.
-
-    Raises ``UntimedError`` where ``times`` and the table do not fit.
-    """
-    the_row = rank.table[row]
+def moment(rank: Rank, row: int, step: int, iteration: Affine, times: Times, given: Constraints = ()) -> Moment:
+    """The compute that is ``step`` of ``row`` in an iteration."""
     place = Place(rank, row, step, 0, iteration)
-    computes = _computes(the_row.steps)
-    sizes = {**rank.sizes, "i": iteration}
-    last = affine(rank.count(the_row) - 1)
-    cases: list[tuple[str, Constraints]] = [(the_row.name, ())]
-    if f"{the_row.name}, last" in times:
-        cases = [(the_row.name, (below(iteration, last),)), (f"{the_row.name}, last", (equal(iteration, last),))]
-    for name, given in cases:
-        starts = times.get(name, ())
-        if len(starts) != len(computes):
-            raise UntimedError(
-                "each compute of each row has a time",
-                f"row {name!r} of {rank.kind} has {len(computes)} computes and {len(starts)} times",
-                "give the family times that fit its table",
-            )
-        start = substitute(starts[computes.index(step)], sizes)
-        yield Moment(f"{place} ({name})", given, place.computes, start, start + len(place.the_step))
+    number = computes_of(place.the_row.steps).index(step)
+    start = substitute(times.get((rank.kind, place.the_row.name, number), 0), {**rank.symbols, "i": iteration})
+    return Moment(str(place), given, place.computes, start, start + len(place.the_step))
 
 
 def start_of(rank: Rank, given: Constraints = ()) -> Moment:
@@ -63,7 +50,7 @@ def start_of(rank: Rank, given: Constraints = ()) -> Moment:
 
 
 def end_of(rank: Rank, times: Times, given: Constraints = ()) -> Moment:
-    end = substitute(times["end"][0], rank.sizes)
+    end = substitute(times.get((rank.kind, END, 0), 0), rank.symbols)
     return Moment(f"the end of {rank.name}", given, rank.total(is_compute), end, end)
 
 
@@ -89,15 +76,15 @@ def _is_possible(moment: Moment) -> bool:
 
 def _after(place: Place, times: Times) -> Iterator[Moment]:
     rank, row, count = place.rank, place.row, place.rank.count(place.the_row)
-    inside = [s for s in _computes(place.the_row.steps) if s > place.step]
+    inside = [s for s in computes_of(place.the_row.steps) if s > place.step]
     if inside:
-        yield from moments(rank, row, inside[0], place.iteration, times)
+        yield moment(rank, row, inside[0], place.iteration, times)
         return
     given: Constraints = ()
-    if again := _computes(place.the_row.steps):
-        for moment in moments(rank, row, again[0], place.iteration + 1, times):
-            yield moment._replace(given=(*moment.given, below(place.iteration + 1, count)))
-        given = (equal(place.iteration + 1, count),)
+    if again := computes_of(place.the_row.steps):
+        following = place.iteration + 1
+        yield moment(rank, row, again[0], following, times, (below(following, count),))
+        given = (equal(following, count),)
     for later in range(row + 1, len(rank.table)):
         given = yield from _if_not_empty(rank, later, 0, given, times)
     yield end_of(rank, times, given)
@@ -105,14 +92,13 @@ def _after(place: Place, times: Times) -> Iterator[Moment]:
 
 def _before(place: Place, times: Times) -> Iterator[Moment]:
     rank, row = place.rank, place.row
-    inside = [s for s in _computes(place.the_row.steps) if s < place.step]
+    inside = [s for s in computes_of(place.the_row.steps) if s < place.step]
     if inside:
-        yield from moments(rank, row, inside[-1], place.iteration, times)
+        yield moment(rank, row, inside[-1], place.iteration, times)
         return
     given: Constraints = ()
-    if again := _computes(place.the_row.steps):
-        for moment in moments(rank, row, again[-1], place.iteration - 1, times):
-            yield moment._replace(given=(*moment.given, at_least(place.iteration, 1)))
+    if again := computes_of(place.the_row.steps):
+        yield moment(rank, row, again[-1], place.iteration - 1, times, (at_least(place.iteration, 1),))
         given = (equal(place.iteration, 0),)
     for earlier in reversed(range(row)):
         given = yield from _if_not_empty(rank, earlier, -1, given, times)
@@ -131,15 +117,10 @@ def _if_not_empty(
 ) -> Generator[Moment, None, Constraints]:
     """The row's first (``end`` 0) or last (-1) compute if it has one; what is given beyond it if not."""
     the_row = rank.table[row]
-    computes = _computes(the_row.steps)
+    computes = computes_of(the_row.steps)
     if not computes:
         return given
     count = rank.count(the_row)
     iteration = affine(0) if end == 0 else count - 1
-    for moment in moments(rank, row, computes[end], iteration, times):
-        yield moment._replace(given=(*given, *moment.given, at_least(count, 1)))
+    yield moment(rank, row, computes[end], iteration, times, (*given, at_least(count, 1)))
     return (*given, equal(count, 0))
-
-
-def _computes(steps: tuple[Step, ...]) -> list[int]:
-    return [s for s, step in enumerate(steps) if step[0].kind not in MESSAGES]

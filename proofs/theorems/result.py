@@ -35,15 +35,15 @@ class Counterexample:
 
     def __str__(self) -> str:
         symbols = ", ".join(f"{name}={value}" for name, value in self.symbols.items())
-        return (
-            f"at {self.ranks} ranks and {self.microbatches} microbatches ({symbols}), {self.where}: {self.obligation}"
-        )
+        size = f"{self.ranks} ranks and {self.microbatches} microbatches" + (f" ({symbols})" if symbols else "")
+        return f"at {size}, {self.where}: {self.obligation}"
 
 
 @dataclass(frozen=True)
 class TheoremResult:
     """A theorem and its verdict.
 
+    ``bound`` is what ``makespan`` is proved with, in ranks P and microbatches M; empty for other theorems.
     ``obligations`` counts the cases asked about, ``non_vacuous`` those that arise at some size.  ``Refuted`` means
     that ``counterexample`` is a size at which the statement is false.  ``Unknown`` may have one too: then it is the
     proof that fails there (a time that does not fit), and the statement may hold for another reason.
@@ -56,6 +56,7 @@ class TheoremResult:
     seconds: float
     verdict: Proved | Refuted | Unknown
     counterexample: Counterexample | None = None
+    bound: str = ""
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -67,6 +68,7 @@ class TheoremResult:
             "verdict": self.verdict.word,
             "reason": self.reason,
             "counterexample": self.counterexample and self.counterexample.as_json(),
+            "bound": self.bound or None,
         }
 
     @property

@@ -4,7 +4,7 @@ import pytest
 
 from ci.change import ScheduleChange
 from ci.errors import GateError
-from ci.golden import COUNTS, DIGESTS, Expansion, digest, path_of, read_counts, read_digests, show_counts, write
+from ci.golden import COUNTS, DIGESTS, Count, Expansion, digest, path_of, read_counts, read_digests, show_counts, write
 from ci.judges import fallen_counts, stale_counts
 from ci.outcome import Verdict
 from ci.rules import changelog, expanded, goldens
@@ -66,22 +66,22 @@ def test_without_a_schedule_change_no_entry_is_asked_for():
 
 
 def test_a_count_that_is_not_the_recorded_one_is_stale():
-    (finding,) = stale_counts({"a: order": (9, 4)}, {"a: order": (9, 5)})
+    (finding,) = stale_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 5)})
     assert finding.rule == "counts"
     assert "9 obligations of which 5 arise" in finding.message
     assert finding.path == COUNTS
-    assert stale_counts({"a: order": (9, 4)}, {"a: order": (9, 4)}) == []
+    assert stale_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 4)}) == []
 
 
 def test_a_count_that_falls_needs_an_explanation_even_where_the_record_is_up_to_date():
-    (finding,) = fallen_counts({"a: order": (9, 4)}, {"a: order": (9, 3)}, lambda name: False)
+    (finding,) = fallen_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 3)}, lambda name: False)
     assert "3 obligations arise, 4 did before" in finding.message
-    assert fallen_counts({"a: order": (9, 4)}, {"a: order": (9, 3)}, lambda name: name == "a: order") == []
-    assert fallen_counts({"a: order": (9, 4)}, {}, lambda name: False) != []
+    assert fallen_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 3)}, lambda name: name == "a: order") == []
+    assert fallen_counts({"a: order": Count(9, 4)}, {}, lambda name: False) != []
 
 
 def test_records_read_back_as_they_were_written():
-    counts = {"1f1b: order": (24, 24), "dualpipe: W in order": (3, 0)}
+    counts = {"1f1b: makespan": Count(24, 24, "3M + 3P - 3"), "dualpipe: W in order": Count(3, 0)}
     assert read_counts(show_counts(counts)) == counts
     assert read_digests(NOW.files({})[DIGESTS]) == {"a-P9-M9": digest("rank 0: y\n")}
 

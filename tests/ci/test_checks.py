@@ -104,6 +104,8 @@ def test_a_slower_schedule_passes_once_its_bound_is_recorded_and_the_changelog_n
     verdict, told, _ = read_theorems(slower, recorded=now, base=before, entries=(name,))
     assert verdict is Verdict.PASSED
     assert told == "1 theorems proved for every size; a: makespan 3M + P - 1; was 3M + P - 2"
+    page = (ROOT / "docs/how-to/gate.md").read_text()
+    assert told.replace("1 theorems", "39 theorems").replace("a:", "dualpipe:") in page
     assert read_theorems(slower, recorded=now, base={name: Count(5, 3)})[0] is Verdict.PASSED  # no bound recorded there
 
 

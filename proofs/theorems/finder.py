@@ -37,6 +37,9 @@ _LARGEST = 40
 _SECONDS = 100.0
 """For one integer program, which takes seconds."""
 
+_INFEASIBLE = 2
+"""The status of an integer program that has no solution."""
+
 _BOUND, _START = 1000.0, 0.01
 """Prices of one unit of time in the objective: the bound decides.  Of equal ones the earliest starts are taken.
 
@@ -223,7 +226,9 @@ class _Program:
             bounds=Bounds(-_LARGEST, _LARGEST),
             options={"time_limit": _SECONDS},
         )
-        return [round(value) for value in found.x] if found.status == 0 else str(found.message)
+        if found.status == 0:
+            return [round(value) for value in found.x]
+        return "none fit" if found.status == _INFEASIBLE else f"the integer program gave up: {found.message}"
 
 
 def fit(family: Family, samples: Sequence[Sample]) -> Guess | Untimed:
@@ -242,7 +247,7 @@ def fit(family: Family, samples: Sequence[Sample]) -> Guess | Untimed:
     solution = program.solve()
     if isinstance(solution, str):
         return Untimed(
-            f"no affine times fit {len(samples)} sizes up to {_size(*max(one[:2] for one in samples))}: {solution}"
+            f"no affine times for {len(samples)} sizes up to {_size(*max(one[:2] for one in samples))}: {solution}"
         )
     forms: dict[_Key | None, dict[str, int]] = {}
     for (key, name), number in program.numbers.items():

@@ -1,9 +1,9 @@
-# Every target makes what it needs, the virtual environment included.
+# Every target makes what it needs, including the virtual environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Where pip finds torch, if not where it finds everything else; PyTorch's CPU index, say.
+# A package index for torch alone, such as PyTorch's for CPUs; by default the one for everything else.
 TORCH_INDEX ?=
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -11,19 +11,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help setup verify test test-long test-torch check prove gate golden museum mutants docs bench clean
 
 help:
-	@echo "make setup   the virtual environment that the others make too; TORCH_INDEX=URL: the package index to take torch from"
+	@echo "make setup   make the virtual environment, as the other targets do; TORCH_INDEX=URL: the package index for torch"
 	@echo "make verify  prove DualPipe, run it on processes and compare it with plain PyTorch, bitwise"
-	@echo "make test    the test suite on CPU; make test-long for the few long tests"
-	@echo "make test-torch VERSION=2.9.1   the runtime's and the provers' tests on another torch, in an environment of its own"
-	@echo "make check   lint, types and the fast tests"
-	@echo "make prove   the theorems, for every size, and one size of each schedule"
-	@echo "make gate    judge the change since the main branch, or since BASE=...; FIRST=1 stops at the first fault, ALL=1 tests"
-	@echo "             also what is refuted; make golden renews the golden schedules"
-	@echo "make museum  plant known faults in the sources and see the gate refuse each"
-	@echo "make mutants N=150 SEED=1   plant small faults at random and see which no test notices; FILES=... for some sources alone"
-	@echo "make docs    the reference pages that are made from the code: command line and Python API"
-	@echo "make bench   measurements, none of which is a test"
-	@echo "make clean   remove the virtual environment and everything else that was made"
+	@echo "make test    run the test suite on CPU; make test-long for the few long tests"
+	@echo "make test-torch VERSION=2.9.1   test runtime and provers with another torch, in an environment of its own"
+	@echo "make check   run lint, types and the fast tests"
+	@echo "make prove   prove the theorems for every size, and each schedule at one size"
+	@echo "make gate    check the change since the main branch, or since BASE=...; FIRST=1 stops at the first fault, ALL=1 runs"
+	@echo "             the tests even if a schedule is refuted; make golden writes the golden schedules"
+	@echo "make museum  plant known faults in the sources and check that the gate refuses each"
+	@echo "make mutants N=150 SEED=1   plant small faults at random and list those that no test notices; FILES=... for some sources"
+	@echo "make docs    write the reference pages that are made from the code: command line and Python API"
+	@echo "make bench   run the measurements; none is a test"
+	@echo "make clean   remove the virtual environment and all other generated files"
 
 setup: $(READY)
 
@@ -48,7 +48,7 @@ test: $(READY)
 test-long: $(READY)
 	$(BIN)/pytest -n 2 -q -m long
 
-# The environment is removed at the end, however that comes, unless KEEP is set.
+# The environment is removed at the end, also after a failure, unless KEEP is set.
 TORCH_ENV = .venv-torch-$(VERSION)
 TORCH_PINS = $(TORCH_ENV)/constraints.txt
 test-torch:
@@ -75,7 +75,7 @@ golden: $(READY)
 	$(BIN)/python -m ci.golden
 
 museum: $(READY)
-	$(BIN)/python -m ci.museum
+	$(BIN)/python -m ci.faults
 
 N ?= 150
 SEED ?= 1

@@ -29,7 +29,7 @@ from torch import nn
 from dualpipe.pipeline import Feed, Pipeline, ProcessGroupTransport, TensorSpec
 from dualpipe.schedule import Schedule
 from dualpipe.schedule.generate import generate
-from reference.launch import Failure, launch
+from dualpipe.testing.launch import Failure, launch
 
 WIDTH, BATCH, STEPS = 8, 3, 4
 

@@ -1,7 +1,7 @@
-"""How much slower the fake ranks are than the plain loop that they are held against.
+"""Measure how much slower the fake ranks are than the oracle.
 
 Both train the same model on the same data in this process.  On a shared machine the times of two runs are hardly
-comparable, so the two take turns, and the figure is the median over the rounds of the ratio of neighbours.
+comparable, so the two alternate, and the result is the median ratio of consecutive runs.
 
     python bench/fake_vs_oracle.py --ranks 4 --microbatches 16
 """
@@ -41,10 +41,10 @@ def main(
     plan = generate(schedule, ranks, microbatches)
     config = ModelConfig(hidden=hidden, sequence=sequence)
     stages = build_stages(config, plan.stages, seed=0)
-    dealt = [plan.microbatches[lane] for lane in plan.lanes]
+    counts = [plan.microbatches[lane] for lane in plan.lanes]
     work = (
         stages,
-        training_data(steps, dealt, config.batch, config.sequence, seed=0),
+        training_data(steps, counts, config.batch, config.sequence, seed=0),
         partial(criterion, scale=1 / microbatches),
         partial(torch.optim.AdamW, lr=1e-3),
     )

@@ -1,7 +1,7 @@
-"""The matrix of verifications on Megatron: every option against a base, and what may disturb each other; a line each.
+"""Verifies a matrix of cases on Megatron: every option at every size, and combinations that may interact.
 
-``--cells WORDS`` runs the cells whose name has every one of the comma-separated words, such as ``pp4,moe``.  Exit
-code 1 if any differs.
+Prints a line for each cell.  ``--cells WORDS`` runs the cells whose name has all of the comma-separated words, such as
+``pp4,moe``.  Exits with code 1 if any cell differs, or none was selected.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import sys
 import time
 
 from reference.megatron.case import Case, Model
-from reference.megatron.comparison import tensors_compared
 from reference.megatron.verify import verify
 
 SIZES = {"pp2": {"pp": 2}, "pp4": {"pp": 4}, "pp2 dp2": {"pp": 2, "dp": 2}, "pp4 dp2": {"pp": 4, "dp": 2}}
@@ -43,7 +42,7 @@ MORE = {
 
 
 def cells() -> dict[str, Case]:
-    """Every cell by its name.  Experts under tensor parallelism need sequence parallelism: no ``moe tp2`` alone."""
+    """Every cell by its name; without ``moe tp2``, as experts under tensor parallelism need sequence parallelism."""
     found = {}
     for model in Model:
         for size, layout in SIZES.items():
@@ -56,18 +55,22 @@ def cells() -> dict[str, Case]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cells", default="", help="comma-separated words that a cell's name has; all by default")
+    parser.add_argument(
+        "--cells",
+        default="",
+        help="comma-separated words, all of which must be in a cell's name",
+    )
     words = [word for word in parser.parse_args().cells.split(",") if word]
     chosen = {name: case for name, case in cells().items() if all(word in name.split() for word in words)}
     unequal, started = 0, time.monotonic()
     for name, case in chosen.items():
         report = verify(case)
         unequal += not report.equal
-        told = "  ".join(f"{party.name} {party.verdict}" for party in report.parties)
-        rounding = max(party.norm_difference for party in report.parties)
-        print(f"{name:26} {told:34} {tensors_compared(report.truth):6} tensors  {report.seconds:5.1f} s", end="")
+        told = "  ".join(f"{party.name} {party.verdict}" for party in report.comparisons)
+        rounding = max(party.norm_difference for party in report.comparisons)
+        print(f"{name:26} {told:34} {report.tensors:6} tensors  {report.seconds:5.1f} s", end="")
         print(f"  norm rounded by {rounding:.1g}" if rounding else "", flush=True)
-        for party in report.parties:
+        for party in report.comparisons:
             for trouble in [*party.failures, *party.differences][:2]:
                 print(f"    {party.name}: {trouble}")
     print(f"{len(chosen)} cells, {unequal} not equal, {time.monotonic() - started:.0f} s")

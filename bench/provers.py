@@ -1,7 +1,6 @@
-"""How long the two methods of ``dualpipe prove`` take, plain search and Z3, for the six checks of one schedule, and how
-long the theorems take, which hold for every size.
+"""Times the two methods of ``dualpipe prove``, plain search and Z3, on the six checks of a schedule, and the theorems.
 
-Both judge the same schedule in each round, so that the ratio does not depend on what else the machine does.
+Both methods check the same schedule in each round, so that other load on the machine affects both.
 
     python bench/provers.py --sizes 8/20,16/64,64/256
 """

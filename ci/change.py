@@ -9,10 +9,10 @@ from difflib import SequenceMatcher
 from typing import Any
 
 Figures = Mapping[str, Any]
-"""What ``ci.measure`` says of a schedule."""
+"""The figures of a schedule, as ``ci.child.measure`` gives them."""
 
 _CONTEXT = 2
-"""How many unchanged slots stand on each side of a changed one."""
+"""How many unchanged slots are shown on each side of a changed one."""
 
 FIGURES = {
     "makespan": "makespan",
@@ -25,7 +25,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class ScheduleChange:
-    """A schedule that differs from the base; ``None`` for one that is new or gone."""
+    """A schedule that differs from the base; a text is ``None`` if the schedule is new or gone."""
 
     name: str
     before: str | None
@@ -39,23 +39,22 @@ class ScheduleChange:
 
     @property
     def is_measured(self) -> bool:
-        """Whether there are figures of each side that there is."""
+        """Whether each side that exists has figures."""
         sides = ((self.before, self.figures_before), (self.after, self.figures_after))
         return all(figures is not None for text, figures in sides if text is not None)
 
     @property
     def diff(self) -> tuple[str, ...]:
-        """The lines that differ, as a diff in the text form; of a rank only the slots around a difference."""
+        """The lines that differ, as a diff of the text form; of a rank, only the slots around a difference."""
         return tuple(diff(self.before or "", self.after or ""))
 
     @property
     def moved(self) -> tuple[tuple[str, str, str], ...]:
-        """The figures that differ: what, before and after."""
+        """The figures that differ: name, before and after."""
         before, after = self.figures_before or {}, self.figures_after or {}
-        stuck = [("it cannot finish", side.get("stuck", "")) for side in (after,) if "stuck" in side]
-        rows = [(what, "", told) for what, told in stuck]
+        rows = [("it cannot finish", "", after["stuck"])] if "stuck" in after else []
         for key, what in FIGURES.items():
-            old, new = _told(before.get(key)), _told(after.get(key))
+            old, new = _shown(before.get(key)), _shown(after.get(key))
             if old != new:
                 rows.append((what, old, new))
         return tuple(rows)
@@ -85,7 +84,7 @@ def diff(before: str, after: str) -> Iterator[str]:
 
 
 def _lines(text: str) -> dict[str, str]:
-    """The lines by what they speak of: ``rank 0``, ``lane >``, ``schedule``."""
+    """The lines by their first words: ``rank 0``, ``lane >``, ``schedule``."""
     found = {}
     for line in text.splitlines():
         words = line.split(":")[0].split()
@@ -113,7 +112,7 @@ def _gap(slots: int) -> list[str]:
     return [f"...{slots}..."] if slots else []
 
 
-def _told(value: object) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, (int, float)) else ""
@@ -130,4 +129,4 @@ def named_in(change: ScheduleChange, text: str) -> bool:
 def side_by_side(figures: Figures | None, other: Figures | None) -> list[tuple[str, str, str]]:
     """Every figure of both sides, for a table."""
     one, two = figures or {}, other or {}
-    return [(what, _told(one.get(key)), _told(two.get(key))) for key, what in FIGURES.items()]
+    return [(what, _shown(one.get(key)), _shown(two.get(key))) for key, what in FIGURES.items()]

@@ -1,6 +1,6 @@
-"""``python -m ci.gate [--base REVISION]``: judges a change, and lets nothing in that is not shown to be right.
+"""``python -m ci.gate [--base REVISION]``: checks a change, and refuses it unless it is shown to be right.
 
-Exit code 0: passed.  1: refused.  2: bad input.  3: unknown, a check gave no answer.  70: a fault of the gate itself.
+Exit code 0: passed.  1: refused.  2: bad input.  3: unknown, a check gave no answer.  70: an internal error.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 
+from ci import GateError
 from ci.command import at_least_one, command_line, run_as_command
-from ci.errors import GateError
-from ci.judgement import Options, judge
-from ci.outcome import ExitCode
+from ci.evaluation import evaluate
+from ci.plan import Options
 from ci.report.publish import prepare, publish, publish_complaint
 from ci.report.terminal import complaint, terminal
+from ci.result import ExitCode
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_line("ci.gate", __doc__)
-    parser.add_argument("--base", metavar="REVISION", help="compare with where this branch left it; else main")
-    parser.add_argument("--root", type=Path, default=Path(), help="the repository's root, else where you are")
-    parser.add_argument("--jobs", type=at_least_one, default=2, help="checks at a time")
+    parser.add_argument("--base", metavar="REVISION", help="compare with where this branch left it; default: main")
+    parser.add_argument("--root", type=Path, default=Path(), help="the repository's root; default: the current folder")
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="how many checks to run at a time")
     extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--first", action="store_true", help="stop at the first fault; bookkeeping is none")
-    extent.add_argument("--all", action="store_true", help="run the tests also where a schedule is refuted")
+    extent.add_argument("--first", action="store_true", help="stop at the first fault (bookkeeping does not count)")
+    extent.add_argument("--all", action="store_true", help="run the tests even if a schedule is refuted")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write every report there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page with the timelines there")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -39,33 +40,33 @@ def main(arguments: Sequence[str]) -> ExitCode:
     options = parse(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
+            stream.reconfigure(errors="backslashreplace")  # file names can be any bytes
     started = time.monotonic()
 
-    def tell(line: str) -> None:
+    def progress(line: str) -> None:
         print(f"gate {time.monotonic() - started:6.1f} s  {line}", file=sys.stderr, flush=True)
 
     try:
         prepare(options.output, options.html)
         root = _resolved(options.root)
-        judgement = judge(root, options.base, Options(options.jobs, options.first, options.all), tell)
+        evaluation = evaluate(root, options.base, Options(options.jobs, options.first, options.all), progress)
     except (GateError, OSError) as error:
         print(f"gate: {error}", file=sys.stderr)
         publish_complaint(error, options.output)
         if options.json:
             print(json.dumps(complaint(error)))
         return ExitCode.BAD_INPUT
-    problems = publish(judgement, root, options.output, options.html)
-    print(terminal(judgement, options.json), end="")
+    problems = publish(evaluation, root, options.output, options.html)
+    print(terminal(evaluation, options.json), end="")
     for problem in problems:
         print(f"gate: a report could not be written: {problem}", file=sys.stderr)
-    return ExitCode.UNKNOWN if problems and judgement.exit_code is ExitCode.PASSED else judgement.exit_code
+    return ExitCode.UNKNOWN if problems and evaluation.exit_code is ExitCode.PASSED else evaluation.exit_code
 
 
 def _resolved(root: Path) -> Path:
     try:
         return root.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # the latter where links lead in a circle
+    except (OSError, RuntimeError) as error:  # RuntimeError for a cycle of links
         raise GateError("--root is a folder", str(error), "name another") from error
 
 

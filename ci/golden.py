@@ -1,9 +1,9 @@
-"""``python -m ci.golden [--no-theorems]``: writes tests/golden anew.
+"""``python -m ci.golden [--no-theorems]``: writes the files of tests/golden.
 
-Each named schedule as text at a few sizes, digests of more, and the counts of the theorems.  A golden file lags behind
-when it is not what the tree's own generator gives; the gate refuses that.
+Each named schedule as text at a few sizes, digests of more sizes, and the counts of the theorems.  The gate refuses a
+golden file that is not what the tree's own generator gives.
 
-Exit code 0: written.  2: a schedule cannot be expanded, or the theorems cannot be counted.  70: a fault of its own.
+Exit code 0: written.  2: a schedule cannot be expanded, or the theorems cannot be counted.  70: an internal error.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ci import GateError
 from ci.command import BAD_INPUT, command_line, run_as_command
-from ci.errors import GateError
 from ci.process import python, run
 
 FOLDER = "tests/golden"
@@ -27,9 +27,9 @@ EXPAND_LIMIT_S, THEOREMS_LIMIT_S = 60.0, 400.0
 
 
 class Count(NamedTuple):
-    """Of a theorem: how many obligations it has, how many of them arise at some size, and the bound it is proved with.
+    """The obligations of a theorem, how many of them arise at some size, and the bound that it is proved with.
 
-    The bound is that of ``makespan``, in ranks P and microbatches M; other theorems have none that is found.
+    Only ``makespan`` has such a bound, in ranks P and microbatches M.
     """
 
     obligations: int
@@ -38,19 +38,19 @@ class Count(NamedTuple):
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Count:
-        """That of a result of ``dualpipe prove --all-sizes --json``."""
+        """The count of a result of ``dualpipe prove --all-sizes --json``."""
         return cls(result["obligations"], result["non_vacuous"], result.get("bound") or "")
 
 
 Counts = Mapping[str, Count]
-"""By theorem, as ``dualpipe: messages``."""
+"""By theorem, such as ``dualpipe: messages``."""
 
 
 @dataclass(frozen=True)
 class Expansion:
     """What a tree's generator gives.
 
-    The texts of the shown and the digested schedules, the rows that made them, and what ``failed`` with which error.
+    The texts of the shown and the digested schedules, the rows that made them, and the errors of those that failed.
     """
 
     shown: Mapping[str, str]
@@ -63,9 +63,9 @@ class Expansion:
         return {**self.shown, **self.digested}
 
     def files(self, kept: Mapping[str, str]) -> dict[str, str]:
-        """The golden files of this expansion, by path: all but the counts of the theorems.
+        """The golden files of this expansion, by path, without the counts of the theorems.
 
-        ``kept`` are the files as they are, which stay so for a schedule that failed.
+        A schedule that failed keeps its present file of ``kept``.
         """
         digests = {name: value for name, value in read_digests(kept.get(DIGESTS, "")).items() if name in self.failed}
         digests |= {name: digest(text) for name, text in self.digested.items()}
@@ -86,17 +86,17 @@ def digest(text: str) -> str:
 def expansion(root: Path, tree: Path | None = None) -> Expansion:
     """Expand the schedules of ``tree`` (``root`` if ``None``) in a process of its own.
 
-    Raises ``GateError`` where the tree's generator fails or takes too long.
+    Raises ``GateError`` if the tree's generator fails or exceeds its time limit.
     """
     tree = root if tree is None else tree
-    script = Path(__file__).with_name("expand.py")
+    script = Path(__file__).with_name("child") / "expand.py"
     done = run(python("-P", str(script), str(tree)), tree, EXPAND_LIMIT_S, tree)
     try:
         answer = json.loads(done.out) if done.code == 0 else None
     except json.JSONDecodeError:
         answer = None
     if answer is None:
-        why = f"{EXPAND_LIMIT_S:g} s were not enough" if done.code is None else done.last_words
+        why = f"no answer within {EXPAND_LIMIT_S:g} s" if done.code is None else done.last_line
         raise GateError("the named schedules can be expanded", why, "see dualpipe/schedule/generate.py")
     return Expansion(**answer)
 
@@ -107,7 +107,7 @@ def is_golden_schedule(path: str) -> bool:
 
 
 def read_digests(text: str) -> dict[str, str]:
-    """The digests by name.  Raises ``GateError`` for a line that has no such form."""
+    """The digests by name.  Raises ``GateError`` for a line of another form."""
     found = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, space, value = line.partition(" ")
@@ -118,7 +118,7 @@ def read_digests(text: str) -> dict[str, str]:
 
 
 def read_counts(text: str) -> dict[str, Count]:
-    """The recorded counts.  Raises ``GateError`` for a line that has no such form."""
+    """The recorded counts.  Raises ``GateError`` for a line of another form."""
     found = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, _, rest = line.partition("  ")
@@ -140,9 +140,9 @@ def show_counts(counts: Counts) -> str:
 
 
 def count_theorems(root: Path, kept: Counts) -> tuple[dict[str, Count], dict[str, str]]:
-    """Run the theorems and count their obligations; one that is not proved has the ``kept`` count, and a reason.
+    """Run the theorems and count their obligations; those not proved keep their ``kept`` count, and have a reason.
 
-    Raises ``GateError`` where they cannot be counted.
+    Raises ``GateError`` if they cannot be counted.
     """
     done = run(python("-m", "dualpipe.cli", "prove", "--all-sizes", "--json"), root, THEOREMS_LIMIT_S)
     try:
@@ -150,7 +150,7 @@ def count_theorems(root: Path, kept: Counts) -> tuple[dict[str, Count], dict[str
     except json.JSONDecodeError:
         results = []
     if done.code is None or not results:
-        raise GateError("the theorems can be counted", done.last_words, "see dualpipe prove --all-sizes")
+        raise GateError("the theorems can be counted", done.last_line, "see dualpipe prove --all-sizes")
     unproved = {result["name"]: result["reason"] for result in results if result["verdict"] != "proved"}
     counts = {result["name"]: Count.of(result) for result in results if result["name"] not in unproved}
     counts |= {name: kept[name] for name in unproved if name in kept}
@@ -158,13 +158,13 @@ def count_theorems(root: Path, kept: Counts) -> tuple[dict[str, Count], dict[str
 
 
 def kept_files(root: Path) -> dict[str, str]:
-    """The golden files as they are that the generator writes, by path."""
+    """The present golden files of the generator, by path."""
     files = {f"{FOLDER}/{file.name}": file for file in sorted((root / FOLDER).glob("*.txt"))}
     return {path: file.read_text(errors="replace") for path, file in files.items() if is_golden_schedule(path)}
 
 
 def write(root: Path, files: Mapping[str, str]) -> list[str]:
-    """Write golden files and remove schedules that are no longer expanded; the paths that changed."""
+    """Write golden files and remove those of other schedules.  Returns the paths that changed."""
     changed = []
     for path in sorted({*files, *(f"{FOLDER}/{file.name}" for file in (root / FOLDER).glob("*.txt"))}):
         file = root / path

@@ -1,4 +1,4 @@
-"""The schedules of the base: from its golden files, and where these do not have them from its own generator."""
+"""The schedules of the base, from its golden files, or from its own generator if these do not have them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ci import GateError
 from ci.change import ScheduleChange, changes
-from ci.errors import GateError
 from ci.golden import COUNTS, DIGESTS, Counts, Expansion, digest, expansion, path_of, read_counts, read_digests
 from ci.process import python, run
 from ci.repository import Repository
@@ -27,9 +27,9 @@ def schedule_changes(repository: Repository, base: str, now: Expansion) -> list[
 def texts_at(repository: Repository, base: str, now: Expansion) -> dict[str, str]:
     """The texts of the base.
 
-    A schedule of which the base kept a digest that is still right has the text it has now.  The base's generator is
-    asked where a golden file is missing, a digest differs, or a schedule is gone of which it kept a digest alone; where
-    it cannot answer, those are new, or had no text.
+    A schedule whose digest at the base is still right has the text it has now.  The base's generator runs only if a
+    golden file is missing, a digest differs, or a schedule is gone of which the base has only a digest.  If the
+    generator fails, those schedules count as new, or as without text.
     """
     kept = {name: _text(repository.at(base, path_of(name))) for name in now.shown}
     found = {name: text for name, text in kept.items() if text is not None}
@@ -45,7 +45,7 @@ def texts_at(repository: Repository, base: str, now: Expansion) -> dict[str, str
 
 
 def golden_names(repository: Repository, base: str) -> list[str]:
-    """The shown schedules of which the base keeps a golden file."""
+    """The shown schedules that have a golden file at the base."""
     return [Path(path).stem for path in repository.listed(base, str(Path(path_of("")).parent)) if _is_shown(path)]
 
 
@@ -63,14 +63,14 @@ def _expansion_at(repository: Repository, base: str) -> Expansion | None:
 
 
 def counts_at(repository: Repository, base: str) -> Counts:
-    """The theorems' counts that the base recorded; none where it has no record."""
+    """The counts of theorems recorded at the base; empty if it has no record."""
     return read_counts(_text(repository.at(base, COUNTS)) or "")
 
 
 def measured(root: Path, found: Sequence[ScheduleChange]) -> list[ScheduleChange]:
-    """The changes with their figures on both sides, as far as the tree's simulator gives them."""
+    """The changes with their figures on both sides, if the tree's simulator gives them."""
     texts = {f"{side} {change.name}": text for change in found for side, text in _sides(change)}
-    done = run(python("-m", "ci.measure"), root, MEASURE_LIMIT_S, given=json.dumps(texts))
+    done = run(python("-m", "ci.child.measure"), root, MEASURE_LIMIT_S, stdin=json.dumps(texts))
     try:
         figures: Mapping[str, Mapping[str, object]] = json.loads(done.out) if done.code == 0 else {}
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""Runs a command with a time limit; neither it nor anything that it started outlives the call."""
+"""Runs a command with a time limit; neither it nor any process it started outlives the call."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ci.git import anywhere
+from ci import git
 
 _RUNNING: set[subprocess.Popen[str]] = set()
 _ENDING = threading.Event()
 _LOCK = threading.Lock()
-"""Guards both.  They are the module's, as a signal is the whole process's."""
+"""Guards both.  They belong to the module because a signal ends the whole process."""
 
 
 class EndingError(RuntimeError):
-    """A command is not started, as the gate was told to end."""
+    """A command is not started because the gate is ending."""
 
 
 @dataclass(frozen=True)
 class Completed:
-    """How a command ended.  ``code`` is ``None`` where its time was up; ``seconds`` is what it took."""
+    """A command that ended.  ``code`` is ``None`` if it exceeded its time limit."""
 
     code: int | None
     out: str
@@ -35,8 +35,8 @@ class Completed:
     seconds: float
 
     @property
-    def last_words(self) -> str:
-        """The last line that it printed, errors first: of a traceback the one that says what it was."""
+    def last_line(self) -> str:
+        """The last line it printed, errors first; of a traceback that is the error itself."""
         for text in (self.err, self.out):
             lines = [line for line in text.splitlines() if line.strip()]
             if lines:
@@ -44,7 +44,7 @@ class Completed:
         return "it printed nothing"
 
 
-def run(command: Sequence[str], root: Path, limit: float, tree: Path | None = None, given: str = "") -> Completed:
+def run(command: Sequence[str], root: Path, limit: float, tree: Path | None = None, stdin: str = "") -> Completed:
     """Run ``command`` in ``root``.
 
     Parameters
@@ -53,19 +53,19 @@ def run(command: Sequence[str], root: Path, limit: float, tree: Path | None = No
         Seconds after which the command and its children are killed.
     tree:
         The source tree that Python imports from; ``root`` if ``None``.
-    given:
-        What it reads from standard input.
+    stdin:
+        Text for its standard input.
 
     Raises ``EndingError`` after ``end_all``.
     """
     started = time.monotonic()
     with _LOCK:
         if _ENDING.is_set():
-            raise EndingError(f"{command[0]} is not started any more")
+            raise EndingError(f"{command[0]} is not started: the gate is ending")
         process = subprocess.Popen(
             command,
             cwd=root,
-            env={**anywhere(), **environment(root if tree is None else tree)},
+            env={**git.environment(), **environment(root if tree is None else tree)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -75,7 +75,7 @@ def run(command: Sequence[str], root: Path, limit: float, tree: Path | None = No
         )
         _RUNNING.add(process)
     try:
-        out, err = process.communicate(given, timeout=limit)
+        out, err = process.communicate(stdin, timeout=limit)
         code: int | None = process.returncode
     except subprocess.TimeoutExpired:
         code = None
@@ -91,12 +91,12 @@ def run(command: Sequence[str], root: Path, limit: float, tree: Path | None = No
 
 
 def python(*arguments: str) -> tuple[str, ...]:
-    """A command of this very interpreter."""
+    """A command of this interpreter."""
     return (sys.executable, *arguments)
 
 
 def environment(tree: Path) -> Mapping[str, str]:
-    """What every check runs with: this tree and no other, one thread a process, no stale byte code, no colours."""
+    """The environment of every check: only this tree, one thread a process, no stale byte code, no colours."""
     return {
         "PYTHONPATH": str(tree),
         "OMP_NUM_THREADS": "1",
@@ -106,7 +106,7 @@ def environment(tree: Path) -> Mapping[str, str]:
 
 
 def end_all() -> None:
-    """Kill every command that runs, with all that it started, and start no other: for a gate that is interrupted."""
+    """Kill every running command with all that it started, and start no other; for a gate that is interrupted."""
     with _LOCK:
         _ENDING.set()
         for process in _RUNNING:
@@ -114,7 +114,7 @@ def end_all() -> None:
 
 
 def raise_on_termination() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, so that what it started is ended too; a second one is ignored."""
+    """Let SIGTERM end this process as Ctrl-C does, so that its children are ended too; a second SIGTERM is ignored."""
 
     def terminated(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

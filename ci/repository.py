@@ -1,4 +1,4 @@
-"""The repository under judgement: its base revision, what changed since, and files as they were."""
+"""The repository: its base revision, what changed since, and files as they were."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ci.errors import GateError
+from ci import GateError
+from ci.extent import Extent, extent
 from ci.git import git
 
 _EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git's name for a tree without files
 _MAIN = ("main", "origin/main", "master", "origin/master", "origin/HEAD")
 _HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))?", re.MULTILINE)
 PLAIN_DIFF = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--src-prefix=a/", "--dst-prefix=b/")
-"""A diff whatever the user's settings are."""
+"""Options for a diff that ignores the user's settings."""
 
 
 class Base(NamedTuple):
-    """What a change is compared with: a revision's hash, and in words why it was taken."""
+    """The revision that a change is compared with, as a hash, and the reason for taking it."""
 
     revision: str
     why: str
@@ -34,13 +35,20 @@ class Base(NamedTuple):
 class Changed:
     """A file that differs from the base; ``None`` where it did not or does not exist.
 
-    ``mode`` says how its mode changed, as ``100644 -> 100755``, where it did.
+    ``mode`` is the change of its mode, as ``100644 -> 100755``; empty if it kept its mode.
     """
 
     path: str
     before: bytes | None
     after: bytes | None
     mode: str = ""
+
+    @property
+    def extent(self) -> Extent:
+        """How far the change of a source goes; any other change counts as one of code."""
+        if not self.path.endswith(".py") or self.before is None or self.after is None:
+            return Extent.CODE
+        return extent(self.before, self.after)
 
     @property
     def what(self) -> str:
@@ -53,22 +61,22 @@ class Repository:
 
     root: Path
 
-    def resolve(self, asked: str | None) -> Base:
-        """The base: where this branch left the revision asked for, or main; on main itself, the commit before.
+    def resolve(self, given: str | None) -> Base:
+        """The base: where this branch left the given revision, or main; on main itself, the commit before.
 
-        Raises ``GateError`` for a revision that does not exist, where no main is known, for a clone that was cut off
-        before the base, and for a folder that is not the top of a work tree.
+        Raises ``GateError`` for a revision that does not exist, if there is no main, for a clone that is too shallow to
+        have the base, and for a folder that is not the top of a work tree.
         """
         top = os.fsdecode(self._git("rev-parse", "--show-toplevel")).removesuffix("\n")
         if not self.root.samefile(top):
-            raise GateError("the gate judges a whole work tree", f"got {self.root} within {top}", f"use --root {top}")
+            raise GateError("the gate checks a whole work tree", f"got {self.root} within {top}", f"use --root {top}")
         head = self._hash("HEAD")
-        if asked is not None:
-            return self._base_asked_for(asked, head)
+        if given is not None:
+            return self._given_base(given, head)
         known = [name for name in _MAIN if self._hash(name) is not None]
         for name in known if head is not None else ():
             left = self._left(name)
-            self._refuse_if_cut_off(left)
+            self._require_history(left)
             if left not in ("", head):
                 return Base(left, f"where HEAD left {name}")
         if not known and head is not None:
@@ -77,22 +85,22 @@ class Repository:
             )
         before = self._hash("HEAD~1")
         if before is not None:
-            return Base(before, "the commit before, for all of HEAD is in main")
-        self._refuse_if_cut_off("")
-        return Base(_EMPTY_TREE, "an empty tree, for there is no commit before")
+            return Base(before, "the commit before, as all of HEAD is in main")
+        self._require_history("")
+        return Base(_EMPTY_TREE, "an empty tree, as there is no commit before")
 
-    def _base_asked_for(self, asked: str, head: str | None) -> Base:
-        found = self._hash(asked)
+    def _given_base(self, given: str, head: str | None) -> Base:
+        found = self._hash(given)
         if found is None:
-            raise GateError("--base is a revision of this repository", f"got {asked}", "fetch it or correct it")
-        left = self._left(asked)
-        self._refuse_if_cut_off(left)
+            raise GateError("--base is a revision of this repository", f"got {given}", "fetch it or correct it")
+        left = self._left(given)
+        self._require_history(left)
         if left in ("", head):  # no history in common, or none that HEAD has of its own
-            return Base(found, f"--base {asked}")
-        return Base(left, f"--base {asked}" if left == found else f"where HEAD left --base {asked}")
+            return Base(found, f"--base {given}")
+        return Base(left, f"--base {given}" if left == found else f"where HEAD left --base {given}")
 
-    def _refuse_if_cut_off(self, left: str) -> None:
-        """Raise ``GateError`` where nothing is found in the history and the clone does not have all of it."""
+    def _require_history(self, left: str) -> None:
+        """Raise ``GateError`` if nothing was found in the history and the clone does not have all of it."""
         if not left and self._git("rev-parse", "--is-shallow-repository").strip() == b"true":
             raise GateError(
                 "the gate needs the history back to the base",
@@ -133,6 +141,11 @@ class Repository:
         file = self.root / path
         return file.read_bytes() if file.is_file() else None
 
+    def texts(self, base: str, path: str) -> tuple[str, str]:
+        """A file as text, at the base and now; empty where it does not exist."""
+        before, after = self.at(base, path), self.now(path)
+        return (before or b"").decode(errors="replace"), (after or b"").decode(errors="replace")
+
     def changed_lines(self, base: str, path: str) -> tuple[int, ...]:
         """The lines of the file, as it is now, that differ from the base; line 1 of a new one."""
         hunks = self._git("diff", "--unified=0", *PLAIN_DIFF, base, "--", path, may_fail=True).decode(errors="replace")
@@ -162,11 +175,11 @@ class Repository:
 
 
 def _paths(listed: bytes) -> list[str]:
-    """Paths that git lists with ``-z``; bytes that are no text stay what they are."""
+    """Paths that git lists with ``-z``; bytes that are not text are kept."""
     return [path for path in os.fsdecode(listed).split("\0") if path]
 
 
 def _mode(head: str) -> str:
-    """How a mode changed, from a line of ``git diff --raw``; empty where the file is new, is gone or has kept it."""
+    """How a mode changed, from a line of ``git diff --raw``; empty if the file is new, gone or kept its mode."""
     before, after = head.removeprefix(":").split()[:2]
     return f"{before} -> {after}" if before != after and "000000" not in (before, after) else ""

@@ -1,241 +1,378 @@
-"""Which checks a change asks for, read from what the changed files reach.
+"""Which checks and tests a change needs: a table of path prefixes.
 
-====================  ==============================================================================================
-a change of           asks for
-====================  ==============================================================================================
-a phase table         the six checks and the trial of every schedule that it changes, the theorems, the tests that
-                      reach the tables without the runtime (the runtime is tried by the trial of the new schedules)
-any other source      the checks whose code uses it, and the tests that use it, the nearest first
-comments, layout      nothing; of a file in which the museum plants a fault, that the place is found still
-a page of text        the tests that name it, or what makes it, the run of what it says to type, and all links
-a golden schedule     as of the tables: the schedule is judged itself, and the tests of the runtime are left out
-the theorems' counts  the theorems
-other data            the tests that use what names the file or its folder
-a file like this      everything: the gate's own, the build's, one that is deleted, whose mode changes, or that nothing
-                      is known of
-====================  ==============================================================================================
+The row with the longest prefix of a changed path decides.  A file without a row needs everything, as does a change of
+the gate itself, of the build, of a file's mode, and the deletion of a file.  tests/ci/test_selection.py checks that a
+row lists every test that imports its files, and that each planted fault still reaches the test that must refuse it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from typing import assert_never
 
-import networkx as nx
-
+from ci.extent import Extent
+from ci.faults.collection import PLANTED
 from ci.golden import COUNTS, is_golden_schedule
-from ci.imports import Graph, Source, graph, reached, read
-from ci.meaning import Meaning, meaning
-from ci.museum.collection import EXHIBITS
-from ci.repository import Changed, Repository
+from ci.repository import Changed
 
-PROVE, THEOREMS, TRIAL, MEGATRON, RUNTIME = (
-    "proofs/prove.py",
-    "proofs/theorems/prove.py",
-    "reference/verify.py",
-    "reference/megatron/verify.py",
-    "dualpipe/runtime/executor.py",
-)
-DOCUMENTATION, LINKS = "tests/docs/test_documentation.py", "tests/docs/test_links.py"
+CHECKS = ("prove", "trial", "trial, Megatron", "theorems")
+"""The checks that a path can need, besides the tests and those that always run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The checks and tests that a file needs.
+
+    ``near`` are its own tests, which run first and on each of its mutants; ``far`` those that also reach it.  Both are
+    files and folders.
+    """
+
+    checks: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
+    far: tuple[str, ...] = ()
+
+
+ARCHITECTURE = "tests/test_architecture.py"
+"""Reads every source; needed by all of them and so not in the table."""
+FAULTS_FIT = "tests/ci/test_faults.py::test_a_planted_fault_finds_the_text_that_it_replaces_and_leaves_python"
+WITH_FAULTS = frozenset(edit.path for fault in PLANTED for edit in fault.plant.edits)
+"""Files in which faults are planted.  Each needs ``FAULTS_FIT``, even for a comment: the replaced text may have one."""
+_PAGES = "tests/docs/test_documentation.py"
 PAGE_TESTS = (
-    "test_what_the_document_says_happens[{page}]",
-    "test_every_link_leads_somewhere",
-    "test_what_is_not_run_has_a_reason_and_is_listed",
+    f"{_PAGES}::test_the_commands_of_the_page_work[{{page}}]",
+    f"{_PAGES}::test_every_link_leads_somewhere",
+    f"{_PAGES}::test_snippets_that_do_not_run_have_a_reason_and_are_listed",
+    "tests/docs/test_links.py",
 )
-"""The tests that run what one page of the documentation says and follow the links, also those that lead to it."""
-PAGES_READ = "tests/docs/snippets.py"
-"""Reads every page.  Of the tests that use it, those of ``PAGE_TESTS`` are asked for one page."""
-SOURCES_READ = "tests/test_architecture.py"
-"""Reads every source, whatever imports it."""
-MUSEUM = "tests/ci/test_museum.py"
-PLANTING = f"{MUSEUM}::test_an_exhibit_finds_the_text_that_it_replaces_and_leaves_python"
-PLANTED = frozenset(edit.path for exhibit in EXHIBITS for edit in exhibit.edits)
-"""The files in which the museum plants its faults: it replaces a text there, which may be or have a comment."""
-TEXTS = frozenset({".md", ".svg", ".png", ""})
-"""Endings of files that do nothing unless a source names them; without an ending are LICENSE and the like."""
-KNOWN_NAMES = frozenset({".gitignore", "Makefile", ".pre-commit-hooks.yaml"})
-BUILD = frozenset({"pyproject.toml", "constraints.txt"})
+"""The tests of one page of the documentation.  Links of other pages may lead to a heading that is gone."""
+
+# The command line reaches nearly everything, by imports within functions; so do the pages of the documentation.
+_CLI = (
+    "tests/cli",
+    "tests/docs",
+    "tests/proofs/test_findings.py",  # reads the marks of the page
+    "tests/record/test_command.py",
+    "tests/record/test_deepseek.py",
+    "tests/record/test_hand_written.py",
+    "tests/record/test_processes.py",
+    "tests/record/test_testing.py",
+    "tests/record/test_torch.py",
+    "tests/page/test_proofs.py",
+    "tests/pictures/test_commands.py",
+    "tests/pictures/test_measured.py",
+    "tests/production/test_deepseek_names.py",
+    "tests/production/test_faults.py",
+    "tests/test_bench.py",
+    "tests/gpu/test_equivalence.py",
+)
+# Names under which other code imports the package.
+_PUBLIC = (
+    "tests/docs",
+    "tests/cli/test_help_and_completion.py",
+    "tests/cli/test_other_repositories.py",
+    "tests/cli/test_verify.py",
+    "tests/record/test_deepseek.py",
+    "tests/production/test_faults.py",
+)
+_PROVED = (
+    "tests/schedule/test_normalise.py",
+    "tests/page/test_browser.py",
+    "tests/megatron/test_random_streams.py",
+    "tests/megatron/test_replicas.py",
+    "tests/megatron/test_schedule.py",
+    "tests/record/test_cut_short.py",
+    "tests/record/test_merges.py",
+    "tests/record/test_other_tensors.py",
+    *_CLI,
+    "tests/ci",
+)
+
+TABLES = Row(
+    ("theorems",),
+    ("tests/schedule", "tests/proofs"),
+    (
+        "tests/page/test_browser.py",
+        "tests/page/test_changes.py",
+        "tests/page/test_colours.py",
+        "tests/page/test_drawing.py",
+        "tests/page/test_render.py",
+        "tests/pictures/test_cells.py",
+        "tests/pictures/test_picture.py",
+        "tests/pictures/test_terminal.py",
+        "tests/pictures/test_trace.py",
+        "tests/reference",
+        "tests/megatron/test_iterators.py",
+    ),
+)
+"""For a change of phase tables alone.
+
+The changed schedules are proved and trained with anyway, so the tests of the runtime, which runs any schedule, and
+those of the command line are left out.
+"""
+
+# Modules of proofs that no theorem imports, and of reference that nothing on Megatron imports.
+_WITHOUT_THEOREMS = [
+    "deadlock_smt",
+    "difference",
+    "prefix",
+    "prove",
+    "search",
+    "smt",
+    "solver",
+    "story",
+    "z3child",
+]
+_WITHOUT_MEGATRON = ["case", "fake", "fault", "ledger", "mailbox", "model", "production", "rank", "replica", "verify"]
+_PROOFS = Row(("prove",), ("tests/proofs", "tests/soundness"), _PROVED)
+_REFERENCE = Row(
+    ("trial",),
+    ("tests/reference", "tests/production", "tests/cli/test_verify.py"),
+    ("tests/soundness", "tests/proofs/test_memory.py", *_CLI),
+)
+
+ROWS: dict[str, Row] = {
+    "dualpipe/": Row(CHECKS, ("tests/schedule", "tests/proofs/test_checks.py", "tests/pictures"), ("tests",)),
+    "dualpipe/timeline/": Row(
+        (),
+        ("tests/pictures", "tests/schedule", "tests/page"),
+        (
+            "tests/proofs/test_optimal.py",
+            "tests/proofs/theorems/test_times.py",
+            *_CLI,
+            "tests/ci",
+        ),
+    ),
+    "dualpipe/page/": Row((), ("tests/page",), (*_CLI, "tests/ci")),
+    "dualpipe/runtime/": Row(
+        ("trial", "trial, Megatron"),
+        ("tests/production",),
+        ("tests/soundness", "tests/megatron", "tests/gpu", *_CLI),
+    ),
+    **dict.fromkeys(
+        ("dualpipe/pipeline.py", "dualpipe/runtime/modules.py", "dualpipe/runtime/replicas.py"),
+        Row(("trial",), ("tests/production",), ("tests/soundness", *_CLI)),
+    ),
+    "dualpipe/megatron/": Row(("trial, Megatron",), ("tests/megatron",), ("tests/gpu", *_CLI)),
+    "dualpipe/record/": Row((), ("tests/record",), _CLI),
+    "dualpipe/testing/": Row((), ("tests/record",), ("tests/docs/test_reference.py",)),
+    **dict.fromkeys(
+        ("dualpipe/testing/launch.py", "dualpipe/record/child/ranks.py"),  # every process of a trial is forked here
+        Row(
+            ("trial", "trial, Megatron"),
+            ("tests/production", "tests/record"),
+            ("tests/reference", "tests/megatron", "tests/soundness", "tests/gpu", *_CLI),
+        ),
+    ),
+    "dualpipe/cli/": Row(
+        (),
+        ("tests/cli", "tests/docs/test_snippets.py"),
+        ("tests/page/test_browser.py", *_CLI, "tests/ci"),
+    ),
+    "dualpipe/_imports.py": Row((), ("tests/cli",), _CLI),
+    "dualpipe/comm.py": Row((), ("tests/production/test_deepseek_names.py",), _PUBLIC),
+    "dualpipe/utils.py": Row((), ("tests/production/test_deepseek_names.py",), _PUBLIC),
+    "dualpipe/lower.py": Row((), ("tests/schedule/test_lower.py",), _PUBLIC),
+    "dualpipe/picture.py": Row((), ("tests/pictures/test_picture.py",), _PUBLIC),
+    "dualpipe/simulate.py": Row((), ("tests/schedule/test_simulate.py",), _PUBLIC),
+    "dualpipe/torchcsv.py": Row((), ("tests/schedule/test_torchcsv.py",), _PUBLIC),
+    "proofs/": replace(_PROOFS, checks=("prove", "theorems")),
+    **{f"proofs/{name}.py": _PROOFS for name in _WITHOUT_THEOREMS},
+    "proofs/optimal.py": Row((), ("tests/proofs/test_optimal.py",), ("tests/page/test_browser.py", *_CLI)),
+    "proofs/theorems/": Row(
+        ("theorems",),
+        ("tests/proofs/theorems",),
+        ("tests/proofs/test_optimal.py", "tests/page/test_browser.py", *_CLI),
+    ),
+    "reference/": replace(
+        _REFERENCE,
+        checks=("trial", "trial, Megatron"),
+        far=(*_REFERENCE.far, "tests/record/test_steps.py", "tests/megatron", "tests/gpu"),
+    ),
+    **{f"reference/{name}.py": _REFERENCE for name in _WITHOUT_MEGATRON},
+    "reference/measured.py": Row((), ("tests/pictures",), _CLI),
+    "reference/stopwatch.py": Row(
+        ("trial", "trial, Megatron"),
+        ("tests/pictures",),
+        ("tests/production", "tests/soundness", "tests/megatron", *_CLI),
+    ),
+    "reference/megatron/": Row(
+        ("trial, Megatron",), ("tests/megatron", "tests/cli/test_verify_megatron.py"), ("tests/gpu", *_CLI)
+    ),
+    "examples/": Row((), ("tests/megatron/test_example.py", "tests/megatron/test_checkpoint.py"), ("tests/gpu",)),
+    "bench/": Row((), ("tests/test_bench.py",)),
+    "tests/cli/": Row(
+        (),
+        ("tests/cli",),
+        ("tests/page/test_proofs.py", "tests/pictures/test_commands.py", "tests/pictures/test_measured.py"),
+    ),
+    "tests/docs/": Row(
+        (),
+        ("tests/docs",),
+        (
+            "tests/cli/test_other_repositories.py",
+            "tests/cli/test_verify.py",
+            "tests/production/test_faults.py",
+            "tests/ci",
+        ),
+    ),
+    "tests/gpu/": Row((), ("tests/gpu",), ("tests/production/test_settings.py",)),
+    "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py",)),
+    "tests/megatron/test_groups.py": Row((), ("tests/megatron/test_groups.py", "tests/megatron/test_model.py")),
+    "tests/megatron/test_schedule.py": Row(
+        (),
+        (
+            "tests/megatron/test_schedule.py",
+            "tests/megatron/test_random_streams.py",
+            "tests/megatron/test_replicas.py",
+        ),
+    ),
+    "tests/page/": Row((), ("tests/page",)),
+    "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),
+    "tests/production/": Row(
+        (),
+        ("tests/production",),
+        (
+            "tests/soundness",
+            "tests/test_bench.py",
+            "tests/cli/test_other_repositories.py",
+            "tests/cli/test_prove.py",
+            "tests/cli/test_verify.py",
+            "tests/page/test_proofs.py",
+        ),
+    ),
+    "tests/production/test_pipeline.py": Row(
+        (), ("tests/production/test_pipeline.py", "tests/production/test_widths.py")
+    ),
+    "tests/proofs/": Row((), ("tests/proofs",), ("tests/page", "tests/docs/test_museum.py")),
+    "tests/record/": Row((), ("tests/record",)),
+    "tests/record/test_limits.py": Row((), ("tests/record",)),
+    "tests/reference/": Row((), ("tests/reference",), ("tests/proofs/test_memory.py",)),
+    "tests/schedule/": Row((), ("tests/schedule",), ("tests/cli/test_entry_points.py", "tests/record/test_torch.py")),
+    "tests/soundness/": Row((), ("tests/soundness",), ("tests/test_bench.py",)),
+    "tests/golden/": Row(
+        (), ("tests/schedule",), ("tests/cli", "tests/docs", "tests/record/test_torch.py", "tests/ci")
+    ),
+    "tests/mutations.py": Row(
+        (), ("tests/proofs", "tests/soundness"), ("tests/page", "tests/docs", "tests/test_bench.py")
+    ),
+    "tests/strategies.py": Row((), ("tests/schedule", "tests/proofs/test_agreement.py")),
+    "docs/": Row((), PAGE_TESTS),
+    "docs/pictures/": Row((), ("tests/pictures/test_commands.py",)),
+    "docs/reference/cli.md": Row((), (*PAGE_TESTS, "tests/docs/test_reference.py")),
+    "docs/reference/python.md": Row((), (*PAGE_TESTS, "tests/docs/test_reference.py")),
+    "docs/reference/museum.md": Row((), (*PAGE_TESTS, "tests/docs/test_museum.py")),
+    "docs/how-to/other-repositories.md": Row((), (*PAGE_TESTS, "tests/cli/test_other_repositories.py")),
+    "docs/how-to/when-a-run-fails.md": Row((), (*PAGE_TESTS, "tests/production/test_faults.py")),
+    "README.md": Row((), PAGE_TESTS),
+    "CONTRIBUTING.md": Row((), PAGE_TESTS),
+    "CHANGELOG.md": Row((), ("tests/docs/test_links.py",)),
+    "Makefile": Row((), ("tests/docs", "tests/ci/test_gate.py")),
+    ".github/": Row((), ("tests/cli/test_other_repositories.py",)),
+    ".pre-commit-hooks.yaml": Row((), ("tests/cli/test_other_repositories.py",)),
+    ".gitignore": Row((), ("tests/ci/test_repository.py", "tests/record/test_deepseek.py")),
+    "LICENSE": Row(),
+}
+"""By prefix of a path; of two prefixes the longer one counts."""
+
+OWN = ("ci/", "tests/ci/", ".ci/", "pyproject.toml", "constraints.txt", "tests/conftest.py", "tests/__init__.py")
+"""The gate and the build: everything else runs on them."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The checks to run, each with the reason.
+    """The checks and tests to run.
 
-    ``tests`` are files, the nearest to the change first, and of those as near the ones that use the least; ``long``
-    those of which also the long tests are run, since they changed themselves.
+    Parameters
+    ----------
+    checks:
+        Names of ``CHECKS``, each with the reason.
+    tests:
+        Files of tests and single tests, in the order in which they run.
+    long:
+        Files of tests that changed themselves: their tests marked ``long`` run too.
+    everything:
+        Why everything runs; empty if not everything does.
     """
 
-    prove: str = ""
-    theorems: str = ""
-    trial: str = ""
-    megatron: str = ""
-    tests: Mapping[str, str] = field(default_factory=dict)
+    checks: Mapping[str, str] = field(default_factory=dict)
+    tests: tuple[str, ...] = ()
     long: tuple[str, ...] = ()
     everything: str = ""
 
 
-def select(repository: Repository, changed: Sequence[Changed]) -> Selection:
-    """The checks for a change.  A source of the tree that does not parse asks for everything."""
-    files = repository.files()
-    sources = {}
-    for path in files:
-        if path.endswith(".py"):
-            try:
-                sources[path] = read((repository.root / path).read_bytes())
-            except (SyntaxError, ValueError):
-                return _everything(files, f"{path} cannot be read as Python")
-    return choose(tree_of(sources, files), files, changed)
-
-
-def tree_of(sources: Mapping[str, Source], files: Sequence[str]) -> Graph:
-    """Who uses whom.  The gate names many files and runs none by its path: it is left out of who runs them."""
-    return graph(sources, [path for path in files if not path.endswith(".py")], frozenset(filter(_is_own, sources)))
-
-
-def choose(tree: Graph, files: Sequence[str], changed: Sequence[Changed]) -> Selection:
-    """The checks for a change, given who uses whom."""
-    code: list[str] = []
-    tables: list[str] = []
-    goldens: list[str] = []
+def select(files: Sequence[str], changed: Sequence[Changed]) -> Selection:
+    """The checks and tests that a change needs, in a tree with these files."""
+    tests = tuple(filter(is_test, files))
+    remaining = (change for change in changed if is_test(change.path) and change.after is not None)
+    long = tuple(change.path for change in remaining if change.extent is not Extent.LAYOUT)
+    if everything := next(filter(None, map(_why_everything, changed)), ""):
+        return Selection(dict.fromkeys(CHECKS, everything), tests, long, everything)
+    checks: dict[str, str] = {}
+    near: list[str] = []
+    far: list[str] = []
     for change in changed:
-        unknown = _unknown(change, tree)
-        if unknown:
-            return replace(_everything(files, unknown), long=_changed_tests(changed))
-        if change.path == COUNTS:
-            pass  # the theorems themselves hold it against what they count
-        elif is_golden_schedule(change.path):
-            goldens.append(change.path)
-        elif not change.path.endswith(".py") or change.before is None or change.after is None:
-            code.append(change.path)
-        else:
-            match meaning(change.before, change.after):
-                case Meaning.TABLES:
-                    tables.append(change.path)
-                case Meaning.CODE:
-                    code.append(change.path)
-                case Meaning.NOTHING:
-                    pass
-    pages = [path for path in code if path.endswith(".md")]
-    code = [path for path in code if path not in pages]
-    steps = reached(tree, code)
-    from_tables = reached(tree, tables)
-    on_runtime = set(_used_with(tree, RUNTIME))
-    tests = {path: distance for path, distance in steps.items() if _is_test(path)}
-    for path, distance in reached(tree, [*tables, *goldens]).items():
-        if _is_test(path) and path not in on_runtime:
-            tests[path] = min(distance, tests.get(path, distance))
-    for path, distance in _readers(tree, pages).items():
-        tests.setdefault(path, distance)
-    run = list(filter(_is_run, pages))
-    if DOCUMENTATION in files and DOCUMENTATION not in tests:
-        tests |= {f"{DOCUMENTATION}::{name}": 1 for page in run for name in _of_page(page)}
-    if run and LINKS in files:
-        tests.setdefault(LINKS, 1)
-    if any(path.endswith(".py") for path in (*code, *tables)) and SOURCES_READ in files:
-        tests.setdefault(SOURCES_READ, 0)
-    if MUSEUM in files and MUSEUM not in tests and any(change.path in PLANTED for change in changed):
-        tests[PLANTING] = 1
-    nearest = sorted(tests, key=lambda path: (tests[path], _reach(tree, path), path))
-    told = _short(code)
-    return Selection(
-        prove=f"{told} is used by it" if PROVE in steps else "",
-        theorems=_theorems(steps, from_tables, changed, told),
-        trial=f"{told} is used by it" if TRIAL in steps else "",
-        megatron=f"{told} is used by it" if MEGATRON in steps else "",
-        tests={path: _reason(path, tests[path]) for path in nearest},
-        long=_changed_tests(changed),
-    )
+        row = row_of(change)
+        checks |= {check: f"{change.path} changed" for check in row.checks if check not in checks}
+        near += [test for entry in row.near for test in _expanded(entry, change.path, tests)]
+        near += [FAULTS_FIT] * (change.path in WITH_FAULTS)
+        near += [ARCHITECTURE] * (change.path.endswith(".py") and row != Row())
+        far += [test for entry in row.far for test in _expanded(entry, change.path, tests)]
+    return Selection(checks, _distinct([*near, *far], tests), long)
 
 
-def _unknown(change: Changed, tree: Graph) -> str:
-    """Why a changed file asks for everything; empty where it need not."""
-    path = PurePosixPath(change.path)
-    if _is_own(change.path):
-        return f"{path} is the gate's own"
-    if change.path in BUILD:
-        return f"{path} decides what everything runs on"
-    if change.mode:
-        return f"{path} changes its mode, {change.mode}"
-    if is_golden_schedule(change.path) or change.path == COUNTS:
-        return ""
-    if change.after is None:
-        return f"{path} is deleted"
-    known = path.suffix in TEXTS or path.name in KNOWN_NAMES or path.parts[0] in (".github", ".ci")
-    if known or _is_test(change.path) or any(map(_is_judge, reached(tree, [change.path]))):
-        return ""
-    return f"nothing is known of {path}"
+def row_of(change: Changed) -> Row:
+    """The row of a change.  Raises ``KeyError`` if its path has none."""
+    if change.path == COUNTS:
+        return Row(("theorems",))
+    if is_golden_schedule(change.path):
+        return Row((), ("tests/schedule",))
+    row = Row((), (change.path,)) if is_test(change.path) and change.path not in ROWS else row_of_path(change.path)
+    match change.extent:
+        case Extent.LAYOUT:
+            return Row()
+        case Extent.TABLES:
+            return TABLES
+        case Extent.CODE:
+            return row
+        case never:
+            assert_never(never)
 
 
-def _is_own(path: str) -> bool:
-    """Whether a file is the gate's."""
-    return path.startswith(("ci/", "tests/ci/"))
+def row_of_path(path: str) -> Row:
+    """The row with the longest prefix of a path.  Raises ``KeyError`` if there is none."""
+    return ROWS[max((prefix for prefix in ROWS if path.startswith(prefix)), key=len, default="")]
 
 
-def _is_judge(path: str) -> bool:
-    """Whether a file is a test or a check that runs what it uses."""
-    return path != SOURCES_READ and (_is_test(path) or path in (PROVE, THEOREMS, TRIAL, MEGATRON))
-
-
-def _everything(files: Sequence[str], why: str) -> Selection:
-    tests = {path: why for path in files if _is_test(path)}
-    return Selection(why, why, why, why, tests, everything=why)
-
-
-def _changed_tests(changed: Sequence[Changed]) -> tuple[str, ...]:
-    """The files of tests that are new or do something else than before."""
-    there = [(change.path, change.before, change.after) for change in changed if _is_test(change.path)]
-    return tuple(
-        path
-        for path, before, after in there
-        if after is not None and (before is None or meaning(before, after) is not Meaning.NOTHING)
-    )
-
-
-def _is_test(path: str) -> bool:
+def is_test(path: str) -> bool:
     return path.startswith("tests/") and PurePosixPath(path).name.startswith("test_") and path.endswith(".py")
 
 
-def _is_run(page: str) -> bool:
-    """Whether what a page says to type is run by a test."""
-    return page == "README.md" or page.startswith("docs/")
+def _why_everything(change: Changed) -> str:
+    """Why a change needs everything; empty if it does not."""
+    if change.path.startswith(OWN):
+        return f"{change.path} is the gate's own, or decides what everything runs on"
+    if change.mode:
+        return f"{change.path} changes its mode, {change.mode}"
+    try:
+        row_of(change)
+    except KeyError:
+        return f"{change.path} has no row in ci/selection.py"
+    if change.after is None and not is_golden_schedule(change.path):
+        return f"{change.path} is deleted"
+    return ""
 
 
-def _readers(tree: Graph, pages: Sequence[str]) -> dict[str, int]:
-    """The tests that name a page, or use a file beside the tests that does, such as what makes the page.
-
-    The gate's own only speak of pages.
-    """
-    apart = (PAGES_READ, SOURCES_READ)
-    beside = [node for node in tree if node.startswith("tests/") and not _is_own(node) and node not in apart]
-    readers = tree.subgraph([*pages, *beside])
-    return {path: steps for path, steps in reached(readers, pages).items() if _is_test(path)}
+def _expanded(entry: str, changed: str, tests: Sequence[str]) -> list[str]:
+    """The tests of an entry of a row; in a folder the test named like the changed file comes first."""
+    if entry.endswith(".py") or "::" in entry:
+        return [entry.format(page=changed)]
+    found = [path for path in tests if path.startswith(f"{entry}/")]
+    return sorted(found, key=lambda path: PurePosixPath(path).name != f"test_{PurePosixPath(changed).stem}.py")
 
 
-def _of_page(page: str) -> list[str]:
-    return [test.format(page=page) for test in PAGE_TESTS]
-
-
-def _used_with(tree: Graph, path: str) -> Sequence[str]:
-    return tuple(reached(tree, [path])) if path in tree else ()
-
-
-def _reach(tree: Graph, path: str) -> int:
-    """How many files a test uses, directly or not."""
-    return len(nx.descendants(tree, path)) if path in tree else 0
-
-
-def _theorems(steps: Mapping[str, int], from_tables: Mapping[str, int], changed: Sequence[Changed], told: str) -> str:
-    if THEOREMS in from_tables:
-        return "the phase tables changed"
-    if THEOREMS in steps:
-        return f"{told} is used by them"
-    return f"{COUNTS} changed" if any(change.path == COUNTS for change in changed) else ""
-
-
-def _reason(path: str, distance: int) -> str:
-    return "changed itself" if distance == 0 else f"{distance} import{'s' * (distance > 1)} away"
-
-
-def _short(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+def _distinct(selected: Sequence[str], tests: Collection[str]) -> tuple[str, ...]:
+    """The selected tests that exist, each once, and without single tests of files that run as a whole."""
+    existing = dict.fromkeys(test for test in selected if test.partition("::")[0] in tests)
+    return tuple(test for test in existing if "::" not in test or test.partition("::")[0] not in existing)

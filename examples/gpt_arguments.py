@@ -1,4 +1,4 @@
-"""The command line of ``pretrain_gpt.py``: Megatron's names, as far as it has them."""
+"""The command line of ``pretrain_gpt.py``, with Megatron's option names where Megatron has the option."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="a text file; by default the help topics that come with Python")
     add("--save", type=Path, help="a folder for checkpoints")
-    add("--load", type=Path, help="go on from the newest complete checkpoint in this folder, if there is one")
-    add("--save-interval", type=int, default=10, help="iterations between checkpoints; there is one at the end, too")
+    add("--load", type=Path, help="resume from the newest complete checkpoint in this folder, if there is one")
+    add("--save-interval", type=int, default=10, help="iterations between checkpoints; there is also one at the end")
     add("--train-iters", type=int, default=20)
     add("--eval-interval", type=int, default=10)
     add("--eval-iters", type=int, default=2)
@@ -30,10 +30,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dropout", type=float, default=0.0)
     add("--lr", type=float, default=3e-3)
     add("--min-lr", type=float, default=3e-4)
-    add("--lr-decay-iters", type=int, help="by default the iterations of the training")
-    add("--lr-warmup-iters", type=int, help="by default a fifth of them")
+    add("--lr-decay-iters", type=int, help="by default the number of training iterations")
+    add("--lr-warmup-iters", type=int, help="by default a fifth of --lr-decay-iters")
     add("--weight-decay", type=float, default=0.1)
-    add("--clip-grad", type=float, default=1.0, help="the norm to clip gradients to; 0 for none")
+    add("--clip-grad", type=float, default=1.0, help="the norm to clip gradients to; 0 for no clipping")
     add("--pipeline-model-parallel-size", type=int, default=1)
     add("--tensor-model-parallel-size", type=int, default=1)
     add("--sequence-parallel", action="store_true")
@@ -41,8 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")
     add("--seed", type=int, default=1234)
-    add("--deterministic", action="store_true", help="the same bits at every run, also on a GPU; slower")
-    add("--timeout-minutes", type=float, default=10.0, help="no message and no collective waits longer")
+    add("--deterministic", action="store_true", help="give the same bits at every run, also on a GPU; slower")
+    add("--timeout-minutes", type=float, default=10.0, help="how long a message or a collective may take")
     add_dualpipe_args(parser)  # DualPipe 1: the flag
     args = parser.parse_args(arguments)
     world = int(os.environ["WORLD_SIZE"])
@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.num_microbatches, rest = divmod(args.global_batch_size, args.micro_batch_size * args.data_parallel_size)
     if rest:
         parser.error(
-            f"a global batch is a whole number of micro-batches on each of {args.data_parallel_size} replicas: "
+            f"a global batch must be a whole number of micro-batches on each of {args.data_parallel_size} replicas: "
             f"got {args.global_batch_size} samples and --micro-batch-size {args.micro_batch_size}"
         )
     if args.lr_decay_iters is None:
@@ -62,5 +62,5 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.lr_warmup_iters is None:
         args.lr_warmup_iters = args.lr_decay_iters // 5
     if not 0 <= args.lr_warmup_iters < args.lr_decay_iters:
-        parser.error(f"warm-up ends before decay: got {args.lr_warmup_iters} and {args.lr_decay_iters} iterations")
+        parser.error(f"warm-up must end before decay: got {args.lr_warmup_iters} and {args.lr_decay_iters} iterations")
     return args

@@ -1,4 +1,4 @@
-"""The data of ``pretrain_gpt.py``: a text, byte by byte, and who reads which part of it."""
+"""The data of ``pretrain_gpt.py``: the bytes of a text, cut into microbatches for each rank."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Text:
         self.samples = (len(data) - 1) // length
 
     def sample(self, number: int) -> Tensor:
-        epoch, place = divmod(number, self.samples)
+        epoch, index = divmod(number, self.samples)
         order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + epoch))
-        start = int(order[place]) * self.length
+        start = int(order[index]) * self.length
         return self.data[start : start + self.length + 1].long()
 
     def microbatches(self, args: argparse.Namespace, consumed: int, device: torch.device) -> Iterator[Batch]:
-        """This rank's microbatches of a step, after ``consumed`` samples: those of Megatron's own sampler.
+        """This rank's microbatches of a step, after ``consumed`` samples, as in Megatron's own sampler.
 
-        Microbatch m of data-parallel rank i of d takes the samples from ``consumed`` + (m d + i) x micro batch on.
-        DualPipe deals microbatches 2k to lane > and 2k+1 to lane <.  So with d ranks, microbatch k of lane > is that
-        of replica i, and microbatch k of lane < that of replica d+i, of the 2d replicas of a run with 1F1B.
+        Microbatch m of data-parallel rank i of d starts at sample ``consumed`` + (m d + i) x micro batch size.
+        DualPipe gives microbatch 2k to lane > and 2k+1 to lane <.  So with d ranks, microbatch k of lane > is that of
+        replica i, and microbatch k of lane < that of replica d+i, among the 2d replicas of a run with 1F1B.
         """
         size, ranks = args.micro_batch_size, args.data_parallel_size
         rank = parallel_state.get_data_parallel_rank()

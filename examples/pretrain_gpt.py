@@ -3,15 +3,14 @@
     torchrun --nproc-per-node 4 examples/pretrain_gpt.py --use-dualpipe --pipeline-model-parallel-size 4
     torchrun --nproc-per-node 8 examples/pretrain_gpt.py                --pipeline-model-parallel-size 4
 
-The two print the same losses and, with ``--clip-grad 0`` or the plain optimizer, the same digest of all weights: each
-lane of DualPipe is one of the data-parallel replicas of 1F1B.  Ranks talk over NCCL where there are GPUs, one each.
-Without GPUs they talk over gloo, and the stand-ins of the test harness let Megatron run on the CPU.
+Both print the same losses and, with ``--clip-grad 0`` or the plain optimizer, the same digest of all weights: each
+lane of DualPipe is one of the data-parallel replicas of 1F1B.  With GPUs, one for each rank, they communicate over
+NCCL.  Without GPUs they communicate over gloo, and the stand-ins of the test harness let Megatron run on the CPU.
 
-The five places that DualPipe changes in a training script are marked with its name; the first is in
-``gpt_arguments.py``.
+Comments with DualPipe's name mark the five changes of a training script; the first is in ``gpt_arguments.py``.
 """
 
-# ruff: noqa: E402 - without a GPU, the harness imports Megatron first, to silence what it has to say of that
+# ruff: noqa: E402 - without a GPU, the harness must import Megatron first, to silence its warnings
 
 from __future__ import annotations
 
@@ -67,7 +66,7 @@ from dualpipe.megatron import (
 
 def transformer_config(args: argparse.Namespace) -> TransformerConfig:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    options: dict[str, Any] = {"gradient_accumulation_fusion": False}  # its kernel comes with Apex
+    options: dict[str, Any] = {"gradient_accumulation_fusion": False}  # its kernel is part of Apex
     if not GPU:
         options |= {"use_cpu_initialization": True, "batch_p2p_comm": False, "deallocate_pipeline_outputs": False}
     if args.num_experts:
@@ -100,7 +99,7 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
 def provide_model(
     args: argparse.Namespace, config: TransformerConfig, pre_process: bool, post_process: bool, pg_collection: Any
 ) -> GPTModel:
-    """One stage of the pipeline: which one follows from ``pg_collection``."""
+    """Build the stage of the pipeline that ``pg_collection`` selects."""
     return GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(num_experts=args.num_experts, moe_grouped_gemm=False),
@@ -114,7 +113,7 @@ def provide_model(
 
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[list[nn.Module], Any]:
-    """The chunks of this rank, wrapped for data parallelism, and their optimizer."""
+    """Build the chunks of this rank, wrapped for data parallelism, and their optimizer."""
     config = transformer_config(args)
     provider = partial(provide_model, args, config)
     ddp_config = DistributedDataParallelConfig(
@@ -149,7 +148,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[list[nn.Modul
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: Any) -> OptimizerParamScheduler:
-    """Warm-up, then the decay of a cosine, in iterations."""
+    """A linear warm-up, then cosine decay, in iterations."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -169,7 +168,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: Any) -> OptimizerParamS
 
 
 def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Any]:
-    """Read a microbatch at both ends of the pipeline; the stages between need none."""
+    """Run a microbatch; only the first and the last stage read it."""
     first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
     if not (first or last):
         return model(None, None, None), None
@@ -180,13 +179,13 @@ def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Te
 
 
 def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """From ``[micro batch, sequence]``: the sum to be trained on, the tokens to divide it by, and what is reported."""
+    """From losses ``[micro batch, sequence]``: their sum, the tokens to divide it by, and the values to report."""
     total, tokens = losses.float().sum(), torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 
 
 def mean_loss(reported: list[dict[str, Tensor]], device: torch.device) -> float:
-    """The loss per token over all microbatches and replicas, in nats; right on the last rank of each pipeline."""
+    """The mean loss per token over all microbatches and replicas, in nats; valid on the last rank of each pipeline."""
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for each in reported:
         total += each["lm loss"]
@@ -197,7 +196,7 @@ def mean_loss(reported: list[dict[str, Tensor]], device: torch.device) -> float:
 def validation_loss(
     args: argparse.Namespace, model: list[nn.Module], run: Any, text: Text, device: torch.device
 ) -> float:
-    """Forwards alone, on the same samples each time."""
+    """Run only forwards, on the same samples each time."""
     for chunk in model:
         chunk.eval()
     reported = []
@@ -210,14 +209,14 @@ def validation_loss(
     return mean_loss(reported, device)
 
 
-def tell(text: str) -> None:
-    """Print once: on the last pipeline rank, which knows the losses."""
+def print_once(text: str) -> None:
+    """Print on one rank: the last, which has the losses."""
     if dist.get_rank() == dist.get_world_size() - 1:
         print(text, flush=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """A checkpoint that a killed job left unfinished has no metadata, and doesn't count."""
+    """The newest complete checkpoint; one that a killed job left unfinished has no metadata."""
     complete = (path for path in folder.glob("iter_*") if check_is_distributed_checkpoint(str(path)))
     return max(complete, default=None)
 
@@ -225,13 +224,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save(args: argparse.Namespace, model: list[nn.Module], optimizer: Any, common: dict[str, Any]) -> None:
     folder = args.save / f"iter_{common['iteration']:07}"
     if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a job that was killed, or that did not load what it had saved
+        shutil.rmtree(folder, ignore_errors=True)  # left by a job that was killed or that did not load it
     save_checkpoint(folder, model, optimizer, common)  # DualPipe 5
-    tell(f"saved {folder}")
+    print_once(f"saved {folder}")
 
 
 def digest(model: list[nn.Module]) -> str:
-    """The sha256 of all weights, by their names in the whole model; raises if two replicas differ."""
+    """The SHA-256 of all weights by their names in the whole model; raises ``RuntimeError`` if two replicas differ."""
     mine = {}
     for chunk in model:
         gpt = get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
@@ -251,7 +250,7 @@ def digest(model: list[nn.Module]) -> str:
 
 
 def pretrain(args: argparse.Namespace) -> str:
-    """Train; every process of the job calls this, once the default process group exists.  Returns the digest."""
+    """Train and return the digest; every process of the job calls this, with a default process group."""
     device = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size, args.pipeline_model_parallel_size, create_gloo_process_groups=False
@@ -279,9 +278,9 @@ def pretrain(args: argparse.Namespace) -> str:
         common = load_checkpoint(checkpoint, model, optimizer)  # DualPipe 5
         start, consumed = common["iteration"], common["consumed_samples"]
         scheduler.load_state_dict(common["scheduler"])
-        tell(f"loaded {checkpoint}")
+        print_once(f"loaded {checkpoint}")
     for iteration in range(start + 1, args.train_iters + 1):
-        began = time.perf_counter()
+        started = time.perf_counter()
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -290,16 +289,18 @@ def pretrain(args: argparse.Namespace) -> str:
         _, norm, _ = optimizer.step()
         scheduler.step(1)
         consumed += args.global_batch_size
-        loss, ms = mean_loss(reported, device), 1000 * (time.perf_counter() - began)
-        tell(f"iteration {iteration:5} | loss {loss:.6f} | grad norm {norm or 0:.4f} | lr {rate:.2e} | {ms:.0f} ms")
+        loss, ms = mean_loss(reported, device), 1000 * (time.perf_counter() - started)
+        print_once(
+            f"iteration {iteration:5} | loss {loss:.6f} | grad norm {norm or 0:.4f} | lr {rate:.2e} | {ms:.0f} ms"
+        )
         if args.eval_interval and iteration % args.eval_interval == 0:
             loss = validation_loss(args, model, run, validation, device)
-            tell(f"iteration {iteration:5} | validation loss {loss:.6f}")
+            print_once(f"iteration {iteration:5} | validation loss {loss:.6f}")
         if args.save and (iteration % args.save_interval == 0 or iteration == args.train_iters):
             common = {"iteration": iteration, "consumed_samples": consumed, "scheduler": scheduler.state_dict()}
             save(args, model, optimizer, common)
     result = digest(model)
-    tell(f"digest {result}")
+    print_once(f"digest {result}")
     return result
 
 

@@ -1,47 +1,51 @@
 """Deadlock by plain search: the ranks run as far as they can under a model of communication (``proofs.models``).
 
-Which rank moves first makes no difference, since a move never takes away another rank's: the run either ends or
-stops in one state, in linear time.  In that state every rank that is not done stands in a group some message of
-which has not met its partner; following the partners leads either to one that does not exist or round a circle.
+The order in which ranks move makes no difference, since a move never takes another rank's away: the run ends or stops
+in one state, in linear time.  In that state every rank that is not done is blocked in a message slot, at a message
+whose partner is not posted.  Following the partners leads to one that does not exist, or around a wait cycle.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dualpipe.schedule import COMPUTE, SENDS, Placed, Schedule, Slot
-from proofs.findings import Circle, NeverMet, Wait
-from proofs.matching import Sides, other_rank, sides
+from proofs.findings import Unmatched, Wait, WaitCycle
 from proofs.models import Model
 from proofs.verdict import Proved, Refuted, Verdict
 
 Pair = tuple[int, int]
+"""Sender and receiver."""
+
+Channels = dict[Pair, list[Placed]]
+"""For each ordered pair of ranks one side of its messages, in the order posted."""
 
 
 @dataclass(frozen=True)
 class Thread:
-    """One rank's program cut into its computes and its groups.
+    """One rank's program cut into its computes and its message slots.
 
-    ``groups[g]`` is a slot number; it is posted once ``after[g]`` computes are over.  Compute c starts once
-    ``gates[c]`` groups are over.
+    ``messages[m]`` is the number of a message slot; it is posted once ``after[m]`` computes are done.  Compute c starts
+    once ``gates[c]`` message slots have completed.
     """
 
-    groups: list[int]
+    messages: list[int]
     after: list[int]
     gates: list[int]
 
 
 @dataclass
 class State:
-    """How far a rank is: computes over, groups over, and what its posted group still waits for.
+    """How far a rank is: computes done, message slots completed, and what the posted message slot still waits for.
 
-    ``pending`` is ``None`` between groups; in it each message has its number within its ordered pair (None where it
-    has no other rank to go to).
+    ``pending`` is ``None`` while no message slot is posted.  Each of its messages has its number within its ordered
+    pair, or ``None`` where no other rank is at the other end.
     """
 
     computes: int = 0
-    groups: int = 0
+    completed: int = 0
     pending: list[tuple[Placed, int | None]] | None = None
 
 
@@ -75,16 +79,17 @@ class Run:
         own, state = self.threads[rank], self.states[rank]
         woken: set[int] = set()
         while True:
-            before = state.computes, state.groups, state.pending is None
-            while state.computes < len(own.gates) and own.gates[state.computes] <= state.groups:
+            before = state.computes, state.completed, state.pending is None
+            while state.computes < len(own.gates) and own.gates[state.computes] <= state.completed:
                 state.computes += 1
-            if state.pending is None and state.groups < len(own.groups) and own.after[state.groups] <= state.computes:
-                state.pending = self.post(rank, own.groups[state.groups], woken)
+            posted = state.pending is not None
+            if not posted and state.completed < len(own.messages) and own.after[state.completed] <= state.computes:
+                state.pending = self.post(rank, own.messages[state.completed], woken)
             if state.pending is not None:
-                state.pending = [(placed, nth) for placed, nth in state.pending if not self.met(placed, nth)]
+                state.pending = [(placed, nth) for placed, nth in state.pending if not self.has_completed(placed, nth)]
                 if not state.pending:
-                    state.pending, state.groups = None, state.groups + 1
-            if before == (state.computes, state.groups, state.pending is None):
+                    state.pending, state.completed = None, state.completed + 1
+            if before == (state.computes, state.completed, state.pending is None):
                 return woken
 
     def post(self, rank: int, number: int, woken: set[int]) -> list[tuple[Placed, int | None]]:
@@ -103,9 +108,9 @@ class Run:
             numbered.append((placed, nth))
         return numbered
 
-    def met(self, placed: Placed, nth: int | None) -> bool:
+    def has_completed(self, placed: Placed, nth: int | None) -> bool:
         peer = other_rank(self.schedule, placed)
-        if nth is None or peer is None:  # joins no pair of ranks, so where sends are buffered its place is its own
+        if nth is None or peer is None:  # belongs to no pair, so a buffered send has a buffer to itself
             return placed.op.kind in SENDS and self.model.capacity > 0
         if placed.op.kind in SENDS:
             return self.received.get((placed.rank, peer), 0) > nth - self.model.capacity
@@ -119,79 +124,111 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
     buffered = [pair for pair, count in run.sent.items() if run.received.get(pair, 0) < count]
     if not stuck and not buffered and not run.astray:
         return Proved()
-    both = sides(schedule)
+    sends, receives = channels(schedule)
     waits: dict[int, list[Wait]] = {}
     for placed, nth in stuck:
-        partner = _partner(schedule, model, both, placed, nth)
+        opposite = _opposite(schedule, sends, receives, placed)
+        partner = _partner(model, opposite, placed, nth)
         if partner is None:
-            posted = len(_opposite(schedule, both, placed))
-            return Refuted(NeverMet(model, placed, schedule.peer(placed.op), nth or 0, posted, nth is not None))
+            return Refuted(
+                Unmatched(model, placed, schedule.peer(placed.op), nth or 0, len(opposite), possible=nth is not None)
+            )
         waits.setdefault(placed.rank, []).append(Wait(placed, partner))
     if waits:
-        return Refuted(Circle(model, shortest_circle(waits)))
+        return Refuted(WaitCycle(model, shortest_cycle(waits)))
     if run.astray:
         placed = run.astray[0]
-        return Refuted(NeverMet(model, placed, schedule.peer(placed.op), 0, 0, False))
-    sender, receiver = buffered[0]  # the sends fitted into the buffer, and nobody empties it
+        return Refuted(Unmatched(model, placed, schedule.peer(placed.op), 0, 0, possible=False))
+    sender, receiver = buffered[0]  # the buffer had room for the sends, and nothing empties it
     posted = run.received.get((sender, receiver), 0)
-    return Refuted(NeverMet(model, both[0][sender, receiver][posted], receiver, posted, posted, True))
+    return Refuted(Unmatched(model, sends[sender, receiver][posted], receiver, posted, posted, possible=True))
 
 
 def thread(schedule: Schedule, rank: int, model: Model) -> Thread:
-    """Cut a rank's program; where the model overlaps, a compute's gate is the last group that it needs."""
-    groups: list[int] = []
+    """Cut a rank's program; where the model overlaps, a compute's gate is the last message slot that it needs."""
+    messages: list[int] = []
     after: list[int] = []
     gates: list[int] = []
     brought: dict[object, int] = {}
     for number, slot in enumerate(schedule.programs[rank]):
         if slot[0].kind in COMPUTE:
-            gates.append(_last_needed(schedule, slot, brought) if model.overlaps else len(groups))
+            gates.append(_last_needed(schedule, slot, brought) if model.overlaps else len(messages))
         else:
-            groups.append(number)
+            messages.append(number)
             after.append(len(gates))
             if model.overlaps:
                 for op in slot:
-                    brought.setdefault(op.bare, len(groups))
-    return Thread(groups, after, gates)
+                    brought.setdefault(op.bare, len(messages))
+    return Thread(messages, after, gates)
 
 
 def _last_needed(schedule: Schedule, slot: Slot, brought: dict[object, int]) -> int:
     return max((brought.get(need, 0) for op in slot for need in schedule.needs(op)), default=0)
 
 
-def _opposite(schedule: Schedule, both: Sides, placed: Placed) -> list[Placed]:
+def other_rank(schedule: Schedule, placed: Placed) -> int | None:
+    """The rank at the other end of a message if there is one: a rank of the schedule, and not the op's own."""
+    peer = schedule.peer(placed.op)
+    return peer if peer is not None and 0 <= peer < schedule.ranks and peer != placed.rank else None
+
+
+def channels(schedule: Schedule) -> tuple[Channels, Channels]:
+    """The sends and the receives of each ordered pair.
+
+    They name the partners in a finding.  No verdict rests on them: ``Run`` counts messages, ``proofs.deadlock_smt``
+    matches by itself.
+    """
+    sends: Channels = {}
+    receives: Channels = {}
+    for placed in schedule:
+        if placed.op.kind in COMPUTE:
+            continue
+        peer = other_rank(schedule, placed)
+        if peer is not None and placed.op.kind in SENDS:
+            sends.setdefault((placed.rank, peer), []).append(placed)
+        elif peer is not None:
+            receives.setdefault((peer, placed.rank), []).append(placed)
+    return sends, receives
+
+
+def matched_pairs(schedule: Schedule) -> Iterator[tuple[Placed, Placed]]:
+    """Every send with the receive that it matches."""
+    sends, receives = channels(schedule)
+    for pair, row in sends.items():
+        yield from zip(row, receives.get(pair, []), strict=False)
+
+
+def _opposite(schedule: Schedule, sends: Channels, receives: Channels, placed: Placed) -> list[Placed]:
     """The messages of the other rank among which the partner of a message is."""
-    sends, receives = both
     peer = other_rank(schedule, placed)
     if peer is None:
         return []
     return receives.get((placed.rank, peer), []) if placed.op.kind in SENDS else sends.get((peer, placed.rank), [])
 
 
-def _partner(schedule: Schedule, model: Model, both: Sides, placed: Placed, nth: int | None) -> Placed | None:
-    """The message whose posting a pending one waits for: its own partner, or the one whose place a send takes."""
-    opposite = _opposite(schedule, both, placed)
+def _partner(model: Model, opposite: list[Placed], placed: Placed, nth: int | None) -> Placed | None:
+    """The message whose posting a pending one waits for: the one that matches it, or that makes room in the buffer."""
     if nth is not None and placed.op.kind in SENDS:
         nth -= model.capacity
     return opposite[nth] if nth is not None and nth < len(opposite) else None
 
 
-def shortest_circle(waits: dict[int, list[Wait]]) -> tuple[Wait, ...]:
+def shortest_cycle(waits: dict[int, list[Wait]]) -> tuple[Wait, ...]:
     """The fewest waits, one per rank, that lead from a rank back to itself (breadth first from every rank)."""
-    circles = (_circle_through(rank, waits) for rank in sorted(waits))
-    return min((circle for circle in circles if circle), key=len)
+    cycles = (_cycle_through(rank, waits) for rank in sorted(waits))
+    return min((cycle for cycle in cycles if cycle), key=len)
 
 
-def _circle_through(start: int, waits: dict[int, list[Wait]]) -> tuple[Wait, ...]:
-    came: dict[int, tuple[Wait, ...]] = {start: ()}
+def _cycle_through(start: int, waits: dict[int, list[Wait]]) -> tuple[Wait, ...]:
+    paths: dict[int, tuple[Wait, ...]] = {start: ()}
     reached = deque([start])
     while reached:
         rank = reached.popleft()
         for wait in waits.get(rank, []):
-            path = (*came[rank], wait)
+            path = (*paths[rank], wait)
             if wait.partner.rank == start:
                 return path
-            if wait.partner.rank not in came:
-                came[wait.partner.rank] = path
+            if wait.partner.rank not in paths:
+                paths[wait.partner.rank] = path
                 reached.append(wait.partner.rank)
     return ()

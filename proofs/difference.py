@@ -1,7 +1,7 @@
-"""Difference logic: integers, and facts that one is at least so much later than another.
+"""Difference logic: integer variables, and facts ``later - earlier >= gap`` about two of them.
 
-A set of such facts is a ``Problem``.  Z3 decides it, in a process of its own (``proofs.solver``), and names the facts
-that make a contradiction.  ``smtlib_of`` writes the same facts for any solver.
+A set of such facts is a ``Problem``.  Z3 decides it in a process of its own (``proofs.solver``) and names the facts
+that contradict each other.  ``smtlib_of`` writes the same facts for any solver.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from proofs.solver import SHARED, Solver
 from proofs.verdict import Unknown
 
 Why = tuple[object, ...]
-"""A text with places for what follows it, as in ``str.format``; put together only when it is told."""
+"""A format string for ``str.format`` and its arguments; formatted only when it is printed."""
 
 
 class Link(str):
-    """The text of a fact that is one link of a chain: its last two places are where the link begins and ends.
+    """The text of a fact that is one link of a chain: its last two arguments are where the link begins and ends.
 
-    Several in a row are told as one.
+    ``joined`` makes one fact of several in a row.
     """
 
 
@@ -37,7 +37,7 @@ class Fact(NamedTuple):
 
 @dataclass
 class Problem:
-    """Variables, named, and facts about them.  It is satisfiable exactly where what it asks holds."""
+    """Named variables and facts about them.  It is satisfiable exactly if the check holds."""
 
     title: str
     names: list[str] = field(default_factory=list)
@@ -48,38 +48,38 @@ class Problem:
         return len(self.names) - 1
 
     def later(self, earlier: int, later: int, *why: object, gap: int = 1) -> None:
-        """``later`` is at least ``gap`` after ``earlier``."""
+        """Add the fact that ``later`` is at least ``gap`` after ``earlier``."""
         self.facts.append(Fact(earlier, later, gap, why))
 
     def exactly(self, earlier: int, later: int, gap: int, *why: object) -> None:
-        """``later`` is ``gap`` after ``earlier``, no more and no less."""
+        """Add the fact that ``later`` is exactly ``gap`` after ``earlier``."""
         self.later(earlier, later, *why, gap=gap)
         self.later(later, earlier, *why, gap=-gap)
 
 
 class Contradiction(NamedTuple):
-    """A smallest set of facts that together are impossible, each leading to the next and the last to the first."""
+    """A smallest set of contradictory facts: a cycle, each fact leading to the next and the last to the first."""
 
     core: tuple[Fact, ...]
 
 
 def decide(problem: Problem, timeout_s: float | None = None, solver: Solver = SHARED) -> Contradiction | Unknown | None:
-    """``None`` where the facts can all hold, else why they cannot; ``Unknown`` where there is no answer."""
+    """``None`` if all facts can hold together, a ``Contradiction`` if not, ``Unknown`` without an answer."""
     answer = solver.ask((fact[:3] for fact in problem.facts), timeout_s)
     return Contradiction(tuple(problem.facts[index] for index in answer)) if isinstance(answer, list) else answer
 
 
-def joined(circle: tuple[Fact, ...]) -> tuple[Fact, ...]:
-    """The circle with neighbouring links of a chain made one, so that it is told in as few lines as it has turns."""
-    turn = next((index for index, fact in enumerate(circle) if not isinstance(fact.why[0], Link)), 0)
-    told: list[Fact] = []
-    for fact in circle[turn:] + circle[:turn]:
-        last = told[-1] if told else None
+def joined(cycle: tuple[Fact, ...]) -> tuple[Fact, ...]:
+    """The cycle with consecutive links of a chain joined into one fact, which makes it shorter to read."""
+    start = next((index for index, fact in enumerate(cycle) if not isinstance(fact.why[0], Link)), 0)
+    facts: list[Fact] = []
+    for fact in cycle[start:] + cycle[:start]:
+        last = facts[-1] if facts else None
         if last is not None and _links(last, fact):
-            told[-1] = Fact(last.earlier, fact.later, last.gap + fact.gap, (*last.why[:-1], fact.why[-1]))
+            facts[-1] = Fact(last.earlier, fact.later, last.gap + fact.gap, (*last.why[:-1], fact.why[-1]))
         else:
-            told.append(fact)
-    return tuple(told)
+            facts.append(fact)
+    return tuple(facts)
 
 
 def _links(one: Fact, other: Fact) -> bool:

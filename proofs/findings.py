@@ -1,11 +1,13 @@
-"""What a check finds, as data; ``proofs.story`` tells it as text.
+"""What a check finds, as data; ``proofs.story`` puts it into words.
 
-Every finding names ops with their places, so that it can be looked up in the schedule file: ranks, slots (counted
-from 0 within the rank) and the op as the file writes it.
+A finding can be looked up in the schedule file: it names ranks, slots (counted from 0 within the rank) and ops as the
+file writes them.  ``places()`` lists them, and prefix and page read that list.  A new class of finding is written here
+and added to ``Finding``; mypy then names the matches that lack it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -14,27 +16,79 @@ from proofs.models import Model
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A fault in a schedule; ``check`` is the check that it refutes and ``fault`` its name."""
+class Place:
+    """A place that a finding is about: an op in a slot of a rank, or the whole slot where ``op`` is ``None``.
+
+    ``target`` is the op that it waits for or clashes with.  Without one, ``peer`` may be the rank that should have such
+    an op; that rank need not exist.
+    """
+
+    rank: int
+    slot: int
+    op: Op | None = None
+    target: Placed | None = None
+    peer: int | None = None
+
+
+def _place(placed: Placed, target: Placed | None = None, peer: int | None = None) -> Place:
+    return Place(placed.rank, placed.slot, placed.op, target, peer)
+
+
+@dataclass(frozen=True)
+class _Finding(ABC):
+    """What all findings share: ``check`` is the check that is refuted, ``fault`` the name of the fault."""
 
     check: ClassVar[str]
     fault: ClassVar[str]
+
+    @abstractmethod
+    def places(self) -> tuple[Place, ...]:
+        """The places that the finding is about, the primary one first; none where there is no op to point at."""
+
+    def shown_by(self) -> tuple[Place | Placed, ...] | None:
+        """The places up to which the programs show the fault; ``None`` where only the whole schedule does.
+
+        All places with their targets, unless a class knows better.
+        """
+        places = self.places()
+        return *places, *(place.target for place in places if place.target is not None)
 
     def as_json(self) -> dict[str, Any]:
         """The fault's name and its fields: an op with its place becomes ``{"rank": 0, "slot": 5, "op": "0SF2>"}``."""
         return {"fault": self.fault} | {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
+class _Absence(_Finding):
+    """Something is missing.  A beginning of the programs lacks more, so only the whole schedule shows it."""
+
+    def shown_by(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
-class Empty(Finding):
+class _Pair(_Finding):
+    """Two ops that must not both be there, or not in this order; the second one is wrong."""
+
+    first: Placed
+    second: Placed
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.second, self.first),)
+
+
+@dataclass(frozen=True)
+class Empty(_Absence):
     """No rank computes anything."""
 
     check = "complete"
     fault = "empty"
 
+    def places(self) -> tuple[Place, ...]:
+        return ()
+
 
 @dataclass(frozen=True)
-class Missing(Finding):
+class Missing(_Absence):
     """A stage never runs an op of a microbatch.  ``largest`` is the largest microbatch that the lane names."""
 
     check = "complete"
@@ -43,30 +97,34 @@ class Missing(Finding):
     rank: int
     largest: int
 
+    def places(self) -> tuple[Place, ...]:
+        return ()
+
 
 @dataclass(frozen=True)
-class Repeated(Finding):
+class Repeated(_Pair):
     """A stage runs the same compute twice."""
 
     check = "complete"
     fault = "repeated"
-    first: Placed
-    second: Placed
 
 
 @dataclass(frozen=True)
-class Stray(Finding):
-    """A compute of a stage that the rank does not hold."""
+class Stray(_Finding):
+    """A compute of a stage that the rank does not hold; rank ``holder`` does."""
 
     check = "complete"
     fault = "stray"
     place: Placed
     holder: int
 
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.holder),)
+
 
 @dataclass(frozen=True)
-class TooEarly(Finding):
-    """An op before something that it needs on its own rank; ``later`` is where that stands, if anywhere."""
+class TooEarly(_Finding):
+    """An op before something that it needs on its own rank; ``later`` is the place of that, if it has one."""
 
     check = "order"
     fault = "too early"
@@ -74,12 +132,19 @@ class TooEarly(Finding):
     need: Op
     later: Placed | None
 
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, self.later),)
+
+    def shown_by(self) -> tuple[Placed]:
+        return (self.place,)
+
 
 @dataclass(frozen=True)
-class NoPeer(Finding):
+class NoPeer(_Finding):
     """A message whose other end is no other rank: it leaves the lane, stays on its rank, or names no rank at all.
 
-    ``holder`` is the rank of the op's stage and ``neighbour`` that of the stage at the other end, if there is one."""
+    ``holder`` is the rank of the op's stage and ``neighbour`` that of the stage at the other end, if there is one.
+    """
 
     check = "messages"
     fault = "no peer"
@@ -89,11 +154,16 @@ class NoPeer(Finding):
     holder: int
     neighbour: int | None
 
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.peer),)
+
 
 @dataclass(frozen=True)
-class NotNeighbour(Finding):
-    """A message between ranks that the lane does not join for it: ``holder`` is the rank of the op's stage and
-    ``neighbour`` the one that it should talk to."""
+class NotNeighbour(_Finding):
+    """A message between ranks that the lane does not join for it.
+
+    ``holder`` is the rank of the op's stage and ``neighbour`` the rank that it should exchange the message with.
+    """
 
     check = "messages"
     fault = "not the neighbour"
@@ -102,10 +172,13 @@ class NotNeighbour(Finding):
     holder: int
     neighbour: int
 
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.peer),)
+
 
 @dataclass(frozen=True)
-class Mismatch(Finding):
-    """The ``nth`` (from 0) send between two ranks meets a receive that expects something else."""
+class Mismatch(_Finding):
+    """The ``nth`` (from 0) send between two ranks matches a receive that expects something else."""
 
     check = "messages"
     fault = "mismatch"
@@ -113,9 +186,12 @@ class Mismatch(Finding):
     receive: Placed
     nth: int
 
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.receive, self.send),)
+
 
 @dataclass(frozen=True)
-class LeftOver(Finding):
+class LeftOver(_Absence):
     """The ``nth`` (from 0) send or receive of an ordered pair, of which the other side posts only ``posted``."""
 
     check = "messages"
@@ -125,41 +201,48 @@ class LeftOver(Finding):
     nth: int
     posted: int
 
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.peer),)
+
 
 @dataclass(frozen=True)
-class SentTwice(Finding):
+class SentTwice(_Pair):
     """A message that is sent and received a second time, which nobody consumes."""
 
     check = "messages"
     fault = "sent twice"
-    first: Placed
-    second: Placed
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A rank stands at ``place`` until ``partner``, the message that would meet it, is posted by its rank."""
+    """A rank is blocked at ``place`` until the rank of ``partner``, the message that would match it, posts that one."""
 
     place: Placed
     partner: Placed
 
 
 @dataclass(frozen=True)
-class Circle(Finding):
-    """Each wait is for the rank of the next one and the last for the first; every partner lies behind the slot in
-    which its own rank stands."""
+class WaitCycle(_Finding):
+    """Ranks that wait for each other: each wait is for the rank of the next one, and the last for the first rank.
+
+    Every partner is posted after the slot where its rank is blocked.
+    """
 
     check = "deadlock"
     fault = "circle"
     model: Model
     waits: tuple[Wait, ...]
 
+    def places(self) -> tuple[Place, ...]:
+        return tuple(_place(wait.place, wait.partner) for wait in self.waits)
+
 
 @dataclass(frozen=True)
-class NeverMet(Finding):
-    """A message for which the other side has no partner: it is number ``nth`` (from 0) of ``posted`` over there.
+class Unmatched(_Finding):
+    """A message without a partner: it is number ``nth`` (from 0) of its pair, and the other side posts ``posted``.
 
-    ``possible`` says whether another rank is at the other end at all."""
+    ``possible`` says whether another rank is at the other end at all.
+    """
 
     check = "deadlock"
     fault = "never met"
@@ -169,6 +252,9 @@ class NeverMet(Finding):
     nth: int
     posted: int
     possible: bool
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.peer),)
 
 
 @dataclass(frozen=True)
@@ -180,7 +266,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class OverBound(Finding):
+class OverBound(_Finding):
     """The first slot in which a rank holds more microbatches than its bound; ``source`` says whose bound it is."""
 
     check = "memory"
@@ -191,15 +277,38 @@ class OverBound(Finding):
     bound: int
     source: str
 
+    def places(self) -> tuple[Place, ...]:
+        return (Place(self.rank, self.slot),)
+
 
 @dataclass(frozen=True)
-class OutOfOrder(Finding):
+class OutOfOrder(_Pair):
     """A B or W, which add to gradients, that runs after that of a later microbatch of the same stage and lane."""
 
     check = "accumulation"
     fault = "out of order"
-    first: Placed
-    second: Placed
+
+
+Finding = (
+    Empty
+    | Missing
+    | Repeated
+    | Stray
+    | TooEarly
+    | NoPeer
+    | NotNeighbour
+    | Mismatch
+    | LeftOver
+    | SentTwice
+    | WaitCycle
+    | Unmatched
+    | OverBound
+    | OutOfOrder
+)
+"""A fault in a schedule: ``check`` is the check that it refutes and ``fault`` its name.
+
+``as_json()`` is all of it as data, with an op and its place as ``{"rank": 0, "slot": 5, "op": "0SF2>"}``.
+"""
 
 
 def _plain(value: object) -> Any:
@@ -214,5 +323,6 @@ def _plain(value: object) -> Any:
             return {"place": _plain(place), "partner": _plain(partner)}
         case tuple():
             return [_plain(item) for item in value]
-        case _:
+        case None | int() | str():
             return value
+    raise AssertionError(f"no JSON for {value!r}")

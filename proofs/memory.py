@@ -1,34 +1,33 @@
 """Live activations, by walking each rank's program: against a bound in microbatches, and in bytes.
 
-A microbatch is live on a rank, at one stage and lane, from its F until its W is over; inside a slot what is
-allocated counts before what is released.  In bytes it weighs what its B needs until B is over, and what its W needs
-from then on.
+A microbatch is live on a rank, at one stage and lane, from its F to the end of its W.  Within a slot, allocations count
+before releases.  In bytes, a microbatch takes what its B needs until the end of B, and then what its W needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COMPUTE, Kind, Lane, Op, Program, Schedule, Slot
+from dualpipe.schedule import COMPUTE, Kind, Op, Program, Schedule, Slot, Task
 from dualpipe.schedule import B as BACKWARD
 from dualpipe.schedule import F as FORWARD
 from dualpipe.schedule import W as WEIGHT
 from proofs.findings import Live, OverBound
 from proofs.verdict import Proved, Refuted, Skipped, Verdict
 
-Key = tuple[Lane, int, int]
+T = TypeVar("T")
 
 
 class BoundError(RuleError):
-    """A bound or a weight that cannot be one."""
+    """A bound or a size that is not valid."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The most microbatches that each rank may hold, and whose bound that is."""
+    """The most microbatches that each rank may hold, and the source of that bound."""
 
     per_rank: tuple[int, ...]
     source: str
@@ -45,8 +44,8 @@ def _dualpipev(schedule: Schedule) -> Iterator[int]:
 def _one_f_one_b(schedule: Schedule) -> Iterator[int]:
     microbatches = max(schedule.microbatches.values())
     route = next(iter(schedule.routes.values()))
-    places = (route.index(rank) if rank in route else rank for rank in range(schedule.ranks))
-    return (min(schedule.ranks - place, microbatches) for place in places)
+    stages = (route.index(rank) if rank in route else rank for rank in range(schedule.ranks))
+    return (min(schedule.ranks - stage, microbatches) for stage in stages)
 
 
 def _zb1p(schedule: Schedule) -> Iterator[int]:
@@ -64,7 +63,7 @@ over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1, the mem
 
 
 def bound_of(schedule: Schedule, max_activations: int | None = None) -> Bound | None:
-    """The bound given, else the published one of the schedule's name; the name alone decides which that is."""
+    """The bound given, else the published one for the schedule's name; only the name decides which."""
     if max_activations is not None:
         if max_activations < 0:
             raise BoundError("a bound on activations is 0 or more", f"got {max_activations}", "give a count")
@@ -89,37 +88,42 @@ def within(schedule: Schedule, bound: Bound | None) -> Verdict:
     ]
     if not over:
         return Proved()
-    rank, slot, keys = min(over, key=lambda found: (found[1], found[0]))
-    live = tuple(Live(Op(FORWARD, *key), until) for key, until in keys.items())
+    rank, slot, tasks = min(over, key=lambda found: (found[1], found[0]))
+    live = tuple(Live(Op(FORWARD, *task), until) for task, until in tasks.items())
     return Refuted(OverBound(rank, slot, live, bound.per_rank[rank], bound.source))
 
 
-def _first_over(schedule: Schedule, rank: int, most: int) -> tuple[int, int, dict[Key, Kind]] | None:
+def _first_over(schedule: Schedule, rank: int, most: int) -> tuple[int, int, dict[Task, Kind]] | None:
     return next(
         ((rank, number, dict(live)) for number, during, live in _walk(schedule, rank) if during > most),
         None,
     )
 
 
-def _walk(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, dict[Key, Kind]]]:
+def _walk(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, dict[Task, Kind]]]:
     """For each compute slot its number, how many microbatches are live in it, and which."""
-    live: dict[Key, Kind] = {}
+    live: dict[Task, Kind] = {}
     for number, slot in enumerate(schedule.programs[rank]):
         if slot[0].kind not in COMPUTE:
             continue
         for op in slot:
             if op.kind is FORWARD:
-                live.setdefault(_key(op), BACKWARD)
+                live.setdefault(op.task, BACKWARD)
         yield number, len(live), live
         for op in slot:
-            if op.kind is BACKWARD and _key(op) in live:
-                live[_key(op)] = WEIGHT
+            if op.kind is BACKWARD and op.task in live:
+                live[op.task] = WEIGHT
             elif op.kind is WEIGHT:
-                live.pop(_key(op), None)
+                live.pop(op.task, None)
 
 
-def _key(op: Op) -> Key:
-    return op.lane, op.stage, op.mb
+def full_backwards(slot: Iterable[tuple[Kind, T]]) -> set[T]:
+    """What has a full backward in a slot: B and W in one slot.
+
+    The slot is given by kinds and names; a name may be a task (of a schedule) or a chunk (of a phase table).
+    """
+    ops = tuple(slot)
+    return {name for kind, name in ops if kind is BACKWARD} & {name for kind, name in ops if kind is WEIGHT}
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class Held:
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """The most bytes that a rank holds, the first slot in which it does (None: never any) and what is live then."""
+    """The most bytes that a rank holds, the first slot in which it does (``None`` if it never holds any), and what is
+    live then."""
 
     rank: int
     total: int
@@ -147,35 +152,33 @@ class PeakBytes:
 def peak_bytes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: Sequence[int]) -> tuple[PeakBytes, ...]:
     """The peak of each rank in bytes.
 
-    ``waiting_for_b[stage]`` is what a microbatch holds from its F until its B is over (the saved activations),
-    ``waiting_for_w[stage]`` what it holds from its B until its W is over (inputs and output gradients of the linear
-    layers).  Both are there during a B whose W comes in a later slot, as what is allocated counts before what is
-    released.  A B that shares its slot with its W is a whole backward, which leaves nothing to W.  Raises
-    ``BoundError`` unless both sequences give every stage a size of 0 or more.
+    A microbatch holds ``waiting_for_b[stage]`` bytes from its F to the end of its B (the saved activations) and
+    ``waiting_for_w[stage]`` bytes from its B to the end of its W (inputs and output gradients of the linear layers).
+    During a B whose W is deferred it holds both, since allocations count before releases.  A full backward (B and W
+    in one slot) holds nothing for W.  Raises ``BoundError`` unless both sequences give every stage a size of 0 or more.
     """
     _require_sizes(schedule, waiting_for_b, waiting_for_w)
     return tuple(_peak_bytes(schedule, rank, waiting_for_b, waiting_for_w) for rank in range(schedule.ranks))
 
 
 def settled_bytes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for_w: Sequence[int]) -> tuple[int, ...]:
-    """For each rank the most bytes that it holds *between* two ops, run one at a time: what can be measured exactly.
+    """For each rank the most bytes that it holds *between* two ops, run one at a time, which can be measured exactly.
 
-    Here every B leaves its share to W, also where W follows in the same slot.  Sizes and errors are those of
-    ``peak_bytes``.
+    Here every B leaves bytes to its W, even in the same slot.  Sizes and errors are those of ``peak_bytes``.
     """
     _require_sizes(schedule, waiting_for_b, waiting_for_w)
     return tuple(_settled(program, waiting_for_b, waiting_for_w) for program in schedule.programs)
 
 
 def _settled(program: Program, for_b: Sequence[int], for_w: Sequence[int]) -> int:
-    held: dict[Key, int] = {}
+    held: dict[Task, int] = {}
     total = most = 0
     for slot in program:
         for op in slot:
             if op.kind in COMPUTE:
                 size = {FORWARD: for_b[op.stage], BACKWARD: for_w[op.stage]}.get(op.kind, 0)
-                total += size - held.pop(_key(op), 0)
-                held[_key(op)] = size
+                total += size - held.pop(op.task, 0)
+                held[op.task] = size
                 most = max(most, total)
     return most
 
@@ -192,34 +195,34 @@ def _require_sizes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for
 
 def _peak_bytes(schedule: Schedule, rank: int, for_b: Sequence[int], for_w: Sequence[int]) -> PeakBytes:
     peak = PeakBytes(rank, 0, None, ())
-    held: dict[tuple[Key, Kind], int] = {}
+    held: dict[tuple[Task, Kind], int] = {}
     total = 0
     for number, slot in enumerate(schedule.programs[rank]):
         new, gone = _changes(slot, held, for_b, for_w)
         held |= new
         total += sum(new.values())
         if total > peak.total:
-            now = tuple(Held(Live(Op(FORWARD, *key), until), size) for (key, until), size in held.items())
+            now = tuple(Held(Live(Op(FORWARD, *task), until), size) for (task, until), size in held.items())
             peak = PeakBytes(rank, total, number, now)
         total -= sum(held.pop(entry) for entry in gone)
     return peak
 
 
 def _changes(
-    slot: Slot, held: Mapping[tuple[Key, Kind], int], for_b: Sequence[int], for_w: Sequence[int]
-) -> tuple[dict[tuple[Key, Kind], int], set[tuple[Key, Kind]]]:
-    """What a slot allocates and what it releases."""
-    new: dict[tuple[Key, Kind], int] = {}
-    gone: set[tuple[Key, Kind]] = set()
-    whole = {_key(op) for op in slot if op.kind is WEIGHT}
+    slot: Slot, held: Mapping[tuple[Task, Kind], int], for_b: Sequence[int], for_w: Sequence[int]
+) -> tuple[dict[tuple[Task, Kind], int], set[tuple[Task, Kind]]]:
+    """The bytes that a slot allocates, and the entries that it releases."""
+    new: dict[tuple[Task, Kind], int] = {}
+    gone: set[tuple[Task, Kind]] = set()
+    full = full_backwards((op.kind, op.task) for op in slot)
     for op in slot:
-        key = _key(op)
-        if op.kind is FORWARD and (key, BACKWARD) not in held:
-            new[key, BACKWARD] = for_b[op.stage]
+        task = op.task
+        if op.kind is FORWARD and (task, BACKWARD) not in held:
+            new[task, BACKWARD] = for_b[op.stage]
         elif op.kind is BACKWARD:
-            if key not in whole and (key, WEIGHT) not in held:
-                new[key, WEIGHT] = for_w[op.stage]
-            gone.add((key, BACKWARD))
+            if task not in full and (task, WEIGHT) not in held:
+                new[task, WEIGHT] = for_w[op.stage]
+            gone.add((task, BACKWARD))
         elif op.kind is WEIGHT:
-            gone.add((key, WEIGHT))
+            gone.add((task, WEIGHT))
     return new, {entry for entry in gone if entry in held or entry in new}

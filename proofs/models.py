@@ -1,30 +1,30 @@
 """The models of communication: what a rank waits for, and when a message counts as sent.
 
-In all of them messages carry no tag.  Between an ordered pair of ranks the k-th message sent meets the k-th receive
-posted, and the messages of a slot are posted together as one *group*.  A rank runs its computes in order and posts
-its groups in order; it posts a group only after the computes that stand before it.  The models differ in two things:
+In all of them messages carry no tag.  Between an ordered pair of ranks the k-th send matches the k-th receive, and the
+messages of a slot are posted together.  A rank runs its computes in order and posts its message slots in order; it
+posts one only after the computes before it.  The models differ in two things:
 
-=========  ==========================================  =======================================
-model      a send is over when                         a compute waits for
-=========  ==========================================  =======================================
-blocking   its receive is posted                       every group that stands before it
-eager(c)   the receive c places before it is posted    every group that stands before it
-stream     its receive is posted                       the groups that bring what it needs
-=========  ==========================================  =======================================
+=========  ==============================================  ================================================
+model      a send completes when                           a compute waits for
+=========  ==============================================  ================================================
+blocking   its receive is posted                           every message slot before it
+eager(c)   the receive c messages before it is posted      every message slot before it
+stream     its receive is posted                           the message slots that bring what it needs
+=========  ==============================================  ================================================
 
-A receive is over when its send is posted, a group when all its messages are over, and the next group is posted only
-then.  A program has run to its end when every message it sent has also been received.
+A receive completes when its send is posted, and a message slot when all its messages have completed; only then is the
+next message slot posted.  A program has run to its end when every message that it sent has been received as well.
 
 *blocking* is ``batch_isend_irecv`` and wait, the strictest.  *eager* has a buffer of ``capacity`` messages for each
-ordered pair of ranks: the k-th send needs a place in it, which is free as soon as the receive of message k - c
-is posted (the first c need nothing).  Capacity 0 is blocking.  *stream* is NCCL with all groups on one
-communicator: the host posts without waiting, the groups run one after the other on the communicator's stream, each
-after the computes that were issued before it, and computes go on meanwhile on a stream of their own.
+ordered pair of ranks: the k-th send needs room in it, which there is once the receive of message k - c is posted (the
+first c sends need nothing).  Capacity 0 is blocking.  *stream* is NCCL with all message slots on one communicator: the
+host posts without waiting, the message slots run one after the other on the communicator's stream, each after the
+computes that were issued before it, and computes run meanwhile on a stream of their own.
 
-Each of the other two only takes waits away, so what is free of deadlock when blocking is free of it in all three.
-*stream* takes none away that matters for deadlock alone: a group waits for the groups before it in any case, and so
-for all that the computes between them would have waited for.  The checks lean on neither of these facts: each model
-is decided by itself.
+The other two only remove waits, so a schedule without deadlock under *blocking* has none under the others.  *stream*
+removes no wait that matters for deadlock: a message slot waits for the message slots before it in any case, and so for
+all that the computes in between would have waited for.  The checks rely on neither fact: each model is decided by
+itself.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from dualpipe.errors import RuleError, nearest
 
 
 class ModelError(RuleError):
-    """A text that names no model of communication."""
+    """A text that is not the name of a model of communication."""
 
 
 @dataclass(frozen=True)
 class Model:
     """A model of communication.
 
-    ``capacity`` counts the messages that an ordered pair of ranks buffers; ``overlaps`` says whether a compute
-    waits only for the groups that bring what it needs.
+    ``capacity`` counts the messages that an ordered pair of ranks buffers.  With ``overlaps`` a compute waits only for
+    the message slots that bring what it needs.
     """
 
     name: str
@@ -60,7 +60,7 @@ STREAM = Model("stream", overlaps=True)
 
 
 def eager(capacity: int = 1) -> Model:
-    """Sends that are buffered: ``capacity`` messages, 1 or more, for each ordered pair of ranks."""
+    """The model with buffered sends: ``capacity`` messages, 1 or more, for each ordered pair of ranks."""
     if capacity < 1:
         raise ModelError("an eager model buffers at least one message", f"got {capacity}", "use blocking for none")
     return Model("eager", capacity)

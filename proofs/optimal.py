@@ -1,17 +1,17 @@
-"""How short can a two-way pipeline be?  The least makespan within DualPipe's memory, as proof.
+"""The least makespan of a two-way pipeline within DualPipe's memory, with a proof from both sides.
 
-The model is *relaxed*: whatever DualPipe can do it allows, and more.
+The model is *relaxed*: it allows whatever DualPipe can do, and more.
 
 - ``ranks`` ranks and two lanes; rank r holds stage r of the lane that goes up and stage ``ranks - 1 - r`` of the lane
   that goes down; half of the microbatches on each lane.
-- F, B and W of a microbatch take one slot of time each; a rank runs one of them at a time, so overlap earns nothing.
-- F comes after F of the stage before, B after its own F and after B of the stage behind, W after its own B.
-- Messages take no time and nobody waits for a partner; F, B and W come in any order that this leaves.
-- A rank holds at most ``ranks + 1`` microbatches between F and the end of W, both lanes together; what a slot
-  allocates counts before what it releases.
+- F, B and W of a microbatch take one slot of time each; a rank runs one of them at a time, so overlap saves nothing.
+- F comes after F of the previous stage, B after its own F and after B of the next stage, W after its own B.
+- Messages take no time and no rank waits for a partner; F, B and W run in any order that these rules allow.
+- A rank holds at most ``ranks + 1`` microbatches between F and the end of W, both lanes together; within a slot,
+  allocations count before releases.
 
-A timetable for T slots found and none possible for T - 1 is the proof.  What is impossible here is impossible for
-every schedule of this kind; what is possible here need not survive real messages.
+The proof is a timetable for T slots, and that none exists for T - 1.  A makespan that is impossible here is impossible
+for every schedule of this kind; one that is possible here may still fail with real messages.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from proofs.theorems.two_way import dualpipe
 from proofs.verdict import Proved, Unknown
 
 Timetable = tuple[tuple[Op | None, ...], ...]
-"""For each rank what it runs in each slot of time."""
+"""For each rank the op that it runs in each slot of time."""
 
 
 class OptimalSizeError(RuleError):
-    """A size that the model does not have."""
+    """A size that the model does not cover."""
 
 
 SECONDS = 60.0
 """Seconds for the whole search where nothing else is asked for."""
 
 MOST_BOOLEANS = 100_000
-"""How many ops times slots a question may have: writing it down must not take longer than answering it."""
+"""The largest number of ops times slots of a question: building it must not take longer than answering it."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Optimum:
     Parameters
     ----------
     impossible:
-        The largest number of slots that is proved not to do; ``None`` if the solver gave up on the very first.
+        The largest number of slots that is proved to be too few; ``None`` if the solver gave up on the very first.
     least:
-        The least that does, or ``None`` where the solver gave up between the two.
+        The least number of slots that is enough, or ``None`` if the solver gave up before it was found.
     dualpipe:
-        DualPipe's makespan at F = B = W = 1, or ``None`` for sizes it cannot have.
+        DualPipe's makespan at F = B = W = 1, or ``None`` for sizes that it does not support.
     timetable:
-        One that takes ``least`` slots.
+        A timetable with ``least`` slots.
     """
 
     ranks: int
@@ -96,7 +96,7 @@ class Optimum:
 
 
 def require_size(ranks: int, microbatches: int) -> None:
-    """Raise ``OptimalSizeError`` for a size that the model does not have."""
+    """Raise ``OptimalSizeError`` for a size that the model does not cover."""
     if ranks < 2 or ranks % 2 or microbatches < 2 or microbatches % 2:
         raise OptimalSizeError(
             "two lanes that mirror each other need even numbers of ranks and microbatches, 2 or more",
@@ -153,14 +153,14 @@ def dualpipe_takes(ranks: int, microbatches: int) -> int | None:
     return None if microbatches < 2 * ranks else sample(dualpipe(), ranks, microbatches).makespan
 
 
-def works_of(rank: int, ranks: int, microbatches: int) -> list[Op]:
+def ops_of(rank: int, ranks: int, microbatches: int) -> list[Op]:
     """Every F, B and W of one rank."""
     here = ((UP, rank), (DOWN, ranks - 1 - rank))
     return [Op(kind, lane, stage, mb) for kind in (F, B, W) for lane, stage in here for mb in range(microbatches // 2)]
 
 
 def needs(op: Op, ranks: int) -> list[Op]:
-    """What must be over before ``op`` begins; in this model on whatever rank, since messages take no time."""
+    """The ops that must be done before ``op`` begins, on any rank, since messages take no time in this model."""
     kind, lane, stage, mb, _ = op
     if kind is F:
         return [Op(F, lane, stage - 1, mb)] if stage else []
@@ -170,39 +170,39 @@ def needs(op: Op, ranks: int) -> list[Op]:
 
 
 class _Problem:
-    """Whether ``slots`` are enough, as a question to Z3: a Boolean says of each op that it is over by a time."""
+    """The question to Z3 whether ``slots`` are enough.  A Boolean for each op and time says that it is done by then."""
 
     def __init__(self, ranks: int, microbatches: int, slots: int) -> None:
         self.ranks, self.microbatches, self.slots = ranks, microbatches, slots
         self.solver = z3.SolverFor("QF_FD")
         for rank in range(ranks):
-            self._rank(works_of(rank, ranks, microbatches))
+            self._rank(ops_of(rank, ranks, microbatches))
 
-    def over(self, op: Op, by: int) -> z3.BoolRef:
-        return z3.BoolVal(by >= self.slots) if by <= 0 or by >= self.slots else z3.Bool(f"{op} over by {by}")
+    def done(self, op: Op, by: int) -> z3.BoolRef:
+        return z3.BoolVal(by >= self.slots) if by <= 0 or by >= self.slots else z3.Bool(f"{op} done by {by}")
 
-    def _rank(self, works: list[Op]) -> None:
-        for op in works:
+    def _rank(self, ops: list[Op]) -> None:
+        for op in ops:
             first_of_lane = op.kind is F and op.stage == 0 and op.mb > 0
-            # The microbatches of a lane are alike, so they may be numbered in the order in which they enter.
+            # The microbatches of a lane are interchangeable, so they can be numbered in the order in which they enter.
             before = [op._replace(mb=op.mb - 1)] if first_of_lane else needs(op, self.ranks)
             for by in range(1, self.slots + 1):
-                self.solver.add(z3.Implies(self.over(op, by - 1), self.over(op, by)))
-                self.solver.add(*(z3.Implies(self.over(op, by), self.over(need, by - 1)) for need in before))
-        allocates = [op for op in works if op.kind is F]
-        releases = [op for op in works if op.kind is W]
+                self.solver.add(z3.Implies(self.done(op, by - 1), self.done(op, by)))
+                self.solver.add(*(z3.Implies(self.done(op, by), self.done(need, by - 1)) for need in before))
+        allocates = [op for op in ops if op.kind is F]
+        releases = [op for op in ops if op.kind is W]
         for now in range(self.slots):
-            self.solver.add(z3.AtMost(*(self._runs(op, now) for op in works), 1))
-            # Implied by one op at a time, and what lets the solver see at once that a rank has been idle too long.
-            still_to_come = self.slots - now
-            if now > 0 and still_to_come < len(works):
-                self.solver.add(z3.AtLeast(*(self.over(op, now) for op in works), len(works) - still_to_come))
-            held = [self.over(op, now + 1) for op in allocates] + [z3.Not(self.over(op, now)) for op in releases]
+            self.solver.add(z3.AtMost(*(self._runs(op, now) for op in ops), 1))
+            # Implied by one op at a time; it lets the solver see at once that a rank has been idle too long.
+            slots_left = self.slots - now
+            if now > 0 and slots_left < len(ops):
+                self.solver.add(z3.AtLeast(*(self.done(op, now) for op in ops), len(ops) - slots_left))
+            held = [self.done(op, now + 1) for op in allocates] + [z3.Not(self.done(op, now)) for op in releases]
             self.solver.add(z3.AtMost(*held, self.ranks + 1 + len(releases)))
 
     def _runs(self, op: Op, now: int) -> z3.BoolRef:
         runs = z3.Bool(f"{op} runs in {now}")
-        self.solver.add(runs == z3.And(self.over(op, now + 1), z3.Not(self.over(op, now))))
+        self.solver.add(runs == z3.And(self.done(op, now + 1), z3.Not(self.done(op, now))))
         return runs
 
     def solve(self, timeout_s: float) -> z3.CheckSatResult:
@@ -213,26 +213,26 @@ class _Problem:
         model = self.solver.model()
 
         def row(rank: int) -> Iterator[Op | None]:
-            works = works_of(rank, self.ranks, self.microbatches)
+            ops = ops_of(rank, self.ranks, self.microbatches)
             for now in range(self.slots):
-                yield next((op for op in works if z3.is_true(model.eval(z3.Bool(f"{op} runs in {now}")))), None)
+                yield next((op for op in ops if z3.is_true(model.eval(z3.Bool(f"{op} runs in {now}")))), None)
 
         return tuple(tuple(row(rank)) for rank in range(self.ranks))
 
 
 def broken_rules(timetable: Timetable, microbatches: int) -> Iterator[str]:
-    """What a timetable does that the model forbids, found without a solver."""
+    """The rules of the model that a timetable breaks, found without a solver."""
     ranks = len(timetable)
-    over = {op: now + 1 for row in timetable for now, op in enumerate(row) if op}
+    done = {op: now + 1 for row in timetable for now, op in enumerate(row) if op}
     for rank, row in enumerate(timetable):
         ran = [op for op in row if op]
-        if sorted(ran) != sorted(works_of(rank, ranks, microbatches)):
+        if sorted(ran) != sorted(ops_of(rank, ranks, microbatches)):
             yield f"rank {rank} does not run each F, B and W of its stages once"
         held = 0
         for now, op in enumerate(row):
             if op is None:
                 continue
-            late = [need for need in needs(op, ranks) if over.get(need, now + 1) > now]
+            late = [need for need in needs(op, ranks) if done.get(need, now + 1) > now]
             yield from (f"rank {rank} runs {op} in slot {now}, before {need} is over" for need in late)
             held += op.kind is F
             if held > ranks + 1:

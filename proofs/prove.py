@@ -1,26 +1,28 @@
 """The six checks for one schedule, each by two methods, and the report.
 
-``search`` (plain search) and ``z3`` share nothing but the schedule value; where both decide and differ the run
-crashes with both answers.  Where Z3 gives up, a proof by the graph alone is reported as unknown; a refutation
-stands, since its finding can be looked up.  So what the graph has refuted is put to Z3 only where that costs little:
-in a schedule of at most ``SECOND_OPINION`` ops and stages.  A schedule of more than ``MOST_FOR_Z3`` is not put to Z3
-at all, unless the caller says how long it may take.
+Plain search and Z3 share nothing but the schedule value.  If both decide and differ, the run crashes with both
+answers.  If Z3 gives up, a proof by plain search alone is reported as unknown, but a refutation counts, since its
+finding can be looked up.  So Z3 checks a refutation only where that is cheap: in a schedule of at most
+``SECOND_OPINION`` ops and stages.  Z3 does not check a schedule of more than ``MOST_FOR_Z3`` at all, unless the caller
+gives a time limit.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, assert_never
 
+from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
 from proofs import deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
+from proofs.findings import Finding
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import Prefix, smallest_prefix
@@ -33,17 +35,14 @@ __all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
 SECOND_OPINION = 3_000
-"""Up to so many ops and stages a refutation by plain search is put to Z3 too, which then adds its core."""
+"""Up to so many ops and stages Z3 also checks a refutation by plain search, and adds its core."""
 
 MOST_FOR_Z3 = 200_000
-"""Up to so many ops and stages Z3 is asked where no time limit is given; for more it may take minutes and gigabytes."""
-
-Begin = Callable[[int, int, str], None]
-"""Called with how many checks are done, how many there are, and the name of the next one; at the end with all done."""
+"""Up to so many ops and stages Z3 checks without a given time limit; more may take it minutes and gigabytes."""
 
 
 class DisagreementError(AssertionError):
-    """The two methods answer differently: a bug of ours, in one of them.  Carries both answers."""
+    """The two methods answer differently, which is a bug in one of them.  Holds both answers."""
 
     def __init__(self, check: str, by_graph: Verdict, by_z3: Verdict) -> None:
         self.check, self.by_graph, self.by_z3 = check, by_graph, by_z3
@@ -52,15 +51,20 @@ class DisagreementError(AssertionError):
 
 @dataclass(frozen=True)
 class Result:
-    """One check's verdict, the seconds that each method took, and where it fails the smallest failing prefix.
+    """One check's verdict, the seconds that each method took, and, if it fails, the smallest prefix that fails.
 
-    ``models`` holds, for ``deadlock``, the result under each model of communication.
+    For ``deadlock``, ``models`` has the result under each model of communication.
     """
 
     verdict: Verdict
     seconds: Mapping[str, float]
     prefix: Prefix | None = None
     models: Mapping[str, Result] = field(default_factory=dict)
+
+    @property
+    def finding(self) -> Finding | None:
+        """What the check found, if it is refuted and more than the solver's core is known."""
+        return self.verdict.finding if isinstance(self.verdict, Refuted) else None
 
     def as_json(self) -> dict[str, Any]:
         seconds = {method: round(spent, 4) for method, spent in self.seconds.items()}
@@ -77,6 +81,10 @@ class Result:
                     shown["core"] = list(core)
             case Unknown(reason) | Skipped(reason):
                 shown["reason"] = reason
+            case Proved():
+                pass
+            case _:
+                assert_never(self.verdict)
         if self.prefix is not None:
             shown["prefix"] = list(self.prefix)
         if self.models:
@@ -86,7 +94,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What is known about a schedule.  ``label`` names it; ``peaks_in_bytes`` is there where sizes were given."""
+    """The results of all checks of a schedule.  ``label`` names it; ``peaks_in_bytes`` is empty without sizes."""
 
     label: str
     ranks: int
@@ -117,13 +125,13 @@ class Report:
         return shown
 
     def text(self) -> str:
-        """The report for a terminal: a line a check, the stories under theirs, the peaks."""
+        """The report for a terminal: a line for each check with its story below, then the peaks."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}"]
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
-            lines += [f"      {line}" for line in told(result)]
+            lines += [f"      {line}" for line in describe(result)]
         lines.append(f"  peak activations by rank: {' '.join(map(str, self.peak_activations))}")
         for peak in self.peaks_in_bytes:
             when = "" if peak.slot is None else f" in slot {peak.slot}"
@@ -132,21 +140,26 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def told(result: Result) -> list[str]:
+def describe(result: Result) -> list[str]:
+    """The lines below a check in the report: the story and remarks, or the reason."""
     match result.verdict:
         case Unknown(reason) | Skipped(reason):
             return [reason]
-        case Refuted(finding, _) if finding is not None:
-            shown = tell(finding).split("\n")
+        case Proved():
+            return []
+        case Refuted(finding, _):
+            if finding is None:
+                return []
+            lines = tell(finding).split("\n")
             if result.prefix is not None:
                 counts = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(result.prefix) if count)
-                shown.append(f"the first slots are enough to see it: {counts}")
+                lines.append(f"the first slots are enough to see it: {counts}")
             passed = [name for name, other in result.models.items() if isinstance(other.verdict, Proved)]
             if passed:
-                shown.append(f"proved with {' and '.join(passed)} messages")
-            return shown
+                lines.append(f"proved with {' and '.join(passed)} messages")
+            return lines
         case _:
-            return []
+            assert_never(result.verdict)
 
 
 def prove(
@@ -157,30 +170,30 @@ def prove(
     timeout_s: float | None = None,
     bytes_per_stage: tuple[Sequence[int], Sequence[int]] | None = None,
     label: str | None = None,
-    begin: Begin = lambda done, total, check: None,
+    begin: Progress = silent,
     solver: Solver = SHARED,
 ) -> Report:
-    """Run the six checks of a schedule; any schedule value gives a report.
+    """Run the six checks of a schedule.  Any schedule value gives a report.
 
     Parameters
     ----------
     models:
-        The models of communication for ``deadlock``, which is refuted where it is under any of them.
+        The models of communication for ``deadlock``, which is refuted if it is under any of them.
     max_activations:
-        The bound of ``memory`` for every rank, instead of the published one of the schedule's name.
+        The bound of ``memory`` for every rank, instead of the published one for the schedule's name.
     smt:
-        Whether Z3 gives its opinion too; without it a proof rests on one method.
+        Whether Z3 checks as well; without it a proof rests on plain search alone.
     timeout_s:
-        Seconds after which Z3 gives up on one question, from when it gets it.  If not given, ``solver.SECONDS``, and Z3
-        is not asked about a schedule of more than ``MOST_FOR_Z3`` ops and stages: what is not refuted is unknown.
+        Seconds until Z3 gives up on one question, once it has the question.  If not given, ``solver.SECONDS``, and Z3
+        does not check a schedule of more than ``MOST_FOR_Z3`` ops and stages, which is then refuted or unknown.
     bytes_per_stage:
-        What a microbatch holds at each stage waiting for its B and for its W, in bytes (``memory.peak_bytes``).
+        The bytes that a microbatch holds at each stage while it waits for its B and for its W (``memory.peak_bytes``).
     label:
-        What the report calls the schedule, where that is not its own name.
+        The name of the schedule in the report, if not its own.
     begin:
-        Called before each check and each model of ``deadlock``, and at the end.
+        Called before each check and each model of ``deadlock`` with its name, and at the end.
     solver:
-        The process that asks Z3, with its limit of memory.
+        The process that runs Z3, with its memory limit.
 
     Raises
     ------
@@ -198,7 +211,7 @@ def prove(
 
     def check(name: str, search: Callable[[], Verdict], problem: Callable[[], Problem] | None) -> Result:
         begin(next(done), total, name)
-        return judge(schedule, name, search, problem if smt else None, timeout_s, solver)
+        return run_check(schedule, name, search, problem if smt else None, timeout_s, solver)
 
     def deadlock(model: Model) -> Result:
         search, problem = (partial(method.deadlock, schedule, model) for method in (deadlock_search, deadlock_smt))
@@ -220,7 +233,7 @@ def prove(
     return Report(schedule.name if label is None else label, schedule.ranks, checks, peaks, peaks_in_bytes)
 
 
-def judge(
+def run_check(
     schedule: Schedule,
     check: str,
     search: Callable[[], Verdict],
@@ -228,7 +241,7 @@ def judge(
     timeout_s: float | None = None,
     solver: Solver = SHARED,
 ) -> Result:
-    """One check by both methods, or by plain search alone where there is no problem for Z3."""
+    """Run one check by both methods, or by plain search alone without a problem for Z3."""
     started = time.perf_counter()
     by_graph = search()
     seconds = {"graph": time.perf_counter() - started}
@@ -246,20 +259,19 @@ def judge(
             by_z3 = by_smt.verdict(problem(), timeout_s, solver)
         seconds["z3"] = time.perf_counter() - started
         verdict = settle(check, by_graph, by_z3)
-    prefix = None
-    if isinstance(verdict, Refuted) and verdict.finding is not None:
-        prefix = smallest_prefix(schedule, verdict.finding)
-    return Result(verdict, seconds, prefix)
+    result = Result(verdict, seconds)
+    prefix = None if result.finding is None else smallest_prefix(schedule, result.finding)
+    return replace(result, prefix=prefix)
 
 
 def _size(schedule: Schedule) -> int:
-    """How many ops and stages there are, which is what a problem for Z3 grows with."""
+    """The number of ops and stages, with which a problem for Z3 grows."""
     ops = sum(len(slot) for program in schedule.programs for slot in program)
     return ops + sum(map(len, schedule.routes.values()))
 
 
 def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
-    """The verdict of both methods together.  Raises ``DisagreementError``."""
+    """Combine the verdicts of both methods.  Raises ``DisagreementError`` if they differ."""
     match by_graph, by_z3:
         case Refuted(), Unknown():
             return by_graph
@@ -274,7 +286,7 @@ def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
 
 
 def under_all(results: Mapping[str, Result]) -> Result:
-    """The first refutation in the order of the models, else the first that is unknown, else proved."""
+    """The first refutation in the order of the models, else the first unknown, else proved."""
     seconds: dict[str, float] = {}
     for result in results.values():
         for method, spent in result.seconds.items():
@@ -289,15 +301,15 @@ def under_all(results: Mapping[str, Result]) -> Result:
 
 
 def smtlib(schedule: Schedule, model: Model, max_activations: int | None = None) -> str:
-    """The obligations of all checks as SMT-LIB 2.6: one ``check-sat`` each, ``sat`` where the check holds.
+    """The obligations of all checks as SMT-LIB 2.6: one ``check-sat`` each, ``sat`` if the check holds.
 
-    They come in the order of ``CHECKS``; ``memory`` is left out where there is no bound.
+    They are in the order of ``CHECKS``; ``memory`` is left out if there is no bound.
     """
     return smtlib_of(problems(schedule, model, max_activations))
 
 
 def problems(schedule: Schedule, model: Model, max_activations: int | None = None) -> list[Problem]:
-    """The obligations of all checks, as Z3 gets them, in the order of ``CHECKS``."""
+    """The obligations of all checks as Z3 gets them, in the order of ``CHECKS``."""
     bound = bound_of(schedule, max_activations)
     found = [by_smt.complete(schedule), by_smt.order(schedule), by_smt.messages(schedule)]
     found.append(deadlock_smt.deadlock(schedule, model))

@@ -1,15 +1,16 @@
 """Plain search, the first of the two methods: one pass over the programs for each check, in linear time.
 
-``complete`` counts, ``order`` ticks off what each rank has done, ``messages`` lays the sends of an ordered pair of
-ranks beside its receives, ``accumulation`` remembers the last B and W of each stage.  ``deadlock`` is in
+``complete`` counts, ``order`` keeps a set of the ops that each rank has done, ``messages`` pairs the sends of an
+ordered pair of ranks with its receives, ``accumulation`` remembers the last B and W of each stage.  ``deadlock`` is in
 ``proofs.deadlock_search`` and ``memory`` in ``proofs.memory``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import assert_never
 
-from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, SF, B, Kind, Lane, Op, Placed, Schedule, W
+from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, SF, B, Chunk, Kind, Lane, Op, Placed, Schedule, W
 from proofs.findings import (
     Empty,
     Finding,
@@ -27,6 +28,8 @@ from proofs.findings import (
 from proofs.verdict import Proved, Refuted, Verdict
 
 COMPUTES = (Kind.F, Kind.B, Kind.W)
+_PairFault = Mismatch | LeftOver | SentTwice
+"""The faults of the messages of one ordered pair of ranks."""
 
 
 def complete(schedule: Schedule) -> Verdict:
@@ -39,8 +42,8 @@ def complete(schedule: Schedule) -> Verdict:
 
 
 def _incomplete(schedule: Schedule) -> Finding | None:
-    ran: dict[tuple[Lane, int, Kind], dict[int, Placed]] = {
-        (lane, stage, kind): {}
+    ran: dict[tuple[Chunk, Kind], dict[int, Placed]] = {
+        (Chunk(lane, stage), kind): {}
         for lane, route in schedule.routes.items()
         for stage in range(len(route))
         for kind in COMPUTES
@@ -49,22 +52,22 @@ def _incomplete(schedule: Schedule) -> Finding | None:
     if not computes:
         return Empty()
     for placed in computes:
-        kind, lane, stage, mb, _ = placed.op
-        if placed.rank != schedule.rank_of(placed.op):
-            return Stray(placed, schedule.rank_of(placed.op))
-        first = ran[lane, stage, kind].setdefault(mb, placed)
+        op = placed.op
+        if placed.rank != schedule.rank_of(op):
+            return Stray(placed, schedule.rank_of(op))
+        first = ran[op.chunk, op.kind].setdefault(op.mb, placed)
         if first is not placed:
             return Repeated(first, placed)
-    for (lane, stage, kind), done in ran.items():
-        count = schedule.microbatches[lane]
+    for (chunk, kind), done in ran.items():
+        count = schedule.microbatches[chunk.lane]
         if len(done) < count:
             mb = next(number for number in range(count) if number not in done)
-            return Missing(Op(kind, lane, stage, mb), schedule.routes[lane][stage], count - 1)
+            return Missing(Op(kind, *chunk, mb), schedule.routes[chunk.lane][chunk.stage], count - 1)
     return None
 
 
 def order(schedule: Schedule) -> Verdict:
-    """Every op stands after what it needs on its own rank; ops of one slot run in the order written."""
+    """Every op comes after what it needs on its own rank; ops of one slot run in the order written."""
     done: set[Op] = set()
     rank = -1
     early: list[tuple[Placed, Op]] = []
@@ -72,7 +75,7 @@ def order(schedule: Schedule) -> Verdict:
         if placed.rank != rank:
             rank, done = placed.rank, set()
         op = placed.op
-        if op.kind not in RECEIVES:  # what a receive needs is on another rank, which is for `messages` and `deadlock`
+        if op.kind not in RECEIVES:  # a receive needs another rank's send, which `messages` and `deadlock` check
             early += ((placed, need) for need in schedule.needs(op) if need not in done)
         done.add(op.bare)
     if not early:
@@ -99,7 +102,7 @@ def messages(schedule: Schedule) -> Verdict:
             receives.setdefault((peer, placed.rank), []).append(placed)
     pairs = sorted(sends.keys() | receives.keys())
     found = [fault for pair in pairs for fault in _faults(pair, sends.get(pair, []), receives.get(pair, []))]
-    return _verdict(min(found, key=_moment, default=None))
+    return _verdict(min(found, key=_urgency, default=None))
 
 
 def _wrong_peer(schedule: Schedule, placed: Placed, peer: int | None) -> Finding | None:
@@ -112,7 +115,7 @@ def _wrong_peer(schedule: Schedule, placed: Placed, peer: int | None) -> Finding
     return None
 
 
-def _faults(pair: tuple[int, int], sends: list[Placed], receives: list[Placed]) -> Iterator[Finding]:
+def _faults(pair: tuple[int, int], sends: list[Placed], receives: list[Placed]) -> Iterator[_PairFault]:
     """The first mismatch of an ordered pair, its first message left over, and its first repetition."""
     sender, receiver = pair
     both = min(len(sends), len(receives))
@@ -133,14 +136,14 @@ def _faults(pair: tuple[int, int], sends: list[Placed], receives: list[Placed]) 
 
 
 def _payload(op: Op) -> tuple[bool, Lane, int, int]:
-    """What a message carries: whether an activation, and over which boundary, named by the stage before it."""
+    """What a message carries: whether it is an activation, its lane, the stage before the boundary, the microbatch."""
     forwards = op.kind in (SF, Kind.RF)
     stage_before = op.stage if op.kind in (SF, Kind.RB) else op.stage - 1
     return forwards, op.lane, stage_before, op.mb
 
 
-def _moment(fault: Finding) -> tuple[int, int]:
-    """Mismatches first, as they are what the reader can act on; then by how early the fault shows."""
+def _urgency(fault: _PairFault) -> tuple[int, int]:
+    """Mismatches first, since the reader can act on them; then by how early the fault shows."""
     match fault:
         case Mismatch(send, receive, _):
             return 0, max(send.slot, receive.slot)
@@ -149,7 +152,7 @@ def _moment(fault: Finding) -> tuple[int, int]:
         case SentTwice(_, second):
             return 2, second.slot
         case _:
-            raise AssertionError(fault)
+            assert_never(fault)
 
 
 def accumulation(schedule: Schedule) -> Verdict:
@@ -157,11 +160,11 @@ def accumulation(schedule: Schedule) -> Verdict:
 
     W adds the gradients of linear layers, B those of all other parameters.
     """
-    last: dict[tuple[int, Kind, Lane, int], Placed] = {}
+    last: dict[tuple[int, Kind, Chunk], Placed] = {}
     for placed in schedule:
         op = placed.op
         if op.kind in (B, W):
-            row = placed.rank, op.kind, op.lane, op.stage
+            row = placed.rank, op.kind, op.chunk
             before = last.get(row)
             if before is not None and before.op.mb > op.mb:
                 return Refuted(OutOfOrder(before, placed))

@@ -1,19 +1,19 @@
 """Z3 for one size, the second of the two methods: each check as facts of difference logic (``proofs.difference``).
 
-Facts say what the programs are and what the check asks; together they can hold exactly where the check does.  The
-formulations are not those of ``proofs.search``, and nothing is shared with it but the schedule value:
+Facts describe the programs and what the check requires; all of them can hold together exactly if the check holds.  The
+formulations differ from those of ``proofs.search``, and the two share nothing but the schedule value:
 
 complete
-    By counting: as many numbers as there are from 0 to the largest, and as many distinct ones.
+    Counts: as many ops as there are microbatches from 0 to the largest, and as many distinct ones.
 order
-    Times: each rank's ops of a microbatch follow one another as written, and each follows what it needs.
+    Times: each rank's ops of a microbatch come one after the other as written, and each after what it needs.
 messages
-    Pairs by *content*, not by position: the receives that belong to the sends of an ordered pair come in the order
-    of the sends, and each message has its other half.
+    Pairs by *content*, not by position: the receives that belong to the sends of an ordered pair are in the order of
+    the sends, and each message has both its ends.
 memory
-    A chain of counters: how much more is live from one allocating slot to the next.
+    A chain of counts: how many more microbatches are live from one allocating slot to the next.
 accumulation
-    Times: the B of a stage follow one another as written, and in microbatch order; likewise the W.
+    Times: the B of a stage come one after the other as written, and in microbatch order; likewise the W.
 
 ``deadlock`` is in ``proofs.deadlock_smt``.
 """
@@ -24,7 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
-from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, Kind, Lane, Op, Placed, Schedule
+from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, Chunk, Kind, Lane, Op, Placed, Schedule, Task
 from proofs.difference import Contradiction, Link, Problem, decide, joined
 from proofs.memory import Bound
 from proofs.solver import SHARED, Solver
@@ -36,7 +36,7 @@ GROWS = Link("rank {0} holds {gap} more in slot {2} than in slot {1}")
 
 
 def verdict(problem: Problem, timeout_s: float | None = None, solver: Solver = SHARED) -> Verdict:
-    """What Z3 says: a contradiction refutes and its facts, in words, are the core."""
+    """The verdict of Z3: a contradiction refutes, and its facts in words are the core."""
     answer = decide(problem, timeout_s, solver)
     match answer:
         case None:
@@ -103,10 +103,10 @@ def order(schedule: Schedule) -> Problem:
 
 def accumulation(schedule: Schedule) -> Problem:
     problem = Problem("accumulation")
-    rows: dict[tuple[int, Kind, Lane, int], list[Placed]] = defaultdict(list)
+    rows: dict[tuple[int, Kind, Chunk], list[Placed]] = defaultdict(list)
     for placed in schedule:
-        if placed.op.kind in (Kind.B, Kind.W):  # the parameters outside linear layers have their gradients after B
-            rows[placed.rank, placed.op.kind, placed.op.lane, placed.op.stage].append(placed)
+        if placed.op.kind in (Kind.B, Kind.W):  # B adds the gradients of parameters outside linear layers
+            rows[placed.rank, placed.op.kind, placed.op.chunk].append(placed)
     for row in rows.values():
         times = list(_in_a_row(problem, row))
         by_microbatch = sorted(range(len(row)), key=lambda index: (row[index].op.mb, index))
@@ -160,25 +160,25 @@ def _joins_neighbours(
 def _same_order(
     problem: Problem, zero: int, schedule: Schedule, pair: tuple[int, int], sends: list[Placed], receives: list[Placed]
 ) -> None:
-    """The receives of an ordered pair come in the order of the sends that they belong to, and none is alone."""
+    """The receives of an ordered pair are in the order of the sends that they belong to, and none lacks its send."""
     name = f"{pair[0]} to {pair[1]}"
     end = problem.variable(f"end {name}")
-    place: dict[tuple[Op, int], int] = {}
+    times: dict[tuple[Op, int], int] = {}
     row = list(_in_a_row(problem, receives))
     if row:
         problem.later(row[-1], end, "rank {0} receives no more from rank {1}", pair[1], pair[0])
     sent = list(_numbered(send.op.bare for send in sends))
     belongs = list(_numbered(schedule.needs(receive.op)[0] for receive in receives))
-    place.update(zip(belongs, row, strict=True))
+    times.update(zip(belongs, row, strict=True))
     before = None
     for send, content in zip(sends, sent, strict=True):
-        if content not in place:
-            place[content] = problem.variable(f"receive of {content[0]} {content[1]} {name}")
-            problem.later(end, place[content], "rank {1} has no receive for " + WHERE, send, pair[1])
-            problem.later(place[content], end, WHERE + " is received", send)
+        if content not in times:
+            times[content] = problem.variable(f"receive of {content[0]} {content[1]} {name}")
+            problem.later(end, times[content], "rank {1} has no receive for " + WHERE, send, pair[1])
+            problem.later(times[content], end, WHERE + " is received", send)
         if before is not None:
             rule = "what {0.op} sends is received before what {1.op} sends"
-            problem.later(place[before[1]], place[content], rule, before[0], send)
+            problem.later(times[before[1]], times[content], rule, before[0], send)
         if content[1]:
             again = problem.variable(f"again {content[0]} {content[1]} {name}")
             problem.later(zero, again, WHERE + " sends the same once more", send)
@@ -193,7 +193,7 @@ def _same_order(
 
 
 def _numbered(contents: Iterator[Op]) -> Iterator[tuple[Op, int]]:
-    """Each content with how often it came before."""
+    """Each content with the number of equal ones before it."""
     seen: Counter[Op] = Counter()
     for content in contents:
         yield content, seen[content]
@@ -216,12 +216,12 @@ def memory(schedule: Schedule, bound: Bound) -> Problem:
 
 
 def _births_and_deaths(schedule: Schedule, rank: int) -> dict[int, list[int]]:
-    """For each slot how many microbatches become live in it and how many end; each is followed by itself."""
-    lives: dict[tuple[Lane, int, int], list[tuple[int, bool]]] = defaultdict(list)
+    """For each slot how many microbatches become live in it and how many end, counted microbatch by microbatch."""
+    lives: dict[Task, list[tuple[int, bool]]] = defaultdict(list)
     for number, slot in enumerate(schedule.programs[rank]):
         for op in slot:
             if op.kind in (Kind.F, Kind.W):
-                lives[op.lane, op.stage, op.mb].append((number, op.kind is Kind.W))
+                lives[op.task].append((number, op.kind is Kind.W))
     changes: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for events in lives.values():
         ends_next = False
@@ -233,7 +233,7 @@ def _births_and_deaths(schedule: Schedule, rank: int) -> dict[int, list[int]]:
 
 
 def _in_a_row(problem: Problem, row: list[Placed]) -> Iterator[int]:
-    """A time for each op, one after the other as a rank's program has them."""
+    """A time for each op, one after the other in the order of the rank's program."""
     previous = None
     for placed in row:
         time = problem.variable(f"{placed.op} r{placed.rank}s{placed.slot}.{placed.position}")

@@ -1,9 +1,9 @@
-"""Z3 in a process of its own: its answer, or why there is none.
+"""Z3 in a process of its own: its answer, or the reason why there is none.
 
-Whatever becomes of that process (out of memory, out of time, a crash, a kill) is an ``Unknown`` with the reason.  It
-starts at the first question, serves the later ones too, and ends with the process that asks, also after ``SIGKILL``:
-it reads from a pipe that then closes.  ``Solver`` decides the checks of one schedule; ``proofs.apart`` has the child
-for theorems and the least makespan.
+However that process fails (out of memory, out of time, a crash, a kill), the result is an ``Unknown`` with the reason.
+The process starts at the first question and answers the later ones too.  It ends with the process that asks, even if
+that one is killed, since it reads from a pipe that then closes.  ``Solver`` decides the checks of one schedule;
+``proofs.isolated`` has the process for theorems and the least makespan.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from proofs.verdict import Unknown
 
 CHILD = Path(__file__).with_name("z3child.py")
 SECONDS = 120.0
-"""Seconds for a question where nothing else is asked for."""
+"""Seconds for a question, unless the caller gives a number."""
 GRACE_SECONDS = 10.0
-"""How much later the process is ended, if it has not given up itself: Z3 does not look at the clock while it reads."""
+"""How much later the process is killed if it has not given up: Z3 does not look at the clock while it reads."""
 MEMORY_BYTES = min(6 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 """The address space of the process: 6 GiB, or half of the machine's memory if that is less."""
 _START_SECONDS = 60.0
 _OUT_OF_MEMORY = 101
-"""With this exit code Z3 ends a process for which it has no memory left."""
+"""Z3 ends its process with this exit code if it runs out of memory."""
 _NO_MEMORY = ("MemoryError", "can't start new thread")
-"""The last line of a Python process for which there is no memory left."""
+"""Parts of the last line that a Python process writes when it runs out of memory."""
 
 
 class Child:
-    """A process with Z3, or none until it is needed; it runs the file ``child``, which answers a question with a line.
+    """A process that runs the file ``child`` with Z3 and answers each question with a line; it starts when needed.
 
     ``memory_bytes`` limits its address space.
     """
@@ -49,7 +49,7 @@ class Child:
         self.child, self.memory_bytes = child, memory_bytes
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._complaints: IO[bytes] | None = None
+        self._errors: IO[bytes] | None = None
         self._owner = 0
 
     def start(self) -> None:
@@ -57,11 +57,11 @@ class Child:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
         self.close()
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         # -I: no folder of the user's comes before the standard library and what is installed, where Z3 is as a rule
         command = [sys.executable, "-I", str(self.child), str(self.memory_bytes), json.dumps(sys.path)]
         self._process = subprocess.Popen(
-            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
         self._owner = os.getpid()
         self._buffer, self._ready = b"", False
@@ -73,19 +73,19 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process, whatever it is doing."""
         process, self._process = self._process, None
         if process is None:
             return
         if self._owner == os.getpid():
             process.kill()
             process.wait()
-        for pipe in (process.stdin, process.stdout, self._complaints):
+        for pipe in (process.stdin, process.stdout, self._errors):
             if pipe is not None:
                 pipe.close()
 
     def exchange(self, question: bytes, limit: float) -> dict[str, Any] | Unknown:
-        """The reply, or ``Unknown`` where the process gives up or gives no reply within ``limit`` seconds and a bit."""
+        """The reply; ``Unknown`` if Z3 gives up, or there is no reply ``GRACE_SECONDS`` after ``limit`` seconds."""
         with self._lock:
             try:
                 self.start()
@@ -105,7 +105,7 @@ class Child:
         return Unknown(self._why(reply["unknown"], limit)) if "unknown" in reply else reply
 
     def _send(self, data: bytes, deadline: float) -> bool:
-        """Write all of the data; ``False`` where the process takes no more of it."""
+        """Write all of the data; ``False`` if the process stops reading."""
         assert self._process is not None
         assert self._process.stdin is not None
         pipe, rest = self._process.stdin.fileno(), memoryview(data)
@@ -120,7 +120,7 @@ class Child:
         return True
 
     def _line(self, seconds: float) -> bytes | None:
-        """The next line of the process, ``None`` if it ends or the seconds are over first."""
+        """The next line from the process; ``None`` if it ends or time runs out first."""
         assert self._process is not None
         assert self._process.stdout is not None
         pipe, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
@@ -135,22 +135,22 @@ class Child:
         return line
 
     def _lost(self, limit: float) -> Unknown:
-        """Why the process gave no answer; the next question gets another one."""
+        """The reason why the process gave no answer; the next question gets a new process."""
         assert self._process is not None
-        assert self._complaints is not None
+        assert self._errors is not None
         try:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
             self.close()
             return Unknown(self._why("timeout", limit))
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode(errors="replace").split("\n")
-        said = next((line for line in reversed(lines) if line.strip()), "")
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
         self.close()
-        if code == _OUT_OF_MEMORY or any(words in said for words in _NO_MEMORY):
+        if code == _OUT_OF_MEMORY or any(words in last for words in _NO_MEMORY):
             return Unknown(self._why("out of memory", limit))
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return Unknown(f"Z3 gave up: its process {how}{said and f' ({said})'}")
+        return Unknown(f"Z3 gave up: its process {how}{last and f' ({last})'}")
 
     def _why(self, reason: str, limit: float) -> str:
         if reason in ("timeout", "canceled"):
@@ -167,9 +167,9 @@ class Solver(Child):
         super().__init__(child, memory_bytes)
 
     def ask(self, facts: Iterable[tuple[int, int, int]], timeout_s: float | None = None) -> list[int] | Unknown | None:
-        """``None`` where facts ``(earlier, later, gap)`` can all hold, else the numbers of facts that cannot.
+        """``None`` if all facts ``(earlier, later, gap)`` can hold, else the numbers of contradictory facts.
 
-        ``timeout_s`` are seconds for the whole question, ``SECONDS`` if not given.
+        ``timeout_s`` is the number of seconds for the whole question, ``SECONDS`` if not given.
         """
         limit = SECONDS if timeout_s is None else timeout_s
         numbers = array("q", (0, max(1, min(int(1000 * limit), 1 << 40))))
@@ -183,5 +183,5 @@ class Solver(Child):
 
 
 SHARED = Solver()
-"""The solver of all questions of this process that name no other."""
+"""The solver of this process for all questions that name no other."""
 atexit.register(SHARED.close)

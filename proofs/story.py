@@ -1,19 +1,18 @@
-"""A finding told in words, for someone who did not write the schedule."""
+"""Puts a finding into words, for someone who did not write the schedule."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import assert_never
 
-from dualpipe.schedule import SENDS, Kind, Lane, Op, Placed
+from dualpipe.schedule import SENDS, Chunk, Kind, Op, Placed
 from proofs.findings import (
-    Circle,
     Empty,
     Finding,
     LeftOver,
     Live,
     Mismatch,
     Missing,
-    NeverMet,
     NoPeer,
     NotNeighbour,
     OutOfOrder,
@@ -22,7 +21,9 @@ from proofs.findings import (
     SentTwice,
     Stray,
     TooEarly,
+    Unmatched,
     Wait,
+    WaitCycle,
 )
 from proofs.models import Model
 
@@ -47,12 +48,12 @@ def tell(finding: Finding) -> str:
             return "no rank computes anything, so there is nothing that could be complete"
         case Missing(op, rank, largest):
             mbs = f"microbatches are 0 to {largest}" if largest else "only microbatch is 0"
-            return f"rank {rank} never {VERBS[op.kind]} {_of(op)} ({op}), and the lane's {mbs}"
+            return f"rank {rank} never {VERBS[op.kind]} of {op.task} ({op}), and the lane's {mbs}"
         case Repeated(first, second):
             verb = VERBS[first.op.kind]
-            return f"rank {first.rank} {verb} {_of(first.op)} twice: {_slot(first)} and again {_slot(second)}"
+            return f"rank {first.rank} {verb} of {first.op.task} twice: {_slot(first)} and again {_slot(second)}"
         case Stray(place, holder):
-            what = f"{VERBS[place.op.kind]} {_of(place.op)} {_slot(place)}"
+            what = f"{VERBS[place.op.kind]} of {place.op.task} {_slot(place)}"
             return f"rank {place.rank} {what}, but rank {holder} holds that stage"
         case TooEarly():
             return _too_early(finding)
@@ -74,21 +75,21 @@ def tell(finding: Finding) -> str:
                 f"rank {first.rank} sends {content(first.op)} twice, {_slot(first)} and again {_slot(second)}; "
                 "the second one is received too, and nothing consumes it"
             )
-        case Circle(model, waits):
-            return _circle(model, waits)
-        case NeverMet():
-            return _never_met(finding)
+        case WaitCycle(model, waits):
+            return _wait_cycle(model, waits)
+        case Unmatched():
+            return _unmatched(finding)
         case OverBound():
             return _over_bound(finding)
         case OutOfOrder(first, second):
             done = "adds the weight gradient" if first.op.kind is Kind.W else "runs the backward"
             return (
                 f"rank {first.rank} {done} of microbatch {first.op.mb} {_slot(first)} before that of "
-                f"microbatch {second.op.mb} {_slot(second)}, both at stage {first.op.stage} of lane {first.op.lane}: "
+                f"microbatch {second.op.mb} {_slot(second)}, both at {first.op.chunk}: "
                 "sums in another order round differently, so the gradients are not reproducible bit by bit"
             )
         case _:
-            raise AssertionError(finding)
+            assert_never(finding)
 
 
 def content(op: Op) -> str:
@@ -105,26 +106,22 @@ def _forwards(op: Op) -> bool:
     return op.kind in (Kind.SF, Kind.RF)
 
 
-def _of(op: Op) -> str:
-    return f"of microbatch {op.mb} at stage {op.stage} of lane {op.lane}"
-
-
 def _slot(place: Placed) -> str:
     return f"in slot {place.slot} ({place.op})"
 
 
 def _thing(op: Op) -> str:
     if op.kind in NOUNS:
-        return f"{NOUNS[op.kind]} {_of(op)}"
+        return f"{NOUNS[op.kind]} of {op.task}"
     noun = "the activation" if _forwards(op) else "the gradient"
-    return f"{'sending' if op.kind in SENDS else 'receiving'} {noun} {_of(op)}"
+    return f"{'sending' if op.kind in SENDS else 'receiving'} {noun} of {op.task}"
 
 
 def _too_early(finding: TooEarly) -> str:
     place, need, later = finding.place, finding.need, finding.later
     where = f"comes only {_slot(later)}" if later is not None else f"never comes on rank {place.rank}"
     if later is not None and later.slot == place.slot:
-        where = "stands behind it in the same slot"
+        where = "comes after it in the same slot"
     what = f"rank {place.rank} comes {_slot(place)} to {_thing(place.op)}"
     return f"{what}, but that needs {_thing(need)} ({need}), which {where}"
 
@@ -149,7 +146,7 @@ def _nowhere(place: Placed, peer: int | None, ranks: int, holder: int, neighbour
             "hand over without a message"
         )
     elif holder != place.rank:
-        reason = f"rank {holder} holds stage {op.stage} of lane {op.lane}"
+        reason = f"rank {holder} holds {op.chunk}"
     else:
         reason = f"rank {neighbour} is its neighbour there"
     if peer is not None and not 0 <= peer < ranks:
@@ -190,37 +187,37 @@ def _left_over(finding: LeftOver) -> str:
     )
 
 
-def _circle(model: Model, waits: tuple[Wait, ...]) -> str:
-    stands = {wait.place.rank: wait.place.slot for wait in waits}
-    lines = [_wait(model, wait, stands[wait.partner.rank]) for wait in waits]
-    ranks = sorted(stands)
+def _wait_cycle(model: Model, waits: tuple[Wait, ...]) -> str:
+    blocked = {wait.place.rank: wait.place.slot for wait in waits}
+    lines = [_wait(model, wait, blocked[wait.partner.rank]) for wait in waits]
+    ranks = sorted(blocked)
     who = f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
     return "\n".join([*lines, f"so {who} wait for each other and none of them can go on ({model} messages)"])
 
 
-def _wait(model: Model, wait: Wait, stands: int) -> str:
+def _wait(model: Model, wait: Wait, partner_blocked_in: int) -> str:
     place, partner = wait.place, wait.partner
     stream = "the message stream of " if model.overlaps else ""
     if place.op.kind not in SENDS:
-        until = f"until rank {partner.rank} sends it {content(place.op)}; the send that meets it"
+        until = f"until rank {partner.rank} sends it {content(place.op)}; the send that matches it"
     elif model.capacity:
         until = f"for room to send rank {partner.rank} {content(place.op)}; the receive that makes room"
     else:
-        until = f"until rank {partner.rank} receives {content(place.op)}; the receive that meets it"
+        until = f"until rank {partner.rank} receives {content(place.op)}; the receive that matches it"
     return (
         f"{stream}rank {place.rank} waits {_slot(place)} {until} is {_slot(partner)} there, "
-        f"and {stream}rank {partner.rank} gets no further than slot {stands}"
+        f"and {stream}rank {partner.rank} gets no further than slot {partner_blocked_in}"
     )
 
 
-def _never_met(finding: NeverMet) -> str:
+def _unmatched(finding: Unmatched) -> str:
     place, peer, posted, model = finding.place, finding.peer, finding.posted, finding.model
     sends = place.op.kind in SENDS
     opposite, towards = ("receives", "from") if sends else ("sends", "to")
     what = content(place.op)
     if not finding.possible or peer is None:
         noun = "the activation" if _forwards(place.op) else "the gradient"
-        what = f"{noun} of microbatch {place.op.mb} at stage {place.op.stage} of lane {place.op.lane}"
+        what = f"{noun} of {place.op.task}"
         there = "no rank is at the other end" if peer is None else f"there is no rank {peer}"
         reason = f"rank {peer} would be at both ends" if peer == place.rank else there
     elif posted == 0:
@@ -244,12 +241,11 @@ def _over_bound(finding: OverBound) -> str:
 
 
 def live_lines(live: tuple[Live, ...]) -> list[str]:
-    """What is live, a line for each stage and lane and what it waits for."""
-    groups: dict[tuple[Lane, int, Kind], list[int]] = defaultdict(list)
+    """A line for each stage, lane and op (B or W) that microbatches are live and waiting for."""
+    microbatches: dict[tuple[Chunk, Kind], list[int]] = defaultdict(list)
     for held in live:
-        groups[held.op.lane, held.op.stage, held.until].append(held.op.mb)
+        microbatches[held.op.chunk, held.until].append(held.op.mb)
     return [
-        f"  stage {stage} of lane {lane}, waiting for {until}: microbatch{'es' if len(mbs) > 1 else ''} "
-        + ", ".join(map(str, sorted(mbs)))
-        for (lane, stage, until), mbs in groups.items()
+        f"  {chunk}, waiting for {until}: microbatch{'es' if len(mbs) > 1 else ''} " + ", ".join(map(str, sorted(mbs)))
+        for (chunk, until), mbs in microbatches.items()
     ]

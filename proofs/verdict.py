@@ -1,4 +1,4 @@
-"""Verdicts: ``Proved``, ``Refuted`` with what was found, ``Unknown`` or ``Skipped`` with the reason; never a bool."""
+"""Verdicts: ``Proved``, ``Refuted`` with a finding, ``Unknown`` or ``Skipped`` with the reason; never a bool."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Proved:
 class Refuted:
     """The check fails.
 
-    ``finding`` says where; ``core`` is the solver's smallest set of facts, in words, that together are impossible.
-    Two refutations are the same answer even where they point at different faults of one schedule.
+    ``finding`` is the fault; ``core`` is a smallest set of facts, in words, that the solver found to be contradictory.
+    Two refutations count as the same answer even if they point at different faults of one schedule.
     """
 
     finding: Finding | None
@@ -31,7 +31,7 @@ class Refuted:
 
 @dataclass(frozen=True)
 class Unknown:
-    """The solver gave up, which is never the same as proved."""
+    """The solver gave up.  It is never counted as proved."""
 
     reason: str
     word = "unknown"
@@ -39,7 +39,7 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Skipped:
-    """The check says nothing about this schedule."""
+    """The check does not apply to this schedule."""
 
     reason: str
     word = "skipped"
@@ -49,7 +49,7 @@ Verdict = Proved | Refuted | Unknown | Skipped
 
 
 class ExitCode(IntEnum):
-    """What a command ends with."""
+    """The exit code of a command."""
 
     PROVED = 0
     REFUTED = 1
@@ -66,7 +66,7 @@ def worst(codes: Iterable[ExitCode]) -> ExitCode:
 
 
 def overall(verdicts: Iterable[Verdict]) -> ExitCode:
-    """Refuted if any check is, else unknown if any is, else proved; a skipped check takes no part."""
+    """Refuted if any verdict is, else unknown if any is, else proved; a skipped check does not count."""
     by_type = {
         Refuted: ExitCode.REFUTED,
         Unknown: ExitCode.UNKNOWN,

@@ -1,12 +1,12 @@
-"""The process in which Z3 decides: it reads questions of difference logic, answers each, and ends with its reader.
+"""The process in which Z3 runs: it answers questions of difference logic until its input closes.
 
-Z3 ends a process that runs out of memory, and nothing can interrupt it while it reads a formula.  So it works in a
-process of its own, with a limit on its address space; ``proofs.solver`` starts it and reports what becomes of it.
+Z3 ends its process if it runs out of memory, and nothing can interrupt it while it reads a formula.  So it runs in a
+process of its own, with a limit on its address space; ``proofs.solver`` starts the process and reports how it ends.
 This file is run by its path and imports the standard library and Z3 alone.
 
-A question is two numbers, how many facts and after how many milliseconds to give up, and then for each fact the
-numbers ``earlier``, ``later`` and ``gap``: ``later - earlier >= gap``.  All are 64-bit integers.  The answer is one
-line of JSON, see ``Reply``; a line ``ready`` comes before the first one.
+A question is two numbers, the number of facts and the milliseconds until Z3 gives up, followed by three numbers for
+each fact, ``earlier``, ``later`` and ``gap``, meaning ``later - earlier >= gap``.  All are 64-bit integers.  The answer
+is one line of JSON, see ``Reply``; a line ``ready`` precedes the first one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple, TypedDict
 
-if __name__ == "__main__":  # Z3 may be somewhere that only the asker's import path names
+if __name__ == "__main__":  # Z3 may be in a folder that only the asking process has on its import path
     sys.path += [folder for folder in json.loads(sys.argv[2]) if folder not in sys.path]
 
 import z3
 from z3 import z3core
 
 BATCH = 20_000
-"""Components of fewer facts are given to Z3 together, up to so many facts."""
+"""Small components are given to Z3 together, up to so many facts."""
 
 _MOST_MILLISECONDS = (1 << 32) - 2
 
@@ -45,7 +45,7 @@ class Edge(NamedTuple):
 
 
 class Reply(TypedDict, total=False):
-    """``holds``: the facts can all hold.  ``core``: the numbers of facts that cannot.  ``unknown``: why Z3 gave up."""
+    """``holds``: all facts can hold.  ``core``: numbers of contradictory facts.  ``unknown``: why Z3 gave up."""
 
     holds: bool
     core: list[int]
@@ -53,7 +53,7 @@ class Reply(TypedDict, total=False):
 
 
 def confine(memory_bytes: int) -> None:
-    """Limit the address space of this process and of Z3 in it; Ctrl-C is for whoever asks, who then ends it."""
+    """Limit the memory of this process and of Z3 in it, and ignore Ctrl-C, which is for the asking process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -62,7 +62,7 @@ def confine(memory_bytes: int) -> None:
 
 
 def main(memory_bytes: int) -> None:
-    """Answer questions until nobody asks any more."""
+    """Answer questions until the input closes."""
     confine(memory_bytes)
     questions: queue.Queue[tuple[array[int], int]] = queue.Queue()
     threading.Thread(target=_read, args=(sys.stdin.buffer, questions), daemon=True).start()
@@ -81,7 +81,7 @@ def main(memory_bytes: int) -> None:
 
 
 def _read(source: BinaryIO, questions: queue.Queue[tuple[array[int], int]]) -> None:
-    """Put every question into the queue; at the end of the input end the process, whatever Z3 is at."""
+    """Put every question into the queue; at the end of the input end the process, whatever Z3 is doing."""
     while True:
         count, milliseconds = _numbers(source, 2)
         questions.put((_numbers(source, 3 * count), milliseconds))
@@ -97,7 +97,7 @@ def _numbers(source: BinaryIO, count: int) -> array[int]:
 
 
 def answer(numbers: Sequence[int], timeout_s: float) -> Reply:
-    """Decide one question; the facts as triples in one row."""
+    """Decide one question, given its facts as triples in one sequence."""
     deadline = time.monotonic() + timeout_s
     triples = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
     edges = [Edge(*triple, number) for number, triple in enumerate(triples)]
@@ -115,9 +115,9 @@ def answer(numbers: Sequence[int], timeout_s: float) -> Reply:
 
 
 def batches(edges: Sequence[Edge]) -> Iterator[list[Edge]]:
-    """The facts in parts that share no variable, small ones together.
+    """Split the facts into parts that share no variable, small ones together.
 
-    A contradiction of differences is a circle of facts, so it lies within one connected component.
+    A contradiction of differences is a cycle of facts, so it lies within one connected component.
     """
     parent: dict[int, int] = {}
 
@@ -145,11 +145,10 @@ def batches(edges: Sequence[Edge]) -> Iterator[list[Edge]]:
 
 
 def latest_first(edges: Sequence[Edge]) -> list[Edge]:
-    """The facts in an order in which Z3 decides quickly those that can hold: from the latest variable backwards.
+    """Sort the facts so that Z3 is fast if they all hold: from the latest variable backwards.
 
-    Z3 takes up one fact after the other and makes ``earlier`` small enough for it.  Backwards, nothing that it has
-    settled before depends on that variable, so that the work is linear and not quadratic.  The order is a hint and
-    decides nothing: every fact is given to Z3.
+    Z3 takes one fact after the other and makes ``earlier`` small enough for it.  Backwards, no variable that it has
+    settled depends on that one, so the work is linear and not quadratic.  The order is only a hint: Z3 gets every fact.
     """
     leaving: dict[int, int] = {}
     arriving: dict[int, list[Edge]] = {}
@@ -170,12 +169,12 @@ def latest_first(edges: Sequence[Edge]) -> list[Edge]:
 
 
 def check(edges: Sequence[Edge], deadline: float, named: bool) -> str | list[int]:
-    """``sat``, ``unsat``, or why Z3 gave up; with ``named`` the numbers of facts that contradict each other."""
+    """``sat``, ``unsat``, or why Z3 gave up; with ``named``, the numbers of contradictory facts for ``unsat``."""
     context = z3.Context()
     solver = z3.SimpleSolver(ctx=context)
     solver.set("arith.solver", 1)  # difference logic, by Bellman and Ford
     ordered = latest_first(edges)
-    # One text for Z3's own parser: making each term from Python costs more than solving.
+    # One text for Z3's own parser, since building each term from Python takes longer than solving.
     variables = {variable for edge in ordered for variable in edge[:2]}
     lines = [f"(declare-const t{variable} Int)" for variable in sorted(variables)]
     if named:
@@ -196,12 +195,12 @@ def check(edges: Sequence[Edge], deadline: float, named: bool) -> str | list[int
     if found == z3.Z3_L_UNDEF:
         return str(solver.reason_unknown())
     if found == z3.Z3_L_TRUE:
-        raise AssertionError("Z3 refutes the facts, and finds no contradiction among them once they are named")
+        raise AssertionError("Z3 refutes the facts, but finds no contradiction once they are named")
     return sorted(int(str(name)[1:]) for name in solver.unsat_core())
 
 
 def _guards(context: z3.Context, numbers: Sequence[int]) -> object:
-    """The constants f0, f1, ... as the array that Z3's C interface takes; the context frees them with itself."""
+    """The constants f0, f1, ... as an array for Z3's C interface; the context frees them when it is freed."""
     boolean = z3.BoolSort(context).ast
     guards = (z3core.Ast * max(len(numbers), 1))()
     for position, number in enumerate(numbers):
@@ -217,15 +216,15 @@ def _formula(edge: Edge) -> str:
 
 
 def minimal(core: list[Edge], deadline: float) -> list[Edge]:
-    """A core without superfluous facts; none at all where the time does not suffice for that.
+    """A core without superfluous facts; empty if time runs out first.
 
-    A smallest contradiction of differences is one circle of facts whose gaps add up to more than 0.  Where Z3's core
-    is not one circle yet, facts are left out as long as the rest is still impossible.
+    A smallest contradiction of differences is one cycle of facts whose gaps add up to more than 0.  If Z3's core is
+    more than one cycle, facts are left out as long as the rest is still contradictory.
     """
     kept = list(core)
     for edge in core:
-        if (circle := as_circle(kept)) is not None:
-            return circle
+        if (cycle := as_cycle(kept)) is not None:
+            return cycle
         without = [other for other in kept if other is not edge]
         outcome = check(without, deadline, named=False)
         smaller = check(without, deadline, named=True) if outcome == "unsat" else outcome
@@ -233,23 +232,23 @@ def minimal(core: list[Edge], deadline: float) -> list[Edge]:
             kept = [other for other in without if other.number in smaller]
         elif smaller != "sat":
             return []
-    circle = as_circle(kept)
-    assert circle is not None, kept
-    return circle
+    cycle = as_cycle(kept)
+    assert cycle is not None, kept
+    return cycle
 
 
-def as_circle(edges: list[Edge]) -> list[Edge] | None:
-    """The facts in the order in which each leads to the next, if they are one circle that cannot be."""
+def as_cycle(edges: list[Edge]) -> list[Edge] | None:
+    """The facts with each leading to the next, if they are one cycle that is contradictory."""
     leaving = {edge.earlier: edge for edge in edges}
     if len(leaving) != len(edges) or sum(edge.gap for edge in edges) <= 0:
         return None
-    circle = [edges[0]]
-    while circle[-1].later != edges[0].earlier:
-        following = leaving.get(circle[-1].later)
-        if following is None or len(circle) == len(edges):
+    cycle = [edges[0]]
+    while cycle[-1].later != edges[0].earlier:
+        following = leaving.get(cycle[-1].later)
+        if following is None or len(cycle) == len(edges):
             return None
-        circle.append(following)
-    return circle if len(circle) == len(edges) else None
+        cycle.append(following)
+    return cycle if len(cycle) == len(edges) else None
 
 
 if __name__ == "__main__":

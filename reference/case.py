@@ -1,4 +1,4 @@
-"""What is to be verified: a schedule, a model, data, and how many steps; the same for every party."""
+"""What is verified: a schedule, a model, data and a number of steps, the same for every implementation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ _WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class SettingsError(RuleError):
-    """A setting under which two runs on a GPU need not give the same bits."""
+    """A setting with which two runs on a GPU may give different bits."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One verification.
 
-    ``device`` is where production and oracle compute, ``staged`` whether messages go through host memory,
-    ``blocking`` whether message slots wait as a plain batch-and-wait program does, ``timeout`` the seconds after
-    which a wait is a hang, ``timed`` whether production keeps the times of its ops.
+    ``device``: where production and the oracle compute, ``cpu`` or ``cuda``.  ``staged``: messages go through host
+    memory.  ``blocking``: a slot of messages waits for all of them, as a plain batch-and-wait program does.
+    ``timeout``: seconds to wait for a message before reporting a hang.  ``timed``: production records when its ops ran.
+
+    Raises ``RuleError`` for steps, a device or a timeout that make no sense.
     """
 
     schedule: Schedule
@@ -44,7 +46,15 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise RuleError("a verification trains for at least one step", f"got {self.steps}", "use --steps 1 or more")
+            raise RuleError("a verification trains for at least one step", f"got {self.steps}", "use 1 or more")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise RuleError("the device is cpu or cuda", f"got {self.device}", "use one of them")
+        if not 0 < self.timeout < 1e6:
+            raise RuleError("the timeout is a positive number of seconds", f"got {self.timeout}", "use 60")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.partition(":")[0] == "cuda"
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -64,16 +74,16 @@ class Case:
         return [[[batch.to(self.device) for batch in lane] for lane in step] for step in steps]
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy over the number of all microbatches of the step."""
+        """Cross-entropy divided by the number of all microbatches of the step."""
         return criterion(logits, targets, 1 / self.microbatches)
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        # one parameter at a time: grouped kernels would see other groups in each party
+        # foreach kernels would group the parameters differently in each implementation
         return torch.optim.AdamW(parameters, lr=_LEARNING_RATE, foreach=False)
 
 
 def make_deterministic(device: str) -> None:
-    """Choose the settings under which a GPU repeats its bits; nothing to do on a CPU."""
+    """Choose the settings with which a GPU gives the same bits in every run; a CPU needs none."""
     if torch.device(device).type != "cuda":
         return
     os.environ.setdefault(*_WORKSPACE)
@@ -86,7 +96,7 @@ def make_deterministic(device: str) -> None:
 
 
 def require_deterministic() -> None:
-    """Raise ``SettingsError`` naming every setting under which a GPU may give other bits in a second run."""
+    """Raise ``SettingsError`` naming every setting with which a GPU may give different bits in a second run."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     wanted = {
         "torch.use_deterministic_algorithms(True)": torch.are_deterministic_algorithms_enabled(),

@@ -1,4 +1,4 @@
-"""Byte-level text that every machine has: the standard library's own documentation, cut into microbatches."""
+"""Byte-level text that every machine has, the documentation of the standard library, cut into microbatches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCABULARY = 256
 
 
 class Batch(NamedTuple):
-    """One microbatch: ``tokens`` and, a byte further on, ``targets``; both int64 ``[batch, sequence]``."""
+    """One microbatch: ``tokens``, and the same text one byte later as ``targets``; both int64 ``[batch, sequence]``."""
 
     tokens: Tensor
     targets: Tensor
@@ -29,18 +29,18 @@ Steps = Sequence[Sequence[Sequence[Batch]]]
 
 @cache
 def corpus() -> Tensor:
-    """The help topics of ``pydoc`` in the order of their names, joined: int64 ``[bytes]``.
+    """The help topics of ``pydoc``, sorted by name and joined: int64 ``[bytes]``.
 
-    The text belongs to the running Python; two minor versions train on slightly different words.
+    The text is that of the running Python, so it differs slightly between minor versions.
     """
     text = "\n".join(topics[name] for name in sorted(topics))
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(torch.int64)
 
 
 def batches(count: int, batch_size: int, seq_len: int, seed: int) -> list[Batch]:
-    """``count`` microbatches of ``batch_size`` passages of ``seq_len`` bytes, drawn by ``seed``.
+    """``count`` microbatches of ``batch_size`` passages of ``seq_len`` bytes, drawn with ``seed``.
 
-    Each tensor is contiguous and has its own storage, since a view at an odd offset may take another kernel.
+    Each tensor is contiguous and has its own storage, because a view at an odd offset may run on another kernel.
     """
     text = corpus()
     generator = torch.Generator().manual_seed(seed)

@@ -1,11 +1,11 @@
-"""Fake ranks: any schedule run slot by slot in one process, messages going through a mailbox.
+"""Fake ranks: run any schedule slot by slot in one process, with a mailbox for the messages.
 
-Every rank is a generator that stops where it would have to wait; a seed chooses who moves next.  Messages meet in
-the order in which each pair of ranks posts them (``reference.mailbox``), so no choice can change a bit.
+Every rank is a generator that yields where it may have to wait; a seed chooses which rank moves next.  Messages are
+matched in the order in which each pair of ranks posts them (``reference.mailbox``), so no choice can change a bit.
 
-A slot of messages is posted at once.  By default the rank then goes on: a compute op waits only for the receive
-it needs, and the end of the program for every message.  With ``blocking`` the slot is over only when each of its
-messages has met its partner.
+The messages of a slot are posted together.  By default the rank then continues: a compute op waits only for the receive
+that it needs, and the end of the program waits for every message.  With ``blocking`` the rank continues only when all
+messages of the slot have been matched.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dualpipe.schedule import MESSAGES, Lane, Schedule
+from dualpipe.schedule import MESSAGES, Chunk, Lane, Schedule
 from reference.data import Batch, Steps
 from reference.fault import Awaited, Deadlock, SetupError, Waiting
 from reference.ledger import Ledger
@@ -35,24 +34,7 @@ from reference.oracle import (
 )
 from reference.rank import Observer, Pause, Rank, Supply
 from reference.replica import Replica
-
-Place = tuple[Lane, int]
-"""A replica by its lane and stage."""
-
-
-@dataclass(frozen=True)
-class FakeStep:
-    """One training step; the tensors are detached copies on the CPU, as in ``reference.oracle.StepTruth``.
-
-    ``losses[l][mb]`` with lanes in the order of ``Schedule.lanes`` (``None`` where the schedule never computes it); by
-    (lane, stage): ``lane_gradients`` before the replicas are summed, ``gradients`` that each replica's optimizer
-    was handed, and ``weights`` after its step.
-    """
-
-    losses: tuple[tuple[Tensor | None, ...], ...]
-    lane_gradients: Mapping[Place, Tensors]
-    gradients: Mapping[Place, Tensors]
-    weights: Mapping[Place, Tensors]
+from reference.trace import StepTrace
 
 
 def train(
@@ -66,15 +48,15 @@ def train(
     seed: int = 0,
     ledger: Ledger | None = None,
     observe: Observer | None = None,
-) -> Iterator[FakeStep]:
-    """Train on fake ranks, each with its own copies of its stages and its own optimizer, and tell of each step.
+) -> Iterator[StepTrace]:
+    """Train on fake ranks, each with its own replicas and its own optimizer; yields every step.
 
     ``steps`` is the data by step, lane (in the order of ``Schedule.lanes``) and microbatch; all microbatches have the
-    same shape.  ``stages`` stay as they are and must be deterministic.  ``ledger`` measures live activations;
+    same shape.  ``stages`` are not changed and must be deterministic.  ``ledger`` measures live activations;
     ``observe(op, module)`` is called after every compute op.
 
-    Raises ``SetupError`` if stages or data do not fit, ``Misstep`` for an op that cannot be done where it stands,
-    and ``Deadlock`` as soon as no rank can move.
+    Raises ``SetupError`` if the stages or the data do not fit the schedule, ``Misstep`` for an op that its rank cannot
+    run at that point, and ``Deadlock`` as soon as no rank can move.
     """
     lanes = schedule.lanes
     _check_fit(schedule, stages, steps)
@@ -91,50 +73,46 @@ def train(
         mail = Mailbox()
         ranks = [Rank(number, schedule, replicas, supply, mail, blocking, observe) for number in range(schedule.ranks)]
         _run([rank.run() for rank in ranks], chance)
-        losses = {place: loss for rank in ranks for place, loss in rank.losses.items()}
+        losses: dict[Lane, dict[int, Tensor]] = {lane: {} for lane in lanes}
+        for rank in ranks:
+            for (lane, mb), loss in rank.losses.items():
+                losses[lane][mb] = snapshot(loss)
         for replica in replicas.values():
-            replica.forget()
+            replica.clear()
         lane_gradients, gradients = _reduce(lanes, replicas, len(stages))
         for stepper in optimizers:
             stepper.step()
-        yield FakeStep(
-            tuple(
-                tuple(_snapshot_or_none(losses.get((lane, mb))) for mb in range(len(batches)))
-                for lane, batches in zip(lanes, data, strict=True)
-            ),
-            lane_gradients,
-            gradients,
-            {place: weights_of(replica.module) for place, replica in replicas.items()},
-        )
+        weights = {chunk: weights_of(replica.module) for chunk, replica in replicas.items()}
+        yield StepTrace(losses, lane_gradients, gradients, weights)
 
 
 def _run(programs: Sequence[Iterator[Pause]], chance: random.Random) -> None:
-    """Move one rank that can move at a time, until all are over.  Raises ``Deadlock``."""
-    standing = dict.fromkeys(range(len(programs)), Pause(0, None))
-    while standing:
-        able = [rank for rank, pause in standing.items() if all(message.met for message in pause.messages)]
+    """Move one rank at a time among those that can move, until all have finished.  Raises ``Deadlock``."""
+    paused = dict.fromkeys(range(len(programs)), Pause(0, None))
+    while paused:
+        able = [rank for rank, pause in paused.items() if all(message.matched for message in pause.messages)]
         if not able:
-            raise Deadlock([_waiting(rank, pause) for rank, pause in standing.items()])
+            raise Deadlock([_waiting(rank, pause) for rank, pause in paused.items()])
         rank = chance.choice(able)
         pause = next(programs[rank], None)
         if pause is None:
-            del standing[rank]
+            del paused[rank]
         else:
-            standing[rank] = pause
+            paused[rank] = pause
 
 
 def _waiting(rank: int, pause: Pause) -> Waiting:
-    unmet = [message for message in pause.messages if not message.met]
-    op = unmet[0].op if pause.op is not None and pause.op.kind in MESSAGES else pause.op
-    return Waiting(rank, pause.slot, op, tuple(Awaited(m.slot, m.op, m.peer) for m in unmet))
+    unmatched = [message for message in pause.messages if not message.matched]
+    op = unmatched[0].op if pause.op is not None and pause.op.kind in MESSAGES else pause.op
+    return Waiting(rank, pause.slot, op, tuple(Awaited(m.slot, m.op, m.peer) for m in unmatched))
 
 
 def _replicas(
     schedule: Schedule, stages: Sequence[nn.Module], criterion: Criterion, ledger: Ledger | None
-) -> dict[Place, Replica]:
+) -> dict[Chunk, Replica]:
     last = len(stages) - 1
     return {
-        (lane, number): Replica(
+        Chunk(lane, number): Replica(
             copy.deepcopy(stage),
             criterion if number == last else None,
             ledger.accounts[schedule.routes[lane][number]] if ledger else None,
@@ -144,8 +122,8 @@ def _replicas(
     }
 
 
-def _parameters(schedule: Schedule, replicas: Mapping[Place, Replica], rank: int) -> list[nn.Parameter]:
-    """Those of the replicas that the rank holds."""
+def _parameters(schedule: Schedule, replicas: Mapping[Chunk, Replica], rank: int) -> list[nn.Parameter]:
+    """The parameters of the replicas that the rank holds."""
     return [
         parameter
         for (lane, stage), replica in replicas.items()
@@ -155,19 +133,19 @@ def _parameters(schedule: Schedule, replicas: Mapping[Place, Replica], rank: int
 
 
 def _reduce(
-    lanes: Sequence[Lane], replicas: Mapping[Place, Replica], stages: int
-) -> tuple[dict[Place, Tensors], dict[Place, Tensors]]:
-    """Give every replica of a stage the sum over the lanes; returns the gradients before and after, by replica."""
-    before = {place: gradients_of(replica.module) for place, replica in replicas.items()}
+    lanes: Sequence[Lane], replicas: Mapping[Chunk, Replica], stages: int
+) -> tuple[dict[Chunk, Tensors], dict[Chunk, Tensors]]:
+    """Give every replica of a stage the sum over the lanes; returns the gradients before and after, by chunk."""
+    before = {chunk: gradients_of(replica.module) for chunk, replica in replicas.items()}
     for stage in range(stages):
-        total = sum_of_lanes([before[lane, stage] for lane in lanes])
+        total = sum_of_lanes([before[Chunk(lane, stage)] for lane in lanes])
         for lane in lanes:
-            set_gradients(replicas[lane, stage].module, total)
-    return before, {place: gradients_of(replica.module) for place, replica in replicas.items()}
+            set_gradients(replicas[Chunk(lane, stage)].module, total)
+    return before, {chunk: gradients_of(replica.module) for chunk, replica in replicas.items()}
 
 
 def _boundaries(stages: Sequence[nn.Module], steps: Steps) -> tuple[Layout, ...]:
-    """What each stage puts out, seen by running the first microbatch that there is."""
+    """The layout of each stage's output, from a run of the first microbatch."""
     first: Batch | None = next((batch for lanes in steps for lane in lanes for batch in lane), None)
     if first is None:
         return ()
@@ -179,19 +157,15 @@ def _boundaries(stages: Sequence[nn.Module], steps: Steps) -> tuple[Layout, ...]
     return tuple(layouts)
 
 
-def _snapshot_or_none(loss: Tensor | None) -> Tensor | None:
-    return None if loss is None else snapshot(loss)
-
-
 def _check_fit(schedule: Schedule, stages: Sequence[nn.Module], steps: Steps) -> None:
     if len(stages) != schedule.stages:
         raise SetupError(
-            "the model has as many stages as the schedule", f"got {len(stages)} for {schedule.stages}", "cut it anew"
+            "the model has as many stages as the schedule", f"got {len(stages)} for {schedule.stages}", "split it anew"
         )
     for number, data in enumerate(steps):
         if len(data) != len(schedule.lanes):
             raise SetupError(
                 "every step has data for each lane of the schedule",
                 f"step {number} has {len(data)} for {len(schedule.lanes)}",
-                "deal the microbatches to the lanes",
+                "divide the microbatches among the lanes",
             )

@@ -1,4 +1,4 @@
-"""How a schedule fails on the fake ranks: a step that makes no sense, or ranks that wait for ever."""
+"""How a schedule fails on the fake ranks: an op that its rank cannot run, or a deadlock."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class SetupError(RuleError):
     """Stages or data that do not fit the schedule."""
 
 
-class Misstep(RuleError):  # noqa: N818 - the name says what happened
-    """An op that its rank cannot do: at ``rank``, in slot ``slot`` (from 0), the op ``op``."""
+class Misstep(RuleError):  # noqa: N818 - the name states what happened
+    """An op that its rank cannot run: ``op`` of ``rank``, in slot ``slot`` (from 0)."""
 
     def __init__(self, rank: int, slot: int, op: Op, rule: str, got: str, fix: str) -> None:
         self.rank, self.slot, self.op = rank, slot, op
@@ -22,7 +22,7 @@ class Misstep(RuleError):  # noqa: N818 - the name says what happened
 
 
 class Awaited(NamedTuple):
-    """A message that was posted in slot ``slot`` and has met no partner; ``peer`` is the rank at its other end."""
+    """A message that was posted in slot ``slot`` and is not matched; ``peer`` is the rank at its other end."""
 
     slot: int
     op: Op
@@ -34,7 +34,7 @@ class Awaited(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A rank that cannot go on: it stands at ``op`` of slot ``slot``, or (``op`` is ``None``) at its end."""
+    """A rank that cannot continue: it is at ``op`` of slot ``slot``, or at its end if ``op`` is ``None``."""
 
     rank: int
     slot: int
@@ -46,13 +46,13 @@ class Waiting(NamedTuple):
         return f"rank {self.rank}, {place}, waits for {', '.join(map(str, self.awaited))}"
 
 
-class Deadlock(RuleError):  # noqa: N818 - the field's own word
-    """No rank can move.  ``waiting`` has, for each rank that is not over, where it stands and what it waits for."""
+class Deadlock(RuleError):  # noqa: N818 - the field's term
+    """No rank can move.  ``waiting``: for each rank that has not finished, where it is and what it waits for."""
 
     def __init__(self, waiting: Sequence[Waiting]) -> None:
         self.waiting = tuple(waiting)
         super().__init__(
             "every rank reaches its end",
-            "all that are left wait\n  " + "\n  ".join(map(str, waiting)),
+            "the remaining ranks wait\n  " + "\n  ".join(map(str, waiting)),
             "give each of these messages its partner, in the order in which the other rank posts",
         )

@@ -1,4 +1,4 @@
-"""Messages between fake ranks.  They carry no tag: on an ordered pair of ranks the k-th send meets the k-th receive."""
+"""Messages between fake ranks, without tags: from one rank to another the k-th send matches the k-th receive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reference.fault import Misstep
 
 
 class Layout(NamedTuple):
-    """What a receiver has made room for."""
+    """The shape and dtype of a message."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
 @dataclass(eq=False)
 class Message:
-    """One side of a message: a send with its payload, or a receive, whose payload is there once it has met."""
+    """One end of a message: a send with its payload, or a receive, which has its payload once it is matched."""
 
     rank: int
     slot: int
@@ -37,36 +37,36 @@ class Message:
     peer: int
     layout: Layout
     payload: Tensor | None = None
-    met: bool = False
+    matched: bool = False
 
 
 class Mailbox:
-    """Where both sides post; it holds the sides that have met no partner yet."""
+    """Where both ends are posted; it keeps those that are not matched yet."""
 
     def __init__(self) -> None:
         self._sends: defaultdict[tuple[int, int], deque[Message]] = defaultdict(deque)
         self._receives: defaultdict[tuple[int, int], deque[Message]] = defaultdict(deque)
 
     def post(self, message: Message) -> None:
-        """Raises ``Misstep`` if the partner that it meets has another shape or dtype."""
+        """Post one end and match it if its partner is there.  Raises ``Misstep`` for different shapes or dtypes."""
         sending = message.op.kind in SENDS
         pair = (message.rank, message.peer) if sending else (message.peer, message.rank)
         (self._sends if sending else self._receives)[pair].append(message)
         if self._sends[pair] and self._receives[pair]:
-            _meet(self._sends[pair].popleft(), self._receives[pair].popleft())
+            _match(self._sends[pair].popleft(), self._receives[pair].popleft())
 
 
-def _meet(send: Message, receive: Message) -> None:
+def _match(send: Message, receive: Message) -> None:
     if send.layout != receive.layout:
         raise Misstep(
             receive.rank,
             receive.slot,
             receive.op,
-            "a message has the shape and dtype that its receiver has made room for",
-            f"expects {receive.layout}, and {send.op} of rank {send.rank}, slot {send.slot}, brings {send.layout}",
+            "a message has the shape and dtype that its receiver expects",
+            f"expects {receive.layout}, and {send.op} of rank {send.rank}, slot {send.slot}, sends {send.layout}",
             "pair a receive with the send of the same stage boundary",
         )
     assert send.payload is not None
     receive.payload = send.payload.clone(memory_format=torch.contiguous_format)
     send.payload = None
-    send.met = receive.met = True
+    send.matched = receive.matched = True

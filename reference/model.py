@@ -1,4 +1,4 @@
-"""A small real decoder, cut into stages that any process can build alone.
+"""A small decoder, cut into stages that any process can build by itself.
 
 ::
 
@@ -6,8 +6,8 @@
     stage s                  block ...
     last stage               block ...   norm   output
 
-The layers are stock ``nn.Linear``, ``nn.LayerNorm`` and ``nn.Embedding``; attention is written out, so that no
-choice of kernel stands between two runs.
+The layers are stock ``nn.Linear``, ``nn.LayerNorm`` and ``nn.Embedding``.  Attention is written out, so that two runs
+cannot use different attention kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.utils import skip_init as _skip_init
 from dualpipe.errors import RuleError
 
 skip_init: Callable[..., nn.Module] = _skip_init
-"""Build a layer without filling its weights, hence without a draw from the global random state."""
+"""Build a layer without initialising its weights, and so without using the global random state."""
 
 
 class ModelError(RuleError):
@@ -33,9 +33,9 @@ class ModelError(RuleError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of the decoder and of its microbatches.  The defaults are for verification: tiny but real.
+    """The sizes of the decoder and of its microbatches.  The defaults are those of ``dualpipe verify``.
 
-    Raises ``ModelError`` for a size below 1 or a ``hidden`` that the heads do not divide.
+    Raises ``ModelError`` for a size below 1 or a ``hidden`` that is not a multiple of ``heads``.
     """
 
     hidden: int = 64
@@ -53,7 +53,7 @@ class ModelConfig:
                 raise ModelError("a model's sizes are at least 1", f"got {name}={size}", f"use {name}=1 or more")
         if self.hidden % self.heads:
             raise ModelError(
-                "every head has the same width",
+                "the hidden size is a multiple of the heads",
                 f"got hidden={self.hidden} for {self.heads} heads",
                 f"use a multiple of {self.heads}",
             )
@@ -62,7 +62,7 @@ class ModelConfig:
 
 
 class Embedding(nn.Module):
-    """Token plus position: int64 ``[b, s]`` to ``[b, s, hidden]``."""
+    """Token plus position embedding: int64 ``[b, s]`` to ``[b, s, hidden]``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, ``softmax(Q K^T / sqrt(d)) V`` in plain products: ``[b, s, hidden]`` to the same."""
+    """Causal self-attention, ``softmax(Q K^T / sqrt(d)) V`` by matrix products, ``[b, s, hidden]`` to the same."""
 
     future: Tensor
 
@@ -120,16 +120,16 @@ class Block(nn.Module):
 def build_stage(
     config: ModelConfig, stage: int, stages: int, seed: int, device: torch.device | str = "cpu"
 ) -> nn.Sequential:
-    """Stage ``stage`` of ``stages``; its weights follow from ``(seed, stage)`` alone, whoever builds it.
+    """Stage ``stage`` of ``stages``.  Its weights depend on ``(seed, stage)`` alone, whichever process builds it.
 
     The first stage takes tokens, int64 ``[batch, sequence]``, and the last returns logits, ``[batch, sequence,
-    vocab]``; in between travel hidden states, ``[batch, sequence, hidden]``, in ``config.dtype``.  Weights are
-    drawn in float64 and then cast, without touching the global random state.
+    vocab]``; between stages there are hidden states, ``[batch, sequence, hidden]``, in ``config.dtype``.  Weights are
+    drawn in float64 and then cast, without using the global random state.
 
     Raises ``ModelError`` for a stage that the model does not have.
     """
     if not 0 <= stage < stages:
-        raise ModelError("a stage is one of the model's", f"got stage {stage} of {stages}", "count from 0")
+        raise ModelError("stages are numbered from 0", f"got stage {stage} of {stages}", "use one that the model has")
     module = nn.Sequential()
     if stage == 0:
         module.add_module("embedding", Embedding(config))
@@ -150,7 +150,7 @@ def build_stages(
 
 
 def _draw_weights(module: nn.Module, generator: torch.Generator) -> None:
-    """Fill in place.  Biases and norms are a little off their neutral values, so that an error in them shows."""
+    """Fill in place.  Biases and norms are slightly off their neutral values, so that an error in them shows."""
     with torch.no_grad():
         for layer in module.modules():
             match layer:
@@ -165,9 +165,9 @@ def _draw_weights(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def criterion(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Cross-entropy, mean over the tokens, times ``scale``: a scalar, float64 for float64 logits, else float32.
+    """Cross-entropy, averaged over the tokens, times ``scale``: a scalar, float64 for float64 logits, else float32.
 
-    ``logits`` is ``[..., vocab]``, ``targets`` int64 ``[...]``.  With ``scale`` one over the number of all
+    ``logits`` is ``[..., vocab]``, ``targets`` int64 ``[...]``.  If ``scale`` is one over the number of all
     microbatches, the losses of a step add up to its mean.
     """
     exact = logits if logits.dtype == torch.float64 else logits.float()

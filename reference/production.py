@@ -1,4 +1,4 @@
-"""One rank of the production pipeline under verification: what the processes of ``verify`` run."""
+"""One production rank of a verification, which runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec, Transport
+from dualpipe.schedule import Chunk
 from reference.case import Case, make_deterministic
 from reference.oracle import gradients_of, snapshot, weights_of
 from reference.stopwatch import Stopwatch, Timed
@@ -16,7 +17,7 @@ from reference.trace import StepTrace
 
 
 def transport_of(case: Case) -> ProcessGroupTransport:
-    """The transport that the case asks for, on the default process group."""
+    """The case's transport, on the default process group."""
     return ProcessGroupTransport(device=case.device, timeout=case.timeout, staged=case.staged)
 
 
@@ -26,22 +27,21 @@ def run_rank(
     make_transport: Callable[[Case], Transport] = transport_of,
     make_pipeline: Callable[..., Pipeline] = Pipeline,
 ) -> list[StepTrace]:
-    """Train this rank's stages for the case's steps and record every step.  A test may bring faulty parts."""
+    """Train this rank's stages for the case's steps; returns every step.  A test may pass faulty parts."""
     make_deterministic(case.device)
     transport = make_transport(case)
     schedule, model = case.schedule, case.model
-    held = [
-        (lane, stage)
+    stages = {
+        Chunk(lane, stage): case.stage(stage)
         for lane, route in schedule.routes.items()
         for stage, rank in enumerate(route)
         if rank == transport.rank
-    ]
-    stages = {(lane, stage): case.stage(stage) for lane, stage in held}
+    }
     boundary = [TensorSpec((model.batch, model.sequence, model.hidden), model.dtype)]
     watch = Stopwatch(transport.rank) if case.timed else None
     observed = {} if watch is None else {"observe": watch.observe}
-    carrier = transport if watch is None else Timed(transport, watch)
-    pipeline = make_pipeline(schedule, stages, case.criterion, boundary, carrier, case.blocking, **observed)
+    timed = transport if watch is None else Timed(transport, watch)
+    pipeline = make_pipeline(schedule, stages, case.criterion, boundary, timed, case.blocking, **observed)
     pipeline.copy_weights()
     optimizers = [case.optimizer(module.parameters()) for module in stages.values()]
     traces = []
@@ -59,14 +59,14 @@ def run_rank(
         result = pipeline.step(feed, reduce_gradients=False)
         trace = StepTrace(
             losses={lane: {mb: snapshot(x) for mb, x in losses.items()} for lane, losses in result.losses.items()},
-            lane_gradients={held: gradients_of(module) for held, module in stages.items()},
+            lane_gradients={chunk: gradients_of(module) for chunk, module in stages.items()},
             times={} if watch is None else {watch.rank: watch.read()},
         )
         pipeline.reduce_gradients()
-        trace.gradients |= {held: gradients_of(module) for held, module in stages.items()}
+        trace.gradients |= {chunk: gradients_of(module) for chunk, module in stages.items()}
         for optimizer in optimizers:
             optimizer.step()
-        trace.weights |= {held: weights_of(module) for held, module in stages.items()}
+        trace.weights |= {chunk: weights_of(module) for chunk, module in stages.items()}
         traces.append(trace)
         progress(number + 1)
     return traces

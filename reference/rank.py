@@ -1,18 +1,17 @@
-"""One fake rank: its program as a generator that stops wherever it would have to wait."""
+"""One fake rank: its program as a generator that yields wherever it may have to wait."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from torch import Tensor, nn
 
-from dualpipe.schedule import MESSAGES, RB, RECEIVES, RF, SB, SENDS, SF, Kind, Lane, Op, Schedule, W
+from dualpipe.schedule import MESSAGES, RB, RECEIVES, RF, SB, SENDS, SF, Chunk, Kind, Lane, Op, Schedule, W
 from reference.data import Batch
 from reference.fault import Misstep
-from reference.ledger import Key
 from reference.mailbox import Layout, Mailbox, Message
 from reference.replica import Replica
 
@@ -20,7 +19,7 @@ Observer = Callable[[Op, nn.Module], None]
 
 
 class Pause(NamedTuple):
-    """Where a rank stands (``op`` is ``None`` before its first slot and at its end), and what it waits for there."""
+    """Where a rank is (``op`` is ``None`` before its first slot and at its end), and which messages it waits for."""
 
     slot: int
     op: Op | None
@@ -29,20 +28,20 @@ class Pause(NamedTuple):
 
 @dataclass(frozen=True)
 class Supply:
-    """What a step works on: each lane's microbatches, and what each stage puts out."""
+    """What every rank can look up in a step: each lane's microbatches, and the layout of each stage's output."""
 
     batches: Mapping[Lane, Sequence[Batch]]
     boundaries: Sequence[Layout]
 
 
 class Rank:
-    """One rank for one step.  ``losses`` fills as it goes, by lane and microbatch."""
+    """One rank for one step.  ``losses`` collects the losses it computes, by lane and microbatch."""
 
     def __init__(
         self,
         number: int,
         schedule: Schedule,
-        replicas: Mapping[tuple[Lane, int], Replica],
+        replicas: Mapping[Chunk, Replica],
         supply: Supply,
         mail: Mailbox,
         blocking: bool,
@@ -55,12 +54,12 @@ class Rank:
         self._slot = 0
         self._done: set[Op] = set()
         self._received: defaultdict[Op, list[Message]] = defaultdict(list)
-        # What F and B leave for the neighbours, under the name of its send, until the last use of it.
+        # Outputs of F and B for the neighbour stages, by the op that sends them, until their last use.
         self._produced: dict[Op, Tensor] = {}
         self._uses = Counter(op.bare for slot in self.program for op in slot if op.kind in SENDS or op.kind is W)
 
     def run(self) -> Iterator[Pause]:
-        """Do the whole program.  Raises ``Misstep``."""
+        """Run the whole program.  Raises ``Misstep``."""
         posted: list[Message] = []
         for number, slot in enumerate(self.program):
             self._slot = number
@@ -88,19 +87,20 @@ class Rank:
         peer = self.schedule.peer(op)
         if peer is None or peer == self.number or not 0 <= peer < self.schedule.ranks:
             got = "the lane ends here" if peer is None else f"its peer is rank {peer} of {self.schedule.ranks}"
-            raise self._misstep(op, "a message goes to another rank that exists", got, "name that rank or drop it")
+            fix = "name that rank or remove the op"
+            raise self._misstep(op, "a message goes to another rank that exists", got, fix)
         return peer
 
     def _content(self, op: Op) -> tuple[Layout, Tensor | None]:
-        """The layout of a message and, of a send, the payload."""
+        """The layout of a message and, if it is a send, the payload."""
         if op.kind in RECEIVES:
             boundary = op.stage - 1 if op.kind is RF else op.stage
             if boundary < 0 or (op.kind is RB and self.schedule.is_last(op)):
-                raise self._misstep(op, "a stage receives from a neighbour", "the lane ends here", "leave it out")
+                raise self._misstep(op, "a stage receives from a neighbour", "the lane ends here", "remove it")
             return self.supply.boundaries[boundary], None
         self._check_needs(op)
         if op.bare not in self._produced:
-            raise self._misstep(op, "a stage sends to a neighbour", "the lane ends here", "leave it out")
+            raise self._misstep(op, "a stage sends to a neighbour", "the lane ends here", "remove it")
         payload = self._take(op.bare)
         return Layout.of(payload), payload
 
@@ -115,17 +115,24 @@ class Rank:
     def _compute(self, op: Op) -> None:
         if op in self._done and op.kind is not W:
             raise self._misstep(
-                op, "F and B of a microbatch run once", "it has run already", "drop one; the graph is used up"
+                op,
+                "F and B of a microbatch run once, since autograd frees the graph",
+                "it has run already",
+                "remove one",
             )
-        replica = self.replicas[op.lane, op.stage]
+        replica = self.replicas[op.chunk]
         match op.kind:
             case Kind.F:
                 self._forward(op, replica)
             case Kind.B:
                 self._backward(op, replica)
-            case _:
+            case Kind.W:
                 self._uses[op] -= 1
-                replica.weight(Key.of(op), again=self._uses[op] > 0)
+                replica.weight(op.task, again=self._uses[op] > 0)
+            case Kind.SF | Kind.RF | Kind.SB | Kind.RB:
+                raise AssertionError(f"{op} is in a slot of computes")
+            case never:
+                assert_never(never)
         self._done.add(op)
         if replica.account is not None:
             replica.account.settle(op)
@@ -137,14 +144,14 @@ class Rank:
         (source,) = self.schedule.needs(op) or (None,)
         x = batch.tokens if source is None else self._incoming(source)
         if self.schedule.is_last(op):
-            self.losses[op.lane, op.mb] = replica.forward(Key.of(op), x, batch.targets)
+            self.losses[op.lane, op.mb] = replica.forward(op.task, x, batch.targets)
         else:
-            self._keep(Op(SF, op.lane, op.stage, op.mb), replica.forward(Key.of(op), x))
+            self._keep(Op(SF, op.lane, op.stage, op.mb), replica.forward(op.task, x))
 
     def _backward(self, op: Op, replica: Replica) -> None:
         _, *sources = self.schedule.needs(op)
         gradient = self._incoming(sources[0]) if sources else None
-        found = replica.backward(Key.of(op), gradient)
+        found = replica.backward(op.task, gradient)
         if found is not None:
             self._keep(Op(SB, op.lane, op.stage, op.mb), found)
 
@@ -152,15 +159,15 @@ class Rank:
         batches = self.supply.batches[op.lane]
         if op.mb >= len(batches):
             raise self._misstep(
-                op, "a microbatch is in the data", f"lane {op.lane} has {len(batches)}", "count from 0 or give more"
+                op, "a microbatch is in the data", f"lane {op.lane} has {len(batches)}", "count from 0 or supply more"
             )
         return batches[op.mb]
 
-    # Tensors on their way from one stage to the next.
+    # Tensors between a stage and the next.
 
     def _keep(self, send: Op, value: Tensor) -> None:
         if not self.schedule.crosses(send):
-            self._uses[send] += 1  # handed over to the neighbour stage on this very rank
+            self._uses[send] += 1  # handed to the neighbour stage on this rank
         if self._uses[send]:
             self._produced[send] = value
 
@@ -169,7 +176,7 @@ class Rank:
         return self._produced[send] if self._uses[send] else self._produced.pop(send)
 
     def _incoming(self, source: Op) -> Tensor:
-        """What came by a receive, or what the neighbour stage on this rank (``source`` is its F or B) left."""
+        """The tensor of a receive, or of the neighbour stage on this rank, whose F or B ``source`` then is."""
         if source.kind in RECEIVES:
             message = self._received[source][0]
             payload, message.payload = message.payload, None
@@ -182,7 +189,7 @@ class Rank:
     def _check_holds(self, op: Op) -> None:
         holder = self.schedule.rank_of(op)
         if holder != self.number:
-            raise self._misstep(op, "a rank works on its own stages", f"rank {holder} holds it", "move the op there")
+            raise self._misstep(op, "a rank runs ops of its own stages", f"rank {holder} holds it", "move the op there")
 
     def _check_needs(self, op: Op) -> None:
         for need in self.schedule.needs(op):

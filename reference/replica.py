@@ -1,14 +1,14 @@
-"""One copy of a stage, whose F, B and W are three separate acts of stock autograd.
+"""One replica of a stage.  Its F, B and W are three separate uses of stock autograd.
 
 ::
 
-    F   the stage runs on weights of its linear layers that are cut off from autograd; each call's input is noted
-    B   plain backward: the gradient of the input, and those of norms and embeddings; each call's output gradient
-        is noted as it passes by, and everything else is let go
-    W   each noted call again, F.linear(input, weight, bias), and autograd's gradient of weight and bias
+    F   run the stage with the weights of its linear layers detached; save each linear layer's input
+    B   plain backward: the gradient of the input, and those of norms and embeddings; save the gradient of each linear
+        layer's output, and free everything else
+    W   run each saved call again, F.linear(input, weight, bias), and take autograd's gradient of weight and bias
 
 The split of B and W is that of the zero-bubble paper (arXiv 2401.10241).  Linear layers are those whose class is
-exactly ``nn.Linear``, called as modules; any other parameter has its gradient after B.
+exactly ``nn.Linear``, called as modules; every other parameter has its gradient after B.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dualpipe.schedule import Task
 from reference.fault import SetupError
-from reference.ledger import Account, Holder, Key
+from reference.ledger import Account, Holder
 from reference.oracle import Criterion
 
 
 class Call(NamedTuple):
-    """One call of a linear layer that waits for W: its input, the gradient of its output, and their accounting."""
+    """A call of a linear layer, saved for W: its input, the gradient of its output, and their accounting."""
 
     linear: nn.Linear
     x: Tensor
@@ -40,7 +41,7 @@ class Call(NamedTuple):
 
 @dataclass
 class Activation:
-    """What a microbatch keeps: from F to B the ends of its graph, and from B to W its calls, as B came by them."""
+    """What a microbatch keeps: from F to B the ends of its graph, and from B to W its calls in the order of B."""
 
     x: Tensor | None
     y: Tensor | None = None
@@ -50,38 +51,38 @@ class Activation:
 class Replica:
     """A stage with the microbatches that are live in it.
 
-    ``criterion`` is for the last stage, whose F ends in the loss; ``account`` measures where one is given.
+    ``criterion`` is for the last stage, whose F ends with the loss; ``account``, if given, measures live activations.
 
-    Raises ``SetupError`` if a linear layer shares a parameter with a layer of another kind: such a parameter has
-    its gradient neither at B nor at W.
+    Raises ``SetupError`` if a linear layer shares a parameter with a layer of another kind, because the gradient of
+    such a parameter is complete neither after B nor after W.
     """
 
     def __init__(self, module: nn.Module, criterion: Criterion | None = None, account: Account | None = None) -> None:
         self.module, self.criterion, self.account = module, criterion, account
-        self._live: dict[Key, Activation] = {}
+        self._live: dict[Task, Activation] = {}
         linears = [layer for layer in module.modules() if type(layer) is nn.Linear]
-        # While F runs the layers' own attributes are the cut-off weights, so what W needs is looked up beforehand.
+        # During F the layers' attributes are the detached weights, so W's parameters are looked up beforehand.
         self._parameters = {linear: (linear.weight, linear.bias) for linear in linears}
         weights = {p for pair in self._parameters.values() for p in pair if p is not None}
         _check_apart(module, weights)
-        cut_off = {p: p.detach() for p in weights}
+        detached = {p: p.detach() for p in weights}
         named = module.named_parameters(remove_duplicate=False)
-        self._arguments: dict[str, Tensor] = {name: cut_off.get(p, p) for name, p in named}
+        self._arguments: dict[str, Tensor] = {name: detached.get(p, p) for name, p in named}
         held = chain(module.parameters(), module.buffers())
         self._owned = frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
-        self._now: tuple[Key, Activation] | None = None
+        self._now: tuple[Task, Activation] | None = None
         for linear in linears:
-            linear.register_forward_hook(self._note_call)
+            linear.register_forward_hook(self._save_call)
 
-    def forward(self, key: Key, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The output of F, detached: the stage's activation, or the loss where there is a criterion.
+    def forward(self, task: Task, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Run F; returns its output, detached: the stage's activation, or the loss if there is a criterion.
 
-        ``x`` is the previous stage's activation, whose gradient B will give, or the data in stage 0.
+        ``x`` is the previous stage's activation, whose gradient B will compute, or the data in stage 0.
         """
-        leaf = x if key.stage == 0 else x.detach().requires_grad_()
-        activation = self._live[key] = Activation(leaf)
-        self._now = key, activation
-        with self.account.saving(key, self._owned) if self.account else nullcontext():
+        leaf = x if task.stage == 0 else x.detach().requires_grad_()
+        activation = self._live[task] = Activation(leaf)
+        self._now = task, activation
+        with self.account.saving(task, self._owned) if self.account else nullcontext():
             y: Tensor = functional_call(self.module, self._arguments, (leaf,), tie_weights=False)
             if self.criterion is not None:
                 assert targets is not None
@@ -89,55 +90,55 @@ class Replica:
         self._now, activation.y = None, y
         return y.detach()
 
-    def backward(self, key: Key, gradient: Tensor | None) -> Tensor | None:
-        """B from the output's gradient (``None`` for the loss): the gradient of the input, none in stage 0."""
-        activation = self._live[key]
+    def backward(self, task: Task, gradient: Tensor | None) -> Tensor | None:
+        """Run B from the output's gradient (``None`` for the loss); returns the input's gradient, none in stage 0."""
+        activation = self._live[task]
         x, y = activation.x, activation.y
         assert x is not None
         assert y is not None
         activation.x = activation.y = None
         if y.requires_grad:
             torch.autograd.backward(y, gradient)
-        if key.stage == 0:
+        if task.stage == 0:
             return None
         return torch.zeros_like(x) if x.grad is None else x.grad
 
-    def weight(self, key: Key, *, again: bool) -> None:
-        """W: add to the gradients of the linear layers.  What it needs is kept only if W will run ``again``."""
+    def weight(self, task: Task, *, again: bool) -> None:
+        """Run W: add to the gradients of the linear layers.  The saved calls are kept only if W will run ``again``."""
         totals: dict[nn.Parameter, Tensor] = {}
-        for call in self._live[key].calls:
+        for call in self._live[task].calls:
             for parameter, gradient in self._gradients(call):
-                # A layer that was called twice: autograd, too, first sums over its uses, in the order of backward.
+                # A layer called twice: like autograd, first sum over its uses in the order of the backward.
                 totals[parameter] = totals[parameter] + gradient if parameter in totals else gradient
         for parameter, total in totals.items():
             parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
         if not again:
-            del self._live[key]
+            del self._live[task]
 
-    def forget(self) -> None:
-        """Let go of every live microbatch: the end of a step."""
+    def clear(self) -> None:
+        """Free every live microbatch, at the end of a step."""
         self._live.clear()
 
-    def _note_call(self, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _save_call(self, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(linear, nn.Linear)
         assert self._now is not None
-        key, activation = self._now
+        task, activation = self._now
         x = args[0].detach()
-        holder = self._hold(key, x)
-        # With its weights cut off, a layer fed with plain data is a constant to autograd; a fresh leaf is not.
+        holder = self._hold(task, x)
+        # With detached weights and plain data as input the output is a constant to autograd; make it a leaf.
         y = output if output.requires_grad else output.detach().requires_grad_()
 
-        def arrived(gradient: Tensor) -> None:
-            activation.calls.append(Call(linear, x, gradient, holder + self._hold(key, gradient)))
+        def save(gradient: Tensor) -> None:
+            activation.calls.append(Call(linear, x, gradient, holder + self._hold(task, gradient)))
 
-        y.register_hook(arrived)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        y.register_hook(save)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         return y
 
-    def _hold(self, key: Key, tensor: Tensor) -> tuple[Holder, ...]:
-        return (Holder(self.account, key, tensor),) if self.account else ()
+    def _hold(self, task: Task, tensor: Tensor) -> tuple[Holder, ...]:
+        return (Holder(self.account, task, tensor),) if self.account else ()
 
     def _gradients(self, call: Call) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The gradients of a call's weight and bias, as far as they are trained."""
+        """The gradients of a call's weight and bias, where they require one."""
         weight, bias = self._parameters[call.linear]
         leaves = [None if p is None else p.detach().requires_grad_(p.requires_grad) for p in (weight, bias)]
         trained = [(p, leaf) for p, leaf in zip((weight, bias), leaves, strict=True) if leaf is not None]

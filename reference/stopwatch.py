@@ -1,62 +1,43 @@
-"""When a rank's ops began and ended, and when it waited: what ``dualpipe verify --trace`` keeps of a step."""
+"""Measure when the ops of a rank ran and when the rank waited."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from dualpipe.runtime.transport import Message, Transport
 from dualpipe.schedule import Op, Slot
-
-
-class Stretch(NamedTuple):
-    """From when to when, in seconds of ``time.monotonic``, one clock for all processes of a Linux machine."""
-
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """One step of one rank: each op in program order, and for each receive that was waited for, by label, the wait.
-
-    A message op lasts as long as posting its slot takes; a compute op includes its waits.
-    """
-
-    ops: tuple[tuple[Op, Stretch], ...]
-    waits: Mapping[str, Stretch]
+from reference.trace import Interval, StepTimes
 
 
 class Stopwatch:
-    """Keeps the times of the step that runs."""
+    """The times of the current step."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.start()
 
     def start(self) -> None:
-        self._ops: list[tuple[Op, Stretch]] = []
-        self._waits: dict[str, Stretch] = {}
+        self._ops: list[tuple[Op, Interval]] = []
+        self._waits: dict[str, Interval] = {}
 
     def observe(self, slot: Slot, op: Op, began: float, ended: float) -> None:
-        """An ``dualpipe.runtime.executor.Observer``."""
-        self._ops.append((op, Stretch(began, ended)))
+        """A ``dualpipe.runtime.executor.Observer``."""
+        self._ops.append((op, Interval(began, ended)))
 
     def waited(self, message: Message, began: float, ended: float) -> None:
-        """The first wait for a message counts: later ones find it there."""
-        self._waits.setdefault(message.label, Stretch(began, ended))
+        """Keep the first wait for a message; later waits return at once."""
+        self._waits.setdefault(message.label, Interval(began, ended))
 
     def read(self) -> StepTimes:
         return StepTimes(tuple(self._ops), dict(self._waits))
 
 
 class Timed:
-    """A transport whose waits are timed; all else is the transport's own."""
+    """A transport whose waits are timed; everything else is delegated."""
 
     def __init__(self, transport: Transport, watch: Stopwatch) -> None:
         self.rank, self.ranks = transport.rank, transport.ranks

@@ -1,159 +1,109 @@
-"""The trial: oracle, fake ranks and production processes on one case, held against each other bit by bit."""
+"""Verify one case: run the oracle, the fake ranks and the production processes, and compare them bit by bit."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualpipe.errors import RuleError, UndecidedError
-from dualpipe.schedule import Schedule
+from dualpipe.progress import Progress, silent
+from dualpipe.testing.launch import Context, Failure, Outcome, launch
 from reference import fake
-from reference.case import DTYPES, Case, make_deterministic
-from reference.launch import Context, Failure, Outcome, launch
-from reference.model import ModelConfig
+from reference.case import Case, make_deterministic
+from reference.comparison import differences, failed_sanity_checks
 from reference.oracle import StepTruth, train, weights_of
-from reference.party import Party, Progress
 from reference.production import run_rank
-from reference.trace import StepTrace, differences, merge, vital_signs
+from reference.report import Comparison, Report, StageSize, of_all_ranks
+from reference.trace import StepTrace, merge
 
 FAKE, PROCESSES = "fake ranks", "processes"
 _SPARE, _PER_OP = 30.0, 0.1
-"""Seconds that a party has for a step, and for each of its ops, beyond the timeout of a wait, before it is ended."""
+"""Seconds for each step and for each of its ops, on top of the timeout of a wait, until the processes are killed."""
 
 RankBody = Callable[[Case, Callable[[Any], None]], list[StepTrace]]
 
 
 @dataclass(frozen=True)
-class Traced(Party):
-    """A party with what it had to show of each step."""
+class Traced(Comparison):
+    """A comparison together with what the implementation recorded of each step."""
 
-    traces: Sequence[StepTrace] = ()
-
-
-@dataclass(frozen=True)
-class Report:
-    """The outcome of a verification."""
-
-    case: Case
-    truth: tuple[StepTruth, ...]
-    complaints: tuple[str, ...]
-    parties: tuple[Traced, ...]
-    seconds: float
-
-    @property
-    def equal(self) -> bool:
-        return not self.complaints and all(party.equal for party in self.parties)
-
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.equal else 1
-
-    @property
-    def losses(self) -> list[float]:
-        """The mean loss of each step: the criterion divides by the number of microbatches, so the sum is the mean."""
-        return [sum(float(loss) for lane in step.losses for loss in lane) for step in self.truth]
-
-    def as_json(self) -> dict[str, Any]:
-        case = self.case
-        return {
-            "schedule": case.schedule.name,
-            "ranks": case.schedule.ranks,
-            "microbatches": case.microbatches,
-            "stages": case.schedule.stages,
-            "dtype": str(case.model.dtype).removeprefix("torch."),
-            "device": case.device,
-            "steps": case.steps,
-            "verdict": "equal" if self.equal else "different",
-            "losses": self.losses,
-            "tensors": tensors_compared(case, self.truth),
-            "complaints": list(self.complaints),
-            "parties": {party.name: party.as_json() for party in self.parties},
-            "seconds": round(self.seconds, 3),
-        }
+    traces: Sequence[StepTrace] = field(default=(), repr=False)
 
 
-def make_case(
-    schedule: Schedule,
-    dtype: str,
-    steps: int,
-    seed: int,
-    device: str,
-    transport: str,
-    blocking: bool,
-    timeout: float,
-    timed: bool = False,
-) -> Case:
-    """A case from the words of the command line.  Raises ``RuleError`` for what does not fit together."""
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise RuleError("--device is cpu or cuda", f"got {device}", "choose one of them")
-    if transport not in ("direct", "staged"):
-        raise RuleError("--transport is direct or staged", f"got {transport}", "choose one of them")
-    if kind == "cuda" and torch.cuda.device_count() == 0:
-        got = f"torch {torch.__version__} sees none"
-        raise RuleError("--device cuda needs a GPU and a torch built for it", got, "use cpu")
-    if kind == "cuda" and transport == "direct":
+def verify(case: Case, on_progress: Progress = silent, rank_body: RankBody = run_rank) -> Report[Case, Traced]:
+    """Run each implementation in processes of its own and compare it with the oracle.
+
+    ``rank_body`` lets a test replace a production rank with a faulty one.
+
+    Raises ``RuleError`` for a case that cannot run here, and ``UndecidedError`` if the oracle fails.
+    """
+    _check(case)
+    started = time.monotonic()
+    references = launch(
+        2,
+        lambda context: _run_reference(case, context),
+        _time_limit(case),
+        _time_limit(case),  # the two are independent: a failure of one does not end the other
+        None,
+        lambda rank, steps: on_progress(steps, case.steps, FAKE),
+    )
+    of_oracle, of_fake = references.results
+    if isinstance(of_oracle, Failure):
+        raise UndecidedError(f"the oracle failed, so nothing can be compared: {of_oracle.text}\n{of_oracle.trace}")
+    truth, initial = of_oracle
+    of_processes: Outcome[list[StepTrace]] = launch(
+        case.schedule.ranks,
+        lambda context: rank_body(case, context.progress),
+        _time_limit(case),
+        case.timeout + 5,
+        "gloo",
+        of_all_ranks(on_progress, PROCESSES, case.schedule.ranks, case.steps),
+    )
+    return Report(
+        case,
+        _facts(case),
+        tuple(sum(float(loss) for lane in step.losses for loss in lane) for step in truth),  # already divided by M
+        tensors_compared(case, truth),
+        _stage_sizes(case, truth[-1]),
+        tuple(failed_sanity_checks(truth, initial)),
+        (
+            compare_outcome(case, FAKE, truth, Outcome((of_fake,), references.seconds)),
+            compare_outcome(case, PROCESSES, truth, of_processes),
+        ),
+        time.monotonic() - started,
+    )
+
+
+def _check(case: Case) -> None:
+    """Raise ``RuleError`` if the case cannot be trained, or not on this machine."""
+    if case.on_gpu and torch.cuda.device_count() == 0:
+        got = f"torch {torch.__version__} finds none"
+        raise RuleError("the device cuda needs a GPU and a torch built for it", got, "use cpu")
+    if case.on_gpu and not case.staged:
         raise RuleError(
             "several ranks on one GPU cannot use NCCL, and gloo cannot send CUDA tensors",
-            "got --device cuda --transport direct",
-            "use --transport staged here, and tests/gpu under torchrun for NCCL with one GPU a rank",
+            f"got the device {case.device} and direct messages",
+            "use staged messages here, and tests/gpu under torchrun for NCCL with one GPU a rank",
         )
-    if not 0 < timeout < 1e6:
-        raise RuleError("--timeout is a number of seconds", f"got {timeout}", "use 60")
-    if not any(schedule.microbatches.values()):
+    if not any(case.schedule.microbatches.values()):
         raise RuleError("a schedule to verify runs microbatches", "got one without ops", "add F, B and W")
-    for lane, count in schedule.microbatches.items():
-        named = {placed.op.mb for placed in schedule if placed.op.lane == lane}
+    for lane, count in case.schedule.microbatches.items():
+        named = {placed.op.mb for placed in case.schedule if placed.op.lane == lane}
         if len(named) != count:
             raise RuleError(
                 "the microbatches of a lane are numbered from 0 without gaps",
                 f"lane {lane} names {len(named)}, the largest being {count - 1}",
-                "number them anew",
+                "renumber them",
             )
-    model = ModelConfig(dtype=DTYPES[dtype])
-    return Case(schedule, model, steps, seed, device, transport == "staged", blocking, timeout, timed)
 
 
-def verify(
-    case: Case, on_progress: Progress = lambda party, rank, steps: None, rank_body: RankBody = run_rank
-) -> Report:
-    """Run every party in processes of their own and compare; ``rank_body`` is for tests that bring a faulty rank."""
-    started = time.monotonic()
-    judges = launch(
-        2,
-        lambda context: _judge(case, context),
-        _allowed(case),
-        _allowed(case),  # one judge's failure is no reason to end the other
-        None,
-        lambda rank, steps: on_progress(FAKE, 0, steps),
-    )
-    judged, imitation = judges.results
-    truth, initial = (judged, ()) if isinstance(judged, Failure) else judged
-    if isinstance(truth, Failure):
-        raise UndecidedError(f"the oracle failed, so there is nothing to compare with: {truth.text}\n{truth.trace}")
-    outcome: Outcome[list[StepTrace]] = launch(
-        case.schedule.ranks,
-        lambda context: rank_body(case, context.progress),
-        _allowed(case),
-        case.timeout + 5,
-        "gloo",
-        lambda rank, value: on_progress(PROCESSES, rank, value),
-    )
-    fakes: Outcome[list[StepTrace]] = Outcome((imitation,), judges.seconds)
-    parties = (
-        judge(case, FAKE, truth, fakes),
-        judge(case, PROCESSES, truth, outcome),
-    )
-    return Report(case, tuple(truth), tuple(vital_signs(truth, initial)), parties, time.monotonic() - started)
-
-
-def judge(case: Case, name: str, truth: Sequence[StepTruth], outcome: Outcome[list[StepTrace]]) -> Traced:
-    """Hold one party's results against the oracle's; where a rank failed, its failures are the result."""
+def compare_outcome(case: Case, name: str, truth: Sequence[StepTruth], outcome: Outcome[list[StepTrace]]) -> Traced:
+    """Compare what an implementation recorded with the oracle; if a rank failed, the failures are the result."""
     if outcome.failures:
         return Traced(name, (), outcome.failures, outcome.seconds, name == FAKE)
     traces = merge(outcome.values())
@@ -161,20 +111,25 @@ def judge(case: Case, name: str, truth: Sequence[StepTruth], outcome: Outcome[li
     return Traced(name, found, (), outcome.seconds, name == FAKE, traces)
 
 
+def _run_reference(case: Case, context: Context) -> Any:
+    """Rank 0 is the oracle, rank 1 the fake ranks; neither sees the other."""
+    return (run_oracle(case), initial_weights(case)) if context.rank == 0 else run_fake(case, context.progress)
+
+
 def run_oracle(case: Case) -> list[StepTruth]:
-    """The truth for a case, in this process."""
+    """Run the oracle in this process."""
     make_deterministic(case.device)
     stages = [case.stage(stage) for stage in range(case.schedule.stages)]
     return list(train(stages, case.data(), case.criterion, case.optimizer))
 
 
 def initial_weights(case: Case) -> tuple[Mapping[str, Tensor], ...]:
-    """The weights with which every party begins, stage by stage."""
+    """The weights before the first step, by stage."""
     return tuple(weights_of(case.stage(stage)) for stage in range(case.schedule.stages))
 
 
 def run_fake(case: Case, progress: Callable[[Any], None]) -> list[StepTrace]:
-    """The fake ranks on a case, in this process."""
+    """Run the fake ranks in this process."""
     make_deterministic(case.device)
     stages = [case.stage(stage) for stage in range(case.schedule.stages)]
     steps = fake.train(
@@ -187,28 +142,31 @@ def run_fake(case: Case, progress: Callable[[Any], None]) -> list[StepTrace]:
         seed=case.seed,
     )
     traces = []
-    for number, step in enumerate(steps, start=1):
-        losses = {
-            lane: {mb: loss for mb, loss in enumerate(found) if loss is not None}
-            for lane, found in zip(case.lanes, step.losses, strict=True)
-        }
-        traces.append(StepTrace(losses, dict(step.lane_gradients), dict(step.gradients), dict(step.weights)))
+    for number, trace in enumerate(steps, start=1):
+        traces.append(trace)
         progress(number)
     return traces
 
 
-def _judge(case: Case, context: Context) -> Any:
-    """Two processes side by side: the oracle and the fake ranks, which do not see each other."""
-    return (run_oracle(case), initial_weights(case)) if context.rank == 0 else run_fake(case, context.progress)
-
-
-def _allowed(case: Case) -> float:
+def _time_limit(case: Case) -> float:
     ops = sum(1 for _ in case.schedule)
     return (_SPARE + _PER_OP * ops) * case.steps + 2 * case.timeout
 
 
+def _facts(case: Case) -> dict[str, Any]:
+    return {
+        "schedule": case.schedule.name,
+        "ranks": case.schedule.ranks,
+        "microbatches": case.microbatches,
+        "stages": case.schedule.stages,
+        "dtype": str(case.model.dtype).removeprefix("torch."),
+        "device": case.device,
+        "steps": case.steps,
+    }
+
+
 def tensors_compared(case: Case, truth: Sequence[StepTruth]) -> int:
-    """How many tensors each party is compared in: losses, and for every copy lane gradients, gradients, weights."""
+    """The number of tensors compared: all losses, and the lane gradients, gradients and weights of every replica."""
     lanes = len(case.lanes)
     return sum(
         sum(map(len, step.losses))
@@ -216,4 +174,16 @@ def tensors_compared(case: Case, truth: Sequence[StepTruth]) -> int:
         + lanes * sum(map(len, step.gradients))
         + lanes * sum(map(len, step.weights))
         for step in truth
+    )
+
+
+def _stage_sizes(case: Case, last: StepTruth) -> tuple[StageSize, ...]:
+    routes = case.schedule.routes
+    return tuple(
+        StageSize.of(
+            last.weights[stage].values(),
+            last.gradients[stage].values(),
+            ", ".join(f"{route[stage]}{lane}" for lane, route in routes.items()),
+        )
+        for stage in range(case.schedule.stages)
     )

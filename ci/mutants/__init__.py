@@ -1,5 +1,5 @@
 """Small faults planted at random, one at a time: which does no test notice?
 
-``mutation`` draws them, with the operators of cosmic-ray and one of ours; ``trial`` runs the tests on each in a copy of
-the tree.  It measures the tests, and is no part of the gate or of CI.
+``mutation`` draws them, with the operators of cosmic-ray and one of ours; ``runner`` runs the tests on each in a copy
+of the tree.  This measures the tests, and is not part of the gate or of CI.
 """

@@ -1,4 +1,4 @@
-"""Where a source can be changed so that its meaning changes, and a random sample of such changes."""
+"""Changes of a source that change its meaning, and a random sample of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from ci.errors import GateError
+from ci import GateError
 
 PACKAGES = ("dualpipe/", "proofs/", "reference/")
 PRESENTATION = (
@@ -19,7 +19,7 @@ PRESENTATION = (
     "dualpipe/timeline/picture.py",
     "dualpipe/timeline/terminal.py",
 )
-"""What only draws: sizes and colours there have no right or wrong that a test could hold."""
+"""Modules that only draw: no test could say which sizes and colours there are right."""
 
 _TEXTS = frozenset({"__repr__", "__str__", "describe", "told"})
 """Functions that only write text for a reader."""
@@ -49,7 +49,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class _Change:
-    """An operator, and which of the places in the file that it can change: cosmic-ray counts them from 0."""
+    """An operator, and the occurrence in the file that it changes, which cosmic-ray counts from 0."""
 
     operator: str
     occurrence: int
@@ -58,7 +58,7 @@ class _Change:
 
 
 def sources(root: Path, tracked: Iterable[str], files: Sequence[str]) -> list[str]:
-    """The sources to draw from: Python of ``PACKAGES`` that does not only draw, or of ``files`` (prefixes of paths)."""
+    """The sources to mutate: those of ``PACKAGES`` except ``PRESENTATION``, or of ``files`` (prefixes of paths)."""
     wanted = tuple(files) or PACKAGES
     found = [path for path in tracked if path.endswith(".py") and path.startswith(PACKAGES) and path.startswith(wanted)]
     if not files:
@@ -76,30 +76,30 @@ def sources(root: Path, tracked: Iterable[str], files: Sequence[str]) -> list[st
 def sample(texts: Mapping[str, str], count: int, seed: int) -> list[Mutant]:
     """``count`` mutants of the sources ``{path: text}``, the same for the same seed and texts.
 
-    Every *place* has the same chance, and one of the changes possible there is drawn: else an addition, which can
-    become eleven other operators, would crowd out the rest.
+    Every position has the same chance, and one of its possible changes is drawn: otherwise additions, each of which
+    can become eleven other operators, would crowd out the rest.
     """
     random = Random(seed)
-    places = [(path, place) for path in sorted(texts) for place in _places(texts[path])]
+    positions = [(path, options) for path in sorted(texts) for options in _positions(texts[path])]
     drawn: list[Mutant] = []
-    for path, place in random.sample(places, len(places)):
+    for path, options in random.sample(positions, len(positions)):
         if len(drawn) == count:
             break
-        change = random.choice(place)
+        change = random.choice(options)
         source = _apply(texts[path], change)
         if source != texts[path] and _compiles(source):
             drawn.append(Mutant(path, change.start[0], change.operator, source))
     return drawn
 
 
-def _places(text: str) -> list[list[_Change]]:
-    """The changes of a source, those of one place together."""
+def _positions(text: str) -> list[list[_Change]]:
+    """The possible changes of a source, by position."""
     excluded = list(_excluded(text))
-    places: dict[tuple[Position, Position], list[_Change]] = defaultdict(list)
+    found: dict[tuple[Position, Position], list[_Change]] = defaultdict(list)
     for change in [*_of_cosmic_ray(text), *_dropped(text)]:
         if not any(start <= change.start and change.end <= end for start, end in excluded):
-            places[change.start, change.end].append(change)
-    return [places[key] for key in sorted(places)]
+            found[change.start, change.end].append(change)
+    return [found[key] for key in sorted(found)]
 
 
 def _of_cosmic_ray(text: str) -> Iterator[_Change]:
@@ -117,7 +117,7 @@ def _of_cosmic_ray(text: str) -> Iterator[_Change]:
 
 
 def _dropped(text: str) -> Iterator[_Change]:
-    """Statements that act by their effect alone, each of which can become ``pass``."""
+    """Statements with side effects only, each of which can become ``pass``."""
     for node in ast.walk(ast.parse(text)):
         call = isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.YieldFrom))
         assigned = isinstance(node, ast.Assign) and all(isinstance(target, ast.Attribute) for target in node.targets)
@@ -138,7 +138,7 @@ def _apply(text: str, change: _Change) -> str:
 
 
 def _excluded(text: str) -> Iterator[tuple[Position, Position]]:
-    """What has no meaning at run time, or is text: annotations, f-strings, what is for type checkers alone."""
+    """Parts without meaning at run time, and texts: annotations, f-strings, code for type checkers alone."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             if node.name in _TEXTS or _named(node.decorator_list, "overload"):

@@ -1,1 +1,1 @@
-"""The reports of a judgement: each a pure function of it; ``publish`` writes them."""
+"""The reports of an evaluation: each a pure function of it; ``publish`` writes them."""

@@ -1,20 +1,20 @@
-"""Findings that are one fault to a reader: of the same rule at the same place, in several schedules."""
+"""Groups of findings that are one fault to a reader: the same rule at the same location, in several schedules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ci.outcome import Finding, Outcome
+from ci.result import CheckResult, Finding
 
 MOST_TESTS = 5
-"""How many failed tests are shown to a reader; one fault makes many fail, and the nearest are first."""
+"""How many failed tests are shown: one fault makes many fail, and the nearest are first."""
 _MOST_NAMED = 6
-"""How many schedules a group names."""
+"""How many further schedules a group names."""
 
 
 def grouped(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding a group: the first, which is of the smallest schedule, with the names of the others added."""
+    """The first finding of each group, which has the smallest schedule, with the names of the other schedules added."""
     groups: dict[tuple[str, str, int], list[Finding]] = {}
     for number, finding in enumerate(findings):
         key = (finding.rule, finding.path, finding.line) if finding.schedule else (finding.rule, "", -1 - number)
@@ -22,18 +22,18 @@ def grouped(findings: Iterable[Finding]) -> list[Finding]:
     return [_together(group) for group in groups.values()]
 
 
-def shown(outcome: Outcome) -> list[Finding]:
-    """The findings for a reader: one a group, and of failed tests the first few."""
+def shown(result: CheckResult) -> list[Finding]:
+    """The findings for a reader: one a group, and only the first few failed tests."""
     return [
         finding
-        for number, finding in enumerate(grouped(outcome.findings))
+        for number, finding in enumerate(grouped(result.findings))
         if finding.rule != "test" or number < MOST_TESTS
     ]
 
 
-def left_out(outcome: Outcome) -> str:
-    """How many failed tests ``shown`` leaves out, in words; empty where none."""
-    more = sum(finding.rule == "test" for finding in outcome.findings) - MOST_TESTS
+def left_out(result: CheckResult) -> str:
+    """How many failed tests ``shown`` leaves out, in words; empty if none."""
+    more = sum(finding.rule == "test" for finding in result.findings) - MOST_TESTS
     return f"and {more} failed test{'s' * (more > 1)} more" if more > 0 else ""
 
 

@@ -1,12 +1,12 @@
-"""JUnit XML: one suite, a case a check, its findings as failures; unknown is an error and skipped is skipped."""
+"""JUnit XML: one suite with a case for each check; findings are failures, an unknown check is an error."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
 
-from ci.judgement import Judgement
-from ci.outcome import Outcome, Verdict
+from ci.evaluation import Evaluation
+from ci.result import CheckResult, Verdict
 
 _TAGS = {
     Verdict.UNKNOWN: "error",
@@ -14,12 +14,12 @@ _TAGS = {
     Verdict.REFUSED: "failure",
 }
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that XML 1.0 cannot hold."""
+"""Characters that XML 1.0 does not allow."""
 
 
-def junit(judgement: Judgement) -> str:
-    """The report; a finding is a case of its own, so that each can be seen in a list of failed ones."""
-    cases = [case for outcome in judgement.outcomes for case in _cases(outcome)]
+def junit(evaluation: Evaluation) -> str:
+    """The report.  Each finding is a case of its own, so that a list of failed cases shows them all."""
+    cases = [case for result in evaluation.results for case in _cases(result)]
     counts = {
         "tests": len(cases),
         "failures": sum(case.find("failure") is not None for case in cases),
@@ -27,7 +27,7 @@ def junit(judgement: Judgement) -> str:
         "skipped": sum(case.find("skipped") is not None for case in cases),
     }
     attributes = {"name": "schedule gate", **{key: str(count) for key, count in counts.items()}}
-    suite = ET.Element("testsuite", {**attributes, "time": f"{judgement.seconds:.3f}"})
+    suite = ET.Element("testsuite", {**attributes, "time": f"{evaluation.seconds:.3f}"})
     suite.extend(cases)
     suites = ET.Element("testsuites", attributes)
     suites.append(suite)
@@ -35,21 +35,21 @@ def junit(judgement: Judgement) -> str:
     return ET.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _cases(outcome: Outcome) -> list[ET.Element]:
-    seconds = f"{outcome.seconds:.3f}"
-    if not outcome.findings:
-        case = ET.Element("testcase", {"classname": "gate", "name": outcome.check, "time": seconds})
-        tag = _TAGS.get(outcome.verdict)
+def _cases(result: CheckResult) -> list[ET.Element]:
+    seconds = f"{result.seconds:.3f}"
+    if not result.findings:
+        case = ET.Element("testcase", {"classname": "gate", "name": result.check, "time": seconds})
+        tag = _TAGS.get(result.verdict)
         if tag is not None:
-            ET.SubElement(case, tag, {"message": _clean(outcome.told)})
+            ET.SubElement(case, tag, {"message": _clean(result.summary)})
         return [case]
     cases = []
-    for number, finding in enumerate(outcome.findings):
-        name = " ".join(filter(None, [outcome.check, finding.rule, finding.schedule]))
+    for number, finding in enumerate(result.findings):
+        name = " ".join(filter(None, [result.check, finding.rule, finding.schedule]))
         case = ET.Element(
             "testcase",
             {
-                "classname": f"gate.{outcome.check}",
+                "classname": f"gate.{result.check}",
                 "name": f"{name} [{number}]",
                 "file": finding.path,
                 "line": str(finding.line),

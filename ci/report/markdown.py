@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ci.change import FIGURES, ScheduleChange, side_by_side
-from ci.judgement import Judgement
-from ci.outcome import ExitCode, Finding, Outcome, Verdict
+from ci.evaluation import Evaluation
 from ci.report.grouping import left_out, shown
-from ci.report.terminal import judges_told
+from ci.report.terminal import describe_checking
+from ci.result import CheckResult, ExitCode, Finding, Verdict
 
 MARKS = {
     Verdict.PASSED: "✅",
@@ -22,16 +22,16 @@ HEADS = {
     ExitCode.UNKNOWN: "❔ Unknown: not every check gave an answer",
 }
 MOST_BYTES = 900_000
-"""GitHub takes no summary above 1 MiB."""
+"""GitHub accepts no summary above 1 MiB."""
 _MOST_SHOWN = 4
-"""How many diffs of a schedule family are written out."""
+"""How many diffs of schedules are shown."""
 
 
-def markdown(judgement: Judgement) -> str:
-    """The whole page.  Parts that would make it longer than a summary may be are left out, and told."""
+def markdown(evaluation: Evaluation) -> str:
+    """The whole page.  Parts that would exceed ``MOST_BYTES`` are left out, and the last line counts them."""
     size, left = 0, 0
     lines: list[str] = []
-    for part in _parts(judgement):
+    for part in _parts(evaluation):
         more = sum(len(line.encode(errors="replace")) + 1 for line in part)
         if size + more > MOST_BYTES:
             left += 1
@@ -44,53 +44,53 @@ def markdown(judgement: Judgement) -> str:
 
 
 def complaint_in_markdown(error: Exception) -> str:
-    """The page where there is no judgement."""
+    """The page if there is no evaluation."""
     return f"# Schedule gate: ⚠️ Bad input\n\n{_cell(str(error))}\n"
 
 
-def _parts(judgement: Judgement) -> Iterator[list[str]]:
-    """The page in parts that stand by themselves."""
-    yield list(_head(judgement))
-    for outcome in judgement.outcomes:
-        yield from _findings(outcome)
-    if judgement.schedules:
-        yield list(_table(judgement.schedules))
-        yield from _diffs(judgement.schedules)
+def _parts(evaluation: Evaluation) -> Iterator[list[str]]:
+    """The page in parts, each of which can be left out."""
+    yield list(_head(evaluation))
+    for result in evaluation.results:
+        yield from _findings(result)
+    if evaluation.schedules:
+        yield list(_table(evaluation.schedules))
+        yield from _diffs(evaluation.schedules)
 
 
-def _head(judgement: Judgement) -> Iterator[str]:
-    yield f"# Schedule gate: {HEADS[judgement.exit_code]}"
+def _head(evaluation: Evaluation) -> Iterator[str]:
+    yield f"# Schedule gate: {HEADS[evaluation.exit_code]}"
     yield ""
-    files = len(judgement.changed)
+    files = len(evaluation.changed)
     yield (
-        f"{files} file{'s' * (files != 1)} and {len(judgement.schedules)} schedules differ from "
-        f"`{judgement.base.revision[:12]}` ({_cell(judgement.base.why)}). {judgement.seconds:.1f} s."
+        f"{files} file{'s' * (files != 1)} and {len(evaluation.schedules)} schedules differ from "
+        f"`{evaluation.base.revision[:12]}` ({_cell(evaluation.base.why)}). {evaluation.seconds:.1f} s."
     )
-    if judgement.selection.everything:
-        yield f"Everything was run: {_cell(judgement.selection.everything)}."
-    if judgement.judges:
-        yield f"{_cell(judges_told(judgement.judges))}."
+    if evaluation.selection.everything:
+        yield f"Everything was run: {_cell(evaluation.selection.everything)}."
+    if evaluation.checking:
+        yield f"{_cell(describe_checking(evaluation.checking))}."
     yield ""
     yield "| | check | verdict | seconds | run for |"
     yield "|---|---|---|---:|---|"
-    for outcome in judgement.outcomes:
-        told = f"{outcome.verdict.value}: {_cell(outcome.told)}"
-        yield f"| {MARKS[outcome.verdict]} | {outcome.check} | {told} | {outcome.seconds:.1f} | {_cell(outcome.why)} |"
+    for result in evaluation.results:
+        verdict = f"{result.verdict.value}: {_cell(result.summary)}"
+        yield f"| {MARKS[result.verdict]} | {result.check} | {verdict} | {result.seconds:.1f} | {_cell(result.why)} |"
 
 
-def _findings(outcome: Outcome) -> Iterator[list[str]]:
-    if not outcome.findings:
+def _findings(result: CheckResult) -> Iterator[list[str]]:
+    if not result.findings:
         return
-    findings = shown(outcome)
+    findings = shown(result)
     stories = [finding for finding in findings if "\n" in finding.message.strip()]
-    yield ["", f"## {outcome.check} refuses", ""]
+    yield ["", f"## {result.check} refuses", ""]
     for finding in findings:
         if finding not in stories:
             yield [f"* {_where(finding)}{_cell(finding.message)}"]
     for finding in stories:
         where = f" at `{finding.path}:{finding.line}`" if finding.path else ""
         yield ["", f"**{finding.rule}**{where}", "", *fenced("text", finding.message.splitlines())]
-    if more := left_out(outcome):
+    if more := left_out(result):
         yield ["", f"{more}: they are in `gate.json` and `gate.xml`."]
 
 
@@ -124,7 +124,7 @@ def _figures(change: ScheduleChange) -> list[tuple[str, str, str]]:
 
 
 def fenced(language: str, lines: Sequence[str]) -> Iterator[str]:
-    """Lines as a block of code; a fence within them does not end it."""
+    """Lines as a block of code, which a fence within them does not end."""
     fence = "````" if any("```" in line for line in lines) else "```"
     yield f"{fence}{language}"
     yield from lines
@@ -132,6 +132,6 @@ def fenced(language: str, lines: Sequence[str]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Text on one line, within a table or not: no bars, and no markup of HTML."""
+    """Text on one line, without bars and HTML markup."""
     plain = " ".join(text.split()).replace("|", "\\|")
     return plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,15 +1,15 @@
-"""Writes the reports: the one place with effects."""
+"""Writes the reports; the only module of them with side effects."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ci.errors import GateError
-from ci.judgement import Judgement
+from ci import GateError
+from ci.evaluation import Evaluation
 from ci.process import python, run
 from ci.report.junit import junit
 from ci.report.markdown import complaint_in_markdown, markdown
@@ -24,9 +24,9 @@ SUMMARY = "GITHUB_STEP_SUMMARY"
 
 
 def prepare(output: Path | None, html: Path | None) -> None:
-    """Make room for the reports: what is there of another run goes, for it would be taken for this one's.
+    """Remove the reports of another run, so that nobody takes them for this one's.
 
-    Raises ``GateError`` for a report that cannot be written, before any work is done for it.
+    Raises ``GateError`` for a report that cannot be written, before the checks run.
     """
     if output is not None:
         with _bad_input("--output is a folder for the reports"):
@@ -50,28 +50,28 @@ def _bad_input(rule: str) -> Iterator[None]:
 
 
 def _clear(file: Path) -> None:
-    """Raises ``OSError`` where it cannot be written.  In a folder that lets no file go it stays, empty."""
+    """Raises ``OSError`` if it cannot be written.  In a folder where nothing can be removed it stays, empty."""
     file.open("w").close()
     if file.is_file():
         with suppress(OSError):
             file.unlink()
 
 
-def publish(judgement: Judgement, root: Path, output: Path | None, html: Path | None) -> list[str]:
+def publish(evaluation: Evaluation, root: Path, output: Path | None, html: Path | None) -> list[str]:
     """Write all reports into ``output``, and add the Markdown page to the job's summary where there is one.
 
-    Returns what could not be written, with the reason: a tree that is refused may be too broken to draw.
+    Returns what could not be written, with the reasons: a tree that is refused may be too broken to draw.
     """
-    problems = _write_page_and_data(markdown(judgement), terminal(judgement, as_json=True), output)
-    pages = [html.resolve()] if html is not None else []
+    problems = _write_page_and_data(markdown(evaluation), terminal(evaluation, as_json=True), output)
+    pages = [html] if html is not None else []
     if output is not None:
-        problems += _write(output / "gate.xml", junit(judgement)) + _write(output / "gate.sarif", sarif(judgement))
-        pages.append((output / "gate.html").resolve())
-    return problems + [problem for page in pages if (problem := _draw(judgement, root, page))]
+        problems += _write(output / "gate.xml", junit(evaluation)) + _write(output / "gate.sarif", sarif(evaluation))
+        pages.append(output / "gate.html")
+    return problems + _draw(evaluation, root, pages)
 
 
 def publish_complaint(error: Exception, output: Path | None) -> None:
-    """Say where a job's reports are looked for, if that can be written, that nothing was judged."""
+    """Write into a job's reports that there is no evaluation, if they can be written."""
     _write_page_and_data(complaint_in_markdown(error), json.dumps(complaint(error)) + "\n", output)
 
 
@@ -86,7 +86,7 @@ def _write_page_and_data(page: str, data: str, output: Path | None) -> list[str]
 
 
 def _write(file: Path, text: str, mode: str = "w") -> list[str]:
-    """Write a file; returns why it could not be, if it could not."""
+    """Write a file; returns the reason if that is not possible."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open(mode, encoding="utf-8", errors="backslashreplace") as opened:
@@ -96,9 +96,12 @@ def _write(file: Path, text: str, mode: str = "w") -> list[str]:
     return []
 
 
-def _draw(judgement: Judgement, root: Path, file: Path) -> str:
-    """Write the page with the timelines; returns why it could not be, or nothing."""
-    done = run(python("-m", "ci.timelines", str(file)), root, PAGE_LIMIT_S, given=json.dumps(page(judgement)))
+def _draw(evaluation: Evaluation, root: Path, files: Sequence[Path]) -> list[str]:
+    """Write the page with the timelines to each of the files; returns why it could not be, if it could not."""
+    if not files:
+        return []
+    done = run(python("-m", "ci.child.page"), root, PAGE_LIMIT_S, stdin=json.dumps(page(evaluation)))
     if done.code == 0:
-        return ""
-    return f"{file.name}: {f'{PAGE_LIMIT_S:g} s were not enough' if done.code is None else done.last_words}"
+        return [problem for file in files for problem in _write(file, done.out)]
+    why = f"no answer within {PAGE_LIMIT_S:g} s" if done.code is None else done.last_line
+    return [f"{file.name}: {why}" for file in files]

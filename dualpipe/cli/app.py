@@ -1,4 +1,4 @@
-"""The application that every command registers itself with."""
+"""The application with which every command registers itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = typer.Typer(
 
 
 def examples(*commands: str) -> str:
-    """The end of a command's help: whole command lines, one a line."""
+    """The examples at the end of a command's help, one command per line."""
     return "\n".join(["Examples:", *(f"[cyan]$ {command}[/cyan]" for command in commands)])
 
 
@@ -35,15 +35,15 @@ def dualpipe(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """DualPipe that can be trusted: print, simulate, prove and verify pipeline schedules.
+    """Print, simulate, prove, verify and record pipeline schedules.
 
     A SCHEDULE is one of these:
     - dualpipe, dualpipev, 1f1b or zb1p, made for -P ranks and -M microbatches
-    - a schedule file, as show prints it
+    - a schedule file, in the format that show prints
     - a compute-only table of torch.distributed.pipelining (.csv)
-    - module:function in Python, that returns a Schedule or its text
+    - module:function, a Python function that returns a Schedule or its text
 
-    Every command ends with 2 for bad input, 70 for a fault of its own, which is no verdict, 130 for Ctrl-C, 143 for
-    SIGTERM and 141 where nobody reads its output to the end. With --json a complaint is an object as well, but for
-    a misspelt command or option.
+    Every command exits with 2 for bad input, 70 for an internal error, which is no verdict, 130 for Ctrl-C, 143 for
+    SIGTERM and 141 if nobody reads its output to the end. With --json an error is also printed as a JSON object,
+    except for a misspelt command or option.
     """

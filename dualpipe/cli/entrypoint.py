@@ -1,8 +1,8 @@
-"""``module:function``: a function of somebody's own that returns schedules.
+"""``module:function``: a user's function that returns schedules.
 
-The function runs in a process of its own (``dualpipe.schedule.entrypoint``), which hands back text.  What is proved is
-the schedule parsed from that text, as if it had been read from a file, and nothing that the foreign code does can end
-this process or change a module of it.  Whatever ends without handing back text is bad input.
+The function runs in a process of its own (``dualpipe.schedule.entrypoint``), which returns text.  The schedule is
+parsed from that text, as if read from a file, so foreign code can neither end this process nor change its modules.  If
+the process ends without returning text, that is bad input.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from dualpipe.schedule import Schedule
 from dualpipe.schedule.text import loads
 
 LIMIT_SECONDS = 60.0
-"""How long an entry point may take unless ``--entry-timeout`` says otherwise."""
+"""Seconds that an entry point may take by default (``--entry-timeout``)."""
 MOST_BYTES = 256 << 20
-"""Of text that an entry point may hand back."""
+"""The most bytes of text that an entry point may return."""
 _AFTERWARDS = 2.0
-"""Seconds for the process to end once its text is there; then it is killed, threads and children included."""
+"""Seconds for the process to end once its text is written; then it is killed, with its threads and children."""
 _LATE = 1.0
-"""Seconds by which a process that cannot end itself is killed after its limit."""
+"""Seconds after the limit at which a process is killed that does not end itself."""
 _POLL = 0.005
-_LONGEST_COMPLAINT = 2000
+_LONGEST_ERROR = 2000
 
 _FORM = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (.+)')
@@ -54,7 +54,7 @@ def is_entry_point(text: str) -> bool:
 def call(name: str, ranks: int | None, microbatches: int | None, limit: float = LIMIT_SECONDS) -> list[Schedule]:
     """The schedules that an entry point returns: a ``Schedule``, the text of one, or an iterable of these.
 
-    What the foreign code prints goes to standard error; its standard input is empty.
+    Whatever the foreign code prints goes to standard error; its standard input is empty.
 
     Parameters
     ----------
@@ -68,10 +68,10 @@ def call(name: str, ranks: int | None, microbatches: int | None, limit: float = 
     Raises
     ------
     RuleError
-        For a module or function that is not there, parameters that cannot be filled, an error of the function's
-        own, a process that ends or takes too long before it hands back text, and a result that is something else.
+        If the module or function does not exist, a parameter has no value, the function raises an error, its process
+        ends or takes too long before it returns text, or the result is not a schedule.
     ScheduleSyntaxError
-        For a text that is no schedule; line and column are those of the text.
+        For a text that is not a schedule; line and column refer to the text.
     """
     sizes = {"ranks": ranks, "microbatches": microbatches}
     with tempfile.TemporaryDirectory(prefix="dualpipe-entry-") as scratch:
@@ -90,7 +90,7 @@ def call(name: str, ranks: int | None, microbatches: int | None, limit: float = 
 
 
 def _run(folder: Path, name: str, sizes: dict[str, int | None], limit: float) -> int | None:
-    """Run the process until its answer is there or it has ended; its exit code, ``None`` if it was killed here."""
+    """Run the process until its answer is written or it ends.  Returns its exit code, ``None`` if it was killed."""
     start = _START.format(path=own_path(sys.path), arguments=(str(folder), name, sizes, limit))
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", start],
@@ -112,7 +112,7 @@ def _run(folder: Path, name: str, sizes: dict[str, int | None], limit: float) ->
 
 
 def _standard_error() -> int:
-    """The file descriptor for what the foreign code prints."""
+    """The file descriptor to which the foreign code prints."""
     try:
         os.fstat(2)
     except OSError:
@@ -121,26 +121,26 @@ def _standard_error() -> int:
 
 
 def _ending(name: str, folder: Path, code: int | None, limit: float) -> tuple[str, str]:
-    """What became of a process that handed back nothing, and what to do."""
-    trace = folder / "trace"
-    told = trace.read_text(errors="replace") if trace.exists() else ""
-    if code is None or (code == 1 and told.startswith("Timeout")):
-        at = _place(told)
+    """How a process ended that returned nothing, and how to fix that."""
+    file = folder / "trace"
+    trace = file.read_text(errors="replace") if file.exists() else ""
+    if code is None or (code == 1 and trace.startswith("Timeout")):
+        at = _innermost(trace)
         then = f"; at that moment it was at {at}" if at else ""
         return f"{name} had not returned after {limit:g} s{then}", "make it faster, or raise --entry-timeout"
     if code < 0:
-        at = _place(told)
+        at = _innermost(trace)
         return f"{name} was ended by {_signal(-code)}{f' ({at})' if at else ''}", "correct it"
     return f"{name} ended its process with exit code {code}", "have it return instead"
 
 
-def _place(told: str) -> str:
-    """Where the calling thread was, from what ``faulthandler`` wrote: its innermost frame in a file of the user's own.
+def _innermost(trace: str) -> str:
+    """The innermost frame of the calling thread in the user's own files, from the trace of ``faulthandler``.
 
-    If none is, as while Python starts or a module of somebody else's is called without one, the innermost of all.
+    If there is none, as while Python starts, the innermost frame of all.
     """
-    threads = [thread for thread in re.split(r"\n(?=Thread |Current thread )", told) if "in serve" in thread]
-    frames = _FRAME.findall(threads[0] if threads else told)
+    threads = [thread for thread in re.split(r"\n(?=Thread |Current thread )", trace) if "in serve" in thread]
+    frames = _FRAME.findall(threads[0] if threads else trace)
     own = [frame for frame in frames if not is_installed(frame[0])]
     return "{}:{}, in {}".format(*(own or frames)[0]) if frames else ""
 
@@ -152,7 +152,7 @@ def _signal(number: int) -> str:
 
 
 def _texts(name: str, answer: Path) -> list[str]:
-    """The texts of an answer.  Foreign code may have written it, or changed what did, so its form is checked."""
+    """The texts of an answer.  Its form is checked, since foreign code may have written it or changed its writer."""
     try:
         content: Any = json.loads(answer.read_bytes())
         if set(content) == {"error"}:
@@ -164,10 +164,10 @@ def _texts(name: str, answer: Path) -> list[str]:
             raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RuleError(
-            "an entry point returns a schedule", f"{name} replaced what hands it back", "leave dualpipe as it is"
+            "an entry point returns a schedule", f"{name} replaced the code that returns it", "leave dualpipe as it is"
         ) from error
     raise RuleError(rule, got, fix)
 
 
 def _line(part: str) -> str:
-    return part if len(part) <= _LONGEST_COMPLAINT else part[: _LONGEST_COMPLAINT - 1] + "…"
+    return part if len(part) <= _LONGEST_ERROR else part[: _LONGEST_ERROR - 1] + "…"

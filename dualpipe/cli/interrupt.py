@@ -1,7 +1,7 @@
-"""How a command ends before its time: by Ctrl-C, also while a solver works, and by SIGTERM.
+"""How a command is interrupted: by Ctrl-C, even while a solver works, and by SIGTERM.
 
-Python tells of Ctrl-C between two of its own instructions, and one call of the solver can last minutes.  So the work
-runs in a second thread, while the first does nothing but wait, which Ctrl-C ends at once.
+Python handles Ctrl-C between two of its own instructions, and one call of the solver can last minutes.  So the work
+runs in a second thread while the first only waits, and Ctrl-C ends that wait at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _workers: list[threading.Thread] = []
 
 
 def interruptible(work: Callable[[], T]) -> T:
-    """What ``work`` returns or raises; ``KeyboardInterrupt`` as soon as Ctrl-C is pressed, the work then abandoned.
+    """Return or raise what ``work`` does; on Ctrl-C abandon the work and raise ``KeyboardInterrupt`` at once.
 
-    For work that solves, and starts no processes: whoever gets the interrupt leaves by ``leave``.
+    For work that calls a solver and starts no processes.  After the interrupt, exit with ``leave``.
     """
     import z3
 
-    z3.set_param("ctrl_c", False)  # else Z3 takes the signal for itself and answers "unknown"
+    z3.set_param("ctrl_c", False)  # else Z3 handles the signal itself and answers "unknown"
     outcome: list[T] = []
     errors: list[BaseException] = []
 
@@ -40,7 +40,7 @@ def interruptible(work: Callable[[], T]) -> T:
     worker = threading.Thread(target=run, daemon=True)
     _workers.append(worker)
     worker.start()
-    while worker.is_alive():  # a signal that comes just before a wait begins does not end it, so no wait is long
+    while worker.is_alive():  # a signal just before a wait begins does not end it, so each wait is short
         worker.join(_WAIT_SECONDS)
     if errors:
         raise errors[0]
@@ -48,12 +48,12 @@ def interruptible(work: Callable[[], T]) -> T:
 
 
 class Terminated(SystemExit):
-    """SIGTERM came; no foreign code's own exit is of this class."""
+    """The exit on SIGTERM, which is distinct from any exit of foreign code."""
 
 
 @contextmanager
 def leaving_on_sigterm() -> Iterator[None]:
-    """While inside, SIGTERM leaves as Ctrl-C does, so that what has to be cleaned up is, with exit code 143."""
+    """Make SIGTERM raise an exit with code 143, so that cleanup runs as it does for Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -69,7 +69,7 @@ def leaving_on_sigterm() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; work that was abandoned does not keep it, nor does it see the interpreter go."""
+    """End the process, without waiting for abandoned work and without tearing the interpreter down around it."""
     if any(worker.is_alive() for worker in _workers):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The options that several commands share, and how they name a schedule."""
+"""The options that several commands share, and how a name becomes a schedule."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ NAMES = ", ".join(PLANS)
 MOST_SECONDS = 1_000_000
 LEAST_GIBIBYTES, MOST_GIBIBYTES = 0.2, 100_000
 _LONGEST_NAME = 255
-"""Bytes in the name of a file, on every file system that Linux is used with."""
+"""The longest file name in bytes, on all common file systems of Linux."""
 
 
 def complete_schedule(incomplete: str) -> list[str]:
-    """The names that a shell offers for a schedule; where none fits, the shell goes on to files by itself."""
+    """The names that a shell offers for a schedule; if none fits, the shell completes file names by itself."""
     return [name for name in PLANS if name.startswith(incomplete)]
 
 
 def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
-    """Refuses what is no time to wait."""
+    """Reject timeouts that are not positive, or too long for the clock."""
     if value is not None and not 0 < value <= MOST_SECONDS:
         raise RuleError(
             f"{option.opts[-1]} is more than 0 and at most {MOST_SECONDS} seconds", f"got {value:g}", "correct it"
@@ -37,7 +37,7 @@ def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
 
 
 def gibibytes(option: typer.CallbackParam, value: float | None) -> float | None:
-    """Reject limits of memory in which Z3 cannot even start."""
+    """Reject memory limits in which Z3 cannot even start."""
     if value is not None and not LEAST_GIBIBYTES <= value <= MOST_GIBIBYTES:
         raise RuleError(
             f"{option.opts[-1]} is {LEAST_GIBIBYTES} to {MOST_GIBIBYTES} GiB", f"got {value:g}", "correct it"
@@ -47,12 +47,15 @@ def gibibytes(option: typer.CallbackParam, value: float | None) -> float | None:
 
 Ranks = Annotated[
     int | None,
-    typer.Option("-P", "--ranks", help="Ranks of the pipeline; 4, or what the file has.", show_default=False),
+    typer.Option("-P", "--ranks", help="Ranks of the pipeline; 4, or those of the file.", show_default=False),
 ]
 Microbatches = Annotated[
     int | None,
     typer.Option(
-        "-M", "--microbatches", help="Microbatches of all lanes; 2P, or what the file has.", show_default=False
+        "-M",
+        "--microbatches",
+        help="Microbatches of all lanes; 2P, or those of the file.",
+        show_default=False,
     ),
 ]
 Named = Annotated[
@@ -67,11 +70,13 @@ Positional = typer.Argument(
 )
 One = Annotated[str | None, Positional]
 Several = Annotated[list[str] | None, Positional]
-Blocking = Annotated[bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")]
+Blocking = Annotated[
+    bool, typer.Option("--blocking", help="Wait at each message slot until all its messages have matched.")
+]
 Cost = Annotated[
     str | None,
     typer.Option(
-        help="F, B, W; BW: a full backward; FB: an overlapped pair; latency: of a message.",
+        help="Times of F, B, W, a full backward (BW), an overlapped pair (FB), and the latency of a message.",
         metavar="NAME=NUMBER,...",
         show_default="F=1,B=1,W=1",
     ),
@@ -83,7 +88,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 
 class Dtype(StrEnum):
-    """The number formats that verification knows."""
+    """The dtypes that verification supports."""
 
     fp32 = "fp32"
     fp64 = "fp64"
@@ -91,10 +96,12 @@ class Dtype(StrEnum):
 
 
 def choose(positional: str | None, named: str) -> str:
-    """The one schedule of a command that takes it as an argument or with ``--schedule``."""
+    """The name of the schedule, which is given as an argument or with ``--schedule``."""
     if positional is not None and named != "dualpipe":
         raise RuleError(
-            "one schedule is asked for", f"got {positional} and --schedule {named}", "leave one of them out"
+            "give one schedule, as argument or with --schedule, not both",
+            f"got {positional} and --schedule {named}",
+            "leave one of them out",
         )
     return named if positional is None else positional
 
@@ -102,7 +109,7 @@ def choose(positional: str | None, named: str) -> str:
 def find_schedule(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> Schedule:
-    """The one schedule of a name: see ``find_schedules``."""
+    """The single schedule of a name; see ``find_schedules``."""
     found = find_schedules(name, ranks, microbatches, entry_timeout)
     if len(found) > 1:
         raise RuleError(
@@ -114,10 +121,10 @@ def find_schedule(
 def find_schedules(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> list[Schedule]:
-    """The schedules that a name stands for; sizes of their own must be those that the options ask for, if any.
+    """The schedules of a name: one of ``PLANS``, generated for the sizes; a file; or ``module:function``.
 
-    A name is one of ``PLANS``, generated for the sizes; a file; or an entry point ``module:function``,
-    which may take ``entry_timeout`` seconds.
+    The sizes of a file or an entry point's schedules must agree with ``ranks`` and ``microbatches`` if those are given.
+    An entry point may take ``entry_timeout`` seconds.
     """
     if name in PLANS:
         size = 4 if ranks is None else ranks
@@ -156,14 +163,14 @@ def _check_sizes(name: str, schedule: Schedule, ranks: int | None, microbatches:
     for option, (asked, has) in sizes.items():
         if asked not in (None, has):
             raise RuleError(
-                "the sizes of a schedule file or of an entry point are its own",
+                "a schedule file or an entry point has its own sizes",
                 f"{name} has {has}, {option} asks for {asked}",
                 f"leave {option} out",
             )
 
 
 def read_schedule(path: Path) -> Schedule:
-    """A schedule file, or where the name ends in ``.csv`` torch.distributed.pipelining's compute-only table."""
+    """Read a schedule file, or, if the name ends in ``.csv``, a compute-only table of torch.distributed.pipelining."""
     try:
         if path.suffix == ".csv":
             from dualpipe.schedule.torch_table import load_csv

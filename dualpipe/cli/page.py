@@ -1,19 +1,19 @@
-"""What a page shows of a proof: findings as marks on the timeline, checks as a table.
+"""A proof on the HTML page: findings as marks on the timeline, checks as a table.
 
-Here, and not with the page or with the proofs, since neither of the two knows the other.
+It is part of the command line because neither the page nor the proofs know the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, assert_never
 
 from dualpipe.page.model import Comparison, Counterexample, Mark, Page, Table
 from dualpipe.schedule import COMPUTE, Op, Placed, Schedule
 
 if TYPE_CHECKING:
     from dualpipe.cli.proving import Outcome
-    from proofs.findings import Finding, Mismatch, OverBound, Wait
+    from proofs.findings import Finding, Place
     from proofs.prove import Report, Result
 
 
@@ -38,9 +38,9 @@ def _section(outcome: Outcome) -> Comparison:
 
 
 def comparison(report: Report, after: Schedule, before: Schedule | None = None, source: str = "") -> Comparison:
-    """A proved schedule as a section of the page, beside the one that it replaces.
+    """The report on a schedule as a section of the page, beside the schedule that it replaces.
 
-    Where it deadlocks, the timeline blocks as the proof does, so that it stops where the story says.
+    If it deadlocks, its timeline is simulated with blocking messages, so that it stops where the story says.
     """
     from proofs.verdict import Refuted
 
@@ -59,18 +59,17 @@ def comparison(report: Report, after: Schedule, before: Schedule | None = None, 
 def counterexamples(report: Report, schedule: Schedule) -> tuple[Counterexample, ...]:
     """The stories of the checks that fail, each with its marks."""
     from proofs.story import tell
-    from proofs.verdict import Refuted
 
-    found = []
-    for name, result in report.checks.items():
-        match result.verdict:
-            case Refuted(finding, _) if finding is not None:
-                found.append(Counterexample(name, tell(finding), marks(finding, schedule)))
-    return tuple(found)
+    findings = ((name, result.finding) for name, result in report.checks.items())
+    return tuple(
+        Counterexample(name, tell(finding), marks(finding, schedule))
+        for name, finding in findings
+        if finding is not None
+    )
 
 
 def verdicts(report: Report) -> Table:
-    """The checks with their verdicts, the seconds of each method, and the story or the reason."""
+    """The checks with their verdicts, the seconds that each method took, and the story or the reason."""
     methods = sorted({method for result in report.checks.values() for method in result.seconds})
     rows = [
         (
@@ -85,83 +84,81 @@ def verdicts(report: Report) -> Table:
 
 
 def _brief(result: Result) -> str:
-    """The first line of the story, with what is known besides; the story itself has its own place on the page."""
-    from proofs.prove import told
+    """The first line of the story and the remarks below it; the whole story has its own place on the page."""
+    from proofs.prove import describe
     from proofs.story import tell
-    from proofs.verdict import Refuted
 
-    lines = told(result)
-    match result.verdict:
-        case Refuted(finding, _) if finding is not None:
-            lines = [*lines[:1], *lines[len(tell(finding).split("\n")) :]]
+    lines = describe(result)
+    if result.finding is not None:
+        lines = [*lines[:1], *lines[len(tell(result.finding).split("\n")) :]]
     return "\n".join(lines)
 
 
 def marks(finding: Finding, schedule: Schedule) -> tuple[Mark, ...]:
-    """The places of a finding, each with its sentence of the story."""
-    from proofs import findings
+    """The places of a finding, each with its line of the story, then what else helps to see it."""
     from proofs.story import tell
 
-    story = tell(finding)
+    lines = tell(finding).split("\n")
+    own = (_mark(place, line, schedule) for place, line in zip(finding.places(), lines, strict=False))
+    return (*own, *_context(finding, schedule, lines[0]))
+
+
+def _mark(place: Place, sentence: str, schedule: Schedule) -> Mark:
+    op = str(place.op or "")
+    if place.target is not None:
+        return _arrow(place.rank, place.slot, op, sentence, place.target)
+    peer = place.peer if place.peer is not None and place.peer < schedule.ranks else None
+    return Mark(place.rank, place.slot, op, sentence, peer)
+
+
+def _arrow(rank: int, slot: int, op: str, sentence: str, target: Placed) -> Mark:
+    return Mark(rank, slot, op, sentence, target.rank, target.slot, str(target.op))
+
+
+def _context(finding: Finding, schedule: Schedule, sentence: str) -> Iterator[Mark]:
+    """Marks that the places of a finding do not give, since they need the schedule."""
+    from proofs import findings
+
     match finding:
-        case findings.Circle(_, waits):
-            lines = story.split("\n")
-            return tuple(_wait(wait, line) for wait, line in zip(waits, lines, strict=False))
-        case findings.Mismatch():
-            return _mismatch(finding, schedule, story.split("\n")[0])
-        case findings.NeverMet(_, place, peer) | findings.LeftOver(place, peer, _, _):
-            return (_mark(place, story, peer=_rank(peer, schedule)),)
-        case findings.NoPeer(place, peer, _):
-            return (_mark(place, story, peer=_rank(peer, schedule)),)
-        case findings.NotNeighbour(place, peer, _, _) | findings.Stray(place, peer):
-            return (_mark(place, story, peer=_rank(peer, schedule)),)
-        case findings.TooEarly(place, _, later):
-            return (_mark(place, story, later),)
-        case findings.Repeated(first, second) | findings.SentTwice(first, second) | findings.OutOfOrder(first, second):
-            return (_mark(second, story, first),)
+        case findings.Mismatch(_, receive, _):
+            sender = _sender(schedule, receive.op)
+            if sender is not None:
+                text = f"what it expects is sent by rank {sender.rank} in slot {sender.slot} ({sender.op})"
+                yield _arrow(receive.rank, receive.slot, str(receive.op), text, sender)
         case findings.Missing(op, rank, _):
-            return tuple(_mark(at, story) for at in _nearest_work(schedule, rank, op))
-        case findings.OverBound():
-            return _over_bound(finding, schedule, story.split("\n")[0])
+            for at in _nearest_work(schedule, rank, op):
+                yield Mark(at.rank, at.slot, str(at.op), sentence)
+        case findings.OverBound(rank, slot, live):
+            until = {held.op: held.until for held in live}
+            for at in schedule:
+                if at.rank == rank and at.op in until and at.slot <= slot:
+                    yield Mark(at.rank, at.slot, str(at.op), f"{at.op} is live, waiting for {until[at.op]}")
+        case (
+            findings.Empty()
+            | findings.Repeated()
+            | findings.Stray()
+            | findings.TooEarly()
+            | findings.NoPeer()
+            | findings.NotNeighbour()
+            | findings.LeftOver()
+            | findings.SentTwice()
+            | findings.WaitCycle()
+            | findings.Unmatched()
+            | findings.OutOfOrder()
+        ):
+            pass
         case _:
-            return ()
+            assert_never(finding)
 
 
-def _mark(place: Placed, sentence: str, target: Placed | None = None, peer: int | None = None) -> Mark:
-    if target is None:
-        return Mark(place.rank, place.slot, str(place.op), sentence, peer)
-    return Mark(place.rank, place.slot, str(place.op), sentence, target.rank, target.slot, str(target.op))
-
-
-def _wait(wait: Wait, line: str) -> Mark:
-    return _mark(wait.place, line, wait.partner)
-
-
-def _rank(peer: int | None, schedule: Schedule) -> int | None:
-    return peer if peer is not None and peer < schedule.ranks else None
-
-
-def _mismatch(finding: Mismatch, schedule: Schedule, sentence: str) -> tuple[Mark, ...]:
-    """What a receive gets, and where the message that it expects is sent."""
-    needs = schedule.needs(finding.receive.op.bare)
-    wanted = next((at for at in schedule if at.op.bare in needs), None)
-    gets = _mark(finding.receive, sentence, finding.send)
-    if wanted is None:
-        return (gets,)
-    told = f"what it expects is sent by rank {wanted.rank} in slot {wanted.slot} ({wanted.op})"
-    return (gets, _mark(finding.receive, told, wanted))
+def _sender(schedule: Schedule, receive: Op) -> Placed | None:
+    """The send of the message that a receive expects."""
+    needs = schedule.needs(receive.bare)
+    return next((at for at in schedule if at.op.bare in needs), None)
 
 
 def _nearest_work(schedule: Schedule, rank: int, op: Op) -> list[Placed]:
-    """The last compute of the op's microbatch at its stage; without one, whatever names the microbatch at all."""
+    """The last compute of the op's microbatch at its stage; without one, the last op of that microbatch anywhere."""
     named = [at for at in schedule if (at.op.lane, at.op.mb) == (op.lane, op.mb)]
     here = [at for at in named if at.rank == rank and at.op.stage == op.stage and at.op.kind in COMPUTE]
     return here[-1:] or named[-1:]
-
-
-def _over_bound(finding: OverBound, schedule: Schedule, sentence: str) -> tuple[Mark, ...]:
-    """The slot that is one too many, and the forwards of all that is live in it."""
-    slot = Mark(finding.rank, finding.slot, "", sentence)
-    live = {held.op: held.until for held in finding.live}
-    held = [at for at in schedule if at.rank == finding.rank and at.op in live and at.slot <= finding.slot]
-    return (slot, *(_mark(at, f"{at.op} is live, waiting for {live[at.op]}") for at in held))

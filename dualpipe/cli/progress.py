@@ -1,33 +1,33 @@
-"""How far long work has come: one line on a terminal that goes away at the end, and nothing anywhere else."""
+"""Progress bars of long work: on a terminal they disappear at the end; anywhere else nothing is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-Report = Callable[[int, int, str], None]
-"""Called with what is done, of how many, and the name of what comes next; with all done before anything is printed."""
+from dualpipe.progress import Progress, silent
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """A bar on standard error if that is a terminal; yields what moves it.
+def progress_bar() -> Iterator[Progress]:
+    """Show a bar on standard error if that is a terminal; yields the function that moves it.
 
-    For work that forks no processes: the clock of the bar is moved by a thread.
+    For work that forks no processes, since a thread updates the clock of the bar.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total, name: None
+        yield silent
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
     columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    bars = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    bars = Bars(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
     task = bars.add_task("", total=None)
 
-    def report(done: int, total: int, name: str) -> None:
+    def progress(done: int, total: int, name: str, /) -> None:
         if done == total:
             bars.stop()
             return
@@ -36,6 +36,30 @@ def progress() -> Iterator[Report]:
         bars.refresh()
 
     try:
-        yield report
+        yield progress
     finally:
         bars.stop()
+
+
+@contextmanager
+def progress_bars(names: Sequence[str], steps: int, quiet: bool = False) -> Iterator[Progress]:
+    """Show a bar for each name on standard error if that is a terminal; yields the function that moves them.
+
+    For work that forks processes, so no thread updates the bars.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Bars(
+        *columns, console=console, disable=quiet or not console.is_terminal, transient=True, auto_refresh=False
+    ) as bars:
+        tasks = {name: bars.add_task(name, total=steps) for name in names}
+
+        def progress(done: int, total: int, name: str, /) -> None:
+            bars.update(tasks[name], completed=done, total=total)
+            bars.refresh()
+
+        yield progress

@@ -22,7 +22,7 @@ from dualpipe.cli.options import (
     gibibytes,
     seconds,
 )
-from dualpipe.cli.progress import progress
+from dualpipe.cli.progress import progress_bar
 from dualpipe.cli.targets import HTML, SMTLIB, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
@@ -49,15 +49,17 @@ def prove(
     model: Annotated[
         str,
         typer.Option(
-            help="How messages behave: all, blocking, eager, eager:CAPACITY (eager is 1), stream (as blocking)."
+            help="Model of communication: all, blocking, eager, eager:CAPACITY (eager is 1), stream (as blocking)."
         ),
     ] = "all",
-    max_activations: Annotated[int | None, typer.Option(help="Bound of live activations for every rank.")] = None,
-    bytes_for_b: Annotated[str | None, typer.Option(help="Per stage, bytes live from F to B: 8,8,8,9.")] = None,
-    bytes_for_w: Annotated[str | None, typer.Option(help="Per stage, bytes live from B to W: 3,3,3,4.")] = None,
+    max_activations: Annotated[int | None, typer.Option(help="Bound on live activations of every rank.")] = None,
+    bytes_for_b: Annotated[str | None, typer.Option(help="Bytes per stage that are live from F to B: 8,8,8,9.")] = None,
+    bytes_for_w: Annotated[str | None, typer.Option(help="Bytes per stage that are live from B to W: 3,3,3,4.")] = None,
     smtlib: Annotated[
         Path | None,
-        typer.Option(help="A file for the obligations of one schedule under the first model, for another solver."),
+        typer.Option(
+            help="Write the obligations of one schedule, under the first model, to this file for another solver."
+        ),
     ] = None,
     solver_timeout: Annotated[
         float | None,
@@ -75,28 +77,30 @@ def prove(
     ] = None,
     all_sizes: Annotated[
         bool,
-        typer.Option("--all-sizes", help="Instead, the theorems for every size; with --schedule those of one family."),
+        typer.Option(
+            "--all-sizes", help="Instead, prove theorems for every size; with --schedule those of one family."
+        ),
     ] = False,
     optimal: Annotated[
         bool,
         typer.Option(
-            "--optimal", help="Instead, the least makespan within DualPipe's memory; practical up to -P 8 -M 16."
+            "--optimal", help="Instead, find the least makespan within DualPipe's memory; practical up to -P 8 -M 16."
         ),
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples.")] = None,
     entry_timeout: EntryTimeout = entrypoint.LIMIT_SECONDS,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print JSON instead of text: one object a line for each schedule or theorem."),
+        typer.Option("--json", help="Print JSON instead of text: one object per line for each schedule or theorem."),
     ] = False,
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
 
     Each check is made twice, by plain search and by Z3.  Exit codes:
     0: proved
-    1: refuted; a story says how it goes wrong
+    1: refuted; a story describes what goes wrong
     2: bad input
-    3: a solver gave up, so it is not known
+    3: unknown, since a solver gave up
     130: ended by Ctrl-C
     With several schedules it is the worst of them: 2, then 1, 3, 0.
     """
@@ -105,7 +109,7 @@ def prove(
 
     memory = MEMORY_BYTES if solver_memory is None else int(solver_memory * 2**30)
     if all_sizes or optimal:
-        judging: dict[str, object] = {
+        unused: dict[str, object] = {
             "--max-activations": max_activations,
             "--bytes-for-b": bytes_for_b,
             "--bytes-for-w": bytes_for_w,
@@ -115,21 +119,25 @@ def prove(
             "--entry-timeout": entry_timeout if _was_given(context, "entry_timeout") else None,
         }
         if optimal and not all_sizes and schedule != "dualpipe":
-            judging["--schedule"] = schedule
+            unused["--schedule"] = schedule
         if all_sizes:
-            judging |= {
+            unused |= {
                 "-P": ranks,
                 "-M": microbatches,
                 "--solver-timeout": solver_timeout,
                 "--optimal": optimal or None,
             }
-        given = [*(schedules or []), *(name for name, value in judging.items() if value is not None)]
-        _alone("--all-sizes" if all_sizes else "--optimal", given)
+        given = [*(schedules or []), *(name for name, value in unused.items() if value is not None)]
+        _reject("--all-sizes" if all_sizes else "--optimal", given)
     elif schedules and _was_given(context, "schedule"):
-        raise RuleError("one way to name schedules", f"got {schedules[0]} and --schedule {schedule}", "leave one out")
+        raise RuleError(
+            "give schedules as arguments or one with --schedule, not both",
+            f"got {schedules[0]} and --schedule {schedule}",
+            "leave one of them out",
+        )
     files = [*target("--smtlib", smtlib, SMTLIB), *target("--html", html, HTML)]
     check_targets(files, schedules or [schedule])
-    with progress() as begin:
+    with progress_bar() as begin:
         if all_sizes:
             family = schedule if _was_given(context, "schedule") else None
             raise typer.Exit(interruptible(lambda: proving.prove_all_sizes(as_json, begin, family, memory)))
@@ -159,18 +167,20 @@ def prove(
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
-    """Whether a parameter was typed, and is not the default."""
+    """Whether a parameter is on the command line, even with its default value."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _alone(option: str, given: list[str]) -> None:
+def _reject(option: str, given: list[str]) -> None:
     if given:
-        raise RuleError(f"{option} is a question of its own", f"got {' '.join(given)} as well", "ask one at a time")
+        raise RuleError(
+            f"{option} cannot be combined with {', '.join(given)}", "got both", f"leave out {option} or these"
+        )
 
 
 def _sources(name: str, ranks: int | None, microbatches: int | None, entry_timeout: float) -> list[Source]:
-    """What is to be proved under a name: the several schedules of an entry point each for itself."""
+    """The schedules to prove for a name; an entry point may return several."""
     if not entrypoint.is_entry_point(name):
         return [(name, partial(find_schedule, name, ranks, microbatches))]
     try:

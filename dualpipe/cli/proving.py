@@ -1,4 +1,4 @@
-"""What ``dualpipe prove`` does: proves each schedule that it is given and prints text, or one JSON object a line."""
+"""The work of ``dualpipe prove``: it proves each source and prints text, or one JSON object per line."""
 
 from __future__ import annotations
 
@@ -9,27 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dualpipe.errors import RuleError, nearest
+from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
-from proofs.apart import Apart
+from proofs.isolated import Isolated
 from proofs.models import parse_models
 from proofs.optimal import SECONDS
-from proofs.prove import Begin, Report, prove, smtlib
+from proofs.prove import Report, prove, smtlib
 from proofs.solver import MEMORY_BYTES, SHARED, Solver
 from proofs.theorems import families, prove_all
 from proofs.theorems.family import Family
-from proofs.verdict import ExitCode, Refuted, Unknown, worst
+from proofs.verdict import ExitCode, overall, worst
 
 Source = tuple[str, Callable[[], Schedule]]
-"""A name for reports, and how to get the schedule; getting it may raise ``RuleError`` or ``OSError``."""
-
-
-def _silent(done: int, total: int, name: str) -> None:
-    pass
+"""A name for reports, and a function that returns the schedule; it may raise ``RuleError`` or ``OSError``."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command line, as they were typed."""
+    """The options as given on the command line."""
 
     model: str = "all"
     max_activations: int | None = None
@@ -43,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a source: its schedule and the report, or for bad input the error's text."""
+    """The result of a source: its schedule and the report, or for bad input the error's text."""
 
     name: str
     schedule: Schedule | None = None
@@ -54,25 +51,24 @@ class Outcome:
 def prove_sources(
     sources: Sequence[Source],
     options: Options,
-    see: Callable[[Outcome], None] | None = None,
-    begin: Begin = _silent,
+    collect: Callable[[Outcome], None] = lambda outcome: None,
+    begin: Progress = silent,
 ) -> ExitCode:
-    """Prove every source in order; bad input in one does not keep the others from being proved.
+    """Prove every source in order; bad input in one does not stop the others.
 
-    ``see`` gets what became of each source, after it was printed; ``begin`` is called as ``prove`` calls it.
+    ``collect`` gets each outcome after it is printed; ``begin`` is called as by ``proofs.prove.prove``.
     """
-    show = see or (lambda outcome: None)
     parse_models(options.model)
     if options.smtlib is not None and len(sources) != 1:
         raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
     if options.solver_memory == SHARED.memory_bytes:
-        return worst(_each(sources, options, show, begin, SHARED))
+        return worst(_prove_each(sources, options, collect, begin, SHARED))
     with Solver(options.solver_memory) as solver:
-        return worst(_each(sources, options, show, begin, solver))
+        return worst(_prove_each(sources, options, collect, begin, solver))
 
 
-def _each(
-    sources: Sequence[Source], options: Options, show: Callable[[Outcome], None], begin: Begin, solver: Solver
+def _prove_each(
+    sources: Sequence[Source], options: Options, collect: Callable[[Outcome], None], begin: Progress, solver: Solver
 ) -> Iterator[ExitCode]:
     """Prove each source, print its report and yield its exit code."""
     for name, get in sources:
@@ -85,32 +81,30 @@ def _each(
             print(f"dualpipe: {error}", file=sys.stderr)
             if options.as_json:
                 print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
-            show(Outcome(name, error=str(error)))
+            collect(Outcome(name, error=str(error)))
             continue
         yield report.exit_code
         if options.as_json:
             print(json.dumps(report.as_json() | {"source": name}))
         else:
             print(report.text(), end="")
-        show(Outcome(name, schedule, report))
+        collect(Outcome(name, schedule, report))
 
 
 def prove_all_sizes(
-    as_json: bool, begin: Begin = _silent, family: str | None = None, solver_memory: int = MEMORY_BYTES
+    as_json: bool, begin: Progress = silent, family: str | None = None, solver_memory: int = MEMORY_BYTES
 ) -> ExitCode:
-    """Prove the theorems for every size, one line each; those of one family where its name is given."""
+    """Prove the theorems for every size and print a line for each; only those of one family if its name is given."""
     chosen = None if family is None else [_family(family)]
-    with Apart(solver_memory) as apart:
-        results = prove_all(begin, chosen, by=apart.prove)
-    begin(len(results), len(results), "")
+    with Isolated(solver_memory) as isolated:
+        results = prove_all(begin, chosen, by=isolated.prove)
     for result in results:
         print(json.dumps(result.as_json()) if as_json else result.text)
     if not as_json:
         obligations, arise = (sum(getattr(r, f) for r in results) for f in ("obligations", "non_vacuous"))
         seconds = sum(result.seconds for result in results)
         print(f"{len(results)} theorems, {obligations} obligations, {arise} of them arise, {seconds:.1f} s")
-    codes = {Refuted: ExitCode.REFUTED, Unknown: ExitCode.UNKNOWN}
-    return worst(codes.get(type(result.verdict), ExitCode.PROVED) for result in results)
+    return overall(result.verdict for result in results)
 
 
 def _family(name: str) -> Family:
@@ -127,20 +121,20 @@ def prove_optimal(
     microbatches: int,
     solver_timeout: float | None,
     as_json: bool,
-    begin: Begin = _silent,
+    begin: Progress = silent,
     solver_memory: int = MEMORY_BYTES,
 ) -> ExitCode:
-    """Find and prove the least makespan of a size; unknown where the solver gave up."""
+    """Find, prove and print the least makespan of a size; unknown if the solver gave up."""
     begin(0, 1, "the least makespan")
     seconds = SECONDS if solver_timeout is None else solver_timeout
-    with Apart(solver_memory) as apart:
-        found = apart.optimal(ranks, microbatches, seconds)
+    with Isolated(solver_memory) as isolated:
+        found = isolated.optimal(ranks, microbatches, seconds)
     begin(1, 1, "")
     print(json.dumps(found.as_json()) if as_json else found.text)
-    return ExitCode.UNKNOWN if isinstance(found.verdict, Unknown) else ExitCode.PROVED
+    return overall([found.verdict])
 
 
-def _prove(schedule: Schedule, name: str, options: Options, begin: Begin, solver: Solver) -> Report:
+def _prove(schedule: Schedule, name: str, options: Options, begin: Progress, solver: Solver) -> Report:
     models = parse_models(options.model)
     if options.smtlib is not None:
         options.smtlib(smtlib(schedule, models[0], options.max_activations))

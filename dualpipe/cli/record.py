@@ -30,36 +30,38 @@ def record(
     command: Annotated[list[str], typer.Argument(help="The program to run, after --.", metavar="-- COMMAND ...")],
     ranks: Annotated[
         int | None,
-        typer.Option("-P", "--ranks", min=2, help="Start the command so many times, once a rank.", show_default="once"),
+        typer.Option(
+            "-P", "--ranks", min=2, help="Number of ranks; starts the command once for each.", show_default="once"
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
     name: Annotated[str, typer.Option(help="The schedule's name in the file.")] = "recorded",
-    step: Annotated[int, typer.Option(min=1, help="Which training step; each ends with an optimizer's step.")] = 1,
+    step: Annotated[int, typer.Option(min=1, help="The training step to write; each ends with an optimizer step.")] = 1,
     session: Annotated[
-        int, typer.Option(min=1, help="Which process group, where the program makes several in turn.")
+        int, typer.Option(min=1, help="The process group to write, if the program makes several in turn.")
     ] = 1,
     together: Annotated[
-        list[str] | None, typer.Option(help="A method that overlaps a forward with a backward: its work is one slot.")
+        list[str] | None, typer.Option(help="A method that overlaps a forward with a backward; its ops are one slot.")
     ] = None,
     container: Annotated[
-        list[str] | None, typer.Option(help="A module class that runs the pipeline: its call is no stage's forward.")
+        list[str] | None, typer.Option(help="A module class that runs the pipeline; its call is not a stage's forward.")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.", callback=seconds)] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds until the program is ended.", callback=seconds)] = 120.0,
     stall: Annotated[
         float,
-        typer.Option(help="Seconds in which all ranks wait for messages and none comes: a hang.", callback=seconds),
+        typer.Option(help="Seconds that all ranks must be waiting to count as a hang.", callback=seconds),
     ] = 10.0,
-    prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule at once.")] = False,
+    prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a torch.distributed program on CPU and write the schedule file of what its ranks did.
+    """Run a torch.distributed program on CPU and write what its ranks did as a schedule file.
 
-    With -P the command is started once a rank, as torchrun does; without, it launches its ranks itself.
+    With -P the command is started once for each rank, as torchrun does; without -P it launches its ranks itself.
 
     Exit codes:
     0: recorded, and with --prove proved
     1: recorded, but the program failed or hung, or the schedule is refuted
-    2: bad input, or something could not be named
+    2: bad input, or an op could not be named
     3: with --prove: a solver gave up
     130: ended by Ctrl-C
     """
@@ -74,8 +76,8 @@ def record(
             tuple(command), ranks, timeout, stall, together=tuple(together or ()), containers=tuple(container or ())
         )
         end = run(launch, folder, output=2)
-        if not end.well:
-            for line in end.text().splitlines():
+        if not end.succeeded:
+            for line in end.describe().splitlines():
                 typer.echo(f"dualpipe: {line}", err=True)
         logs, groups = read_folder(folder, ranks, session)
     recording = assemble(logs, name, step)
@@ -88,29 +90,29 @@ def record(
         try:
             each.write(signed(recording.text()))
         except (RuleError, OSError):
-            typer.echo(recording.text(), nl=False)  # a run may have taken long, and its result is not to be lost
+            typer.echo(recording.text(), nl=False)  # do not lose the result of a long run
             raise
-    code = 0 if end.well else 1
-    caveats = [*([] if end.well else ["the program did not end well"]), *recording.caveats]
-    told = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
+    code = 0 if end.succeeded else 1
+    caveats = [*([] if end.succeeded else ["the program failed or was ended"]), *recording.caveats]
+    result = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
     if prove:
-        from proofs.prove import prove as try_it
+        from proofs.prove import prove as run_checks
         from proofs.verdict import ExitCode, worst
 
-        report = interruptible(lambda: try_it(recording.schedule, label=name))
+        report = interruptible(lambda: run_checks(recording.schedule, label=name))
         code = worst([ExitCode(code), report.exit_code])
-        told["proof"] = report.as_json()
+        result["proof"] = report.as_json()
         if not as_json:
             sys.stdout.write(_with_caveats(report.text(), caveats))
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(result))
     elif output is None and not prove:
         sys.stdout.write(recording.text())
     raise typer.Exit(code)
 
 
 def _with_caveats(report: str, caveats: Sequence[str]) -> str:
-    """The report, whose verdict says so where the schedule is not all that the program did."""
+    """The report, with the caveats at a verdict of ``proved``."""
     verdict, rest = report.split("\n", 1)
     if caveats and verdict.endswith(": proved"):
         verdict += " as far as it was recorded: " + "; ".join(caveats)

@@ -29,22 +29,22 @@ def show(
     schedule: Named = "dualpipe",
     timeline: Annotated[
         bool,
-        typer.Option("--timeline", help="Draw when everything happens instead, a line a rank."),
+        typer.Option("--timeline", help="Draw a timeline instead, with a line per rank."),
     ] = False,
-    svg: Annotated[Path | None, typer.Option(help="Write a picture of that there instead.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Likewise, as PNG.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of the timeline to this file instead.")] = None,
+    png: Annotated[Path | None, typer.Option(help="The same as PNG.")] = None,
     cost: Cost = None,
     entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,
 ) -> None:
-    """Print a schedule in the text form that every other command reads; or draw when everything happens."""
+    """Print a schedule in the text form that every other command reads, or draw its timeline."""
     name = choose(positional, schedule)
     pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
     check_targets(pictures, [name])
     value = find_schedule(name, ranks, microbatches, entry_timeout)
     if timeline or pictures:
         if as_json:
-            raise RuleError("--json prints the schedule", "got a drawing to make as well", "ask for one of them")
+            raise RuleError("--json cannot be combined with a drawing", "got both", "leave one of them out")
         _draw(value, timeline, pictures, cost)
         return
     if cost is not None:

@@ -10,7 +10,18 @@ import typer
 
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.entrypoint import LIMIT_SECONDS
-from dualpipe.cli.options import Cost, EntryTimeout, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.options import (
+    Blocking,
+    Cost,
+    EntryTimeout,
+    Json,
+    Microbatches,
+    Named,
+    One,
+    Ranks,
+    choose,
+    find_schedule,
+)
 from dualpipe.cli.targets import TRACE, check_targets, target
 
 
@@ -21,12 +32,10 @@ def simulate(
     microbatches: Microbatches = None,
     schedule: Named = "dualpipe",
     cost: Cost = None,
-    blocking: Annotated[
-        bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")
-    ] = False,
+    blocking: Blocking = False,
     trace: Annotated[
         Path | None,
-        typer.Option(help="Also write a trace for ui.perfetto.dev; a unit of time is a millisecond."),
+        typer.Option(help="Also write a trace for ui.perfetto.dev, with a millisecond for each unit of time."),
     ] = None,
     entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,

@@ -1,7 +1,7 @@
-"""The files that a command writes: checked before its work, written whole, and never in place of something else.
+"""The files that a command writes: checked before its work, and written atomically.
 
-A file that exists is replaced only if it is an earlier output of the same option, which its content shows.  So no
-schedule, source or other file is lost to a slip of the fingers, whatever its name.
+An existing file is replaced only if it is an earlier output of the same option, which its content shows.  So a typing
+error destroys no schedule, source or other file, whatever its name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dualpipe.files import write_whole
 
 
 class Form(NamedTuple):
-    """A sort of output: its name, and whether the content of a file is one that dualpipe made."""
+    """A format of output: its name, and a test whether the content of a file was made by dualpipe."""
 
     what: str
     is_ours: Callable[[bytes], bool]
@@ -30,7 +30,7 @@ _RECORDED = b"# dualpipe record: may be replaced while unchanged, sha256 "
 
 
 def signed(text: str) -> str:
-    """The text of a recording below a line that tells a later ``dualpipe record`` that nobody has edited it."""
+    """The text of a recording below a signature, by which a later ``dualpipe record`` sees that it was not edited."""
     return f"{_RECORDED.decode()}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
@@ -39,42 +39,43 @@ def _is_recording(content: bytes) -> bool:
     return head == _RECORDED + hashlib.sha256(rest).hexdigest().encode()
 
 
-SVG = Form("an SVG picture of dualpipe's", lambda content: content.startswith(b"<?xml") and b"dualpipe" in content)
-PNG = Form("a PNG picture of dualpipe's", lambda content: content.startswith(b"\x89PNG") and b"dualpipe" in content)
+SVG = Form("an SVG picture by dualpipe", lambda content: content.startswith(b"<?xml") and b"dualpipe" in content)
+PNG = Form("a PNG picture by dualpipe", lambda content: content.startswith(b"\x89PNG") and b"dualpipe" in content)
 HTML = Form(
-    "a page of dualpipe's",
+    "a page by dualpipe",
     lambda content: content.startswith(
         b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         b"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src '"
     ),
 )
-TRACE = Form("a trace of dualpipe's", lambda content: content.startswith(b'{"traceEvents": [\n'))
+TRACE = Form("a trace by dualpipe", lambda content: content.startswith(b'{"traceEvents": [\n'))
 SMTLIB = Form(
-    "obligations of dualpipe's in SMT-LIB",
+    "SMT-LIB obligations by dualpipe",
     lambda content: content.startswith(b"(set-logic QF_IDL)\n\n; complete: sat"),
 )
-RECORDING = Form("a recording that nobody has edited", _is_recording)
+RECORDING = Form("an unedited recording", _is_recording)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A file that an option names."""
+    """A file that an option tells the command to write."""
 
     option: str
     path: Path
     form: Form
 
     def check(self) -> None:
-        """Raise ``RuleError`` if the file cannot be written, or if there is one that is not to be replaced."""
+        """Raise ``RuleError`` if the file cannot be written, or exists and must not be replaced."""
         folder = Path(os.path.realpath(self.path)).parent
         if os.path.isdir(self.path):
             self._fail("is a folder, which an empty name stands for too" if self.path == Path() else "is a folder")
         if self.path.parent.is_file():
-            self._fail(f"cannot be made: {self.path.parent} is a file and no folder")
+            self._fail(f"cannot be made: {self.path.parent} is a file, not a folder")
         if not folder.is_dir():
-            folder = folder if self.path.parent.is_dir() else self.path.parent  # else a link leads to nowhere
+            through_link = self.path.parent.is_dir()  # the path itself is a link into a folder that does not exist
+            missing = folder if through_link else self.path.parent
             raise RuleError(
-                f"{self.option} is a file that can be written", f"there is no folder {folder}", "make the folder"
+                f"{self.option} is a file that can be written", f"there is no folder {missing}", "make the folder"
             )
         try:
             self.path.stat()
@@ -100,9 +101,9 @@ class Target:
         raise RuleError(f"{self.option} is a file that can be written", f"{self.path} {got}", "name another file")
 
     def write(self, data: str | bytes) -> None:
-        """Write the file whole.  It is checked again, for the command's work may have taken long."""
+        """Check the file again, since the command's work may have taken long, and write it."""
         self.check()
-        sys.stdout.flush()  # what was printed before comes before, should this be standard output
+        sys.stdout.flush()  # keeps the order if the file is standard output
         try:
             write_whole(self.path, data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         except BrokenPipeError:
@@ -112,25 +113,25 @@ class Target:
 
 
 def target(option: str, path: Path | None, form: Form) -> list[Target]:
-    """The target of an option, if it was given."""
+    """The target of an option as a list, empty if the option was not given."""
     return [] if path is None else [Target(option, path, form)]
 
 
 def check_targets(targets: Iterable[Target], inputs: Iterable[str] = ()) -> None:
-    """Check the targets of a command: each by itself, and that no two options and no input name the same file.
+    """Check each target of a command, and that no two options and no input name the same file.
 
     Raises
     ------
     RuleError
-        If an output is one of ``inputs`` (names of schedules, of which those that are no files are passed over) or
-        another output, whatever paths and links name it, or cannot be written.
+        If an output cannot be written, or is the same file as another output or as one of ``inputs``, by whatever
+        paths and links.  ``inputs`` are names of schedules; those that are no files are ignored.
     """
     seen: list[tuple[str, Path]] = [("is a schedule that the command reads", Path(name)) for name in inputs]
     for each in targets:
-        for told, other in seen:
+        for use, other in seen:
             if _same(each.path, other):
                 raise RuleError(
-                    "every output is a file of its own", f"{each.option} {each.path} {told}", "name another file"
+                    "every output needs its own file", f"{each.option} {each.path} {use}", "name another file"
                 )
         each.check()
         seen.append((f"is the file of {each.option} as well", each.path))

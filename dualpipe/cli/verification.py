@@ -1,137 +1,95 @@
-"""What ``dualpipe verify`` shows: a progress bar for each party while it works, a table of the stages at the end.
+"""What ``dualpipe verify`` prints: a progress bar for each implementation, then a table of the stages and a verdict.
 
-``reference`` returns reports and prints nothing, so that it runs where no package for terminals is installed.
+``reference`` returns reports and prints nothing, so it runs where no package for terminals is installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from dualpipe.cli.progress import progress_bars
+from dualpipe.progress import Progress
 
+if TYPE_CHECKING:
     from reference.case import Case
     from reference.megatron.case import Case as MegatronCase
-    from reference.megatron.verify import Report as MegatronReport
-    from reference.party import Party
-    from reference.verify import Report
+    from reference.megatron.verify import Normed
+    from reference.report import Comparison, Report
 
 MOST_SHOWN = 6
-"""At most this many complaints, and differences of a party, are printed."""
-
-OnProgress = Callable[[str, int, int], None]
-"""Called with a party's name, the rank within it, and the steps it has finished."""
+"""At most this many complaints, and differences of each implementation, are printed."""
 
 
-@contextmanager
-def watch(ranks: Mapping[str, int], steps: int, quiet: bool = False) -> Iterator[OnProgress]:
-    """A bar on standard error for each party, given the number of its ranks; yields the callback that moves them."""
-    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, disable=quiet or not console.is_terminal, transient=True, auto_refresh=False
-    ) as bars:  # no thread: ranks are forked
-        tasks = {name: bars.add_task(name, total=steps) for name in ranks}
-        done = {name: dict.fromkeys(range(count), 0) for name, count in ranks.items()}
-
-        def on_progress(party: str, rank: int, finished: int) -> None:
-            done[party][rank] = finished
-            bars.update(tasks[party], completed=min(done[party].values()))
-            bars.refresh()
-
-        yield on_progress
-
-
-@contextmanager
-def watch_case(case: Case, quiet: bool = False) -> Iterator[OnProgress]:
-    """``watch`` with the parties of a verification."""
+def watch_case(case: Case, quiet: bool = False) -> AbstractContextManager[Progress]:
+    """Progress bars for a verification."""
     from reference.verify import FAKE, PROCESSES
 
-    with watch({FAKE: 1, PROCESSES: case.schedule.ranks}, case.steps, quiet) as on_progress:
-        yield on_progress
+    return progress_bars((FAKE, PROCESSES), case.steps, quiet)
 
 
-@contextmanager
-def watch_megatron(case: MegatronCase, quiet: bool = False) -> Iterator[OnProgress]:
-    """``watch`` with the parties of a verification on Megatron."""
-    from reference.megatron import production, truth
+def watch_megatron(case: MegatronCase, quiet: bool = False) -> AbstractContextManager[Progress]:
+    """Progress bars for a verification on Megatron."""
     from reference.megatron.verify import ORACLE, PRODUCTION, TRUTH
 
-    ranks = {TRUTH: truth.ranks(case), PRODUCTION: production.ranks(case)} | ({ORACLE: 1} if case.has_oracle else {})
-    with watch(ranks, case.steps, quiet) as on_progress:
-        yield on_progress
+    return progress_bars((TRUTH, PRODUCTION, ORACLE) if case.has_oracle else (TRUTH, PRODUCTION), case.steps, quiet)
 
 
-def print_report(report: Report) -> None:
-    """The report of a verification, on standard output."""
-    from reference.verify import tensors_compared
-
-    console = Console(highlight=False)
-    case, schedule, last = report.case, report.case.schedule, report.truth[-1]
+def print_case_report(report: Report[Case, Any]) -> None:
+    """Print the report of a verification on standard output."""
+    case, schedule = report.case, report.case.schedule
     dtype = str(case.model.dtype).removeprefix("torch.")
-    console.print(
+    heading = (
         f"{schedule.name or 'unnamed schedule'}: {schedule.ranks} ranks, {schedule.stages} stages, "
-        f"{case.microbatches} microbatches, {dtype} on {case.device}, {case.steps} steps; "
-        f"loss {' -> '.join(f'{loss:.4f}' for loss in report.losses)}",
-        soft_wrap=True,
+        f"{case.microbatches} microbatches, {dtype} on {case.device}, {case.steps} steps; {_losses(report)}"
     )
-    table = _table(report.parties, "stage", "ranks")
-    for stage in range(schedule.stages):
-        ranks = ", ".join(f"{route[stage]}{lane}" for lane, route in schedule.routes.items())
-        sizes = _sizes(last.weights[stage].values(), last.gradients[stage].values())
-        table.add_row(str(stage), ranks, *sizes, *(_verdict(party, stage) for party in report.parties))
-    console.print(table)
-    _print_complaints(console, report.complaints, report.parties)
-    equal = f"{tensors_compared(case, report.truth)} tensors of each party are bitwise those of plain PyTorch"
-    _print_verdict(console, equal if report.equal else None, report.seconds)
+    print_report(report, heading, "plain PyTorch")
 
 
-def print_megatron_report(report: MegatronReport) -> None:
-    """The report of a verification on Megatron, on standard output."""
-    from reference.megatron.comparison import tensors_compared
-    from reference.megatron.trace import Place
-
-    console = Console(highlight=False)
-    case, last = report.case, report.truth[-1]
-    console.print(describe(case), soft_wrap=True)
-    console.print(
-        f"loss {' -> '.join(f'{loss:.4f}' for loss in report.losses)}; "
-        f"gradient norm {', '.join(f'{norm:.4f}' for norm in report.norms)}",
-        soft_wrap=True,
-    )
-    table = _table(report.parties, "stage")
-    for stage in range(case.pp):
-        places = [Place(0, stage, tp) for tp in range(case.tp)]
-        weights = [weight for place in places for weight in last.weights[place].values()]
-        gradients = [gradient for place in places for gradient in last.gradients[place].values()]
-        table.add_row(str(stage), *_sizes(weights, gradients), *(_verdict(party, stage) for party in report.parties))
-    console.print(table)
-    _print_complaints(console, report.complaints, report.parties)
-    for party in report.parties:
-        if party.norm_difference > 0:
-            console.print(
-                f"{party.name}: gradient norms differ by up to {party.norm_difference:.1g} of themselves; up to "
-                f"{case.norm_rounding:.1g} is rounding, as squares are added up in another order",
-                soft_wrap=True,
-            )
+def print_megatron_report(report: Report[MegatronCase, Normed]) -> None:
+    """Print the report of a verification on Megatron on standard output."""
+    case = report.case
+    norms = ", ".join(f"{norm:.4f}" for norm in report.norms)
+    notes = [
+        f"{comparison.name}: gradient norms differ by up to {comparison.norm_difference:.1g} of themselves; up to "
+        f"{case.norm_rounding:.1g} is rounding, since squares are added in another order"
+        for comparison in report.comparisons
+        if comparison.norm_difference > 0
+    ]
     if not case.has_oracle:
-        console.print(
-            "plain PyTorch was not asked: the oracle is one process, without tensor or expert parallelism or a bias of "
-            "experts",
-            soft_wrap=True,
+        notes.append(
+            "not compared with plain PyTorch: that oracle is one process, without tensor or expert parallelism and "
+            "without expert bias"
         )
-    names = " and ".join(party.name for party in report.parties)
-    equal = f"{tensors_compared(report.truth)} tensors of {names} are bitwise those of Megatron's 1F1B"
-    _print_verdict(console, equal if report.equal else None, report.seconds)
+    print_report(
+        report, f"{describe_megatron(case)}\n{_losses(report)}; gradient norm {norms}", "Megatron's 1F1B", notes
+    )
 
 
-def describe(case: MegatronCase) -> str:
+def print_report(report: Report[Any, Any], heading: str, reference: str, notes: Iterable[str] = ()) -> None:
+    """Print a report on standard output; ``reference`` names what the implementations are compared with."""
+    console = Console(highlight=False)
+    console.print(heading, soft_wrap=True)
+    console.print(_table(report))
+    for complaint in report.complaints[:MOST_SHOWN]:
+        console.print(f"sanity check failed: {complaint}", style="red", markup=False, soft_wrap=True)
+    for comparison in report.comparisons:
+        _print_differences(console, comparison)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    if report.equal:
+        names = " and ".join(comparison.name for comparison in report.comparisons)
+        equal = f"{report.tensors} tensors of {names} are bitwise those of {reference}"
+        console.print(f"EQUAL: {equal} ({report.seconds:.1f} s)", style="green", soft_wrap=True)
+    else:
+        console.print(f"NOT EQUAL ({report.seconds:.1f} s)", style="red")
+
+
+def describe_megatron(case: MegatronCase) -> str:
     """A case on Megatron, in two lines."""
     from reference.megatron import production, truth
 
@@ -141,7 +99,7 @@ def describe(case: MegatronCase) -> str:
         "distributed optimizer": case.distributed_optimizer,
         "recompute": case.recompute,
         "loss per token": case.per_token_loss,
-        "bias of experts": case.expert_bias,
+        "expert bias": case.expert_bias,
         f"expert parallel {case.ep}": case.ep > 1,
         f"dropout {case.dropout}": case.dropout,
         f"clipping at {case.clip_norm}": case.clip_norm,
@@ -155,43 +113,36 @@ def describe(case: MegatronCase) -> str:
     )
 
 
-def _table(parties: Sequence[Party], *first: str) -> Table:
-    """One row a stage: its parameters, the size of its gradient, and how each party compares."""
+def _losses(report: Report[Any, Any]) -> str:
+    return f"loss {' -> '.join(f'{loss:.4f}' for loss in report.losses)}"
+
+
+def _table(report: Report[Any, Any]) -> Table:
+    """One row a stage: the ranks that hold it, its parameters and gradient, and how each implementation compares."""
+    with_ranks = any(stage.ranks for stage in report.stages)
+    names = [comparison.name for comparison in report.comparisons]
     table = Table(box=None, pad_edge=False)
-    for heading in (*first, "parameters", "largest gradient", *(party.name for party in parties)):
-        table.add_column(heading, justify="right")
+    for title in ("stage", *(["ranks"] if with_ranks else []), "parameters", "largest gradient", *names):
+        table.add_column(title, justify="right")
+    for number, stage in enumerate(report.stages):
+        ranks = [stage.ranks] if with_ranks else []
+        verdicts = [_verdict(comparison, number) for comparison in report.comparisons]
+        table.add_row(str(number), *ranks, f"{stage.parameters:,}", f"{stage.largest_gradient:.3g}", *verdicts)
     return table
 
 
-def _sizes(weights: Iterable[Tensor], gradients: Iterable[Tensor]) -> tuple[str, str]:
-    """The number of parameters of a stage, and the largest absolute value of its gradient."""
-    largest = max((float(gradient.abs().max()) for gradient in gradients), default=0.0)
-    return f"{sum(weight.numel() for weight in weights):,}", f"{largest:.3g}"
-
-
-def _verdict(party: Party, stage: int) -> str:
-    """How a party compares on one stage, in rich's markup."""
-    if party.failures:
+def _verdict(comparison: Comparison, stage: int) -> str:
+    """How an implementation compares on one stage, in rich's markup."""
+    if comparison.failures:
         return "[red]did not finish"
-    wrong = sum(difference.stage == stage for difference in party.differences)
+    wrong = sum(difference.stage == stage for difference in comparison.differences)
     return f"[red]{wrong} differ" if wrong else "[green]equal"
 
 
-def _print_complaints(console: Console, complaints: Sequence[str], parties: Sequence[Party]) -> None:
-    """What the truth itself lacks, then how each party differs or failed."""
-    for complaint in complaints[:MOST_SHOWN]:
-        console.print(f"nothing happened: {complaint}", style="red", markup=False, soft_wrap=True)
-    for party in parties:
-        for difference in party.differences[:MOST_SHOWN]:
-            console.print(f"{party.name}: {difference}", style="red", markup=False, soft_wrap=True)
-        if len(party.differences) > MOST_SHOWN:
-            console.print(f"{party.name}: and {len(party.differences) - MOST_SHOWN} more", style="red")
-        for failure in party.told:
-            console.print(f"{party.name}: {failure}", style="red", markup=False, soft_wrap=True)
-
-
-def _print_verdict(console: Console, equal: str | None, seconds: float) -> None:
-    if equal is None:
-        console.print(f"NOT EQUAL ({seconds:.1f} s)", style="red")
-    else:
-        console.print(f"EQUAL: {equal} ({seconds:.1f} s)", style="green", soft_wrap=True)
+def _print_differences(console: Console, comparison: Comparison) -> None:
+    """The first differences of an implementation, and all its failures."""
+    lines: Sequence[str] = [str(difference) for difference in comparison.differences[:MOST_SHOWN]]
+    if len(comparison.differences) > MOST_SHOWN:
+        lines = [*lines, f"and {len(comparison.differences) - MOST_SHOWN} more"]
+    for line in [*lines, *comparison.describe_failures()]:
+        console.print(f"{comparison.name}: {line}", style="red", markup=False, soft_wrap=True)

@@ -31,15 +31,15 @@ _MEGATRON = "Megatron (--model gpt or moe)"
 
 
 class Model(StrEnum):
-    """What is trained."""
+    """The model to train."""
 
     lm = "lm"
     gpt = "gpt"
     moe = "moe"
 
 
-def _flag(name: str, told: str) -> Any:
-    return typer.Option(name, help=told, rich_help_panel=_MEGATRON)
+def _flag(name: str, text: str) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=_MEGATRON)
 
 
 @app.command(
@@ -59,30 +59,34 @@ def verify(
     schedule: Named = "dualpipe",
     dtype: Annotated[Dtype, typer.Option(help="Weights and activations.")] = Dtype.fp32,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of weights, data and the fake ranks' interleaving.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the fake ranks' interleaving.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     transport: Annotated[
         str, typer.Option(help="direct, or staged: through pinned host memory, for several ranks on one GPU.")
     ] = "direct",
     blocking: Annotated[
-        bool, typer.Option("--blocking", help="A message slot waits until all its messages met.")
+        bool, typer.Option("--blocking", help="A slot of messages waits until all of them are matched.")
     ] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a wait is a hang.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a message before reporting a hang.")] = 60.0,
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="Write what the processes did when, beside the simulation, for ui.perfetto.dev: file or folder.",
+            help="Write a trace of the processes and of the simulation, for ui.perfetto.dev: file or folder.",
         ),
     ] = None,
     dp: Annotated[int, _flag("--dp", "Data parallel pipelines of DualPipe; 1F1B runs twice as many.")] = 1,
     tp: Annotated[int, _flag("--tp", "Tensor parallel ranks.")] = 1,
-    ep: Annotated[int, _flag("--ep", "Expert parallel ranks, out of the data parallel ones.")] = 1,
-    sequence_parallel: Annotated[bool, _flag("--sequence-parallel", "Split norms and dropout, too.")] = False,
-    overlap_grad_reduce: Annotated[bool, _flag("--overlap-grad-reduce", "Reduce gradients as they appear.")] = False,
+    ep: Annotated[int, _flag("--ep", "Expert parallel ranks, taken from the data parallel ones.")] = 1,
+    sequence_parallel: Annotated[bool, _flag("--sequence-parallel", "Also split norms and dropout.")] = False,
+    overlap_grad_reduce: Annotated[
+        bool, _flag("--overlap-grad-reduce", "Reduce gradients while the backward runs.")
+    ] = False,
     distributed_optimizer: Annotated[bool, _flag("--distributed-optimizer", "Shard the optimizer's state.")] = False,
     recompute: Annotated[bool, _flag("--recompute", "Recompute every layer in the backward.")] = False,
-    per_token_loss: Annotated[bool, _flag("--per-token-loss", "Normalise by tokens, not by microbatches.")] = False,
-    expert_bias: Annotated[bool, _flag("--expert-bias", "Routers steer by a bias, without an auxiliary loss.")] = False,
+    per_token_loss: Annotated[bool, _flag("--per-token-loss", "Normalise by tokens instead of microbatches.")] = False,
+    expert_bias: Annotated[
+        bool, _flag("--expert-bias", "Balance experts by a router bias, without an auxiliary loss.")
+    ] = False,
     dropout: Annotated[float, _flag("--dropout", "Probability of dropout.")] = 0.0,
     clip: Annotated[
         float | None, _flag("--clip", "Norm to clip gradients to; 0: none.  [default: clips at every step]")
@@ -90,16 +94,16 @@ def verify(
     entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,
 ) -> None:
-    """Train on real processes and on fake ranks; compare with plain PyTorch, bit by bit.
+    """Train on real processes and on fake ranks, and compare both with plain PyTorch, bit by bit.
 
-    With --model gpt or moe: train a Megatron model with the drop-in, and compare with Megatron's own 1F1B and plain
-    PyTorch.
+    With --model gpt or moe: train a Megatron model with the drop-in and with plain PyTorch, and compare both with
+    Megatron's own 1F1B.
 
     Exit codes:
     0: every loss, gradient and weight is equal
     1: something differs, or hangs
     2: bad input
-    3: the oracle itself failed, so nothing can be said
+    3: the oracle itself failed, so nothing can be compared
     130: ended by Ctrl-C
     """
     chosen = choose(positional, schedule)
@@ -136,23 +140,27 @@ def verify(
     if into_folder and trace is not None:
         traces = target("--trace", trace / _trace_name(value), TRACE)
         check_targets(traces, [chosen])
-    from dualpipe.cli.verification import print_report, watch_case
-    from reference.verify import make_case
+    if transport not in ("direct", "staged"):
+        raise RuleError("--transport is direct or staged", f"got {transport}", "use one of them")
+    from dualpipe.cli.verification import print_case_report, watch_case
+    from reference.case import DTYPES, Case
+    from reference.model import ModelConfig
     from reference.verify import verify as run
 
-    case = make_case(value, dtype.value, steps, seed, device, transport, blocking, timeout, trace is not None)
+    config = ModelConfig(dtype=DTYPES[dtype.value])
+    case = Case(value, config, steps, seed, device, transport == "staged", blocking, timeout, trace is not None)
     with watch_case(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)
     if as_json:
         typer.echo(json.dumps(report.as_json()))
     else:
-        print_report(report)
+        print_case_report(report)
     for each in traces:
         from reference.measured import trace_of
 
         text = trace_of(report)
         if text is None:
-            typer.echo("no trace was written, for the processes did not finish", err=True)
+            typer.echo("no trace was written, because the processes did not finish", err=True)
         else:
             each.write(text)
             typer.echo(f"trace written to {each.path}", err=True)
@@ -160,7 +168,7 @@ def verify(
 
 
 def _trace_name(schedule: Schedule) -> str:
-    """The name of a trace in a folder.  A schedule's name may hold a slash, which must not lead out of the folder."""
+    """The file name of a trace in a folder.  A slash in the schedule's name must not lead out of the folder."""
     name = schedule.name.replace(os.sep, "-").lstrip(".") or "schedule"
     return f"{name}-P{schedule.ranks}-M{sum(schedule.microbatches.values())}.json"
 

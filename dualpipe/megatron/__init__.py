@@ -1,6 +1,6 @@
-"""DualPipe as a drop-in for Megatron-core: what a training script imports.
+"""DualPipe as a drop-in for Megatron-core: the functions that a training script imports.
 
-Nothing of megatron-core is imported before a name of this package is used.
+megatron-core is imported only when a name of this package is used.
 """
 
 from __future__ import annotations

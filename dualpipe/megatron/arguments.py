@@ -1,4 +1,4 @@
-"""The command line flag, and the check that what else is set can be trained with it."""
+"""The command-line flag, and the check that DualPipe can train with the other settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
 
 def add_dualpipe_args(parser: Parser) -> Parser:
-    """Add ``--use-dualpipe`` to a parser, which is also returned, as Megatron-LM's ``extra_args_provider`` wants it.
+    """Add ``--use-dualpipe`` to a parser and return the parser, as Megatron-LM's ``extra_args_provider`` requires.
 
-    A parser that has the flag already, like FlagScale's, stays as it is.
+    A parser that already has the flag, like FlagScale's, is not changed.
     """
-    if FLAG not in parser._option_string_actions:  # argparse offers no public way to ask
+    if FLAG not in parser._option_string_actions:  # argparse has no public way to ask
         parser.add_argument_group("dualpipe", "bidirectional pipeline").add_argument(
             FLAG,
             action="store_true",
@@ -26,21 +26,21 @@ def add_dualpipe_args(parser: Parser) -> Parser:
 
 
 def validate_dualpipe_args(args: Any) -> None:
-    """Raise unless DualPipe trains right with these arguments; without ``args.use_dualpipe`` nothing happens.
+    """Raise if DualPipe cannot train with these arguments; without ``args.use_dualpipe``, do nothing.
 
     Args:
         args: Megatron's arguments, a plain namespace, after Megatron's own ``validate_args`` (which computes
-            ``data_parallel_size`` and the batch sizes).  They are read only.
+            ``data_parallel_size`` and the batch sizes).  It is not changed.
 
     Raises:
-        SettingsError: A ``RuleError`` that tells every broken rule, what came and what to set.
+        SettingsError: A ``RuleError`` that lists every broken rule, the setting that breaks it and how to fix it.
     """
     if getattr(args, "use_dualpipe", False):
         _raise_if_any(args)
 
 
 def validate_dualpipe_config(config: Any, ddp_config: Any = None) -> None:
-    """The same rules for the configs of a model about to be built with DualPipe.
+    """Apply the same rules to the configs of a model that is about to be built with DualPipe.
 
     Args:
         config: A ``TransformerConfig``, or any object with its attributes.

@@ -1,7 +1,7 @@
-"""Checkpoints that don't know of DualPipe: what is saved with it loads with 1F1B at any pipeline size, and back.
+"""Checkpoints that do not depend on DualPipe: those saved with it load with 1F1B at any pipeline size, and vice versa.
 
-Both replicas of a stage hold the same weights, the same optimizer state and, between steps, the same state of the
-random generators.  So a checkpoint has one of each, under the keys that Megatron gives it.
+Both replicas of a stage have the same weights, the same optimizer state and, between steps, the same state of the
+random generators.  So a checkpoint has one of each, under Megatron's own keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 from torch import nn
 
 from dualpipe.errors import RuleError
-from dualpipe.megatron.model import chunk_of, require_chunks
+from dualpipe.megatron.model import setup_of, setups_of
 from dualpipe.megatron.optimizer_state import SHARDING, whole_parameters
 from dualpipe.megatron.random_streams import States, capture, exchange, restore
 from dualpipe.megatron.replicas import gather_weights, raise_together
@@ -48,7 +48,7 @@ def sharded_state_dict(model: Sequence[nn.Module], optimizer: Any = None, is_loa
 
 
 def _metadata(metadata: Mapping[str, Any], single: bool) -> dict[str, Any]:
-    """A chunk of DualPipe names its own group; Megatron's is asked for that of the rank."""
+    """Megatron's own chunk needs the group of the rank; a chunk of DualPipe adds its own."""
     own = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)} if single else {}
     return {**metadata, **own}
 
@@ -56,16 +56,16 @@ def _metadata(metadata: Mapping[str, Any], single: bool) -> dict[str, Any]:
 def save_checkpoint(
     folder: Path | str, model: Sequence[nn.Module], optimizer: Any = None, common: Mapping[str, Any] | None = None
 ) -> None:
-    """Save into ``folder`` (made if need be, and empty); every process of the job calls this together.
+    """Save into ``folder``, which is created if it is missing; every process of the job calls this together.
 
-    ``common`` is small and the same on every rank: the number of the step, the state of a scheduler.  Raises
-    ``RuleError``, before it writes, where the two copies of a stage differ.
+    ``common`` is small and the same on every rank: the number of the step, the state of a scheduler.  If the two
+    replicas of a stage differ, raises ``RuleError`` before writing anything.
     """
     path = Path(folder)
     if dist.get_rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    require_equal_copies(model)
+    require_equal_replicas(model)
     state = {**sharded_state_dict(model, optimizer), "random": _random(capture()), "common": dict(common or {})}
     dist_checkpointing.save(state, str(path))
 
@@ -73,13 +73,13 @@ def save_checkpoint(
 def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: Any = None) -> dict[str, Any]:
     """Load what ``save_checkpoint`` saved, with DualPipe or without, and return its ``common``.
 
-    The random generators go on where they stood if the pipeline and tensor sizes are those of the saving run;
-    otherwise they stay as they are.  Raises ``RuleError`` where there is no checkpoint, and where the optimizer's
-    state is not that of the weights (see ``dualpipe.megatron.optimizer_state``).
+    The states of the random generators are restored if the pipeline and tensor sizes are those of the run that saved
+    them; otherwise they are left alone.  Raises ``RuleError`` if there is no checkpoint, or if the optimizer's state
+    does not belong to the weights (see ``dualpipe.megatron.optimizer_state``).
     """
     path = str(folder)
     if not dist_checkpointing.check_is_distributed_checkpoint(path):
-        raise RuleError("a checkpoint is a folder that save_checkpoint wrote", f"{path} is none", "correct the path")
+        raise RuleError("a checkpoint is a folder that save_checkpoint wrote", f"got {path}", "correct the path")
     wanted = sharded_state_dict(model, optimizer, is_loading=True)
     saved = _random(capture())
     found = load_sharded_metadata(path)
@@ -108,7 +108,7 @@ def _load_optimizer(optimizer: Any, state: Any) -> None:
 
 
 def _together(load: Callable[[], None]) -> None:
-    """Let every process of the job raise ``RuleError`` if one does, so that none goes on alone."""
+    """Call ``load``, and raise ``RuleError`` on every process of the job if one of them raises it."""
     refused: RuleError | None = None
     try:
         load()
@@ -121,32 +121,32 @@ def _together(load: Callable[[], None]) -> None:
             raise RuleError(*each) from refused
 
 
-def require_equal_copies(model: Sequence[nn.Module]) -> None:
-    """Before a save: all weights have arrived, and those of the two copies of each stage are equal.
+def require_equal_replicas(model: Sequence[nn.Module]) -> None:
+    """Before a save, finish gathering weights and compare the two replicas of each stage.
 
-    Every process of the job calls it; all of them raise ``RuleError`` if the copies of one stage differ.
+    Every process of the job calls it; all of them raise ``RuleError`` if the replicas of one stage differ.
     """
     gather_weights(model)
     if len(model) > 1:
-        raise_together(require_chunks(model)[0].pipeline.copies.difference(), None)
+        raise_together(setups_of(model)[0].shared.replicas.difference(), None)
 
 
 def resume_random_stream(model: Sequence[nn.Module]) -> None:
-    """After the process's generators were restored, put lane < where the same stage of lane > stands.
+    """After the process's generators were restored, set lane < to the state of the same stage in lane >.
 
-    ``load_checkpoint`` does so; a training loop that restores random states itself calls this afterwards, on every
-    rank.  Between steps both replicas of a stage have drawn alike, so one state serves both.
+    ``load_checkpoint`` does this; a training loop that restores random states itself calls it afterwards, on every
+    rank.  Between steps both replicas of a stage have drawn the same numbers, so one state serves both.
     """
-    pipeline = chunk_of(model[0]).pipeline
-    pipeline.stream.states = exchange(capture(), pipeline.groups.pair)
+    shared = setup_of(model[0]).shared
+    shared.stream.states = exchange(capture(), shared.groups.pair)
 
 
 def _random(states: States) -> ShardedObject:
-    """The state of the generators of this pipeline and tensor rank."""
+    """The states of the random generators, sharded by pipeline and tensor rank."""
     shape = (
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    offset = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject(RANDOM, states, shape, place, replica_id=replica)
+    return ShardedObject(RANDOM, states, shape, offset, replica_id=replica)

@@ -1,5 +1,5 @@
-"""Megatron's chunks behind the interpreter: F by Megatron's own ``forward_step``, B and W with gradients synchronised
-at the last microbatch."""
+"""Runs Megatron's chunks for the interpreter: F calls Megatron's ``forward_step``; B and W start the reduction of
+gradients at the last microbatch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 from megatron.core.pipeline_parallel.schedules import check_first_val_step, forward_step
 from torch import Tensor, nn
 
+from dualpipe.errors import StageError
+from dualpipe.megatron.groups import at_stage
 from dualpipe.megatron.losses import detached
-from dualpipe.megatron.model import Chunk
-from dualpipe.megatron.position import at_stage
-from dualpipe.runtime.executor import OrderError, Tensors
-from dualpipe.schedule import B, Lane, Op, Schedule, W
+from dualpipe.megatron.model import ChunkSetup
+from dualpipe.runtime.executor import Tensors
+from dualpipe.schedule import B, Chunk, Lane, Op, Schedule, W
 
 NoSync = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a schedule function of Megatron was called with, as far as forwards need it."""
+    """The arguments of a schedule function of Megatron that forwards need."""
 
     forward_step_func: Callable[..., Any]
     iterators: Mapping[Lane, Iterator[Any] | None]
@@ -38,12 +39,12 @@ class Call:
 class MegatronComputation:
     """A step on Megatron's chunks; a ``dualpipe.runtime.executor.Computation``.
 
-    ``collected[lane]`` is what the loss function returned, microbatch by microbatch, where the rank holds the last
-    stage of the lane; ``tokens`` is the sum of the numbers of tokens that it returned.
+    ``collected[lane]`` holds the results of the loss function, one for each microbatch, if the rank has the last stage
+    of the lane; ``tokens`` is the sum of the numbers of tokens that the loss function returned.
     """
 
     schedule: Schedule
-    model: Mapping[tuple[Lane, int], tuple[nn.Module, Chunk]]
+    model: Mapping[Chunk, tuple[nn.Module, ChunkSetup]]
     call: Call
     collected: dict[Lane, list[Any]] = field(default_factory=dict)
     tokens: Tensor | int = 0
@@ -52,15 +53,15 @@ class MegatronComputation:
         self._no_sync = _no_sync(self.call.config.no_sync_func, list(self.model))
 
     def forward(self, op: Op, inputs: Tensors) -> Tensors:
-        module, chunk = self.model[op.lane, op.stage]
+        module, setup = self.model[op.chunk]
         call, last = self.call, self.schedule.is_last(op)
         collected: list[Any] = self.collected.setdefault(op.lane, []) if last else []
-        with chunk.drawing(), at_stage(op.stage):
+        with setup.drawing(), at_stage(op.stage):
             output, tokens = forward_step(
                 call.forward_step_func,
                 call.iterators[op.lane],
                 module,
-                self.schedule.microbatches[op.lane],  # each lane is a data-parallel replica of its microbatches
+                self.schedule.microbatches[op.lane],  # each lane is a data-parallel replica with its own microbatches
                 inputs[0] if inputs else None,
                 collected,
                 call.config,
@@ -72,12 +73,13 @@ class MegatronComputation:
             )
         if not last:
             return (output,)
-        collected[-1] = detached(collected[-1])  # a loss function may return tensors that hold the whole graph
+        collected[-1] = detached(collected[-1])  # a loss function may return tensors that keep the whole graph alive
         self.tokens = self.tokens + tokens
         if call.forward_only:
             return ()
         if not isinstance(output, Tensor) or output.numel() != 1:
-            raise OrderError(f"the loss function gives a scalar tensor; at {op} it gave {type(output).__name__}")
+            kind = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise StageError("the loss function returns a scalar tensor", f"at {op} it returned {kind}", "reduce it")
         return (output if call.config.grad_scale_func is None else call.config.grad_scale_func(output),)
 
     @contextmanager
@@ -85,36 +87,36 @@ class MegatronComputation:
         config = self.call.config
         if config.timers is not None:
             config.timers("backward-compute", log_level=2).start()
-        with at_stage(op.stage), self.synchronising(op):  # a layer that is recomputed may ask which stage it is
+        with at_stage(op.stage), self.synchronising(op):  # a recomputed layer may ask for its stage
             yield
             if op.kind is W:
-                for backward_dw in self.model[op.lane, op.stage][1].split.delayed:
+                for backward_dw in self.model[op.chunk][1].split.delayed:
                     backward_dw()
         if config.timers is not None:
             config.timers("backward-compute").stop()
 
     def synchronising(self, op: Op) -> AbstractContextManager[object]:
-        """Gradients are reduced as they become ready at a chunk's last microbatch, in its B and in its W.
+        """Reduce gradients as they become ready in B and W of a chunk's last microbatch, and nowhere else.
 
-        With ``grad_sync_func`` they are reduced all at once, when the step is over.
+        With ``grad_sync_func`` they are all reduced at the end of the step.
         """
         assert op.kind in (B, W)
         last = op.mb == self.schedule.microbatches[op.lane] - 1
-        return nullcontext() if last and self.call.config.grad_sync_func is None else self._no_sync(op.lane, op.stage)
+        return nullcontext() if last and self.call.config.grad_sync_func is None else self._no_sync(op.chunk)
 
 
 def _no_sync(
-    given: NoSync | Sequence[NoSync] | None, held: Sequence[tuple[Lane, int]]
-) -> Callable[[Lane, int], AbstractContextManager[object]]:
-    """Megatron's ``no_sync_func``: nothing, one for the whole model, or one for each chunk of the list."""
+    given: NoSync | Sequence[NoSync] | None, chunks: Sequence[Chunk]
+) -> Callable[[Chunk], AbstractContextManager[object]]:
+    """Megatron's ``no_sync_func`` by chunk: ``given`` is nothing, one for the whole model, or one for each chunk."""
     if given is None:
-        return lambda lane, stage: nullcontext()
+        return lambda chunk: nullcontext()
     if callable(given):
-        return lambda lane, stage: given()
-    by_chunk = dict(zip(held, given, strict=True))
-    return lambda lane, stage: by_chunk[lane, stage]()
+        return lambda chunk: given()
+    by_chunk = dict(zip(chunks, given, strict=True))
+    return lambda chunk: by_chunk[chunk]()
 
 
 def token_count(computation: MegatronComputation, device: torch.device) -> Tensor:
-    """The tokens that this rank's losses were computed on, as Megatron counts them: a 0-dimensional int tensor."""
+    """The number of tokens in this rank's losses, as Megatron counts them: a 0-dimensional int32 tensor."""
     return torch.as_tensor(computation.tokens, dtype=torch.int, device=device)

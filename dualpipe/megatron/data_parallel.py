@@ -1,8 +1,8 @@
-"""The data-parallel wrapper of a chunk, and what must hold before and after it reduces a step's gradients.
+"""The data-parallel wrapper of a chunk, and the checks before and after it reduces a step's gradients.
 
-Both copies of a stage are trained on different microbatches.  Only the reduction over both keeps them equal, and only
-the function behind ``config.finalize_model_grads_func`` starts it.  So a training step is refused if nothing would
-reduce its gradients, and fails if nothing did.
+The replicas of a stage train on different microbatches.  Only the reduction over both keeps them equal, and only
+``config.finalize_model_grads_func`` starts it.  So a training step is refused if nothing would reduce its gradients,
+and fails if nothing did.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import nn
 from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
 
-_WHERE = "set it on get_model_config(model[0]), which the schedule reads; a copy of that config is not seen"
+_WHERE = "set it on get_model_config(model[0]), the config that the schedule reads, not on a copy of it"
 _PER_CHUNK = ("no_sync_func", "grad_sync_func", "param_sync_func")
 
 
 class StageDDP(DistributedDataParallel):  # type: ignore[misc] # Megatron has no types
-    """Megatron's ``DistributedDataParallel``, which also counts how often it finished a reduction."""
+    """Megatron's ``DistributedDataParallel`` with a count of its finished reductions."""
 
     def __init__(self, config: Any, ddp_config: Any, module: nn.Module, **options: Any) -> None:
         super().__init__(config, ddp_config, module, **options)
@@ -35,28 +35,28 @@ class StageDDP(DistributedDataParallel):  # type: ignore[misc] # Megatron has no
 
 
 def wrapper_of(module: nn.Module | None) -> StageDDP | None:
-    """The wrapper of a chunk, under whatever the caller has put around it."""
+    """The ``StageDDP`` of a chunk, under any wrappers that the caller has added; ``None`` without one."""
     while module is not None and not isinstance(module, StageDDP):
         module = getattr(module, "module", None)
     return module
 
 
 def require_trainable(model: Sequence[nn.Module], config: Any, optimizer: Any) -> None:
-    """Raise ``RuleError`` where a training step would come out wrong.  Sends no message.
+    """Raise ``RuleError`` if a training step would give wrong results.  Sends no message.
 
-    ``optimizer`` is what ``build_dualpipe_optimizer`` built over the chunks, or ``None``.  Settings are read anew at
-    each step, as a program may change them after building.
+    ``optimizer`` is the one that ``build_dualpipe_optimizer`` built over the chunks, or ``None``.  The settings are
+    read at each step, since a program may change them after building.
     """
     wrappers = [wrapper for wrapper in map(wrapper_of, model) if wrapper is not None]
     if len(wrappers) < len(model):
         raise RuleError(
-            "training needs the wrapper that build_dualpipe_model puts on, which reduces over both copies of a stage",
+            "training needs the wrapper that build_dualpipe_model adds, which reduces over both replicas of a stage",
             "got a chunk without it",
-            "leave wrap_with_ddp on, and wrap nothing in a DistributedDataParallel of your own",
+            "leave wrap_with_ddp on, and add no DistributedDataParallel of your own",
         )
     if not callable(config.finalize_model_grads_func):
         raise RuleError(
-            "finalize_model_grads_func reduces the gradients over both copies of each stage, so training needs it",
+            "finalize_model_grads_func reduces the gradients over both replicas of each stage, so training needs it",
             f"got {config.finalize_model_grads_func!r}",
             f"use megatron.core.distributed.finalize_model_grads, and {_WHERE}",
         )
@@ -69,8 +69,8 @@ def require_trainable(model: Sequence[nn.Module], config: Any, optimizer: Any) -
     if optimizer is None and any(wrapper.ddp_config.use_distributed_optimizer for wrapper in wrappers):
         raise RuleError(
             "the distributed optimizer shards each chunk over all replicas of its stage",
-            "got a model that build_dualpipe_optimizer has built none for",
-            "build it there, before the first step, instead of with get_megatron_optimizer, and keep it",
+            "got a model without an optimizer from build_dualpipe_optimizer",
+            "build it with that before the first step, instead of get_megatron_optimizer, and keep it",
         )
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     if config.grad_scale_func is None and any(getattr(part, "grad_scaler", None) is not None for part in parts):
@@ -85,10 +85,10 @@ def _require_functions(name: str, given: Any, chunks: int) -> None:
     if given is None or callable(given):
         return
     if not isinstance(given, (list, tuple)) or len(given) != chunks or not all(map(callable, given)):
-        told = f"{len(given)} of {given!r}" if isinstance(given, (list, tuple)) else repr(given)
+        got = f"{len(given)} of {given!r}" if isinstance(given, (list, tuple)) else repr(given)
         raise RuleError(
             f"{name} is None, one function, or a list of {chunks}, one for each chunk of the rank",
-            f"got {told}",
+            f"got {got}",
             f"set [chunk.{'no_sync' if name == 'no_sync_func' else 'start_' + name.removesuffix('_func')} "
             "for chunk in model]",
         )
@@ -97,9 +97,9 @@ def _require_functions(name: str, given: Any, chunks: int) -> None:
 def _require_settings(config: Any, wrapper: StageDDP) -> None:
     if bool(config.calculate_per_token_loss) != wrapper.per_token_loss:
         raise RuleError(
-            "calculate_per_token_loss stays what it was when the model was wrapped, where it decides how gradients "
-            "are averaged",
-            f"got {config.calculate_per_token_loss} after {wrapper.per_token_loss}",
+            "calculate_per_token_loss must not change after the model was wrapped, as the wrapper averages gradients "
+            "by it",
+            f"it was {wrapper.per_token_loss} and is {config.calculate_per_token_loss}",
             "set it before building the model",
         )
     if config.grad_sync_func is not None and not wrapper.ddp_config.overlap_grad_reduce:
@@ -111,20 +111,20 @@ def _require_settings(config: Any, wrapper: StageDDP) -> None:
 
 
 def _require_reduced(wrapper: StageDDP) -> None:
-    """Every trainable parameter is one that the wrapper reduces: not added, replaced or unfrozen afterwards."""
+    """Refuse trainable parameters that the wrapper does not reduce: added, replaced or unfrozen after wrapping."""
     known = wrapper.param_to_bucket_group
     missing = [name for name, p in wrapper.module.named_parameters() if p.requires_grad and p not in known]
     if missing:
         raise RuleError(
-            "every trainable parameter was there, and trainable, when build_dualpipe_model wrapped the model",
-            f"{missing[0]} was not" + f", nor were {len(missing) - 1} more" * (len(missing) > 1),
+            "every trainable parameter existed and was trainable when build_dualpipe_model wrapped the model",
+            f"{missing[0]} did not" + f", nor did {len(missing) - 1} more" * (len(missing) > 1),
             "add, replace and unfreeze parameters in the model provider",
         )
 
 
 @contextmanager
 def reduced_once(model: Sequence[nn.Module], stages: Sequence[int]) -> Iterator[None]:
-    """Around the finalizing of gradients: those of each chunk are reduced once within, or ``RuleError`` at its end."""
+    """Raise ``RuleError`` at the end of the block unless the gradients of each chunk were reduced once within it."""
     wrappers = [wrapper for wrapper in map(wrapper_of, model) if wrapper is not None]
     before = [wrapper.reductions for wrapper in wrappers]
     yield
@@ -133,7 +133,7 @@ def reduced_once(model: Sequence[nn.Module], stages: Sequence[int]) -> Iterator[
         if times != 1:
             raise RuleError(
                 "finalize_model_grads_func reduces the gradients of each chunk once, by its finish_grad_sync()",
-                f"those of stage {stage} were reduced {times} times, so its two copies "
+                f"those of stage {stage} were reduced {times} times, so its two replicas "
                 + ("have different gradients" if times == 0 else "have multiples of their gradients"),
-                "use megatron.core.distributed.finalize_model_grads, or call it in a function of your own",
+                "use megatron.core.distributed.finalize_model_grads, or call it in your own function",
             )

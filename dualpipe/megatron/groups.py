@@ -1,4 +1,4 @@
-"""Who works with whom: the places of a rank in the pipeline, and the process groups of each stage.
+"""Process groups of DualPipe: those of each stage, and the pipeline position that Megatron reads for a chunk.
 
 Rank r of a pipeline of P holds stage r for lane > and stage P-1-r for lane <::
 
@@ -15,24 +15,26 @@ sums of more than two replicas may differ from 1F1B's in their last bits.)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dualpipe.schedule import DOWN, UP, Lane
+from dualpipe.schedule import DOWN, UP, Chunk
 
 KINDS = ("dp", "dp_cp", "expt_dp")
 """Megatron's names of the groups over which gradients are reduced."""
 
 
 class Position:
-    """A place in the pipeline that a rank plays for its second chunk, where Megatron wants a process group.
+    """The pipeline position of a chunk, in place of the pipeline's process group in a ``ProcessGroupCollection``.
 
-    Megatron reads ``rank()`` and ``size()`` of a pipeline group to number layers and to place embedding and loss.  A
-    real group with the ranks the other way round cannot stand beside the first one in one collection.
+    Megatron reads ``rank()`` and ``size()`` of that group to number layers and to place embedding and loss.  For a
+    rank's second chunk they differ from the rank's own, and a collection has room for one pipeline group.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -43,30 +45,39 @@ class Position:
         return self._rank
 
     def size(self) -> int:
-        """How many stages there are."""
+        """The number of stages."""
         return self._size
 
 
-@dataclass(frozen=True)
-class Place:
-    """One of the two chunks of a rank: its lane, its stage, and the groups of that stage."""
+@contextmanager
+def at_stage(stage: int) -> Iterator[None]:
+    """Within, ``parallel_state.get_pipeline_model_parallel_rank()`` returns ``stage``.
 
-    lane: Lane
-    stage: int
-    collection: ProcessGroupCollection
+    Training code often asks ``parallel_state`` for the pipeline rank instead of reading the model's process groups:
+    which layers of a block are dense or mixtures of experts, where a custom layout starts, whether this is a first
+    stage that needs tokens or a last one that needs labels.  So each chunk is built and run at its own stage.  No
+    process group changes.  In nested blocks the inner stage applies.
+    """
+    before = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK  # there is a setter, and no getter of what was set
+    parallel_state.set_pipeline_model_parallel_rank(stage)
+    try:
+        yield
+    finally:
+        parallel_state.set_pipeline_model_parallel_rank(before)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of one rank.
+    """The process groups of one rank.
 
-    ``places`` are in order of their stage, the order in which every collective goes through the chunks on both ranks
-    of a pair.  ``pair`` joins the two ranks that hold the same two stages, lane > of the lower stage first.
+    ``chunks`` has the groups of each of the rank's two chunks, in order of stage.  Both ranks of a pair run their
+    collectives in this order.  ``pair`` joins the two ranks that hold the same two stages, the one that holds the
+    lower stage for lane > first.
     """
 
     pipeline: dist.ProcessGroup
     pair: dist.ProcessGroup
-    places: tuple[Place, Place]
+    chunks: Mapping[Chunk, ProcessGroupCollection]
 
     @property
     def rank(self) -> int:
@@ -78,9 +89,9 @@ class Groups:
 
 
 def create_groups() -> Groups:
-    """Create the groups of DualPipe beside Megatron's own; every process of the job calls this together.
+    """Create DualPipe's groups beside Megatron's own; every process of the job calls this together.
 
-    Needs ``parallel_state.initialize_model_parallel`` to have run.
+    ``parallel_state.initialize_model_parallel`` must have run.
     """
     collection = ProcessGroupCollection.use_mpu_process_groups()
     pipeline = collection.pp
@@ -91,17 +102,17 @@ def create_groups() -> Groups:
 
     rank, size = pipeline.rank(), pipeline.size()
     mirror = everyone[dist.get_process_group_ranks(pipeline)[size - 1 - rank]][1]
-    places = []
-    for lane, stage in sorted(((UP, rank), (DOWN, size - 1 - rank)), key=lambda place: place[1]):
-        up, down = (mine, mirror) if lane is UP else (mirror, mine)
+    chunks = {}
+    for chunk in sorted((Chunk(UP, rank), Chunk(DOWN, size - 1 - rank)), key=lambda chunk: chunk.stage):
+        up, down = (mine, mirror) if chunk.lane is UP else (mirror, mine)
         groups = {kind: made[tuple(up[kind] + down[kind])] for kind in KINDS}
-        places.append(Place(lane, stage, _collection(collection, stage, groups)))
+        chunks[chunk] = _collection(collection, chunk.stage, groups)
     pair = made[_pair(dist.get_process_group_ranks(pipeline), rank)]
-    return Groups(pipeline, pair, (places[0], places[1]))
+    return Groups(pipeline, pair, chunks)
 
 
 def _wanted(everyone: Sequence[tuple[list[int], Mapping[str, list[int]]]]) -> list[tuple[int, ...]]:
-    """The ranks of every group of the job, in an order that all processes agree on."""
+    """The ranks of every group of the job, in the same order on all processes."""
     wanted: dict[tuple[int, ...], None] = {}
     for rank, (pipeline, groups) in enumerate(everyone):
         position = pipeline.index(rank)
@@ -127,7 +138,7 @@ def _make_all(wanted: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], dist.P
 def _collection(
     own: ProcessGroupCollection, stage: int, groups: Mapping[str, dist.ProcessGroup]
 ) -> ProcessGroupCollection:
-    """Megatron's groups of this rank with those of the stage in place of its own."""
+    """Megatron's groups of this rank, with the position and the reduction groups of the stage."""
     changed: dict[str, object] = {
         "pp": Position(stage, own.pp.size()),
         "dp": groups["dp"],

@@ -1,8 +1,8 @@
-"""The choice between DualPipe and Megatron's own schedules, and its installation in a training loop.
+"""Selects DualPipe or one of Megatron's own schedules, and installs the choice in a training loop.
 
-A program of one's own asks ``get_forward_backward_func(config_or_args)``.  A training loop that imports Megatron's
-selector by name (Megatron-LM, FlagScale) gets it by ``install()``: wherever a module holds one of the functions below,
-it then holds a stand-in that asks for ``use_dualpipe`` on every call.
+Your own training script calls ``get_forward_backward_func(config_or_args)``.  For a training loop that imports
+Megatron's selector by name (Megatron-LM, FlagScale), ``install()`` replaces each of the functions below with a stand-in
+that reads ``use_dualpipe`` on every call, in every module that holds the function.
 
 ===========================================  =======================================================
 function                                     in
@@ -27,58 +27,58 @@ from types import ModuleType
 from typing import Any
 
 from dualpipe.megatron import training_loop
-from dualpipe.megatron.training_loop import Function, Switch
+from dualpipe.megatron.training_loop import Function, StandIn, Switch
 
 _OWN_PACKAGE = "dualpipe."
-_standing_in: list[tuple[Function, Function]] = []  # (Megatron's, ours): what is patched in this process
-_source: Callable[[], Any] = lambda: None  # noqa: E731 - gives the arguments that hold the flag
+_installed: list[tuple[Function, Function]] = []  # Megatron's functions with their stand-ins, in this process
+_source: Callable[[], Any] = lambda: None  # noqa: E731 - returns the arguments that have the flag
 
 
 def get_forward_backward_func(config_or_args: Any, *args: Any, **kwargs: Any) -> Function:
-    """``forward_backward_dualpipe`` where ``config_or_args.use_dualpipe`` is set, else Megatron's own schedule.
+    """``forward_backward_dualpipe`` if ``config_or_args.use_dualpipe`` is set, else Megatron's own schedule.
 
-    The rest is passed on to Megatron's selector, whose answer is returned as it is.
+    The other arguments are passed to Megatron's selector, whose result is returned unchanged.
     """
     if getattr(config_or_args, "use_dualpipe", False):
         from dualpipe.megatron.schedule import forward_backward_dualpipe
 
         return forward_backward_dualpipe
-    selected: Function = _megatrons_selector()(*args, **kwargs)
+    selected: Function = _original_selector()(*args, **kwargs)
     return selected
 
 
 def install(args: Any = None) -> None:
-    """Put the stand-ins in place, in every module imported so far and in those imported later.
+    """Replace Megatron's functions by stand-ins, in every module imported so far and in those imported later.
 
-    Call it after importing the training loop and before it runs.  A second call replaces nothing twice; it covers what
-    was imported in between and takes the new ``args``.
+    Call it after importing the training loop and before running it.  A second call covers the modules that were
+    imported in between, and takes the new ``args``; nothing is replaced twice.
 
     Args:
-        args: The arguments whose ``use_dualpipe`` decides.  ``None`` stands for Megatron-LM's global arguments, which
+        args: The arguments whose ``use_dualpipe`` decides.  ``None`` means Megatron-LM's global arguments, which
             exist once the program has parsed its command line.
     """
     global _source
     _source = _global_args if args is None else lambda: args
-    importlib.import_module("dualpipe.megatron.optimizer")  # holds Megatron's function before it is replaced
-    known = {id(own) for own, _ in _standing_in} | {id(ours) for _, ours in _standing_in}
-    for module, name, stand_in in _REPLACED:
-        own = getattr(sys.modules.get(module), name, None)
-        if own is not None and id(own) not in known:
-            _standing_in.append((own, stand_in(own, _switch)))
-    _swap(_standing_in)
+    importlib.import_module("dualpipe.megatron.optimizer")  # it must import Megatron's function, not the stand-in
+    known = {id(function) for pair in _installed for function in pair}
+    for module, name, make in _REPLACED:
+        original = getattr(sys.modules.get(module), name, None)
+        if original is not None and id(original) not in known:
+            _installed.append((original, make(original, _switch)))
+    _swap(_installed)
 
 
 def uninstall() -> None:
-    """Put Megatron's own functions back wherever a stand-in is held."""
+    """Put Megatron's own functions back in every module that holds a stand-in."""
     global _source
-    _swap([(ours, own) for own, ours in _standing_in])
-    _standing_in.clear()
+    _swap([(ours, original) for original, ours in _installed])
+    _installed.clear()
     _source = lambda: None  # noqa: E731
 
 
 @contextmanager
 def installed(args: Any = None) -> Iterator[None]:
-    """``install(args)`` at the start of a block, ``uninstall()`` at its end."""
+    """Call ``install(args)`` at the start of a block and ``uninstall()`` at its end."""
     install(args)
     try:
         yield
@@ -92,37 +92,34 @@ def _switch() -> Any:
 
 
 def _global_args() -> Any:
-    """Megatron-LM's arguments, or ``None`` as long as there are none."""
+    """Megatron-LM's arguments, or ``None`` if they are not parsed yet."""
     variables = sys.modules.get("megatron.training.global_vars")
     if variables is None:
         return None
     try:
         return variables.get_args()
-    except AssertionError:  # how Megatron-LM says that they are not set
+    except AssertionError:  # Megatron-LM's error if they are not set
         return None
 
 
-def _selector(own: Function, switch: Switch) -> Function:
-    @functools.wraps(own)
-    def chosen(*args: Any, **kwargs: Any) -> Function:
-        config_or_args = switch()
-        if config_or_args is None:
-            selected: Function = own(*args, **kwargs)
-            return selected
-        return get_forward_backward_func(config_or_args)
+def _selector(original: Function, switch: Switch) -> Function:
+    @functools.wraps(original)
+    def switched(*args: Any, **kwargs: Any) -> Any:
+        on = switch()
+        return original(*args, **kwargs) if on is None else get_forward_backward_func(on)
 
-    return chosen
+    return switched
 
 
-def _megatrons_selector() -> Function:
+def _original_selector() -> Function:
     from megatron.core.pipeline_parallel import schedules
 
     current: Function = schedules.get_forward_backward_func
-    return next((own for own, ours in _standing_in if ours is current), current)
+    return next((original for original, ours in _installed if ours is current), current)
 
 
 def _swap(pairs: Sequence[tuple[Function, Function]]) -> None:
-    """Let every module outside this package that holds the first of a pair, under whatever name, hold the second."""
+    """In every module outside this package, replace the first of each pair by the second, under whatever name."""
     replacement = {id(old): new for old, new in pairs}
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and not name.startswith(_OWN_PACKAGE):
@@ -131,7 +128,7 @@ def _swap(pairs: Sequence[tuple[Function, Function]]) -> None:
                     setattr(module, attribute, replacement[id(value)])
 
 
-_REPLACED: tuple[tuple[str, str, Callable[[Function, Switch], Function]], ...] = (
+_REPLACED: tuple[tuple[str, str, StandIn], ...] = (
     ("megatron.core.pipeline_parallel.schedules", "get_forward_backward_func", _selector),
     ("megatron.core.optimizer", "get_megatron_optimizer", training_loop.get_megatron_optimizer),
     ("megatron.training.training", "get_model", training_loop.get_model),

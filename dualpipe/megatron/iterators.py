@@ -1,18 +1,18 @@
-"""One data iterator dealt to the two lanes, without any change to the data pipeline.
+"""Splits one data iterator between the two lanes, without any change to the data pipeline.
 
-Items are dealt alternately, in world coordinates on every rank alike::
+The lanes take items in turn, and every rank assigns them in the same way::
 
     item of the step         0   1   2   3   4   5
     microbatch of lane >     0       1       2
     microbatch of lane <         0       1       2
 
-So lane ``>`` is what a data-parallel replica with half the microbatches would read, and lane ``<`` another one: with
-Megatron's samplers, data parallelism d dealt this way reads what 2d replicas read under 1F1B, sample for sample
-(replica j is lane ``>`` of rank j, replica d + j its lane ``<``).
+So each lane reads what a data-parallel replica with half the microbatches would read.  With Megatron's samplers and
+data parallelism d, the lanes read the samples of 2d replicas under 1F1B: lane ``>`` of rank j those of replica j, lane
+``<`` those of replica d + j.
 
-A rank that holds the first stage of one lane holds the last stage of the other, and each reads from its own copy of
-the stream: tokens of lane ``>`` on rank 0 and its labels on the last rank are the same item.  On no rank is an item
-read twice.
+The first and the last rank each hold the first stage of one lane and the last stage of the other, and each reads its
+own copy of the stream: the tokens of a microbatch of lane ``>`` on rank 0 and its labels on the last rank are from the
+same item.  No rank reads an item twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LANES = (UP, DOWN)
 
 
 class _Dealer:
-    """One stream of items and those read from it for a lane that hasn't asked yet."""
+    """A stream, and the items read from it that their lane has not taken yet."""
 
     def __init__(self, source: Iterator[Any], lanes: Iterable[Lane]) -> None:
         self.source = source
@@ -36,7 +36,7 @@ class _Dealer:
         self.waiting: dict[Lane, deque[Any]] = {lane: deque() for lane in lanes}
 
     def deal(self) -> None:
-        """Read an item and put it where its lane finds it; drop it if the lane reads from another stream."""
+        """Read an item and keep it for its lane; drop it if the lane reads from another stream."""
         item = next(self.source)
         owner = LANES[self.read % len(LANES)]
         self.read += 1
@@ -49,7 +49,7 @@ class _Dealer:
         return self.waiting[lane].popleft()
 
     def read_to(self, end: int) -> None:
-        """Read on to an item, unless nothing was read at all or nothing is left."""
+        """Read on up to item ``end``, unless nothing was read at all or the stream ends."""
         while 0 < self.read < end:
             try:
                 self.deal()
@@ -72,16 +72,16 @@ class LaneIterator:
         """The lane's next microbatch.
 
         Raises:
-            RuleError: If the data ends before it.  A ``StopIteration`` would end a loop somewhere in silence.
+            RuleError: If the data ends before it.  A ``StopIteration`` would silently end some loop.
         """
         try:
             item = self._dealer.take(self.lane)
         except StopIteration as end:
             where = len(LANES) * self.taken + LANES.index(self.lane)
             raise RuleError(
-                "the data lasts to the end of a step",
+                "the data must have an item for every microbatch of a step",
                 f"it ended before microbatch {self.taken} of lane {self.lane}, which is item {where} of this step",
-                f"give an iterator with as many items as the step has microbatches (it gave {self._dealer.read}), "
+                f"pass an iterator with as many items as the step has microbatches (it had {self._dealer.read}), "
                 "or one that starts over",
             ) from end
         self.taken += 1
@@ -89,9 +89,9 @@ class LaneIterator:
 
 
 class LaneData:
-    """What ``split_data_iterator`` gives: an iterator for each lane, or ``None`` where a rank has no data.
+    """The result of ``split_data_iterator``: an iterator for each lane, or ``None`` on a rank without data.
 
-    It unpacks into the iterators of lane ``>`` and lane ``<``, and ``data[lane]`` is the one of a lane.
+    It unpacks into the iterators of lane ``>`` and lane ``<``; ``data[lane]`` is the iterator of a lane.
     """
 
     def __init__(self, lanes: dict[Lane, LaneIterator | None], dealers: list[_Dealer]) -> None:
@@ -106,14 +106,14 @@ class LaneData:
 
     @property
     def waiting(self) -> int:
-        """How many items were read on the way to others and have not been asked for."""
+        """The number of items that were read before a later one and have not been taken."""
         return sum(len(items) for dealer in self._dealers for items in dealer.waiting.values())
 
     def finish(self, microbatches: int) -> None:
-        """End a step of so many microbatches, both lanes': leave the stream where the next step begins.
+        """End a step of ``microbatches`` in both lanes together: advance the stream to where the next step begins.
 
-        A rank where only one lane's stage looks at the data stops at an item of that lane.  Reading on to the end of
-        the step, and dropping what nobody asked for, keeps every rank at the same item of the stream.
+        If only one lane's stage takes data on a rank, reading has stopped at an item of that lane.  Reading on to the
+        end of the step, and dropping the items that were not taken, keeps every rank at the same item of the stream.
         """
         for dealer in self._dealers:
             dealer.read_to(microbatches)
@@ -122,22 +122,21 @@ class LaneData:
 
 
 def split_data_iterator(data_iterator: Any) -> LaneData:
-    """Deal a step's data to the two lanes; call it anew for each step, and ``finish`` at the step's end.
+    """Split a step's data between the two lanes; call it once for each step, and ``finish`` at the end of the step.
 
-    The stream is read in its own order, when a microbatch is asked for, and no further than that microbatch; only items
-    passed over on the way, which belong to the other lane, are kept.  So Megatron-LM's ``RerunDataIterator``, which
-    remembers what is read in a step and plays it again after ``rewind()``, sees the same reads in the same order.
+    The stream is read in its own order, only when a microbatch is taken, and only up to that microbatch; items of the
+    other lane on the way are kept.  So Megatron-LM's ``RerunDataIterator``, which records the reads of a step and
+    replays them after ``rewind()``, gets the same reads in the same order.
 
     Args:
-        data_iterator: What Megatron hands to a schedule:
+        data_iterator: What Megatron passes to a schedule:
 
             - an iterator of microbatches (any object with ``__next__``),
             - ``None``, on a rank without data: both lanes are ``None`` then,
             - a list of one of these,
-            - a list of two, one for each model chunk, as Megatron builds it for two chunks: **both carry the whole
-              stream**.  If they are one object, it is dealt once.  If they are two, lane ``>`` takes its items from the
-              first and lane ``<`` from the second, and each drops the other's.  With ``None`` among them, the other one
-              is dealt.
+            - a list of two, one for each model chunk, as Megatron builds it for two chunks: **each has the whole
+              stream**.  If both are the same object, it is split once.  If not, lane ``>`` takes its items from the
+              first and lane ``<`` from the second, and each drops the other's.  If one is ``None``, the other is split.
 
     Raises:
         RuleError: If it is none of these.
@@ -145,17 +144,17 @@ def split_data_iterator(data_iterator: Any) -> LaneData:
     given = list(data_iterator) if isinstance(data_iterator, list | tuple) else [data_iterator]
     if not 1 <= len(given) <= len(LANES):
         raise RuleError(
-            "the data is one iterator, or a list of one or two",
-            f"a list of {len(given)} came",
-            "give one iterator, or one for each of the rank's two model chunks",
+            "the data must be one iterator, or a list of one or two",
+            f"got a list of {len(given)}",
+            "pass one iterator, or one for each of the rank's two model chunks",
         )
     streams = [stream for stream in given if stream is not None]
     for stream in streams:
         if not hasattr(type(stream), "__next__"):
             raise RuleError(
-                "the data is an iterator",
-                f"a {type(stream).__name__} came",
-                "give iter(...) of it, made once for the run",
+                "the data must be an iterator",
+                f"got a {type(stream).__name__}",
+                "pass iter(...) of it, created once for the run",
             )
     if not streams:
         return LaneData(dict.fromkeys(LANES), [])

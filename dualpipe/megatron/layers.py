@@ -1,17 +1,17 @@
 """Splits the backward of Megatron's linear layers into B and W.
 
 ``ColumnParallelLinear`` and ``RowParallelLinear`` (qkv, projections, the MLP, the output layer, the experts of a
-``SequentialMLP``) compute through ``_forward_impl``, whose autograd Function gives both gradients at once.  Here they
-are what ``dualpipe.runtime.split_linear`` splits.  B gives the input gradient, with the collectives that belong to it,
-and leaves the rest to W::
+``SequentialMLP``) compute in ``_forward_impl``, whose autograd Function computes both gradients at once.  Here
+``dualpipe.runtime.split_linear`` splits it.  B computes the input gradient, with its collectives, and leaves the rest
+to W::
 
     B    dx = dy W        then all-reduce (tensor parallel) or reduce-scatter (sequence parallel) of dx
     W    [all-gather x]   dW = dy^T x, db = sum of dy, added through autograd's own accumulation,
                           so the data-parallel wrapper's hook adds to main_grad and counts the parameter as ready
 
-Transformer Engine's layers split themselves when their weight gradient is delayed, and compute it in
-``backward_dw`` (Megatron delays it only with a setting that is refused here).  Everything else (norms, embeddings,
-routers, grouped experts) has its whole gradient in B.
+Transformer Engine's layers can delay their weight gradient and compute it in ``backward_dw`` (Megatron delays it only
+with a setting that is refused here).  All other layers (norms, embeddings, routers, grouped experts) compute their
+whole gradient in B.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from dualpipe.runtime.split_linear import Layer, Run, SplitStage, find_layers, linear_layer
+from dualpipe.runtime.split_linear import Layer, SplitStage, find_layers, linear_layer
 from dualpipe.runtime.weightgrad import WeightGradStore, training
 
 Delayed = Callable[[], None]
@@ -35,7 +35,7 @@ Delayed = Callable[[], None]
 
 @dataclass(frozen=True)
 class _Use:
-    """One use of a layer: the products of Megatron's own Function, on the same views, so the bits agree."""
+    """One use of a layer: the products of Megatron's own Function, on the same views, so that bits agree."""
 
     name: str
     weight: Tensor
@@ -81,21 +81,21 @@ class _Use:
 def _fused(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """Add to ``main_grad`` in the kernel of Megatron's gradient accumulation fusion.
 
-    Returns a gradient that the data-parallel hook does not add again, for autograd to accumulate.
+    Returns a gradient for autograd to accumulate, which the data-parallel hook does not add again.
     """
-    parameter: Any = weight  # Megatron's wrapper has set attributes that torch's types do not know
+    parameter: Any = weight  # Megatron's wrapper adds attributes
     main_grad: Tensor = parameter.main_grad
     kernels = megatron_layers.fused_weight_gradient_mlp_cuda
     single = main_grad.dtype == torch.float32
     kernel = kernels.wgrad_gemm_accum_fp32 if single else kernels.wgrad_gemm_accum_fp16
     kernel(x, dy, main_grad)
-    parameter.grad_added_to_main_grad = True  # the wrapper's hook then leaves what autograd accumulates
+    parameter.grad_added_to_main_grad = True  # the wrapper's hook then ignores what autograd accumulates
     zero = getattr(parameter, "zero_out_wgrad", False)
     return (torch.zeros_like if zero else torch.empty_like)(weight)
 
 
-def _forward_impl(layer: Layer, run: Run, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
-    """What a layer of a stage runs in place of its class's ``_forward_impl``."""
+def _forward_impl(layer: Layer, stage: SplitStage, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Run a layer of a stage, in place of the class's own ``_forward_impl``."""
     method: Callable[..., Tensor] = type(layer.module)._forward_impl  # type: ignore[attr-defined] # of both kinds
     stock = partial(method, layer.module, input, weight, *args, **options)
     if args or torch.compiler.is_compiling():
@@ -110,13 +110,13 @@ def _forward_impl(layer: Layer, run: Run, input: Tensor, weight: Tensor, *args: 
         options["tp_group"],
         training(weight, options["bias"]),
     )
-    return run.apply(use, input, stock, layer.within)
+    return stage.apply(use, input, stock, layer.within)
 
 
 @dataclass(frozen=True)
 class Split:
     """How the backward of a chunk is split: the layers that leave their weight gradient to the store, and the
-    ``backward_dw`` of those that delay it themselves, which whoever runs W calls."""
+    ``backward_dw`` of those that delay it themselves, to be called in W."""
 
     stage: SplitStage
     delayed: tuple[Delayed, ...]
@@ -125,7 +125,7 @@ class Split:
 def split_layers(module: nn.Module, store: WeightGradStore, name: str = "the chunk") -> Split:
     """Find the layers of ``module`` that can leave their weight gradient to ``store``, or delay it themselves.
 
-    What has a matrix of weights and cannot be split is named in the log, once for each kind of layer.
+    Layers with a weight matrix that cannot be split are named in the log, once for each kind.
     """
     delayed = tuple(layer.backward_dw for layer in module.modules() if _delays(layer))
     return Split(find_layers(module, store, name, _layer), delayed)  # type: ignore[arg-type] # unknown to torch's types
@@ -143,6 +143,6 @@ _STOCK = (ColumnParallelLinear._forward_impl, RowParallelLinear._forward_impl)
 
 
 def _delays(layer: nn.Module) -> bool:
-    """Whether the layer keeps its weight gradient for ``backward_dw``, as Transformer Engine's do when told to."""
-    waiting = getattr(layer, "wgrad_store", None)
-    return callable(getattr(layer, "backward_dw", None)) and waiting is not None and waiting.delay_wgrad_compute()
+    """Whether the layer delays its weight gradient until ``backward_dw``, as Transformer Engine's layers can."""
+    store = getattr(layer, "wgrad_store", None)
+    return callable(getattr(layer, "backward_dw", None)) and store is not None and store.delay_wgrad_compute()

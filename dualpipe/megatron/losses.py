@@ -1,4 +1,4 @@
-"""Brings the losses of lane <, which ends at the first rank, to the last rank, where a training loop reads them."""
+"""Sends the losses of lane <, which ends at the first rank, to the last rank, where a training loop reads them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dualpipe.schedule import DOWN, UP, Lane
 _ABSENT = object()
 
 
-def bring_losses(collected: Mapping[Lane, list[Any]], transport: Transport, device: torch.device) -> list[Any]:
-    """On the last rank what both lanes collected, each microbatch once, in the order of the data; elsewhere nothing.
+def collect_losses(collected: Mapping[Lane, list[Any]], transport: Transport, device: torch.device) -> list[Any]:
+    """On the last rank, the results of both lanes, each microbatch once, in the order of the data; elsewhere ``[]``.
 
     Item 2k of the data is microbatch k of lane >, item 2k+1 microbatch k of lane <.
     """
@@ -56,12 +56,12 @@ def _receive_one(label: str, spec: TensorSpec, transport: Transport) -> Tensor:
 
 
 def detached(value: Any, device: torch.device | None = None) -> Any:
-    """``value`` with every tensor in it detached, so that no graph is kept alive, and on ``device``."""
+    """``value`` with every tensor in it detached, so that no graph is kept alive, and moved to ``device``."""
     if isinstance(value, Tensor):
         return value.detach().to(device or value.device)
     if isinstance(value, dict):
         return {key: detached(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         items = [detached(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a NamedTuple takes them apart
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a NamedTuple takes fields
     return value

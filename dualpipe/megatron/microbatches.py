@@ -1,6 +1,6 @@
-"""How many microbatches the steps of a run have, read from Megatron's arguments.
+"""The number of microbatches in each step of a run, computed from Megatron's arguments.
 
-Megatron's arithmetic (``megatron.core.num_microbatches_calculator``): a step's global batch is cut into
+As in ``megatron.core.num_microbatches_calculator``, a step's global batch is cut into
 ``global_batch_size / (micro_batch_size * data_parallel_size)`` microbatches on each data-parallel rank.
 """
 
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-    """A global batch size, in samples, that the run reaches, and where it comes from."""
+    """A global batch size of the run, in samples, and the option that sets it."""
 
     samples: int
     origin: str
 
 
 def data_parallel_size(args: Any) -> int:
-    """The data-parallel size that is set, or else what the world size leaves to it."""
+    """The data-parallel size as set, or else as computed from the world size."""
     size = getattr(args, "data_parallel_size", None)
     if size is not None:
         return int(size)
@@ -29,10 +29,10 @@ def data_parallel_size(args: Any) -> int:
 
 
 def training_batches(args: Any) -> Iterator[Batch]:
-    """Every global batch size of training: the ramp-up's, those of a schedule of steps, or the one there is.
+    """Every global batch size of training: of a schedule of batch sizes, of a ramp-up, or the only one.
 
     Raises:
-        ValueError: If a schedule of batch sizes can't be read.
+        ValueError: If a schedule of batch sizes cannot be read.
     """
     final = getattr(args, "global_batch_size", None)
     steps = getattr(args, "step_batch_size_schedule", None)
@@ -43,20 +43,19 @@ def training_batches(args: Any) -> Iterator[Batch]:
     elif rampup is not None and final is not None:
         start, increment, _ = (int(number) for number in rampup)
         if increment <= 0 or start <= 0:
-            raise ValueError(
-                f"--rampup-batch-size needs a start and an increment above 0, and got {start}, {increment}"
-            )
+            raise ValueError(f"--rampup-batch-size needs a start and an increment above 0: got {start} and {increment}")
         for samples in range(start, int(final), increment):
-            yield Batch(samples, "--rampup-batch-size on its way")
+            yield Batch(samples, "--rampup-batch-size during ramp-up")
         yield Batch(int(final), "--global-batch-size")
     elif final is not None:
         yield Batch(int(final), "--global-batch-size")
 
 
-def problem(args: Any, batch: Batch, micro_batch_size: int, may_decrease: bool = False) -> str | None:
-    """What keeps a global batch from DualPipe, or ``None``: its microbatches are even and >= 2 x pipeline size.
+def _problem_of(args: Any, batch: Batch, micro_batch_size: int, may_decrease: bool = False) -> str | None:
+    """Describe why DualPipe cannot run a global batch, or return ``None``.
 
-    ``may_decrease`` is Megatron's ``--decrease-batch-size-if-needed``: what doesn't divide is rounded down.
+    The number of microbatches must be even and at least twice the pipeline size.  ``may_decrease`` is Megatron's
+    ``--decrease-batch-size-if-needed``: the number of microbatches is rounded down.
     """
     ranks = data_parallel_size(args)
     stages = int(getattr(args, "pipeline_model_parallel_size", None) or 1)
@@ -71,14 +70,14 @@ def problem(args: Any, batch: Batch, micro_batch_size: int, may_decrease: bool =
     return None
 
 
-def training_problem(args: Any) -> str | None:
-    """The first global batch size of training that DualPipe can't run, told, or ``None``."""
+def batch_problem(args: Any) -> str | None:
+    """Describe the first global batch size of training that DualPipe cannot run, or return ``None``."""
     micro = getattr(args, "micro_batch_size", None)
     if micro is None:
         return None
     may_decrease = bool(getattr(args, "decrease_batch_size_if_needed", False))
     try:
-        told = (problem(args, batch, int(micro), may_decrease) for batch in training_batches(args))
-        return next(filter(None, told), None)
+        problems = (_problem_of(args, batch, int(micro), may_decrease) for batch in training_batches(args))
+        return next(filter(None, problems), None)
     except ValueError as error:
         return str(error)

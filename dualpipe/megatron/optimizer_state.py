@@ -1,21 +1,21 @@
-"""The distributed optimizer's state, parameter by parameter, for a checkpoint.
+"""Saves the distributed optimizer's state parameter by parameter, around a bug of megatron-core 0.16.1.
 
 The distributed optimizer cuts each bucket of a stage into one shard per replica.  A checkpoint in Megatron's format
 ``fully_reshardable`` holds whole parameters, so saving gathers the shards.  megatron-core 0.16.1
-(``DistributedOptimizer.get_parameter_state_dp_zero``) lays the gathered buckets side by side without the padding
-between them, and then looks each parameter up at its offset in the buffer, which counts that padding::
+(``DistributedOptimizer.get_parameter_state_dp_zero``) joins the gathered buckets without the padding between them, but
+then reads each parameter at its offset in the buffer, which counts that padding::
 
-    buffer     | bucket 0 | pad | bucket 1      | pad |   where a parameter is looked up
+    buffer     | bucket 0 | pad | bucket 1      | pad |   where a parameter is read
     gathered   | bucket 0 | bucket 1      |               where it was written
 
-Every parameter behind the first padding is then saved with other parameters' numbers, and nothing complains.  Buckets
-are padded to a multiple of the replicas and of 128 (65,536 with ``pad_buckets_for_high_nccl_busbw``), so it shows where
-the replicas are no power of two, or where a bucket ends elsewhere.
+Every parameter after the first padding is then saved with the numbers of other parameters, without an error.  Buckets
+are padded to a multiple of the number of replicas and of 128 (65,536 with ``pad_buckets_for_high_nccl_busbw``), so the
+bug shows if the number of replicas is not a power of two, or if a bucket does not end at such a multiple.
 
-Here each bucket is cut into its parameters as soon as it is gathered, so no layout of a whole buffer takes part, and a
-Megatron that lays it out otherwise is not corrected a second time.  A checkpoint that was written with the fault cannot
-be repaired (what fell into the padding was never written); loading compares the optimizer's copy of each weight with
-the weight itself, and refuses where they differ.
+Here each bucket is cut into its parameters as soon as it is gathered, so the layout of the whole buffer does not
+matter, and a Megatron without the bug works too.  A checkpoint written with the bug cannot be repaired: the values that
+belonged into the padding were never written.  Loading compares the optimizer's copy of each weight with the weight
+itself, and refuses the checkpoint if they differ.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from torch import Tensor
 from dualpipe.errors import RuleError
 
 SHARDING = "fully_reshardable"
-"""Megatron's name of the format of a checkpoint that holds an optimizer's state parameter by parameter."""
+"""Megatron's name of the checkpoint format with the optimizer's state parameter by parameter."""
 _MOMENTS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def distributed_parts(optimizer: Any) -> Iterator[Any]:
-    """The distributed optimizers that an optimizer consists of, if any."""
+    """The distributed optimizers in an optimizer, if any."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
             yield part
@@ -45,19 +45,19 @@ def distributed_parts(optimizer: Any) -> Iterator[Any]:
 
 @contextmanager
 def whole_parameters(optimizer: Any) -> Iterator[None]:
-    """Within, an optimizer is saved and loaded by ``save_parameters``, whoever built it."""
+    """Within, ``save_parameters`` applies to the optimizer, whoever built it."""
     with ExitStack() as undo:
         for part in distributed_parts(optimizer):
             if "sharded_param_state_fully_reshardable" not in vars(part):
                 for name in save_parameters(part):
-                    undo.callback(delattr, part, name)  # the class's own is seen again
+                    undo.callback(delattr, part, name)  # uncovers the class's own
         yield
 
 
 def save_parameters(part: Any) -> tuple[str, ...]:
-    """Let one distributed optimizer gather whole parameters when saving and compare them when loading.
+    """Make one distributed optimizer gather whole parameters when saving and compare them when loading.
 
-    Returns the names of the methods that it now has of its own.
+    Returns the names of the methods that are replaced on the instance.
     """
     own: dict[str, Callable[..., Any]] = {
         "get_parameter_state_dp_zero": _empty(part),
@@ -70,7 +70,7 @@ def save_parameters(part: Any) -> tuple[str, ...]:
 
 
 def refuse_format(kind: object) -> None:
-    """Raise for a layout that a chunk of DualPipe cannot be saved in."""
+    """Raise ``RuleError`` for a format in which a chunk of DualPipe cannot be saved."""
     raise RuleError(
         "under DualPipe the distributed optimizer is saved parameter by parameter, gathered on all ranks of a stage",
         f"got {kind}",
@@ -80,7 +80,7 @@ def refuse_format(kind: object) -> None:
 
 
 def _empty(part: Any) -> Callable[..., Any]:
-    """Room for the state of each whole buffer: Megatron cuts it into the tensors that are filled or loaded into."""
+    """Allocate the state of each whole buffer; Megatron cuts it into the tensors that are filled or loaded into."""
 
     def get_parameter_state_dp_zero(
         use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
@@ -89,7 +89,7 @@ def _empty(part: Any) -> Callable[..., Any]:
             refuse_format("a state gathered on one rank")
         state: dict[Any, Any] = {"buckets_coalesced": True}
         for index, (ranges, buffer) in enumerate(zip(part.gbuf_ranges, part.buffers, strict=True)):
-            size = buffer.numel if empty_data else 1  # what is saved is filled in afterwards
+            size = buffer.numel if empty_data else 1  # when saving, the values are filled in later
             room = {key: torch.zeros(size, dtype=torch.float32).expand(buffer.numel) for key in _MOMENTS}
             state[index] = {dtype: {**room, "numel_unpadded": buffer.numel} for dtype in ranges}
         return state
@@ -115,7 +115,7 @@ def _filled(part: Any) -> Callable[..., Any]:
 
 
 def _gathered(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Every parameter in the order of Megatron's buffers, with its whole state: float32 on the CPU, flat.
+    """Every parameter in the order of Megatron's buffers, with its whole state: flat float32 tensors on the CPU.
 
     Collective over the replicas of each buffer; buffers are in order of stage on both ranks of a pair.
     """
@@ -137,7 +137,7 @@ def _gathered(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
 
 
 def _shards(part: Any, owned: dict[Any, Any], elements: int) -> dict[str, Tensor]:
-    """This replica's shard of a bucket, for each kind of state; ``owned`` says which parameters lie where in it."""
+    """This replica's shard of a bucket, for each kind of state; ``owned`` has the range of each parameter in it."""
     device = part.buffers[0].grad_data.device
     shards = {key: torch.zeros(elements, dtype=torch.float32, device=device) for key in _MOMENTS}
     for parameter, ranges in owned.items():
@@ -151,28 +151,28 @@ def _compared(part: Any) -> Callable[..., Any]:
     stock = part.load_parameter_state_from_fully_reshardable
 
     def load_parameter_state_from_fully_reshardable(state_dict: dict[int, Any]) -> None:
-        _require_the_weights(part, state_dict)
+        _require_equal_weights(part, state_dict)
         stock(state_dict)
 
     return load_parameter_state_from_fully_reshardable
 
 
-def _require_the_weights(part: Any, state_dict: dict[int, Any]) -> None:
-    """The optimizer's float32 copy of each weight, rounded to the model's format, is the weight that was loaded."""
+def _require_equal_weights(part: Any, state_dict: dict[int, Any]) -> None:
+    """Refuse an optimizer whose float32 copy of a weight, rounded to the model's dtype, is not the loaded weight."""
     if part.config.use_precision_aware_optimizer:
-        return  # keeps its copies in other formats
+        return  # keeps its copies in other dtypes
     parameters = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
     names = {parameter: name for chunk in part.model_chunks for name, parameter in chunk.named_parameters()}
     pairs = [(parameter, state_dict[index]) for index, parameter in enumerate(parameters)]
     wrong = [parameter for parameter, state in pairs if not _is_copy(state, parameter)]
     if wrong:
         raise RuleError(
-            "the optimizer's copy of each weight is the weight, when both come from one checkpoint "
+            "the optimizer's copy of each weight equals the weight if both are from one checkpoint "
             "(the model is loaded first)",
             f"{len(wrong)} of {len(pairs)} differ, the first of {names.get(wrong[0], 'a parameter without a name')}; "
             "megatron-core 0.16.1 writes such files when it saves fully_reshardable itself and a buffer has "
             "several buckets",
-            "load the model without the optimizer, whose moments this file does not hold, or an older checkpoint",
+            "load the model without the optimizer, whose moments this file lacks, or load an older checkpoint",
         )
 
 

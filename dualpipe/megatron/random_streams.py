@@ -1,8 +1,8 @@
-"""The random numbers of dropout: each chunk draws from a stream of its own, as its stage does under 1F1B.
+"""The random numbers of dropout: each chunk draws from its own stream, as its stage does under 1F1B.
 
 Under 1F1B a stage draws in the order of its microbatches.  So does each chunk here, although the two chunks of a
-rank take turns: lane > draws from the process's own generators, and lane < from a copy of the generators that the
-same stage has at the other end.  A mask then depends on stage and microbatch alone.
+rank take turns: lane > draws from the process's own generators, and lane < from a copy of the generators of the rank
+that holds the same stage for lane >.  A mask then depends on stage and microbatch only.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _RERUNNING = (
 
 
 class RandomStream:
-    """The generators from which lane < draws."""
+    """The random generators of lane <."""
 
     def __init__(self, states: States) -> None:
         self.states = states
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Within it, random numbers come from this stream, which goes on where it stopped."""
+        """Within, random numbers come from this stream, which continues where it stopped."""
         outer = capture()
         restore(self.states)
         try:
@@ -42,9 +42,9 @@ class RandomStream:
 
 
 def follow_rerun(stream: RandomStream, pair: dist.ProcessGroup) -> None:
-    """Rewind lane < where Megatron's ``RerunStateMachine`` runs a step again, after rewinding the process's generators.
+    """Rewind lane < if Megatron's ``RerunStateMachine`` repeats a step, for which it rewound the process's generators.
 
-    It does so on all ranks alike.  When a step begins, lane < stands where lane > of the same stage does.
+    It repeats a step on all ranks.  At the start of a step, lane < has the state of the same stage in lane >.
     """
     machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE  # its getter would create one
     if machine is not None and machine.state in _RERUNNING:
@@ -62,7 +62,7 @@ def capture() -> States:
 
 
 def restore(states: States) -> None:
-    """Put the process's generators into these states."""
+    """Set the process's generators to these states."""
     torch.set_rng_state(states["cpu"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
@@ -70,7 +70,7 @@ def restore(states: States) -> None:
 
 
 def exchange(states: States, pair: dist.ProcessGroup) -> States:
-    """The states that the other rank of the pair hands over."""
+    """Exchange states with the other rank of the pair, and return its states."""
     both: list[States] = [{}, {}]
     dist.all_gather_object(both, states, group=pair)
     return both[1 - pair.rank()]

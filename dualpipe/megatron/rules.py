@@ -1,8 +1,8 @@
-"""What Megatron can be set to and DualPipe can't train, as a table.
+"""The settings of Megatron that DualPipe cannot train with, as a table of rules.
 
-A rule reads attributes by name, from an ``argparse`` namespace or a ``TransformerConfig`` and a
-``DistributedDataParallelConfig``: one that is absent is taken as not set, so one table judges both.  Each rule's
-``because`` is the reason found in megatron-core 0.16.1 or in Megatron-LM's main branch.
+A rule reads attributes by name, from an ``argparse`` namespace or from a ``TransformerConfig`` and a
+``DistributedDataParallelConfig``.  An absent attribute counts as not set, so one table serves both.  The reasons in
+``because`` are from megatron-core 0.16.1 or Megatron-LM's main branch.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from dualpipe.errors import RuleError
-from dualpipe.megatron.microbatches import training_problem
-from dualpipe.megatron.settings import Settings, holds, is_above_one, is_given, is_other_than, is_set, tell
+from dualpipe.megatron.microbatches import batch_problem
+
+Check = Callable[[Any], "str | None"]
+"""Describes the setting that breaks a rule, or returns ``None``."""
 
 
 class Rule(NamedTuple):
-    """One line of the table: ``came`` tells what breaks the rule in some settings, or gives ``None``."""
+    """A line of the table; ``got`` describes the setting that breaks the rule, or returns ``None``."""
 
     name: str
     because: str
-    got: Callable[[Any], str | None]
+    got: Check
     fix: str
 
 
 class Violation(NamedTuple):
-    """A rule that some settings break, what came, and what to set."""
+    """A broken rule with its reason, the setting that breaks it, and how to fix it."""
 
     rule: str
     got: str
@@ -36,7 +38,7 @@ class Violation(NamedTuple):
 
 
 class SettingsError(RuleError):
-    """Settings that DualPipe can't train with: every rule that they break, in ``violations``."""
+    """Settings that DualPipe cannot train with; ``violations`` has every rule that they break."""
 
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations = tuple(violations)
@@ -45,10 +47,22 @@ class SettingsError(RuleError):
             return
         lines = "".join(f"\n  - {violation}" for violation in self.violations)
         super().__init__(
-            "--use-dualpipe trains only what comes out right",
-            f"{len(self.violations)} settings don't",
-            f"change each of these or leave the flag out{lines}",
+            f"--use-dualpipe is incompatible with {len(self.violations)} settings",
+            "they are listed below",
+            f"change each of them or leave out the flag{lines}",
         )
+
+
+class Settings:
+    """Several objects read as one: an attribute is that of the first object that has it, else ``None``."""
+
+    def __init__(self, *objects: object | None) -> None:
+        self._objects = [each for each in objects if each is not None]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return next((getattr(each, name) for each in self._objects if hasattr(each, name)), None)
 
 
 def violations(*objects: object | None) -> tuple[Violation, ...]:
@@ -58,20 +72,45 @@ def violations(*objects: object | None) -> tuple[Violation, ...]:
     return tuple(Violation(f"{rule.name} ({rule.because})", got, rule.fix) for rule, got in found if got)
 
 
+def _first(wrong: Callable[[Any], bool], *names: str) -> Check:
+    """The first of these settings whose value is wrong, with its value."""
+
+    def describe(settings: Any) -> str | None:
+        values = ((name, getattr(settings, name)) for name in names)
+        return next((f"{name} is {value!r}" for name, value in values if wrong(value)), None)
+
+    return describe
+
+
+def _is_set(*names: str) -> Check:
+    return _first(bool, *names)
+
+
+def _is_given(*names: str) -> Check:
+    """Not ``None``; 0 counts as given."""
+    return _first(lambda value: value is not None, *names)
+
+
+def _is_above_one(*names: str) -> Check:
+    return _first(lambda value: (value or 1) > 1, *names)
+
+
+def _is_other_than(name: str, *allowed: object) -> Check:
+    return _first(lambda value: value is not None and value not in allowed, name)
+
+
+def _has_any(name: str, *words: str) -> Check:
+    """One of these words, or a list with one of them."""
+    return _first(lambda value: not {*words}.isdisjoint([value] if isinstance(value, str) else value or ()), name)
+
+
+def _either(*checks: Check) -> Check:
+    return lambda settings: next(filter(None, (check(settings) for check in checks)), None)
+
+
 def _odd_pipeline(settings: Any) -> str | None:
     size = int(settings.pipeline_model_parallel_size or 1)
-    return None if size > 1 and size % 2 == 0 else tell("pipeline_model_parallel_size", size)
-
-
-def _tied(settings: Any) -> str | None:
-    if settings.untie_embeddings_and_output_weights is False:
-        return tell("untie_embeddings_and_output_weights", False)
-    return is_set("share_embeddings_and_output_weights")(settings)
-
-
-def _cuda_graphs(settings: Any) -> str | None:
-    by_name = is_other_than("cuda_graph_impl", "none")(settings)
-    return by_name or is_set("enable_cuda_graph", "external_cuda_graph")(settings)
+    return None if size > 1 and size % 2 == 0 else f"pipeline_model_parallel_size is {size}"
 
 
 def _fp8_history(settings: Any) -> str | None:
@@ -81,206 +120,209 @@ def _fp8_history(settings: Any) -> str | None:
 
 def _checkpoint_format(settings: Any) -> str | None:
     writes = settings.save or settings.load or settings.pretrained_checkpoint
-    return is_other_than("ckpt_format", "torch_dist")(settings) if writes else None
+    return _is_other_than("ckpt_format", "torch_dist")(settings) if writes else None
 
 
 RULES: tuple[Rule, ...] = (
     # The shape of the pipeline
     Rule(
-        "the pipeline size is even and above 1",
+        "the pipeline size must be even and at least 2",
         "each rank holds a stage and its mirror image",
         _odd_pipeline,
         "set --pipeline-model-parallel-size to 2, 4, 6 or more",
     ),
     Rule(
         "no virtual pipeline",
-        "a rank's two chunks are two lanes, not two parts of one",
-        lambda s: (
-            is_given("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage")(s)
-            or is_above_one("num_virtual_stages_per_pipeline_rank")(s)
+        "the two chunks of a rank are on two lanes, not two parts of one",
+        _either(
+            _is_given("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+            _is_above_one("num_virtual_stages_per_pipeline_rank"),
         ),
         "leave out --num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank",
     ),
     Rule(
-        "one schedule",
-        "the two place stages differently",
-        is_set("use_dualpipev", "moe_fb_overlap"),
+        "DualPipe and DualPipeV exclude each other",
+        "they place stages differently",
+        _is_set("use_dualpipev", "moe_fb_overlap"),
         "leave out --use-dualpipev",
     ),
     Rule(
-        "microbatches are even and at least twice the pipeline size",
+        "the number of microbatches must be even and at least twice the pipeline size",
         "half go each way, and each way fills the pipeline",
-        training_problem,
+        batch_problem,
         "change --global-batch-size, --rampup-batch-size or --micro-batch-size",
     ),
     # The model
     Rule(
-        "embedding and output weights are two",
-        "tied ones are added up between the first and the last rank, which here hold both",
-        _tied,
+        "embedding and output weights must be untied",
+        "tied weights are reduced between the first and the last rank, and here each of these holds both",
+        _either(
+            _first(lambda value: value is False, "untie_embeddings_and_output_weights"),
+            _is_set("share_embeddings_and_output_weights"),
+        ),
         "set --untie-embeddings-and-output-weights",
     ),
     Rule(
         "no multi-token prediction",
         "its layers use the first stage's embedding on the last stage",
-        is_set("mtp_num_layers"),
+        _is_set("mtp_num_layers"),
         "leave out --mtp-num-layers",
     ),
     Rule(
-        "one sequence length for all microbatches",
-        "both sides of a message know its shape beforehand",
-        is_set("variable_seq_lengths"),
+        "all microbatches must have the same sequence length",
+        "the receiver of a message must know its shape in advance",
+        _is_set("variable_seq_lengths"),
         "pad to --seq-length and leave variable_seq_lengths off",
     ),
     Rule(
-        "one decoder",
+        "the model must be a single decoder",
         "a stage receives one tensor, of one sequence length",
-        lambda s: (
-            is_given("decoder_seq_length", "decoder_num_layers", "pipeline_model_parallel_split_rank")(s)
-            or is_set("encoder_pipeline_model_parallel_size")(s)
+        _either(
+            _is_given("decoder_seq_length", "decoder_num_layers", "pipeline_model_parallel_split_rank"),
+            _is_set("encoder_pipeline_model_parallel_size"),
         ),
         "train encoder-decoder models without --use-dualpipe",
     ),
     Rule(
-        "one residual stream",
-        "hyper-connections send a tensor of several",
-        is_set("enable_mhc_connections"),
+        "no hyper-connections",
+        "they send several residual streams in one tensor",
+        _is_set("enable_mhc_connections"),
         "leave out --enable-mhc-connections",
     ),
     Rule(
-        "weights are built where they are compared",
-        "the two copies of a stage are made equal as they are built",
-        is_set("init_model_with_meta_device"),
+        "no initialization on the meta device",
+        "the replicas of a stage are made equal as they are built",
+        _is_set("init_model_with_meta_device"),
         "leave out --init-model-with-meta-device",
     ),
     Rule(
         "no vision pretraining",
-        "its teacher is updated on the first model chunk alone",
-        is_set("vision_pretraining"),
+        "its teacher is updated on the first model chunk only",
+        _is_set("vision_pretraining"),
         "train it without --use-dualpipe",
     ),
     # Mixture of experts
     Rule(
-        "load is balanced per microbatch or per sequence",
-        "global statistics gather over data-parallel ranks, without the other lane's copy of the stage",
-        holds("moe_router_load_balancing_type", "global_aux_loss", "quantile_balancing"),
+        "load must be balanced per microbatch or per sequence",
+        "global statistics are gathered over data-parallel ranks, which lack the other lane's replica of the stage",
+        _has_any("moe_router_load_balancing_type", "global_aux_loss", "quantile_balancing"),
         "set --moe-router-load-balancing-type to aux_loss, seq_aux_loss, sinkhorn or none",
     ),
     Rule(
         "no paged stash of expert activations",
-        "it reruns a schedule of Megatron's own on overflow",
-        lambda s: is_set("moe_paged_stash")(s) or is_given("moe_expert_rank_capacity_factor")(s),
+        "on overflow it reruns one of Megatron's own schedules",
+        _either(_is_set("moe_paged_stash"), _is_given("moe_expert_rank_capacity_factor")),
         "leave out --moe-paged-stash and --moe-expert-rank-capacity-factor",
     ),
     Rule(
         "no upcycling",
         "it builds a second, dense model with the same builder",
-        is_set("moe_use_upcycling"),
+        _is_set("moe_use_upcycling"),
         "upcycle first, in a run without --use-dualpipe",
     ),
     # Who runs B and W, and when
     Rule(
-        "weight gradients of the embedding are not deferred",
-        "only Megatron's own schedule drains them",
-        is_set("defer_embedding_wgrad_compute"),
+        "no deferred weight gradients of the embedding",
+        "only Megatron's own schedule runs them",
+        _is_set("defer_embedding_wgrad_compute"),
         "leave out --defer-embedding-wgrad-compute",
     ),
     Rule(
-        "Megatron's own split of B from W is off",
-        "DualPipe says when each runs",
-        is_set("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad"),
+        "Megatron's own split of B and W must be off",
+        "DualPipe decides when each runs",
+        _is_set("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad"),
         "leave out --overlap-moe-expert-parallel-comm",
     ),
     Rule(
         "no CUDA graphs of layers or iterations",
         "they are captured in the order of Megatron's own schedule",
-        _cuda_graphs,
+        _either(_is_other_than("cuda_graph_impl", "none"), _is_set("enable_cuda_graph", "external_cuda_graph")),
         "set --cuda-graph-impl none",
     ),
     Rule(
-        "activations stay on the device",
-        "offloading foresees the order of Megatron's own schedule",
-        is_set("cpu_offloading", "fine_grained_activation_offloading"),
+        "no offloading of activations",
+        "it relies on the order of Megatron's own schedule",
+        _is_set("cpu_offloading", "fine_grained_activation_offloading"),
         "leave out --cpu-offloading-num-layers and --fine-grained-activation-offloading",
     ),
     Rule(
-        "all microbatches recompute alike",
-        "the window of those that don't is counted in 1F1B",
-        is_given("num_microbatches_with_partial_activation_checkpoints"),
+        "all microbatches must be recomputed alike",
+        "the window of partly recomputed microbatches is that of 1F1B",
+        _is_given("num_microbatches_with_partial_activation_checkpoints"),
         "leave num_microbatches_with_partial_activation_checkpoints out",
     ),
     # Data-parallel groups and the optimizer
     Rule(
-        "Megatron's DDP",
-        "FSDP shards over groups that hold one copy of a stage",
-        is_set("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"),
+        "data parallelism must be Megatron's DDP",
+        "FSDP shards over groups with only one lane's replicas of a stage",
+        _is_set("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"),
         "leave out --use-megatron-fsdp and --use-torch-fsdp2",
     ),
     Rule(
-        "one instance of the distributed optimizer",
-        "part of a stage's group would hold one lane alone",
-        is_above_one("num_distributed_optimizer_instances"),
+        "there must be one instance of the distributed optimizer",
+        "with several, some groups of a stage would have only one lane's replicas",
+        _is_above_one("num_distributed_optimizer_instances"),
         "leave out --num-distributed-optimizer-instances",
     ),
     Rule(
-        "parameters are gathered before the forward that needs them",
-        "gathering in the optimizer's step is made for virtual pipelines",
-        is_set("overlap_param_gather_with_optimizer_step"),
+        "parameters must be gathered before the forward that needs them",
+        "gathering in the optimizer's step is designed for virtual pipelines",
+        _is_set("overlap_param_gather_with_optimizer_step"),
         "leave out --overlap-param-gather-with-optimizer-step",
     ),
     Rule(
-        "parameters are gathered over the stage's group",
-        "the extra groups hold one copy of a stage",
-        is_set("create_all_gather_group"),
+        "parameters must be gathered over the stage's group",
+        "the extra groups have only one lane's replicas of a stage",
+        _is_set("create_all_gather_group"),
         "leave out --create-all-gather-group",
     ),
     Rule(
-        "the optimizer shards by element, not by layer",
-        "sharding by layer uses groups that hold one copy of a stage",
-        lambda s: is_set("use_layer_wise_distributed_optimizer")(s) or holds("optimizer", "dist_muon")(s),
+        "the optimizer must shard by element, not by layer",
+        "sharding by layer uses groups with only one lane's replicas of a stage",
+        _either(_is_set("use_layer_wise_distributed_optimizer"), _has_any("optimizer", "dist_muon")),
         "choose another --optimizer",
     ),
     Rule(
-        "weights are not sharded across data-parallel ranks",
-        "the groups that gather them hold one copy of a stage",
-        is_above_one("gtp_weight_remat_size", "expert_gtp_weight_remat_size"),
+        "weights must not be sharded across data-parallel ranks",
+        "the groups that gather them have only one lane's replicas of a stage",
+        _is_above_one("gtp_weight_remat_size", "expert_gtp_weight_remat_size"),
         "set --gtp-weight-remat-size and --expert-gtp-weight-remat-size to 1",
     ),
     Rule(
-        "query and key weights are not clipped",
-        "the largest logit is taken over one copy's tokens, so the two copies would part",
-        is_set("qk_clip"),
+        "no clipping of query and key weights",
+        "the largest logit is taken over one lane's tokens, so the replicas of a stage would diverge",
+        _is_set("qk_clip"),
         "leave out --qk-clip",
     ),
     Rule(
-        "fp8 scales come from the tensor at hand",
-        "delayed scaling shares its history over ranks that hold one copy of a stage",
+        "fp8 scales must come from the current tensor",
+        "delayed scaling shares its history over ranks with only one lane's replicas of a stage",
         _fp8_history,
         "set --fp8-recipe tensorwise, blockwise or mxfp8",
     ),
     # The rest of a training program
     Rule(
-        "sequences are split evenly over context-parallel ranks",
+        "sequences must be split evenly over context-parallel ranks",
         "a hybrid split has its own schedule",
-        is_set("hybrid_context_parallel"),
+        _is_set("hybrid_context_parallel"),
         "leave out --hybrid-context-parallel",
     ),
     Rule(
-        "checkpoints are torch_dist",
+        "the checkpoint format must be torch_dist",
         "the others name a shard by its pipeline rank, and here two ranks hold it",
         _checkpoint_format,
         "set --ckpt-format torch_dist",
     ),
     Rule(
-        "no distillation and no reading or writing of logits",
-        "they hook into the last pipeline rank, where half the losses are",
-        is_set("export_kd_teacher_load", "logits_save_dir", "logits_load_dir", "freeze_all_layers"),
+        "no distillation, and no reading or writing of logits",
+        "they hook into the last pipeline rank, which has half of the losses",
+        _is_set("export_kd_teacher_load", "logits_save_dir", "logits_load_dir", "freeze_all_layers"),
         "distil without --use-dualpipe",
     ),
     Rule(
-        "no reinforcement learning loop",
-        "it counts microbatches and calls schedules in its own way",
-        is_set("perform_rl_step"),
+        "no reinforcement-learning loop",
+        "it counts microbatches and calls schedules itself",
+        _is_set("perform_rl_step"),
         "leave out --perform-rl-step",
     ),
 )

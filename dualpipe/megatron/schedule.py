@@ -1,4 +1,4 @@
-"""``forward_backward_dualpipe``: one step of DualPipe with the keywords of Megatron's schedule functions."""
+"""``forward_backward_dualpipe``: one step of DualPipe, with the interface of Megatron's schedule functions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dualpipe.errors import RuleError
 from dualpipe.megatron.computation import Call, MegatronComputation, token_count
 from dualpipe.megatron.data_parallel import reduced_once, require_trainable
 from dualpipe.megatron.iterators import split_data_iterator
-from dualpipe.megatron.losses import bring_losses
-from dualpipe.megatron.model import Chunk, Pipeline, chunk_of, require_chunks
+from dualpipe.megatron.losses import collect_losses
+from dualpipe.megatron.model import ChunkSetup, Shared, setup_of, setups_of
 from dualpipe.megatron.random_streams import follow_rerun
 from dualpipe.runtime.executor import Worker, run_step
 from dualpipe.runtime.transport import TensorSpec
-from dualpipe.schedule import DOWN, RF, SF, UP, F, Lane, Schedule
+from dualpipe.schedule import DOWN, RF, SF, UP, Chunk, F, Schedule
 from dualpipe.schedule.generate import generate
 from dualpipe.schedule.text import digest
 
@@ -46,31 +46,32 @@ def forward_backward_dualpipe(
 ) -> list[Any]:
     """Run the forwards and backwards of a step in DualPipe's order.
 
-    The keywords are those of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later); ``model`` is what
-    ``build_dualpipe_model`` returned.  ``num_microbatches`` counts both lanes: item 2k of the data is microbatch k of
-    lane >, item 2k+1 microbatch k of lane <.  Each lane is a data-parallel replica, so losses are scaled by half of
-    ``num_microbatches`` and gradients averaged over twice the data-parallel ranks.
+    The keywords are those of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later); ``model`` is the list
+    that ``build_dualpipe_model`` returned.  ``num_microbatches`` counts both lanes: item 2k of the data is microbatch k
+    of lane >, item 2k+1 microbatch k of lane <.  Each lane is a data-parallel replica, so losses are scaled by half of
+    ``num_microbatches`` and gradients are averaged over twice the data-parallel ranks.
 
-    Returns on the last pipeline rank what the loss function returned for every microbatch of both lanes, in the order
-    of the data, and an empty list elsewhere.
+    On the last pipeline rank, returns the results of the loss function for every microbatch of both lanes, in the order
+    of the data; elsewhere an empty list.
 
     Training needs an even number of microbatches, at least twice the pipeline size; with ``forward_only`` any number
-    will do.  Raises ``RuleError`` for what is not supported and where the data ends early,
-    ``dualpipe.runtime.executor.StepError`` where a message does not arrive in time, and ``DisagreementError`` where
-    ranks were set up differently.  Any exception within a step, that of a forward step or of its data too, ends the
-    step on every rank of the pipeline and spoils it: the next call raises ``dualpipe.runtime.transport.SpoiledError``.
+    works.  Raises ``RuleError`` for unsupported arguments and for data that ends early, its subclass ``StageError`` for
+    a loss that is not a scalar, ``dualpipe.runtime.executor.StepError`` if a message does not arrive in time, and
+    ``DisagreementError`` if ranks were set up differently.  Any exception within a step, including one from a forward
+    step or its data, ends the step on every rank of the pipeline and spoils the pipeline: the next call raises
+    ``dualpipe.runtime.transport.SpoiledError``.
     """
     if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
         raise RuleError(
-            "DualPipe's messages have the shape of a hidden state and go their own way",
+            "DualPipe sends messages itself, each of the shape of a hidden state",
             "got adjust_tensor_shapes_fn or p2p_communicator",
             "leave them out",
         )
-    chunks = list(zip(model, require_chunks(model), strict=True))
-    pipeline = chunks[0][1].pipeline
+    setups = setups_of(model)
+    shared = setups[0].shared
     config = get_model_config(model[0])
     if not forward_only:
-        require_trainable(model, config, pipeline.optimizer())
+        require_trainable(model, config, shared.optimizer())
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     shapes = get_tensor_shapes(
         seq_length=seq_length,
@@ -81,14 +82,14 @@ def forward_backward_dualpipe(
         cp_group=groups.cp,
     )
     boundary = [TensorSpec(tuple(shape), config.pipeline_dtype or config.params_dtype) for shape in shapes]
-    schedule = schedule_for(pipeline.groups.size, num_microbatches, forward_only)
-    _agree(pipeline, schedule, boundary)
+    schedule = schedule_for(shared.groups.size, num_microbatches, forward_only)
+    _agree(shared, schedule, boundary)
     data = split_data_iterator(data_iterator)
     if not forward_only:
-        follow_rerun(pipeline.stream, pipeline.groups.pair)
+        follow_rerun(shared.stream, shared.groups.pair)
     computation = MegatronComputation(
         schedule,
-        {(chunk.place.lane, chunk.place.stage): (module, chunk) for module, chunk in chunks},
+        {setup.chunk: (module, setup) for module, setup in zip(model, setups, strict=True)},
         Call(
             forward_step_func,
             {lane: data[lane] for lane in (UP, DOWN)},
@@ -101,18 +102,23 @@ def forward_backward_dualpipe(
     )
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-    transport = pipeline.transport
-    splits = {(chunk.place.lane, chunk.place.stage): chunk.split.stage for _, chunk in chunks}
-    worker = Worker(schedule, lambda stage: boundary, transport, pipeline.store, splits)
+    transport = shared.transport
+    worker = Worker(
+        schedule,
+        lambda stage: boundary,
+        transport,
+        shared.store,
+        {setup.chunk: setup.split.stage for setup in setups},
+    )
     with transport.phase("evaluation" if forward_only else "step"):
         run_step(worker, computation, forward_only)
         data.finish(num_microbatches)
     with transport.phase("collection of losses"):
-        collected = bring_losses(computation.collected, transport, transport.device)
+        collected = collect_losses(computation.collected, transport, transport.device)
     if not forward_only:
         with transport.phase("reduction of gradients"):
-            transport.meet()  # a collective cannot be interrupted: it begins when no rank has failed before
-            _finalize(model, chunks, config, groups, pipeline, computation, force_all_reduce)
+            transport.meet()  # a collective cannot be interrupted, so it starts only if no rank has failed
+            _finalize(model, setups, config, groups, computation, force_all_reduce)
     if config.timers is not None:
         config.timers("forward-backward").stop()
     return collected
@@ -120,9 +126,9 @@ def forward_backward_dualpipe(
 
 @lru_cache(maxsize=8)
 def schedule_for(ranks: int, microbatches: int, forward_only: bool = False) -> Schedule:
-    """DualPipe's schedule; for an evaluation its forwards, cut to as many microbatches as there are.
+    """DualPipe's schedule; for an evaluation its forwards, cut to the given number of microbatches.
 
-    Leaving out the same microbatches on every rank leaves every message its partner and its place in the order.
+    The same microbatches are left out on every rank, so sends and receives still match and keep their order.
     """
     if not forward_only:
         return generate("dualpipe", ranks, microbatches)
@@ -137,31 +143,31 @@ def schedule_for(ranks: int, microbatches: int, forward_only: bool = False) -> S
     return replace(whole, programs=tuple(programs))
 
 
-def _agree(pipeline: Pipeline, schedule: Schedule, boundary: Sequence[TensorSpec]) -> None:
-    """Before the first step of a kind, compare what the ranks are about to run."""
-    told = {
+def _agree(shared: Shared, schedule: Schedule, boundary: Sequence[TensorSpec]) -> None:
+    """Before the first step of a kind, check that all ranks are about to run the same schedule and shapes."""
+    setup = {
         "schedule": f"dualpipe of {schedule.ranks} ranks, microbatches "
         f"{'+'.join(str(schedule.microbatches[lane]) for lane in schedule.lanes)}, digest {digest(schedule)[:16]}",
         "boundary between stages": ", ".join(map(str, boundary)),
     }
-    key = str(told)
-    if key not in pipeline.agreed:
-        pipeline.transport.agree(told)
-        pipeline.agreed.add(key)
+    key = str(setup)
+    if key not in shared.agreed:
+        shared.transport.agree(setup)
+        shared.agreed.add(key)
 
 
 def _finalize(
     model: list[nn.Module],
-    chunks: Sequence[tuple[nn.Module, Chunk]],
+    setups: Sequence[ChunkSetup],
     config: Any,
     groups: ProcessGroupCollection,
-    pipeline: Pipeline,
     computation: MegatronComputation,
     force_all_reduce: bool,
 ) -> None:
-    """Reduce the gradients, once every W is over; chunk by chunk in order of stage, as the other rank of the pair."""
-    if not pipeline.copies.moved:
-        pipeline.copies.follow(pipeline.groups.pipeline)
+    """Reduce the gradients after the last W; chunk by chunk in order of stage, as on the other rank of the pair."""
+    shared = setups[0].shared
+    if not shared.replicas.update_checked:
+        shared.replicas.check_step(shared.groups.pipeline)
     if config.grad_sync_func is not None:
         given = config.grad_sync_func
         functions = [given] * len(model) if callable(given) else given
@@ -169,29 +175,32 @@ def _finalize(
             function(module.parameters())
     tokens: Tensor | None = None
     if config.calculate_per_token_loss:
-        tokens = token_count(computation, pipeline.transport.device)
-        dist.all_reduce(tokens, group=pipeline.groups.pipeline)  # lane < counted at the first rank, lane > at the last
+        tokens = token_count(computation, shared.transport.device)
+        dist.all_reduce(tokens, group=shared.groups.pipeline)  # the first rank counted lane <, the last one lane >
         if not tokens.item():
             raise RuleError(
-                "with calculate_per_token_loss the loss function returns (loss, number of tokens, what to report)",
+                "with calculate_per_token_loss the loss function returns (loss, number of tokens, values to report)",
                 "it counted no token in any microbatch of the step",
                 "return the number of tokens that the loss sums over, or leave calculate_per_token_loss off",
             )
     if config.moe_router_enable_expert_bias:
-        _add_up_expert_tokens(chunks, pipeline)
-    with reduced_once(model, [chunk.place.stage for _, chunk in chunks]):
+        _sum_expert_tokens(model, shared.groups.pair)
+    with reduced_once(model, [setup.chunk.stage for setup in setups]):
         config.finalize_model_grads_func(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
 
 
-def _add_up_expert_tokens(chunks: Sequence[tuple[nn.Module, Chunk]], pipeline: Pipeline) -> None:
-    """Routers steer by the tokens of all replicas; Megatron adds up those of the data-parallel ranks alone."""
-    for module, _ in chunks:
+def _sum_expert_tokens(model: Sequence[nn.Module], pair: dist.ProcessGroup) -> None:
+    """Sum the tokens per expert over both replicas of a stage; Megatron sums over the data-parallel ranks only.
+
+    Routers set their expert bias by this count over all replicas.
+    """
+    for module in model:
         for router in get_attr_wrapped_model(module, "modules")():
             counts = getattr(router, "local_tokens_per_expert", None)
             if counts is not None:
-                dist.all_reduce(counts, group=pipeline.groups.pair)
+                dist.all_reduce(counts, group=pair)
 
 
-def lanes_of(model: list[nn.Module]) -> list[tuple[Lane, int]]:
+def chunks_of(model: list[nn.Module]) -> list[Chunk]:
     """The lane and stage of each chunk of the model."""
-    return [(chunk.place.lane, chunk.place.stage) for chunk in map(chunk_of, model)]
+    return [setup_of(module).chunk for module in model]

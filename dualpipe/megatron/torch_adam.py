@@ -1,9 +1,8 @@
-"""torch's Adam inside Megatron's distributed optimizer: what saving and loading lack where neither Apex nor
-Transformer Engine is installed, as on a CPU.
+"""Saves and loads torch's Adam inside Megatron's distributed optimizer, around bugs of megatron-core 0.16.1.
 
-Found in megatron-core 0.16.1: it reads the number of the step from a state that does not exist before the first step;
-it leaves the step out when it fills in the state; and it loads one counter for all parameters, which a step would then
-count up once for each.
+Megatron uses torch's Adam if neither Apex nor Transformer Engine is installed, as on a CPU.  Then it reads the step
+number from a state that does not exist before the first step; it omits the step number when it fills in the state; and
+it loads one step counter for all parameters, which a step would then increment once for each parameter.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from dualpipe.errors import RuleError
+from dualpipe.megatron.optimizer_state import distributed_parts
 
 
 def allocate_state(optimizer: Any) -> None:
@@ -23,8 +22,8 @@ def allocate_state(optimizer: Any) -> None:
     for part in _parts(optimizer):
         if not any(group["params"] for group in part.optimizer.param_groups):
             raise RuleError(
-                "with torch's Adam, the distributed optimizer is saved where each rank owns a part of some weight",
-                "the shards of this rank are padding alone",
+                "with torch's Adam, a distributed optimizer can be saved if each rank owns a part of some weight",
+                "the shards of this rank are only padding",
                 "use fewer replicas, leave out pad_buckets_for_high_nccl_busbw, or install Transformer Engine",
             )
         for group in part.optimizer.param_groups:
@@ -36,24 +35,22 @@ def allocate_state(optimizer: Any) -> None:
 
 @contextmanager
 def loading(optimizer: Any) -> Iterator[None]:
-    """Within, ``optimizer.load_state_dict`` works; afterwards each parameter counts its own steps."""
-    parts = list(_parts(optimizer))
+    """Within, ``optimizer.load_state_dict`` works; afterwards each parameter has its own step counter."""
+    parts = _parts(optimizer)
     for part in parts:
         part._set_main_param_and_optimizer_states = _with_step(part)
     try:
         yield
     finally:
         for part in parts:
-            del part._set_main_param_and_optimizer_states  # the class's own is seen again
+            del part._set_main_param_and_optimizer_states  # uncovers the class's own
     for part in parts:
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()
 
 
-def _parts(optimizer: Any) -> Iterator[Any]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam):
-            yield part
+def _parts(optimizer: Any) -> list[Any]:
+    return [part for part in distributed_parts(optimizer) if isinstance(part.optimizer, torch.optim.Adam)]
 
 
 def _with_step(part: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What a training loop calls to build model and optimizer, with DualPipe behind the same signatures.
+"""Stand-ins with which a training loop builds, saves and loads a DualPipe model through Megatron's own signatures.
 
-These stand in for functions of Megatron-LM's ``megatron.training`` (main and core_v0.16.1) while ``install()`` is in
-force.  Each asks on every call whether DualPipe is on, and is the function it stands in for when it is not.
+They replace functions of Megatron-LM's ``megatron.training`` (main and core_v0.16.1) while ``install()`` is in effect.
+Each checks on every call whether DualPipe is on, and calls the original if it is not.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dualpipe.megatron.arguments import validate_dualpipe_args
 
 Function = Callable[..., Any]
 Switch = Callable[[], Any]
-"""Gives the arguments of a run that uses DualPipe, or ``None``."""
+"""Returns the arguments of a run that uses DualPipe, or ``None``."""
+StandIn = Callable[[Function, Switch], Function]
+"""Makes the stand-in of a function."""
 
 _ARGUMENT_OF = {
     "average_in_collective": "ddp_average_in_collective",
@@ -29,161 +31,134 @@ _ARGUMENT_OF = {
 """Fields of ``DistributedDataParallelConfig`` whose argument has another name."""
 
 
-def get_model(own: Function, switch: Switch) -> Function:
-    """``megatron.training.training.get_model``: two chunks, in order of stage."""
+def stand_in(replacement: Callable[[Any, Function, inspect.BoundArguments], Any]) -> StandIn:
+    """Make stand-ins that call ``replacement(args, original, call)`` while DualPipe is on.
 
-    @functools.wraps(own)
-    def chosen(*given: Any, **named: Any) -> Any:
-        args = switch()
-        if args is None:
-            return own(*given, **named)
-        call = _bound(own, given, named)
-        args.model_type = call["model_type"]
-        return _build(
-            args,
-            call["model_provider_func"],
-            _ddp_config(args),
-            model_type=call["model_type"],
-            wrap_with_ddp=call["wrap_with_ddp"],
-            data_parallel_random_init=bool(getattr(args, "data_parallel_random_init", False)),
-            options={"config": call["config"]},
-        )
-
-    return chosen
-
-
-def build_distributed_models(own: Function, switch: Switch) -> Function:
-    """``megatron.training.models.dist_utils.unimodal_build_distributed_models``, where model builders end in main."""
-
-    @functools.wraps(own)
-    def chosen(*given: Any, **named: Any) -> Any:
-        args = switch()
-        if args is None:
-            return own(*given, **named)
-        call = _bound(own, given, named)
-        hook = call.get("pre_wrap_hook")
-
-        def provider(**place: Any) -> Any:
-            module = call["build_model_func"](**place)
-            hooked = None if hook is None else hook([module])
-            return module if hooked is None else hooked[0]
-
-        return _build(
-            args,
-            provider,
-            call["ddp_config"],
-            model_type=call["model_type"],
-            wrap_with_ddp=call["wrap_with_ddp"],
-            data_parallel_random_init=call["data_parallel_random_init"],
-        )
-
-    return chosen
-
-
-def get_megatron_optimizer(own: Function, switch: Switch) -> Function:
-    """``megatron.core.optimizer.get_megatron_optimizer``: over two chunks, each parameter counted once."""
-
-    @functools.wraps(own)
-    def chosen(*given: Any, **named: Any) -> Any:
-        if switch() is None:
-            return own(*given, **named)
-        from dualpipe.megatron.optimizer import build_dualpipe_optimizer
-
-        call = inspect.signature(own).bind(*given, **named).arguments
-        call.pop("use_gloo_process_groups", None)
-        call.pop("pg_collection", None)
-        return build_dualpipe_optimizer(call.pop("config"), call.pop("model_chunks"), **call)
-
-    return chosen
-
-
-def load_checkpoint(own: Function, switch: Switch) -> Function:
-    """``megatron.training.checkpointing.load_checkpoint``: lane < goes on with the random numbers of its stage, too."""
-
-    @functools.wraps(own)
-    def chosen(*given: Any, **named: Any) -> Any:
-        loaded = own(*given, **named)
-        if switch() is not None:
-            from dualpipe.megatron.checkpoint import resume_random_stream
-
-            resume_random_stream(_bound(own, given, named)["ddp_model"])
-        return loaded
-
-    return chosen
-
-
-def save_checkpoint(own: Function, switch: Switch) -> Function:
-    """``megatron.training.checkpointing.save_checkpoint``: only if both copies of each stage are equal."""
-
-    @functools.wraps(own)
-    def chosen(*given: Any, **named: Any) -> Any:
-        if switch() is not None:
-            from dualpipe.megatron.checkpoint import require_equal_copies
-
-            require_equal_copies(_bound(own, given, named)["model"])
-        return own(*given, **named)
-
-    return chosen
-
-
-def sharded_state_dict_metadata(own: Function, switch: Switch) -> Function:
-    """``megatron.training.checkpointing._build_sharded_state_dict_metadata``: how an optimizer's state is laid out.
-
-    Most layouts of the distributed optimizer's state rest on its one data-parallel group.  Under DualPipe each chunk
-    has its own, so the layout is the one that holds whole parameters, gathered on every rank of a stage
-    (``--dist-ckpt-optim-fully-reshardable``).  The checkpoint says so, and loads anywhere.
+    ``args`` are the arguments of the run, ``call`` those that the original was called with.
     """
 
-    @functools.wraps(own)
-    def chosen(*given: Any, **named: Any) -> Any:
-        metadata = own(*given, **named)
-        if switch() is not None and "distrib_optim_sharding_type" in metadata:
-            from dualpipe.megatron.optimizer_state import SHARDING
+    def make(original: Function, switch: Switch) -> Function:
+        @functools.wraps(original)
+        def switched(*positional: Any, **named: Any) -> Any:
+            args = switch()
+            if args is None:
+                return original(*positional, **named)
+            return replacement(args, original, inspect.signature(original).bind(*positional, **named))
 
-            metadata["distrib_optim_sharding_type"] = SHARDING
-            metadata.pop("distrib_optim_fully_reshardable_mem_efficient", None)  # gathers over the one group
-        return metadata
+        return switched
 
-    return chosen
+    return make
 
 
-def _bound(own: Function, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(own).bind(*given, **named)
-    bound.apply_defaults()
-    return bound.arguments
+@stand_in
+def get_model(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
+    """``megatron.training.training.get_model``: two chunks, in order of stage."""
+    call.apply_defaults()
+    given = call.arguments
+    args.model_type = given["model_type"]
+    return _build(
+        args,
+        functools.partial(given["model_provider_func"], config=given["config"]),
+        _ddp_config(args),
+        given,
+        data_parallel_random_init=bool(getattr(args, "data_parallel_random_init", False)),
+    )
+
+
+@stand_in
+def build_distributed_models(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
+    """``megatron.training.models.dist_utils.unimodal_build_distributed_models``, in which later model builders end."""
+    call.apply_defaults()
+    given = call.arguments
+    hook = given.get("pre_wrap_hook")
+
+    def provider(**options: Any) -> Any:
+        module = given["build_model_func"](**options)
+        hooked = None if hook is None else hook([module])
+        return module if hooked is None else hooked[0]
+
+    random_init = given["data_parallel_random_init"]
+    return _build(args, provider, given["ddp_config"], given, data_parallel_random_init=random_init)
+
+
+@stand_in
+def get_megatron_optimizer(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
+    """``megatron.core.optimizer.get_megatron_optimizer``: over two chunks, each parameter counted once."""
+    from dualpipe.megatron.optimizer import build_dualpipe_optimizer
+
+    given = dict(call.arguments)
+    for replaced in ("use_gloo_process_groups", "pg_collection"):
+        given.pop(replaced, None)
+    return build_dualpipe_optimizer(given.pop("config"), given.pop("model_chunks"), **given)
+
+
+@stand_in
+def load_checkpoint(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
+    """``megatron.training.checkpointing.load_checkpoint``: also restores the random numbers of lane <."""
+    from dualpipe.megatron.checkpoint import resume_random_stream
+
+    loaded = original(*call.args, **call.kwargs)
+    resume_random_stream(call.arguments["ddp_model"])
+    return loaded
+
+
+@stand_in
+def save_checkpoint(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
+    """``megatron.training.checkpointing.save_checkpoint``: saves only if both replicas of each stage are equal."""
+    from dualpipe.megatron.checkpoint import require_equal_replicas
+
+    require_equal_replicas(call.arguments["model"])
+    return original(*call.args, **call.kwargs)
+
+
+@stand_in
+def sharded_state_dict_metadata(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
+    """``megatron.training.checkpointing._build_sharded_state_dict_metadata``: the format of an optimizer's state.
+
+    Most formats of the distributed optimizer's state need its single data-parallel group.  Under DualPipe each chunk
+    has its own group, so the format is the one with whole parameters, gathered on every rank of a stage
+    (``--dist-ckpt-optim-fully-reshardable``).  The checkpoint records the format, and loads anywhere.
+    """
+    from dualpipe.megatron.optimizer_state import SHARDING
+
+    metadata = original(*call.args, **call.kwargs)
+    if "distrib_optim_sharding_type" in metadata:
+        metadata["distrib_optim_sharding_type"] = SHARDING
+        metadata.pop("distrib_optim_fully_reshardable_mem_efficient", None)  # gathers over the single group
+    return metadata
 
 
 def _build(
-    args: Any,
-    provider: Function,
-    ddp_config: Any,
-    *,
-    model_type: Any,
-    options: dict[str, Any] | None = None,
-    **building: Any,
+    args: Any, provider: Function, ddp_config: Any, given: Mapping[str, Any], *, data_parallel_random_init: bool
 ) -> list[Any]:
+    """Build the chunks; ``given`` has the arguments of the function that is replaced."""
     from dualpipe.megatron.model import build_dualpipe_model
 
     validate_dualpipe_args(args)
 
-    def placed(**place: Any) -> Any:
-        module = provider(**place, **(options or {}))
-        module.model_type = model_type
+    def typed_provider(**options: Any) -> Any:
+        module = provider(**options)
+        module.model_type = given["model_type"]
         return module
 
-    model = build_dualpipe_model(placed, ddp_config, **building)
+    model = build_dualpipe_model(
+        typed_provider,
+        ddp_config,
+        wrap_with_ddp=given["wrap_with_ddp"],
+        data_parallel_random_init=data_parallel_random_init,
+    )
     for chunk in model:
-        _face_the_loop(chunk)
+        _show_groups_of_rank(chunk)
     return model
 
 
-def _face_the_loop(chunk: Any) -> None:
-    """Let a training loop read the rank's own groups from a chunk; the layers keep those of their stage.
+def _show_groups_of_rank(chunk: Any) -> None:
+    """Let a training loop read the rank's own groups from a chunk; its layers keep those of their stage.
 
-    The loop takes the groups of its first chunk for those of the rank: with them it finds out who reports losses, over
-    whom they are summed, and whose random state a checkpoint holds.  It reads them from the outermost module that has
-    them, or from the unwrapped model.  Megatron's ``Float16Module``, between the two, asks them for its stage: whether
-    to cast what comes in and what goes out.
+    The loop assumes that the groups of its first chunk are those of the rank: they determine which rank reports losses,
+    over which ranks they are summed, and whose random state a checkpoint holds.  It reads them from the outermost
+    module that has them, or from the unwrapped model.  Megatron's ``Float16Module``, between the two, keeps the groups
+    of its stage: it casts inputs on the first stage and outputs on the last.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.module import Float16Module

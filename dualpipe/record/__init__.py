@@ -1,11 +1,11 @@
-"""Records the schedule of somebody else's program: what its ranks computed and sent, as a schedule file.
+"""Record the schedule of any torch.distributed program: what its ranks computed and sent, as a schedule file.
 
-    launch  ->  child (in every rank: events)  ->  events  ->  lineage  ->  naming  ->  recording
-    starts the      watches torch, knows no        read     stages, lanes,  messages,    a Schedule
-    command         schedule                       back     microbatches    slots        and notes
+    launch  ->  child                ->  events  ->  lineage, routes  ->  naming, slots  ->  recording
+    starts the   in every rank: watches   read        stages, lanes,       ops of            a Schedule,
+    command      torch, writes events     back        microbatches         messages, slots   notes, caveats
 
-The ranks only write down what happens; that a tensor is microbatch 3 of stage 2 is concluded afterwards, from the
-events of all ranks.
+The ranks only write events.  That a tensor is microbatch 3 of stage 2 is concluded afterwards from the events of all
+ranks.
 """
 
 from dualpipe.record.events import RecordError, read_folder

@@ -1,7 +1,4 @@
-"""What each rank wrote down, read back: its forwards, its messages, and its events in order.
-
-Every wait, forward and message knows its place in the rank's order, so that slots can be told apart later.
-"""
+"""Read the events of each rank: its forwards, its messages, and the order of its events."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ Event = Mapping[str, Any]
 
 
 class RecordError(RuleError):
-    """A recording that cannot be made into a schedule; it says what could not be named, and where it is."""
+    """A program that cannot be written as a schedule: what could not be named, and where in the program it is."""
 
 
-class Owner(NamedTuple):
-    """A forward of a rank, and with it that microbatch's backward and weight gradient at that stage."""
+class ForwardId(NamedTuple):
+    """A forward, and with it the backward and the weight gradient of the same task: the rank and its own count."""
 
     rank: int
     number: int
@@ -34,53 +31,75 @@ class MessageId(NamedTuple):
     number: int
 
 
+class ModuleId(NamedTuple):
+    """A module that a rank calls: the rank and its own count of modules."""
+
+    rank: int
+    number: int
+
+
 @dataclass
 class Forward:
-    """A forward as its rank saw it: the module called, the messages and the local forwards that it began from.
+    """A forward as its rank observed it.
 
-    ``gradients`` are the messages that bring the gradient of what it made.  ``grad`` says whether it began with
-    gradients on, ``behind`` whether its backward began, and ``weights`` whether anything of it reached a weight
-    gradient.  ``weighed`` is where the engine was asked for gradients of weights, which the program may keep elsewhere,
-    and ``weightless`` says that no module of it has a parameter to train.
+    Attributes
+    ----------
+    module, at, step:
+        The first module called, the line of the program, and the number of optimizer steps before it.
+    messages, after:
+        The receives and the forwards on the same rank whose tensors it takes.
+    gradients:
+        The receives whose tensors are the gradient of its output.
+    weights:
+        Whether it changed a weight gradient.
+    backward_began:
+        Whether its backward began.
+    grad:
+        Whether it began with gradients enabled.
+    requested_at:
+        Where the program requested gradients of weights from the engine; it may keep them elsewhere than in ``.grad``.
+    untrainable:
+        Whether none of its modules has a parameter to train.
     """
 
-    owner: Owner
+    id: ForwardId
     module: int
     at: str
     messages: list[MessageId] = field(default_factory=list)
-    after: list[Owner] = field(default_factory=list)
+    after: list[ForwardId] = field(default_factory=list)
     gradients: list[MessageId] = field(default_factory=list)
     weights: bool = False
-    behind: bool = False
+    backward_began: bool = False
     grad: bool = True
-    weighed: str = ""
-    weightless: bool = False
+    requested_at: str = ""
+    untrainable: bool = False
     step: int = 0
 
 
 @dataclass
 class Message:
-    """One end of a message: a send with what it held, or a receive.
+    """One end of a message.
 
-    ``memory`` is where its tensor begins, a storage and an offset, or ``None`` where that is not known.
+    ``gradient_of`` and ``activation_of``: of a send, the forwards that its tensor belongs to.  ``memory``: the storage
+    and the offset of the tensor, or ``None`` if unknown.
     """
 
     id: MessageId
     send: bool
     peer: int
     channel: tuple[Any, ...]
-    gradient_of: list[Owner]
-    activation_of: list[Owner]
+    gradient_of: list[ForwardId]
+    activation_of: list[ForwardId]
     form: str
     at: str
     step: int
-    over: bool = False
+    completed: bool = False
     tag: int = 0
     memory: tuple[int, int] | None = None
 
 
 class Doubt(NamedTuple):
-    """What was seen of a forward that a schedule cannot say; ``what`` is a key of ``doubts.TOLD``."""
+    """Something about a forward that a schedule cannot express; ``what`` is the kind, see ``notes``."""
 
     what: str
     forward: int
@@ -90,7 +109,10 @@ class Doubt(NamedTuple):
 
 @dataclass
 class RankLog:
-    """The events of one rank, and what they speak of."""
+    """The events of one rank, and the modules, forwards and messages in them.
+
+    ``same`` maps a forward to the one that it turned out to be a part of; ``find`` resolves it.
+    """
 
     rank: int
     events: list[Event]
@@ -109,10 +131,10 @@ class RankLog:
 
 
 def read(rank: int, events: Sequence[Event]) -> RankLog:
-    """The events of a rank, understood.  Raises ``RecordError`` where the program did what has no place in a file."""
+    """Read the events of a rank.  Raises ``RecordError`` for what a schedule file cannot express."""
     same = {e["part"]: e["forward"] for e in events if e["event"] == "join"}
     same |= _computed_again(events)
-    log = RankLog(rank, _one_step_event_a_step(events), {}, {}, {}, False, 0, same)
+    log = RankLog(rank, _merge_optimizer_steps(events), {}, {}, {}, False, 0, same)
     for event in log.events:
         match event["event"]:
             case "module":
@@ -122,8 +144,8 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
             case "backward":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
-                        known.behind = True
-                        known.weightless = forward in event["weightless"]
+                        known.backward_began = True
+                        known.untrainable = forward in event["untrainable"]
             case "gradients":
                 for forward, messages in zip(event["forwards"], event["messages"], strict=True):
                     if (known := log.forwards.get(log.find(forward))) is not None:
@@ -132,18 +154,18 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.weights = True
-            case "weighed":
+            case "weights requested":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
-                        known.weighed = event["at"]
+                        known.requested_at = event["at"]
             case "post":
                 _read_post(log, event)
-            case "over":
+            case "completed":
                 for number in event["messages"]:
-                    log.messages[number].over = True
+                    log.messages[number].completed = True
             case "any source":
                 raise RecordError(
-                    "a receive names the rank that it is from",
+                    "a receive names its source rank",
                     f"rank {rank} receives from any rank at {event['at']}",
                     "give it a source",
                 )
@@ -156,16 +178,16 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
     return log
 
 
-def _one_step_event_a_step(events: Sequence[Event]) -> list[Event]:
-    """The events with one optimizer step where several follow each other, and with none before all computation."""
+def _merge_optimizer_steps(events: Sequence[Event]) -> list[Event]:
+    """The events with one optimizer step in place of consecutive ones, and none before the first computation."""
     kept: list[Event] = []
-    over = False  # whether a step has been seen since the last forward or backward
+    stepped = False  # reading backwards: whether there is a step between here and the next forward or backward
     for event in reversed(events):
         if event["event"] in ("forward", "backward"):
-            over = False
-        if event["event"] != "step" or not over:
+            stepped = False
+        if event["event"] != "step" or not stepped:
             kept.append(event)
-        over = over or event["event"] == "step"
+        stepped = stepped or event["event"] == "step"
     kept.reverse()
     computes = [index for index, event in enumerate(kept) if event["event"] in ("forward", "backward")]
     first = computes[0] if computes else len(kept)
@@ -173,9 +195,9 @@ def _one_step_event_a_step(events: Sequence[Event]) -> list[Event]:
 
 
 def _computed_again(events: Sequence[Event]) -> dict[int, int]:
-    """Forwards that do again, with gradients, what was done without: those that send nothing of their own."""
-    told = [m for e in events if e["event"] == "post" for m in e["messages"] if m["kind"] == "send"]
-    sent = {number for m in told for letter, number in m["marks"] if letter == "F"}
+    """Forwards that repeat, with gradients, an earlier one without: those whose outputs are not sent."""
+    sends = [m for e in events if e["event"] == "post" for m in e["messages"] if m["kind"] == "send"]
+    sent = {number for m in sends for letter, number in m["marks"] if letter == "F"}
     again = {e["forward"]: e["again"] for e in events if e["event"] == "forward" and e["again"] is not None}
     return {forward: earlier for forward, earlier in again.items() if forward not in sent}
 
@@ -184,47 +206,47 @@ def _read_forward(log: RankLog, event: Event) -> None:
     number = log.find(event["forward"])
     known = log.forwards.get(number)
     if known is None:
-        known = Forward(Owner(log.rank, number), event["module"], event["at"], grad=event["grad"], step=log.steps)
+        known = Forward(ForwardId(log.rank, number), event["module"], event["at"], grad=event["grad"], step=log.steps)
         log.forwards[number] = known
     known.messages += [MessageId(log.rank, m) for m in event["messages"]]
-    known.after += [Owner(log.rank, log.find(c)) for c in event["after"]]
+    known.after += [ForwardId(log.rank, log.find(c)) for c in event["after"]]
 
 
 def _read_post(log: RankLog, event: Event) -> None:
-    for told in event["messages"]:
-        send = told["kind"] == "send"
-        ends = (log.rank, told["peer"]) if send else (told["peer"], log.rank)
-        held: dict[str, list[Owner]] = {"B": [], "F": []}
-        for letter, number in told["marks"]:
-            if letter in held:
-                held[letter].append(Owner(log.rank, log.find(number)))
-        if event["inside"] and told["real"]:
+    for posted in event["messages"]:
+        send = posted["kind"] == "send"
+        ends = (log.rank, posted["peer"]) if send else (posted["peer"], log.rank)
+        content: dict[str, list[ForwardId]] = {"B": [], "F": []}
+        for letter, number in posted["marks"]:
+            if letter in content:
+                content[letter].append(ForwardId(log.rank, log.find(number)))
+        if event["inside"] and posted["real"]:
             raise RecordError(
                 "a stage does not communicate inside its forward or backward",
-                f"rank {log.rank} {told['kind']}s inside {event['inside']} at {event['at']}",
+                f"rank {log.rank} {posted['kind']}s inside {event['inside']} at {event['at']}",
                 f"if that runs the whole pipeline, add --container {event['inside']}",
             )
-        log.messages[told["message"]] = Message(
-            MessageId(log.rank, told["message"]),
+        log.messages[posted["message"]] = Message(
+            MessageId(log.rank, posted["message"]),
             send,
-            told["peer"],
-            (*ends, tuple(told["group"]), told["tag"]),
-            held["B"],
-            held["F"],
-            told["form"],
+            posted["peer"],
+            (*ends, tuple(posted["group"]), posted["tag"]),
+            content["B"],
+            content["F"],
+            posted["form"],
             event["at"],
             log.steps,
-            tag=told["tag"],
-            memory=None if told["memory"] is None else tuple(told["memory"]),
+            tag=posted["tag"],
+            memory=None if posted["memory"] is None else tuple(posted["memory"]),
         )
-        if told["group_number"]:
+        if posted["group_number"]:
             log.doubts.append(Doubt("several groups", -1, event["at"], log.steps))
 
 
 def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[RankLog], int]:
-    """The logs of one process group that met in a recorded command, and how many groups there were.
+    """The logs of one process group of a recorded command, and how many groups there were.
 
-    Several groups, one after another, are told apart by their number of ranks and by the order in which they met.
+    Consecutive groups are distinguished by their number of ranks and by the order in which they were formed.
     """
     groups: dict[tuple[Any, ...], dict[int, list[Event]]] = {}
     for path in sorted(folder.glob("*.events"), key=lambda p: p.stat().st_mtime):
@@ -241,11 +263,12 @@ def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[Ran
         raise RecordError(
             "a recorded program calls torch.distributed.init_process_group in Python",
             "no process of it did",
-            "check that it runs; give -P if it wants its ranks to be launched; do not start python with -I or -S",
+            "check that it runs; give -P if it expects to be started once a rank; do not start python with -I or -S",
         )
     fitting = [group for key, group in groups.items() if ranks in (None, key[0])] or list(groups.values())
     if not 1 <= session <= len(fitting):
-        raise RecordError("--session counts the process groups", f"there were {len(fitting)}", f"it is {session}")
+        got = f"got {session}, and there were {len(fitting)}"
+        raise RecordError("--session counts the process groups", got, "use one of them")
     chosen = fitting[session - 1]
     size = next(key[0] for key, group in groups.items() if group is chosen)
     missing = [rank for rank in range(size) if rank not in chosen]

@@ -1,7 +1,7 @@
-"""Runs a command with the recorder in every Python process that it starts, and ends all of them in time.
+"""Run a command with the recorder in every Python process that it starts, and end all of them in time.
 
 With a number of ranks the command is started that many times, as ``torchrun`` would: RANK, WORLD_SIZE and the others
-are set.  Without, it is started once, and launches its ranks itself.
+are set.  Without one it is started once and launches its ranks itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualpipe.errors import RuleError
-from dualpipe.record.hang import Watchdog
-from dualpipe.record.processes import MARK, end_marked
+from dualpipe.record.processes import MARK, Watchdog, kill_marked
 
 CHILD = Path(__file__).parent / "child"
 TOGETHER = ("overlapped_forward_backward", "overlaped_forward_backward")  # DeepSeek's name, and as 1.0.0 spells it
@@ -33,7 +32,7 @@ def load():
     spec.loader.exec_module(module)
     import _dualpipe_recorder.startup
     _dualpipe_recorder.startup.start({folder!r})
-def next_one():  # the sitecustomize that this one stands before, if there is one
+def next_one():  # the sitecustomize that this one hides, if there is one
     sys.path[:] = [path for path in sys.path if path != {site!r}]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", sys.path)
     if spec is not None:
@@ -48,9 +47,9 @@ next_one()
 class Launch:
     """What to run.
 
-    ``together`` names the methods that overlap a forward with a backward, ``containers`` the module classes whose
-    call is not a stage's.  All times are in seconds: ``timeout`` for the whole, ``stall`` after which a
-    program hangs all of whose ranks wait for messages, ``grace`` for the other ranks once one failed.
+    ``together`` names methods that overlap a forward with a backward, ``containers`` module classes whose call is not
+    the forward of a stage.  Seconds until the program is ended: ``timeout`` since the start, ``stall`` since every rank
+    has been waiting for messages, ``grace`` since a rank failed.
     """
 
     command: tuple[str, ...]
@@ -64,35 +63,35 @@ class Launch:
 
 @dataclass(frozen=True)
 class End:
-    """How the processes ended: their exit codes in order, ``None`` for one that had to be ended for ``reason``."""
+    """How the processes ended: their exit codes in order, ``None`` for one that was killed for ``reason``."""
 
     codes: tuple[int | None, ...]
     seconds: float
     reason: str
 
     @property
-    def well(self) -> bool:
+    def succeeded(self) -> bool:
         return all(code == 0 for code in self.codes)
 
-    def text(self) -> str:
-        """One line for each process that did not end well."""
+    def describe(self) -> str:
+        """One line for each process that failed or was killed."""
         return "\n".join(
-            f"{self._who(n)} still ran after {self.seconds:.0f} s and was ended: {self.reason}"
+            f"{self._name(n)} still ran after {self.seconds:.0f} s and was ended: {self.reason}"
             if code is None
-            else f"{self._who(n)} ended with exit code {code}"
+            else f"{self._name(n)} ended with exit code {code}"
             for n, code in enumerate(self.codes)
             if code != 0
         )
 
-    def _who(self, number: int) -> str:
+    def _name(self, number: int) -> str:
         return f"rank {number}" if len(self.codes) > 1 else "the command"
 
 
 def run(launch: Launch, folder: Path, output: int) -> End:
     """Run until all processes have ended or the time is up.
 
-    ``folder`` is an empty folder for the events; ``output`` the file descriptor that standard output goes to.
-    Nothing that was started is left: not after an error, nor after Ctrl-C; whatever its parent is by then.
+    ``folder`` is an empty folder for the events, ``output`` the file descriptor for standard output.  No process of the
+    command is left when this returns or raises, whatever its parent is by then.
     """
     _prepare(launch, folder)
     started = time.monotonic()
@@ -125,13 +124,13 @@ def run(launch: Launch, folder: Path, output: int) -> End:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        end_marked(str(folder))
+        kill_marked(str(folder))
         for process in processes:
             process.wait()
 
 
 def _forked(launch: Launch, folder: Path) -> tuple[str, ...] | None:
-    """The command that forks the ranks, where the one given is ``python script.py`` or ``python -m module``."""
+    """The command that forks the ranks, if the given one is ``python script.py`` or ``python -m module``."""
     python, *words = launch.command
     plain = words and (words[0].endswith(".py") or (words[0] == "-m" and len(words) > 1))
     if launch.ranks is None or not plain or not Path(python).name.startswith("python"):
@@ -140,13 +139,13 @@ def _forked(launch: Launch, folder: Path) -> tuple[str, ...] | None:
 
 
 def _forked_codes(folder: Path, ranks: int, parent: int | None) -> list[int | None]:
-    """The exit codes so far; a rank whose forking process is gone has ended as that did."""
+    """The exit codes so far; a rank whose forking process has ended has that one's exit code."""
     files = [folder / f"ended-{rank}" for rank in range(ranks)]
     return [int(file.read_text()) if file.exists() else parent for file in files]
 
 
 def _wait(codes: Callable[[], Sequence[int | None]], launch: Launch, folder: Path, started: float) -> str:
-    """Wait until every process has an exit code; the reason why those that have none are to be ended."""
+    """Wait until every process has an exit code, or until there is a reason to kill the others, which is returned."""
     failed = None
     watchdog = Watchdog(folder, launch.stall)
     while None in (ended := codes()):
@@ -158,7 +157,7 @@ def _wait(codes: Callable[[], Sequence[int | None]], launch: Launch, folder: Pat
         if failed is not None and now - failed > launch.grace:
             return "another rank had failed"
         if watchdog.hangs(now):
-            return f"for {launch.stall:g} s every rank had waited for messages that did not come"
+            return f"every rank had been waiting for messages for {launch.stall:g} s"
         time.sleep(0.02)
     return ""
 
@@ -202,7 +201,7 @@ def _environment(launch: Launch, folder: Path, rank: int) -> dict[str, str]:
 
 
 def _free_port(folder: Path) -> int:
-    """One port for all ranks of a launch, for programs that read it; ``env://`` itself meets in a file."""
+    """One port for all ranks of a launch, for programs that read it; ``env://`` uses a file instead."""
     kept = folder / "port"
     if not kept.exists():
         with socket.socket() as probe:

@@ -1,25 +1,37 @@
-"""Who hands on to whom: from the flow of tensors to stages, lanes and microbatches.
+"""From the flow of tensors to stages, lanes and microbatches.
 
-A *chunk* is the part of the model that one module on one rank is.  Where a forward takes an activation from, and whose
-gradient its backward takes, are votes on which chunk comes before which.  The chunks then make one chain for each lane,
-and a chunk's place in its chain is its stage.  A microbatch is counted where its lane begins, and keeps its number from
-forward to forward.  One misdirected message is outvoted, so it shows as what it is and does not bend the chain.
+The activation that a forward takes, and the gradient that its backward takes, are votes on which module's output
+becomes which module's input.  The modules then form one chain for each lane, and a module's position in its chain is
+its stage. A microbatch is counted at the start of its lane and keeps its number from forward to forward.  A single
+misdirected message is outvoted, so it appears as such and does not change the chain.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
-from dualpipe.record.data import find_data, notes_on_data, sent_to
-from dualpipe.record.events import Forward, Message, MessageId, Owner, RankLog, RecordError
-from dualpipe.record.microbatches import number, set_evaluations_aside
-from dualpipe.record.names import Chunk, Lineage
-from dualpipe.schedule import Lane
+from dualpipe.record.events import Forward, ForwardId, Message, MessageId, ModuleId, RankLog, RecordError
+from dualpipe.record.microbatches import drop_evaluations, number
+from dualpipe.schedule import Chunk, Lane, Task
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The lanes, the task of every forward in one, and notes.
+
+    ``data`` are the receives whose tensors forwards take though no stage made them: inputs, labels, masks.
+    """
+
+    routes: Mapping[Lane, tuple[int, ...]]
+    tasks: Mapping[ForwardId, Task]
+    data: frozenset[MessageId]
+    notes: tuple[str, ...]
 
 
 def match(messages: Sequence[Message]) -> dict[MessageId, MessageId]:
-    """For every message end its partner: on each channel the k-th send meets the k-th receive."""
+    """The partner of every matched message end: on each channel the k-th send matches the k-th receive."""
     ends: dict[tuple[object, ...], tuple[list[MessageId], list[MessageId]]] = defaultdict(lambda: ([], []))
     for message in messages:
         ends[message.channel][0 if message.send else 1].append(message.id)
@@ -33,97 +45,142 @@ def match(messages: Sequence[Message]) -> dict[MessageId, MessageId]:
 def trace(
     logs: Sequence[RankLog], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
 ) -> Lineage:
-    """Stages, lanes and microbatches of every forward.  Raises ``RecordError`` where there is no such order."""
-    forwards = {f.owner: f for log in logs for f in log.forwards.values()}
-
-    data = find_data(forwards.values(), messages, partner)
-    before: dict[Owner, Owner] = {}
-    votes: dict[tuple[Owner, Owner], None] = {}
+    """The stage, lane and microbatch of every forward.  Raises ``RecordError`` if the modules form no chains."""
+    forwards = {f.id: f for log in logs for f in log.forwards.values()}
+    data = _find_data(forwards.values(), messages, partner)
+    before: dict[ForwardId, ForwardId] = {}
+    votes: dict[tuple[ForwardId, ForwardId], None] = {}
     for forward in forwards.values():
         origins = list(forward.after)
         for id in forward.messages:
-            sent = sent_to(id, messages, partner)
+            sent = _send_of(id, messages, partner)
             origins += sent.activation_of if sent is not None and not sent.gradient_of else []
-        origins = [o for o in origins if o in forwards and o != forward.owner]
+        origins = [o for o in origins if o in forwards and o != forward.id]
         if origins:
-            before[forward.owner] = origins[0]
-        votes.update(dict.fromkeys((origin, forward.owner) for origin in origins))
+            before[forward.id] = origins[0]
+        votes.update(dict.fromkeys((origin, forward.id) for origin in origins))
         for id in forward.gradients:
-            sent = sent_to(id, messages, partner)
+            sent = _send_of(id, messages, partner)
             for later in sent.gradient_of if sent is not None else []:
                 if later in forwards:
-                    votes[forward.owner, later] = None
-    chunk_of = _chunks(logs, forwards, votes, messages, partner)
+                    votes[forward.id, later] = None
+    module_of = _modules(logs, forwards, votes, messages, partner)
     used = {earlier for earlier, _ in votes}
-    used |= {owner for m in messages.values() for owner in (*m.activation_of, *m.gradient_of)}
-    for owner in _dry(forwards, chunk_of, used):
-        del chunk_of[owner]
-    notes = [*notes_on_data(data, messages, partner), *_aside(forwards, chunk_of)]
-    chains = _chains(forwards, chunk_of, votes, data)
+    used |= {forward for m in messages.values() for forward in (*m.activation_of, *m.gradient_of)}
+    for isolated in _isolated(forwards, module_of, used):
+        del module_of[isolated]
+    notes = [*_notes_on_data(data, messages, partner), *_notes_on_left_out(forwards, module_of)]
+    chains = _chains(forwards, module_of, votes, data)
     routes = {lane: tuple(rank for rank, _ in chain) for lane, chain in zip(Lane, chains, strict=False)}
-    place = {
-        chunk: (lane, stage) for lane, chain in zip(Lane, chains, strict=False) for stage, chunk in enumerate(chain)
+    chunk_of = {
+        module: Chunk(lane, stage)
+        for lane, chain in zip(Lane, chains, strict=False)
+        for stage, module in enumerate(chain)
     }
-    names, more = number(forwards, chunk_of, place, chains, before)
-    names, aside = set_evaluations_aside(forwards, chunk_of, names)
-    return Lineage(routes, names, data, (*notes, *more, *aside))
+    tasks, on_order = number(forwards, module_of, chunk_of, chains, before)
+    tasks, on_evaluations = drop_evaluations(forwards, module_of, tasks)
+    return Lineage(routes, tasks, data, (*notes, *on_order, *on_evaluations))
 
 
-def _chunks(
+def _send_of(
+    id: MessageId, messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
+) -> Message | None:
+    """The send that a receive was matched with."""
+    return messages.get(partner[id]) if id in partner else None
+
+
+def _find_data(
+    forwards: Collection[Forward], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
+) -> frozenset[MessageId]:
+    """The receives that give a forward a tensor that no stage made.
+
+    Raises ``RecordError`` if a forward takes nothing else and sends a gradient back: then it takes an activation.
+    """
+    back = {(forward, m.peer): m for m in messages.values() for forward in m.gradient_of}
+    found: set[MessageId] = set()
+    for forward in forwards:
+        sent = {id: _send_of(id, messages, partner) for id in forward.messages}
+        other = {id for id, s in sent.items() if s is not None and not s.activation_of and not s.gradient_of}
+        if other and len(other) == len(sent) and not forward.after:
+            for id in sorted(other):
+                if (forward.id, messages[id].peer) in back:
+                    send = messages[partner[id]]
+                    raise RecordError(
+                        "a stage's activation is the output of a torch.nn.Module call",
+                        f"rank {forward.id.rank} starts a forward at {forward.at} from what rank {send.id.rank} sends "
+                        f"at {send.at}, which is the output of no module call",
+                        "put the stage's computation into a module",
+                    )
+        found |= other
+    return frozenset(found)
+
+
+def _notes_on_data(
+    data: Collection[MessageId], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
+) -> list[str]:
+    places = sorted({(partner[id].rank, messages[partner[id]].at, id.rank) for id in data})
+    return [
+        f"no module call made what rank {one} sends at {at} to a forward of rank {other}; it is taken for data"
+        for one, at, other in places
+    ]
+
+
+def _modules(
     logs: Sequence[RankLog],
-    forwards: Mapping[Owner, Forward],
-    votes: Mapping[tuple[Owner, Owner], None],
+    forwards: Mapping[ForwardId, Forward],
+    votes: Mapping[tuple[ForwardId, ForwardId], None],
     messages: Mapping[MessageId, Message],
     partner: Mapping[MessageId, MessageId],
-) -> dict[Owner, Chunk]:
-    """The chunk of every forward that is part of the pipeline: it, or another one of its module, exchanges tensors.
+) -> dict[ForwardId, ModuleId]:
+    """The module of every forward in the pipeline, that is, one whose module exchanges tensors in some forward.
 
-    A forward that begins with a part of a module is of the chunk that the whole module is.  Where nothing was exchanged
-    at all, the forwards count that were to hand something on when their rank got stuck.
+    A forward that starts with a part of a module belongs to the whole module.  If no tensor was exchanged at all, the
+    forwards count whose rank was waiting for a message before their backward.
     """
-    joined = {owner for vote in votes for owner in vote}
-    joined |= {owner for m in messages.values() for owner in (*m.activation_of, *m.gradient_of)}
-    joined |= {f.owner for f in forwards.values() if f.messages or f.gradients}
+    joined = {forward for vote in votes for forward in vote}
+    joined |= {forward for m in messages.values() for forward in (*m.activation_of, *m.gradient_of)}
+    joined |= {f.id for f in forwards.values() if f.messages or f.gradients}
     if joined.isdisjoint(forwards):
-        stuck = {m.id.rank for m in messages.values() if m.id not in partner}
-        joined |= {f.owner for f in forwards.values() if f.owner.rank in stuck and not f.behind}
+        waiting = {m.id.rank for m in messages.values() if m.id not in partner}
+        joined |= {f.id for f in forwards.values() if f.id.rank in waiting and not f.backward_began}
     called: dict[int, set[int]] = defaultdict(set)
-    for owner in joined:
-        if owner in forwards:
-            called[owner.rank].add(forwards[owner].module)
-    whole: dict[Chunk, Chunk] = {}
+    for forward in joined:
+        if forward in forwards:
+            called[forward.rank].add(forwards[forward].module)
+    whole: dict[ModuleId, ModuleId] = {}
     for rank, modules in called.items():
         for module in modules:
             holders = [m for m in modules if module in logs[rank].modules[m][1]]
             largest = max(holders, key=lambda m: len(logs[rank].modules[m][1]), default=module)
-            whole[rank, module] = (rank, largest)
-    return {f.owner: whole[f.owner.rank, f.module] for f in forwards.values() if (f.owner.rank, f.module) in whole}
+            whole[ModuleId(rank, module)] = ModuleId(rank, largest)
+    own = {f.id: ModuleId(f.id.rank, f.module) for f in forwards.values()}
+    return {forward: whole[module] for forward, module in own.items() if module in whole}
 
 
-def _dry(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], used: Collection[Owner]) -> list[Owner]:
-    """Forwards that begin from nothing and end in nothing, though later ones go on: trials of shapes, for example.
+def _isolated(
+    forwards: Mapping[ForwardId, Forward], module_of: Mapping[ForwardId, ModuleId], used: Collection[ForwardId]
+) -> list[ForwardId]:
+    """Forwards that exchange nothing and change no weight gradient, such as trial runs for shapes.
 
-    They take nothing from another stage, hand nothing on either way and add to no weight gradient.
-
-    The last ones of a stage are kept: a program that hangs there had more to do with them.
+    The last ones of a module are kept, because a program that hangs there would have used them.
     """
-    dry: list[Owner] = []
-    busy: set[Chunk] = set()
-    for owner in sorted(chunk_of, reverse=True):
-        forward = forwards[owner]
-        if forward.messages or forward.after or forward.gradients or forward.weights or owner in used:
-            busy.add(chunk_of[owner])
-        elif chunk_of[owner] in busy:
-            dry.append(owner)
-    return dry
+    isolated: list[ForwardId] = []
+    active: set[ModuleId] = set()
+    for id in sorted(module_of, reverse=True):
+        forward = forwards[id]
+        if forward.messages or forward.after or forward.gradients or forward.weights or id in used:
+            active.add(module_of[id])
+        elif module_of[id] in active:
+            isolated.append(id)
+    return isolated
 
 
-def _aside(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk]) -> list[str]:
-    """What was computed beside the pipeline, such as a reference run: no tensor of it travels."""
+def _notes_on_left_out(forwards: Mapping[ForwardId, Forward], module_of: Mapping[ForwardId, ModuleId]) -> list[str]:
+    """Notes on forwards outside the pipeline, such as a reference run."""
     apart: dict[str, list[int]] = defaultdict(list)
     for forward in forwards.values():
-        if forward.owner not in chunk_of:
-            apart[forward.at].append(forward.owner.rank)
+        if forward.id not in module_of:
+            apart[forward.at].append(forward.id.rank)
     return [
         f"{len(ranks)} forwards at {at} ({_ranks(ranks)}) exchange nothing with other ranks or stages and are left out"
         for at, ranks in sorted(apart.items())
@@ -136,59 +193,59 @@ def _ranks(ranks: Collection[int]) -> str:
 
 
 def _chains(
-    forwards: Mapping[Owner, Forward],
-    chunk_of: Mapping[Owner, Chunk],
-    votes: Mapping[tuple[Owner, Owner], None],
+    forwards: Mapping[ForwardId, Forward],
+    module_of: Mapping[ForwardId, ModuleId],
+    votes: Mapping[tuple[ForwardId, ForwardId], None],
     data: Collection[MessageId],
-) -> list[list[Chunk]]:
-    """The chunks of each lane in order of stages; the lane that enters at the lower rank first."""
-    chunks = sorted(set(chunk_of.values()))
-    if not chunks:
+) -> list[list[ModuleId]]:
+    """The modules of each lane in the order of stages; the lane that starts at the lower rank first."""
+    modules = sorted(set(module_of.values()))
+    if not modules:
         raise RecordError(
-            "a pipeline hands activations from rank to rank",
-            "no message holds what a module call made",
+            "a pipeline sends activations from rank to rank",
+            "no message has the output of a module call",
             "record a program whose stages are torch.nn.Module calls and that sends what they return",
         )
-    ballot: dict[Chunk, Counter[Chunk]] = {chunk: Counter() for chunk in chunks}
+    ballot: dict[ModuleId, Counter[ModuleId]] = {module: Counter() for module in modules}
     for earlier, later in votes:
-        if earlier in chunk_of and later in chunk_of and chunk_of[earlier] != chunk_of[later]:
-            ballot[chunk_of[later]][chunk_of[earlier]] += 1
-    fed = Counter(chunk_of[o] for o, f in forwards.items() if o in chunk_of and (f.after or {*f.messages} - {*data}))
-    total = Counter(chunk_of.values())
-    previous: dict[Chunk, Chunk | None] = {}
-    for chunk in chunks:
-        choice = ballot[chunk].most_common(1)
-        enters = 2 * fed[chunk] < total[chunk] or not choice
-        previous[chunk] = None if enters else choice[0][0]
-    following: dict[Chunk, Chunk] = {}
-    for chunk, earlier_chunk in previous.items():
-        if earlier_chunk is None:
+        if earlier in module_of and later in module_of and module_of[earlier] != module_of[later]:
+            ballot[module_of[later]][module_of[earlier]] += 1
+    fed = Counter(module_of[o] for o, f in forwards.items() if o in module_of and (f.after or {*f.messages} - {*data}))
+    total = Counter(module_of.values())
+    previous: dict[ModuleId, ModuleId | None] = {}
+    for module in modules:
+        choice = ballot[module].most_common(1)
+        reads_data = 2 * fed[module] < total[module] or not choice
+        previous[module] = None if reads_data else choice[0][0]
+    following: dict[ModuleId, ModuleId] = {}
+    for module, sender in previous.items():
+        if sender is None:
             continue
-        if earlier_chunk in following:
-            one, other = _where(forwards, chunk_of, following[earlier_chunk]), _where(forwards, chunk_of, chunk)
+        if sender in following:
+            one, other = _where(forwards, module_of, following[sender]), _where(forwards, module_of, module)
             raise RecordError(
-                "a stage hands on to one stage",
-                f"{_where(forwards, chunk_of, earlier_chunk)} hands on to {one} and to {other}",
+                "a stage sends its output to one stage",
+                f"{_where(forwards, module_of, sender)} sends to {one} and to {other}",
                 "record a program without branches",
             )
-        following[earlier_chunk] = chunk
+        following[sender] = module
     chains = []
-    for chunk in chunks:
-        if previous[chunk] is None:
-            chain = [chunk]
+    for module in modules:
+        if previous[module] is None:
+            chain = [module]
             while chain[-1] in following:
                 chain.append(following[chain[-1]])
             chains.append(chain)
-    covered = {chunk for chain in chains for chunk in chain}
-    lost = [chunk for chunk in chunks if chunk not in covered]
+    covered = {module for chain in chains for module in chain}
+    lost = [module for module in modules if module not in covered]
     if lost:
         raise RecordError(
             "every stage is reached from data",
-            f"{_where(forwards, chunk_of, lost[0])} is on a circle of stages",
+            f"{_where(forwards, module_of, lost[0])} is in a cycle of stages",
             "record a program in which a microbatch passes each stage once",
         )
     if len(chains) > len(Lane):
-        starts = ", ".join(_where(forwards, chunk_of, chain[0]) for chain in chains)
+        starts = ", ".join(_where(forwards, module_of, chain[0]) for chain in chains)
         raise RecordError(
             "a schedule has one lane or two",
             f"data enters at {len(chains)} places: {starts}",
@@ -197,6 +254,6 @@ def _chains(
     return sorted(chains, key=lambda chain: chain[0])
 
 
-def _where(forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], chunk: Chunk) -> str:
-    at = next(f.at for f in forwards.values() if chunk_of.get(f.owner) == chunk)
-    return f"the module that rank {chunk[0]} calls at {at}"
+def _where(forwards: Mapping[ForwardId, Forward], module_of: Mapping[ForwardId, ModuleId], module: ModuleId) -> str:
+    at = next(f.at for f in forwards.values() if module_of.get(f.id) == module)
+    return f"the module that rank {module.rank} calls at {at}"

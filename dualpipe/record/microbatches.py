@@ -1,69 +1,78 @@
-"""Which microbatch a forward is of."""
+"""The microbatch of every forward."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from dualpipe.record.events import Forward, Owner
-from dualpipe.record.names import Chunk, Name
-from dualpipe.schedule import Lane
+from dualpipe.record.events import Forward, ForwardId, ModuleId
+from dualpipe.schedule import Chunk, F, Lane, Op, Task
 
 
 def number(
-    forwards: Mapping[Owner, Forward],
-    chunk_of: Mapping[Owner, Chunk],
-    place: Mapping[Chunk, tuple[Lane, int]],
-    chains: Sequence[Sequence[Chunk]],
-    before: Mapping[Owner, Owner],
-) -> tuple[dict[Owner, Name], list[str]]:
-    """Microbatches: counted at stage 0, carried on from there; where the flow is broken, the place in order counts."""
-    names: dict[Owner, Name] = {}
+    forwards: Mapping[ForwardId, Forward],
+    module_of: Mapping[ForwardId, ModuleId],
+    chunk_of: Mapping[ModuleId, Chunk],
+    chains: Sequence[Sequence[ModuleId]],
+    before: Mapping[ForwardId, ForwardId],
+) -> tuple[dict[ForwardId, Task], list[str]]:
+    """The task of every forward.  ``before`` gives the forward whose activation a forward takes.
+
+    Microbatches are counted at stage 0 and keep their numbers from there.  Where the flow of tensors is broken, a
+    forward gets the first number that its stage lacks.
+    """
+    tasks: dict[ForwardId, Task] = {}
     notes: list[str] = []
     for chain in chains:
-        for stage, chunk in enumerate(chain):
-            lane, _ = place[chunk]
-            own = sorted(owner for owner, c in chunk_of.items() if c == chunk)
+        for stage, module in enumerate(chain):
+            lane = chunk_of[module].lane
+            own = sorted(forward for forward, m in module_of.items() if m == module)
             broken = []
-            for count, owner in enumerate(own):
+            for count, forward in enumerate(own):
                 if stage == 0:
-                    names[owner] = Name(lane, stage, count)
+                    tasks[forward] = Task(lane, stage, count)
                     continue
-                origin = before.get(owner)
-                known = names.get(origin) if origin is not None else None
-                if known is None or origin is None or chunk_of.get(origin) != chain[stage - 1]:
-                    broken.append(owner)
+                origin = before.get(forward)
+                known = tasks.get(origin) if origin is not None else None
+                if known is None or origin is None or module_of.get(origin) != chain[stage - 1]:
+                    broken.append(forward)
                 else:
-                    names[owner] = Name(lane, stage, known.mb)
-            taken = {names[owner].mb for owner in own if owner in names}
+                    tasks[forward] = Task(lane, stage, known.mb)
+            taken = {tasks[forward].mb for forward in own if forward in tasks}
             free = (mb for mb in range(len(own) + len(taken)) if mb not in taken)
-            for owner in broken:
-                names[owner] = Name(lane, stage, next(free))
+            for forward in broken:
+                tasks[forward] = Task(lane, stage, next(free))
                 notes.append(
-                    f"rank {owner.rank}: the forward at {forwards[owner].at} began from something else than "
-                    f"stage {stage - 1}'s activation; it is named {stage}F{names[owner].mb}{lane} by its place in order"
+                    f"rank {forward.rank}: the forward at {forwards[forward].at} does not take the activation of stage "
+                    f"{stage - 1}; it is named {Op(F, *tasks[forward])} by its order"
                 )
-    return names, notes
+    return tasks, notes
 
 
-def set_evaluations_aside(
-    forwards: Mapping[Owner, Forward], chunk_of: Mapping[Owner, Chunk], names: Mapping[Owner, Name]
-) -> tuple[dict[Owner, Name], list[str]]:
-    """The names without the microbatches of an evaluation, which ran without gradients on stages that train besides.
+def drop_evaluations(
+    forwards: Mapping[ForwardId, Forward],
+    module_of: Mapping[ForwardId, ModuleId],
+    tasks: Mapping[ForwardId, Task],
+) -> tuple[dict[ForwardId, Task], list[str]]:
+    """The tasks without the microbatches of an evaluation: run without gradients, on stages that also train.
 
-    Where all forwards of a stage run without gradients, they are those of a program that computes them again later.
+    If all forwards of a stage run without gradients, the program computes them again for the backward.
     """
-    trains = {chunk for owner, chunk in chunk_of.items() if forwards[owner].grad}
-    alone = {owner for owner in names if not forwards[owner].grad and not forwards[owner].behind}
-    trained = {(n.lane, n.mb) for o, n in names.items() if o not in alone or chunk_of[o] not in trains}
+    trained_modules = {module for forward, module in module_of.items() if forwards[forward].grad}
+    alone = {forward for forward in tasks if not forwards[forward].grad and not forwards[forward].backward_began}
+    trained = {
+        (task.lane, task.mb)
+        for forward, task in tasks.items()
+        if forward not in alone or module_of[forward] not in trained_modules
+    }
     kept: dict[Lane, list[int]] = defaultdict(list)
     for lane, mb in sorted(trained):
         kept[lane].append(mb)
-    left = {owner: n for owner, n in names.items() if (n.lane, n.mb) in trained}
+    left = {forward: task for forward, task in tasks.items() if (task.lane, task.mb) in trained}
     notes = []
-    if len(left) < len(names):
-        count = len({(n.lane, n.mb) for n in names.values()} - trained)
+    if len(left) < len(tasks):
+        count = len({(task.lane, task.mb) for task in tasks.values()} - trained)
         notes.append(f"{count} microbatches ran without gradients, an evaluation, and are left out")
-    places = Counter(forwards[owner].at for owner in alone & left.keys())
+    places = Counter(forwards[forward].at for forward in alone & left.keys())
     notes += [f"{n} forwards at {at} ran without gradients and have no backward" for at, n in sorted(places.items())]
-    return {o: Name(n.lane, n.stage, kept[n.lane].index(n.mb)) for o, n in left.items()}, notes
+    return {f: task._replace(mb=kept[task.lane].index(task.mb)) for f, task in left.items()}, notes

@@ -1,19 +1,19 @@
-"""The op of every message end: by what it holds, what takes it, what its partner is, or what was to come next.
+"""The op of every message end, found from its content, its use, its partner, or what its rank still had to do.
 
-Each end of a message is named by its own side: a send by the tensor that it was given, a receive by the computation
-that later takes what it brought.  The two need not agree; ``dualpipe prove`` finds where they do not.  An end that
-never met a partner always gets a name, so that it is found too.
+Each end is named from its own side: a send from the tensor that it was given, a receive from the computation that later
+uses its tensor.  The two names need not agree; ``dualpipe prove`` finds where they do not.  An end that was never
+matched always gets a name, so that ``prove`` finds it too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
-from dualpipe.record.events import Message, MessageId, Owner, RankLog, RecordError
-from dualpipe.record.names import Lineage
-from dualpipe.record.unmet import expected
+from dualpipe.record.events import ForwardId, Message, MessageId, RankLog, RecordError
+from dualpipe.record.lineage import Lineage
 from dualpipe.schedule import RB, RF, SB, SENDS, SF, Kind, Op
 
 _OTHER_END = {SF: RF, RF: SF, SB: RB, RB: SB}
@@ -21,10 +21,10 @@ _OTHER_END = {SF: RF, RF: SF, SB: RB, RB: SB}
 
 @dataclass(frozen=True)
 class Named:
-    """The ops of message ends, and what had to be told with care.
+    """The ops of message ends, and which of them are uncertain.
 
-    ``control`` counts the ends that were left out, ``unknown`` the sends of what nobody was seen to make; ``unused``
-    are the receives of what nobody was seen to take.
+    ``control`` counts the ends that were left out, ``unknown`` the sends whose tensor no observed computation made;
+    ``unused`` are the receives whose tensor no observed computation used.
     """
 
     ops: Mapping[MessageId, Op]
@@ -40,10 +40,10 @@ def name_messages(
     partner: Mapping[MessageId, MessageId],
     lineage: Lineage,
 ) -> Named:
-    """The op of every message end that carries an activation or a gradient or never met a partner.
+    """The op of every message end that carries an activation or a gradient, or that was never matched.
 
-    Raises ``RecordError`` for a message of several microbatches, and for an end without a partner between two ranks
-    that no stage boundary joins.
+    Raises ``RecordError`` for a message with tensors of several microbatches, and for an unmatched end between two
+    ranks that do not hold neighbouring stages.
     """
     used = {id: use for id, use in uses(logs).items() if id not in lineage.data}
     ops: dict[MessageId, Op] = {}
@@ -53,116 +53,156 @@ def name_messages(
             ops[id] = found
     unknown: list[Message] = []
     unused: list[Message] = []
-    notes = _leave_out_what_leaves(ops, messages, partner, lineage)
+    notes = _drop_outputs(ops, messages, partner, lineage)
     for id, message in messages.items():
         other = partner.get(id)
         if id not in ops and other is not None and other in ops:
             op = _mirrored(ops[other], message)
-            if _is_of(op, lineage):
+            if _is_in_a_lane(op, lineage):
                 ops[id] = op
                 (unknown if message.send else unused).append(message)
     for id, message in messages.items():
         if id not in ops and id not in partner:
-            ops[id] = expected(message, ops, lineage)
-            notes.append(_of_unmet(message, ops[id]))
+            ops[id] = _expected(message, ops, lineage)
+            notes.append(_note_on_unmatched(message, ops[id]))
     left = [message for id, message in messages.items() if id not in ops]
-    notes += [*_of_unknown(unknown), *_of_unused(unused, ops), *_of_control(left)]
+    notes += [*_notes_on_unknown(unknown), *_notes_on_unused(unused, ops), *_notes_on_control(left)]
     return Named(ops, len(left), len(unknown), frozenset(message.id for message in unused), tuple(notes))
 
 
-def uses(logs: Sequence[RankLog]) -> dict[MessageId, tuple[Kind, Owner]]:
-    """For every receive what took it: the forward of someone, or the backward."""
-    used: dict[MessageId, tuple[Kind, Owner]] = {}
+def uses(logs: Sequence[RankLog]) -> dict[MessageId, tuple[Kind, ForwardId]]:
+    """For every receive that was used: by the forward (RF) or the backward (RB) of which forward."""
+    used: dict[MessageId, tuple[Kind, ForwardId]] = {}
     for log in logs:
         for forward in log.forwards.values():
-            used.update(dict.fromkeys(forward.gradients, (RB, forward.owner)))
-            used.update(dict.fromkeys(forward.messages, (RF, forward.owner)))
+            used.update(dict.fromkeys(forward.gradients, (RB, forward.id)))
+            used.update(dict.fromkeys(forward.messages, (RF, forward.id)))
     return used
 
 
-def _op(kind: Kind, owner: Owner, peer: int, lineage: Lineage) -> Op | None:
-    name = lineage.names.get(owner)
-    return None if name is None else Op(kind, name.lane, name.stage, name.mb, peer)
+def _op(kind: Kind, forward: ForwardId, peer: int, lineage: Lineage) -> Op | None:
+    task = lineage.tasks.get(forward)
+    return None if task is None else Op(kind, *task, peer)
 
 
 def _by_content(
     message: Message, lineage: Lineage, used: Collection[MessageId], partner: Mapping[MessageId, MessageId]
 ) -> Op | None:
-    kind, owners = (SB, message.gradient_of) if message.gradient_of else (SF, message.activation_of)
-    if len(owners) > 1:
+    kind, forwards = (SB, message.gradient_of) if message.gradient_of else (SF, message.activation_of)
+    if len(forwards) > 1:
         other = partner.get(message.id)
         if other is not None and other not in used:
             return None  # a sum of losses, for example
         raise RecordError(
-            "a message holds the tensors of one microbatch",
-            f"rank {message.id.rank} sends a mixture of {len(owners)} at {message.at}",
+            "a message has the tensors of one microbatch",
+            f"rank {message.id.rank} sends a mixture of {len(forwards)} at {message.at}",
             "send them one by one",
         )
-    return _op(kind, owners[0], message.peer, lineage) if owners else None
+    return _op(kind, forwards[0], message.peer, lineage) if forwards else None
 
 
-def _by_use(used: Mapping[MessageId, tuple[Kind, Owner]], message: Message, lineage: Lineage) -> Op | None:
+def _by_use(used: Mapping[MessageId, tuple[Kind, ForwardId]], message: Message, lineage: Lineage) -> Op | None:
     use = used.get(message.id)
     return None if use is None else _op(use[0], use[1], message.peer, lineage)
 
 
-def _leave_out_what_leaves(
+def _drop_outputs(
     ops: dict[MessageId, Op],
     messages: Mapping[MessageId, Message],
     partner: Mapping[MessageId, MessageId],
     lineage: Lineage,
 ) -> list[str]:
-    """Take out what the ends of a lane send to no stage and no stage takes, such as a loss for the log."""
-    beyond = [
+    """Remove sends at the ends of a lane that no stage uses, such as a loss for the log; returns notes on them."""
+    outputs = [
         id
         for id, op in ops.items()
-        if op.kind in SENDS and not _is_of(_mirrored(op, messages[id]), lineage) and partner.get(id, id) not in ops
+        if op.kind in SENDS
+        and not _is_in_a_lane(_mirrored(op, messages[id]), lineage)
+        and partner.get(id, id) not in ops
     ]
-    for id in beyond:
+    for id in outputs:
         del ops[id]
-    places = sorted({(id.rank, messages[id].at) for id in beyond})
+    places = sorted({(id.rank, messages[id].at) for id in outputs})
     return [
-        f"rank {rank}: what an end of the pipeline sends at {at} is taken by no stage and is left out"
-        for rank, at in places
+        f"rank {rank}: an end of the pipeline sends at {at} what no stage uses; it is left out" for rank, at in places
     ]
 
 
 def _mirrored(other: Op, message: Message) -> Op:
-    """The op of an end that tells nothing by itself, from that of its partner."""
+    """The op of an end, from that of its partner."""
     stage = other.stage + (1 if other.kind in (SF, RB) else -1)
     return Op(_OTHER_END[other.kind], other.lane, stage, other.mb, message.peer)
 
 
-def _is_of(op: Op, lineage: Lineage) -> bool:
+def _is_in_a_lane(op: Op, lineage: Lineage) -> bool:
     return 0 <= op.stage < len(lineage.routes[op.lane])
 
 
-def _of_unmet(message: Message, op: Op) -> str:
-    what, got = ("send to", "met no receive") if message.send else ("receive from", "got nothing")
+def _expected(message: Message, ops: Mapping[MessageId, Op], lineage: Lineage) -> Op:
+    """For an unmatched end, the earliest op that its rank still lacks with that peer, or else one more than it has.
+
+    Raises ``RecordError`` if the two ranks do not hold neighbouring stages.
+    """
+    had = {op.bare for id, op in ops.items() if id.rank == message.id.rank}
+    ran = {task for forward, task in lineage.tasks.items() if forward.rank == message.id.rank}
+    candidates = [_first_lacking(boundary, had) for boundary in _boundaries(message, lineage)]
+    if not candidates:
+        what = "send to" if message.send else "receive from"
+        raise RecordError(
+            "every message has a partner",
+            f"rank {message.id.rank}: the {what} rank {message.peer} at {message.at} has none, and the two ranks "
+            "do not hold neighbouring stages",
+            "correct the peer, or let the other rank post its end",
+        )
+    due = [op for op in candidates if op.mb < _microbatches(op, lineage)] or candidates
+    ready = [op for op in due if op.kind is RB and op.task in ran]
+    return min(ready or due, key=lambda op: (op.mb, op.kind))._replace(peer=message.peer)
+
+
+def _boundaries(message: Message, lineage: Lineage) -> Iterator[Op]:
+    """For every stage boundary between the two ranks, the op of microbatch 0 that such an end can be."""
+    with_next, with_previous = (SF, SB) if message.send else (RB, RF)
+    for lane, route in lineage.routes.items():
+        for stage, holder in enumerate(route):
+            for kind, other in ((with_next, stage + 1), (with_previous, stage - 1)):
+                if holder == message.id.rank and 0 <= other < len(route) and route[other] == message.peer:
+                    yield Op(kind, lane, stage, 0)
+
+
+def _first_lacking(op: Op, had: set[Op]) -> Op:
+    return next(other for mb in count() if (other := op._replace(mb=mb)) not in had)
+
+
+def _microbatches(op: Op, lineage: Lineage) -> int:
+    return 1 + max((task.mb for task in lineage.tasks.values() if task.lane == op.lane), default=-1)
+
+
+def _note_on_unmatched(message: Message, op: Op) -> str:
+    what, missing = ("send to", "receive") if message.send else ("receive from", "send")
     return (
-        f"rank {message.id.rank}: the {what} rank {message.peer} at {message.at} {got}; "
-        f"it is named {op} by what was to come next"
+        f"rank {message.id.rank}: the {what} rank {message.peer} at {message.at} was matched by no {missing}; "
+        f"it is named {op}, the next op that its rank expects"
     )
 
 
-def _of_unknown(messages: Sequence[Message]) -> list[str]:
+def _notes_on_unknown(messages: Sequence[Message]) -> list[str]:
     places = Counter((message.id.rank, message.at) for message in messages)
     return [
-        f"rank {rank}: what it sends at {at} was seen to be made by no forward and no backward; it is named by what "
-        f"takes it ({count} times)"
-        for (rank, at), count in sorted(places.items())
+        f"rank {rank}: no observed forward or backward made what it sends at {at}; it is named by what uses it "
+        f"({times} times)"
+        for (rank, at), times in sorted(places.items())
     ]
 
 
-def _of_unused(messages: Sequence[Message], ops: Mapping[MessageId, Op]) -> list[str]:
+def _notes_on_unused(messages: Sequence[Message], ops: Mapping[MessageId, Op]) -> list[str]:
     return [
-        f"rank {message.id.rank}: what it receives from rank {message.peer} at {message.at} was seen to be taken by no "
-        f"forward and no backward; it is named {ops[message.id]} by what was sent"
+        f"rank {message.id.rank}: no observed forward or backward uses what it receives from rank {message.peer} at "
+        f"{message.at}; it is named {ops[message.id]} by what was sent"
         for message in messages
     ]
 
 
-def _of_control(messages: Sequence[Message]) -> list[str]:
+def _notes_on_control(messages: Sequence[Message]) -> list[str]:
     if not messages:
         return []
     places = sorted({message.at for message in messages})

@@ -1,19 +1,18 @@
-"""A recording: the schedule that a program ran, and what a person should know about it."""
+"""A recording: the schedule that a program ran, with notes and caveats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.record.doubts import caveats_of, describe_doubts
 from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
-from dualpipe.record.lineage import match, trace
-from dualpipe.record.names import Lineage
-from dualpipe.record.naming import Named, name_messages, uses
-from dualpipe.record.reach import lengthen
-from dualpipe.record.slots import notes_on_weights, programs
-from dualpipe.record.steps import busy_steps, check_cut, of_step
+from dualpipe.record.lineage import Lineage, match, trace
+from dualpipe.record.naming import name_messages, uses
+from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
+from dualpipe.record.routes import complete
+from dualpipe.record.slots import programs
+from dualpipe.record.steps import check_within_step, computing_steps, select_step
 from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
 from dualpipe.schedule.text import dumps
 
@@ -25,15 +24,15 @@ class Recording:
     Parameters
     ----------
     schedule:
-        What every rank did, each message with its peer.
+        The ops of every rank, each message with its peer.
     steps:
-        How many training steps the program ran; the schedule is of one of them.
+        How many training steps the program ran; the schedule is one of them.
     ended:
-        For each rank whether its process came to its end.
+        For each rank whether it finished.
     caveats:
-        Why a proof of the schedule would be none of the whole program; empty where it would.
+        Why a proof of the schedule does not cover the whole program; empty if it does.
     notes:
-        What was left out, guessed or reinterpreted, a sentence each.
+        What was left out, guessed or reinterpreted, one sentence each.
     """
 
     schedule: Schedule
@@ -43,11 +42,11 @@ class Recording:
     notes: tuple[str, ...]
 
     def text(self) -> str:
-        """The schedule file, opened by the notes as comments."""
+        """The schedule file, with the notes as comments at the top."""
         return "".join(f"# {note}\n" for note in self.notes) + dumps(self.schedule)
 
     def summary(self) -> str:
-        """One line: sizes and counts."""
+        """Sizes and counts in one line."""
         schedule = self.schedule
         ops = [placed.op for placed in schedule]
         messages = sum(op.kind in MESSAGES for op in ops)
@@ -73,79 +72,65 @@ class Recording:
 
 
 def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> Recording:
-    """The recording that the logs of all ranks, in order of rank, amount to.
+    """The recording of the logs of all ranks, in order of rank.
 
     Raises
     ------
     RecordError
-        If something cannot be named, saying what and where in the program.
+        If an op cannot be named; the error gives the line of the program.
     """
-    busy = busy_steps(logs)
-    if not 1 <= step <= len(busy):
-        raise RecordError("--step counts the training steps", f"there were {len(busy)}", f"it is {step}")
+    steps = computing_steps(logs)
+    if not 1 <= step <= len(steps):
+        got = f"got {step}, and there were {len(steps)}"
+        raise RecordError("--step counts the training steps", got, "use one of them")
     everything = {m.id: m for log in logs for m in log.messages.values()}
     partner = match(list(everything.values()))
-    check_cut(busy[step - 1], everything, partner, uses(logs))
-    notes = [f"step {step} of {len(busy)}"] if len(busy) > 1 else []
-    logs = of_step(logs, busy[step - 1])
+    check_within_step(steps[step - 1], everything, partner, uses(logs))
+    notes = [f"step {step} of {len(steps)}"] if len(steps) > 1 else []
+    logs = select_step(logs, steps[step - 1])
     messages = {m.id: m for log in logs for m in log.messages.values()}
     tagged = sorted({m.at for m in messages.values() if m.tag})
     if tagged:
-        notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file has none, and so has NCCL")
-    lineage = lengthen(trace(logs, messages, partner), logs, messages.values(), partner)
+        notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file and NCCL have none")
+    lineage = complete(trace(logs, messages, partner), logs, messages.values(), partner)
     named = name_messages(logs, messages, partner, lineage)
-    check_cut(busy[step - 1], everything, partner, named.ops)
+    check_within_step(steps[step - 1], everything, partner, named.ops)
     notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
-    notes += describe_doubts(logs, lineage)
+    notes += notes_on_doubts(logs, lineage)
     _check(lineage, named.ops, messages)
     ranks, early, repeated = programs(logs, named, messages, partner, lineage)
     notes += repeated
     if early:
         notes.append(
-            f"{early} computations began with messages still in flight; the file puts a message where it was posted, "
-            "and a blocking model waits for it there, which the program does not"
+            f"{early} computations began with messages still in flight; in the file a message is where it was posted, "
+            "and the blocking model waits for it there, though the program does not"
         )
     ended = tuple(log.ended for log in logs)
-    schedule = Schedule(lineage.routes, ranks, name)
     lost = sum(id not in partner and id not in messages for id in everything)
-    caveats = (*_caveats(ended, named, lost), *caveats_of(logs, lineage))
-    return Recording(schedule, len(busy), ended, caveats, tuple(notes))
-
-
-def _caveats(ended: Sequence[bool], named: Named, lost: int) -> Iterator[str]:
-    cut = [str(rank) for rank, well in enumerate(ended) if not well]
-    if cut:
-        yield f"rank{'s' * (len(cut) > 1)} {' '.join(cut)} did not come to the end"
-    if named.unknown:
-        yield f"{named.unknown} sends hold what no forward and no backward was seen to make"
-    if named.unused:
-        yield f"{len(named.unused)} receives bring what no forward and no backward was seen to take"
-    if named.control:
-        yield f"{named.control} message ends are left out as control data"
-    if lost:
-        yield f"{lost} messages of other training steps never met a partner"
+    schedule = Schedule(lineage.routes, ranks, name)
+    return Recording(schedule, len(steps), ended, tuple(caveats(logs, lineage, named, lost)), tuple(notes))
 
 
 def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]) -> None:
-    """Raise ``RecordError`` where what was concluded is no schedule, with the place in the program."""
+    """Raise ``RecordError``, with the line of the program, if the result is not a schedule."""
     lengths = {len(route) for route in lineage.routes.values()}
     if len(lengths) > 1:
         raise RecordError(
             "both lanes run the same model",
             " and ".join(
-                f"lane {lane} goes over the ranks {' '.join(map(str, route))}" for lane, route in lineage.routes.items()
+                f"lane {lane} has the ranks {' '.join(map(str, route))}" for lane, route in lineage.routes.items()
             ),
-            "if the program came to its end, record one pipeline alone",
+            "if the program finished, record one pipeline alone",
         )
     for id, op in ops.items():
         try:
             check_slot((op,), lineage.routes)
         except ScheduleError as error:
             raise RecordError(
-                error.rule, f"{error.got}: the message of rank {id.rank} at {messages[id].at}", "look there"
+                error.rule, f"{error.got}: the message of rank {id.rank} at {messages[id].at}", "correct that message"
             ) from error
 
 
 def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded", step: int = 1) -> Recording:
-    """As ``assemble``, from the events that each rank kept in memory."""
+    """Like ``assemble``, from the events that each rank kept in memory."""
     return assemble([read(rank, events[rank]) for rank in sorted(events)], name, step)

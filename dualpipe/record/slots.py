@@ -1,12 +1,11 @@
-"""The slots of a rank: what was issued together.  The two ends of a message have their names by then."""
+"""The slots of a rank: the ops that were issued together."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from dualpipe.record.events import Message, MessageId, Owner, RankLog
-from dualpipe.record.names import Lineage
+from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
+from dualpipe.record.lineage import Lineage
 from dualpipe.record.naming import Named
 from dualpipe.schedule import B, F, Kind, Op, Program, Slot, W
 
@@ -20,12 +19,12 @@ def programs(
     partner: Mapping[MessageId, MessageId],
     lineage: Lineage,
 ) -> tuple[tuple[Program, ...], int, list[str]]:
-    """The slots of every rank, how many computations began with messages in flight, and notes on what is there twice.
+    """The slots of every rank, how many computations began with messages in flight, and notes on repeated ops.
 
-    Several tensors of one stage boundary that are sent in one slot and received in one slot are one op at both ends:
-    so it is where the ends have the same names, each tensor is received into memory of its own, and one that was sent
-    before is at least used.  Any other message keeps an op of its own, also where another one of its slot has the same
-    name.
+    Several tensors of one stage boundary that are sent in one slot and received in one slot are one op at both ends.
+    This requires that the ends have the same names, that each tensor is received into memory of its own, and that a
+    tensor sent before is at least used.  Every other message has an op of its own, even if another op of its slot has
+    the same name.
     """
     ops = named.ops
     ranks = [_program(log, ops, lineage) for log in logs]
@@ -45,16 +44,16 @@ def _joined(
     partner: Mapping[MessageId, MessageId],
     slot_of: Mapping[MessageId, int],
 ) -> set[MessageId]:
-    """The message ends that are one op with an earlier one: further tensors of the same boundary."""
+    """The message ends that belong to the op of an earlier one: further tensors of the same boundary."""
     ops = named.ops
-    held: dict[tuple[object, ...], tuple[set[object], set[object]]] = {}  # the memory sent from, and received into
+    memory: dict[tuple[object, ...], tuple[set[object], set[object]]] = {}  # sent from, and received into
     joined: set[MessageId] = set()
     for id in ops:
         other = partner.get(id)
         if not messages[id].send or other is None or other not in slot_of:
             continue
         key = (ops[id], id.rank, slot_of[id], ops[other], other.rank, slot_of[other])
-        sent, received = held.setdefault(key, (set(), set()))
+        sent, received = memory.setdefault(key, (set(), set()))
         again = messages[other].memory in received or (messages[id].memory in sent and other in named.unused)
         if received and not again:
             joined |= {id, other}
@@ -66,14 +65,14 @@ def _joined(
 def _repeated(
     ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message], joined: Collection[MessageId]
 ) -> list[str]:
-    """Notes on the ops that a rank has more than once, with the places in the program."""
+    """Notes on the ops that a rank has more than once, with the lines of the program."""
     places: dict[tuple[int, Op], list[str]] = {}
     for id, op in ops.items():
         if id not in joined:
             places.setdefault((id.rank, op), []).append(messages[id].at)
     return [
-        f"rank {rank}: {op} is there {len(at)} times, posted at {' and '.join(dict.fromkeys(at))}; messages are one "
-        "only where they hold different tensors of one stage boundary, are sent together and are received together"
+        f"rank {rank}: {op} occurs {len(at)} times, posted at {' and '.join(dict.fromkeys(at))}; messages are merged "
+        "only if they have different tensors of one stage boundary, are sent together and are received together"
         for (rank, op), at in places.items()
         if len(at) > 1
     ]
@@ -84,14 +83,14 @@ def _program(
 ) -> tuple[list[list[tuple[Op, MessageId | None]]], int]:
     """The slots of one rank, and how many computations began with messages in flight.
 
-    Messages that were posted with neither a wait nor a computation between them are one slot: nothing tells them
-    apart.  A backward and the weight gradients of the same run of the engine are one slot.  So is everything that a
-    method computes whose name says that it overlaps a forward and a backward.
+    Messages that were posted with neither a wait nor a computation between them are one slot, because nothing
+    distinguishes them.  A backward and the weight gradients of the same run of the engine are one slot.  So are all
+    computations of a method that, by its name, overlaps a forward with a backward.
     """
-    last_weight, begun = _last_weights(log), _begun_with_weights(log)
+    last_weight, only_weights = _last_weights(log), _weights_without_backward(log)
     slots: list[list[tuple[Op, MessageId | None]]] = []
-    open_slot: str | None = None  # "messages" or "compute", where the next op may join the last slot
-    of_run: dict[int, int] = {}  # run of the engine -> the slot with what it computed
+    open_slot: str | None = None  # "messages" or "compute", if the next op may join the last slot
+    of_run: dict[int, int] = {}  # run of the engine -> the slot of its ops
     together = False
     early = 0
     pending: set[int] = set()
@@ -121,17 +120,17 @@ def _program(
                 compute([_op_of(F, log, event["forward"], lineage)])
             case "backward":
                 compute([_op_of(B, log, forward, lineage) for forward in event["forwards"]], event["run"])
-                compute([_op_of(W, log, forward, lineage) for forward in event["weightless"]], event["run"])
-            case "weighed":
-                alone = [f for f in event["forwards"] if begun.get(log.find(f)) == index]
+                compute([_op_of(W, log, forward, lineage) for forward in event["untrainable"]], event["run"])
+            case "weights requested":
+                alone = [f for f in event["forwards"] if only_weights.get(log.find(f)) == index]
                 compute([op for f in alone if (op := _op_of(B, log, f, lineage)) and op.stage == 0], event["run"])
-                over = [f for f in event["forwards"] if last_weight.get(log.find(f)) == index]
-                compute([_op_of(W, log, forward, lineage) for forward in over], event["run"])
+                finished = [f for f in event["forwards"] if last_weight.get(log.find(f)) == index]
+                compute([_op_of(W, log, forward, lineage) for forward in finished], event["run"])
             case "weights":
-                over = [f for f in event["forwards"] if last_weight[log.find(f)] == index]
-                compute([_op_of(W, log, forward, lineage) for forward in over], event["run"])
+                finished = [f for f in event["forwards"] if last_weight[log.find(f)] == index]
+                compute([_op_of(W, log, forward, lineage) for forward in finished], event["run"])
             case "post":
-                ids = [MessageId(log.rank, told["message"]) for told in event["messages"]]
+                ids = [MessageId(log.rank, posted["message"]) for posted in event["messages"]]
                 named = [(ops[id], id) for id in ids if id in ops]
                 pending |= {id.number for id in ids if id in ops}
                 if not named:
@@ -147,48 +146,32 @@ def _program(
 
 
 def _op_of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | None:
-    name = lineage.names.get(Owner(log.rank, log.find(forward)))
-    return None if name is None else Op(kind, name.lane, name.stage, name.mb)
+    task = lineage.tasks.get(ForwardId(log.rank, log.find(forward)))
+    return None if task is None else Op(kind, *task)
 
 
 def _last_weights(log: RankLog) -> dict[int, int]:
-    """For every forward the last event that adds to its weight gradients: there its W is over.
+    """For every forward the last event that adds to its weight gradients, at which its W ends.
 
-    Where none does, the last run of the engine that was asked for gradients of weights counts.
+    If there is none, it is the last run of the engine that was requested to compute gradients of weights.
     """
-    last: dict[str, dict[int, int]] = {"weighed": {}, "weights": {}}
+    last: dict[str, dict[int, int]] = {"weights requested": {}, "weights": {}}
     for index, event in enumerate(log.events):
         if event["event"] in last:
             last[event["event"]].update(dict.fromkeys(map(log.find, event["forwards"]), index))
-    return last["weighed"] | last["weights"]
+    return last["weights requested"] | last["weights"]
 
 
-def _begun_with_weights(log: RankLog) -> dict[int, int]:
-    """For every forward whose gradients were asked for weights alone the first event that did so."""
+def _weights_without_backward(log: RankLog) -> dict[int, int]:
+    """For every forward of which the program requested gradients of weights alone, the first such event."""
     first: dict[int, int] = {}
     for index, event in enumerate(log.events):
-        if event["event"] == "weighed":
+        if event["event"] == "weights requested":
             for forward in map(log.find, event["forwards"]):
                 first.setdefault(forward, index)
-    return {n: index for n, index in first.items() if n in log.forwards and not log.forwards[n].behind}
-
-
-def notes_on_weights(log: RankLog, lineage: Lineage) -> list[str]:
-    """Where the W of a rank's forwards is not what was added to a parameter's ``.grad``."""
-    told: Counter[str] = Counter()
-    for number, forward in log.forwards.items():
-        first = _op_of(F, log, number, lineage)
-        if first is None or forward.weights:
-            continue
-        if forward.weighed:
-            told[f"gradients of weights made at {forward.weighed} reach no .grad; their W is where they are made"] += 1
-        elif forward.behind and forward.weightless:
-            told[f"no module of stage {first.stage} has a parameter to train; its W is written with its B"] += 1
-        elif forward.behind and log.ended:
-            told[f"the engine ran from a forward at {forward.at}, and what it made reached no .grad: no W"] += 1
-    return [f"rank {log.rank}: {note} ({count} times)" for note, count in sorted(told.items())]
+    return {n: index for n, index in first.items() if n in log.forwards and not log.forwards[n].backward_began}
 
 
 def _sorted(slot: list[Op]) -> Slot:
-    """A compute slot in the order F, B, W, in which a schedule is written; messages as they were posted."""
+    """Computes in the order F, B, W, in which a schedule is written; messages in the order of posting."""
     return tuple(sorted(slot, key=lambda op: _ORDER.get(op.kind, 0)))

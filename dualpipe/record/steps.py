@@ -1,4 +1,4 @@
-"""One training step among several: an optimizer's step on every rank tells them apart."""
+"""Select one of several training steps, each of which ends with an optimizer step on every rank."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dualpipe.record.events import Message, MessageId, RankLog, RecordError
 
 
-def busy_steps(logs: Sequence[RankLog]) -> list[int]:
-    """The steps in which something was computed, counted by the optimizer steps before them.
+def computing_steps(logs: Sequence[RankLog]) -> list[int]:
+    """The steps in which a forward ran, numbered by the optimizer steps before them.
 
-    Raises ``RecordError`` where a rank came to its end with fewer steps than another one.
+    Raises ``RecordError`` if a rank finished with fewer steps than another one.
     """
     last = [max((forward.step for forward in log.forwards.values()), default=-1) for log in logs]
     most = max(range(len(logs)), key=last.__getitem__)
@@ -19,18 +19,18 @@ def busy_steps(logs: Sequence[RankLog]) -> list[int]:
             raise RecordError(
                 "every rank ends a training step with an optimizer's step",
                 f"rank {log.rank} computed in {last[log.rank] + 1} steps and rank {most} in {last[most] + 1}",
-                "record a program that makes one step, or give every rank an optimizer",
+                "record a program of one step, or give every rank an optimizer",
             )
     steps = {forward.step for log in logs for forward in log.forwards.values()}
     return sorted(steps) or [0]
 
 
-def of_step(logs: Sequence[RankLog], step: int) -> list[RankLog]:
-    """The logs with the events of one training step alone."""
-    return [_of_step(log, step) for log in logs]
+def select_step(logs: Sequence[RankLog], step: int) -> list[RankLog]:
+    """The logs restricted to one training step."""
+    return [_select(log, step) for log in logs]
 
 
-def _of_step(log: RankLog, step: int) -> RankLog:
+def _select(log: RankLog, step: int) -> RankLog:
     events, steps = [], 0
     for event in log.events:
         if event["event"] == "step":
@@ -43,20 +43,20 @@ def _of_step(log: RankLog, step: int) -> RankLog:
     return RankLog(log.rank, events, forwards, messages, log.modules, log.ended, log.steps, log.same, doubts)
 
 
-def check_cut(
+def check_within_step(
     step: int,
     messages: Mapping[MessageId, Message],
     partner: Mapping[MessageId, MessageId],
     counted: Collection[MessageId],
 ) -> None:
-    """Raise ``RecordError`` where a counted message begins in the step and ends in another one, or the other way."""
+    """Raise ``RecordError`` if one of the ``counted`` messages has one end in the step and one in another step."""
     for id, other in partner.items():
         one, two = messages[id], messages[other]
         if one.step == step != two.step and (id in counted or other in counted):
             raise RecordError(
                 "both ends of a message are in the same training step",
                 f"{_end(one)}, and {_end(two)}",
-                "post it after the optimizer's step, or record a program that makes one step",
+                "post it after the optimizer's step, or record a program of one step",
             )
 
 

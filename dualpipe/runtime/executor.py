@@ -52,6 +52,14 @@ A message op lasts as long as it takes to post its slot; the W of a whole backwa
 On a GPU it is the time to launch the work."""
 
 
+class _Facts(NamedTuple):
+    """What follows of an op from the schedule alone."""
+
+    task: Task
+    label: str
+    peer: int | None
+
+
 class StepError(RuntimeError):
     """A step that could not go on: the rank, slot and op, and what it was waiting for or found missing."""
 
@@ -101,6 +109,7 @@ class Worker:
     blocking: bool = False
     observe: Observer | None = None
     warned: set[tuple[Lane, int]] = field(default_factory=set)
+    _facts: dict[Op, _Facts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.transport.ranks != self.schedule.ranks:
@@ -109,6 +118,14 @@ class Worker:
                 f"the schedule has {self.schedule.ranks} and the process group {self.transport.ranks}",
                 "generate it for the group's size",
             )
+
+    def facts(self, op: Op) -> _Facts:
+        """Worked out once: every step runs the same ops."""
+        known = self._facts.get(op)
+        if known is None:
+            peer = self.schedule.peer(op) if op.kind in MESSAGES else None
+            known = self._facts[op] = _Facts(op.task, str(op.bare), peer)
+        return known
 
 
 def run_step(worker: Worker, computation: Computation, forward_only: bool = False) -> None:
@@ -175,7 +192,7 @@ class _Step:
                     self.observe(slot, slot, began)
                 else:
                     for op in slot:
-                        self.handlers[op.kind](op, op.task)
+                        self.handlers[op.kind](op, self.worker.facts(op).task)
                         began = self.observe(slot, (op,), began)
             number, slot, op = len(self.program), None, None
             self.finish()
@@ -201,13 +218,12 @@ class _Step:
                 self.transport.wait(message)
 
     def message(self, op: Op) -> Message:
-        peer = self.schedule.peer(op)
+        task, label, peer = self.worker.facts(op)
         if peer is None or not 0 <= peer < self.schedule.ranks or peer == self.transport.rank:
             raise OrderError(f"{op} has no other rank to go to: its peer would be {peer}")
-        label = str(op.bare)
         if op.kind in SENDS:
             ready, producer = (self.activations, F) if op.kind is SF else (self.gradients, B)
-            tensors = _take(ready, op.task, op, producer)
+            tensors = _take(ready, task, op, producer)
             _require_specs(op, tensors, self.specs(op))
             return Message(label, peer, sends=True, tensors=tensors)
         if op.bare in self.arrivals:

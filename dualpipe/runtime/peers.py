@@ -23,8 +23,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
@@ -44,6 +43,47 @@ _SECONDS_TO_TELL = 1.0
 _SECONDS_TO_END = 2.0
 
 
+class Job:
+    """A call that a helper thread makes: what it returns or raises, once it has ended.
+
+    A lock is all that it needs: a ``concurrent.futures.Future`` takes several times as long, twice for each message.
+    """
+
+    __slots__ = ("_arguments", "_ended", "_error", "_function", "_value")
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._function, self._arguments = function, arguments
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._ended = threading.Lock()
+        self._ended.acquire()
+
+    def run(self) -> None:
+        """Make the call; done by the helper thread, once."""
+        try:
+            self._value = self._function(*self._arguments)
+        except BaseException as error:
+            self._error = error
+        self._function, self._arguments = _nothing, ()  # it must not hold what it was given
+        self._ended.release()
+
+    def ended(self) -> bool:
+        return not self._ended.locked()
+
+    def result(self, seconds: float) -> Any:
+        """What the call returned; raises what it raised, or ``TimeoutError``.  One thread waits at a time."""
+        if not self._ended.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+            raise TimeoutError
+        self._ended.release()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _nothing() -> None:
+    """What an ended job calls."""
+
+
 class Finisher:
     """A daemon thread that waits in C++ for one piece of work after the other, so that its owner can be interrupted.
 
@@ -51,30 +91,26 @@ class Finisher:
     """
 
     def __init__(self, name: str) -> None:
-        self._jobs: SimpleQueue[Any] = SimpleQueue()
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.thread = threading.Thread(target=_finish_all, args=(self._jobs,), name=name, daemon=True)
         self.thread.start()
 
-    def submit(self, function: Any, *arguments: Any, waited_for: bool = False) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *arguments: Any, waited_for: bool = False) -> Job:
         """Call the function in the thread, after what was submitted before."""
         self.thread.on_behalf_of = threading.get_ident() if waited_for else None  # type: ignore[attr-defined] # ours
-        future: Future[Any] = Future()
-        self._jobs.put((future, function, arguments))
-        return future
+        job = Job(function, arguments)
+        self._jobs.put(job)
+        return job
 
     def close(self) -> None:
         """Let the thread end once its work is done."""
         self._jobs.put(None)
 
 
-def _finish_all(jobs: SimpleQueue[Any]) -> None:
+def _finish_all(jobs: SimpleQueue[Job | None]) -> None:
     while (job := jobs.get()) is not None:
-        future, function, arguments = job
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-        del job, future, function, arguments  # a thread that waits for the next one must not hold this one's tensors
+        job.run()
+        del job  # a thread that waits for the next one must not hold this one's tensors
 
 
 class Peers:

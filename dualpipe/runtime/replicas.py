@@ -80,19 +80,23 @@ class Replicas:
 
     def _pack_gradients(self, module: nn.Module) -> Tensor:
         """Whether each parameter has a gradient (a byte), the digests of the state (8 bytes each), the gradients."""
-        parameters = _trained(module)
         _require_gradients(module)
-        flags = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         state = _state(module)
+        parameters = _trained(state)
+        flags = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         if not state:
             return flags
         device = next(iter(state.values())).device
-        digests = torch.stack([self._digest(module, name, tensor).to(device) for name, tensor in state.items()])
+        digests = torch.zeros(len(state), dtype=torch.int64, device=device)
+        for number, (name, tensor) in enumerate(state.items()):
+            digest = self._digest(module, name, tensor)
+            if digest is not None:
+                digests[number] = digest
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         return torch.cat([flags.to(device), digests.view(torch.uint8), *(_bytes(g).to(device) for g in gradients)])
 
-    def _digest(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-        """The digest of a tensor that was not compared yet or, if it is a buffer, has changed since; else zero.
+    def _digest(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
+        """The digest of a tensor that was not compared yet or, if it is a buffer, has changed since; else ``None``.
 
         int64 of no dimensions, computed on the tensor's device.  An optimizer changes parameters, and in both
         replicas alike, as their gradients are the same.
@@ -101,18 +105,21 @@ class Replicas:
         if before is not None:
             same = before[0]() is tensor and before[1:] == (tensor._version, tensor.data_ptr())
             if same or isinstance(tensor, nn.Parameter):
-                return torch.zeros((), dtype=torch.int64, device=tensor.device)
+                return None
         self._compared[module, name] = TensorWeakRef(tensor), tensor._version, tensor.data_ptr()
         return _digest(tensor)
 
     def _add_gradients(self, stage: int, module: nn.Module, replicas: Mapping[Lane, Tensor]) -> None:
-        parameters, state = _trained(module), _state(module)
+        state = _state(module)
+        parameters = _trained(state)
         first = len(parameters)
         offset = first + 8 * len(state)
-        digests = [replica[first:offset].clone().view(torch.int64).tolist() for replica in replicas.values()]
-        for (name, tensor), *found in zip(state.items(), *digests, strict=True):
-            if len(set(found)) > 1:
-                raise _differ(stage, name, isinstance(tensor, nn.Parameter))
+        one, *others = (replica[first:offset] for replica in replicas.values())
+        if not all(torch.equal(one, other) for other in others):
+            digests = [digest.clone().view(torch.int64).tolist() for digest in (one, *others)]
+            for (name, tensor), *found in zip(state.items(), *digests, strict=True):
+                if len(set(found)) > 1:
+                    raise _differ(stage, name, isinstance(tensor, nn.Parameter))
         present = [replica[:first].tolist() for replica in replicas.values()]
         for index, parameter in enumerate(parameters):
             size = parameter.numel() * parameter.element_size()
@@ -155,8 +162,8 @@ def _require_gradients(module: nn.Module) -> None:
             )
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _trained(state: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    return [tensor for tensor in state.values() if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

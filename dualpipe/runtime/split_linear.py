@@ -32,13 +32,14 @@ from torch.nn import functional
 from dualpipe.runtime.weightgrad import Use, WeightGradError, WeightGradStore, training
 
 logger = logging.getLogger(__name__)
+_MODULE: Any = nn.modules.module
 _AUTOGRAD: Any = torch.autograd
 """The function in it through which every backward that Python starts goes is not exported."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of a stage: ``compute(layer, run, ...)`` runs in place of the method ``method``."""
+    """A linear layer of a stage: ``compute(layer, stage, ...)`` runs in place of the method ``method``."""
 
     name: str
     module: nn.Module
@@ -60,6 +61,10 @@ class SplitStage:
     """The parameters whose gradients cannot be left to W, and the names of layers that cannot be split."""
     _watched: set[Hashable] = field(default_factory=set)
     _first: Hashable | None = None
+    _watches: bool = False
+    """Whether the F or B that is running is the first one, run whole."""
+    _begins: bool = False
+    """Whether it is of the step's first microbatch."""
     _called: set[str] = field(default_factory=set)
     _names: dict[Tensor, str] = field(default_factory=dict)
     _nodes: set[Node] = field(default_factory=set)
@@ -77,44 +82,47 @@ class SplitStage:
             self._watched.add(key)
         if self._first is None:
             self._first = key
-        with self._computing(key, split):
+        restore = self._patch(key, split)
+        try:
             yield
+        finally:
+            restore()
 
     @contextmanager
     def backward(self, key: Hashable, split: bool) -> Iterator[None]:
         """Around the B of ``key``; what a checkpoint computes again is computed as in F."""
         hidden = split and key not in self._watched
         before = [(p, p.grad, _version(p.grad)) for p in self._names if p not in self.whole] if hidden else []
-        with self.store.collecting(key if split else None), self._computing(key, split):
+        restore = self._patch(key, split)
+        outer = self.store.collect(key if split else None)
+        try:
             yield
+        finally:
+            self.store.key = outer
+            restore()
         self._watched.discard(key)
         for parameter, gradient, version in before:
             if parameter.grad is not gradient or _version(parameter.grad) != version:
                 raise self.late(self._names[parameter], "adds in B, outside the layer, to the gradients of")
 
-    @contextmanager
-    def _computing(self, key: Hashable, split: bool) -> Iterator[None]:
-        """Within it the layers compute by ``Layer.compute``; what the user has put in a method's place stays."""
-        watched = key in self._watched
-        if not (watched or split):
-            yield
-            return
-        patched: list[Layer] = []
-        run = Run(self, watched, key == self._first)
+    def _patch(self, key: Hashable, split: bool) -> Callable[[], None]:
+        """Let the layers compute by ``Layer.compute`` until what it returns is called.
+
+        What the user has put in a method's place stays.
+        """
+        self._watches, self._begins = key in self._watched, key == self._first
+        if not (self._watches or split):
+            return _nothing
         engine = _AUTOGRAD._engine_run_backward
-        try:
-            if not watched:
-                _AUTOGRAD._engine_run_backward = partial(self._run_engine, engine)
-            for layer in self.layers:
-                own = vars(layer.module)
-                if layer.method not in own:
-                    own[layer.method] = partial(layer.compute, layer, run)
-                    patched.append(layer)
-            yield
-        finally:
-            _AUTOGRAD._engine_run_backward = engine
-            for layer in patched:
-                vars(layer.module).pop(layer.method, None)
+        patched: list[tuple[dict[str, Any], str]] = []
+        for layer in self.layers:
+            own = vars(layer.module)
+            if layer.method not in own:
+                own[layer.method] = partial(layer.compute, layer, self)
+                patched.append((own, layer.method))
+        if not self._watches:
+            _AUTOGRAD._engine_run_backward = partial(self._run_engine, engine)
+        return partial(_restore, engine, patched)
 
     def _run_engine(self, engine: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Refuse to take gradients of weights that autograd does not see: it would take them for unused."""
@@ -169,6 +177,31 @@ class SplitStage:
             node = self._accumulators[id(parameter)] = get_gradient_edge(parameter).node
         return _accumulates(node)
 
+    def apply(self, use: Use, x: Tensor, stock: Callable[[], Tensor], within: Sequence[nn.Module]) -> Tensor:
+        """The output of a layer: with its weights kept from autograd's sight, or as ``stock`` computes it."""
+        if self._watches:  # without autograd too: a checkpoint takes the gradient later
+            self._called.add(use.name)
+            self._names.update((p, use.name) for p in use.trained if isinstance(p, nn.Parameter))
+        if not torch.is_grad_enabled() or not use.trained or (self.whole and self._is_whole(use)):
+            return stock()
+        reason = _hooked(within, use.trained) or _unfit(x, use.weight, use.bias) or use.unfit(x)
+        if reason is not None:
+            if not (self._watches or self._begins):  # its gradient would be added before those that wait for W
+                raise self.late(use.name, f"cannot split ({reason})")
+            self.run_whole(use.name, use.trained, reason)
+            return stock()
+        if self._watches:
+            y = stock()
+            self.watch(use, x, y)
+            return y
+        # the anchor requires a gradient: without it autograd would skip a layer whose input needs none
+        anchor = x.new_empty(0, requires_grad=True)
+        split: Tensor = _SplitLinear.apply(x, anchor, use, self)  # type: ignore[no-untyped-call]
+        return split
+
+    def _is_whole(self, use: Use) -> bool:
+        return use.name in self.whole or any(parameter in self.whole for parameter in use.trained)
+
     def late(self, name: str, what: str) -> WeightGradError:
         return WeightGradError(
             f"{self.name} {what} {name}, which its first microbatch did not, and only the first one decides what "
@@ -176,38 +209,14 @@ class SplitStage:
         )
 
 
-@dataclass(frozen=True)
-class Run:
-    """One F or B of a stage.  ``watched``: it is the first one, run whole."""
+def _nothing() -> None:
+    """Restores the methods of layers of which none was patched."""
 
-    stage: SplitStage
-    watched: bool
-    first: bool
-    """Of its step."""
 
-    def apply(self, use: Use, x: Tensor, stock: Callable[[], Tensor], within: Sequence[nn.Module]) -> Tensor:
-        """The layer's output: with its weights kept from autograd's sight, or as ``stock`` computes it."""
-        stage = self.stage
-        stage._called.add(use.name)
-        if self.watched:  # without autograd too: a checkpoint takes the gradient later
-            stage._names.update((p, use.name) for p in use.trained if isinstance(p, nn.Parameter))
-        whole = use.name in stage.whole or any(p in stage.whole for p in use.trained)
-        if not torch.is_grad_enabled() or not use.trained or whole:
-            return stock()
-        reason = _hooked(within, use.trained) or _unfit(x, use.weight, use.bias) or use.unfit(x)
-        if reason is not None:
-            if not (self.watched or self.first):  # its gradient would be added before those that wait for W
-                raise stage.late(use.name, f"cannot split ({reason})")
-            stage.run_whole(use.name, use.trained, reason)
-            return stock()
-        if self.watched:
-            y = stock()
-            stage.watch(use, x, y)
-            return y
-        # the anchor requires a gradient: without it autograd would skip a layer whose input needs none
-        anchor = x.new_empty(0, requires_grad=True)
-        split: Tensor = _SplitLinear.apply(x, anchor, use, stage)  # type: ignore[no-untyped-call]
-        return split
+def _restore(engine: Callable[..., Any], patched: Sequence[tuple[dict[str, Any], str]]) -> None:
+    _AUTOGRAD._engine_run_backward = engine
+    for own, method in patched:
+        own.pop(method, None)
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -227,8 +236,9 @@ class _SplitLinear(torch.autograd.Function):
         anchor = ctx.next_functions[1][0]
         if stage.store.key is None or torch.is_grad_enabled() or not _accumulates(anchor):
             raise stage.late(use.name, "takes a gradient through")
-        if any(map(stage.reaches, use.trained)):
-            raise stage.late(use.name, "uses outside their layer the weights of")
+        for parameter in use.trained:
+            if stage.reaches(parameter):
+                raise stage.late(use.name, "uses outside their layer the weights of")
         stage.store.defer(use, x.detach(), dy)
         return (use.input_gradient(x, dy, weight) if ctx.needs_input_grad[0] else None), None, None, None
 
@@ -264,18 +274,22 @@ def _version(gradient: Tensor | None) -> int:
 
 def _hooked(within: Sequence[nn.Module], parameters: Sequence[Tensor]) -> str | None:
     """Whether something runs in the backward that may look at the layer's gradients, which W has yet to compute."""
-    if any(module._backward_hooks or module._backward_pre_hooks for module in within):
-        return "a backward hook of its module may look at its gradients"
-    if nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks:
+    for module in within:  # a loop: any() with a generator takes several times as long
+        if module._backward_hooks or module._backward_pre_hooks:
+            return "a backward hook of its module may look at its gradients"
+    if _MODULE._global_backward_hooks or _MODULE._global_backward_pre_hooks:
         return "a backward hook of all modules may look at its gradients"
-    if any(parameter._backward_hooks for parameter in parameters):
-        return "its weights have tensor hooks"
+    for parameter in parameters:
+        if parameter._backward_hooks:
+            return "its weights have tensor hooks"
     return None
 
 
 def _function_modes() -> bool:
     """Whether a mode watches functions of torch, other than the one that ``torch.set_default_device`` enters."""
     count = torch._C._len_torch_function_stack()
+    if not count:
+        return False
     modes = [torch._C._get_function_stack_at(number) for number in range(count)]
     return any(not isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)
 
@@ -297,7 +311,7 @@ def _unfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class _StockLinear:
     """A use of ``nn.Linear``: PyTorch's own products on the same two-dimensional views, so the bits agree."""
 
@@ -319,14 +333,20 @@ class _StockLinear:
         return functional.linear(x, self.weight, self.bias)
 
     def input_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        return dy.reshape(-1, dy.shape[-1]).mm(weight).view(x.shape)
+        dx = _rows(dy).mm(weight)
+        return dx if x.dim() == 2 else dx.view(x.shape)
 
     def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        x, dy = _rows(x), _rows(dy)
         return [dy.t().mm(x) if parameter is self.weight else dy.sum(0) for parameter in self.trained]
 
 
-def _forward(layer: Layer, run: Run, input: Tensor) -> Tensor:
+def _rows(tensor: Tensor) -> Tensor:
+    """``[..., n]`` as ``[rows, n]``."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _forward(layer: Layer, stage: SplitStage, input: Tensor) -> Tensor:
     """What a linear layer of a stage runs in place of ``nn.Linear.forward``."""
     module: Any = layer.module
     weight, bias = module.weight, module.bias  # once: a parametrized layer computes them at each access
@@ -334,7 +354,7 @@ def _forward(layer: Layer, run: Run, input: Tensor) -> Tensor:
     return (
         stock()
         if torch.compiler.is_compiling()
-        else run.apply(_StockLinear(layer.name, weight, bias, training(weight, bias)), input, stock, layer.within)
+        else stage.apply(_StockLinear(layer.name, weight, bias, training(weight, bias)), input, stock, layer.within)
     )
 
 

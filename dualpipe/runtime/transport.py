@@ -22,7 +22,6 @@ import re
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -34,7 +33,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.errors import RuleError
-from dualpipe.runtime.peers import FOR_EVER, Finisher, Peers
+from dualpipe.runtime.peers import FOR_EVER, Finisher, Job, Peers
 from dualpipe.runtime.rendezvous import MissingRankError, Rendezvous
 
 _POLL_SECONDS = 0.002
@@ -68,7 +67,7 @@ class Message:
     works: list[dist.Work] = field(default_factory=list)
     posted: bool = False
     over: bool = False
-    sent: Future[None] | None = None
+    sent: Job | None = None
 
 
 class MessageError(RuntimeError):
@@ -378,9 +377,9 @@ class ProcessGroupTransport:
         self._sends, self._receives = peers.finisher("dualpipe-sends"), peers.finisher("dualpipe-receives")
         self._end = weakref.finalize(self, peers.close)
 
-    def _during(self, future: Future[Any]) -> Any:
+    def _during(self, job: Job) -> Any:
         """The result of what a helper thread does with a timeout of its own; the main thread can be interrupted."""
-        return future.result(self.timeout + 1.0)
+        return job.result(self.timeout + 1.0)
 
     def _allocate(self, message: Message) -> None:
         if not message.sends:
@@ -430,11 +429,11 @@ class ProcessGroupTransport:
                 raise MessageError(message, self.timeout, None)
             time.sleep(_POLL_SECONDS)
 
-    def _result(self, message: Message, future: Future[None], seconds: float | None = None) -> None:
+    def _result(self, message: Message, job: Job, seconds: float | None = None) -> None:
         """Wait for a message that a helper thread sees to its end."""
         started, seconds = time.monotonic(), self.timeout if seconds is None else seconds
         try:
-            future.result(seconds)
+            job.result(seconds)
         except TimeoutError:
             raise MessageError(message, seconds, None) from None
         except MessageError as error:
@@ -455,7 +454,7 @@ class ProcessGroupTransport:
         kept: list[Message] = []
         for message in self._outstanding:
             if message.sent is not None:
-                if message.sent.done():
+                if message.sent.ended():
                     self._result(message, message.sent)
                     continue
             elif all(work.is_completed() for work in message.works):

@@ -7,10 +7,10 @@ that a microbatch uses twice, or a weight that two layers share, has the bits of
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -56,21 +56,24 @@ class Use(Protocol):
 
 def training(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Those of a layer's weight and bias that require a gradient now."""
-    return tuple(p for p in (weight, bias) if p is not None and p.requires_grad)
+    if bias is None or not bias.requires_grad:
+        return (weight,) if weight.requires_grad else ()
+    return (weight, bias) if weight.requires_grad else (bias,)
 
 
-@dataclass
+_Sum = tuple[int, int]
+"""Names the sum that autograd makes for a parameter in one backward."""
+
+
+@dataclass(slots=True, eq=False)
 class _Deferred:
-    """A weight gradient that W computes.  ``run`` is autograd's number of the backward that left it."""
+    """A weight gradient that W computes; ``sums`` names for each trained parameter the sum that it belongs to."""
 
-    run: int
     use: Use
     x: Tensor
     dy: Tensor
-    versions: tuple[int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.versions = self.x._version, self.dy._version
+    sums: Sequence[_Sum]
+    versions: tuple[int, int]
 
     def gradients(self) -> Sequence[Tensor]:
         if self.versions != (self.x._version, self.dy._version):
@@ -96,13 +99,18 @@ class WeightGradStore:
     @contextmanager
     def collecting(self, key: Hashable | None) -> Iterator[None]:
         """Around a B: within it weight gradients may be deferred to ``run(key)``; with ``None`` they may not."""
-        if key is not None:
-            self._waiting.setdefault(key, deque())
-        outer, self.key = self.key, key
+        outer = self.collect(key)
         try:
             yield
         finally:
             self.key = outer
+
+    def collect(self, key: Hashable | None) -> Hashable | None:
+        """From now on weight gradients may be deferred to ``run(key)``; returns the ``key`` until now."""
+        if key is not None:
+            self._waiting.setdefault(key, deque())
+        outer, self.key = self.key, key
+        return outer
 
     def put(self, closure: Closure) -> None:
         """Keep the computation of a weight gradient for the W of the microbatch whose B is running."""
@@ -110,7 +118,9 @@ class WeightGradStore:
 
     def defer(self, use: Use, x: Tensor, dy: Tensor) -> None:
         """Keep a linear layer's input and output gradient; called from within autograd's backward."""
-        self._queue().append(_Deferred(torch._C._current_graph_task_id(), use, x, dy))
+        run = torch._C._current_graph_task_id()
+        sums = [_sum_of(run, parameter) for parameter in use.trained]
+        self._queue().append(_Deferred(use, x, dy, sums, (x._version, dy._version)))
 
     def _queue(self) -> deque[Closure | _Deferred]:
         if self.key is None:
@@ -131,21 +141,29 @@ class WeightGradStore:
         entries = self._waiting.pop(key, None)
         if entries is None:
             raise WeightGradError(f"no weight gradient waits for {key}: its B has not run, or its W already has")
-        left = Counter(_sum_of(e.run, p) for e in entries if isinstance(e, _Deferred) for p in e.use.trained)
-        sums: dict[tuple[int, int], Tensor] = {}
+        left: dict[_Sum, int] = {}
+        for entry in entries:
+            if isinstance(entry, _Deferred):
+                for name in entry.sums:
+                    left[name] = left.get(name, 0) + 1
+        begun: dict[_Sum, Tensor] = {}
         while entries:
             entry = entries.popleft()
             if not isinstance(entry, _Deferred):
                 entry()
                 continue
             complete: list[Tensor] = []
-            for parameter, gradient in zip(entry.use.trained, entry.gradients(), strict=True):
-                total = _sum_of(entry.run, parameter)
-                sums[total] = sums[total] + gradient if total in sums else gradient
-                left[total] -= 1
-                if not left[total]:
+            sums: list[Tensor] = []
+            for parameter, name, gradient in zip(entry.use.trained, entry.sums, entry.gradients(), strict=True):
+                total = begun.pop(name) + gradient if name in begun else gradient
+                left[name] -= 1
+                if left[name]:
+                    begun[name] = total
+                else:
                     complete.append(parameter)
-            torch.autograd.backward(complete, [sums.pop(_sum_of(entry.run, p)) for p in complete])
+                    sums.append(total)
+            if complete:
+                torch.autograd.backward(complete, sums)
 
     def clear(self) -> None:
         """Drop what waits: the step that left it failed, and the next one's keys are the same."""
@@ -158,6 +176,6 @@ class WeightGradStore:
             raise WeightGradError(f"the step ended and these weight gradients were never computed: {keys}")
 
 
-def _sum_of(run: int, parameter: Tensor) -> tuple[int, int]:
-    """Names the sum that autograd makes for a parameter in one backward."""
+def _sum_of(run: int, parameter: Tensor) -> _Sum:
+    """``run``: autograd's number of the backward."""
     return run, id(parameter)

@@ -1,4 +1,4 @@
-"""For tests of a pipeline: record what its ranks do, inside the processes that run it.
+"""Record a pipeline inside the processes that run it, for tests.
 
     from dualpipe.testing import record
 
@@ -10,8 +10,8 @@
 
     schedule = record_ranks(4, body).schedule       # forks 4 ranks, each calls body(rank)
 
-``dualpipe.testing.pytest_plugin`` offers ``record_ranks`` as a pytest fixture.  A program in a file of its own is
-recorded with ``dualpipe record``, which needs no change to it.
+``dualpipe.testing.pytest_plugin`` provides ``record_ranks`` as a pytest fixture.  ``dualpipe record`` records a program
+in a file of its own, without any change to it.
 """
 
 from dualpipe.testing.ranks import record_ranks

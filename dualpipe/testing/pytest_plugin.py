@@ -11,7 +11,7 @@ from dualpipe.record.recording import Recording
 
 @pytest.fixture
 def record_ranks() -> Callable[..., Recording]:
-    """``dualpipe.testing.record_ranks``: forks ranks that call a function, and records what they do.
+    """``dualpipe.testing.record_ranks``: fork ranks that call a function, and record what they do.
 
     For example::
 

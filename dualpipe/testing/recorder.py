@@ -1,4 +1,4 @@
-"""``record()``: a recording of this process's part of a pipeline."""
+"""``record()``: record the part of a pipeline that runs in this process."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _active = False
 
 
 class LiveRecording:
-    """The events of this rank."""
+    """The events of this rank so far."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
 
     def gather(self, group: dist.ProcessGroup | None = None, name: str = "recorded", step: int = 1) -> Recording:
-        """The recording of all ranks: every rank of the group calls this, and every rank gets it.
+        """The recording of all ranks; every rank of the group must call this, and every rank gets it.
 
-        ``step`` counts the training steps from 1, each of which ends with an optimizer's step.
+        ``step`` is the training step, counted from 1; each ends with an optimizer's step.
 
-        Raises ``RecordError`` where something cannot be named.
+        Raises ``RecordError`` if an op cannot be named.
         """
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, self.events, group=group)
@@ -45,25 +45,25 @@ def record(
     Parameters
     ----------
     together:
-        More names of methods that overlap a forward with a backward: what one call of them computes is one slot.
+        More names of methods that overlap a forward with a backward; all that one call computes is one slot.
     containers:
-        Names of module classes whose call runs the pipeline and is no stage's forward.
+        Names of module classes whose call runs the pipeline and is not the forward of a stage.
     sink:
-        Called with every event, as it happens, besides.
+        Also called with every event as it happens.
 
     Raises ``RuntimeError`` inside another recording of the same process.
     """
     global _active
     if _active:
-        raise RuntimeError("a process makes one recording at a time; leave the first one before the next")
+        raise RuntimeError("a process makes one recording at a time; end the first one before the next")
     recording = LiveRecording()
 
-    def keep(event: Event) -> None:
+    def write(event: Event) -> None:
         recording.events.append(event)
         if sink is not None:
             sink(event)
 
-    flow, patches = Flow(keep), Patches()
+    flow, patches = Flow(write), Patches()
     with ExitStack() as stack:
         stack.callback(patches.undo)
         operators = compute.watch(flow, patches, (*TOGETHER, *together), containers)

@@ -1,14 +1,14 @@
-"""Recordings in the trace event format, which https://ui.perfetto.dev and chrome://tracing show.
+"""Run logs in the trace event format, which https://ui.perfetto.dev and chrome://tracing show.
 
-A recording is a process.  In it every rank has a track of its computes and as many of messages as are under way at
-once; arrows go from sends to receives, and counters follow the idle ranks and each rank's live activations::
+A run is a process.  Every rank has one track for its computes and as many for messages as are in flight at once.
+Arrows go from sends to receives.  Counters show the idle ranks and the live activations of each rank::
 
     rank 0            | 0F0> | 0F1> |  waits for 0RB0> |      0F3>+0B0>+0W0>       |
                                                          | 0F3> | 0B0> | 0W0>      |
     rank 0 messages          | 0SF0> ---> arrow to 1RF0>
 
-Times are whole or fractional microseconds, from 0; what a unit of the recording becomes is in ``otherData``.  Source of
-the format: the document "Trace Event Format" of the Chromium project.
+Times are microseconds from 0, possibly fractional; ``otherData`` has the scale.  Source of the format: the
+document "Trace Event Format" of the Chromium project.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from dualpipe.files import write_whole
 from dualpipe.schedule import F, Op, Placed, W, show_slot
-from dualpipe.timeline.run_log import Recording, Work, simulated
+from dualpipe.timeline.run_log import RunLog, Work, simulated
 from dualpipe.timeline.summary import describe_costs, headline
 from dualpipe.timeline.timeline import Timeline
 
@@ -32,18 +32,18 @@ Event = dict[str, Any]
 MICROSECONDS_PER_UNIT = 1000.0
 """How long one unit of simulated time lasts in a trace."""
 TICK = 1.0
-"""Microseconds by which a message's slice is longer than the message, so that an arrow has something to hold on to."""
+"""Microseconds by which a message's slice outlasts the message, so that an arrow can attach to it."""
 
 
 class Scaled(NamedTuple):
-    """A recording with the microseconds that its unit lasts, and where it begins, in microseconds."""
+    """A run with the length of its unit of time, and the time at which it starts, both in microseconds."""
 
-    recording: Recording
+    run: RunLog
     scale: float = MICROSECONDS_PER_UNIT
     offset: float = 0.0
 
     def at(self, time: float) -> float:
-        """A time of the recording in the trace, to the nanosecond."""
+        """A time of the run as a time in the trace, rounded to nanoseconds."""
         return round(self.offset + time * self.scale, 3)
 
 
@@ -72,28 +72,28 @@ def of_timeline(timeline: Timeline) -> dict[str, Any]:
 
 
 def trace(parts: Sequence[Scaled], about: dict[str, Any]) -> dict[str, Any]:
-    """The trace of recordings; those with the same name share a process, one after the other.
+    """The trace of several runs; those with the same name share a process, one after the other.
 
-    ``about`` is written to ``otherData``.
+    ``about`` becomes ``otherData``.
     """
-    names = list(dict.fromkeys(part.recording.name for part in parts))
+    names = list(dict.fromkeys(part.run.name for part in parts))
     heads = [head for pid, name in enumerate(names, start=1) for head in _names(pid, name, parts)]
     events: list[Event] = []
     arrows = 0
     for part in parts:
-        pid = 1 + names.index(part.recording.name)
+        pid = 1 + names.index(part.run.name)
         events += [*_work(pid, part), *_idle(pid, part), *_messages(pid, part, arrows), *_counters(pid, part)]
-        arrows += len(part.recording.messages)
+        arrows += len(part.run.messages)
     events.sort(key=lambda event: float(event["ts"]))  # stable: what encloses, or lasts no time, stays first
     return {"traceEvents": [*heads, *events], "displayTimeUnit": "ms", "otherData": about}
 
 
 def _names(pid: int, name: str, parts: Sequence[Scaled]) -> Iterator[Event]:
     """The names and the order of a process and its tracks."""
-    own = [part for part in parts if part.recording.name == name]
+    own = [part for part in parts if part.run.name == name]
     yield _head("process_name", pid, 0, {"name": name})
     yield _head("process_sort_index", pid, 0, {"sort_index": pid})
-    ranks = own[0].recording.schedule.ranks
+    ranks = own[0].run.schedule.ranks
     tracks = {1 + rank: f"rank {rank}" for rank in range(ranks)}
     for rank in range(ranks):
         lanes = 1 + max((lane for part in own for lane in _packed(part, rank).values()), default=-1)
@@ -110,33 +110,33 @@ def _head(what: str, pid: int, tid: int, args: dict[str, Any]) -> Event:
 
 def _work(pid: int, part: Scaled) -> Iterator[Event]:
     """A slice for each compute op; where a slot has several, also one around them."""
-    for (rank, number), works in _slots(part.recording):
+    for (rank, number), works in _slots(part.run):
         slot = tuple(work.at.op for work in works)
         start, end = part.at(works[0].start), part.at(works[-1].end)
         if len(works) > 1:
             arguments = {"rank": rank, "slot": number}
             yield _slice(show_slot(slot), "slot", pid, 1 + rank, start, end, arguments)
         for work in works:
-            args = _args(part.recording, work.at) | ({"note": work.note} if work.note else {})
+            args = _args(part.run, work.at) | ({"note": work.note} if work.note else {})
             yield _slice(str(work.at.op), work.at.op.kind, pid, 1 + rank, part.at(work.start), part.at(work.end), args)
 
 
 def _idle(pid: int, part: Scaled) -> Iterator[Event]:
-    for rank, start, end, need in part.recording.idle:
+    for rank, start, end, need in part.run.idle:
         name = "bubble" if need is None else f"waits for {need}"
         yield _slice(name, "bubble", pid, 1 + rank, part.at(start), part.at(end), {"rank": rank})
 
 
 def _messages(pid: int, part: Scaled, first: int) -> Iterator[Event]:
-    """Two slices for a message, from when each side was posted until it was there, and an arrow between them."""
-    ranks = part.recording.schedule.ranks
+    """Two slices for a message, from the posting of each end until it completed, and an arrow between them."""
+    ranks = part.run.schedule.ranks
     lanes = [_packed(part, rank) for rank in range(ranks)]
-    for number, message in enumerate(part.recording.messages, start=first):
+    for number, message in enumerate(part.run.messages, start=first):
         there = part.at(message.completed)
         ends = {message.send: part.at(message.sent), message.receive: part.at(message.awaited)}
         for at, start in ends.items():
             tid = _message_track(ranks, at.rank, lanes[at.rank][at])
-            args = _args(part.recording, at) | {"peer": part.recording.schedule.peer(at.op)}
+            args = _args(part.run, at) | {"peer": part.run.schedule.peer(at.op)}
             yield _slice(str(at.op), at.op.kind, pid, tid, start, there + TICK, args)
         arrow = {"name": str(message.send.op), "cat": "message", "id": number, "pid": pid}
         send, receive = message.send, message.receive
@@ -148,7 +148,7 @@ def _messages(pid: int, part: Scaled, first: int) -> Iterator[Event]:
 def _packed(part: Scaled, rank: int) -> dict[Placed, int]:
     """For each message of a rank a track on which no two overlap; the first that is free."""
     spans = []
-    for message in part.recording.messages:
+    for message in part.run.messages:
         for at, posted in ((message.send, message.sent), (message.receive, message.awaited)):
             if at.rank == rank:
                 spans.append((part.at(posted), part.at(message.completed) + TICK, at))
@@ -172,8 +172,8 @@ def _message_track(ranks: int, rank: int, lane: int) -> int:
 def _counters(pid: int, part: Scaled) -> Iterator[Event]:
     """How many ranks compute nothing, and how many microbatches are live on each rank, whenever that changes."""
     live: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    idle: list[tuple[float, int]] = [(part.at(0.0), part.recording.schedule.ranks)]
-    for (rank, _), works in _slots(part.recording):
+    idle: list[tuple[float, int]] = [(part.at(0.0), part.run.schedule.ranks)]
+    for (rank, _), works in _slots(part.run):
         start, end = part.at(works[0].start), part.at(works[-1].end)
         live[rank] += [(start, +1) for work in works if work.at.op.kind is F]
         live[rank] += [(end, -1) for work in works if work.at.op.kind is W]
@@ -196,9 +196,9 @@ def _counter(name: str, pid: int, time: float, level: int) -> Event:
     return {"ph": "C", "name": name, "pid": pid, "tid": 0, "ts": time, "args": {"value": level}}
 
 
-def _slots(recording: Recording) -> Iterator[tuple[tuple[int, int], list[Work]]]:
+def _slots(run: RunLog) -> Iterator[tuple[tuple[int, int], list[Work]]]:
     """The compute ops of each slot, by rank and the slot's number."""
-    for place, works in groupby(recording.work, lambda work: (work.at.rank, work.at.slot)):
+    for place, works in groupby(run.work, lambda work: (work.at.rank, work.at.slot)):
         yield place, list(works)
 
 
@@ -215,7 +215,7 @@ def _slice(name: str, kind: str, pid: int, tid: int, start: float, end: float, a
     }
 
 
-def _args(recording: Recording, at: Placed) -> dict[str, Any]:
+def _args(run: RunLog, at: Placed) -> dict[str, Any]:
     op: Op = at.op
     return {
         "rank": at.rank,
@@ -223,5 +223,5 @@ def _args(recording: Recording, at: Placed) -> dict[str, Any]:
         "stage": op.stage,
         "mb": op.mb,
         "lane": str(op.lane),
-        "needs": [str(need) for need in recording.schedule.needs(op)],
+        "needs": [str(need) for need in run.schedule.needs(op)],
     }

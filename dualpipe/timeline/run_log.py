@@ -1,4 +1,4 @@
-"""The log of a run of a schedule, simulated or measured: work, waits and messages, op by op.
+"""A run of a schedule, simulated or measured: its work, its waits and its messages, op by op.
 
 ::
 
@@ -19,7 +19,7 @@ from dualpipe.timeline.timeline import Message, Span, Timeline
 
 
 class Work(NamedTuple):
-    """A compute op from start to end.  ``note`` is a remark for the reader."""
+    """A compute op from start to end.  ``note`` explains times that mislead."""
 
     at: Placed
     start: float
@@ -28,7 +28,7 @@ class Work(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """A stretch in which a rank does not compute, and the receive that it waits for, where there is one."""
+    """An interval in which a rank does not compute, and the receive that it waits for, if there is one."""
 
     rank: int
     start: float
@@ -37,17 +37,17 @@ class Idle(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recording:
-    """A run of a schedule.  Times are in any one unit; every op of the schedule is in it once.
+class RunLog:
+    """A run of a schedule.  Times are in any one unit; every op of the schedule occurs once.
 
     Attributes
     ----------
     work:
-        The compute ops, rank by rank in order.
+        The compute ops, rank by rank, in order.
     idle:
         When ranks waited.
     messages:
-        A send and a receive each, with when they were posted and when the message completed.
+        Each with its send and its receive, when they were posted, and when the message completed.
     """
 
     name: str
@@ -57,11 +57,11 @@ class Recording:
     messages: tuple[Message, ...]
 
 
-def simulated(timeline: Timeline, name: str = "simulated") -> Recording:
-    """The recording of a timeline; a slot of several computes is divided among them by cost."""
+def simulated(timeline: Timeline, name: str = "simulated") -> RunLog:
+    """The run log of a timeline.  The time of a slot with several computes is divided among them by cost."""
     work: list[Work] = []
     idle: list[Idle] = []
-    there = {message.receive.op.bare: message.completed for message in timeline.messages}
+    completed = {message.receive.op.bare: message.completed for message in timeline.messages}
     for rank, spans in enumerate(timeline.spans):
         computes = [span for span in spans if span.ops[0].kind in COMPUTE]
         for span in computes:
@@ -69,11 +69,11 @@ def simulated(timeline: Timeline, name: str = "simulated") -> Recording:
         start, end = Span(-1, (), 0.0, 0.0), Span(-1, (), timeline.makespan, timeline.makespan)
         for before, after in pairwise([start, *computes, end]):
             if after.start > before.end:
-                idle.append(Idle(rank, before.end, after.start, _last_need(timeline.schedule, after, there)))
-    return Recording(name, timeline.schedule, tuple(work), tuple(idle), timeline.messages)
+                idle.append(Idle(rank, before.end, after.start, _last_need(timeline.schedule, after, completed)))
+    return RunLog(name, timeline.schedule, tuple(work), tuple(idle), timeline.messages)
 
 
-def _last_need(schedule: Schedule, span: Span, there: dict[Op, float]) -> Op | None:
-    """The receive that completed as the slot began."""
+def _last_need(schedule: Schedule, span: Span, completed: dict[Op, float]) -> Op | None:
+    """The receive that completed when the slot began."""
     needs: Iterator[Op] = (need for op in span.ops for need in schedule.needs(op) if need.kind in RECEIVES)
-    return next((need for need in needs if there.get(need) == span.start), None)
+    return next((need for need in needs if completed.get(need) == span.start), None)

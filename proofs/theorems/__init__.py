@@ -1,6 +1,6 @@
-"""Theorems: what holds of a named schedule at every size, proved with Z3 over free integers.
+"""Theorems about a named schedule at every size, proved with Z3 over free integers.
 
-The tables that ``dualpipe.schedule.generate`` expands are read with the sizes left open; see
+They read the tables that ``dualpipe.schedule.generate`` expands, with the sizes left open; see
 ``docs/explanation/theorems.md``.
 """
 

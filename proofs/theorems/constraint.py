@@ -1,7 +1,7 @@
-"""Linear constraints over integers: the one language of the theorems.
+"""Linear constraints over integers, in which all theorems are written.
 
-A constraint is data, so that the same object is handed to Z3 for all sizes and evaluated in plain Python for one
-size.  The second is what the coverage control and every counterexample rest on.
+A constraint is data: Z3 gets it for all sizes, and plain Python evaluates it for one size.  The coverage control and
+every counterexample rely on the second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TableError(RuleError):
 
 
 class Constraint(NamedTuple):
-    """``sum of coefficient * symbol + constant``, at least zero or (``zero``) exactly zero."""
+    """``sum of coefficient * symbol + constant`` is at least zero or, if ``zero``, exactly zero."""
 
     terms: tuple[tuple[str, int], ...]
     constant: int
@@ -69,7 +69,7 @@ def whole(value: Affine) -> Affine:
     Raises
     ------
     TableError
-        If the divisor does not divide every coefficient, so that the value is not whole at every size.
+        If the divisor does not divide every coefficient: then the value is not whole at every size.
     """
     numbers = (*value.terms.values(), value.constant)
     if any(number % value.divisor for number in numbers):
@@ -79,7 +79,7 @@ def whole(value: Affine) -> Affine:
 
 
 def substitute(value: Affine | int, sizes: Mapping[str, Affine]) -> Affine:
-    """The expression with its symbols replaced; symbols that ``sizes`` lacks stay.  The result is whole."""
+    """Replace the symbols of an expression; those that ``sizes`` lacks stay.  The result is whole."""
     value = affine(value)
     total = affine(value.constant)
     for name, coefficient in value.terms.items():

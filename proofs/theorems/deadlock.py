@@ -1,16 +1,15 @@
-"""Theorems ``deadlock`` and ``makespan``: a time for every compute, of which Z3 checks that nothing comes later.
+"""Theorems ``deadlock`` and ``makespan``: a time for every compute, which Z3 checks to be an upper bound.
 
-In the blocking model a slot of messages ends when each of them has met its partner, and it is posted when the compute
-before it ends.  Suppose a time T for every compute slot, with E = T + the slot's duration, such that
+In the blocking model a message slot is posted when the compute before it ends, and completes when each of its messages
+has matched.  Suppose a time T for every compute slot, with E = T + the slot's duration, such that
 
-    T(next compute of the rank)           >= E(this one)
-    T(compute after the receiver's slot)  >= E(compute before the sender's slot)     for every message,
-    T(compute after the sender's slot)    >= E(compute before the receiver's slot)   for every message.
+    T(next compute of the rank)                   >= E(this one)
+    T(compute after the receiver's message slot)  >= E(compute before the sender's message slot)     for every message,
+    T(compute after the sender's message slot)    >= E(compute before the receiver's message slot)   for every message.
 
-Then T grows along everything that anything waits for, so nothing waits for itself: no deadlock, whatever the
-computes really take.  And with the durations that T was made for, by induction along T no compute starts after its
-T, so the last E bounds the makespan.  ``proofs.theorems.finder`` guesses T.  A wrong guess cannot do harm, since it is
-checked here.
+Then T increases along every wait, so nothing waits for itself: there is no deadlock, whatever the computes really
+take.  With the durations that T was computed for, no compute starts after its T, by induction along T, so the last E
+bounds the makespan.  ``proofs.theorems.finder`` guesses T.  A wrong guess cannot do harm, since it is checked here.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
 from proofs.theorems.moment import Moment, Times, after, before, end_of, first, moment, start_of
 from proofs.theorems.obligation import Link, Obligation
-from proofs.theorems.symbolic import Place, Rank, exactly, is_compute
+from proofs.theorems.symbolic import Position, Rank, exactly, is_compute
 
 
 def deadlock(family: Family, times: Times) -> Iterator[Obligation]:
@@ -44,42 +43,42 @@ def makespan(family: Family, times: Times, bound: Affine) -> Iterator[Obligation
 def _own_order(rank: Rank, times: Times) -> Iterator[Obligation]:
     for following in first(rank, times):
         yield _in_time(rank, (), start_of(rank), following, ("own", "own"))
-    for place in rank.places(is_compute, "i"):
-        this = moment(rank, place.row, place.step, place.iteration, times)
-        for following in after(place, times):
-            yield _in_time(rank, place.guard, this, following, ("own", "own"))
+    for at in rank.positions(is_compute, "i"):
+        this = moment(rank, at.row, at.step, at.iteration, times)
+        for following in after(at, times):
+            yield _in_time(rank, at.guard, this, following, ("own", "own"))
 
 
 def _partners(link: Link, times: Times) -> Iterator[Obligation]:
-    sends, receives = exactly(*link.meets), exactly(*link.meets.values())
-    received = [_message(receive, times) for receive in link.receiver.places(receives, "j")]
-    for send in (_message(send, times) for send in link.sender.places(sends, "i")):
+    sends, receives = exactly(*link.matches), exactly(*link.matches.values())
+    received = [_message(receive, times) for receive in link.receiver.positions(receives, "j")]
+    for send in (_message(send, times) for send in link.sender.positions(sends, "i")):
         for receive in received:
-            same = equal(send.place.before(sends), receive.place.before(receives))
-            met = (*send.place.guard, *receive.place.guard, same)
-            yield from _posted(link, met, send, receive, ("sender", "receiver"))
-            yield from _posted(link, met, receive, send, ("receiver", "sender"))
+            same = equal(send.at.before(sends), receive.at.before(receives))
+            matched = (*send.at.guard, *receive.at.guard, same)
+            yield from _posted(link, matched, send, receive, ("sender", "receiver"))
+            yield from _posted(link, matched, receive, send, ("receiver", "sender"))
 
 
 class _Message(NamedTuple):
-    """A send or a receive, and the computes between which its slot may be."""
+    """A send or a receive, and the computes that may come directly before and after its message slot."""
 
-    place: Place
+    at: Position
     before: tuple[Moment, ...]
     after: tuple[Moment, ...]
 
 
-def _message(place: Place, times: Times) -> _Message:
-    return _Message(place, tuple(before(place, times)), tuple(after(place, times)))
+def _message(at: Position, times: Times) -> _Message:
+    return _Message(at, tuple(before(at, times)), tuple(after(at, times)))
 
 
 def _posted(
-    link: Link, met: Constraints, this: _Message, partner: _Message, roles: tuple[str, str]
+    link: Link, matched: Constraints, this: _Message, partner: _Message, roles: tuple[str, str]
 ) -> Iterator[Obligation]:
-    """What follows ``partner``'s slot comes after what is before ``this`` one's."""
+    """The compute after ``partner``'s message slot starts after the compute before ``this`` one's ends."""
     for earlier in this.before:
         for later in partner.after:
-            yield _in_time(link, met, earlier, later, roles)
+            yield _in_time(link, matched, earlier, later, roles)
 
 
 def _in_time(

@@ -20,19 +20,19 @@ class Family:
     name, sizes:
         The schedule's name in ``dualpipe.schedule.generate.PLANS``, and its sizes in words.
     ranks, links:
-        Together they must be all ranks and all ordered pairs that exchange messages (the coverage control looks).
+        Together they must cover all ranks and all ordered pairs that exchange messages (the coverage control checks).
     chunks:
         The numbers of the table's chunks.
     each:
-        How many microbatches pass each chunk.
+        The number of microbatches of each chunk.
     bounds:
-        What the theorems about memory claim, by name.
+        The figures that the theorems about memory claim.
     values:
-        ``values(plan_sizes, suffix)``: the symbols of a rank with this suffix, at one size.
+        ``values(plan_sizes, suffix)``: the values of a rank's symbols at one size, the symbols ending in the suffix.
     world:
         The numbers of ranks and of microbatches, each in one symbol of the sizes.
     turn:
-        For each kind of rank what an op needs of the other chunk (where a lane turns).
+        For each kind of rank the actions that need one of the rank's other chunk, where a lane turns.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Family:
     turn: Mapping[str, Mapping[Action, Action]] = field(default_factory=dict)
 
     def size_of(self, values: Values) -> tuple[int, int]:
-        """Ranks and microbatches of the size that the symbols stand for."""
+        """Ranks and microbatches of the size with these values of the symbols."""
         ranks, microbatches = self.world
         return ranks.at(values), microbatches.at(values)
 
@@ -56,8 +56,8 @@ class Family:
 class Bounds:
     """The figures that are claimed, in the table's symbols (so that they may differ from rank to rank).
 
-    ``live`` is for each chunk the microbatches between F and the end of B, ``memory`` all chunks' between F and the
-    end of W, ``pending`` the W that wait (``None`` if none ever does).  The texts say the same in words.
+    ``live`` counts for each chunk the microbatches between F and the end of B, ``memory`` those of all chunks between F
+    and the end of W, ``pending`` the deferred W (``None`` if there are none).  ``words`` has the figures as text.
     """
 
     live: tuple[Affine, ...]

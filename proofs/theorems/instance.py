@@ -1,6 +1,6 @@
-"""A theorem's obligations at one size: which cases arise there, on which ranks, and what each says.
+"""A theorem's obligations at one size: the cases that arise, the ranks that they arise on, and their facts in numbers.
 
-The coverage control compares this with the expanded schedule.  Plain integers, no solver.
+The coverage control compares these with the expanded schedule.  Everything is plain integers, without a solver.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proofs.theorems.symbolic import Rank
 
 
 def plans_at(family: Family, ranks: int, microbatches: int) -> list[Plan]:
-    """Each rank before expansion, with the family's tables (which need not be the named schedule's own)."""
+    """The plan of each rank before expansion, with the family's tables (which a mutant has changed)."""
     plans = [PLANS[family.name](ranks, microbatches, rank) for rank in range(ranks)]
     return [replace(plan, table=kind_of(family, plan).table) for plan in plans]
 
@@ -31,14 +31,14 @@ def schedule_at(family: Family, ranks: int, microbatches: int) -> Schedule:
 
 
 def kind_of(family: Family, plan: Plan) -> Rank:
-    """The kind of rank that a plan is of; every plan is of exactly one."""
+    """The kind of rank of a plan; every plan has exactly one."""
     values = family.values(plan.sizes, "")
     (kind,) = [rank for rank in family.ranks if all(constraint.holds(values) for constraint in rank.domain)]
     return kind
 
 
 class Instance(NamedTuple):
-    """An obligation's case at one size: the rank it is about, or sender and receiver, and its fact in numbers."""
+    """A case of an obligation at one size: its rank, or sender and receiver, and its fact in numbers."""
 
     ranks: tuple[int, ...]
     fact: tuple[str | int, ...]
@@ -54,47 +54,47 @@ def instances(family: Family, obligations: Iterable[Obligation], ranks: int, mic
         scope = obligation.scope
         if id(scope) not in worlds:
             worlds[id(scope)] = _worlds(family, scope, plans)
-        for values, places in worlds[id(scope)]:
+        for values, found in worlds[id(scope)]:
             for solution in solutions(obligation.given, values):
                 fact = evaluate(obligation.fact, solution)
                 holds = all(constraint.holds(solution) for constraint in obligation.then)
-                yield from (Instance(where, fact, holds, obligation) for where in places)
+                yield from (Instance(ranks_of_case, fact, holds, obligation) for ranks_of_case in found)
 
 
 class World(NamedTuple):
-    """The values of a scope's symbols, and the ranks or neighbours that have them (mirror images share theirs)."""
+    """Values of a scope's symbols, and the ranks or pairs of neighbours that have them (mirror images share theirs)."""
 
     values: dict[str, int]
-    places: list[tuple[int, ...]]
+    ranks: list[tuple[int, ...]]
 
 
 def _worlds(family: Family, scope: Rank | Link, plans: list[Plan]) -> list[World]:
-    """What a scope stands for at one size."""
+    """The values and ranks that a scope stands for at one size."""
     found: dict[tuple[int, ...], World] = {}
     sides = (scope,) if isinstance(scope, Rank) else (scope.sender, scope.receiver)
     everyone = [(rank,) for rank in range(len(plans))]
-    places: Iterable[tuple[int, ...]] = everyone if isinstance(scope, Rank) else _neighbours(plans)
-    for where in places:
+    candidates: Iterable[tuple[int, ...]] = everyone if isinstance(scope, Rank) else _neighbours(plans)
+    for ranks in candidates:
         values: dict[str, int] = {}
-        for side, rank in zip(sides, where, strict=True):
+        for side, rank in zip(sides, ranks, strict=True):
             values |= family.values(plans[rank].sizes, side.suffix)
-        tables = all(plans[rank].table is side.table for side, rank in zip(sides, where, strict=True))
+        tables = all(plans[rank].table is side.table for side, rank in zip(sides, ranks, strict=True))
         if tables and all(constraint.holds(values) for constraint in scope.domain):
-            found.setdefault(tuple(values.values()), World(values, [])).places.append(where)
+            found.setdefault(tuple(values.values()), World(values, [])).ranks.append(ranks)
     return list(found.values())
 
 
 def _neighbours(plans: list[Plan]) -> list[tuple[int, ...]]:
-    """Every ordered pair of ranks that follow each other on a lane."""
+    """Every ordered pair of ranks that are neighbours on a lane."""
     routes = plans[0].routes.values()
     steps = [step for route in routes for step in pairwise(route)]
     return sorted({pair for a, b in steps for pair in ((a, b), (b, a)) if a != b})
 
 
 def solutions(given: Constraints, values: dict[str, int]) -> Iterator[dict[str, int]]:
-    """All ways to give the remaining symbols values that satisfy the constraints.
+    """All values of the remaining symbols that satisfy the constraints.
 
-    Each symbol must be bounded on both sides by constraints on it alone, as iterations of a row are.
+    Each symbol must be bounded on both sides by constraints on it alone, as the iterations of a row are.
     """
     ranges: dict[str, tuple[int, int]] = {}
     rest: list[Constraint] = []
@@ -130,7 +130,7 @@ UNBOUNDED = 10**6
 
 
 def _interval(coefficient: int, known: int, zero: bool) -> tuple[int, int]:
-    """The values x with ``coefficient * x + known >= 0`` (or ``= 0``), as ends that both belong to it."""
+    """The interval of x with ``coefficient * x + known >= 0`` (or ``= 0``), both ends included."""
     if zero:
         quotient, remainder = divmod(-known, coefficient)
         return (quotient, quotient) if not remainder else (1, 0)

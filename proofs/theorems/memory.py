@@ -1,7 +1,7 @@
-"""Theorems ``live`` and ``memory``: how many microbatches' activations a rank holds, at most and at its peak.
+"""Theorems ``live`` and ``memory``: the largest number of microbatches whose activations a rank holds.
 
-Activations are allocated by F only, so it is enough to look at each F: what its slot allocates counts, what the
-slot releases does not yet.
+Only F allocates activations, so it is enough to look at each F, counting what its slot allocates and not what the slot
+releases.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dualpipe.schedule.phase_table import Action, Affine
 from proofs.theorems.constraint import at_least, substitute
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Obligation
-from proofs.theorems.symbolic import Mark, Place, exactly, is_weight
+from proofs.theorems.symbolic import Mark, Position, exactly, is_weight
 
 
 def live(family: Family) -> Iterator[Obligation]:
@@ -22,25 +22,25 @@ def live(family: Family) -> Iterator[Obligation]:
         for chunk, most in zip(family.chunks, family.bounds.live, strict=True):
             allocate, release = exactly(Action(F, chunk)), exactly(Action(B, chunk))
             bound = substitute(most, rank.sizes)
-            for place in rank.places(allocate, "i"):
-                yield _at_most(place, allocate, release, bound, f"chunk {chunk}")
+            for at in rank.positions(allocate, "i"):
+                yield _at_most(at, allocate, release, bound, f"chunk {chunk}")
 
 
 def memory(family: Family) -> Iterator[Obligation]:
-    """From F to the end of W, pending W counted, all chunks together."""
+    """From F to the end of W, deferred W included, all chunks together."""
     for rank in family.ranks:
         bound = substitute(family.bounds.memory, rank.sizes)
         allocate = exactly(*(Action(F, chunk) for chunk in family.chunks))
-        for place in rank.places(allocate, "i"):
-            yield _at_most(place, allocate, is_weight, bound, "all")
+        for at in rank.positions(allocate, "i"):
+            yield _at_most(at, allocate, is_weight, bound, "all")
 
 
-def _at_most(place: Place, allocate: Mark, release: Mark, bound: Affine, what: str) -> Obligation:
-    held = place.through_step(allocate) - place.before_step(release)
+def _at_most(at: Position, allocate: Mark, release: Mark, bound: Affine, what: str) -> Obligation:
+    held = at.through_step(allocate) - at.before_step(release)
     return Obligation(
-        place.rank,
-        f"live at {place} ({what})",
-        place.guard,
+        at.rank,
+        f"live at {at} ({what})",
+        at.guard,
         (at_least(bound, held),),
-        (what, str(place.action), place.mb, held),
+        (what, str(at.action), at.mb, held),
     )

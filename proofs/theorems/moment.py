@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dualpipe.schedule.phase_table import Affine, affine
 from proofs.theorems.constraint import Constraints, at_least, below, equal, substitute
-from proofs.theorems.symbolic import Place, Rank, computes_of, is_compute
+from proofs.theorems.symbolic import Position, Rank, computes_of, is_compute
 
 Times = Mapping[tuple[str, str, int], Affine]
 """When each compute starts: by kind of rank, row and number among the computes of the row's body.
@@ -39,10 +39,10 @@ class Moment(NamedTuple):
 
 def moment(rank: Rank, row: int, step: int, iteration: Affine, times: Times, given: Constraints = ()) -> Moment:
     """The compute that is ``step`` of ``row`` in an iteration."""
-    place = Place(rank, row, step, 0, iteration)
-    number = computes_of(place.the_row.steps).index(step)
-    start = substitute(times.get((rank.kind, place.the_row.name, number), 0), {**rank.symbols, "i": iteration})
-    return Moment(str(place), given, place.computes, start, start + len(place.the_step))
+    at = Position(rank, row, step, 0, iteration)
+    number = computes_of(at.the_row.steps).index(step)
+    start = substitute(times.get((rank.kind, at.the_row.name, number), 0), {**rank.symbols, "i": iteration})
+    return Moment(str(at), given, at.computes, start, start + len(at.the_step))
 
 
 def start_of(rank: Rank, given: Constraints = ()) -> Moment:
@@ -54,14 +54,14 @@ def end_of(rank: Rank, times: Times, given: Constraints = ()) -> Moment:
     return Moment(f"the end of {rank.name}", given, rank.total(is_compute), end, end)
 
 
-def after(place: Place, times: Times) -> Iterator[Moment]:
-    """The compute that follows a place (the program's end if none does)."""
-    return filter(_is_possible, _after(place, times))
+def after(at: Position, times: Times) -> Iterator[Moment]:
+    """The compute that follows a position (the program's end if none does)."""
+    return filter(_is_possible, _after(at, times))
 
 
-def before(place: Place, times: Times) -> Iterator[Moment]:
-    """The compute that a place follows (the program's start if none does)."""
-    return filter(_is_possible, _before(place, times))
+def before(at: Position, times: Times) -> Iterator[Moment]:
+    """The compute that a position follows (the program's start if none does)."""
+    return filter(_is_possible, _before(at, times))
 
 
 def first(rank: Rank, times: Times) -> Iterator[Moment]:
@@ -74,15 +74,15 @@ def _is_possible(moment: Moment) -> bool:
     return all(constraint.terms or constraint.holds({}) for constraint in moment.given)
 
 
-def _after(place: Place, times: Times) -> Iterator[Moment]:
-    rank, row, count = place.rank, place.row, place.rank.count(place.the_row)
-    inside = [s for s in computes_of(place.the_row.steps) if s > place.step]
+def _after(at: Position, times: Times) -> Iterator[Moment]:
+    rank, row, count = at.rank, at.row, at.rank.count(at.the_row)
+    inside = [s for s in computes_of(at.the_row.steps) if s > at.step]
     if inside:
-        yield moment(rank, row, inside[0], place.iteration, times)
+        yield moment(rank, row, inside[0], at.iteration, times)
         return
     given: Constraints = ()
-    if again := computes_of(place.the_row.steps):
-        following = place.iteration + 1
+    if again := computes_of(at.the_row.steps):
+        following = at.iteration + 1
         yield moment(rank, row, again[0], following, times, (below(following, count),))
         given = (equal(following, count),)
     for later in range(row + 1, len(rank.table)):
@@ -90,16 +90,16 @@ def _after(place: Place, times: Times) -> Iterator[Moment]:
     yield end_of(rank, times, given)
 
 
-def _before(place: Place, times: Times) -> Iterator[Moment]:
-    rank, row = place.rank, place.row
-    inside = [s for s in computes_of(place.the_row.steps) if s < place.step]
+def _before(at: Position, times: Times) -> Iterator[Moment]:
+    rank, row = at.rank, at.row
+    inside = [s for s in computes_of(at.the_row.steps) if s < at.step]
     if inside:
-        yield moment(rank, row, inside[-1], place.iteration, times)
+        yield moment(rank, row, inside[-1], at.iteration, times)
         return
     given: Constraints = ()
-    if again := computes_of(place.the_row.steps):
-        yield moment(rank, row, again[-1], place.iteration - 1, times, (at_least(place.iteration, 1),))
-        given = (equal(place.iteration, 0),)
+    if again := computes_of(at.the_row.steps):
+        yield moment(rank, row, again[-1], at.iteration - 1, times, (at_least(at.iteration, 1),))
+        given = (equal(at.iteration, 0),)
     for earlier in reversed(range(row)):
         given = yield from _if_not_empty(rank, earlier, -1, given, times)
     yield start_of(rank, given)

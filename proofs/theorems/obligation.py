@@ -1,4 +1,4 @@
-"""An obligation is one case of a theorem; discharging it asks Z3 whether the case can go wrong at any size."""
+"""Obligations: each is one case of a theorem.  To discharge it, Z3 looks for a size at which the case fails."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ Fact = tuple[str | Affine, ...]
 
 @dataclass(frozen=True)
 class Link:
-    """One kind of ordered pair of ranks: what ``sender`` sends over it, and what each send should be to ``receiver``.
+    """One kind of ordered pair of ranks that exchange messages.
 
-    ``meets`` maps the sender's action to the receiver's; ``tie`` says which sender faces which receiver.
+    ``matches`` maps each send of ``sender`` to the receive of ``receiver`` that it should match; ``tie`` relates the
+    symbols of the two ranks, as in r' = r + 1.
     """
 
     name: str
     sender: Rank
     receiver: Rank
-    meets: Mapping[Action, Action]
+    matches: Mapping[Action, Action]
     tie: Constraints
 
     @property
@@ -37,7 +38,7 @@ class Link:
 class Obligation(NamedTuple):
     """``given`` implies ``then``, for all integers in the scope's domain.
 
-    ``fact`` says in plain values which constraint of the expanded schedule this is, for the coverage control.
+    ``fact`` identifies the constraint of the expanded schedule that this is, for the coverage control.
     """
 
     scope: Rank | Link
@@ -56,19 +57,19 @@ class Obligation(NamedTuple):
 
 
 def evaluate(fact: Fact, values: Values) -> tuple[str | int, ...]:
-    """A fact at one size."""
+    """The fact at one size."""
     return tuple(part.at(values) if isinstance(part, Affine) else part for part in fact)
 
 
 class Failure(NamedTuple):
-    """An obligation that Z3 found a size for, or (``values`` is ``None``) gave up on."""
+    """An obligation that fails at a size, or (``values`` is ``None``) that Z3 gave up on."""
 
     obligation: Obligation
     values: dict[str, int] | None
 
 
 class Discharge(NamedTuple):
-    """What became of a theorem's obligations.  ``failures`` are in the order of the obligations."""
+    """The outcome of a theorem's obligations.  ``failures`` are in the order of the obligations."""
 
     obligations: int
     non_vacuous: int
@@ -81,9 +82,9 @@ NOTHING = Discharge(0, 0, 0.0, ())
 
 
 def discharge(obligations: Iterable[Obligation], timeout: float, enough: int = 1) -> Discharge:
-    """Ask Z3 about each obligation, ``timeout`` seconds at most for each question.
+    """Ask Z3 about each obligation, with at most ``timeout`` seconds for each question.
 
-    Stops after ``enough`` failures.  A solver that gives up is a failure without values, never a success.
+    Stops after ``enough`` failures.  If the solver gives up, that is a failure without values, never a success.
     """
     start = time.monotonic()
     count, arising = 0, 0
@@ -106,7 +107,7 @@ def discharge(obligations: Iterable[Obligation], timeout: float, enough: int = 1
 
 
 def _ask(solver: z3.Solver, obligation: Obligation) -> tuple[bool, Failure | None]:
-    """Whether the case arises at some size, and the failure if it can go wrong."""
+    """Whether the case arises at some size, and the failure if there is one."""
     solver.push()
     try:
         solver.add(*map(formula, obligation.given))
@@ -125,7 +126,7 @@ def _ask(solver: z3.Solver, obligation: Obligation) -> tuple[bool, Failure | Non
 
 
 def _small_model(solver: z3.Solver, obligation: Obligation) -> z3.ModelRef:
-    """A model with small numbers, since a person is to look at it."""
+    """A model with small numbers, which a person can read."""
     model = solver.model()
     for most in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
         solver.push()

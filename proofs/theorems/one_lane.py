@@ -31,7 +31,7 @@ def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
 
 
 def zb1p(table: Table = ZB1P) -> Family:
-    """ZB1P: the memory of 1F1B's first rank on every rank, at most r + 1 W waiting."""
+    """ZB1P: on every rank the memory of 1F1B's first rank, and at most r + 1 deferred W."""
     bounds = Bounds(
         live=(P - r,),
         memory=P,

@@ -12,7 +12,8 @@ from proofs.theorems.obligation import Obligation
 from proofs.theorems.symbolic import Rank, earlier, exactly
 
 NEEDS: Mapping[Kind, tuple[Kind, ...]] = {F: (RF,), B: (F, RB), W: (B,), SF: (F,), SB: (B,)}
-"""What a kind needs of its own chunk, where that exists (``Schedule.needs``; the coverage control compares)."""
+"""For each kind the kinds of its own chunk that it needs, if they exist (``Schedule.needs``, with which the coverage
+control compares)."""
 
 
 def order(family: Family) -> Iterator[Obligation]:
@@ -26,8 +27,8 @@ def order(family: Family) -> Iterator[Obligation]:
 
 
 def _after(rank: Rank, action: Action, need: Action) -> Iterator[Obligation]:
-    needed = rank.places(exactly(need), "j")
-    for second in rank.places(exactly(action), "i"):
+    needed = rank.positions(exactly(need), "j")
+    for second in rank.positions(exactly(action), "i"):
         for first in needed:
             yield Obligation(
                 rank,

@@ -1,4 +1,4 @@
-"""All theorems: what each says in plain words, what it rests on, and its verdict."""
+"""All theorems: the claim of each in words, the theorems that it relies on, and its verdict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from functools import cache
 from typing import NamedTuple
 
 from dualpipe.errors import RuleError
-from proofs import deadlock_search as blocking_run
+from dualpipe.progress import Progress, silent
+from proofs import deadlock_search
 from proofs.models import BLOCKING
 from proofs.theorems.deadlock import deadlock, makespan
 from proofs.theorems.family import Family
@@ -30,21 +31,21 @@ from proofs.verdict import Proved, Refuted, Unknown
 
 @dataclass(frozen=True)
 class Theorem:
-    """What is claimed of every family.
+    """A claim about every family.
 
     Parameters
     ----------
-    says:
-        The claim; ``{live}`` and the like stand for a family's own bounds in words.
+    claim:
+        The claim in words; ``{live}`` and the like stand for a family's own bounds.
     obligations:
-        The cases that together are the claim.
-    rests_on:
-        Theorems without which this one means nothing.
+        The cases that together make up the claim.
+    premises:
+        Theorems that this one assumes.
     """
 
-    says: str
+    claim: str
     obligations: Callable[[Family], Iterator[Obligation]]
-    rests_on: tuple[str, ...] = ("totals",)
+    premises: tuple[str, ...] = ("totals",)
 
 
 QUESTION_SECONDS = 10.0
@@ -68,16 +69,16 @@ def _makespan(family: Family) -> Iterator[Obligation]:
 
 THEOREMS: Mapping[str, Theorem] = {
     "totals": Theorem(
-        "no phase is shorter than 0, F, B and each message come once for each microbatch, and W with its B or put off",
+        "no phase is shorter than 0, each microbatch has F, B and each message once, and its W with its B or deferred",
         totals,
-        rests_on=(),
+        premises=(),
     ),
     "messages": Theorem(
         "on every ordered pair of ranks the k-th send is the k-th receive's payload, and none is left over", messages
     ),
     "order": Theorem("on its rank every op comes after all that it needs there", order),
     "queue": Theorem(
-        "each W that is put off is run once, after its B, first come first served; none is asked of an empty queue",
+        "each deferred W runs once, after its B, first in first out; none is taken from an empty queue",
         queue,
     ),
     "deadlock": Theorem(
@@ -87,15 +88,16 @@ THEOREMS: Mapping[str, Theorem] = {
     "makespan": Theorem(
         "with F, B and W of one unit each and instant messages the step ends by {makespan}",
         _makespan,
-        rests_on=("totals", "deadlock"),
+        premises=("totals", "deadlock"),
     ),
     "live": Theorem("microbatches between F and the end of B: at most {live}", live),
-    "memory": Theorem("live activations, pending W counted: at most {memory}", memory, rests_on=("totals", "queue")),
-    "pending": Theorem("W that wait: at most {pending}", pending, rests_on=("totals", "queue")),
+    "memory": Theorem("live activations, deferred W included: at most {memory}", memory, premises=("totals", "queue")),
+    "pending": Theorem("deferred W: at most {pending}", pending, premises=("totals", "queue")),
     "accumulation": Theorem(
-        "at each stage and lane the W run in microbatch order", accumulation, rests_on=("totals", "queue")
+        "at each stage and lane the W run in microbatch order", accumulation, premises=("totals", "queue")
     ),
 }
+
 
 TIMED = ("deadlock", "makespan")
 """Theorems whose obligations are about times: a case that fails shows that the times are wrong, not the claim."""
@@ -105,16 +107,13 @@ NOT_REACHED = ", not reached at the sampled sizes"
 """What follows a bound that may be larger than it need be."""
 
 
-Progress = Callable[[int, int, str], None]
-"""Called before each theorem with how many are done, how many there are, and the name of the next one."""
-
-
 Prover = Callable[[Family, str, set[str], float], TheoremResult]
+"""Proves one theorem as ``prove`` does."""
 
 
 @cache
 def families() -> tuple[Family, ...]:
-    """The schedules for which there are theorems, the one that is easiest to read first.
+    """The schedules for which there are theorems, the simplest first.
 
     Always the same objects, so that the times of each are found once.
     """
@@ -122,20 +121,20 @@ def families() -> tuple[Family, ...]:
 
 
 def theorems_of(family: Family) -> tuple[str, ...]:
-    """The names of a family's theorems, premises first.  Where no W is ever put off there is nothing to bound."""
+    """The names of a family's theorems, premises first; without ``pending`` if the family defers no W."""
     return tuple(name for name in THEOREMS if name != "pending" or family.bounds.pending is not None)
 
 
 def prove_all(
-    progress: Progress | None = None,
+    progress: Progress = silent,
     of: Iterable[Family] | None = None,
     timeout: float = QUESTION_SECONDS,
     by: Prover | None = None,
 ) -> list[TheoremResult]:
-    """Prove every theorem of every family for all sizes; ``timeout`` in seconds for each question to Z3.
+    """Prove every theorem of every family for all sizes, with ``timeout`` seconds for each question to Z3.
 
-    A solver that gives up makes a theorem ``Unknown``, never proved.  ``by`` proves one theorem as ``prove`` does.  If
-    it is not given that is ``prove`` itself: in this process, without a limit of memory.
+    If the solver gives up, the theorem is ``Unknown``, never proved.  ``by`` proves one theorem; by default it is
+    ``prove``, in this process and without a memory limit.
     """
     by = by or prove
     chosen = tuple(families() if of is None else of)
@@ -144,23 +143,23 @@ def prove_all(
     for family in chosen:
         proved: set[str] = set()
         for name in theorems_of(family):
-            if progress:
-                progress(len(results), total, f"{family.name}: {name}")
+            progress(len(results), total, f"{family.name}: {name}")
             result = by(family, name, proved, timeout)
             if isinstance(result.verdict, Proved):
                 proved.add(name)
             results.append(result)
+    progress(total, total, "")
     return results
 
 
 def statement(family: Family, name: str, bound: str = "") -> str:
-    """What a theorem says of a family, in words; ``bound`` is that of the makespan, where one is found."""
+    """The claim of a theorem about a family, in words; ``bound`` is that of the makespan, if one is found."""
     bound = bound or "a bound that is affine in P and M"
-    return f"for {family.sizes}, {THEOREMS[name].says.format_map({**family.bounds.words, 'makespan': bound})}"
+    return f"for {family.sizes}, {THEOREMS[name].claim.format_map({**family.bounds.words, 'makespan': bound})}"
 
 
 def prove(family: Family, name: str, proved: set[str], timeout: float = QUESTION_SECONDS) -> TheoremResult:
-    """One theorem of a family, given the names of those that are ``proved`` already.
+    """Prove one theorem of a family, given the names of those that are ``proved`` already.
 
     ``deadlock`` and ``makespan`` are proved by times that are found first.  Where the finder meets a size with a cycle
     of waits, the schedule is run at that size: if it really deadlocks, ``deadlock`` is refuted.  Where it finds no
@@ -169,7 +168,7 @@ def prove(family: Family, name: str, proved: set[str], timeout: float = QUESTION
     Raises ``TableError`` for a table that cannot be read for all sizes.
     """
     start = time.monotonic()
-    missing = [premise for premise in THEOREMS[name].rests_on if premise not in proved]
+    missing = [premise for premise in THEOREMS[name].premises if premise not in proved]
     lacking = Unknown(f"rests on {' and '.join(missing)}, not proved") if missing else None
     if name in TIMED:
         found = _Found(NOTHING, lacking) if lacking else _by_times(family, name, timeout)
@@ -231,7 +230,7 @@ def _stuck(family: Family, one: Sample) -> _Found:
     assert one.cycle is not None
     size = one.ranks, one.microbatches
     found = Counterexample(str(one.cycle), f"a cycle of {len(one.cycle.places)} waits", *size, {}, ())
-    stuck = blocking_run.deadlock(schedule_at(family, *size), BLOCKING)
+    stuck = deadlock_search.deadlock(schedule_at(family, *size), BLOCKING)
     if isinstance(stuck, Refuted):
         return _Found(NOTHING, stuck, found)
     return _Found(NOTHING, Unknown("a run of the schedule does not have this cycle"), found)

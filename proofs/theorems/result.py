@@ -1,4 +1,4 @@
-"""What became of a theorem: data first, the text made from it."""
+"""The result of a theorem, as data and as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proofs.verdict import Proved, Refuted, Unknown
 class Counterexample:
     """One size, and one place at that size, where an obligation fails.
 
-    ``symbols`` are the values of everything the theorem quantifies over, ``fact`` the constraint with its numbers.
+    ``symbols`` are the values of all symbols of the theorem, ``fact`` the constraint with its numbers.
     """
 
     obligation: str
@@ -43,10 +43,10 @@ class Counterexample:
 class TheoremResult:
     """A theorem and its verdict.
 
-    ``bound`` is what ``makespan`` is proved with, in ranks P and microbatches M; empty for other theorems.
-    ``obligations`` counts the cases asked about, ``non_vacuous`` those that arise at some size.  ``Refuted`` means
-    that ``counterexample`` is a size at which the statement is false.  ``Unknown`` may have one too: then it is the
-    proof that fails there (a time that does not fit), and the statement may hold for another reason.
+    ``bound`` is the makespan that is proved, in ranks P and microbatches M; empty for other theorems.
+    ``obligations`` counts all cases, ``non_vacuous`` those that arise at some size.  ``Refuted`` means that the
+    statement is false at the size ``counterexample``.  ``Unknown`` may have one too: then the proof fails there (a time
+    does not fit), and the statement may still hold.
     """
 
     name: str
@@ -73,15 +73,15 @@ class TheoremResult:
 
     @property
     def reason(self) -> str:
-        """Why the verdict is not ``proved``; empty where it is."""
-        told = str(self.counterexample or "")
+        """Why the verdict is not ``proved``; empty if it is."""
+        example = str(self.counterexample or "")
         if isinstance(self.verdict, Unknown):
-            return f"{self.verdict.reason}: {told}" if told else self.verdict.reason
-        return told
+            return f"{self.verdict.reason}: {example}" if example else self.verdict.reason
+        return example
 
     @property
     def text(self) -> str:
-        """One line, and a second one with the reason where there is no proof."""
+        """One line, and a second one with the reason if it is not proved."""
         counts = f"{self.obligations} obligations, {self.non_vacuous} of them arise, {self.seconds:.1f} s"
         line = f"{self.verdict.word}: {self.name}: {self.statement} ({counts})"
         return line if not self.reason else f"{line}\n    {self.reason}"

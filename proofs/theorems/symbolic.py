@@ -1,9 +1,8 @@
-"""A rank's phase table read with the sizes left open.
+"""A rank's phase table with the sizes left open.
 
-A ``Place`` is one action of one step of one row, in an iteration that is itself a symbol.  Everything about it is
-then affine: its microbatch, its position among the messages of a channel, the number of computes before it.
-Nothing here expands a table, and nothing is written down twice: the rows are those that ``dualpipe.schedule.generate``
-expands.
+A ``Position`` is one action of one step of one row, in an iteration that is itself a symbol.  So its microbatch, its
+number among the messages of a channel, and the number of computes before it are affine expressions.  Nothing here
+expands a table or writes one down again: the rows are those that ``dualpipe.schedule.generate`` expands.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from functools import cache, cached_property
 
 from dualpipe.schedule import MESSAGES, B, W
 from dualpipe.schedule.phase_table import Action, Affine, Row, Step, Table, affine, symbol
+from proofs.memory import full_backwards
 from proofs.theorems.constraint import Constraints, at_least, below, substitute
 
 Mark = Callable[[Step, int], bool]
-"""Whether the action at a position of a step is of the sort that is being counted."""
+"""Whether to count the action with this number in a step."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,17 @@ class Rank:
     Parameters
     ----------
     kind:
-        What the kind is called.
+        The name of the kind.
     table:
-        The very table that the schedule is expanded from.
+        The table from which the schedule is expanded.
     sizes:
-        What the table's own symbols are, in the symbols that the theorem quantifies over.
+        The table's own symbols, in the symbols that the theorem quantifies over.
     domain:
         The sizes, and the ranks at each, that the kind stands for.
     exists:
-        For each message action when there is such a message: an action that is not here always exists, one with
-        ``None`` never.
+        The condition under which a message action exists: always if it is not listed, never if it has ``None``.
     suffix:
-        What the rank's own symbols end in, so that two ranks can meet in one obligation.
+        The end of the rank's own symbols, which tells two ranks apart in one obligation.
     """
 
     kind: str
@@ -50,7 +49,7 @@ class Rank:
 
     @property
     def name(self) -> str:
-        """The kind, marked where two ranks meet."""
+        """The kind, with the suffix that tells two ranks apart."""
         return self.kind + self.suffix
 
     @cached_property
@@ -64,7 +63,7 @@ class Rank:
         return substitute(row.count, self.sizes)
 
     def total(self, mark: Mark) -> Affine:
-        """How many marked actions the whole program has."""
+        """The number of marked actions in the whole program."""
         return self._before_row(len(self.table), mark)
 
     def _before_row(self, number: int, mark: Mark) -> Affine:
@@ -79,13 +78,13 @@ class Rank:
 
     @cached_property
     def _counted(self) -> dict[tuple[int, Mark], Affine]:
-        """What ``_before_row`` has found so far."""
+        """The results of ``_before_row``."""
         return {}
 
-    def places(self, mark: Mark, iteration: str) -> list[Place]:
-        """Every marked action that some size may have, its iteration being the symbol ``iteration``."""
+    def positions(self, mark: Mark, iteration: str) -> list[Position]:
+        """Every marked action that exists at some size, in the iteration with the symbol ``iteration``."""
         return [
-            Place(self, number, s, p, symbol(iteration))
+            Position(self, number, s, p, symbol(iteration))
             for number, row in enumerate(self.table)
             for s, step in enumerate(row.steps)
             for p, action in enumerate(step)
@@ -94,13 +93,13 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Place:
-    """The action at ``position`` of ``step`` of ``row`` of a rank's table, in one iteration of the row."""
+class Position:
+    """Action number ``index`` of ``step`` of ``row`` of a rank's table, in one iteration of the row."""
 
     rank: Rank
     row: int
     step: int
-    position: int
+    index: int
     iteration: Affine
 
     @property
@@ -113,48 +112,48 @@ class Place:
 
     @property
     def action(self) -> Action:
-        return self.the_step[self.position]
+        return self.the_step[self.index]
 
     def __str__(self) -> str:
         return f"{self.action} in row {self.the_row.name!r} step {self.step} of {self.rank.name}"
 
     @cached_property
     def guard(self) -> Constraints:
-        """The iterations there are, and that the message exists."""
+        """The condition that the iteration and the message exist."""
         count = self.rank.count(self.the_row)
         exists = self.rank.exists.get(self.action, ()) or ()
         return (at_least(self.iteration, 0), below(self.iteration, count), *exists)
 
     def before(self, mark: Mark) -> Affine:
-        """How many marked actions come before this one in the rank's program."""
-        return self._until(mark, self.position)
+        """The number of marked actions before this one in the rank's program."""
+        return self._until(mark, self.index)
 
     def through_step(self, mark: Mark) -> Affine:
-        """How many marked actions come before this one or share its step."""
+        """The number of marked actions before the end of this one's step."""
         return self._until(mark, len(self.the_step))
 
     def before_step(self, mark: Mark) -> Affine:
-        """How many marked actions come before this one's step."""
+        """The number of marked actions before this one's step."""
         return self._until(mark, 0)
 
-    def _until(self, mark: Mark, position: int) -> Affine:
+    def _until(self, mark: Mark, index: int) -> Affine:
         known = self._counted
-        if (mark, position) not in known:
+        if (mark, index) not in known:
             steps = self.the_row.steps
             each, earlier = _occurrences(steps, mark), _occurrences(steps[: self.step], mark)
-            here = sum(mark(self.the_step, p) for p in range(position))
+            here = sum(mark(self.the_step, p) for p in range(index))
             before = self.rank._before_row(self.row, mark)
-            known[mark, position] = before + each * self.iteration + (earlier + here)
-        return known[mark, position]
+            known[mark, index] = before + each * self.iteration + (earlier + here)
+        return known[mark, index]
 
     @cached_property
     def _counted(self) -> dict[tuple[Mark, int], Affine]:
-        """What ``_until`` has found so far: a place is compared with many others."""
+        """The results of ``_until``, since a position is compared with many others."""
         return {}
 
     @cached_property
     def mb(self) -> Affine:
-        """The microbatch: how many of the same action came before; for W of a chunk, that of the B before it."""
+        """The microbatch: the number of equal actions before it; for the W of a chunk, that of the last B before it."""
         kind, chunk = self.action
         if kind is W:
             return self.before(exactly(Action(B, chunk))) - 1
@@ -162,18 +161,18 @@ class Place:
 
     @property
     def computes(self) -> Affine:
-        """How many compute slots come before this step."""
+        """The number of compute slots before this step."""
         return self.before_step(is_compute)
 
     @cached_property
     def slot(self) -> Affine:
-        """A number that orders slots: compute k is ``2k + 1``, and the batch of messages before it is ``2k``."""
+        """A number that orders slots: compute k is ``2k + 1``, and the message slot before it is ``2k``."""
         return 2 * self.computes + (0 if self.action.kind in MESSAGES else 1)
 
 
-def earlier(first: Place, second: Place) -> Affine:
-    """At least zero exactly when ``first`` comes before ``second``: in an earlier slot, or left of it in its own."""
-    left = (first.row, first.step) == (second.row, second.step) and first.position < second.position
+def earlier(first: Position, second: Position) -> Affine:
+    """At least zero exactly if ``first`` runs before ``second``: in an earlier slot, or left of it in the same."""
+    left = (first.row, first.step) == (second.row, second.step) and first.index < second.index
     return second.slot - first.slot - (0 if left else 1)
 
 
@@ -183,7 +182,7 @@ def _occurrences(steps: tuple[Step, ...], mark: Mark) -> int:
 
 @cache
 def exactly(*actions: Action) -> Mark:
-    """Marks these actions.  Returns the same mark for the same actions, so that counts are kept under it."""
+    """Marks these actions.  The same actions give the same mark, under which counts are cached."""
     return lambda step, p: step[p] in actions
 
 
@@ -193,13 +192,13 @@ def is_compute(step: Step, p: int) -> bool:
 
 
 def is_push(step: Step, p: int) -> bool:
-    """Marks a backward whose W is not in its slot: it joins the queue of pending W."""
+    """Marks a B that is not part of a full backward: its W is deferred, so it joins the queue."""
     kind, chunk = step[p]
-    return kind is B and Action(W, chunk) not in step
+    return kind is B and chunk not in full_backwards(step)
 
 
 def is_pop(step: Step, p: int) -> bool:
-    """Marks a W that runs whatever has waited longest."""
+    """Marks a W without a chunk, which runs the longest deferred W."""
     return step[p] == Action(W, None)
 
 

@@ -1,4 +1,4 @@
-"""Theorem ``totals``: no phase is shorter than nothing, and every counter reaches the number of microbatches."""
+"""Theorem ``totals``: no phase has a negative length, and every counter reaches the number of microbatches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dualpipe.schedule.phase_table import Action
 from proofs.theorems.constraint import NEVER, at_least, equal
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Obligation
-from proofs.theorems.symbolic import Place, Rank, exactly
+from proofs.theorems.symbolic import Position, Rank, exactly
 
 
 def totals(family: Family) -> Iterator[Obligation]:
@@ -22,13 +22,13 @@ def totals(family: Family) -> Iterator[Obligation]:
         for chunk in family.chunks:
             for kind in (F, B, *sorted(MESSAGES)):
                 yield from _total(family, rank, Action(kind, chunk))
-        for place in rank.places(lambda step, p: step[p].kind is W and step[p].chunk is not None, "i"):
+        for at in rank.positions(lambda step, p: step[p].kind is W and step[p].chunk is not None, "i"):
             yield Obligation(
                 rank,
-                f"{place} has its backward beside it",
-                place.guard,
-                () if _beside_its_backward(place) else (NEVER,),
-                ("beside", str(place.action), place.mb),
+                f"{at} has its backward beside it",
+                at.guard,
+                () if _follows_its_backward(at) else (NEVER,),
+                ("beside", str(at.action), at.mb),
             )
 
 
@@ -42,7 +42,8 @@ def _total(family: Family, rank: Rank, action: Action) -> Iterator[Obligation]:
     )
 
 
-def _beside_its_backward(place: Place) -> bool:
-    step, action = place.the_step, place.action
+def _follows_its_backward(weight: Position) -> bool:
+    """Whether a W is the only one in its slot, after the only B of its chunk."""
+    step, action = weight.the_step, weight.action
     backward = Action(B, action.chunk)
-    return step.count(action) == step.count(backward) == 1 and step.index(backward) < place.position
+    return step.count(action) == step.count(backward) == 1 and step.index(backward) < weight.index

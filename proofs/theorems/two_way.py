@@ -3,8 +3,8 @@
     DualPipe    0 -> 1 -> .. -> N-1 | N-1 <- .. <- 1 <- 0      2N ranks; the mirrored half runs the same tables
     DualPipeV   0 -> 1 -> .. -> N-1 )                          N ranks; the lane turns in the middle rank
 
-h is a rank's distance from the nearer end.  Ranks with h <= N - 2 are *outer*, h = N - 1 is the *middle* (*lone* where
-N = 1).  Since some of a table's counts depend on whether h is odd, h is ``2 e + odd``.
+h is a rank's distance from the nearer end.  Ranks with h <= N - 2 are *outer*, h = N - 1 is the *middle* (*lone* if
+N = 1).  Since some counts of a table depend on whether h is odd, h is written ``2 e + odd``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from proofs.theorems.symbolic import Rank
 N, H, h = symbol("N"), symbol("H"), symbol("h")
 
 TURN = {Action(F, 1): Action(F, 0), Action(B, 0): Action(B, 1)}
-"""What the middle rank of DualPipeV needs of its own other chunk, where DualPipe receives it from its mirror."""
+"""The actions of DualPipeV's middle rank that need its other chunk, where DualPipe receives from the mirror rank."""
 
 
 def dualpipe(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
@@ -40,7 +40,7 @@ def dualpipe(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
 
 
 def dualpipev(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
-    """DualPipeV, with P = N ranks and M = H microbatches, all through both chunks of every rank."""
+    """DualPipeV, with P = N ranks and M = H microbatches, each on both chunks of every rank."""
     return _two_way(
         "dualpipev",
         "all P >= 1 and all M >= 2P",
@@ -102,7 +102,7 @@ def _kinds(outer: Table, middle: Table, folded: bool, suffix: str) -> Mapping[st
 
 
 def _rows(ranks: Ranks) -> tuple[Link, ...]:
-    """Between neighbours on the same side of the middle: inwards from h to h + 1, and outwards again."""
+    """Between neighbours on the same side of the middle: inwards from h to h + 1, and outwards."""
     inwards = {Action(SF, 0): Action(RF, 0), Action(SB, 1): Action(RB, 1)}
     outwards = {Action(SF, 1): Action(RF, 1), Action(SB, 0): Action(RB, 0)}
     tie = (equal(_distance("'"), _distance("") + 1),)
@@ -119,7 +119,7 @@ def _rows(ranks: Ranks) -> tuple[Link, ...]:
 
 
 def _mirrors(ranks: Ranks) -> tuple[Link, ...]:
-    """Between the two ranks in the middle; each is to the other what the other is to it."""
+    """Between the two ranks in the middle, which mirror each other."""
     across = {Action(SF, 0): Action(RF, 1), Action(SB, 1): Action(RB, 0)}
     tie = (equal(_distance("'"), _distance("")),)
     return tuple(

@@ -1,7 +1,7 @@
 """Theorems ``queue``, ``pending`` and ``accumulation``: the weight gradients.
 
-The W that wait form a queue, and a queue is a channel of a rank to itself: the j-th W without a chunk runs the W of
-the j-th backward that put its own off.
+The deferred W form a queue, which is like a channel from a rank to itself: the j-th W without a chunk runs the W of the
+j-th backward that deferred its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dualpipe.schedule.phase_table import Affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
 from proofs.theorems.obligation import Obligation
-from proofs.theorems.symbolic import Place, Rank, earlier, is_pop, is_push
+from proofs.theorems.symbolic import Position, Rank, earlier, is_pop, is_push
 
 
 def queue(family: Family) -> Iterator[Obligation]:
-    """The queue is never asked when empty: the j-th pop comes after the j-th push; and it is empty in the end."""
+    """No W is taken from an empty queue: the j-th pop comes after the j-th push; and the queue is empty at the end."""
     for rank in family.ranks:
         pushed, popped = rank.total(is_push), rank.total(is_pop)
         yield Obligation(
@@ -28,8 +28,8 @@ def queue(family: Family) -> Iterator[Obligation]:
             (equal(pushed, popped),),
             ("pending", pushed, popped),
         )
-        pushes = rank.places(is_push, "j")
-        for pop in rank.places(is_pop, "i"):
+        pushes = rank.positions(is_push, "j")
+        for pop in rank.positions(is_pop, "i"):
             for push in pushes:
                 yield Obligation(
                     rank,
@@ -41,18 +41,18 @@ def queue(family: Family) -> Iterator[Obligation]:
 
 
 def pending(family: Family) -> Iterator[Obligation]:
-    """How many W wait at most: it is enough to look where one joins."""
+    """The largest number of deferred W: it is enough to look at each push."""
     assert family.bounds.pending is not None
     for rank in family.ranks:
         bound = substitute(family.bounds.pending, rank.sizes)
-        for push in rank.places(is_push, "i"):
-            waiting = push.through_step(is_push) - push.before_step(is_pop)
+        for push in rank.positions(is_push, "i"):
+            deferred = push.through_step(is_push) - push.before_step(is_pop)
             yield Obligation(
                 rank,
                 f"pending W at {push}",
                 push.guard,
-                (at_least(bound, waiting),),
-                (str(push.action), push.mb, waiting),
+                (at_least(bound, deferred),),
+                (str(push.action), push.mb, deferred),
             )
 
 
@@ -67,7 +67,7 @@ def accumulation(family: Family) -> Iterator[Obligation]:
                         rank,
                         f"{second.name} after {first.name}",
                         (*first.given, *second.given, equal(second.mb, first.mb + 1)),
-                        (at_least(earlier(first.place, second.place), 0),),
+                        (at_least(earlier(first.at, second.at), 0),),
                         (chunk_name(chunk), first.mb, second.mb),
                     )
 
@@ -77,19 +77,19 @@ def chunk_name(chunk: int) -> str:
 
 
 class _Weight(NamedTuple):
-    """One way in which a W of a chunk can come to be run."""
+    """One way for a W of a chunk to run: in its own slot with B, or from the queue."""
 
     name: str
-    place: Place
+    at: Position
     mb: Affine
     given: Constraints
 
 
 def _weights(rank: Rank, chunk: int, iteration: str, pushed: str) -> Iterator[_Weight]:
-    for place in rank.places(lambda step, p: step[p] == (W, chunk), iteration):
-        yield _Weight(str(place), place, place.mb, place.guard)
-    pushes = rank.places(lambda step, p: is_push(step, p) and step[p].chunk == chunk, pushed)
-    for pop in rank.places(is_pop, iteration):
+    for at in rank.positions(lambda step, p: step[p] == (W, chunk), iteration):
+        yield _Weight(str(at), at, at.mb, at.guard)
+    pushes = rank.positions(lambda step, p: is_push(step, p) and step[p].chunk == chunk, pushed)
+    for pop in rank.positions(is_pop, iteration):
         for push in pushes:
             same = equal(pop.before(is_pop), push.before(is_push))
             yield _Weight(f"{pop} of {push}", pop, push.mb, (*pop.guard, *push.guard, same))

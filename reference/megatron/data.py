@@ -1,7 +1,7 @@
-"""Synthetic text for every party: which microbatch goes where follows from its numbers alone.
+"""Synthetic text for every implementation: a microbatch depends only on its numbers, so it is the same everywhere.
 
-A DualPipe rank deals its microbatches to its lanes in turn, 0 to lane ``>``, 1 to lane ``<``, 2 to ``>``, ...  Each
-lane of each pipeline is one replica; replicas are numbered lane by lane:
+DualPipe gives its microbatches to the lanes in turn, 0 to lane ``>``, 1 to lane ``<``, 2 to ``>``, ...  Each lane of
+each pipeline is one replica; replicas are numbered lane by lane:
 
     replica   0 .. d-1    lane ``>`` of pipeline 0 .. d-1    microbatches 0, 2, 4, ... of that pipeline
     replica   d .. 2d-1   lane ``<`` of pipeline 0 .. d-1    microbatches 1, 3, 5, ... of that pipeline
@@ -31,14 +31,14 @@ class Batch(NamedTuple):
 
 
 def replica_of(case: Case, lane: int, pipeline: int) -> int:
-    """The replica that ``lane`` (0 for ``>``, 1 for ``<``) of a pipeline is."""
+    """The number of the replica in ``lane`` (0 for ``>``, 1 for ``<``) of a pipeline."""
     return lane * case.dp + pipeline
 
 
 def batch(case: Case, step: int, replica: int, number: int) -> Batch:
     """Microbatch ``number`` of a replica: arithmetic progressions of random start and stride, a quarter masked.
 
-    The text can be learned in a few steps; the count of unmasked tokens differs between microbatches.
+    The text can be learned in a few steps; the number of unmasked tokens differs between microbatches.
     """
     generator = torch.Generator().manual_seed(hash((case.seed, step, replica, number)) % 2**63)
     start = torch.randint(case.vocabulary, (case.batch, 1), generator=generator)

@@ -1,4 +1,4 @@
-"""Megatron-core imported once and quietly: the warnings that it is known to give, each named with its reason."""
+"""Imports megatron-core without its known warnings, each of which is listed with its reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODULES = (
     "megatron.core.transformer.moe.moe_layer",
     "torch.utils.serialization.config",
 )
-"""What training a GPT imports; a process that forks ranks imports them once for all."""
+"""The modules for training a GPT; a process that forks ranks imports them once for all ranks."""
 
 _EXPECTED = (
     (r"Transformer Engine and Apex are not installed\.", UserWarning),  # true: both need a GPU
@@ -44,7 +44,7 @@ _EXPECTED = (
 
 @contextmanager
 def expected_warnings() -> Iterator[None]:
-    """Within, megatron-core's known warnings are silent, at import and in training.  Any other stays what it was."""
+    """Within, megatron-core's known warnings at import and in training are ignored.  Others are not affected."""
     with warnings.catch_warnings():
         for text, category in _EXPECTED:
             warnings.filterwarnings("ignore", rf"\s*{text}", category)
@@ -52,8 +52,8 @@ def expected_warnings() -> Iterator[None]:
 
 
 def import_megatron() -> None:
-    """Import all of megatron-core that training a GPT needs."""
+    """Import the parts of megatron-core for training a GPT."""
     with expected_warnings():
         for name in _MODULES:
             importlib.import_module(name)
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # every rank would tell its bucket layout
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # every rank would log its bucket layout

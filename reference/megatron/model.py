@@ -1,4 +1,4 @@
-"""The models and settings of a case, in Megatron's terms.  Every party builds its stages here."""
+"""The models and settings of a case, in Megatron's terms.  Every implementation builds its stages here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reference.megatron.case import Case, Model
 _SEED_STEP = 100
 """Megatron's training loop adds this times the pipeline rank to the seed."""
 _BUCKET = 4000
-"""Elements in a bucket where reduction overlaps: several buckets a stage, as in a model of real size."""
+"""Elements in a bucket if reduction overlaps: several buckets in a stage, as in a model of real size."""
 
 
 def transformer_config(case: Case) -> TransformerConfig:
@@ -64,7 +64,7 @@ def transformer_config(case: Case) -> TransformerConfig:
 def seed(case: Case, pipeline_rank: int, **ranks: int) -> None:
     """Seed the random generators of a rank as Megatron's training loop does, before it builds its model.
 
-    ``ranks`` are handed to ``model_parallel_cuda_manual_seed``, for a process without parallel groups.
+    ``ranks`` are passed to ``model_parallel_cuda_manual_seed``, for a process without parallel groups.
     """
     value = case.seed + _SEED_STEP * pipeline_rank
     random.seed(value)
@@ -73,7 +73,7 @@ def seed(case: Case, pipeline_rank: int, **ranks: int) -> None:
 
 
 def build_gpt(case: Case, config: TransformerConfig, pre_process: bool, post_process: bool, groups: Any) -> GPTModel:
-    """One stage: which one follows from ``groups.pp``, its weights from the state of the random generators."""
+    """Build the stage that ``groups.pp`` selects, with weights from the current random generators."""
     return GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(

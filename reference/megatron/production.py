@@ -1,4 +1,4 @@
-"""Production under verification: the drop-in, at half the data parallelism of the truth and twice its microbatches."""
+"""Runs the drop-in, with half the data parallelism of the ground truth and twice its microbatches."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from dualpipe.megatron import build_dualpipe_model, build_dualpipe_optimizer, forward_backward_dualpipe
-from dualpipe.megatron.schedule import lanes_of
+from dualpipe.megatron.schedule import chunks_of
 from dualpipe.schedule import UP
-from reference.launch import Context
+from dualpipe.testing.launch import Context
 from reference.megatron import data
 from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
 from reference.megatron.standins import install_cpu_standins
-from reference.megatron.trace import Place, StepTrace
+from reference.megatron.trace import Shard, StepTrace
 from reference.megatron.training import Checkpoints, train
 
 
 def ranks(case: Case) -> int:
-    """How many processes production runs in."""
+    """The number of processes."""
     return case.dp * case.pp * case.tp
 
 
@@ -34,7 +34,7 @@ def run_rank(
     step: Callable[..., list[Any]] = forward_backward_dualpipe,
     checkpoints: Checkpoints | None = None,
 ) -> list[StepTrace]:
-    """One rank of production, in a process whose default process group exists.  A test may bring a faulty ``step``."""
+    """Train one rank, in a process with a default process group.  A test may pass a faulty ``step``."""
     install_cpu_standins()
     parallel_state.initialize_model_parallel(
         case.tp, case.pp, expert_model_parallel_size=case.ep, create_gloo_process_groups=False
@@ -49,15 +49,15 @@ def run_rank(
 
     model = build_dualpipe_model(provider, ddp_config(case), timeout=case.timeout)
     optimizer = build_dualpipe_optimizer(optimizer_config(case), model)
-    places = [
-        Place(data.replica_of(case, 0 if lane is UP else 1, pipeline), stage, tp) for lane, stage in lanes_of(model)
+    shards = [
+        Shard(data.replica_of(case, 0 if lane is UP else 1, pipeline), stage, tp) for lane, stage in chunks_of(model)
     ]
     schedule = partial(
         step, model=model, num_microbatches=case.count, seq_length=case.sequence, micro_batch_size=case.batch
     )
     return train(
         case,
-        list(zip(places, model, strict=True)),
+        list(zip(shards, model, strict=True)),
         optimizer,
         lambda forward_step, iterator: schedule(forward_step_func=forward_step, data_iterator=iterator),
         lambda number: data.of_pipeline(case, number, pipeline) if rank in (0, case.pp - 1) else None,

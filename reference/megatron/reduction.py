@@ -1,7 +1,7 @@
-"""In which order gradients of several replicas are added up: Megatron's buckets, and the ring in which gloo sums.
+"""The order in which gradients of several replicas are summed: Megatron's buckets, and gloo's ring.
 
-With two replicas there is one sum.  With more, floating-point addition makes the order part of the answer, and the
-order in which an element's contributions meet depends on where the element lies in its bucket.
+With two replicas there is only one order.  With more, the result of floating-point addition depends on the order, which
+for an element depends on its position in its bucket.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _START, _BUCKET = 64, 128
 
 
 class Span(NamedTuple):
-    """Where a parameter lies in its bucket: ``size`` elements from ``start`` on."""
+    """The position of a parameter in its bucket: ``size`` elements from ``start``."""
 
     name: str
     start: int
@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """What is reduced in one go: ``size`` elements, among them the parameters of ``spans``."""
+    """A unit of reduction: ``size`` elements, with the parameters of ``spans``."""
 
     spans: tuple[Span, ...]
     size: int
@@ -61,9 +61,9 @@ def _up(number: int, multiple: int) -> int:
 def ring_sum(parts: Sequence[Tensor]) -> Tensor:
     """The sum of one flat tensor from each of n ranks, added in the order of gloo's ring.
 
-    Gloo cuts the tensor into 2n segments and passes them round the ring: the p-th pair of segments is summed from
-    rank p-1 down to rank 0, on from rank n-1 down, and at last rank p.  Found by trying every order on random numbers
-    with torch 2.13, from 1 to 10,000 elements; reduce-scatter does the same.
+    Gloo cuts the tensor into 2n segments and passes them around the ring: the p-th pair of segments is summed from
+    rank p-1 down to rank 0, then from rank n-1 down to rank p.  Found by trying every order on random numbers with
+    torch 2.13, from 1 to 10,000 elements; reduce-scatter does the same.
     """
     ranks, total = len(parts), parts[0].numel()
     width = 2 * -(-total // (2 * ranks))

@@ -1,21 +1,21 @@
-"""The stand-ins with which megatron-core 0.16.1 trains on a CPU over gloo.
+"""Stand-ins that let megatron-core 0.16.1 train on a CPU over gloo.
 
-Megatron names the GPU in places that do not depend on it.  ``install_cpu_standins`` replaces exactly these, and nothing
-where there is a GPU.  It belongs to the test harness: production never needs it on the hardware it is for.
+Megatron names the GPU in code that does not depend on it.  ``install_cpu_standins`` replaces exactly that code, and
+nothing if there is a GPU.  It belongs to the test harness: on a GPU, production does not need it.
 
 =========================================  ==================================================================
-what Megatron does                         what stands in
+in Megatron                                stand-in
 =========================================  ==================================================================
 ``torch.cuda.current_device()`` as device  returns ``"cpu"``
 literal ``device="cuda"``                  these modules see a ``torch`` whose constructors read it as the CPU
 state of the GPU's random generator        the CPU generator's, kept apart in the tracker as on a GPU
-``Tensor.type()`` compared with a string   a CPU tensor calls itself ``torch.cuda...``
+``Tensor.type()`` compared with a string   a CPU tensor's type reads ``torch.cuda...``
 ``moe_utils.te_general_gemm``              ``None``, which Megatron tests for but never sets
 layer norms under sequence parallelism     PyTorch's, marked for the all-reduce as Apex's are
-small functions under ``torch.compile``    run as they are: no compiler is needed, and no seconds in each rank
+small functions under ``torch.compile``    run uncompiled, which saves a compiler and seconds in each rank
 ``Tensor.cuda()`` when saving              returns the tensor
-``torch.cuda.synchronize()`` when saving   nothing: there is no GPU to wait for
-a manager process for what was written     a queue; a rank that is killed would leave the process behind
+``torch.cuda.synchronize()`` when saving   does nothing: there is no GPU to wait for
+a manager process for the results          a queue; a killed rank would leave the process behind
 =========================================  ==================================================================
 """
 
@@ -48,7 +48,7 @@ _ABSENT = object()
 
 
 def install_cpu_standins() -> None:
-    """Let megatron-core run on the CPU.  Does nothing where a GPU is present, or a second time."""
+    """Let megatron-core run on the CPU.  Does nothing if there is a GPU or on a second call."""
     if _installed or torch.cuda.is_available():
         return
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -90,7 +90,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
 
 class _TorchOnCpu(ModuleType):
-    """``torch``, but that its constructors read the device "cuda" as the CPU."""
+    """``torch`` with constructors that read the device "cuda" as the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -113,8 +113,8 @@ def _on_cpu(construct: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _type_as_on_gpu(of: Callable[..., Any]) -> Callable[..., Any]:
     def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        told = of(self, *args, **kwargs)
-        return told.replace("torch.", "torch.cuda.", 1) if isinstance(told, str) else told
+        result = of(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     return type_
 
@@ -122,7 +122,7 @@ def _type_as_on_gpu(of: Callable[..., Any]) -> Callable[..., Any]:
 def _norm_for_sequence_parallel(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         plain = copy.copy(config)
-        plain.sequence_parallel = False  # PyTorch's norm is refused for one reason only: nobody marks its parameters
+        plain.sequence_parallel = False  # refused only because nothing marks the parameters of PyTorch's norm
         module = build(cls, plain, *args, **kwargs)
         for parameter in module.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -132,9 +132,9 @@ def _norm_for_sequence_parallel(build: Callable[..., nn.Module]) -> Callable[...
 
 
 def _add_state(self: Any, name: str, seed: int) -> None:
-    """``CudaRNGStatesTracker.add`` with a generator of the CPU: a new state, the running one untouched."""
+    """``CudaRNGStatesTracker.add`` with a CPU generator: adds a state and leaves the current one alone."""
     if seed in self.seeds_ or name in self.states_:
-        raise ValueError(f"the tracker of random states has seed {seed} or name {name} already")
+        raise ValueError(f"the tracker of random states already has seed {seed} or name {name}")
     self._is_initialized = True
     self.seeds_.add(seed)
     self.states_[name] = torch.Generator().manual_seed(seed).get_state()
@@ -142,7 +142,7 @@ def _add_state(self: Any, name: str, seed: int) -> None:
 
 @contextlib.contextmanager
 def _fork_state(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
-    """``CudaRNGStatesTracker.fork`` with the CPU's generator: the named state inside, the running one after."""
+    """``CudaRNGStatesTracker.fork`` with the CPU generator: within, the named state; afterwards, the previous one."""
     running = torch.get_rng_state()
     torch.set_rng_state(self.states_[name])
     try:

@@ -1,4 +1,4 @@
-"""What a party has to show for each step of training on Megatron."""
+"""The results of each training step on Megatron that are compared."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor]
 
 
-class Place(NamedTuple):
-    """A piece of a model: which of the replicas, which stage, which tensor parallel rank."""
+class Shard(NamedTuple):
+    """A part of a model: the replica, the stage and the tensor parallel rank that hold it."""
 
     replica: int
     stage: int
@@ -20,6 +20,10 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"replica {self.replica}, stage {self.stage}, tensor rank {self.tp}"
+
+    def locate(self, name: str) -> str:
+        """Describe a parameter of this shard, within its stage."""
+        return f"{name} (replica {self.replica}, tensor rank {self.tp})"
 
 
 class Microbatch(NamedTuple):
@@ -31,25 +35,25 @@ class Microbatch(NamedTuple):
 
 @dataclass
 class StepTrace:
-    """One step, as seen on one rank or on all.  Tensors are detached, on the CPU.
+    """One step, as seen on one rank or on all.  Tensors are detached and on the CPU.
 
-    ``losses``: the sum over a microbatch's unmasked tokens, and their number, float32 ``[2]``, each as often as it was
-    returned.  By place and parameter name: ``gradients``, the whole ``main_grad`` when the schedule returns, reduced
-    over the replicas; ``weights`` after the optimizer's step; ``main_weights``, the optimizer's float32 copies, where
-    it keeps any (under the distributed optimizer the replica's own shard).  By one place of each rank: ``norms``, the
+    ``losses``: the sum over a microbatch's unmasked tokens, and their number, float32 ``[2]``, once for each time it
+    was returned.  By shard and parameter name: ``gradients``, the whole ``main_grad`` when the schedule returns,
+    reduced over the replicas; ``weights`` after the optimizer's step; ``main_weights``, the optimizer's float32 copies,
+    if it keeps any (under the distributed optimizer the replica's own part).  By one shard of each rank: ``norms``, the
     gradient norm that the optimizer returned, and ``done``, whether it made its step.
     """
 
     losses: dict[Microbatch, list[Tensor]] = field(default_factory=dict)
-    gradients: dict[Place, Tensors] = field(default_factory=dict)
-    weights: dict[Place, Tensors] = field(default_factory=dict)
-    main_weights: dict[Place, Tensors] = field(default_factory=dict)
-    norms: dict[Place, float] = field(default_factory=dict)
-    done: dict[Place, bool] = field(default_factory=dict)
+    gradients: dict[Shard, Tensors] = field(default_factory=dict)
+    weights: dict[Shard, Tensors] = field(default_factory=dict)
+    main_weights: dict[Shard, Tensors] = field(default_factory=dict)
+    norms: dict[Shard, float] = field(default_factory=dict)
+    done: dict[Shard, bool] = field(default_factory=dict)
 
 
 def merge(ranks: Sequence[Sequence[StepTrace]]) -> list[StepTrace]:
-    """The steps of all ranks from each rank's own.  Losses that several ranks report are kept side by side."""
+    """Merge the steps of all ranks.  Losses that several ranks report are all kept."""
     merged = []
     for parts in zip(*ranks, strict=True):
         whole = StepTrace()

@@ -1,4 +1,4 @@
-"""Megatron's training loop in small: what a rank does around a schedule, and what it records of each step."""
+"""A small version of Megatron's training loop, which records each step."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 
 from reference.megatron.case import Case
 from reference.megatron.data import Batch
-from reference.megatron.trace import Microbatch, Place, StepTrace, Tensors
+from reference.megatron.trace import Microbatch, Shard, StepTrace, Tensors
 
 Schedule = Callable[[Callable[..., Any], Iterator[Batch] | None], list[dict[str, Tensor]]]
 """Runs one step, given the forward step function and the data iterator; returns what Megatron's schedules return."""
 
 
 class Checkpoints(Protocol):
-    """What a run does about checkpoints; ``model`` is the list of the rank's wrapped chunks."""
+    """Loads and saves checkpoints in a run; ``model`` is the list of the rank's wrapped chunks."""
 
     def first(self, model: list[Any], optimizer: Any) -> int:
-        """Before the first step: load what there is to load; the number of the step to go on with, from 0."""
+        """Before the first step: load a checkpoint, if any; returns the number of the next step, from 0."""
 
     def after(self, steps: int, model: list[Any], optimizer: Any) -> None:
-        """After so many steps since training began: save, or not."""
+        """After this many steps since training began: save a checkpoint, or do nothing."""
 
 
 def train(
     case: Case,
-    chunks: Sequence[tuple[Place, DistributedDataParallel]],
+    chunks: Sequence[tuple[Shard, DistributedDataParallel]],
     optimizer: Any,
     schedule: Schedule,
     data: Callable[[int], Iterator[Batch] | None],
@@ -44,9 +44,9 @@ def train(
 ) -> list[StepTrace]:
     """Train this rank's ``chunks`` for the case's steps and record every step.
 
-    ``data`` gives a step's iterator, ``None`` on a rank that has none.  ``reports``: whether this rank's losses are
-    read, as the training loop reads those of the last rank of a pipeline.  ``checkpoints``: a run that is interrupted
-    or resumed.
+    ``data`` returns a step's iterator, ``None`` on a rank without data.  ``reports``: whether this rank's losses are
+    read, as the training loop reads those of the last rank of a pipeline.  ``checkpoints`` are for a run that is
+    interrupted or resumed.
     """
     config = chunks[0][1].config
     config.grad_scale_func = optimizer.scale_loss
@@ -63,13 +63,13 @@ def train(
         optimizer.zero_grad()
         store = schedule(forward_step, data(step))
         trace = StepTrace(losses=losses_of(store) if reports else {})
-        trace.gradients |= {place: main_gradients(chunk) for place, chunk in chunks}
+        trace.gradients |= {shard: main_gradients(chunk) for shard, chunk in chunks}
         done, norm, _ = optimizer.step()
         scheduler.step(increment=1)
         own = chunks[0][0]
         trace.norms[own], trace.done[own] = float(norm or 0.0), bool(done)
-        trace.weights |= {place: weights(chunk) for place, chunk in chunks}
-        trace.main_weights |= {place: main_weights(chunk) for place, chunk in chunks}
+        trace.weights |= {shard: weights(chunk) for shard, chunk in chunks}
+        trace.main_weights |= {shard: main_weights(chunk) for shard, chunk in chunks}
         traces.append(trace)
         if checkpoints:
             checkpoints.after(step + 1, model, optimizer)
@@ -78,7 +78,7 @@ def train(
 
 
 def _scheduler(case: Case, optimizer: Any) -> OptimizerParamScheduler:
-    """Constant rates.  It is Megatron's scheduler that sets the decay of each group of parameters, zero for biases."""
+    """Constant rates.  Megatron's scheduler also sets the weight decay of each parameter group, zero for biases."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -123,7 +123,7 @@ def loss(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor
 
 
 def losses_of(store: Sequence[dict[str, Tensor]]) -> dict[Microbatch, list[Tensor]]:
-    """The losses that a schedule returned, by the microbatch that each says it is of."""
+    """The losses that a schedule returned, by the microbatch that each of them names."""
     found: dict[Microbatch, list[Tensor]] = {}
     for entry in store:
         replica, number = (int(value) for value in entry["microbatch"])
@@ -137,7 +137,7 @@ def gpt_of(chunk: nn.Module) -> Any:
 
 
 def named(chunk: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The parameters by name; those of experts say which of the expert parallel ranks holds them."""
+    """The parameters by name; the names of expert parameters include the expert parallel rank that holds them."""
     ranks = parallel_state.get_expert_model_parallel_world_size()
     for name, parameter in gpt_of(chunk).named_parameters():
         alike = ranks == 1 or getattr(parameter, "allreduce", True)
@@ -145,13 +145,13 @@ def named(chunk: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def weights(chunk: nn.Module) -> Tensors:
-    """The parameters, and the biases by which routers steer, which are trained in their own way."""
+    """The parameters, and the routers' expert biases, which are updated outside the optimizer."""
     biases = {name: b for name, b in gpt_of(chunk).named_buffers() if name.endswith("expert_bias") and b is not None}
     return {name: _copy(tensor) for name, tensor in [*named(chunk), *biases.items()]}
 
 
 def main_weights(chunk: nn.Module) -> Tensors:
-    """The optimizer's own float32 copies of the parameters, where it keeps any."""
+    """The optimizer's float32 copies of the parameters, if it keeps any."""
     found = {name: getattr(parameter, "main_param", None) for name, parameter in named(chunk)}
     return {name: _copy(copy) for name, copy in found.items() if copy is not None}
 
@@ -159,8 +159,8 @@ def main_weights(chunk: nn.Module) -> Tensors:
 def main_gradients(chunk: DistributedDataParallel) -> Tensors:
     """Every parameter's whole reduced ``main_grad``.
 
-    The distributed optimizer leaves a replica with its shard of each bucket, and rubbish elsewhere: the shards of
-    all replicas are gathered, bucket by bucket.  All ranks of the chunk's group must call this together.
+    Under the distributed optimizer, only a replica's own part of each bucket is valid, so the parts of all replicas are
+    gathered, bucket by bucket.  All ranks of the chunk's group must call this together.
     """
     names = {parameter: name for name, parameter in named(chunk)}
     if not chunk.ddp_config.use_distributed_optimizer:

@@ -1,4 +1,4 @@
-"""The truth: Megatron's own 1F1B, with one replica for each lane of DualPipe.  Nobody here wrote its schedule."""
+"""The ground truth: Megatron's own 1F1B, an independent schedule, with one replica for each lane of DualPipe."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from reference.launch import Context
+from dualpipe.testing.launch import Context
 from reference.megatron import data
 from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
 from reference.megatron.standins import install_cpu_standins
-from reference.megatron.trace import Place, StepTrace
+from reference.megatron.trace import Shard, StepTrace
 from reference.megatron.training import Checkpoints, train
 
 
 def ranks(case: Case) -> int:
-    """How many processes the truth runs in."""
+    """The number of processes."""
     return case.replicas * case.pp * case.tp
 
 
 @expected_warnings()
 def run_rank(case: Case, context: Context, checkpoints: Checkpoints | None = None) -> list[StepTrace]:
-    """One rank of the truth, in a process whose default process group exists."""
+    """Train one rank, in a process with a default process group."""
     install_cpu_standins()
     parallel_state.initialize_model_parallel(
         case.tp, case.pp, expert_model_parallel_size=case.ep, create_gloo_process_groups=False
@@ -50,14 +50,14 @@ def run_rank(case: Case, context: Context, checkpoints: Checkpoints | None = Non
         seq_length=case.sequence,
         micro_batch_size=case.batch,
     )
-    place = Place(replica, stage, parallel_state.get_tensor_model_parallel_rank())
+    shard = Shard(replica, stage, parallel_state.get_tensor_model_parallel_rank())
     return train(
         case,
-        [(place, chunk)],
+        [(shard, chunk)],
         optimizer,
         lambda forward_step, iterator: schedule(forward_step_func=forward_step, data_iterator=iterator),
         lambda step: data.of_replica(case, step, replica) if first or last else None,
-        reports=last and place.tp == 0,
+        reports=last and shard.tp == 0,
         progress=context.progress,
         checkpoints=checkpoints,
     )

@@ -1,4 +1,4 @@
-"""The trial on Megatron: its own 1F1B is the truth; the drop-in and the single-process oracle are held against it."""
+"""Verifies the drop-in on Megatron: it and the single-process oracle are compared with Megatron's own 1F1B."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ from functools import partial
 from typing import Any
 
 from dualpipe.errors import UndecidedError
-from reference.launch import Context, Failure, launch
-from reference.megatron import plain, production, truth
+from dualpipe.progress import Progress, silent
+from dualpipe.testing.launch import Context, Failure, launch
+from reference.megatron import oracle, production, truth
 from reference.megatron.case import Case
-from reference.megatron.comparison import KINDS, differences, mean_loss, norm_difference, tensors_compared, vital_signs
-from reference.megatron.trace import StepTrace, merge
-from reference.party import Party, Progress
+from reference.megatron.comparison import (
+    KINDS,
+    differences,
+    failed_sanity_checks,
+    mean_loss,
+    norm_difference,
+    tensors_compared,
+)
+from reference.megatron.trace import Shard, StepTrace, merge
+from reference.report import Comparison, Report, StageSize, of_all_ranks
 
 TRUTH, PRODUCTION, ORACLE = "1F1B", "DualPipe", "plain PyTorch"
 Body = Callable[[Case, Context], list[StepTrace]]
 
 
 @dataclass(frozen=True)
-class Normed(Party):
-    """A party with the gradient norms of its optimizer.
+class Normed(Comparison):
+    """A comparison that includes the gradient norms of the optimizer.
 
-    ``norm_difference``: by how much, relatively, they differ from the truth's at most; NaN where the party failed.
-    Under the distributed optimizer a norm may do so and still count as equal, see ``Case.norm_rounding``.
+    ``norm_difference``: their largest relative difference from the truth's; NaN if the party failed.  Under the
+    distributed optimizer, norms that differ by rounding count as equal, see ``Case.norm_rounding``.
     """
 
     norm_difference: float = math.nan
@@ -35,94 +43,79 @@ class Normed(Party):
         return {**super().as_json(), "norm_difference": None if self.failures else self.norm_difference}
 
 
-@dataclass(frozen=True)
-class Report:
-    """The outcome of a verification."""
-
-    case: Case
-    truth: tuple[StepTrace, ...]
-    complaints: tuple[str, ...]
-    parties: tuple[Normed, ...]
-    seconds: float
-
-    @property
-    def equal(self) -> bool:
-        return not self.complaints and all(party.equal for party in self.parties)
-
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.equal else 1
-
-    @property
-    def losses(self) -> list[float]:
-        """The mean loss per token of each step, in nats."""
-        return [mean_loss(step) for step in self.truth]
-
-    @property
-    def norms(self) -> list[float]:
-        """The gradient norm before each step of the optimizer."""
-        return [next(iter(step.norms.values())) for step in self.truth]
-
-    def as_json(self) -> dict[str, Any]:
-        case = self.case
-        return {
-            "model": str(case.model),
-            "pp": case.pp,
-            "dp": case.dp,
-            "tp": case.tp,
-            "ep": case.ep,
-            "microbatches": case.count,
-            "sequence_parallel": case.sequence_parallel,
-            "overlap_grad_reduce": case.overlap_grad_reduce,
-            "distributed_optimizer": case.distributed_optimizer,
-            "recompute": case.recompute,
-            "per_token_loss": case.per_token_loss,
-            "expert_bias": case.expert_bias,
-            "dropout": case.dropout,
-            "dtype": case.dtype,
-            "clip": case.clip_norm,
-            "steps": case.steps,
-            "verdict": "equal" if self.equal else "different",
-            "losses": self.losses,
-            "gradient_norms": self.norms,
-            "tensors": tensors_compared(self.truth),
-            "complaints": list(self.complaints),
-            "parties": {party.name: party.as_json() for party in self.parties},
-            "seconds": round(self.seconds, 3),
-        }
-
-
 def verify(
     case: Case,
-    on_progress: Progress = lambda party, rank, steps: None,
+    on_progress: Progress = silent,
     production_body: Body = production.run_rank,
-) -> Report:
-    """Run the parties one after the other, each in processes forked from this one, and compare.
+) -> Report[Case, Normed]:
+    """Run each implementation in turn, each in processes forked from this one, and compare.
 
-    The oracle takes part where one process can tell the truth (``Case.has_oracle``).  Raises ``UndecidedError`` where
-    Megatron itself fails.  A test may bring a faulty ``production_body``.
+    The oracle runs if one process can compute the case (``Case.has_oracle``).  Raises ``UndecidedError`` if Megatron
+    itself fails.  A test may pass a faulty ``production_body``.
     """
     started = time.monotonic()
 
     def run(name: str, body: Body, ranks: int) -> tuple[list[StepTrace], tuple[Failure, ...], float]:
-        outcome = launch(ranks, partial(body, case), case.limit, on_progress=partial(on_progress, name))
+        reported = of_all_ranks(on_progress, name, ranks, case.steps)
+        outcome = launch(ranks, partial(body, case), case.limit, on_progress=reported)
         traces = [] if outcome.failures else merge(outcome.values())
         return traces, outcome.failures, outcome.seconds
 
     true, failures, _ = run(TRUTH, truth.run_rank, truth.ranks(case))
     if failures:
-        told = "; ".join(map(str, failures))
-        raise UndecidedError(f"Megatron's own 1F1B did not finish, so nothing can be said: {told}")
+        described = "; ".join(map(str, failures))
+        raise UndecidedError(f"Megatron's own 1F1B did not finish, so there is no verdict: {described}")
 
-    def judge(name: str, body: Body, ranks: int, kinds: Sequence[str] = KINDS) -> Normed:
+    def compare(name: str, body: Body, ranks: int, kinds: Sequence[str] = KINDS) -> Normed:
         found, failures, seconds = run(name, body, ranks)
         if failures:
             return Normed(name, (), failures, seconds)
-        told = tuple(differences(case, true, found, kinds))
-        return Normed(name, told, (), seconds, norm_difference=norm_difference(true, found))
+        different = tuple(differences(case, true, found, kinds))
+        return Normed(name, different, (), seconds, norm_difference=norm_difference(true, found))
 
-    parties = [judge(PRODUCTION, production_body, production.ranks(case))]
+    parties = [compare(PRODUCTION, production_body, production.ranks(case))]
     if case.has_oracle:
         kinds = KINDS[:2] if case.distributed_optimizer else KINDS  # the oracle shards nothing
-        parties.append(judge(ORACLE, plain.run, 1, kinds))
-    return Report(case, tuple(true), tuple(vital_signs(true)), tuple(parties), time.monotonic() - started)
+        parties.append(compare(ORACLE, oracle.run, 1, kinds))
+    return Report(
+        case,
+        _facts(case),
+        tuple(map(mean_loss, true)),
+        tensors_compared(true),
+        _stage_sizes(case, true[-1]),
+        tuple(failed_sanity_checks(true)),
+        tuple(parties),
+        time.monotonic() - started,
+        tuple(next(iter(step.norms.values())) for step in true),
+    )
+
+
+def _facts(case: Case) -> dict[str, Any]:
+    return {
+        "model": str(case.model),
+        "pp": case.pp,
+        "dp": case.dp,
+        "tp": case.tp,
+        "ep": case.ep,
+        "microbatches": case.count,
+        "sequence_parallel": case.sequence_parallel,
+        "overlap_grad_reduce": case.overlap_grad_reduce,
+        "distributed_optimizer": case.distributed_optimizer,
+        "recompute": case.recompute,
+        "per_token_loss": case.per_token_loss,
+        "expert_bias": case.expert_bias,
+        "dropout": case.dropout,
+        "dtype": case.dtype,
+        "clip": case.clip_norm,
+        "steps": case.steps,
+    }
+
+
+def _stage_sizes(case: Case, last: StepTrace) -> tuple[StageSize, ...]:
+    sizes = []
+    for stage in range(case.pp):
+        shards = [Shard(0, stage, tp) for tp in range(case.tp)]
+        weights = [weight for shard in shards for weight in last.weights[shard].values()]
+        gradients = [gradient for shard in shards for gradient in last.gradients[shard].values()]
+        sizes.append(StageSize.of(weights, gradients))
+    return tuple(sizes)

@@ -1,4 +1,4 @@
-"""Scratch git repositories: a small one for the gate's own logic, and a copy of this one for what runs."""
+"""Scratch git repositories: a small one, and a copy of this one."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ci.museum.clone import make_template
+from ci.faults.clone import make_template
 from ci.repository import Repository
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _no_summary_of_a_job(monkeypatch):
-    """Where these tests run in a job with a summary, what they judge does not belong there."""
+    """Keep the reports of these tests out of the summary of the job that runs them."""
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)

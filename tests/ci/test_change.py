@@ -17,7 +17,7 @@ def test_a_rank_is_shown_around_its_difference():
     ]
 
 
-def test_the_head_and_ranks_that_come_and_go_are_shown_whole():
+def test_the_head_and_new_or_removed_ranks_are_shown_whole():
     assert list(diff(BEFORE, BEFORE.replace("lane > 0 1", "lane > 1 0"))) == ["-lane > 0 1", "+lane > 1 0"]
     gone = "\n".join(BEFORE.splitlines()[:-1])
     assert list(diff(BEFORE, gone)) == ["-rank 1: 1RF0> 1F0> 1B0> 1SB0>"]
@@ -40,7 +40,7 @@ def test_an_entry_names_the_schedule_or_shows_its_text():
     assert not named_in(change, "- s-P2-M30 and other-s-P2-M3 send later.")
 
 
-def test_the_figures_that_move_are_told():
+def test_changed_figures_are_listed():
     before = {"makespan": 12.0, "peak_activations": [3, 3]}
     change = ScheduleChange("s", "a", "b", before, {"makespan": 13.0, "peak_activations": [3, 3]})
     assert change.moved == (("makespan", "12", "13"),)

@@ -1,4 +1,4 @@
-"""How the answers of checks are read: three verdicts, and none for a command that gives no answer."""
+"""How the answers of checks are read: a command that gives no answer is unknown."""
 
 import json
 import sys
@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ci import judges, suite
-from ci.check import Check, run_check
+from ci.checks import prove, tests, theorems, trial
+from ci.checks.check import Check, run_check
 from ci.golden import Count, Counts
-from ci.outcome import BOOKKEEPING, ExitCode, Finding, Outcome, Verdict, exit_code
-from ci.place import NOWHERE, Place, Places, bounds_in, lines_of_rows
+from ci.location import NOWHERE, Location, Locator, bounds_in, lines_of_rows
 from ci.process import Completed, python, run
+from ci.result import BOOKKEEPING, CheckResult, ExitCode, Finding, Verdict, exit_code
 from tests.ci.conftest import ROOT
 
 FILES = [Path("a.txt"), Path("b.txt")]
+LOCATOR = Locator({}, {}, frozenset(), NOWHERE)
 
 
 def done(*lines: object, code: int = 0) -> Completed:
@@ -29,8 +30,8 @@ def proved(verdict: str = "proved", **checks: object) -> dict[str, object]:
 STORY = {"verdict": "refuted", "story": "rank 1 waits", "finding": {"place": {"rank": 1, "slot": 2, "op": "1F0>"}}}
 
 
-def test_proofs_pass_only_where_every_schedule_is_proved():
-    read = judges.prove(FILES, "", NOWHERE).read
+def test_prove_passes_only_if_every_schedule_is_proved():
+    read = prove.check(FILES, "", LOCATOR).read
     assert read(done(proved(), proved()))[0] is Verdict.PASSED
     assert read(done(proved(), proved("unknown")))[0] is Verdict.UNKNOWN
     assert read(done(proved()))[0] is Verdict.UNKNOWN
@@ -38,27 +39,27 @@ def test_proofs_pass_only_where_every_schedule_is_proved():
 
 
 def test_a_refuted_check_is_a_finding_with_its_story():
-    verdict, told, (finding,) = judges.prove(FILES, "", NOWHERE).read(done(proved(), proved("refuted", order=STORY)))
+    verdict, summary, (finding,) = prove.check(FILES, "", LOCATOR).read(done(proved(), proved("refuted", order=STORY)))
     assert verdict is Verdict.REFUSED
-    assert told == "1 of 2 schedules refuted"
+    assert summary == "1 of 2 schedules refuted"
     assert (finding.rule, finding.schedule, finding.first_line) == ("order", "b", "b: rank 1 waits")
 
 
 def theorem(verdict: str = "proved", arising: int = 3, **result: object) -> dict[str, object]:
-    told = {"name": "a: order", "statement": "s", "reason": "r", "obligations": 5, "non_vacuous": arising}
-    return {**told, "verdict": verdict, **result}
+    summary = {"name": "a: order", "statement": "s", "reason": "r", "obligations": 5, "non_vacuous": arising}
+    return {**summary, "verdict": verdict, **result}
 
 
 def read_theorems(
     *results: object, recorded: Counts | None = None, base: Counts | None = None, entries: tuple[str, ...] = ()
 ):
     kept = {"a: order": Count(5, 3)}
-    check = judges.theorems(recorded or kept, base or kept, "", NOWHERE, entries.__contains__, bound_at)
+    check = theorems.check(recorded or kept, base or kept, "", LOCATOR, entries.__contains__, bound_at)
     return check.read(done(*results))
 
 
-def bound_at(family: str, bound: str) -> Place:
-    return Place(f"{family}.py", 7)
+def bound_at(family: str, bound: str) -> Location:
+    return Location(f"{family}.py", 7)
 
 
 def test_a_refuted_bound_is_named_with_the_line_where_it_is_written():
@@ -79,8 +80,8 @@ def test_a_bound_of_a_family_is_found_in_its_file(family):
 
 def test_theorems_pass_with_the_recorded_counts_and_no_others():
     assert read_theorems(theorem())[0] is Verdict.PASSED
-    verdict, told, findings = read_theorems(theorem("unknown", reason="no times found"))
-    assert (verdict, told, findings) == (Verdict.UNKNOWN, "1 of 1 not proved; a: order: no times found", ())
+    verdict, summary, findings = read_theorems(theorem("unknown", reason="no times found"))
+    assert (verdict, summary, findings) == (Verdict.UNKNOWN, "1 of 1 not proved; a: order: no times found", ())
     verdict, _, (finding,) = read_theorems(theorem("refuted"))
     assert (verdict, finding.rule) == (Verdict.REFUSED, "theorem")
     verdict, _, findings = read_theorems(theorem(arising=2))
@@ -89,7 +90,7 @@ def test_theorems_pass_with_the_recorded_counts_and_no_others():
     assert read_theorems()[0] is Verdict.UNKNOWN
 
 
-def test_a_slower_schedule_passes_once_its_bound_is_recorded_and_the_changelog_names_the_theorem():
+def test_a_slower_schedule_passes_once_its_makespan_is_recorded_and_the_changelog_names_the_theorem():
     name, before = "a: makespan", {"a: makespan": Count(5, 3, "3M + P - 2")}
     slower = theorem(name=name, bound="3M + P - 1")
     now = {name: Count(5, 3, "3M + P - 1")}
@@ -97,20 +98,20 @@ def test_a_slower_schedule_passes_once_its_bound_is_recorded_and_the_changelog_n
     assert verdict is Verdict.REFUSED
     assert [finding.first_line.partition(",")[0] for finding in findings] == [
         "a: makespan: 5 obligations of which 3 arise and the bound 3M + P - 1",
-        "a: makespan 3M + P - 1; was 3M + P - 2: say in CHANGELOG.md why",
+        "a: makespan 3M + P - 1; was 3M + P - 2: say why in CHANGELOG.md",
     ]
     assert {finding.rule for finding in findings} <= BOOKKEEPING
     assert len(read_theorems(slower, recorded=now, base=before)[2]) == 1
-    verdict, told, _ = read_theorems(slower, recorded=now, base=before, entries=(name,))
+    verdict, summary, _ = read_theorems(slower, recorded=now, base=before, entries=(name,))
     assert verdict is Verdict.PASSED
-    assert told == "1 theorems proved for every size; a: makespan 3M + P - 1; was 3M + P - 2"
+    assert summary == "1 theorems proved for every size; a: makespan 3M + P - 1; was 3M + P - 2"
     page = (ROOT / "docs/how-to/gate.md").read_text()
-    assert told.replace("1 theorems", "39 theorems").replace("a:", "dualpipe:") in page
+    assert summary.replace("1 theorems", "39 theorems").replace("a:", "dualpipe:") in page
     assert read_theorems(slower, recorded=now, base={name: Count(5, 3)})[0] is Verdict.PASSED  # no bound recorded there
 
 
-def tried(verdict: str = "equal", **party: object) -> dict[str, object]:
-    how = {"failures": [], "differences": 0, "first_difference": None, **party}
+def tried(verdict: str = "equal", **result: object) -> dict[str, object]:
+    how = {"failures": [], "differences": 0, "first_difference": None, **result}
     return {"name": "a", "verdict": verdict, "tensors": 7, "complaints": [], "parties": {"processes": how}}
 
 
@@ -126,18 +127,18 @@ def tried(verdict: str = "equal", **party: object) -> dict[str, object]:
     ],
 )
 def test_a_trial_is_read(report, verdict, rule):
-    found, _, findings = judges.trial(FILES[:1], "", NOWHERE).read(done(report))
+    found, _, findings = trial.check(FILES[:1], "", LOCATOR).read(done(report))
     assert found is verdict
     assert [finding.rule for finding in findings] == ([] if rule is None else [rule])
 
 
-def test_the_first_that_differs_may_be_the_last_that_is_tried():
+def test_with_first_a_trial_may_end_at_a_difference():
     stopped = done(tried("different", differences=2, first_difference="loss"))
     names = ["a", "b"]
-    verdict, told, _ = judges.trial_on_megatron(names, "", NOWHERE, first=True).read(stopped)
-    assert (verdict, told) == (Verdict.REFUSED, "1 of 1 differ from Megatron's 1F1B")
-    assert judges.trial_on_megatron(names, "", NOWHERE).read(stopped)[0] is Verdict.UNKNOWN
-    assert judges.trial_on_megatron(names, "", NOWHERE, first=True).read(done(tried()))[0] is Verdict.UNKNOWN
+    verdict, summary, _ = trial.check_megatron(names, "", LOCATOR, first=True).read(stopped)
+    assert (verdict, summary) == (Verdict.REFUSED, "1 of 1 differ from Megatron's 1F1B")
+    assert trial.check_megatron(names, "", LOCATOR).read(stopped)[0] is Verdict.UNKNOWN
+    assert trial.check_megatron(names, "", LOCATOR, first=True).read(done(tried()))[0] is Verdict.UNKNOWN
 
 
 REPORT = """<testsuites><testsuite>
@@ -149,26 +150,26 @@ REPORT = """<testsuites><testsuite>
 
 
 def test_a_failed_test_is_a_finding_at_its_line_and_a_skipped_one_has_not_passed():
-    passed, skipped, (finding,) = suite.read_report(REPORT)
+    passed, skipped, (finding,) = tests.read_report(REPORT)
     assert (passed, skipped) == (1, 1)
     assert (finding.path, finding.line, finding.first_line) == ("tests/t.py", 10, "test_b: assert 1 == 2")
     assert finding.message.splitlines() == ["test_b: assert 1 == 2", "more", "", "the body"]
 
 
-def test_the_story_of_a_failed_test_begins_with_all_that_its_error_says():
+def test_the_story_of_a_failed_test_begins_with_its_whole_error():
     """A terminal shows a story's first lines only, and of an error many lines long the cause may be the last."""
     many = REPORT.replace("more", "&#10;".join(f"rank {rank}: waits" for rank in range(9)))
-    _, _, (finding,) = suite.read_report(many)
+    _, _, (finding,) = tests.read_report(many)
     assert finding.message.splitlines()[9] == "rank 8: waits"
     endless = REPORT.replace("more", "m" * 10_000).replace("the body", "t" * 10_000 + "at the end")
-    _, _, (finding,) = suite.read_report(endless)
+    _, _, (finding,) = tests.read_report(endless)
     assert len(finding.message) < 7_000
     assert finding.message.endswith("at the end")
 
 
 def test_tests_that_were_all_skipped_have_not_passed(tmp_path):
     report = tmp_path / "tests.xml"
-    check = suite.tests(["tests/t.py"], "", report, 0, False, ())
+    check = tests.check(["tests/t.py"], "", report, 0, False, ())
     report.write_text('<testsuites><testsuite><testcase name="t"><skipped/></testcase></testsuite></testsuites>')
     assert check.read(Completed(0, "", "", 1.0))[0] is Verdict.SKIPPED
     assert check.read(Completed(5, "", "", 1.0))[0] is Verdict.UNKNOWN
@@ -192,49 +193,47 @@ def marked(tmp_path):
     return tmp_path
 
 
-def test_long_tests_are_run_of_the_files_that_changed_and_counted_of_the_others(marked, monkeypatch):
-    def judged(*files: str, long: tuple[str, ...] = (), workers: int = 0) -> tuple[Verdict, str]:
-        outcome = run_check(suite.tests(files, "", marked / "tests.xml", workers, False, long), marked)
-        return outcome.verdict, outcome.told
+@pytest.mark.parametrize("workers", [0, 2])
+def test_long_tests_of_changed_files_run_and_the_others_are_counted(marked, workers):
+    def run_tests(*files: str, long: tuple[str, ...] = ()) -> tuple[Verdict, str]:
+        outcome = run_check(tests.check(files, "", marked / "tests.xml", workers, False, long), marked)
+        return outcome.verdict, outcome.summary
 
     both = ("test_a.py", "test_b.py")
-    some = (Verdict.REFUSED, "1 passed, 1 failed, 0 skipped, 1 long test not run")
-    assert judged(*both, long=both[:1], workers=2) == some
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins take longer to import than this takes to run
-    assert judged(*both) == (Verdict.PASSED, "1 passed, 0 failed, 0 skipped, 2 long tests not run")
-    assert judged(*both, long=both[:1]) == some
-    assert judged(*both, long=both) == (Verdict.REFUSED, "2 passed, 1 failed, 0 skipped")
+    assert run_tests(*both) == (Verdict.PASSED, "1 passed, 0 failed, 0 skipped, 2 long tests not run")
+    assert run_tests(*both, long=both[:1]) == (Verdict.REFUSED, "1 passed, 1 failed, 0 skipped, 1 long test not run")
+    assert run_tests(*both, long=both) == (Verdict.REFUSED, "2 passed, 1 failed, 0 skipped")
     alone = "none of the selected files has a test that is not long, 1 long test not run"
-    assert judged("test_a.py") == (Verdict.SKIPPED, alone)
+    assert run_tests("test_a.py") == (Verdict.SKIPPED, alone)
 
 
-def answer(code: str, limit: float = 20.0) -> Outcome:
-    return run_check(Check("c", "", python("-c", code), limit, judges.prove(FILES[:1], "", NOWHERE).read), Path.cwd())
+def answer(code: str, limit: float = 20.0) -> CheckResult:
+    return run_check(Check("c", "", python("-c", code), limit, prove.check(FILES[:1], "", LOCATOR).read), Path.cwd())
 
 
-def test_a_check_whose_time_is_up_is_unknown_and_leaves_no_process():
+def test_a_check_that_exceeds_its_time_limit_is_unknown_and_leaves_no_process():
     started = time.monotonic()
     outcome = answer(
         "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])", 0.5
     )
     assert outcome.verdict is Verdict.UNKNOWN
-    assert outcome.told == "no answer within 0.5 s"
+    assert outcome.summary == "no answer within 0.5 s"
     assert time.monotonic() - started < 20
 
 
-def test_after_everything_was_ended_nothing_is_started():
+def test_after_end_all_nothing_is_started():
     code = "from ci.process import end_all, python, run; end_all(); run(python('-c', ''), None, 9.0, tree='.')"
-    assert answer(code).told.endswith(f"EndingError: {sys.executable} is not started any more")
+    assert answer(code).summary.endswith(f"EndingError: {sys.executable} is not started: the gate is ending")
 
 
-def test_a_check_that_crashes_or_babbles_is_unknown():
-    assert answer("raise KeyError('x')").told == "no answer: it ended with 1 and KeyError: 'x'"
+def test_a_check_that_crashes_or_prints_no_json_is_unknown():
+    assert answer("raise KeyError('x')").summary == "no answer: it ended with 1 and KeyError: 'x'"
     assert answer("print('{no json')").verdict is Verdict.UNKNOWN
 
 
-def test_the_worst_verdict_is_the_gates_and_a_skipped_check_is_none():
+def test_the_worst_verdict_counts_and_a_skipped_check_has_none():
     def code(*verdicts: Verdict) -> ExitCode:
-        return exit_code([Outcome("c", verdict, "") for verdict in verdicts])
+        return exit_code([CheckResult("c", verdict, "") for verdict in verdicts])
 
     assert code(Verdict.PASSED, Verdict.SKIPPED) is ExitCode.PASSED
     assert code(Verdict.PASSED, Verdict.UNKNOWN) is ExitCode.UNKNOWN
@@ -243,12 +242,12 @@ def test_the_worst_verdict_is_the_gates_and_a_skipped_check_is_none():
 
 def test_bookkeeping_alone_is_no_fault():
     def refused(*rules: str) -> bool:
-        return Outcome("c", Verdict.REFUSED, "", "", tuple(Finding(rule, "m") for rule in rules)).is_fault
+        return CheckResult("c", Verdict.REFUSED, "", "", tuple(Finding(rule, "m") for rule in rules)).is_fault
 
     assert refused()
     assert refused("counts", "theorem")
     assert not refused("counts")
-    assert not Outcome("c", Verdict.UNKNOWN, "").is_fault
+    assert not CheckResult("c", Verdict.UNKNOWN, "").is_fault
 
 
 SOURCE = """A: Table = (
@@ -267,14 +266,14 @@ def test_a_row_of_a_variant_has_the_line_of_the_table_it_comes_from():
     assert lines_of_rows(SOURCE) == {("A", "1"): 2, ("A", "2"): 3, ("B", "1"): 2, ("B", "2"): 7}
 
 
-def test_a_finding_points_to_the_row_that_the_change_touches_else_to_the_first_else_to_the_change():
+def test_a_finding_is_located_at_a_changed_row_else_at_its_first_row_else_at_the_cause():
     rows = {"s": {"rows": [["A", "1"], ["B", "2"]], "ranks": [[[0], [1, 1]]]}}
-    cause = Place("x.py", 5)
+    cause = Location("x.py", 5)
     data = {"send": {"rank": 0, "slot": 0, "op": ""}, "receive": {"rank": 0, "slot": 1, "op": ""}}
-    assert Places(rows, lines_of_rows(SOURCE), frozenset(), cause).of("s", data).line == 2
-    touched = Places(rows, lines_of_rows(SOURCE), frozenset({7}), cause).of("s", data)
+    assert Locator(rows, lines_of_rows(SOURCE), frozenset(), cause).locate("s", data).line == 2
+    touched = Locator(rows, lines_of_rows(SOURCE), frozenset({7}), cause).locate("s", data)
     assert (touched.path, touched.line, touched.what) == ("dualpipe/schedule/generate.py", 7, "row '2' of B")
-    assert Places(rows, {}, frozenset(), cause).of("unknown", data) == cause
+    assert Locator(rows, {}, frozenset(), cause).locate("unknown", data) == cause
 
 
 def test_a_finding_has_a_first_line():
@@ -282,7 +281,7 @@ def test_a_finding_has_a_first_line():
     assert Finding("r", "").first_line == ""
 
 
-def test_a_command_gets_this_tree_and_what_it_is_given(tmp_path):
+def test_a_command_imports_this_tree_and_reads_its_standard_input(tmp_path):
     (tmp_path / "only_here.py").write_text("X = 4\n")
     code = "import sys, only_here; print(only_here.X, sys.stdin.read())"
-    assert run(python("-c", code), tmp_path, 20.0, given="in").out == "4 in\n"
+    assert run(python("-c", code), tmp_path, 20.0, stdin="in").out == "4 in\n"

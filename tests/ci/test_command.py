@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ci.errors import GateError
+from ci import GateError
 from ci.process import environment
 from tests.ci.conftest import ROOT
 
@@ -25,26 +25,24 @@ def test_it_ends_with_the_code_that_main_returns(code):
 
 
 def test_bad_input_is_one_line():
-    error = GateError("the rule", "what came", "the remedy")
-    done = ended(
-        f"from ci.errors import GateError\ndef main(arguments): raise GateError{error.rule, error.got, error.fix}"
-    )
+    error = GateError("the rule", "what was given", "the fix")
+    done = ended(f"from ci import GateError\ndef main(arguments): raise GateError{error.rule, error.got, error.fix}")
     assert (done.returncode, done.stderr) == (2, f"{error}\n")
 
 
-def test_an_error_of_its_own_is_told_whole_and_is_no_refusal():
+def test_an_internal_error_is_printed_whole_and_is_no_refusal():
     done = ended("def main(arguments): return [][0]")
     assert done.returncode == 70
     assert "IndexError" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("a fault of this command itself, and no verdict: ")
+    assert done.stderr.splitlines()[-1].startswith("internal error (not a verdict): ")
 
 
-def test_what_cannot_be_read_is_bad_input():
+def test_an_unreadable_file_is_bad_input():
     done = ended("def main(arguments): open('/nowhere/at/all')")
     assert (done.returncode, done.stderr) == (2, "[Errno 2] No such file or directory: '/nowhere/at/all'\n")
 
 
-def test_an_output_that_nobody_reads_is_no_verdict():
+def test_an_output_without_a_reader_is_no_verdict():
     reading, writing = os.pipe()
     os.close(reading)
     code = "from ci.command import run_as_command\nrun_as_command(lambda arguments: print('PASSED'))"
@@ -55,14 +53,14 @@ def test_an_output_that_nobody_reads_is_no_verdict():
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_without_a_word(sent, code):
+def test_a_signal_ends_it_silently(sent, code):
     body = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     done = ended(f"{body}def main(arguments): os.kill(os.getpid(), {int(sent)}); time.sleep(20)")
     assert (done.returncode, done.stderr) == (code, "")
 
 
-@pytest.mark.parametrize("name", ["ci.gate", "ci.golden", "ci.museum"])
-def test_help_says_what_it_does_and_how_it_ends(name):
+@pytest.mark.parametrize("name", ["ci.gate", "ci.golden", "ci.faults"])
+def test_help_describes_the_command_and_its_exit_codes(name):
     command = [sys.executable, "-m", name, "--help"]
     done = subprocess.run(command, cwd=ROOT, env=dict(environment(ROOT)), capture_output=True, text=True, timeout=30)
     assert done.returncode == 0
@@ -70,7 +68,7 @@ def test_help_says_what_it_does_and_how_it_ends(name):
     assert "`" not in done.stdout
 
 
-def test_no_jobs_at_a_time_is_bad_input():
+def test_zero_jobs_are_bad_input():
     command = [sys.executable, "-m", "ci.gate", "--jobs", "0"]
     done = subprocess.run(command, cwd=ROOT, env=dict(environment(ROOT)), capture_output=True, text=True, timeout=30)
     assert done.returncode == 2

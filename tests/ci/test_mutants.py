@@ -6,8 +6,9 @@ import pytest
 
 from ci.git import git
 from ci.mutants.__main__ import main
-from ci.mutants.mutation import Mutant, sample
-from ci.mutants.trial import TESTS, Court, Suite, chosen_tests
+from ci.mutants.mutation import Mutant, sample, sources
+from ci.mutants.runner import Runner, Suite, near_tests
+from ci.repository import Repository
 from tests.ci.conftest import ROOT
 
 SOURCE = """LIMIT = None
@@ -63,7 +64,7 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_mutant_that_a_test_notices_is_caught_and_one_that_none_does_is_named(tree, monkeypatch, capsys):
+def test_a_mutant_is_caught_by_a_test_or_survives_and_is_printed(tree, monkeypatch, capsys):
     monkeypatch.chdir(tree)
     assert main(["--count", "99", "--output", "mutants.json", "--tests", "tests", "--"]) == 1
     report = json.loads((tree / "mutants.json").read_text())
@@ -77,10 +78,10 @@ def test_a_mutant_that_a_test_notices_is_caught_and_one_that_none_does_is_named(
     assert (tree / "dualpipe/adding.py").read_text() == SOURCE
 
 
-def test_a_mutant_that_hangs_is_counted_apart_and_ends_with_all_that_it_started(tree):
+def test_a_mutant_that_hangs_times_out_and_leaves_no_process(tree):
     mutant = Mutant("dualpipe/adding.py", 5, "a loop", SOURCE.replace("    return one + other", "    while True: pass"))
-    court = Court(tree, ("tests",), {("tests",): Suite(("tests",), 0.5, least=1.0)})
-    assert court.try_one(mutant).outcome == "timed out"
+    runner = Runner(tree, ("tests",), {("tests",): Suite(("tests",), 0.5, least=1.0)})
+    assert runner.run(mutant).outcome == "timed out"
     assert (tree / "dualpipe/adding.py").read_text() == SOURCE
 
 
@@ -91,8 +92,8 @@ def test_annotations_docstrings_and_texts_are_left_out_and_a_seed_repeats_its_dr
     assert drawn != sample({"source.py": EXCLUDED}, 100, 2)
 
 
-def test_every_source_has_tests_that_are_there():
-    for tests in TESTS.values():
-        assert all((ROOT / path).exists() for path in tests)
-    assert chosen_tests("proofs/theorems/order.py") == ("tests/proofs/theorems",)
-    assert "tests/production" in chosen_tests("dualpipe/runtime/transport.py")
+def test_a_mutant_meets_the_tests_near_its_source():
+    assert near_tests("proofs/theorems/order.py") == ("tests/proofs/theorems",)
+    assert "tests/production" in near_tests("dualpipe/runtime/transport.py")
+    for path in sources(ROOT, Repository(ROOT).files(), []):
+        assert near_tests(path), path

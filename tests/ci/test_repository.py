@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ci.errors import GateError
+from ci import GateError
 from ci.repository import Base, Repository
 from tests.ci.conftest import Scratch
 
@@ -20,7 +20,7 @@ def test_on_a_branch_the_base_is_where_it_left_main(scratch):
 def test_on_main_the_base_is_the_commit_before(scratch):
     before = scratch.commit()
     scratch.commit()
-    assert scratch.repository.resolve(None) == Base(before, "the commit before, for all of HEAD is in main")
+    assert scratch.repository.resolve(None) == Base(before, "the commit before, as all of HEAD is in main")
 
 
 def test_on_a_main_that_is_ahead_the_base_is_what_was_pushed(scratch):
@@ -55,7 +55,7 @@ def test_a_base_that_is_ahead_is_compared_as_it_is(scratch):
 def test_a_folder_within_the_work_tree_is_bad_input(scratch):
     scratch.put("inner/a.py", "1")
     scratch.commit()
-    with pytest.raises(GateError, match="the gate judges a whole work tree"):
+    with pytest.raises(GateError, match="the gate checks a whole work tree"):
         Repository(scratch.root / "inner").resolve(None)
 
 
@@ -74,7 +74,7 @@ def test_an_empty_file_is_a_file(scratch):
     assert scratch.repository.at(base, "b.py") is None
 
 
-def test_a_name_that_is_no_text_is_a_name(scratch):
+def test_a_file_name_need_not_be_text(scratch):
     (scratch.root / os.fsdecode(b"\xff.py")).write_text("1")
     base = scratch.commit()
     (scratch.root / os.fsdecode(b"\xff.py")).write_text("2")
@@ -82,7 +82,7 @@ def test_a_name_that_is_no_text_is_a_name(scratch):
     assert (os.fsencode(change.path), change.before, change.after) == (b"\xff.py", b"1", b"2")
 
 
-def test_the_settings_of_a_user_or_of_a_hook_do_not_matter(scratch, tmp_path, monkeypatch):
+def test_settings_of_the_user_or_of_a_hook_are_ignored(scratch, tmp_path, monkeypatch):
     scratch.write(a="1\n2\n")
     base = scratch.commit()
     scratch.write(a="1\nx\n")
@@ -96,7 +96,7 @@ def test_the_settings_of_a_user_or_of_a_hook_do_not_matter(scratch, tmp_path, mo
     assert [change.path for change in scratch.repository.changes(base)] == ["a.py"]
 
 
-def test_a_base_that_went_on_is_compared_from_where_the_branch_left_it(scratch):
+def test_a_base_that_has_moved_on_is_compared_at_the_merge_base(scratch):
     left = scratch.commit()
     scratch.git("checkout", "--quiet", "-b", "mine")
     scratch.write(mine="1")
@@ -110,7 +110,7 @@ def test_a_base_that_went_on_is_compared_from_where_the_branch_left_it(scratch):
     assert [change.path for change in scratch.repository.changes(base.revision)] == ["mine.py"]
 
 
-def test_a_shallow_clone_is_bad_input_rather_than_all_new(scratch, tmp_path):
+def test_a_shallow_clone_is_bad_input(scratch, tmp_path):
     scratch.commit()
     scratch.commit()
     scratch.git("clone", "--quiet", "--depth", "1", f"file://{scratch.root}", str(tmp_path / "shallow"))
@@ -136,7 +136,7 @@ def test_a_folder_is_no_file(scratch):
     assert scratch.repository.at(base, "inner") is None
 
 
-def test_of_the_first_commit_everything_is_new(scratch):
+def test_in_the_first_commit_every_file_is_new(scratch):
     scratch.write(a="1")
     scratch.commit()
     changed = scratch.repository.changes(scratch.repository.resolve(None).revision)
@@ -149,8 +149,8 @@ def test_a_base_that_does_not_exist_is_bad_input(scratch):
         scratch.repository.resolve("nowhere")
 
 
-def test_what_is_no_repository_is_bad_input(tmp_path):
-    with pytest.raises(GateError, match="the gate looks at a git work tree"):
+def test_a_folder_without_a_repository_is_bad_input(tmp_path):
+    with pytest.raises(GateError, match="the gate needs a git work tree"):
         Repository(tmp_path).changes("HEAD")
 
 

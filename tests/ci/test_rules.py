@@ -1,12 +1,13 @@
-"""The rules: goldens, changelog, counts."""
+"""The records that a change must keep: goldens, changelog, counts."""
 
 import json
 
 import pytest
 
-from ci import golden
+from ci import GateError, golden
 from ci.change import ScheduleChange
-from ci.errors import GateError
+from ci.checks.records import check_changelog, check_generator, check_goldens
+from ci.checks.theorems import fallen_counts, stale_counts
 from ci.golden import (
     COUNTS,
     DIGESTS,
@@ -20,10 +21,8 @@ from ci.golden import (
     show_counts,
     write,
 )
-from ci.judges import fallen_counts, stale_counts
-from ci.outcome import Verdict
 from ci.process import Completed
-from ci.rules import changelog, expanded, goldens
+from ci.result import Verdict
 from tests.ci.conftest import ROOT
 
 NOW = Expansion({"a-P2-M4": "rank 0: x\n"}, {"a-P9-M9": "rank 0: y\n"})
@@ -31,24 +30,24 @@ CHANGE = ScheduleChange("a-P2-M4", "rank 0: w\n", "rank 0: x\n")
 
 
 def test_goldens_that_are_what_the_generator_gives_pass():
-    assert goldens(NOW, NOW.files({})).verdict is Verdict.PASSED
+    assert check_goldens(NOW, NOW.files({})).verdict is Verdict.PASSED
 
 
 @pytest.mark.parametrize(
-    ("path", "text", "told", "line"),
+    ("path", "text", "message", "line"),
     [
         (path_of("a-P2-M4"), "head\nrank 0: x\n", "is not what the generator gives", 1),
         (path_of("a-P2-M4"), None, "is missing; run make golden", 1),
-        (path_of("b-P2-M4"), "rank 0:\n", "is of a schedule that is no longer there", 1),
+        (path_of("b-P2-M4"), "rank 0:\n", "belongs to a schedule that no longer exists", 1),
         (DIGESTS, f"a-P9-M9 {digest('z')}\n", "is not what the generator gives", 1),
     ],
 )
-def test_a_stale_golden_is_refused(path, text, told, line):
+def test_a_stale_golden_is_refused(path, text, message, line):
     kept = {**NOW.files({}), path: text}
-    outcome = goldens(NOW, {path: text for path, text in kept.items() if text is not None})
-    (finding,) = outcome.findings
-    assert outcome.verdict is Verdict.REFUSED
-    assert told in finding.message
+    result = check_goldens(NOW, {path: text for path, text in kept.items() if text is not None})
+    (finding,) = result.findings
+    assert result.verdict is Verdict.REFUSED
+    assert message in finding.message
     assert (finding.path, finding.line) == (path, line)
 
 
@@ -56,30 +55,30 @@ def test_a_schedule_that_fails_keeps_its_golden_and_is_refused_by_name():
     failing = Expansion({}, {}, failed={"a-P2-M4": "AssertionError: no", "a-P9-M9": "AssertionError: no"})
     kept = NOW.files({})
     assert failing.files(kept) == kept
-    outcome = expanded(failing)
-    assert outcome.verdict is Verdict.REFUSED
-    assert outcome.findings[0].message == "a-P2-M4: AssertionError: no"
+    result = check_generator(failing)
+    assert result.verdict is Verdict.REFUSED
+    assert result.findings[0].message == "a-P2-M4: AssertionError: no"
 
 
 def test_a_schedule_change_without_an_entry_is_refused_with_the_text_to_write():
-    outcome = changelog([CHANGE], "# Changelog\n", "# Changelog\n- Other.\n")
-    assert outcome.verdict is Verdict.REFUSED
-    assert "- a-P2-M4: ...\n\n      -rank 0: w\n      +rank 0: x" in outcome.findings[0].message
+    result = check_changelog([CHANGE], "# Changelog\n", "# Changelog\n- Other.\n")
+    assert result.verdict is Verdict.REFUSED
+    assert "- a-P2-M4: ...\n\n      -rank 0: w\n      +rank 0: x" in result.findings[0].message
 
 
 def test_an_entry_that_was_there_before_does_not_count():
-    assert changelog([CHANGE], "- a-P2-M4\n", "- a-P2-M4\n").verdict is Verdict.REFUSED
-    assert changelog([CHANGE], "", "- a-P2-M4\n").verdict is Verdict.PASSED
+    assert check_changelog([CHANGE], "- a-P2-M4\n", "- a-P2-M4\n").verdict is Verdict.REFUSED
+    assert check_changelog([CHANGE], "", "- a-P2-M4\n").verdict is Verdict.PASSED
 
 
 def test_one_entry_is_enough_for_all_sizes_and_the_lowered_form_of_a_schedule():
     changed = [CHANGE, ScheduleChange("a-P9-M9", "x", "y"), ScheduleChange("a-lowered-P2-M4", "x", "y")]
-    assert changelog(changed, "", "- a-P2-M4\n").verdict is Verdict.PASSED
-    assert changelog([ScheduleChange("a-lowered-P2-M4", "x", "y")], "", "- a\n").verdict is Verdict.REFUSED
+    assert check_changelog(changed, "", "- a-P2-M4\n").verdict is Verdict.PASSED
+    assert check_changelog([ScheduleChange("a-lowered-P2-M4", "x", "y")], "", "- a\n").verdict is Verdict.REFUSED
 
 
-def test_without_a_schedule_change_no_entry_is_asked_for():
-    assert changelog([], "", "").verdict is Verdict.PASSED
+def test_without_a_schedule_change_no_entry_is_needed():
+    assert check_changelog([], "", "").verdict is Verdict.PASSED
 
 
 def test_a_count_that_is_not_the_recorded_one_is_stale():
@@ -92,7 +91,7 @@ def test_a_count_that_is_not_the_recorded_one_is_stale():
 
 def test_a_count_that_falls_needs_an_explanation_even_where_the_record_is_up_to_date():
     (finding,) = fallen_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 3)}, lambda name: False)
-    assert "3 obligations arise, 4 did before" in finding.message
+    assert "3 obligations arise, 4 before" in finding.message
     assert fallen_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 3)}, lambda name: name == "a: order") == []
     assert fallen_counts({"a: order": Count(9, 4)}, {}, lambda name: False) != []
 

@@ -1,250 +1,244 @@
-"""Which checks a change asks for, on this repository as it is."""
+"""Which checks and tests a change needs, in this repository."""
 
+import ast
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from ci.imports import read
-from ci.meaning import Meaning, meaning
+from ci.extent import Extent, extent
+from ci.faults.collection import FAULTS, HARMLESS
 from ci.repository import Changed, Repository
 from ci.selection import (
-    BUILD,
-    DOCUMENTATION,
-    LINKS,
-    MUSEUM,
+    ARCHITECTURE,
+    CHECKS,
+    FAULTS_FIT,
     PAGE_TESTS,
-    PAGES_READ,
-    PLANTED,
-    PLANTING,
-    SOURCES_READ,
+    ROWS,
+    Row,
     Selection,
-    choose,
-    tree_of,
+    is_test,
+    row_of_path,
+    select,
 )
 from tests.ci.conftest import ROOT
 
+FILES = Repository(ROOT).files()
+TESTS = [path for path in FILES if is_test(path)]
+PYTHON = frozenset(path for path in FILES if path.endswith(".py"))
+CODE = b"x = 1\n", b"x = 2\n"
+COMMENT = b"x = 1  # one\n", b"x = (1)\n# two\n"
+TABLE = b'T: Table = (Row("1", 1, "F0"),)\ndef f():\n    return T\n'
+OTHER_ROW = TABLE.replace(b'"F0"', b'"F0 SF0"')
+
+
+def selected(path: str, before: bytes | None = CODE[0], after: bytes | None = CODE[1], mode: str = "") -> Selection:
+    return select(FILES, [Changed(path, before, after, mode)])
+
+
+def test_without_a_change_nothing_runs():
+    assert select(FILES, []) == Selection()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
+def test_the_check_that_must_refuse_a_fault_runs_on_it(fault, tmp_path):
+    paths = {edit.path for edit in fault.plant.edits}
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes((ROOT / path).read_bytes())
+    fault.plant(tmp_path)
+    changed = [Changed(path, (ROOT / path).read_bytes(), (tmp_path / path).read_bytes()) for path in sorted(paths)]
+    found = select(FILES, changed)
+    check = fault.checks[0].partition("/")[0]
+    if check == "tests":
+        assert home_of(fault.says) in found.tests
+    elif check not in ("prove", "generator"):  # which run on every changed schedule
+        assert check in found.checks
+
 
 @cache
-def tree():
-    files = Repository(ROOT).files()
-    sources = {path: read((ROOT / path).read_bytes()) for path in files if path.endswith(".py")}
-    return tree_of(sources, files), files
+def text_of(path: str) -> str:
+    return (ROOT / path).read_text()
 
 
-def chosen(path: str, before: bytes | None = b"x = 1\n", after: bytes | None = b"x = 2\n") -> Selection:
-    return choose(*tree(), [Changed(path, before, after)])
+def home_of(says: str) -> str:
+    """The file of the test that a fault names."""
+    name = says.partition(".*")[0]
+    return next(path for path in TESTS if f"def {name}(" in text_of(path))
 
 
-def test_without_a_change_nothing_is_run():
-    assert choose(*tree(), []) == Selection()
+@cache
+def imports(path: str) -> frozenset[str]:
+    """The files of this repository that a source imports, also within functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text_of(path))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            package = ".".join(Path(path).parts[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, [package, node.module]))
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            names_of_files = (f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py")
+            found |= {file for file in names_of_files if file in PYTHON}
+    return frozenset(found)
 
 
-COMMENT = b"x = 1  # one\n", b"x = (1)\n# two\n"
+@cache
+def uses(test: str) -> frozenset[str]:
+    """The files that a test imports, directly or not, with the conftest files of its folders; not through the gate,
+    which imports nothing of the tree but in other processes."""
+    above = [str(folder / "conftest.py") for folder in Path(test).parents]
+    waiting, found = [test, *(path for path in above if path in FILES)], set()
+    while waiting:
+        path = waiting.pop()
+        if path not in found and not path.startswith("ci/"):
+            found.add(path)
+            waiting += imports(path)
+    return frozenset(found)
 
 
-def test_comments_and_layout_ask_for_nothing():
-    assert chosen("dualpipe/timeline/simulate.py", *COMMENT) == Selection()
+def test_a_source_needs_every_test_that_imports_it():
+    """Of the gate's own tests the table names those that look at the tree itself."""
+    missing = {}
+    for path in PYTHON:
+        importing = {test for test in TESTS if path in uses(test) and not test.startswith("tests/ci/")}
+        if not path.startswith("ci/") and (lacking := importing - set(selected(path).tests)):
+            missing[path] = lacking
+    assert missing == {}
 
 
-def test_a_change_of_mode_asks_for_everything():
-    changed = [Changed(".ci/run", b"x", b"x", "100755 -> 100644")]
-    assert ".ci/run changes its mode, 100755 -> 100644" in choose(*tree(), changed).everything
+@pytest.mark.parametrize(
+    ("check", "start"),
+    [
+        ("prove", "proofs/prove.py"),
+        ("theorems", "proofs/theorems/prove.py"),
+        ("trial", "reference/verify.py"),
+        ("trial, Megatron", "reference/megatron/verify.py"),
+    ],
+)
+def test_a_source_needs_every_check_that_imports_it(check, start):
+    assert [path for path in sorted(uses(start)) if check not in selected(path).checks] == []
 
 
-def test_a_comment_where_the_museum_plants_a_fault_asks_whether_it_still_finds_the_place():
-    """A text that it replaces may have a comment: `# each lane` in dualpipe/megatron/computation.py is in one."""
-    found = chosen("dualpipe/megatron/computation.py", *COMMENT)
-    assert list(found.tests) == [PLANTING]
-    assert found == Selection(tests=found.tests)
-    assert {PLANTING, MUSEUM} & chosen(
-        "dualpipe/schedule/generate.py", TABLE, TABLE.replace(b"F0", b"F0 SF0")
-    ).tests.keys()
-    page = next(path for path in PLANTED if path.endswith(".md"))
-    assert PLANTING in chosen(page, b"a", b"b").tests
+def test_every_row_names_tests_that_exist_and_is_of_some_file():
+    for prefix, row in ROWS.items():
+        assert any(path.startswith(prefix) for path in FILES), prefix
+        assert set(row.checks) <= set(CHECKS)
+        for entry in (*row.near, *row.far):
+            file, _, test = entry.partition("::")
+            assert (ROOT / file).exists(), entry
+            assert not test or f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(), entry
+    file, _, test = FAULTS_FIT.partition("::")
+    assert f"def {test}(" in (ROOT / file).read_text()
 
 
-def test_that_test_of_the_museum_is_there_and_left_out_where_it_is_not():
-    assert f"def {PLANTING.partition('::')[2]}(" in (ROOT / MUSEUM).read_text()
-    files = [path for path in tree()[1] if path != MUSEUM]  # as in the museum's own clones
-    assert choose(tree()[0], files, [Changed("dualpipe/runtime/executor.py", *COMMENT)]) == Selection()
+def test_every_file_has_a_row_or_needs_everything_by_name():
+    assert [path for path in FILES if "has no row" in selected(path).everything] == []
 
 
-def test_what_executes_asks_for_trials_and_the_tests_of_production():
-    found = chosen("dualpipe/runtime/executor.py")
-    assert found.trial
-    assert not found.prove
-    assert not found.theorems
-    assert "tests/production/test_faults.py" in found.tests
+def test_every_folder_of_tests_runs_for_some_source():
+    near = {entry.split("/")[1] for row in ROWS.values() for entry in row.near}
+    assert {path.split("/")[1] for path in TESTS if path.count("/") > 1} - near <= {"ci"}
+
+
+def test_comments_and_layout_need_nothing():
+    assert selected("dualpipe/timeline/simulate.py", *COMMENT) == Selection()
+
+
+def test_a_comment_in_a_file_with_planted_faults_needs_the_test_that_finds_their_texts():
+    """A replaced text may include a comment: `# each lane` in dualpipe/megatron/computation.py does."""
+    assert selected("dualpipe/megatron/computation.py", *COMMENT) == Selection(tests=(FAULTS_FIT,))
+    assert FAULTS_FIT in selected("dualpipe/schedule/generate.py", TABLE, OTHER_ROW).tests
+    page = next(fault.path for fault in HARMLESS if fault.path.endswith(".md"))
+    assert FAULTS_FIT in selected(page).tests
+
+
+def test_a_tree_without_the_gates_own_tests_selects_none_of_them():
+    clone = [path for path in FILES if not path.startswith("tests/ci/")]
+    assert select(clone, [Changed("dualpipe/runtime/executor.py", *COMMENT)]) == Selection()
+
+
+def test_the_runtime_needs_trials_and_the_tests_of_production_first():
+    found = selected("dualpipe/runtime/weightgrad.py")
+    assert set(found.checks) == {"trial", "trial, Megatron"}
+    assert found.tests[0] == "tests/production/test_weightgrad.py"
     assert "tests/schedule/test_generate.py" not in found.tests
+    assert ARCHITECTURE in found.tests
 
 
-def test_the_glue_to_megatron_asks_for_its_trial_and_a_change_of_what_executes_for_both():
-    found = chosen("dualpipe/megatron/losses.py")
-    assert found.megatron
-    assert not found.trial
-    assert chosen("dualpipe/runtime/executor.py").megatron
-    assert not chosen("dualpipe/timeline/picture.py").megatron
+def test_a_proof_needs_prove_and_a_theorem_the_theorems():
+    assert "trial" not in selected("proofs/search.py").checks
+    assert set(selected("proofs/search.py").checks) == {"prove"}
+    assert set(selected("proofs/theorems/messages.py").checks) == {"theorems"}
+    assert set(selected("proofs/findings.py").checks) == {"prove", "theorems"}
 
 
-def test_a_change_of_a_proof_asks_for_the_checks_that_use_it():
-    found = chosen("proofs/search.py")
-    assert found.prove
-    assert not found.trial
-    assert "tests/proofs/test_museum.py" in found.tests
-    assert chosen("proofs/theorems/messages.py").theorems
+def test_the_schedule_value_needs_every_check_and_every_test():
+    found = selected("dualpipe/schedule/value.py")
+    assert set(found.checks) == set(CHECKS)
+    assert set(found.tests) == set(TESTS)
 
 
-def test_the_vocabulary_asks_for_everything_that_judges():
-    found = chosen("dualpipe/schedule/value.py")
-    assert found.prove
-    assert found.theorems
-    assert found.trial
+def test_a_change_of_phase_tables_alone_leaves_out_the_tests_of_the_runtime():
+    found = selected("dualpipe/schedule/generate.py", TABLE, OTHER_ROW)
+    assert set(found.checks) == {"theorems"}
+    assert "tests/schedule/test_generate.py" in found.tests
+    assert "tests/production/test_equality.py" not in found.tests
+    code = selected("dualpipe/schedule/generate.py", TABLE, TABLE.replace(b"def f", b"def g"))
+    assert "tests/production/test_equality.py" in code.tests
 
 
 @pytest.mark.parametrize("before", [None, b"x = 1"])
-def test_of_a_test_that_changed_itself_the_long_tests_are_run_too(before):
+def test_of_a_changed_test_the_long_tests_run_too(before):
     path = "tests/proofs/theorems/test_mutants.py"
-    found = chosen(path, before, b"x = 2")
+    found = selected(path, before, b"x = 2")
     assert found.long == (path,)
-    assert path in found.tests
-    assert chosen(path, *COMMENT).long == chosen("proofs/search.py").long == ()
-    assert choose(*tree(), [Changed(path, before, b"x = 2"), Changed("pyproject.toml", b"a", b"b")]).long == (path,)
+    assert found.tests == (path, ARCHITECTURE)
+    assert selected(path, *COMMENT).long == selected("proofs/search.py").long == ()
+    assert select(FILES, [Changed(path, before, b"x = 2"), Changed("pyproject.toml", b"a", b"b")]).long == (path,)
 
 
-def test_the_nearest_tests_come_first():
-    first = next(iter(choose(*tree(), [Changed("dualpipe/runtime/weightgrad.py", b"x = 1", b"x = 2")]).tests))
-    assert first in ("tests/production/test_weightgrad.py", "tests/test_architecture.py")
+def test_a_page_needs_its_own_run_and_the_links_of_all_pages():
+    page = "docs/explanation/numerics.md"
+    assert selected(page).tests == tuple(test.format(page=page) for test in PAGE_TESTS)
+    assert selected(page).checks == {}
+    assert "tests/docs/test_reference.py" in selected("docs/reference/cli.md").tests
 
 
-def test_of_tests_as_near_the_one_that_uses_least_comes_first():
-    files = {"tests/test_b.py": "import m\n", "tests/test_a.py": "import m, n, o\n", "m.py": "", "n.py": "", "o.py": ""}
-    few = tree_of({path: read(text) for path, text in files.items()}, list(files))
-    assert list(choose(few, list(files), [Changed("m.py", b"x = 1", b"x = 2")]).tests) == [
-        "tests/test_b.py",
-        "tests/test_a.py",
-    ]
-
-
-def test_a_page_of_text_asks_for_the_tests_that_name_it_and_no_more():
-    found = chosen("docs/decisions/0002-the-phase-table.md", b"a", b"b")
-    assert (found.prove, found.theorems, found.trial, found.everything) == ("", "", "", "")
-    page = "docs/decisions/0002-the-phase-table.md"
-    assert f"tests/docs/test_documentation.py::test_what_the_document_says_happens[{page}]" in found.tests
-    assert "tests/docs/test_documentation.py" not in found.tests
-
-
-@pytest.mark.parametrize("page", ["docs/reference/python.md", "docs/reference/cli.md"])
-def test_a_page_that_is_made_asks_for_the_test_that_makes_it_again(page):
-    """It is named by what makes it, which is no test: a sentence added by hand must not pass."""
-    assert "tests/docs/test_reference.py" in chosen(page, b"a", b"b").tests
-
-
-def test_a_page_that_is_only_run_does_not_ask_for_the_run_of_all():
-    found = chosen("docs/tutorial.md", b"a", b"b").tests
-    assert {"tests/docs/test_reference.py", "tests/docs/test_snippets.py", DOCUMENTATION}.isdisjoint(found)
-    assert not [test for test in found if test.startswith("tests/ci/")]  # where this very file names it
-
-
-def test_the_links_of_all_pages_are_followed_as_a_heading_may_be_gone_that_another_page_leads_to():
-    found = chosen("docs/explanation/numerics.md", b"a", b"b").tests
-    assert {f"{DOCUMENTATION}::test_every_link_leads_somewhere", LINKS} <= found.keys()
-
-
-def test_the_tests_that_run_a_page_are_there():
-    assert (ROOT / LINKS).exists()
-    assert (ROOT / PAGES_READ).exists()
-    source = (ROOT / DOCUMENTATION).read_text()
-    for test in PAGE_TESTS:
-        assert f"def {test.partition('[')[0]}(" in source
-
-
-def test_golden_schedules_ask_for_the_tests_that_read_them_without_the_runtime():
-    found = chosen("tests/golden/dualpipe-P4-M8.txt", b"a", b"b")
-    assert "tests/schedule/test_generate.py" in found.tests
-    assert "tests/cli/test_prove.py" not in found.tests
-    assert not found.everything
-    assert "tests/schedule/test_torchcsv.py" in chosen("tests/golden/torch-zbv-4x8.csv", b"a", b"b").tests
-
-
-def test_the_counts_of_the_theorems_ask_for_the_theorems_alone():
-    found = chosen("tests/golden/theorems.txt", b"a", b"b")
-    assert found == Selection(theorems="tests/golden/theorems.txt changed")
+def test_a_golden_schedule_needs_the_tests_of_schedules_and_the_counts_only_the_theorems():
+    assert all(path.startswith("tests/schedule/") for path in selected("tests/golden/dualpipe-P4-M8.txt").tests)
+    assert set(selected("tests/golden/theorems.txt").checks) == {"theorems"}
+    assert selected("tests/golden/theorems.txt").tests == ()
 
 
 @pytest.mark.parametrize(
-    ("path", "before", "after", "why"),
+    ("path", "before", "after", "mode", "why"),
     [
-        ("pyproject.toml", b"a", b"b", "decides what everything runs on"),
-        ("constraints.txt", b"a", b"b", "decides what everything runs on"),
-        ("ci/gate.py", b"a", b"b", "the gate's own"),
-        ("tests/ci/test_gate.py", b"a", b"b", "the gate's own"),
-        ("dualpipe/gone.py", b"a", None, "is deleted"),
-        ("dualpipe/weights.bin", None, b"b", "nothing is known of"),
+        ("pyproject.toml", b"a", b"b", "", "the gate's own, or decides what everything runs on"),
+        ("ci/gate.py", b"a", b"b", "", "the gate's own"),
+        ("tests/ci/test_gate.py", b"a", b"b", "", "the gate's own"),
+        ("dualpipe/gone.py", b"a", None, "", "is deleted"),
+        ("README.md", b"a", b"a", "100755 -> 100644", "README.md changes its mode, 100755 -> 100644"),
+        ("somewhere/weights.bin", None, b"b", "", "has no row in ci/selection.py"),
     ],
 )
-def test_what_the_map_does_not_know_asks_for_everything(path, before, after, why):
-    found = chosen(path, before, after)
+def test_what_the_table_does_not_know_needs_everything(path, before, after, mode, why):
+    found = selected(path, before, after, mode)
     assert why in found.everything
-    assert found.prove
-    assert found.theorems
-    assert found.trial
-    assert {"tests/production/test_equality.py", "tests/proofs/test_checks.py"} <= found.tests.keys()
+    assert set(found.checks) == set(CHECKS)
+    assert set(found.tests) == set(TESTS)
 
 
-UNREAD = {"license": "a text that nothing reads"}
-"""In small letters: this file would read what it names."""
+def test_the_longest_prefix_counts():
+    assert row_of_path("dualpipe/unheard_of.py") is ROWS["dualpipe/"]
+    assert row_of_path("dualpipe/runtime/executor.py") is ROWS["dualpipe/runtime/"]
+    assert selected("LICENSE") == Selection()
+    assert ROWS["LICENSE"] == Row()
 
 
-def test_a_change_of_any_file_asks_for_something_that_uses_it():
-    """More than the test that reads every source, and less than everything, which is for what nothing is known of."""
-    for_all = (*BUILD, "ci/", "tests/ci/")
-    found = {path: chosen(path) for path in tree()[1] if not path.startswith(for_all)}
-    unseen = {path for path, selection in found.items() if selection.everything or not runs_what_uses_it(selection)}
-    assert {path.lower() for path in unseen - {SOURCES_READ}} == set(UNREAD)
-
-
-def runs_what_uses_it(found: Selection) -> bool:
-    return any((found.prove, found.theorems, found.trial, found.megatron)) or bool(found.tests.keys() - {SOURCES_READ})
-
-
-@pytest.mark.parametrize(
-    ("path", "test"),
-    [
-        ("dualpipe/page/paint.js", "tests/page/test_browser.py"),
-        ("dualpipe/page/paint.js", "tests/page/test_render.py"),
-        ("dualpipe/record/child/startup.py", "tests/record/test_hand_written.py"),
-        ("dualpipe/record/child/tags.py", "tests/record/test_torch.py"),
-        ("examples/gpt_data.py", "tests/megatron/test_example.py"),
-        ("tests/record/programs/gpipe.py", "tests/record/test_hand_written.py"),
-        ("bench/soundness.py", "tests/test_bench.py"),
-    ],
-)
-def test_what_is_run_by_its_path_asks_for_the_tests_that_run_it(path, test):
-    assert test in chosen(path).tests
-
-
-def test_a_source_that_nothing_but_the_reading_of_every_source_uses_asks_for_everything():
-    files = {"app.py": "", "app.js": "", SOURCES_READ: 'FILES = (ROOT / "app.py", ROOT / "app.js")\n'}
-    few = tree_of({path: read(text) for path, text in files.items() if path.endswith(".py")}, list(files))
-    for path in ("app.py", "app.js"):
-        assert "nothing is known of" in choose(few, list(files), [Changed(path, b"x = 1", b"x = 2")]).everything
-
-
-TABLE = b'T: Table = (Row("1", 1, "F0"),)\ndef f():\n    return T\n'
-
-
-def test_a_change_of_the_tables_alone_leaves_the_tests_of_the_runtime_out():
-    found = chosen("dualpipe/schedule/generate.py", TABLE, TABLE.replace(b'"F0"', b'"F0 SF0"'))
-    assert found.theorems == "the phase tables changed"
-    assert "tests/schedule/test_generate.py" in found.tests
-    assert "tests/production/test_equality.py" not in found.tests
-    whole = chosen("dualpipe/schedule/generate.py", TABLE, TABLE.replace(b"def f", b"def g"))
-    assert "tests/production/test_equality.py" in whole.tests
-
-
-def test_what_a_change_means():
-    assert meaning(TABLE, TABLE + b"# nothing\n") is Meaning.NOTHING
-    assert meaning(TABLE, TABLE.replace(b"1,", b"2,")) is Meaning.TABLES
-    assert meaning(TABLE, TABLE.replace(b"return T", b"return ()")) is Meaning.CODE
-    assert meaning(TABLE, TABLE.replace(b"T: Table", b"S: Table")) is Meaning.CODE
-    assert meaning(TABLE, b"this is no python") is Meaning.CODE
+def test_the_extent_of_a_change():
+    assert extent(TABLE, TABLE + b"# nothing\n") is Extent.LAYOUT
+    assert extent(TABLE, TABLE.replace(b"1,", b"2,")) is Extent.TABLES
+    assert extent(TABLE, TABLE.replace(b"return T", b"return ()")) is Extent.CODE
+    assert extent(TABLE, TABLE.replace(b"T: Table", b"S: Table")) is Extent.CODE
+    assert extent(TABLE, b"this is no python") is Extent.CODE

@@ -1,4 +1,4 @@
-"""The command line as a process of its own, on a terminal or piped, and what Ctrl-C does to it."""
+"""Runs the command line as a process, on a terminal or piped, and interrupts it."""
 
 import os
 import pty
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 COMMAND = [sys.executable, "-m", "dualpipe.cli"]
@@ -18,13 +19,13 @@ class Ended:
     code: int
     out: str
     seconds: float
-    """From the interrupt, if there was one."""
+    """Since the interrupt, if there was one."""
 
 
 def on_a_terminal(*arguments: object, interrupt_at: str | None = None, stdout=None, **environment: str) -> Ended:
-    """Run on a terminal of 100 columns, standard output unless it is given another place.
+    """Run on a terminal of 100 columns, to which standard output goes as well unless ``stdout`` is given.
 
-    Ctrl-C is typed when the text ``interrupt_at`` has appeared.
+    Ctrl-C is typed once the text ``interrupt_at`` appears.
     """
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
@@ -76,8 +77,8 @@ def interrupted(*arguments: object, when, group: bool = True, by: signal.Signals
     try:
         begun = time.monotonic()
         while not when(child.pid):
-            assert child.poll() is None, f"over before it could be interrupted: {child.communicate()[0]}"
-            assert time.monotonic() - begun < WAIT, "what was waited for did not come"
+            assert child.poll() is None, f"it ended before it could be interrupted: {child.communicate()[0]}"
+            assert time.monotonic() - begun < WAIT, "the condition did not become true"
             time.sleep(0.02)
         begun = time.monotonic()
         (os.killpg if group else os.kill)(child.pid, by)
@@ -88,7 +89,7 @@ def interrupted(*arguments: object, when, group: bool = True, by: signal.Signals
 
 
 def members(session: int) -> list[int]:
-    """The living processes of a session, read from /proc; the ended ones that nobody has collected do not count."""
+    """The living processes of a session, read from /proc; zombies do not count."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -102,10 +103,14 @@ def members(session: int) -> list[int]:
     return found
 
 
-def cpu_seconds(pid: int) -> float:
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(session: int) -> float:
+    """The processor time of the living processes of a session, in seconds."""
+    ticks = 0
+    for pid in members(session):
+        with suppress(OSError), open(f"/proc/{pid}/stat") as file:  # it may end meanwhile
+            fields = file.read().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def quiet() -> dict[str, str]:

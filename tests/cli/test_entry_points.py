@@ -1,4 +1,4 @@
-"""``module:function``: what may be returned, how sizes come in, and how each fault is told."""
+"""``module:function``: what it may return, how it gets its sizes, and the error for each fault."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def run(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mine:one", "mine:text", "mine:Family.member"])
-def test_a_schedule_or_its_text_is_shown(run, name):
+def test_a_function_may_return_a_schedule_or_its_text(run, name):
     assert loads(run("show", name).out) == generate("zb1p", 2, 4)
     assert loads(run("show", "--schedule", name).out) == generate("zb1p", 2, 4)
 
@@ -142,11 +142,11 @@ def test_a_wrong_schedule_is_refuted(run):
     assert "mine:stuck on 2 ranks: refuted" in result.out
 
 
-def test_several_are_proved_one_by_one_and_what_the_function_prints_stays_out_of_the_report(run):
+def test_several_schedules_are_proved_one_by_one_and_the_functions_output_stays_out_of_the_report(run):
     result = run("prove", "mine:several", "mine:one", "--json")
     assert result.code == 0
-    told = [json.loads(line) for line in result.out.splitlines()]
-    assert [(one["source"], one["schedule"]) for one in told] == [
+    printed = [json.loads(line) for line in result.out.splitlines()]
+    assert [(one["source"], one["schedule"]) for one in printed] == [
         ("mine:several[0]", "zb1p"),
         ("mine:several[1]", "dualpipe"),
         ("mine:one", "zb1p"),
@@ -155,24 +155,24 @@ def test_several_are_proved_one_by_one_and_what_the_function_prints_stays_out_of
 
 
 @pytest.mark.parametrize("name", ["mine:TUPLE.foo", "mine:INSTANCE.foo", "mine:Family.foo"])
-def test_what_has_no_such_member_is_told(run, name):
+def test_a_missing_member_is_bad_input(run, name):
     result = run("show", name)
     assert result.code == 2
     assert f"{name.removesuffix('.foo').replace(':', '.')} has no foo" in result.err
 
 
-def test_an_error_of_the_functions_own_is_told_on_one_line(run):
-    for name, told in (
+def test_an_error_of_the_function_is_reported_on_one_line(run):
+    for name, message in (
         ("mine:unreadable", "Unreadable: (its text cannot be had)"),
         ("mine:two_lines", "ValueError: one ("),
     ):
         result = run("show", name)
         assert result.code == 2
-        assert told in result.err
+        assert message in result.err
         assert len(result.err.splitlines()) == 1
 
 
-def test_what_a_child_of_the_function_prints_stays_out_of_the_report(run):
+def test_the_output_of_a_child_of_the_function_stays_out_of_the_report(run):
     result = run("prove", "mine:shell", "--json", "--model", "blocking")
     assert json.loads(result.out)["verdict"] == "proved"
     assert result.err == "from a child\n"
@@ -225,8 +225,8 @@ def hostile(run, tmp_path):
     return run
 
 
-def test_an_entry_point_that_hands_back_nothing_is_bad_input_however_it_ends(hostile, tmp_path):
-    told = {
+def test_an_entry_point_that_returns_nothing_is_bad_input_however_it_ends(hostile, tmp_path):
+    messages = {
         "exits_at_once": "ended its process with exit code 0; have it return instead",
         "exits": "raised SystemExit: 0",
         "is_cancelled": "raised CancelledError: by whom",
@@ -236,12 +236,12 @@ def test_an_entry_point_that_hands_back_nothing_is_bad_input_however_it_ends(hos
         "replaces": "ended its process with exit code 1",
         "forges": "hostile:forges:1:1: found 'no'",
     }
-    names = [f"hostile:{name}" for name in told]
+    names = [f"hostile:{name}" for name in messages]
     result = hostile("prove", *names, "--json")
     assert result.code == 2
     answers = [json.loads(line) for line in result.out.splitlines()]
-    assert [answer["verdict"] for answer in answers] == ["bad input"] * len(told)
-    for answer, words in zip(answers, told.values(), strict=True):
+    assert [answer["verdict"] for answer in answers] == ["bad input"] * len(messages)
+    for answer, words in zip(answers, messages.values(), strict=True):
         assert words in answer["error"]
     assert os.getcwd() == str(tmp_path)
 
@@ -277,7 +277,7 @@ def test_a_fault_in_one_does_not_keep_the_others_from_being_proved(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("mime:one", "there is no module mime; did you mean mine?"),
         ("nowhere.at_all:one", "there is no module nowhere; correct the name"),
@@ -302,10 +302,10 @@ def test_a_fault_in_one_does_not_keep_the_others_from_being_proved(run):
         ("needy:one", "importing needy raised ModuleNotFoundError: No module named 'a_module_that_nobody_has'"),
     ],
 )
-def test_faults_are_told_in_one_line_with_exit_code_2(run, name, told):
+def test_each_fault_is_one_line_with_exit_code_2(run, name, message):
     result = run("show", name)
     assert (result.code, result.out) == (2, "")
-    assert told in result.err
+    assert message in result.err
     assert "Traceback" not in result.err
     assert "Warning" not in result.err
 

@@ -1,4 +1,4 @@
-"""What helps a person type: help at two widths, completion in a real shell, names that are nearly right, --version."""
+"""Help at two widths, completion in a real shell, suggestions for misspelt names, --version."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_the_version_is_the_distributions(run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["shwo"], "Did you mean 'show'?"),
         (["show", "--rank", "3"], "--ranks"),
@@ -69,32 +69,32 @@ def test_the_version_is_the_distributions(run):
         (["prove", "--model", "eagre"], "did you mean eager?"),
     ],
 )
-def test_a_name_that_is_nearly_right_is_suggested(run, tmp_path, monkeypatch, arguments, told):
+def test_a_misspelt_name_gets_a_suggestion(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "mine.txt").write_text("")
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert (result.code, result.out) == (2, "")
-    assert told in result.err
+    assert message in result.err
 
 
-def test_a_name_that_is_like_nothing_gets_no_suggestion(run):
+def test_a_name_unlike_any_other_gets_no_suggestion(run):
     assert "did you mean" not in run("show", "quicksilver").err
 
 
 def test_show_in_json_is_the_schedule(run):
-    told = json.loads(run("show", "-P", 4, "-M", 8, "--json").out)
+    printed = json.loads(run("show", "-P", 4, "-M", 8, "--json").out)
     schedule = generate("dualpipe", 4, 8)
-    assert (told["schedule"], told["ranks"], told["stages"]) == ("dualpipe", 4, 4)
-    assert told["microbatches"] == {">": 4, "<": 4}
-    assert told["lanes"] == {">": [0, 1, 2, 3], "<": [3, 2, 1, 0]}
-    assert told["programs"] == [[show_slot(slot) for slot in program] for program in schedule.programs]
+    assert (printed["schedule"], printed["ranks"], printed["stages"]) == ("dualpipe", 4, 4)
+    assert printed["microbatches"] == {">": 4, "<": 4}
+    assert printed["lanes"] == {">": [0, 1, 2, 3], "<": [3, 2, 1, 0]}
+    assert printed["programs"] == [[show_slot(slot) for slot in program] for program in schedule.programs]
 
 
 @pytest.mark.parametrize("option", ["--all-sizes", "--optimal"])
-def test_a_question_of_its_own_takes_no_schedule(run, option):
+def test_all_sizes_and_optimal_take_no_schedule(run, option):
     result = run("prove", option, "mine.txt")
     assert (result.code, result.out) == (2, "")
-    assert f"{option} is a question of its own: got mine.txt as well" in result.err
+    assert f"{option} cannot be combined with mine.txt: got both" in result.err
 
 
 def complete(*words: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What other repositories use: the workflow's own steps, and the hooks as pre-commit runs them."""
+"""The workflow and the hooks for other repositories, run step by step and by pre-commit."""
 
 import os
 import re
@@ -49,12 +49,12 @@ def step(name):
 
 
 def prove(repository, schedules, options=""):
-    """The steps of the workflow that prove and tell, run as GitHub's runner does; exit code, log and summary."""
+    """Run the steps Prove and Tell of the workflow as GitHub's runner does; exit code, log and summary."""
     summary = repository / "summary.md"
     environment = os.environ | {"SCHEDULES": schedules, "OPTIONS": options, "GITHUB_STEP_SUMMARY": str(summary)}
     script = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step("Prove")["run"]]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    told = [sys.executable, "-c", step("Tell")["run"]]
+    told = [sys.executable, "-c", step("Summarise")["run"]]
     subprocess.run(told, env=environment, check=True, timeout=60)
     return done.returncode, done.stdout + done.stderr, summary.read_text()
 
@@ -67,7 +67,7 @@ def test_the_workflow_proves_files_globs_and_entry_points(repository):
     assert len((repository / "proofs.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_workflow_refuses_a_broken_schedule_with_its_story(repository):
+def test_the_workflow_rejects_a_broken_schedule_with_its_story(repository):
     code, _, summary = prove(repository, "schedules/good.txt\nbroken.schedule\n")
     assert code == 1
     assert "| `schedules/good.txt` | proved |" in summary
@@ -93,7 +93,7 @@ def test_the_workflow_installs_what_the_caller_chose_before_the_package(reposito
     assert done.stdout.splitlines() == ["pip install torch==2.9.1", "pip install git+somewhere"]
 
 
-def test_the_workflow_tells_bad_input(repository):
+def test_the_workflow_reports_bad_input(repository):
     (repository / "bad.txt").write_text("lane > 0\nrank 0: 0X\n")
     code, log, summary = prove(repository, "bad.txt")
     assert code == 2
@@ -126,7 +126,7 @@ def test_ci_calls_what_exists():
         assert list(ROOT.glob(pattern)), f"{pattern} matches nothing here"
 
 
-def test_the_document_names_inputs_and_hooks_that_exist():
+def test_the_page_names_inputs_and_hooks_that_exist():
     page = ROOT / "docs" / "how-to" / "other-repositories.md"
     examples = [
         yaml.safe_load(block.text) for block in blocks_of(page.read_text(), page.name) if block.language == "yaml"
@@ -158,14 +158,14 @@ def lint(*files):
 
 
 @needs_actionlint
-def test_actionlint_has_no_complaint():
+def test_actionlint_accepts_the_workflows():
     done = lint(*map(str, WORKFLOWS.glob("*.yml")))
     assert done.returncode == 0, done.stdout
 
 
 @needs_actionlint
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_actionlint_has_no_complaint_about_the_examples(page, tmp_path):
+def test_actionlint_accepts_the_examples(page, tmp_path):
     found = [block.text for block in blocks_of(page.read_text(), page.name) if "uses: " in block.text]
     for number, text in enumerate(found):
         (tmp_path / f"{number}.yml").write_text(text if "\non:" in f"\n{text}" else f"on: push\n{text}")
@@ -176,20 +176,20 @@ def test_actionlint_has_no_complaint_about_the_examples(page, tmp_path):
 
 @needs_actionlint
 @pytest.mark.parametrize(
-    ("planted", "instead", "told"),
+    ("planted", "instead", "message"),
     [
         ("inputs.schedules", "inputs.schedule", 'property "schedule" is not defined'),
         ("runs-on: ${{ inputs.runner }}", "runs-om: x", "unexpected key"),
         ("!cancelled()", "!canceled()", "undefined function"),
     ],
 )
-def test_actionlint_catches_a_planted_fault(tmp_path, planted, instead, told):
+def test_actionlint_catches_a_planted_fault(tmp_path, planted, instead, message):
     text = (WORKFLOWS / "prove.yml").read_text()
     assert planted in text
     (tmp_path / "prove.yml").write_text(text.replace(planted, instead))
     done = lint(str(tmp_path / "prove.yml"))
     assert done.returncode == 1
-    assert told in done.stdout
+    assert message in done.stdout
 
 
 def git(*arguments, cwd):

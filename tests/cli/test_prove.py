@@ -42,23 +42,23 @@ def test_the_named_schedules_are_proved(run, name):
 
 
 def test_json_has_the_contract_keys(run, proved_file):
-    told = json.loads(run("prove", proved_file, "--json").out)
-    assert (told["schedule"], told["ranks"], told["verdict"]) == ("dualpipe", 2, "proved")
-    assert list(told["checks"]) == list(CHECKS)
-    assert all(check["verdict"] == "proved" and check["seconds"] >= 0 for check in told["checks"].values())
-    assert told["peak_activations"] == [3, 3]
+    printed = json.loads(run("prove", proved_file, "--json").out)
+    assert (printed["schedule"], printed["ranks"], printed["verdict"]) == ("dualpipe", 2, "proved")
+    assert list(printed["checks"]) == list(CHECKS)
+    assert all(check["verdict"] == "proved" and check["seconds"] >= 0 for check in printed["checks"].values())
+    assert printed["peak_activations"] == [3, 3]
 
 
-def test_a_refuted_schedule_tells_a_story_and_exits_with_1(run, refuted_file):
+def test_a_refuted_schedule_has_a_story_and_exits_with_1(run, refuted_file):
     result = run("prove", refuted_file)
     assert result.code == 1
     assert "rank 1 comes in slot 4 (1F1>) to the forward of microbatch 1" in result.out
-    told = json.loads(run("prove", refuted_file, "--json").out)
-    assert told["checks"]["deadlock"]["verdict"] == "refuted"
-    assert "rank 0 waits for ever" in told["checks"]["deadlock"]["story"]
+    printed = json.loads(run("prove", refuted_file, "--json").out)
+    assert printed["checks"]["deadlock"]["verdict"] == "refuted"
+    assert "rank 0 waits for ever" in printed["checks"]["deadlock"]["story"]
 
 
-def test_several_files_give_a_line_each_and_the_worst_exit_code(run, proved_file, refuted_file, tmp_path):
+def test_each_file_gives_a_line_and_the_worst_gives_the_exit_code(run, proved_file, refuted_file, tmp_path):
     result = run("prove", proved_file, refuted_file, "--json")
     assert result.code == 1
     assert [json.loads(line)["verdict"] for line in result.out.splitlines()] == ["proved", "refuted"]
@@ -107,26 +107,26 @@ def test_an_unknown_model_is_bad_input(run):
     assert run("prove", "--model", "hopeful").code == 2
 
 
-def test_all_sizes_says_each_theorem_in_a_line(run):
+def test_all_sizes_prints_a_line_for_each_theorem(run):
     result = run("prove", "--all-sizes", "--json", "--schedule", "1f1b")
     assert result.code == 0
-    told = [json.loads(line) for line in result.out.splitlines()]
-    assert {theorem["verdict"] for theorem in told} == {"proved"}
-    names = {theorem["name"] for theorem in told}
+    printed = [json.loads(line) for line in result.out.splitlines()]
+    assert {theorem["verdict"] for theorem in printed} == {"proved"}
+    names = {theorem["name"] for theorem in printed}
     for claim in ("totals", "messages", "order", "queue", "deadlock", "memory", "accumulation", "makespan"):
         assert f"1f1b: {claim}" in names
-    assert all(0 < theorem["non_vacuous"] <= theorem["obligations"] for theorem in told)
+    assert all(0 < theorem["non_vacuous"] <= theorem["obligations"] for theorem in printed)
 
 
-def test_all_sizes_of_one_family_are_those_theorems_alone(run):
+def test_all_sizes_of_one_family_proves_its_theorems_alone(run):
     result = run("prove", "--all-sizes", "--schedule", "zb1p")
     assert result.code == 0
-    *told, total = result.out.splitlines()
-    assert all(line.startswith("proved: zb1p: ") for line in told if not line.startswith(" "))
+    *printed, total = result.out.splitlines()
+    assert all(line.startswith("proved: zb1p: ") for line in printed if not line.startswith(" "))
     assert total.startswith("10 theorems, ")
 
 
-def test_all_sizes_of_dualpipe_can_be_asked_for_too_though_it_is_the_default(run, monkeypatch):
+def test_all_sizes_can_name_dualpipe_although_it_is_the_default(run, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "dualpipe.cli.proving.prove_all",
@@ -138,11 +138,11 @@ def test_all_sizes_of_dualpipe_can_be_asked_for_too_though_it_is_the_default(run
 
 
 def test_all_sizes_of_a_family_without_theorems_is_bad_input(run, proved_file):
-    for name, told in ((proved_file, "name one of them"), ("1f1", "did you mean 1f1b?")):
+    for name, message in ((proved_file, "name one of them"), ("1f1", "did you mean 1f1b?")):
         result = run("prove", "--all-sizes", "--schedule", name)
         assert result.code == 2
         assert "there are theorems for 1f1b, zb1p, dualpipe, dualpipev" in " ".join(result.err.split())
-        assert told in " ".join(result.err.split())
+        assert message in " ".join(result.err.split())
 
 
 WORDS = st.sampled_from(

@@ -1,4 +1,4 @@
-"""Files of the user's that are called like modules which a verdict depends on."""
+"""Files of the user with the names of modules on which a verdict depends."""
 
 import json
 import os
@@ -33,25 +33,25 @@ def lines(folder, *command, **environment):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_prove_as_a_module_takes_none_of_them_and_an_entry_point_may_import_its_own(folder):
+def test_prove_as_a_module_imports_none_of_them_and_an_entry_point_may_import_its_own(folder):
     (folder / "rich.py").write_text("NAME = '1f1b'\n")
     (folder / "plans.py").write_text("import rich, dualpipe\ndef one(): return dualpipe.one_f_one_b(2, 2)\n")
     command = [sys.executable, "-m", "dualpipe.cli", "prove", "mine.txt", "plans:one", "--json", "--html", "a.html"]
-    assert [told["verdict"] for told in lines(folder, *command, PYTHONPATH=".")] == ["proved", "proved"]
+    assert [printed["verdict"] for printed in lines(folder, *command, PYTHONPATH=".")] == ["proved", "proved"]
 
 
 @pytest.mark.skipif(not os.path.exists(SCRIPT), reason="the command is not installed beside this Python")
 @pytest.mark.parametrize("path", [".", "{folder}"])
-def test_the_script_takes_none_of_them_from_pythonpath(folder, path):
+def test_the_script_imports_none_of_them_from_pythonpath(folder, path):
     command = [SCRIPT, "show", "mine.txt", "--svg", "a.svg"]
     assert lines(folder, *command, PYTHONPATH=path.format(folder=folder)) == []
     assert (folder / "a.svg").exists()
 
 
 @pytest.mark.long
-def test_verify_and_record_take_none_of_them(folder):
+def test_verify_imports_none_of_them(folder):
     command = [sys.executable, "-m", "dualpipe.cli", "verify", "mine.txt", "--steps", "1", "--json"]
-    assert [told["verdict"] for told in lines(folder, *command)] == ["equal"]
+    assert [printed["verdict"] for printed in lines(folder, *command)] == ["equal"]
 
 
 def test_the_standard_library_comes_first_then_installed_packages_and_the_path_is_restored(tmp_path, monkeypatch):

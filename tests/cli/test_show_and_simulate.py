@@ -1,4 +1,4 @@
-"""``dualpipe show`` and ``dualpipe simulate``: what they print, and what bad input is told."""
+"""``dualpipe show`` and ``dualpipe simulate``: their output, and their errors for bad input."""
 
 import json
 
@@ -9,7 +9,7 @@ from dualpipe.schedule.text import dumps, loads
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_what_show_prints_is_the_schedule(run, name):
+def test_show_prints_the_schedule(run, name):
     result = run("show", "-P", 4, "-M", 10, "--schedule", name)
     assert (result.code, result.err) == (0, "")
     assert loads(result.out) == generate(name, 4, 10)
@@ -22,9 +22,9 @@ def test_a_shown_file_is_read_again(run, tmp_path):
 
 
 def test_simulate_prints_the_makespan_the_bubble_and_the_peaks(run):
-    told = run("simulate", "-P", 8, "-M", 32)
-    assert told.code == 0
-    assert "makespan 102, bubble 48 in all, 5.9% of the ranks' time" in told.out
+    result = run("simulate", "-P", 8, "-M", 32)
+    assert result.code == 0
+    assert "makespan 102, bubble 48 in all, 5.9% of the ranks' time" in result.out
     summary = json.loads(run("simulate", "-P", 8, "-M", 32, "--json").out)
     assert summary["makespan"] == 3 * 32 + 8 - 2
     assert summary["peak_activations"] == [9] * 8
@@ -55,14 +55,14 @@ BAD = {
 
 @pytest.mark.parametrize("command", ["show", "simulate", "verify"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_by_rule_what_came_and_what_to_do(run, command, case):
-    arguments, *told = BAD[case]
+def test_bad_input_gives_the_rule_what_was_given_and_the_fix(run, command, case):
+    arguments, *parts = BAD[case]
     result = run(command, *arguments)
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("dualpipe: ")
     assert result.err.count("\n") == 1
-    for words in told:
-        assert words in result.err
+    for part in parts:
+        assert part in result.err
 
 
 def test_a_rank_count_that_does_not_fit_the_file(run, tmp_path):
@@ -73,7 +73,7 @@ def test_a_rank_count_that_does_not_fit_the_file(run, tmp_path):
     assert f"{file} has 3, -P asks for 4; leave -P out" in result.err
 
 
-def test_a_file_with_an_error_is_told_by_line_and_column(run, tmp_path):
+def test_an_error_in_a_file_has_its_line_and_column(run, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("lane > 0\nrank 0: 0F0> 0X0>\n")
     result = run("verify", file)
@@ -86,14 +86,14 @@ def test_a_folder_is_not_a_schedule_file(run, tmp_path):
 
 
 @pytest.mark.parametrize("cost", ["X=1", "F", "F=one", "F=-1", "F=nan", "F=inf"])
-def test_a_cost_that_is_none(run, cost):
+def test_an_invalid_cost_is_bad_input(run, cost):
     result = run("simulate", "--cost", cost)
     assert result.code == 2
     assert result.err.startswith("dualpipe: ")
 
 
 @pytest.mark.parametrize("command", [("simulate",), ("show", "--timeline")], ids=" ".join)
-def test_a_cost_that_is_given_twice(run, command):
+def test_a_cost_that_is_given_twice_is_bad_input(run, command):
     result = run(*command, "--cost", "F=1,B=2, F=2")
     assert (result.code, result.out) == (2, "")
     assert "--cost gives each name once: got F twice in 'F=1,B=2, F=2'; leave one of them out" in result.err

@@ -1,4 +1,4 @@
-"""``--svg``, ``--png``, ``--html``, ``--trace``, ``--smtlib`` and ``-o``: nothing else is lost to them."""
+"""``--svg``, ``--png``, ``--html``, ``--trace``, ``--smtlib`` and ``-o`` destroy no other file."""
 
 import os
 import stat
@@ -42,7 +42,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("command", WRITING, ids=" ".join)
-def test_an_input_under_any_name_and_any_other_file_are_refused_before_the_work(run, folder, command):
+def test_an_input_by_any_name_and_any_other_file_are_rejected_before_the_work(run, folder, command):
     before = contents(folder)
     for target in ("mine.txt", folder / "mine.txt", "./linked.txt", "hard.txt", "other.csv", "plans.py"):
         name, option = command
@@ -58,7 +58,7 @@ def test_an_input_under_any_name_and_any_other_file_are_refused_before_the_work(
 def test_record_replaces_nothing_but_a_recording_that_nobody_has_edited(run, folder):
     for target in ("mine.txt", "linked.txt", "other.csv", "plans.py"):
         result = run("record", "-o", target, "--", "nosuchprogram")
-        assert "--output makes a new file, or replaces a recording" in result.err
+        assert "--output makes a new file, or replaces an unedited recording" in result.err
     recorded = folder / "recorded.txt"
     recorded.write_text(signed(TEXT))
     assert "what follows -- is a command" in run("record", "-o", recorded, "--", "nosuchprogram").err
@@ -66,7 +66,7 @@ def test_record_replaces_nothing_but_a_recording_that_nobody_has_edited(run, fol
     assert f"{recorded} is something else" in run("record", "-o", recorded, "--", "nosuchprogram").err
 
 
-def test_an_earlier_output_of_the_same_option_is_replaced_and_no_other_kind(run, folder):
+def test_only_an_earlier_output_of_the_same_option_is_replaced(run, folder):
     made = {
         "--svg": ("show", "a.svg", SVG),
         "--png": ("show", "a.png", PNG),
@@ -91,7 +91,7 @@ def test_two_options_do_not_name_one_file(run, folder, second):
     for command in (("show", "--svg", "a.out", "--png", second), ("prove", "--html", "a.out", "--smtlib", second)):
         result = run(*command)
         assert (result.code, result.out) == (2, "")
-        assert "every output is a file of its own" in result.err
+        assert "every output needs its own file" in result.err
     assert not (folder / "a.out").exists()
 
 

@@ -1,4 +1,4 @@
-"""A terminal gets colours and a bar, a pipe gets neither, and Ctrl-C ends everything at once."""
+"""Colours and a progress bar on a terminal, neither on a pipe; Ctrl-C ends everything at once."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def test_help_is_coloured_on_a_terminal_unless_NO_COLOR_says_no():  # noqa: N802
     assert not COLOUR.search(on_a_terminal("prove", "--help", NO_COLOR="1").out)
 
 
-def test_nothing_that_is_piped_has_escapes():
+def test_piped_output_has_no_escapes():
     for arguments in (["--help"], ["show", "-P", "2"], ["prove", "-P", "2"], ["prove", "--optimal", "-P", "2"]):
         done = piped(*arguments)
         assert done.returncode == 0
@@ -46,7 +46,7 @@ def test_nothing_that_is_piped_has_escapes():
         assert done.stderr == ""
 
 
-def test_proving_shows_how_far_it_has_come_on_a_terminal_and_takes_it_away_again():
+def test_proving_shows_its_progress_on_a_terminal_and_removes_it_again():
     done = on_a_terminal("prove", "-P", 4, "-M", 8)
     assert done.code == 0
     assert "dualpipe: deadlock, eager" in done.out
@@ -75,7 +75,7 @@ def test_ctrl_c_at_a_fork_is_not_lost():
     """Python drops an exception that is raised in a hook of a fork, and torch and logging have such hooks."""
     code = """
 import os, signal, time
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
 try:
     launch(2, lambda context: time.sleep(20), backend=None)
@@ -119,7 +119,7 @@ def test_sigterm_ends_every_process_with_143_and_leaves_no_file(tmp_path):
     assert list(tmp_path.glob("dualpipe-*")) == []
 
 
-def test_sigterm_within_somebodys_function_is_no_error_of_theirs(tmp_path):
+def test_sigterm_in_a_users_function_is_not_an_error_of_that_function(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import pathlib, time\n\n"
         "def build():\n    pathlib.Path(__file__).with_name('here').touch()\n    time.sleep(60)\n"
@@ -141,12 +141,12 @@ def test_ctrl_c_while_a_solver_works_is_130_and_no_verdict(arguments):
 
 
 def test_ctrl_c_just_before_the_wait_for_the_solver_begins_is_not_lost():
-    """The signal comes while the interpreter is on its way into the wait: whoever waits once and for all misses it."""
+    """The signal arrives just before the interpreter blocks; a single wait without a timeout would miss it."""
     code = """
 import os, signal, threading, time
 from dualpipe.cli.interrupt import interruptible, leave
 pending = []
-def lost(number, frame):  # what a signal is that the wait did not see: a note, read when the wait is over
+def lost(number, frame):  # Python only notes such a signal, and acts on it once the wait returns
     pending.append(number)
 signal.signal(signal.SIGINT, lost)
 real = threading.Thread.join

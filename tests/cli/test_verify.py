@@ -17,7 +17,7 @@ from tests.production.cases import rewrite, without
 TORCH_ALONE = """
 import sys
 # A module that is None in sys.modules cannot be imported.
-sys.modules.update(dict.fromkeys(["z3", "cvc5", "megatron", "hypothesis", "matplotlib", "psutil", "networkx"]))
+sys.modules.update(dict.fromkeys(["z3", "cvc5", "megatron", "hypothesis", "matplotlib", "psutil"]))
 import pytest
 assert pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]) == 0
 sys.argv = ["dualpipe", "verify", "-P", "2", "--steps", "2"]
@@ -27,7 +27,7 @@ main()
 
 
 def test_verify_and_the_collection_of_the_gpu_tests_need_torch_rich_and_typer_alone():
-    """A GPU machine may have no solver, no Megatron and no test tool but pytest."""
+    """A GPU machine may have no solver, no Megatron and no test tool except pytest."""
     command = [sys.executable, "-c", TORCH_ALONE]
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # hypothesis comes with a plugin
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -41,11 +41,11 @@ def test_verify_and_the_collection_of_the_gpu_tests_need_torch_rich_and_typer_al
 
 def test_an_equal_run_in_json(run):
     result = run("verify", "-P", 2, "--steps", 2, "--json")
-    told = json.loads(result.out)
-    assert (told["verdict"], result.err) == ("equal", "")
-    assert told["losses"][0] > told["losses"][1]
-    assert {party["verdict"] for party in told["parties"].values()} == {"equal"}
-    assert told["tensors"] > 200
+    report = json.loads(result.out)
+    assert (report["verdict"], result.err) == ("equal", "")
+    assert report["losses"][0] > report["losses"][1]
+    assert {party["verdict"] for party in report["parties"].values()} == {"equal"}
+    assert report["tensors"] > 200
 
 
 def swapped(schedule: Schedule) -> Schedule:
@@ -66,13 +66,13 @@ def test_a_different_run_names_the_first_parameter_step_and_stage_with_units_in_
     assert "NOT EQUAL" in result.out
     assert "processes: step 0, stage" in result.out
     assert "units in the last place" in result.out
-    told = json.loads(run("verify", file, "--steps", 1, "--json").out)
-    assert told["verdict"] == "different"
-    assert told["parties"]["processes"]["differences"] > 10
-    assert told["parties"]["fake ranks"]["first_difference"] == told["parties"]["processes"]["first_difference"]
+    report = json.loads(run("verify", file, "--steps", 1, "--json").out)
+    assert report["verdict"] == "different"
+    assert report["parties"]["processes"]["differences"] > 10
+    assert report["parties"]["fake ranks"]["first_difference"] == report["parties"]["processes"]["first_difference"]
 
 
-def test_a_refused_run_tells_why_and_exits_with_1(run, tmp_path):
+def test_a_run_with_an_impossible_op_names_it_and_exits_with_1(run, tmp_path):
     file = tmp_path / "dropped.txt"
     file.write_text(dumps(without(generate("1f1b", 2, 2), 1, Op(RF, UP, 1, 1))))
     result = run("verify", file, "--steps", 1, "--timeout", 3)
@@ -95,18 +95,18 @@ def test_a_hung_run_ends_in_time_with_what_every_rank_waited_for_and_exits_with_
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "message"),
     [
         ("--steps", 0, "at least one step"),
         ("--device", "tpu", "cpu or cuda"),
         ("--transport", "pigeon", "direct or staged"),
-        ("--timeout", 0, "number of seconds"),
+        ("--timeout", 0, "positive number of seconds"),
     ],
 )
-def test_bad_options(run, option, value, told):
+def test_bad_options(run, option, value, message):
     result = run("verify", option, value)
     assert (result.code, result.out) == (2, "")
-    assert told in result.err
+    assert message in result.err
 
 
 def test_a_schedule_without_ops(run, tmp_path):
@@ -120,4 +120,4 @@ def test_a_gap_in_the_numbers_of_microbatches(run, tmp_path):
     file.write_text("lane > 0\nrank 0: 0F999999999> 0B999999999> 0W999999999>\n")
     result = run("verify", file)
     assert result.code == 2
-    assert "lane > names 1, the largest being 999999999; number them anew" in result.err
+    assert "lane > names 1, the largest being 999999999; renumber them" in result.err

@@ -1,4 +1,4 @@
-"""The links of a page of Markdown, and those that lead nowhere."""
+"""The links of a Markdown page, and the broken ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def broken(path: Path) -> list[str]:
-    """The links of a page that lead nowhere."""
+    """The broken links of a page."""
     bad = []
     for link in links(path):
         target, _, anchor = link.partition("#")

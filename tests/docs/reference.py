@@ -13,20 +13,15 @@ import functools
 import importlib
 import inspect
 import re
-import types
-import typing
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import typer
-
-from dualpipe.cli import app
+from tests.docs.command_line import HOW_MADE, command_line
 from tests.docs.docstrings import in_a_list, markdown
 from tests.docs.snippets import ROOT
 
 FOLDER = ROOT / "docs" / "reference"
-HOW_MADE = "<!-- made by `make docs`; edit what it is made from, not this page -->"
 
 MODULES: dict[str, tuple[str, str]] = {
     "dualpipe": ("Schedules", "Needs the standard library alone, the names of DeepSeek's package aside."),
@@ -73,100 +68,13 @@ TYPES: dict[str, tuple[str, ...]] = {
         "proofs.memory:PeakBytes",
         "proofs.models:Model",
         "proofs.prefix:Prefix",
-        "proofs.prove:Begin",
+        "dualpipe.progress:Progress",
+        "proofs.solver:Solver",
         "proofs.findings:Live",
     ),
     "proofs.verdict": ("proofs.findings:Finding", "proofs.verdict:Verdict"),
 }
-"""Types that signatures and docstrings of a module name, and that are at home in others."""
-
-
-def command_line() -> str:
-    """The page of the command line, from the application itself."""
-    root: Any = typer.main.get_command(app)
-    commands: dict[str, Any] = dict(sorted(root.commands.items()))
-    lines = ["# The command line", "", HOW_MADE, "", *_prose(root.help), ""]
-    lines += ["| command | what it does |", "|---|---|"]
-    lines += [f"| [`{name}`](#dualpipe-{name}) | {_first_sentence(command)} |" for name, command in commands.items()]
-    lines += ["", *_table(root.params, "option", {})]
-    for name, command in commands.items():
-        types_of = typing.get_type_hints(inspect.unwrap(command.callback))
-        lines += [f"## dualpipe {name}", "", *_prose(command.help), ""]
-        groups: dict[str, list[Any]] = {}
-        for parameter in command.params:
-            groups.setdefault(parameter.rich_help_panel or parameter.param_type_name, []).append(parameter)
-        for title, parameters in groups.items():
-            lines += _table(parameters, title, types_of)
-        lines += _examples(command.epilog or "")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _first_sentence(command: Any) -> str:
-    return _cell(inspect.cleandoc(command.help).split("\n\n")[0])
-
-
-def _prose(help_text: str) -> list[str]:
-    """Help as Markdown: ``0: proved`` are rows of a table of exit codes, ``- `` items of a list."""
-    lines: list[str] = []
-    for line in inspect.cleandoc(help_text).replace("\f", "").splitlines():
-        code = re.fullmatch(r"\s*([0-9]+): (.+)", line)
-        if code:
-            if lines and not lines[-1].startswith("|"):
-                lines += ["", "| exit code | meaning |", "|---|---|"]
-            lines.append(f"| {code[1]} | {_cell(code[2])} |")
-        else:
-            starts_list = line.startswith("- ") and lines and lines[-1] and not lines[-1].startswith("- ")
-            after_table = line and lines and lines[-1].startswith("|")
-            lines += ["", line] if starts_list or after_table else [line]
-    return lines
-
-
-def _table(parameters: list[Any], title: str, types_of: dict[str, Any]) -> list[str]:
-    rows = [f"| {_names(p, types_of.get(p.name, bool))} | {_meaning(p)} | {_default(p)} |" for p in parameters]
-    return [f"| {title} | meaning | default |", "|---|---|---|", *rows, ""]
-
-
-def _names(parameter: Any, annotation: Any) -> str:
-    """The names of an option and what it takes; of an argument what stands for it."""
-    if parameter.param_type_name == "argument":
-        return f"`{parameter.metavar}`"
-    names = ", ".join(f"`{name}`" for name in sorted(parameter.opts, key=len))
-    told = parameter.metavar or _value(annotation)
-    return f"{names} {told}".rstrip()
-
-
-def _value(annotation: Any) -> str:
-    """What an option of a type takes; nothing for a switch."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, list):
-        (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
-        return _value(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        return " or ".join(f"`{member.value}`" for member in annotation)
-    return {bool: "", int: "*integer*", float: "*number*", str: "*text*"}.get(annotation, "*path*")
-
-
-_DEFAULT_IN_WORDS = re.compile(r"\s*\[default: (.+)\]$")
-
-
-def _meaning(parameter: Any) -> str:
-    return _cell(_DEFAULT_IN_WORDS.sub("", parameter.help or ""))
-
-
-def _default(parameter: Any) -> str:
-    if in_words := _DEFAULT_IN_WORDS.search(parameter.help or ""):
-        return _cell(in_words[1])
-    if isinstance(parameter.show_default, str):
-        return _cell(parameter.show_default)
-    if parameter.required:
-        return "required"
-    default = getattr(parameter.default, "value", parameter.default)
-    return "" if default is None or default is False or not parameter.show_default else f"`{default}`"
-
-
-def _examples(epilog: str) -> list[str]:
-    commands = re.findall(r"\$ (dualpipe .*?)\[/", epilog)
-    note = "<!-- not run: examples of the help, whose options are checked by tests/cli -->"
-    return [note, "```bash", *commands, "```", ""] if commands else []
+"""Types in signatures and docstrings of a module that are defined elsewhere."""
 
 
 def python_api() -> str:
@@ -191,7 +99,7 @@ def _name_alone(path: str) -> str:
 
 
 def _named_type(home: ModuleType, name: str, module: str) -> Iterator[str]:
-    """A type that is named and not exported: a class like any other, an alias as its source has it."""
+    """A type that is used but not exported: a class as usual, an alias as in its source."""
     value = getattr(home, name)
     where = "" if home.__name__ == module else f"From `{home.__name__}`."
     if inspect.isclass(value) and value.__name__ == name:
@@ -262,21 +170,21 @@ def _members(cls: type) -> Iterator[str]:
         yield "\n".join(["**Members**", "", *rows]) + "\n"
 
 
-def _member(told: str, value: object) -> str:
+def _member(signature: str, value: object) -> str:
     doc = _own_doc(value)
-    return f"- `{told}`" + (f": {in_a_list(doc)}" if doc else "")
+    return f"- `{signature}`" + (f": {in_a_list(doc)}" if doc else "")
 
 
 def _own_doc(value: object) -> str:
-    """A docstring; empty where a dataclass or a NamedTuple made it up."""
+    """A docstring; empty if a dataclass or a NamedTuple generated it."""
     doc = inspect.getdoc(value) or ""
     name = getattr(value, "__name__", "")
-    made_up = (
+    generated = (
         doc == type.__call__.__doc__
         or doc.startswith(f"{name}(")
         or (isinstance(value, type) and "__doc__" not in vars(value))
     )
-    return "" if made_up else doc
+    return "" if generated else doc
 
 
 def _wrapped(name: str, value: Callable[..., Any]) -> str:
@@ -340,10 +248,6 @@ def _result(value: Callable[..., Any]) -> str:
     except ValueError:
         return ""
     return "" if annotation is inspect.Signature.empty else f" -> {_annotation(annotation)}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
 
 
 PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line, "python.md": python_api}

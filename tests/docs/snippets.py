@@ -1,28 +1,28 @@
-"""Runs what a Markdown file tells its reader to type.
+"""Runs the commands and code of a Markdown file.
 
 ====================  ==============================================================================================
-a fenced block        what becomes of it
+a fenced block        how it is run
 ====================  ==============================================================================================
-``console``           lines that begin with ``$ `` are commands; what follows each is its output, compared with ``...``
-                      for anything and any run of blanks for one; no output there, nothing compared
+``console``           lines that begin with ``$ `` are commands; the lines after one are its output, if there are any:
+                      ``...`` stands for anything, and any run of blanks for one blank
 ``bash``, ``sh``      every line is a command; ``#`` begins a comment
 ``python``            run, in one namespace for the whole file
-``text``, indented    for reading, or with a comment output that is compared; a line in it that looks like a command
-                      or an import is a fault
+``text``, indented    not run, or with a comment compared with an output; a line that looks like a command or an
+                      import is an error
 ====================  ==============================================================================================
 
-All commands of a file run in one folder, empty but for ``tests/golden``, which a reader has in a clone.  A comment
-right before a block says more about it::
+All commands of a file run in one folder, which has only ``tests/golden``, as a clone does.  A comment right before a
+block changes how it is run::
 
     <!-- not run: it needs eight GPUs -->      the reason is listed by the test
     <!-- long: proves every size -->           run with the long tests only
     <!-- file: mine.py -->                     written to that file instead
-    <!-- exit code: 1 -->                      of the block's last command; 0 where nothing is said
-    <!-- output of: dualpipe show -P 2 -->     a text block: the command is run and the block is what it prints
+    <!-- exit code: 1 -->                      of the block's last command; 0 by default
+    <!-- output of: dualpipe show -P 2 -->     a text block: the output of the command
     <!-- held by: tests/ci/test_gate.py -->    a text block: that test compares it, and names this page
 
-``make TARGET`` is not run, since CI runs the targets; that the target exists is checked.  A block in any other
-language needs one of these comments.
+``make TARGET`` is not run, as CI runs the targets, but the target must exist.  A block in any other language needs one
+of these comments.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _SHELL = re.compile(r"[|;&<`*]|\$\(|>>")
 
 
 class SnippetError(AssertionError):
-    """A block that does not do what the document says."""
+    """A block that does not do what its page says."""
 
     def __init__(self, block: Block, complaint: str) -> None:
         super().__init__(f"{block.source}:{block.line}: {complaint}")
@@ -112,7 +112,7 @@ def commands_of(block: Block) -> list[Command]:
 
 
 def unlike(shown: str, printed: str) -> bool:
-    """Whether an output is another than the one shown, in which ``...`` stands for anything."""
+    """Whether an output differs from the one shown, in which ``...`` stands for anything."""
     pieces = [r"\s+".join(map(re.escape, piece.split())) for piece in shown.strip().split("...")]
     return re.fullmatch(r"[\s\S]*".join(rf"\s*{piece}\s*" for piece in pieces), printed.strip()) is None
 
@@ -131,7 +131,7 @@ class Document:
         return any("long" in block.notes for block in self.blocks)
 
     def not_run(self) -> Iterator[tuple[Block, str]]:
-        """The blocks and commands that stay untried, with the reason."""
+        """The blocks and commands that do not run, with the reason."""
         for block in self.blocks:
             if "not run" in block.notes:
                 yield block, block.notes["not run"]
@@ -141,7 +141,7 @@ class Document:
                         yield block, f"`{command.line}`: CI runs the targets"
 
     def run(self, long: bool) -> int:
-        """Run the blocks, and the long ones if asked to; how many were run.  Raises ``SnippetError``."""
+        """Run the blocks, with ``long`` the long ones too.  Returns how many ran.  Raises ``SnippetError``."""
         if not (self.folder / "tests").exists():
             (self.folder / "tests").mkdir()
             (self.folder / "tests" / "golden").symlink_to(self.root / "tests" / "golden")
@@ -153,7 +153,7 @@ class Document:
                 self._forget(set(sys.modules) - before)
 
     def run_block(self, block: Block) -> bool:
-        """Run one block; whether there was anything to run."""
+        """Run one block.  Returns whether there was anything to run."""
         if "not run" in block.notes:
             return False
         if "file" in block.notes:
@@ -178,7 +178,9 @@ class Document:
                     raise SnippetError(block, f"{found.group().strip()!r} looks like a command; make the block console")
                 return False
             case other:
-                raise SnippetError(block, f"a block in {other or 'no language'}: say what it is, or why it is not run")
+                raise SnippetError(
+                    block, f"a block in {other or 'no language'}: name its language, or why it is not run"
+                )
         return True
 
     def path(self, block: Block) -> Path:
@@ -192,7 +194,7 @@ class Document:
         """Raise ``SnippetError`` unless the test that holds a block is there and names this document."""
         test = self.root / block.notes["held by"]
         if block.notes["held by"].startswith("tests/ci/") and not test.parent.exists():
-            return  # a scratch clone of the museum, which leaves these out
+            return  # a scratch clone of the planted faults, without these tests
         if not test.is_file() or Path(self.source).name not in test.read_text():
             raise SnippetError(block, f"{block.notes['held by']} is no test that names {self.source}")
 
@@ -203,7 +205,7 @@ class Document:
             if missing := [word for word in words[1:] if "=" not in word and word not in targets]:
                 raise SnippetError(block, f"there is no target {missing[0]}")
             return
-        starts_programs = words[:2] == ["dualpipe", "record"]  # which shall find this interpreter first
+        starts_programs = words[:2] == ["dualpipe", "record"]  # which must find this interpreter first
         if words[0] == "dualpipe" and not starts_programs and not _SHELL.search(command.line):
             code, printed = self._in_process(words[1:])
         else:
@@ -214,7 +216,7 @@ class Document:
             raise SnippetError(block, f"`{command.line}` is shown with\n{command.shown}\nand printed\n{printed}")
 
     def _in_process(self, arguments: list[str]) -> tuple[int, str]:
-        """The console script called here, which saves seconds of imports; ``> FILE`` is understood."""
+        """Call the console script in this process, which saves seconds of imports; ``> FILE`` works."""
         target = None
         if ">" in arguments[-2:-1]:
             arguments, target = arguments[:-2], arguments[-1]
@@ -226,7 +228,7 @@ class Document:
             contextlib.redirect_stdout(both if target is None else out),
             contextlib.redirect_stderr(both),
         ):
-            warnings.simplefilter("ignore")  # a reader's command is not stopped by the warnings of other packages
+            warnings.simplefilter("ignore")  # warnings of other packages do not fail a reader's command
             try:
                 main()
             except SystemExit as end:
@@ -236,7 +238,7 @@ class Document:
         return code, both.getvalue()
 
     def _in_a_shell(self, line: str) -> tuple[int, str]:
-        """Any other command, by bash, with this interpreter first on the path and the root's packages importable."""
+        """Run any other command in bash, with this interpreter first on the path and the root's packages importable."""
         shims = self.folder / ".bin"
         shims.mkdir(exist_ok=True)
         for name, arguments in {"dualpipe": "-m dualpipe.cli", "python": "", "pytest": "-m pytest"}.items():
@@ -259,14 +261,14 @@ class Document:
         return done.returncode, done.stdout
 
     def run_python(self, block: Block) -> None:
-        code = "\n" * block.line + block.text  # errors then name the document's own lines
+        code = "\n" * block.line + block.text  # so that errors name the page's own lines
         try:
             exec(compile(code, block.source, "exec"), self.namespace)
         except Exception:
             raise SnippetError(block, f"the snippet raised\n{traceback.format_exc()}") from None
 
     def _forget(self, modules: set[str]) -> None:
-        """Take modules of the folder out of the interpreter, so that the next document finds its own."""
+        """Remove the folder's modules from the interpreter, so that the next page imports its own."""
         for name in modules:
             origin = getattr(sys.modules[name], "__file__", None) or ""
             if Path(origin).is_relative_to(self.folder):

@@ -1,4 +1,4 @@
-"""Everything that README.md and docs/ tell a reader to type is typed."""
+"""The commands and code of README.md and docs/ run, and their links work."""
 
 import pytest
 
@@ -9,7 +9,7 @@ PAGES = documents()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_the_document_says_happens(path, tmp_path):
+def test_the_commands_of_the_page_work(path, tmp_path):
     Document(path, tmp_path).run(long=False)
 
 
@@ -20,13 +20,13 @@ def test_every_link_leads_somewhere(path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_long_parts_too(path, tmp_path):
+def test_the_long_commands_of_the_page_work(path, tmp_path):
     document = Document(path, tmp_path)
     if document.long:
         document.run(long=True)
 
 
-def test_what_is_not_run_has_a_reason_and_is_listed(tmp_path, capsys):
+def test_snippets_that_do_not_run_have_a_reason_and_are_listed(tmp_path, capsys):
     listed = [(block, reason) for path in PAGES for block, reason in Document(path, tmp_path).not_run()]
     with capsys.disabled():
         print(f"\n{len(listed)} snippets of the documentation are not run:")

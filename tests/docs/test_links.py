@@ -1,4 +1,4 @@
-"""Every page is reached from the README, and links that lead nowhere are noticed; test_documentation follows them."""
+"""Every page is linked from the README, directly or not, and broken links are found."""
 
 from tests.docs.links import broken, links
 from tests.docs.snippets import ROOT, documents

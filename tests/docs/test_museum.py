@@ -1,4 +1,4 @@
-"""The museum's page is true: all faults are there, and whatever a row names exists and has its number."""
+"""The museum's page lists every known fault, and each name in a row exists and has the row's number."""
 
 import ast
 import re
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 
-from ci.museum.collection import EXHIBITS as GATE
+from ci.faults.collection import FAULTS as SOURCE_FAULTS
 from tests.docs.snippets import ROOT
-from tests.megatron.museum import FAULTS
-from tests.proofs.museum import EXHIBITS
+from tests.megatron.faults import FAULTS as MEGATRON_FAULTS
+from tests.proofs.faults import FAULTS as SCHEDULE_FAULTS
 
 PAGE = ROOT / "docs" / "reference" / "museum.md"
 KNOWN = 38
@@ -18,7 +18,7 @@ CHECKS = {"complete", "order", "messages", "deadlock", "memory", "accumulation"}
 
 
 class Row(NamedTuple):
-    """A line of the table; ``shown`` are the names that show it with the files they are in; ``gate``: planted there."""
+    """A row of the table.  ``shown`` are functions with their files; ``gate``: also planted in the sources."""
 
     number: int
     fault: str
@@ -59,7 +59,7 @@ def test_every_known_fault_has_one_row():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.number}")
-def test_a_row_says_what_where_and_how_and_what_it_names_exists(row):
+def test_a_row_is_complete_and_the_functions_it_names_exist(row):
     assert len(row.fault.split()) > 3
     assert row.seen_in
     assert row.caught_by
@@ -67,25 +67,24 @@ def test_a_row_says_what_where_and_how_and_what_it_names_exists(row):
     assert absent(row) == []
 
 
-def test_an_exhibit_of_the_glue_is_in_the_row_of_its_number():
-    shown = {(row.number, name) for row in ROWS for name, path in row.shown if path == "tests/megatron/museum.py"}
-    assert shown == {(fault.number, fault.plant.__name__) for fault in FAULTS}
+@pytest.mark.parametrize(
+    ("file", "faults"), [("tests/megatron/faults.py", MEGATRON_FAULTS), ("tests/proofs/faults.py", SCHEDULE_FAULTS)]
+)
+def test_a_planted_fault_is_in_the_row_of_its_number(file, faults):
+    shown = {(row.number, name) for row in ROWS for name, path in row.shown if path == file}
+    assert shown == {(fault.number, fault.plant.__name__) for fault in faults}
 
 
-def test_an_exhibit_of_the_proofs_is_shown_with_the_checks_that_refute_it():
-    shown = {name: row for row in ROWS for name, path in row.shown if path == "tests/proofs/museum.py"}
-    assert set(shown) == {exhibit.plant.__name__ for exhibit in EXHIBITS}
-    for exhibit in EXHIBITS:
-        row = shown[exhibit.plant.__name__]
-        assert row.seen_in == exhibit.seen_in
-        assert set(re.findall(r"`(\w+)`", row.caught_by)) & CHECKS == set(exhibit.checks)
+def test_the_row_of_a_schedules_fault_names_the_checks_that_refute_it():
+    for fault in SCHEDULE_FAULTS:
+        assert set(re.findall(r"`(\w+)`", ROWS[fault.number - 1].caught_by)) & CHECKS == set(fault.checks)
 
 
-def test_the_faults_that_the_gate_is_tried_with_are_marked():
-    assert {row.number for row in ROWS if row.gate} == {exhibit.number for exhibit in GATE} - {0}
+def test_the_faults_planted_in_the_sources_are_marked():
+    assert {row.number for row in ROWS if row.gate} == {fault.number for fault in SOURCE_FAULTS} - {0}
 
 
-def test_a_row_that_names_nothing_real_is_noticed():
-    planted = "| 4 | two sends swapped | seen | messages | [`test_it`](../../tests/proofs/test_museum.py) | |"
-    assert absent(rows(planted)[0]) == ["tests/proofs/test_museum.py: test_it"]
-    assert absent(rows(planted.replace("test_museum", "missing"))[0]) == ["tests/proofs/missing.py: test_it"]
+def test_a_row_with_a_missing_function_is_found():
+    planted = "| 4 | two sends swapped | seen | messages | [`test_it`](../../tests/proofs/test_planted_faults.py) | |"
+    assert absent(rows(planted)[0]) == ["tests/proofs/test_planted_faults.py: test_it"]
+    assert absent(rows(planted.replace("test_planted_faults", "missing"))[0]) == ["tests/proofs/missing.py: test_it"]

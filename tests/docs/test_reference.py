@@ -1,4 +1,4 @@
-"""The reference pages say what the code is, and the list of the public API is whole."""
+"""The reference pages match the code, and the list of the public API is complete."""
 
 import importlib
 import pkgutil
@@ -9,8 +9,9 @@ import pytest
 
 from dualpipe.cli import app
 from tests.docs import reference
+from tests.docs.command_line import command_line
 from tests.docs.docstrings import markdown
-from tests.docs.reference import FOLDER, MODULES, PAGES, command_line, public_names, python_api
+from tests.docs.reference import FOLDER, MODULES, PAGES, public_names, python_api
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def rendered():
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))
-def test_the_page_is_what_the_code_says(rendered, name):
+def test_the_page_matches_the_code(rendered, name):
     assert (FOLDER / name).read_text() == rendered[name], "run `make docs`"
 
 
@@ -36,8 +37,8 @@ def test_a_changed_signature_makes_the_page_stale(monkeypatch):
     assert python_api() != before
 
 
-def test_every_public_name_is_there_and_is_what_its_module_exports():
-    """Whatever is listed exists, and each listed module says itself what it exports where it defines more."""
+def test_every_public_name_exists():
+    """A listed module with further names has an ``__all__``."""
     for name in MODULES:
         module = importlib.import_module(name)
         for public in public_names(module):
@@ -83,15 +84,15 @@ def test_every_type_that_a_signature_names_is_on_the_page(rendered):
     assert named - explained - OUTSIDE == set()
 
 
-def test_a_docstring_is_there_whole(rendered):
+def test_a_docstring_is_complete(rendered):
     page = rendered["python.md"]
-    for told in (
+    for text in (
         "- `criterion`: `criterion(*outputs, *labels)`: a scalar loss, scaled as its gradient shall be",
         "Microbatches all have the same shapes, contiguous and at aligned storage",
         "  Raises `DisagreementError` at the first step if the ranks were set up differently",
         "**Raises**\n\n- `OrderError`: If the order already has messages",
     ):
-        assert told in page
+        assert text in page
 
 
 DOCSTRING = """One line

@@ -1,4 +1,4 @@
-"""The runner of documents catches what it is there to catch."""
+"""The runner of the documentation's commands finds the faults that it should."""
 
 import textwrap
 
@@ -43,14 +43,14 @@ GOOD = """
     """
 
 
-def test_what_is_right_runs(document):
+def test_a_correct_page_runs(document):
     page = document(GOOD)
     assert page.run(long=False) == 3
     assert (page.folder / "mine.txt").read_text().startswith("schedule dualpipe\n")
 
 
 @pytest.mark.parametrize(
-    ("planted", "instead", "told"),
+    ("planted", "instead", "message"),
     [
         ("lane > 0 1\n", "lane > 1 0\n", "`dualpipe show zb1p -P 2 -M 4` is shown with"),
         ("rank 1: ...", "rank 1:", "is shown with"),
@@ -64,11 +64,11 @@ def test_what_is_right_runs(document):
         ("```console", "```text", "looks like a command"),
     ],
 )
-def test_a_planted_fault_is_caught(document, planted, instead, told):
+def test_a_planted_fault_is_caught(document, planted, instead, message):
     assert planted in GOOD
     with pytest.raises(SnippetError, match=r"page\.md:\d+: ") as caught:
         document(GOOD.replace(planted, instead, 1)).run(long=False)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_an_error_in_python_names_the_documents_line(document):
@@ -123,7 +123,7 @@ def test_comments_before_a_block(document):
         page.run(long=True)
 
 
-def test_an_exit_code_other_than_the_one_told_is_caught(document):
+def test_another_exit_code_than_the_stated_one_is_caught(document):
     with pytest.raises(SnippetError, match="ended with 0, not 1"):
         document("<!-- exit code: 1 -->\n```bash\ndualpipe show -P 2\n```\n").run(long=False)
 
@@ -182,7 +182,7 @@ def test_the_command_of_a_text_block_may_be_long_or_end_with_another_code(docume
     assert document(refused).run(long=False) == 1
 
 
-def test_a_block_that_a_test_holds_names_one_that_names_the_page(document):
+def test_a_held_block_names_a_test_that_names_the_page(document):
     held = "<!-- held by: tests/docs/{} -->\n```text\nabout page.md\n```\n"
     assert document(held.format("test_snippets.py")).run(long=False) == 0
     for name in ("test_missing.py", "links.py"):

@@ -8,9 +8,10 @@ import torch.distributed as dist
 
 from dualpipe.schedule.generate import generate
 from reference.case import DTYPES, Case
+from reference.comparison import differences, failed_sanity_checks
 from reference.model import ModelConfig
 from reference.production import run_rank
-from reference.trace import differences, merge, vital_signs
+from reference.trace import merge
 from reference.verify import initial_weights, run_oracle
 
 TIMEOUT = 120.0
@@ -30,10 +31,10 @@ def compare_ranks(name: str, dtype: str, backend: str) -> list[str]:
     mine = run_rank(case)
     everyone = [None] * ranks
     dist.all_gather_object(everyone, mine)
-    told = [[""]]
+    complaints = [[""]]
     if dist.get_rank() == 0:
         truth = run_oracle(case)
         found = differences(schedule, truth, merge(everyone))
-        told = [[*vital_signs(truth, initial_weights(case)), *map(str, found)]]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+        complaints = [[*failed_sanity_checks(truth, initial_weights(case)), *map(str, found)]]
+    dist.broadcast_object_list(complaints, src=0)
+    return complaints[0]

@@ -1,3 +1,3 @@
-"""Megatron is imported here, quietly, before a test module imports it by itself."""
+"""Imports Megatron without its known warnings, before a test module imports it."""
 
 import reference.megatron  # noqa: F401

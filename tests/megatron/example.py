@@ -1,4 +1,4 @@
-"""``examples/pretrain_gpt.py`` in ranks forked from this process, so that a run takes seconds."""
+"""Runs ``examples/pretrain_gpt.py`` in ranks forked from this process, so that a run takes seconds."""
 
 import importlib.util
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron.importing import expected_warnings
 from reference.megatron.standins import install_cpu_standins
 
@@ -28,7 +28,7 @@ example = _load()
 
 
 def in_ranks(ranks, options, body, timeout=60.0):
-    """What ``body(args)`` returns on rank 0 of as many ranks, under the arguments that these options give."""
+    """Run ``body(args)`` in ``ranks`` ranks, with the arguments of these options; returns the result of rank 0."""
 
     def rank(context):
         os.environ["WORLD_SIZE"] = str(ranks)
@@ -40,5 +40,5 @@ def in_ranks(ranks, options, body, timeout=60.0):
 
 
 def pretrain(ranks, options):
-    """The digest of all weights at the end of a run of the example."""
+    """Run the example and return the digest of all weights."""
     return in_ranks(ranks, options, lambda args: example.pretrain(args))

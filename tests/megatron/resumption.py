@@ -1,4 +1,4 @@
-"""Training interrupted and resumed, with DualPipe or 1F1B on either side, against training that was not interrupted."""
+"""Runs training that is interrupted and resumed, each part with DualPipe or 1F1B."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from dualpipe.megatron import load_checkpoint, save_checkpoint
-from reference.launch import Context, launch
+from dualpipe.testing.launch import Context, launch
 from reference.megatron import production, truth
 from reference.megatron.case import Case
 from reference.megatron.trace import StepTrace, merge
 
-PARTIES: dict[str, ModuleType] = {"dualpipe": production, "1f1b": truth}
+SCHEDULES: dict[str, ModuleType] = {"dualpipe": production, "1f1b": truth}
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,19 @@ class Interruption:
 
 def train(
     case: Case,
-    party: str,
+    schedule: str,
     interruption: Interruption,
     buckets: Mapping[str, Any] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> list[StepTrace]:
-    """The steps that a party trains, all ranks' together.  ``buckets`` replaces fields of the wrapper's settings;
-    ``prepare`` runs in each process first.
+    """Train with a schedule and return the steps of all ranks.
+
+    ``buckets`` replaces fields of the ``DistributedDataParallelConfig``; ``prepare`` runs first in each process.
     """
-    module = PARTIES[party]
+    module = SCHEDULES[schedule]
 
     def rank(context: Context) -> list[StepTrace]:
-        of_case, optimizer_of = module.ddp_config, module.optimizer_config  # replaced in a forked process
+        of_case, optimizer_of = module.ddp_config, module.optimizer_config  # replaced in forked processes only
         module.ddp_config = lambda case: replace(of_case(case), **(buckets or {}))
         gathers = bool((buckets or {}).get("overlap_param_gather"))
         module.optimizer_config = lambda case: replace(optimizer_of(case), overlap_param_gather=gathers)
@@ -61,11 +62,11 @@ def train(
 
 
 def weights_that_differ(whole: StepTrace, resumed: StepTrace) -> list[str]:
-    """Weights and optimizer's copies of a step that are not bitwise equal, among replicas that both runs have."""
+    """The weights and optimizer's copies of a step that are not bitwise equal, of the replicas that both runs have."""
     return [
-        f"{kind} {name} of {place}"
+        f"{kind} {name} of {shard}"
         for kind in ("weights", "main_weights")
-        for place, tensors in getattr(resumed, kind).items()
+        for shard, tensors in getattr(resumed, kind).items()
         for name, value in tensors.items()
-        if not torch.equal(value, getattr(whole, kind)[place][name])
+        if not torch.equal(value, getattr(whole, kind)[shard][name])
     ]

@@ -1,4 +1,4 @@
-"""The flag, and the rules that say what trains right with it: each is broken once, and one clean run passes."""
+"""The flag, and the rules for the other settings: each rule is broken at least once, and a clean run passes."""
 
 import argparse
 import subprocess
@@ -42,7 +42,7 @@ def broken(args):
     return caught.value.violations
 
 
-# The rule, by the start of its name, what breaks it, and what the message must tell of it
+# The start of a rule, settings that break it, and a part of what the message must report
 PLANTED = [
     ("the pipeline size", {"pipeline_model_parallel_size": 3}, "pipeline_model_parallel_size is 3"),
     ("the pipeline size", {"pipeline_model_parallel_size": 1}, "is 1"),
@@ -50,62 +50,62 @@ PLANTED = [
     ("no virtual", {"virtual_pipeline_model_parallel_size": 1}, "is 1"),
     ("no virtual", {"num_layers_per_virtual_pipeline_stage": 1}, "num_layers_per_virtual"),
     ("no virtual", {"num_virtual_stages_per_pipeline_rank": 2}, "num_virtual_stages"),
-    ("one schedule", {"use_dualpipev": True}, "use_dualpipev is True"),
-    ("one schedule", {"moe_fb_overlap": True}, "moe_fb_overlap is True"),
-    ("weights are built", {"init_model_with_meta_device": True}, "init_model_with_meta_device"),
+    ("DualPipe and DualPipeV", {"use_dualpipev": True}, "use_dualpipev is True"),
+    ("DualPipe and DualPipeV", {"moe_fb_overlap": True}, "moe_fb_overlap is True"),
+    ("no initialization on the meta", {"init_model_with_meta_device": True}, "init_model_with_meta_device"),
     ("no distillation", {"freeze_all_layers": True}, "freeze_all_layers"),
-    ("microbatches are even", {"global_batch_size": 54}, "is 9 microbatches, which is odd"),
-    ("microbatches are even", {"global_batch_size": 36}, "is 6 microbatches for pipeline size 4"),
-    ("microbatches are even", {"global_batch_size": 50}, "leaves 2 samples over"),
+    ("the number of microbatches", {"global_batch_size": 54}, "is 9 microbatches, which is odd"),
+    ("the number of microbatches", {"global_batch_size": 36}, "is 6 microbatches for pipeline size 4"),
+    ("the number of microbatches", {"global_batch_size": 50}, "leaves 2 samples over"),
     ("embedding and output", {"untie_embeddings_and_output_weights": False}, "untie_embeddings"),
     ("embedding and output", {"share_embeddings_and_output_weights": True}, "share_embeddings"),
     ("no multi-token", {"mtp_num_layers": 1}, "mtp_num_layers is 1"),
-    ("one sequence length", {"variable_seq_lengths": True}, "variable_seq_lengths"),
-    ("one decoder", {"decoder_seq_length": 128}, "decoder_seq_length is 128"),
-    ("one decoder", {"encoder_pipeline_model_parallel_size": 2}, "encoder_pipeline"),
-    ("one residual stream", {"enable_mhc_connections": True}, "enable_mhc"),
+    ("all microbatches must have the same seq", {"variable_seq_lengths": True}, "variable_seq_lengths"),
+    ("the model must be a single decoder", {"decoder_seq_length": 128}, "decoder_seq_length is 128"),
+    ("the model must be a single decoder", {"encoder_pipeline_model_parallel_size": 2}, "encoder_pipeline"),
+    ("no hyper-connections", {"enable_mhc_connections": True}, "enable_mhc"),
     ("no vision", {"vision_pretraining": True}, "vision_pretraining"),
-    ("load is balanced", {"moe_router_load_balancing_type": "global_aux_loss"}, "global_aux_loss"),
-    ("load is balanced", {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"]}, "'aux_loss', 'glob"),
-    ("load is balanced", {"moe_router_load_balancing_type": "quantile_balancing"}, "quantile_balancing"),
+    ("load must be balanced", {"moe_router_load_balancing_type": "global_aux_loss"}, "global_aux_loss"),
+    ("load must be balanced", {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"]}, "'aux_loss', 'glob"),
+    ("load must be balanced", {"moe_router_load_balancing_type": "quantile_balancing"}, "quantile_balancing"),
     ("no paged stash", {"moe_paged_stash": True}, "moe_paged_stash"),
     ("no paged stash", {"moe_expert_rank_capacity_factor": 1.5}, "1.5"),
     ("no upcycling", {"moe_use_upcycling": True}, "moe_use_upcycling"),
-    ("weight gradients of the embedding", {"defer_embedding_wgrad_compute": True}, "defer_embedding"),
+    ("no deferred weight gradients", {"defer_embedding_wgrad_compute": True}, "defer_embedding"),
     ("Megatron's own split", {"overlap_moe_expert_parallel_comm": True}, "overlap_moe"),
     ("Megatron's own split", {"overlap_dispatch_backward_with_experts_wgrad": True}, "overlap_dispatch"),
     ("no CUDA graphs", {"cuda_graph_impl": "local"}, "cuda_graph_impl is 'local'"),
     ("no CUDA graphs", {"enable_cuda_graph": True}, "enable_cuda_graph"),
     ("no CUDA graphs", {"external_cuda_graph": True}, "external_cuda_graph"),
-    ("activations stay", {"cpu_offloading": True}, "cpu_offloading"),
-    ("activations stay", {"fine_grained_activation_offloading": True}, "fine_grained"),
-    ("all microbatches recompute", {"num_microbatches_with_partial_activation_checkpoints": 0}, "is 0"),
-    ("Megatron's DDP", {"use_megatron_fsdp": True}, "use_megatron_fsdp"),
-    ("Megatron's DDP", {"use_custom_fsdp": True}, "use_custom_fsdp"),
-    ("Megatron's DDP", {"use_torch_fsdp2": True}, "use_torch_fsdp2"),
-    ("one instance", {"num_distributed_optimizer_instances": 2}, "is 2"),
-    ("parameters are gathered before", {"overlap_param_gather_with_optimizer_step": True}, "overlap_param_gather"),
-    ("parameters are gathered over", {"create_all_gather_group": True}, "create_all_gather_group"),
-    ("the optimizer shards", {"optimizer": "dist_muon"}, "dist_muon"),
-    ("the optimizer shards", {"use_layer_wise_distributed_optimizer": True}, "layer_wise"),
-    ("weights are not sharded", {"gtp_weight_remat_size": 2}, "gtp_weight_remat_size is 2"),
-    ("weights are not sharded", {"expert_gtp_weight_remat_size": 2}, "expert_gtp"),
-    ("query and key", {"qk_clip": True}, "qk_clip"),
-    ("fp8 scales", {"fp8": "hybrid", "fp8_recipe": "delayed"}, "'delayed'"),
-    ("fp8 scales", {"fp8": "e4m3"}, "fp8 is 'e4m3' with fp8_recipe None"),
-    ("sequences are split", {"hybrid_context_parallel": True}, "hybrid_context_parallel"),
-    ("checkpoints are", {"ckpt_format": "torch"}, "ckpt_format is 'torch'"),
+    ("no offloading", {"cpu_offloading": True}, "cpu_offloading"),
+    ("no offloading", {"fine_grained_activation_offloading": True}, "fine_grained"),
+    ("all microbatches must be recomputed", {"num_microbatches_with_partial_activation_checkpoints": 0}, "is 0"),
+    ("data parallelism", {"use_megatron_fsdp": True}, "use_megatron_fsdp"),
+    ("data parallelism", {"use_custom_fsdp": True}, "use_custom_fsdp"),
+    ("data parallelism", {"use_torch_fsdp2": True}, "use_torch_fsdp2"),
+    ("there must be one instance", {"num_distributed_optimizer_instances": 2}, "is 2"),
+    ("parameters must be gathered before", {"overlap_param_gather_with_optimizer_step": True}, "overlap_param_gather"),
+    ("parameters must be gathered over", {"create_all_gather_group": True}, "create_all_gather_group"),
+    ("the optimizer must shard", {"optimizer": "dist_muon"}, "dist_muon"),
+    ("the optimizer must shard", {"use_layer_wise_distributed_optimizer": True}, "layer_wise"),
+    ("weights must not be sharded", {"gtp_weight_remat_size": 2}, "gtp_weight_remat_size is 2"),
+    ("weights must not be sharded", {"expert_gtp_weight_remat_size": 2}, "expert_gtp"),
+    ("no clipping", {"qk_clip": True}, "qk_clip"),
+    ("fp8 scales must", {"fp8": "hybrid", "fp8_recipe": "delayed"}, "'delayed'"),
+    ("fp8 scales must", {"fp8": "e4m3"}, "fp8 is 'e4m3' with fp8_recipe None"),
+    ("sequences must be split", {"hybrid_context_parallel": True}, "hybrid_context_parallel"),
+    ("the checkpoint format", {"ckpt_format": "torch"}, "ckpt_format is 'torch'"),
     ("no distillation", {"logits_save_dir": "there"}, "logits_save_dir"),
     ("no distillation", {"export_kd_teacher_load": "there"}, "export_kd"),
     ("no reinforcement", {"perform_rl_step": True}, "perform_rl_step"),
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "told"), PLANTED)
-def test_a_broken_rule_is_told_alone_with_what_came(name, changes, told):
+@pytest.mark.parametrize(("name", "changes", "got"), PLANTED)
+def test_a_broken_rule_is_reported_alone_with_the_setting_that_breaks_it(name, changes, got):
     (violation,) = broken(given(**changes))
     assert violation.rule.startswith(name)
-    assert told in violation.got
+    assert got in violation.got
     assert violation.fix
 
 
@@ -125,8 +125,8 @@ def test_a_clean_run_passes():
         {"num_virtual_stages_per_pipeline_rank": 1},
         {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]},
         {"overlap_param_gather": True, "align_param_gather": True},  # gathered as the forward needs them, as in 1F1B
-        {"ddp_average_in_collective": True, "average_in_collective": True},  # the stage's group counts both copies
-        {"overlap_p2p_comm": True},  # not asked: messages go in the schedule's order
+        {"ddp_average_in_collective": True, "average_in_collective": True},  # the stage's group counts both replicas
+        {"overlap_p2p_comm": True},  # has no effect: messages follow the schedule's order
         {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
         {"decoder_first_pipeline_num_layers": 1, "num_layers_in_first_pipeline_stage": 1},
         {"pipeline_model_parallel_layout": "Et|t|t|tL"},
@@ -137,11 +137,11 @@ def test_a_clean_run_passes():
         {"global_batch_size": None},  # a config has none
     ],
 )
-def test_what_trains_right_is_let_through(changes):
+def test_settings_that_dualpipe_can_train_with_pass(changes):
     validate_dualpipe_args(given(**changes))
 
 
-def test_the_same_settings_without_the_flag_are_nobodys_business():
+def test_without_the_flag_nothing_is_checked_or_changed():
     everything = {name: value for _, changes, _ in PLANTED for name, value in changes.items()}
     before = given(**everything, use_dualpipe=False)
     after = given(**everything, use_dualpipe=False)
@@ -151,22 +151,23 @@ def test_the_same_settings_without_the_flag_are_nobodys_business():
     validate_dualpipe_args(after)
 
 
-def test_a_check_changes_no_argument():
+def test_the_check_changes_no_argument():
     args = given()
     validate_dualpipe_args(args)
     assert vars(args) == vars(given())
 
 
-def test_all_broken_rules_come_in_one_message():
+def test_all_broken_rules_are_in_one_message():
     with pytest.raises(RuleError) as caught:
         validate_dualpipe_args(given(pipeline_model_parallel_size=3, mtp_num_layers=1, use_dualpipev=True))
     lines = str(caught.value).splitlines()
     assert lines[0] == (
-        "--use-dualpipe trains only what comes out right: 3 settings don't; change each of these or leave the flag out"
+        "--use-dualpipe is incompatible with 3 settings: they are listed below; "
+        "change each of them or leave out the flag"
     )
     assert [line[:27] for line in lines[1:]] == [
-        "  - the pipeline size is ev",
-        "  - one schedule (the two p",
+        "  - the pipeline size must ",
+        "  - DualPipe and DualPipeV ",
         "  - no multi-token predicti",
     ]
 
@@ -174,7 +175,8 @@ def test_all_broken_rules_come_in_one_message():
 def test_one_broken_rule_reads_as_one_sentence():
     (violation,) = broken(given(use_dualpipev=True))
     assert str(violation) == (
-        "one schedule (the two place stages differently): use_dualpipev is True; leave out --use-dualpipev"
+        "DualPipe and DualPipeV exclude each other (they place stages differently): use_dualpipev is True; "
+        "leave out --use-dualpipev"
     )
 
 
@@ -186,21 +188,21 @@ def rampup(start, increment, final):
     return found[0].got if found else None
 
 
-def test_every_batch_size_on_the_way_up_is_checked():
+def test_every_batch_size_of_a_ramp_up_is_checked():
     assert rampup(48, 12, 96) is None
     assert "= 54 over" in rampup(48, 6, 96)
     assert "= 36 over" in rampup(36, 12, 96)
 
 
-def test_the_batch_size_at_the_end_of_the_way_is_checked():
+def test_the_batch_size_after_a_ramp_up_is_checked():
     assert "--global-batch-size = 102 over" in rampup(48, 12, 102)
 
 
-def test_a_way_up_that_never_moves_is_refused():
+def test_a_ramp_up_without_an_increment_is_refused():
     assert "increment above 0" in rampup(48, 0, 96)
 
 
-def test_a_batch_that_may_be_decreased_is_judged_as_decreased():
+def test_a_batch_that_may_be_decreased_is_checked_as_decreased():
     validate_dualpipe_args(given(global_batch_size=50, decrease_batch_size_if_needed=True))
     (violation,) = broken(given(global_batch_size=47, decrease_batch_size_if_needed=True))
     assert "is 7 microbatches" in violation.got
@@ -212,12 +214,12 @@ def test_every_entry_of_a_schedule_of_batch_sizes_is_checked():
     assert "at 250B:54 = 54 over" in violation.got
 
 
-def test_a_schedule_of_batch_sizes_that_cannot_be_read_is_told():
+def test_a_schedule_of_batch_sizes_that_cannot_be_read_is_refused():
     (violation,) = broken(given(step_batch_size_schedule="0:many"))
     assert "'many'" in violation.got
 
 
-def test_data_parallel_size_follows_from_the_world_where_it_is_not_set():
+def test_an_unset_data_parallel_size_is_computed_from_the_world_size():
     args = given(world_size=16, context_parallel_size=1)
     del args.data_parallel_size
     validate_dualpipe_args(args)
@@ -235,7 +237,7 @@ def test_the_flag_is_off_unless_given():
     assert parser.parse_args(["--use-dualpipe"]).use_dualpipe is True
 
 
-def test_a_parser_that_has_the_flag_keeps_its_own():
+def test_a_parser_that_already_has_the_flag_is_not_changed():
     parser = argparse.ArgumentParser()
     own = parser.add_argument("--use-dualpipe", action="store_true", help="theirs")
     assert add_dualpipe_args(add_dualpipe_args(parser)) is parser

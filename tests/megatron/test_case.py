@@ -1,4 +1,4 @@
-"""Cases that cannot be verified are refused; the data of a pipeline is that of its two replicas, dealt in turn."""
+"""Cases that cannot be verified are refused; a pipeline reads the data of its two replicas in turn."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from reference.megatron.case import Case, Model
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "error"),
     [
         ({"pp": 3}, "an even number of ranks: got 3"),
         ({"pp": 4, "microbatches": 6}, "at least twice the ranks of a pipeline: got 6 for 4 ranks; use 8"),
-        ({"microbatches": 7}, "microbatches are even"),
-        ({"dp": 0}, "sizes are positive: got 0 and 1"),
+        ({"microbatches": 7}, "microbatches must be even"),
+        ({"dp": 0}, "sizes must be positive: got 0 and 1"),
         ({"tp": 3}, "got 4 heads for 3 ranks"),
         ({"sequence_parallel": True}, "needs tensor parallelism"),
         ({"model": Model.MOE, "tp": 2}, "only with sequence parallelism"),
         ({"dtype": "fp64"}, "fp32 or bf16: got fp64"),
         ({"steps": 0}, "at least one step"),
         ({"dropout": 1.0}, "below 1"),
-        ({"clip": -1.0}, "not negative"),
-        ({"distributed_optimizer": True, "clip": 1.0}, "added up in another order"),
-        ({"timeout": 0}, "number of seconds"),
+        ({"clip": -1.0}, "not be negative"),
+        ({"distributed_optimizer": True, "clip": 1.0}, "in another order"),
+        ({"timeout": 0}, "positive number of seconds"),
     ],
 )
-def test_refused(options, told):
-    with pytest.raises(RuleError, match=told):
+def test_cases_that_cannot_be_verified_are_refused(options, error):
+    with pytest.raises(RuleError, match=error):
         Case(**options)
 
 
@@ -39,16 +39,16 @@ def test_gradients_are_clipped_unless_the_optimizer_is_distributed():
     assert Case(clip=0).clip_norm == 0
 
 
-def test_a_pipeline_reads_what_its_two_replicas_read_in_turn():
+def test_a_pipeline_reads_the_microbatches_of_its_two_replicas_in_turn():
     case = Case(pp=2, dp=2, microbatches=6)
     for pipeline in (0, 1):
-        dealt = list(data.of_pipeline(case, 3, pipeline))
+        read = list(data.of_pipeline(case, 3, pipeline))
         up, down = list(data.of_replica(case, 3, pipeline)), list(data.of_replica(case, 3, case.dp + pipeline))
-        for item, replica in zip(dealt, [x for pair in zip(up, down, strict=True) for x in pair], strict=True):
+        for item, replica in zip(read, [x for pair in zip(up, down, strict=True) for x in pair], strict=True):
             assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(item, replica, strict=True))
 
 
-def test_every_microbatch_is_another_and_the_same_each_time():
+def test_microbatches_all_differ_and_are_reproducible():
     case = Case(dp=2)
     everything = [b for step in (0, 1) for replica in range(4) for b in data.of_replica(case, step, replica)]
     assert len({tuple(b.tokens.flatten().tolist()) for b in everything}) == len(everything)

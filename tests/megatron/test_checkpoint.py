@@ -1,4 +1,4 @@
-"""Checkpoints: one main replica of each shard, nothing of DualPipe in them, and training that goes on bit for bit.
+"""Checkpoints: one main replica of each shard, independent of DualPipe, and training that resumes bitwise.
 
 saved with        DualPipe, 2 stages        1F1B, 4 stages
 loaded with       1F1B, 1, 2 or 4 stages    DualPipe, 2 or 4 stages
@@ -29,7 +29,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """Of a kind, trained once: the digest after 4 iterations, and a folder with the checkpoint of iteration 2."""
+    """Train each kind once: the digest after 4 iterations, and a folder with only the checkpoint of iteration 2."""
 
     @cache
     def train(kind):
@@ -59,7 +59,7 @@ def resumed(folder, options=KINDS["dropout"], ranks=2, schedule=DUALPIPE, iterat
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.long) if kind == "experts" else kind for kind in KINDS]
 )
-def test_training_resumed_is_bitwise_the_training_not_interrupted(kind, interrupted):
+def test_resumed_training_equals_uninterrupted_training_bitwise(kind, interrupted):
     whole, folder = interrupted(kind)
     assert resumed(folder, KINDS[kind]) == whole
 
@@ -75,7 +75,7 @@ def test_1f1b_loads_what_dualpipe_saved_at_any_pipeline_size(stages, saved, at_t
     assert loaded == at_two
 
 
-def test_1f1b_goes_on_with_the_bits_of_dualpipe(saved):
+def test_1f1b_resumes_dualpipe_bitwise(saved):
     whole, folder = saved
     assert resumed(folder, ranks=4, schedule=TWO_STAGES) == whole
 
@@ -89,7 +89,7 @@ def test_dualpipe_loads_what_1f1b_saved_at_another_pipeline_size(kind, tmp_path)
 
 
 def integrity(args):
-    """megatron-core's own check that exactly one main replica holds each shard, as it runs before it saves."""
+    """Run megatron-core's own check before a save: exactly one main replica holds each shard."""
     parallel_state.initialize_model_parallel(1, 2, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
     chunks, optimizer = example.build(args, "cpu")
@@ -103,12 +103,12 @@ def test_every_shard_has_one_main_replica(kind):
 
 
 def test_with_the_groups_of_the_rank_every_shard_has_two_main_replicas(monkeypatch):
-    monkeypatch.setattr(model, "_shard_over_stage", lambda module, place: None)
+    monkeypatch.setattr(model, "_shard_over_stage", lambda module, collection: None)
     with pytest.raises(RuntimeError, match="CheckpointingException: Invalid access pattern"):
         in_ranks(2, DUALPIPE, integrity)
 
 
-def test_an_optimizer_that_was_not_loaded_is_noticed(saved, monkeypatch):
+def test_an_optimizer_that_was_not_loaded_changes_the_result(saved, monkeypatch):
     whole, folder = saved
     monkeypatch.setattr(example, "load_checkpoint", lambda path, chunks, optimizer: load_checkpoint(path, chunks))
     assert resumed(folder) != whole
@@ -117,13 +117,13 @@ def test_an_optimizer_that_was_not_loaded_is_noticed(saved, monkeypatch):
 @pytest.mark.parametrize(
     ("module", "name"), [(checkpoint, "restore"), (checkpoint, "resume_random_stream")], ids=["lane >", "lane <"]
 )
-def test_random_states_that_were_not_resumed_are_noticed(module, name, saved, monkeypatch):
+def test_random_states_that_were_not_restored_change_the_result(module, name, saved, monkeypatch):
     whole, folder = saved
     monkeypatch.setattr(module, name, lambda given: None)
     assert resumed(folder) != whole
 
 
-def test_one_counter_of_steps_for_all_parameters_is_noticed(interrupted, monkeypatch):
+def test_one_step_counter_for_all_parameters_changes_the_result(interrupted, monkeypatch):
     @contextmanager
     def shares_the_counter(optimizer):
         with checkpoint_loading(optimizer):

@@ -1,4 +1,4 @@
-"""The example as a user sees it: what its options promise, and one run of each kind under torchrun."""
+"""The example script: its options, its data, and one run of each kind under torchrun."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_under_torchrun_dualpipe_and_1f1b_print_the_same_losses_and_digest():
     "options",
     ["--dropout 0.1", "--bf16 --use-distributed-optimizer --overlap-grad-reduce --clip-grad 0", "--num-experts 2"],
 )
-def test_dualpipe_gives_the_digest_of_1f1b_at_twice_the_data_parallelism(options):
+def test_dualpipe_prints_the_digest_of_1f1b_at_twice_the_data_parallelism(options):
     assert pretrain(2, f"{FOUR}{options} --use-dualpipe") == pretrain(4, f"{FOUR}{options}")
 
 
@@ -75,17 +75,17 @@ def test_every_epoch_reads_every_sample_once_and_in_another_order():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "error"),
     [
-        ("--use-dualpipe", "the pipeline size is even and above 1"),
+        ("--use-dualpipe", "the pipeline size must be even and at least 2"),
         ("--use-dualpipe --pipeline-model-parallel-size 2 --global-batch-size 7", "is 7 microbatches, which is odd"),
     ],
 )
-def test_what_cannot_be_trained_with_dualpipe_is_refused_before_anything_is_built(options, told, monkeypatch, capsys):
+def test_settings_that_dualpipe_cannot_train_with_are_refused_before_building(options, error, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         example.parse_arguments([*SMALL.split(), *options.split()])
-    assert told in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
 def test_replicas_that_differ_have_no_digest():

@@ -1,4 +1,4 @@
-"""Data dealt to two lanes: which item goes where, how far the stream is read, and what an end in mid-step says.
+"""Data split between two lanes: which item each gets, how far the stream is read, and the error if it ends early.
 
 item of the step         0   1   2   3   4   5
 microbatch of lane >     0       1       2
@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_rerun_state_machine
 
 from dualpipe.errors import RuleError
 from dualpipe.megatron.iterators import LaneData, LaneIterator, _Dealer, split_data_iterator
@@ -20,7 +21,7 @@ interleavings = st.lists(st.sampled_from([UP, DOWN]), max_size=40)
 
 
 class Stream:
-    """Counts upwards, and how often it was asked."""
+    """An iterator that counts its reads."""
 
     def __init__(self, items):
         self.items, self.read = iter(items), 0
@@ -36,12 +37,12 @@ def stream():
 
 
 def forced(ups, downs):
-    """How many items of the stream must be read before so many microbatches of each lane are at hand."""
+    """The number of items that must be read to get this many microbatches of each lane."""
     return max(2 * ups - 1 if ups else 0, 2 * downs)
 
 
 def fault(requests, split=split_data_iterator):
-    """The first thing that is wrong with a splitter of one stream, or ``None``."""
+    """Describe the first error of a splitter of one stream, or return ``None``."""
     source = stream()
     data = split(source)
     taken = {UP: 0, DOWN: 0}
@@ -52,7 +53,7 @@ def fault(requests, split=split_data_iterator):
         taken[lane] += 1
         must = forced(taken[UP], taken[DOWN])
         if source.read != must:
-            return f"{source.read} items were read where {must} suffice"
+            return f"{source.read} items were read where {must} are enough"
         if data.waiting != must - taken[UP] - taken[DOWN]:
             return f"{data.waiting} items are kept"
     step = 2 * max(taken.values())
@@ -63,12 +64,12 @@ def fault(requests, split=split_data_iterator):
 
 
 @given(interleavings)
-def test_any_interleaving_gives_each_lane_its_items_and_reads_no_further_than_it_must(requests):
+def test_in_any_interleaving_each_lane_gets_its_items_and_reads_no_further_than_needed(requests):
     assert fault(requests) is None
 
 
 @given(interleavings)
-def test_one_iterator_for_both_chunks_and_one_for_each_deal_the_same(requests):
+def test_one_iterator_for_both_chunks_and_one_for_each_give_the_same_items(requests):
     both = stream()
     forms = [stream(), [stream()], (stream(),), [both, both], [stream(), stream()], [None, stream()], [stream(), None]]
     for form in forms:
@@ -80,7 +81,7 @@ def test_one_iterator_for_both_chunks_and_one_for_each_deal_the_same(requests):
 
 
 @given(st.lists(interleavings, max_size=4))
-def test_two_iterators_with_the_same_data_stay_together_from_step_to_step(steps):
+def test_two_iterators_with_the_same_data_stay_in_step(steps):
     first, second = stream(), stream()
     for requests in steps:
         per_lane = max(requests.count(UP), requests.count(DOWN))
@@ -101,7 +102,7 @@ def swapped(source):
 
 
 def halves(source):
-    """The first half of what is asked to one lane, the rest to the other, in the order of asking."""
+    """Gives each lane items in the order of reading, whichever lane takes one."""
     dealer = _Dealer(source, [UP, DOWN])
     dealer.deal = lambda: [queue.append(next(source)) for queue in dealer.waiting.values()]
     return LaneData({lane: LaneIterator(lane, dealer) for lane in (UP, DOWN)}, [dealer])
@@ -120,7 +121,7 @@ def eager(source):
 
 
 def doubly_fed(source):
-    """Each lane reads the stream for itself, as two copies that nobody deals would be read."""
+    """Each lane reads one stream itself, as if it had its own copy."""
     dealers = [_Dealer(source, [lane]) for lane in (UP, DOWN)]
     return LaneData({lane: LaneIterator(lane, d) for d in dealers for lane in d.waiting}, dealers)
 
@@ -136,7 +137,7 @@ def unfinished(source):
 
 
 @pytest.mark.parametrize("planted", [swapped, halves, eager, doubly_fed, unfinished])
-def test_a_planted_fault_is_seen(planted):
+def test_a_planted_fault_is_found(planted):
     requests = [UP, UP, DOWN, UP, DOWN, DOWN, UP]
     assert fault(requests) is None
     assert fault(requests, planted) is not None
@@ -146,7 +147,7 @@ def test_a_planted_fault_is_seen(planted):
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (2, 10), (4, 8), (4, 20), (8, 16), (8, 40)])
-def test_a_rank_at_an_end_keeps_no_more_than_the_other_lanes_way_through_the_pipeline(ranks, microbatches):
+def test_the_first_and_last_rank_keep_at_most_one_item_for_each_rank(ranks, microbatches):
     schedule = generate("dualpipe", ranks, microbatches)
     for rank in (0, ranks - 1):
         source = Stream(range(microbatches))
@@ -163,25 +164,26 @@ def test_a_rank_at_an_end_keeps_no_more_than_the_other_lanes_way_through_the_pip
 # The end of the data
 
 
-def test_an_iterator_that_ends_says_at_which_microbatch_of_which_lane():
+def test_data_that_ends_early_raises_with_microbatch_and_lane():
     data = split_data_iterator(Stream(range(5)))
     assert [next(data[UP]) for _ in range(3)] == [0, 2, 4]
     assert [next(data[DOWN]) for _ in range(2)] == [1, 3]
     with pytest.raises(RuleError) as caught:
         next(data[DOWN])
     assert str(caught.value) == (
-        "the data lasts to the end of a step: it ended before microbatch 2 of lane <, which is item 5 of this step; "
-        "give an iterator with as many items as the step has microbatches (it gave 5), or one that starts over"
+        "the data must have an item for every microbatch of a step: it ended before microbatch 2 of lane <, "
+        "which is item 5 of this step; "
+        "pass an iterator with as many items as the step has microbatches (it had 5), or one that starts over"
     )
 
 
-def test_the_end_of_the_data_ends_no_loop_in_silence():
+def test_the_end_of_the_data_does_not_silently_end_a_loop():
     up, _ = split_data_iterator(Stream(range(3)))
     with pytest.raises(RuleError):
         list(up)
 
 
-def test_an_error_in_the_data_pipeline_comes_through_as_it_is():
+def test_an_error_in_the_data_pipeline_is_passed_on_unchanged():
     def failing():
         yield 0
         raise OSError("disk")
@@ -195,7 +197,7 @@ def test_an_error_in_the_data_pipeline_comes_through_as_it_is():
 # Steps
 
 
-def test_the_next_step_goes_on_where_this_one_ended():
+def test_the_next_step_continues_where_this_one_ended():
     source = stream()
     for first in (0, 4):
         data = split_data_iterator(source)
@@ -212,7 +214,7 @@ def test_a_step_may_have_an_odd_number_of_microbatches():
 
 
 @pytest.mark.parametrize("lane", [UP, DOWN])
-def test_a_rank_where_one_lane_alone_looks_at_the_data_stays_with_the_others(lane):
+def test_a_rank_where_only_one_lane_takes_data_stays_in_step_with_the_others(lane):
     source = stream()
     data = split_data_iterator(source)
     assert [next(data[lane]) for _ in range(3)] == [i + (lane is DOWN) for i in (0, 2, 4)]
@@ -220,7 +222,7 @@ def test_a_rank_where_one_lane_alone_looks_at_the_data_stays_with_the_others(lan
     assert next(source) == 6
 
 
-def test_a_rank_that_looks_at_no_data_reads_none():
+def test_a_rank_that_takes_no_data_reads_none():
     source = stream()
     split_data_iterator(source).finish(6)
     assert source.read == 0
@@ -232,11 +234,11 @@ def test_a_step_may_end_where_the_data_ends():
     data.finish(2)
 
 
-# What comes in
+# The forms of data
 
 
 @pytest.mark.parametrize("nothing", [None, [None], [None, None]])
-def test_a_rank_without_data_has_none_for_both_lanes(nothing):
+def test_without_data_both_lanes_are_none(nothing):
     assert list(split_data_iterator(nothing)) == [None, None]
 
 
@@ -247,6 +249,48 @@ def test_lane_iterators_are_iterators():
 
 
 @pytest.mark.parametrize("wrong", [[], [iter([]), iter([]), iter([])], range(3), [range(3)], "data"])
-def test_what_is_no_iterator_is_refused(wrong):
+def test_data_that_is_not_an_iterator_is_refused(wrong):
     with pytest.raises(RuleError):
         split_data_iterator(wrong)
+
+
+# With Megatron-LM's replaying iterator
+
+
+@pytest.fixture
+def rerunning():
+    machine = get_rerun_state_machine()
+    mode = machine.get_mode()
+    machine.set_mode(RerunMode.VALIDATE_RESULTS)
+    yield
+    machine.set_mode(mode)
+
+
+def test_megatrons_replaying_iterator_replays_a_step_for_both_lanes(rerunning):
+    def step(order):
+        data = split_data_iterator(stream)
+        up, down = data
+        taken = [next(up if lane == ">" else down) for lane in order]
+        data.finish(len(order))
+        return taken
+
+    stream = RerunDataIterator(iter(range(8)))
+    first = step(">><>><<<")
+    assert first == [0, 2, 1, 4, 6, 3, 5, 7]
+    assert stream.saved_microbatches == list(range(8))
+    stream.rewind()
+    assert step(">><>><<<") == first
+    stream.rewind()
+    assert step("><><><><") == list(range(8))
+
+
+def test_the_step_after_a_replay_reads_the_next_items(rerunning):
+    stream = RerunDataIterator(iter(range(8)))
+    for start in (0, 4):
+        stream.advance()
+        for _ in range(2):
+            data = split_data_iterator(stream)
+            up, down = data
+            assert [next(up), next(up), next(down), next(down)] == [start, start + 2, start + 1, start + 3]
+            data.finish(4)
+            stream.rewind()

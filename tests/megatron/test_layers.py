@@ -1,6 +1,6 @@
 """The split of Megatron's linear layers: B gives the input gradient, W the weight gradient, with Megatron's own bits.
 
-first F, B   Megatron's own layer, watched
+first F, B   Megatron's own layer, observed
 F            y = x W^T + b     autograd sees x alone
 B            dx = dy W         all-reduced or scattered over tensor-parallel ranks
 W            dW = dy^T x       into main_grad, by the hook of the data-parallel wrapper
@@ -18,7 +18,7 @@ from torch import nn
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.runtime.weightgrad import WeightGradStore
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron.importing import expected_warnings
 from reference.megatron.standins import install_cpu_standins
 
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 def build(config, skip_bias_add=False):
-    """The same weights at every call."""
+    """Build a block, with the same weights at every call."""
     torch.manual_seed(2)
     return Block(config, skip_bias_add)
 
@@ -96,7 +96,7 @@ def train(model, store=None, microbatches=MICROBATCHES, tokens=TOKENS, needs_inp
     from dualpipe.megatron.layers import split_layers
 
     split = split_layers(model, store or WeightGradStore()).stage
-    split.learned = True  # no microbatch is run whole, but without a store all are
+    split.learned = True  # without a store, all microbatches run whole anyway
     generator = torch.Generator().manual_seed(3)
     dtype = next(model.parameters()).dtype
     inputs = [torch.randn(tokens, BATCH, WIDTH, generator=generator).to(dtype) for _ in range(microbatches)]
@@ -150,11 +150,11 @@ def test_b_leaves_no_weight_gradient_and_w_gives_megatrons_bits(skip_bias_add, d
     assert not after_b["up.weight"].any()
     assert not after_b["down.weight"].any()
     assert after_b["norm.weight"].any()
-    assert after_b["up.bias"].any() == skip_bias_add  # a bias that the caller adds is autograd's
+    assert after_b["up.bias"].any() == skip_bias_add  # autograd computes the gradient of a bias that the caller adds
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_over_tensor_parallel_ranks_the_input_gradient_is_reduced_in_b(sequence_parallel):
+def test_under_tensor_parallelism_b_reduces_the_input_gradient(sequence_parallel):
     def body(context):
         config = settings(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
         return stock_and_split(config, tokens=TOKENS // 2 if sequence_parallel else TOKENS)
@@ -213,7 +213,7 @@ def test_with_gradient_accumulation_fusion_w_calls_the_fused_kernel_once_for_eac
 
 
 class _Delaying(nn.Linear):
-    """A layer that keeps its weight gradient itself, as Transformer Engine's do when told to delay it."""
+    """A layer that delays its weight gradient itself, as Transformer Engine's layers can."""
 
     def __init__(self):
         super().__init__(WIDTH, WIDTH)
@@ -224,7 +224,7 @@ class _Delaying(nn.Linear):
         self.calls += 1
 
 
-def test_a_layer_that_delays_its_weight_gradient_is_asked_for_it_and_not_split_again():
+def test_a_layer_that_delays_its_weight_gradient_runs_it_in_w_and_is_not_split_again():
     from dualpipe.megatron.layers import split_layers
 
     layer = _Delaying()
@@ -235,7 +235,7 @@ def test_a_layer_that_delays_its_weight_gradient_is_asked_for_it_and_not_split_a
     assert split.stage.layers == []
 
 
-def test_what_cannot_be_split_is_named_once_for_each_kind(caplog):
+def test_layers_that_cannot_be_split_are_logged_once_for_each_kind(caplog):
     from dualpipe.megatron.layers import split_layers
 
     with caplog.at_level(logging.INFO, "dualpipe.runtime.split_linear"):
@@ -245,8 +245,8 @@ def test_what_cannot_be_split_is_named_once_for_each_kind(caplog):
     assert "Linear" not in record.getMessage()
 
 
-def test_layers_run_whole_where_they_must_and_are_split_elsewhere():
-    """Where the weights are used outside the layer, as a tied embedding's are, and in the first F and B."""
+def test_layers_are_split_except_where_they_must_run_whole():
+    """They run whole in the first F and B, and if weights are used outside the layer, like a tied embedding's."""
 
     def body(context):
         from dualpipe.megatron.layers import split_layers
@@ -275,7 +275,7 @@ def test_layers_run_whole_where_they_must_and_are_split_elsewhere():
     assert in_ranks(1, body) == [([0, 2, 2], [0, 1, 1])]
 
 
-def test_under_autocast_the_layer_is_megatrons_own():
+def test_under_autocast_megatrons_own_layer_runs():
     def body(context):
         from dualpipe.megatron.layers import split_layers
 
@@ -294,7 +294,7 @@ def test_under_autocast_the_layer_is_megatrons_own():
 
 
 def test_a_layer_used_twice_is_summed_before_it_is_added_to_main_grad():
-    """As Megatron's output layer is by multi-token prediction; in bf16 the order of the sum shows."""
+    """Multi-token prediction uses Megatron's output layer so; in bf16 the order of the sum matters."""
 
     def body(context):
         config = settings(params_dtype=torch.bfloat16)

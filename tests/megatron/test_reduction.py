@@ -1,4 +1,4 @@
-"""The oracle's order of summation is that of Megatron's buckets and gloo's ring."""
+"""The oracle sums in the order of Megatron's buckets and gloo's ring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron.case import Case, Model
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import bucket_limit, build_gpt, ddp_config, seed, transformer_config

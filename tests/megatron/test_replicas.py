@@ -1,4 +1,4 @@
-"""A step that would train the two copies of a stage apart is refused, or noticed at the next one; never silent."""
+"""A step after which the replicas of a stage would differ is refused, or detected at the next step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.errors import RuleError
 from dualpipe.megatron import build_dualpipe_optimizer, save_checkpoint
-from dualpipe.megatron.checkpoint import require_equal_copies
-from dualpipe.megatron.model import chunk_of
+from dualpipe.megatron.checkpoint import require_equal_replicas
+from dualpipe.megatron.model import setup_of
 from dualpipe.megatron.replicas import checksum
 from dualpipe.megatron.schedule import forward_backward_dualpipe as step
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 from reference.megatron import data, production
 from reference.megatron.case import Case
 from reference.megatron.training import forward_step
@@ -26,7 +26,7 @@ CASE = Case(pp=2, steps=2, microbatches=4, timeout=10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
-def test_a_checksum_follows_each_bit_and_each_place(dtype):
+def test_a_checksum_depends_on_each_bit_and_each_index(dtype):
     tensor = torch.arange(12).reshape(3, 4).to(dtype)
     same = checksum(tensor)
     assert checksum(tensor.t().contiguous().t()) == same
@@ -39,7 +39,7 @@ def test_a_checksum_follows_each_bit_and_each_place(dtype):
     assert checksum(changed) != same
 
 
-def test_negative_zero_and_the_kinds_of_nan_count():
+def test_a_checksum_distinguishes_signed_zeros_and_nans():
     zero = torch.zeros(2)
     assert checksum(zero) != checksum(-zero)
     one, other = (torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in (0x7FC00000, 0x7FC00001))
@@ -47,19 +47,19 @@ def test_negative_zero_and_the_kinds_of_nan_count():
     assert checksum(one) == checksum(one.clone())
 
 
-# Before a step's first message
+# Before the first message of a step
 
 
 def refusals(model, keywords):
-    """For each thing that a program may get wrong: what the step raises.  No message is sent for any of them."""
+    """The error that the step raises for each mistake in a program.  It sends no message for any of them."""
     config = model[0].config
 
-    def told(what=model, **settings):
+    def raised(chunks=model, **settings):
         before = {name: getattr(config, name) for name in settings}
         for name, value in settings.items():
             setattr(config, name, value)
         try:
-            step(model=what, **keywords)
+            step(model=chunks, **keywords)
         except RuleError as error:
             return str(error)
         finally:
@@ -68,19 +68,19 @@ def refusals(model, keywords):
         return "nothing"
 
     found = {
-        "no finalize": told(finalize_model_grads_func=None),
-        "no_sync of three": told(no_sync_func=[model[0].no_sync] * 3),
-        "no_sync of none": told(no_sync_func=[]),
-        "no_sync of strings": told(no_sync_func=["a", "b"]),
-        "grad_sync of one": told(grad_sync_func=[print]),
-        "param_sync of an int": told(param_sync_func=3),
-        "grad_sync without overlap": told(grad_sync_func=print),
-        "per token after building": told(calculate_per_token_loss=True),
-        "a flag after building": told(variable_seq_lengths=True),
-        "swapped": told(model[::-1]),
-        "one chunk": told(model[:1]),
-        "one chunk twice": told([model[0], model[0]]),
-        "unwrapped": told([chunk.module for chunk in model]),
+        "no finalize": raised(finalize_model_grads_func=None),
+        "no_sync of three": raised(no_sync_func=[model[0].no_sync] * 3),
+        "no_sync of none": raised(no_sync_func=[]),
+        "no_sync of strings": raised(no_sync_func=["a", "b"]),
+        "grad_sync of one": raised(grad_sync_func=[print]),
+        "param_sync of an int": raised(param_sync_func=3),
+        "grad_sync without overlap": raised(grad_sync_func=print),
+        "per token after building": raised(calculate_per_token_loss=True),
+        "a flag after building": raised(variable_seq_lengths=True),
+        "swapped": raised(model[::-1]),
+        "one chunk": raised(model[:1]),
+        "one chunk twice": raised([model[0], model[0]]),
+        "unwrapped": raised([chunk.module for chunk in model]),
     }
     for name, part in (("optimizer of one", model[:1]), ("optimizer swapped", model[::-1])):
         with pytest.raises(RuleError) as caught:
@@ -88,12 +88,12 @@ def refusals(model, keywords):
         found[name] = str(caught.value)
     layer = model[1].module.decoder.layers[0]
     layer.added = nn.Parameter(torch.ones(2))
-    found["added"] = told()
+    found["added"] = raised()
     del layer.added
     return found
 
 
-def test_what_would_train_the_copies_apart_is_refused_before_any_message():
+def test_mistakes_that_would_make_replicas_differ_are_refused_before_any_message():
     first, second = on_each_rank(lambda model, **keywords: refusals(model, keywords), replace(CASE, steps=1))
     assert first == second
     expected = {
@@ -112,25 +112,25 @@ def test_what_would_train_the_copies_apart_is_refused_before_any_message():
         "unwrapped": "got a chunk without it",
         "optimizer of one": "got stages [0]",
         "optimizer swapped": "got stages [1, 0]",
-        "added": "decoder.layers.0.added was not",
+        "added": "decoder.layers.0.added did not",
     }
     assert {name: text for name, text in expected.items() if text not in first[name]} == {}
 
 
-def test_a_distributed_optimizer_of_ones_own_is_refused():
+def test_a_distributed_optimizer_that_dualpipe_did_not_build_is_refused():
     def body(model, **keywords):
-        chunk_of(model[0]).pipeline.optimizer = lambda: None
-        with pytest.raises(RuleError, match="a model that build_dualpipe_optimizer has built none for"):
+        setup_of(model[0]).shared.optimizer = lambda: None
+        with pytest.raises(RuleError, match="a model without an optimizer from build_dualpipe_optimizer"):
             step(model=model, **keywords)
 
     on_each_rank(body, replace(CASE, steps=1, distributed_optimizer=True))
 
 
-# In the step itself
+# During the step
 
 
 @pytest.mark.parametrize("times", [0, 2])
-def test_gradients_that_were_not_reduced_once_fail_the_step_and_an_evaluation_reduces_none(times):
+def test_gradients_not_reduced_exactly_once_fail_the_step_and_an_evaluation_reduces_none(times):
     def body(model, data_iterator, **keywords):
         config = model[0].config
         real = config.finalize_model_grads_func
@@ -155,8 +155,8 @@ def test_gradients_that_were_not_reduced_once_fail_the_step_and_an_evaluation_re
             step(model=model, data_iterator=batches(), **keywords)
         return str(caught.value)
 
-    for said in on_each_rank(body, replace(CASE, steps=1)):
-        assert f"those of stage 0 were reduced {times} times" in said
+    for error in on_each_rank(body, replace(CASE, steps=1)):
+        assert f"those of stage 0 were reduced {times} times" in error
 
 
 def test_with_grad_sync_func_no_bucket_is_reduced_before_it():
@@ -178,7 +178,7 @@ def test_with_grad_sync_func_no_bucket_is_reduced_before_it():
         assert events.count("called") == 2
 
 
-def test_losses_of_both_lanes_come_without_their_graph():
+def test_returned_losses_of_both_lanes_have_no_graph():
     def attached(iterator, model):
         output, loss = forward_step(iterator, model)
 
@@ -211,7 +211,7 @@ def test_under_a_loss_per_token_a_loss_function_that_counts_none_is_refused():
 
 
 def second_step(disturb, case=CASE):
-    """What each rank raises in the second step, when ``disturb(model)`` has run before it."""
+    """The error of each rank in the second step, before which ``disturb(model)`` has run."""
 
     def rank(context):
         count = []
@@ -233,18 +233,18 @@ def second_step(disturb, case=CASE):
 
 
 def one_weight(model):
-    """The last bit of one weight, on one rank."""
+    """Flip the last bit of one weight, on one rank."""
     if dist.get_rank() == 1:
         weight = model[1].module.decoder.layers[1].mlp.linear_fc1.weight
         weight.data.view(torch.int32)[3, 5] ^= 1
 
 
-def test_copies_that_part_in_one_bit_are_noticed_on_every_rank_and_the_parameter_is_named():
-    for told in second_step(one_weight):
-        assert "decoder.layers.1.mlp.linear_fc1.weight of stage 1 differs between ranks 0 and 1" in told
+def test_replicas_that_differ_in_one_bit_raise_on_every_rank_and_name_the_parameter():
+    for error in second_step(one_weight):
+        assert "decoder.layers.1.mlp.linear_fc1.weight of stage 1 differs between ranks 0 and 1" in error
 
 
-def test_an_optimizer_that_updates_one_chunk_of_two_is_noticed():
+def test_an_optimizer_that_updates_only_one_chunk_is_detected():
     def rank(context):
         real = production.build_dualpipe_optimizer
 
@@ -259,12 +259,12 @@ def test_an_optimizer_that_updates_one_chunk_of_two_is_noticed():
         production.build_dualpipe_optimizer = build
         production.run_rank(CASE, context)
 
-    with pytest.raises(RuntimeError, match="updates one chunk of a rank and leaves stage 1 as it was"):
+    with pytest.raises(RuntimeError, match="updates one chunk of a rank and leaves stage 1 unchanged"):
         launch(production.ranks(CASE), rank, CASE.limit).values()
 
 
 class Counted(nn.Module):
-    """A norm that keeps a statistic of what it saw, as BatchNorm does."""
+    """A norm that keeps a statistic of its inputs, as BatchNorm does."""
 
     def __init__(self, inner):
         super().__init__()
@@ -285,12 +285,12 @@ def with_statistics(built=production.build_gpt):
     production.build_gpt = build_gpt
 
 
-def test_a_random_buffer_starts_equal_and_one_that_forwards_update_is_noticed_in_the_first_step():
+def test_a_random_buffer_starts_equal_and_one_that_forwards_update_fails_the_first_step():
     def rank(context):
         with_statistics()
 
         def checked(model, **keywords):
-            require_equal_copies(model)
+            require_equal_replicas(model)
             return step(model=model, **keywords)
 
         production.run_rank(CASE, context, checked)
@@ -299,10 +299,10 @@ def test_a_random_buffer_starts_equal_and_one_that_forwards_update_is_noticed_in
     assert len(outcome.failures) == 2
     for failure in outcome.failures:
         assert "input_layernorm.seen of stage 0 and 1 more differs between ranks 0 and 1" in str(failure)
-        assert "follow" in failure.trace, "noticed in the step, and not when the chunks were built"
+        assert "check_step" in failure.trace, "detected in the step, and not when the chunks were built"
 
 
-def test_copies_that_part_are_not_saved(tmp_path):
+def test_replicas_that_differ_are_not_saved(tmp_path):
     def body(model, **keywords):
         one_weight(model)
         with pytest.raises(RuleError, match=r"linear_fc1\.weight of stage 1 differs"):
@@ -312,91 +312,18 @@ def test_copies_that_part_are_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# What a provider builds, whatever the arguments say
+# Token counts for the expert bias
 
 
-@pytest.mark.parametrize("how", ["share_embeddings_and_output_weights", "one parameter"])
-def test_a_provider_that_ties_weights_is_refused_when_building(how):
-    def rank(context):
-        real = production.build_gpt
-
-        def build_gpt(case, config, first, last, groups):
-            model = real(case, config, first, last, groups)
-            if how == "one parameter":
-                model.word_embedding = nn.Embedding(2, 2)
-                model.head = nn.Linear(2, 2)
-                model.head.weight = model.word_embedding.weight
-            else:
-                model.share_embeddings_and_output_weights = True
-            return model
-
-        production.build_gpt = build_gpt
-        with pytest.raises(RuleError) as caught:
-            production.run_rank(CASE, context)
-        return str(caught.value)
-
-    for told in launch(production.ranks(CASE), rank, CASE.limit).values():
-        assert "embedding and output weights are untied" in told
-        assert ("share_embeddings_and_output_weights of its GPTModel" if how.startswith("share") else "is head") in told
-
-
-# Random numbers of a step that Megatron runs again
-
-
-def test_a_step_that_the_rerun_state_machine_repeats_draws_the_same_dropout_in_both_lanes():
-    def body(model, data_iterator, **keywords):
-        from megatron.core import rerun_state_machine as rerun
-
-        from dualpipe.megatron.random_streams import capture, restore
-
-        class Machine(rerun.RerunStateMachine):
-            """On a CPU: what is reduced and saved needs no GPU."""
-
-            def _reduce_any(self, value):
-                return value
-
-            def _save_state(self):
-                self.saved_state = capture()
-
-            def _restore_state(self):
-                restore(self.saved_state)
-
-        machine = Machine(mode=rerun.RerunMode.VALIDATE_RESULTS)
-        rerun._GLOBAL_RERUN_STATE_MACHINE = machine
-        gradients = []
-        while machine.should_run_forward_backward(None):
-            for chunk in model:
-                chunk.zero_grad_buffer()
-            step(model=model, data_iterator=data_iterator and data.of_pipeline(case, 0, 0), **keywords)
-            gradients.append([p.main_grad.clone() for chunk in model for p in chunk.parameters()])
-            machine.rerun_requested = len(gradients) == 1
-            machine.continue_requested = True
-            if machine.state is rerun.RerunState.RERUNNING_IN_PLACE:
-                break
-        assert len(gradients) == 2
-        return all(map(torch.equal, *gradients))
-
-    case = replace(CASE, steps=1, dropout=0.1)
-    assert on_each_rank(body, case) == [True, True]
-
-
-# Tokens by which routers steer
-
-
-def test_tokens_of_experts_are_added_up_over_the_two_copies_of_a_stage():
-    from types import SimpleNamespace
-
-    from dualpipe.megatron.schedule import _add_up_expert_tokens
+def test_tokens_per_expert_are_summed_over_both_replicas_of_a_stage():
+    from dualpipe.megatron.schedule import _sum_expert_tokens
 
     def rank(context):
         pairs = [dist.new_group([0, 3]), dist.new_group([1, 2])]
         chunk = nn.Module()
         chunk.router = nn.Module()
         chunk.router.local_tokens_per_expert = torch.tensor([10.0**context.rank])
-        pipeline = SimpleNamespace(
-            groups=SimpleNamespace(pair=pairs[context.rank in (1, 2)], pipeline=dist.group.WORLD)
-        )
-        _add_up_expert_tokens([(chunk, None)], pipeline)
+        _sum_expert_tokens([chunk], pairs[context.rank in (1, 2)])
         return chunk.router.local_tokens_per_expert.item()
 
     assert launch(4, rank, 30.0).values() == [1001, 110, 110, 1001]

@@ -1,9 +1,9 @@
-"""A run that is saved, loaded and goes on, against the run that was not interrupted, bit for bit.
+"""A run that is saved and resumed equals the uninterrupted run bitwise.
 
-step        1   2   save   3   4        the uninterrupted run saves on its way
-                    load   3   4        the resumed one
+step        1   2   save   3   4        the uninterrupted run, which also saves
+                    load   3   4        the resumed run
 
-Buckets are small, and their padding differs: there megatron-core 0.16.1 writes one parameter's state for another's.
+The buckets are small and padded, where megatron-core 0.16.1 writes the state of one parameter for another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIX = replace(CASE, dp=3, steps=4)
 
 
 class Wide(Case):
-    """Wide enough that every replica owns a part of buckets that are padded to 65,536 elements."""
+    """Wide enough for every replica to own a part of buckets that are padded to 65,536 elements."""
 
     hidden = 64
 
@@ -41,21 +41,21 @@ EVERY = {
 }
 
 
-def whole(folder, party, case=CASE, buckets=None):
-    """The last step of a run that is saved half-way and not interrupted."""
-    return train(case, party, Interruption(folder, case.steps // 2, False), buckets)[-1]
+def whole(folder, schedule, case=CASE, buckets=None):
+    """The last step of an uninterrupted run that is saved half-way."""
+    return train(case, schedule, Interruption(folder, case.steps // 2, False), buckets)[-1]
 
 
-def resumed(folder, party, case=CASE, buckets=None):
-    return train(case, party, Interruption(folder, case.steps // 2, True), buckets)[-1]
+def resumed(folder, schedule, case=CASE, buckets=None):
+    return train(case, schedule, Interruption(folder, case.steps // 2, True), buckets)[-1]
 
 
-def test_a_run_resumed_is_bitwise_the_one_not_interrupted(tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path):
     last = whole(tmp_path, "dualpipe")
     assert weights_that_differ(last, resumed(tmp_path, "dualpipe")) == []
 
 
-def test_state_that_belongs_to_other_weights_is_refused_in_loading(tmp_path, monkeypatch):
+def test_loading_refuses_state_that_belongs_to_other_weights(tmp_path, monkeypatch):
     gathered = optimizer_state._gathered
 
     def misplaced(part):
@@ -65,24 +65,24 @@ def test_state_that_belongs_to_other_weights_is_refused_in_loading(tmp_path, mon
     monkeypatch.setattr(optimizer_state, "_gathered", misplaced)
     whole(tmp_path, "dualpipe", replace(CASE, dtype="fp32"))
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match=r"the optimizer's copy of each weight is the weight.*of \d+ differ"):
+    with pytest.raises(RuntimeError, match=r"the optimizer's copy of each weight equals the weight.*of \d+ differ"):
         resumed(tmp_path, "dualpipe", replace(CASE, dtype="fp32"))
 
 
 @pytest.mark.long
-def test_a_checkpoint_that_megatron_wrote_with_the_fault_is_refused(tmp_path, monkeypatch):
+def test_a_checkpoint_with_megatrons_bug_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizer_state, "save_parameters", lambda part: ())
     whole(tmp_path, "1f1b")
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match=r"the optimizer's copy of each weight is the weight.*of \d+ differ"):
+    with pytest.raises(RuntimeError, match=r"the optimizer's copy of each weight equals the weight.*of \d+ differ"):
         resumed(tmp_path, "dualpipe")
 
 
 def lay_out_with_padding():
-    """Stand-in for a Megatron that is mended: it gathers whole buffers, padding included."""
+    """Stand-in for a Megatron without the bug: it gathers whole buffers, including the padding."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    def mended(part, use_gloo_comm=True, empty_data=False, return_on_all_ranks=False):
+    def fixed(part, use_gloo_comm=True, empty_data=False, return_on_all_ranks=False):
         state = {"buckets_coalesced": True}
         for index, (ranges, buffer) in enumerate(zip(part.gbuf_ranges, part.buffers, strict=True)):
             room = {key: torch.zeros(buffer.numel) for key in ("param", "exp_avg", "exp_avg_sq")}
@@ -95,21 +95,21 @@ def lay_out_with_padding():
             state[index] = {dtype: {**room, "numel_unpadded": buffer.numel} for dtype in ranges}
         return state
 
-    DistributedOptimizer.get_parameter_state_dp_zero = mended
+    DistributedOptimizer.get_parameter_state_dp_zero = fixed
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mended", [False, True], ids=["0.16.1", "mended"])
+@pytest.mark.parametrize("fixed", [False, True], ids=["0.16.1", "fixed"])
 @pytest.mark.parametrize(("saver", "loader"), [("dualpipe", "1f1b"), ("1f1b", "dualpipe"), ("1f1b", "1f1b")])
-def test_a_run_goes_on_bitwise_with_the_other_schedule(saver, loader, mended, tmp_path):
-    prepare = lay_out_with_padding if mended else None
+def test_a_run_resumes_bitwise_with_the_other_schedule(saver, loader, fixed, tmp_path):
+    prepare = lay_out_with_padding if fixed else None
     last = train(CASE, saver, Interruption(tmp_path, 1, False), prepare=prepare)[-1]
     assert weights_that_differ(last, train(CASE, loader, Interruption(tmp_path, 1, True), prepare=prepare)[-1]) == []
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", EVERY)
-def test_a_run_resumes_bitwise_however_its_buckets_lie(kind, tmp_path):
+def test_a_run_resumes_bitwise_with_every_bucket_layout(kind, tmp_path):
     case, buckets = EVERY[kind]
     last = whole(tmp_path, "dualpipe", case, buckets)
     assert weights_that_differ(last, resumed(tmp_path, "dualpipe", case, buckets)) == []

@@ -1,4 +1,4 @@
-"""``forward_backward_dualpipe`` by its keywords: what a training loop calls, and what it gets.
+"""``forward_backward_dualpipe`` as a training loop calls it: its keywords, results and errors.
 
 data        0  1  2  3  4  5  ...      read on both end ranks
 lane >      0     1     2              first rank -> last rank
@@ -21,8 +21,8 @@ from dualpipe.megatron.schedule import forward_backward_dualpipe as step
 from dualpipe.megatron.schedule import schedule_for
 from dualpipe.runtime.executor import StepError
 from dualpipe.schedule import DOWN, UP
+from dualpipe.testing.launch import launch
 from proofs.prove import prove
-from reference.launch import launch
 from reference.megatron import data, production
 from reference.megatron.case import Case
 from reference.megatron.data import Batch
@@ -32,14 +32,14 @@ CASE = Case(pp=2, steps=1, timeout=10)
 
 
 class Collected(NamedTuple):
-    """What a loss function may give, nested as it likes."""
+    """A nested result of a loss function."""
 
     mean: torch.Tensor
     shapes: list[tuple[int, ...]]
 
 
 def on_each_rank(body: Callable[..., Any], case: Case = CASE) -> list[Any]:
-    """Run ``body(**keywords of the schedule)`` once on every rank, where a training step would be."""
+    """Run ``body(**keywords of the schedule)`` once on every rank, in place of a training step."""
 
     def rank(context):
         found: list[Any] = []
@@ -55,7 +55,7 @@ def on_each_rank(body: Callable[..., Any], case: Case = CASE) -> list[Any]:
 
 
 def numbers(returned: list[dict[str, torch.Tensor]]) -> list[tuple[int, int]]:
-    """Replica and number of the microbatch of each loss that was returned."""
+    """Replica and number of the microbatch of each returned loss."""
     return [tuple(entry["microbatch"].tolist()) for entry in returned]
 
 
@@ -72,12 +72,12 @@ def test_an_evaluation_of_any_length_returns_each_microbatch_once_on_the_last_ra
 
 @pytest.mark.parametrize("ranks", [2, 4, 6])
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 13])
-def test_the_forwards_of_an_evaluation_are_proved_like_a_schedule(ranks, count):
+def test_the_forwards_of_an_evaluation_pass_the_proofs(ranks, count):
     schedule = schedule_for(ranks, count, forward_only=True)
     assert schedule.microbatches == {UP: (count + 1) // 2, DOWN: count // 2}
     checks = prove(schedule).as_json()["checks"]
     refuted = {name for name, check in checks.items() if check["verdict"] != "proved"}
-    assert refuted <= {"complete", "memory"}  # there are no B and W, which would also end what is live
+    assert refuted <= {"complete", "memory"}  # there are no B and W to free activations
 
 
 def test_training_returns_the_losses_of_both_lanes_in_the_order_of_the_data():
@@ -86,7 +86,7 @@ def test_training_returns_the_losses_of_both_lanes_in_the_order_of_the_data():
     assert last == [(item % 2, item // 2) for item in range(CASE.count)]
 
 
-def test_non_loss_data_is_collected_as_the_loss_function_gives_it():
+def test_non_loss_data_is_returned_as_the_loss_function_returned_it():
     def collecting(data_iterator, model):
         output, _ = forward_step(data_iterator, model)
 
@@ -106,19 +106,19 @@ def test_non_loss_data_is_collected_as_the_loss_function_gives_it():
 
 
 @pytest.mark.parametrize(("first_val_step", "times"), [(None, 1), (True, 1), (False, 0)])
-def test_modules_are_told_of_the_first_microbatch_of_each_lane(first_val_step, times):
+def test_modules_are_notified_of_the_first_microbatch_of_each_lane(first_val_step, times):
     def body(model, **keywords):
-        told = []
+        called = []
         for chunk in model:
-            chunk.set_is_first_microbatch = lambda chunk=chunk: told.append(id(chunk))
+            chunk.set_is_first_microbatch = lambda chunk=chunk: called.append(id(chunk))
         step(model=model, forward_only=True, first_val_step=first_val_step, **keywords)
-        return [told.count(id(chunk)) for chunk in model]
+        return [called.count(id(chunk)) for chunk in model]
 
     assert on_each_rank(body) == [[times, times]] * 2
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_grad_sync_func_gets_each_chunks_parameters_once_when_the_last_w_is_over(as_list):
+def test_grad_sync_func_gets_each_chunks_parameters_once_after_the_last_w(as_list):
     def body(model, **keywords):
         config, calls = model[0].config, []
 
@@ -136,7 +136,7 @@ def test_grad_sync_func_gets_each_chunks_parameters_once_when_the_last_w_is_over
         assert all(moved)
 
 
-def test_one_no_sync_func_for_the_whole_model_serves_as_well_as_a_list():
+def test_one_no_sync_func_for_the_whole_model_works_like_a_list():
     def gradients(single):
         def body(model, **keywords):
             from contextlib import ExitStack, contextmanager
@@ -161,22 +161,22 @@ def test_one_no_sync_func_for_the_whole_model_serves_as_well_as_a_list():
 
 def test_force_all_reduce_and_the_number_of_tokens_reach_finalize_model_grads():
     def body(model, **keywords):
-        told = {}
+        given = {}
 
         def finalize(chunks, num_tokens=None, pg_collection=None, force_all_reduce=False):
-            told.update(chunks=len(chunks), tokens=int(num_tokens), force=force_all_reduce)
-            told["stages"] = [chunk.module.pre_process for chunk in chunks]
+            given.update(chunks=len(chunks), tokens=int(num_tokens), force=force_all_reduce)
+            given["stages"] = [chunk.module.pre_process for chunk in chunks]
             for chunk in chunks:
                 chunk.finish_grad_sync()
 
         model[0].config.finalize_model_grads_func = finalize
         step(model=model, force_all_reduce=True, **keywords)
-        return told
+        return given
 
     case = replace(CASE, per_token_loss=True)
     tokens = sum(int(batch.mask.sum()) for batch in data.of_pipeline(case, 0, 0))
-    for told in on_each_rank(body, case):
-        assert told == {"chunks": 2, "tokens": tokens, "force": True, "stages": [True, False]}
+    for given in on_each_rank(body, case):
+        assert given == {"chunks": 2, "tokens": tokens, "force": True, "stages": [True, False]}
 
 
 def test_the_loss_scale_multiplies_the_gradients_and_not_the_losses():
@@ -201,14 +201,14 @@ def parameters(model) -> list[torch.nn.Parameter]:
 
 
 def refused(**changed: Any) -> list[str]:
-    """What each rank is told when these keywords differ; a list gives one value to each rank."""
+    """The error of each rank with these keywords changed; a list has one value for each rank."""
 
     def body(model, **keywords):
         import torch.distributed as dist
 
         for name, value in changed.items():
             keywords[name] = value[dist.get_rank()] if isinstance(value, list) else value
-        with pytest.raises(Exception) as caught:  # noqa: PT011 # the caller looks at type and text
+        with pytest.raises(Exception) as caught:  # noqa: PT011 # the caller checks type and text
             step(model=model, **keywords)
         return f"{type(caught.value).__name__}: {caught.value}"
 
@@ -216,35 +216,35 @@ def refused(**changed: Any) -> list[str]:
 
 
 def test_too_few_or_odd_microbatches_are_refused_before_any_message():
-    assert all("at least two microbatches per rank" in told for told in refused(num_microbatches=2))
-    assert all("even" in told for told in refused(num_microbatches=7))
+    assert all("at least two microbatches per rank" in error for error in refused(num_microbatches=2))
+    assert all("even" in error for error in refused(num_microbatches=7))
 
 
-def test_ranks_with_different_numbers_of_microbatches_or_shapes_are_told_who_differs():
-    for told in refused(num_microbatches=[4, 6]):
-        assert told.startswith("DisagreementError: every rank runs with the same schedule")
-        assert "rank 0 has" in told
-        assert "rank 1 has" in told
-    for told in refused(micro_batch_size=[2, 4]):
-        assert "the same boundary between stages" in told
+def test_different_numbers_of_microbatches_or_shapes_name_the_ranks_that_differ():
+    for error in refused(num_microbatches=[4, 6]):
+        assert error.startswith("DisagreementError: every rank runs with the same schedule")
+        assert "rank 0 has" in error
+        assert "rank 1 has" in error
+    for error in refused(micro_batch_size=[2, 4]):
+        assert "the same boundary between stages" in error
 
 
-def test_what_is_not_supported_is_refused_by_name():
-    assert all("adjust_tensor_shapes_fn" in told for told in refused(adjust_tensor_shapes_fn=print))
+def test_unsupported_arguments_are_refused_by_name():
+    assert all("adjust_tensor_shapes_fn" in error for error in refused(adjust_tensor_shapes_fn=print))
 
 
-def test_data_that_ends_early_names_microbatch_and_lane():
+def test_a_step_whose_data_ends_early_names_microbatch_and_lane():
     def body(model, data_iterator, **keywords):
         items: list[Batch] = [] if data_iterator is None else [next(data_iterator) for _ in range(3)]
         with pytest.raises(Exception) as caught:  # noqa: PT011 # one rank lacks data, the other waits for it in vain
             step(model=model, data_iterator=iter(items), **keywords)
         return f"{type(caught.value).__name__}: {caught.value}"
 
-    told = on_each_rank(body, replace(CASE, timeout=3))
-    assert any("before microbatch 1 of lane <" in each for each in told), told
+    errors = on_each_rank(body, replace(CASE, timeout=3))
+    assert any("before microbatch 1 of lane <" in error for error in errors), errors
 
 
-def test_a_model_that_was_built_otherwise_is_refused():
+def test_a_model_that_build_dualpipe_model_did_not_build_is_refused():
     def body(model, **keywords):
         with pytest.raises(ValueError, match="build_dualpipe_model"):
             step(model=[torch.nn.Linear(1, 1)], **keywords)
@@ -252,11 +252,11 @@ def test_a_model_that_was_built_otherwise_is_refused():
     on_each_rank(body)
 
 
-def test_a_step_that_fails_in_mid_backward_leaves_no_weight_gradient_to_the_next_one():
+def test_a_step_that_fails_in_a_backward_leaves_no_weight_gradient_to_the_next_one():
     def body(model, **keywords):
-        from dualpipe.megatron.model import chunk_of
+        from dualpipe.megatron.model import setup_of
 
-        store, backwards, dropped = chunk_of(model[0]).pipeline.store, [], []
+        store, backwards, dropped = setup_of(model[0]).shared.store, [], []
         clear = store.clear
         store.clear = lambda: (dropped.append(len(store._waiting)), clear())
 
@@ -265,7 +265,7 @@ def test_a_step_that_fails_in_mid_backward_leaves_no_weight_gradient_to_the_next
             if len(backwards) == CASE.count:
                 raise ValueError("planted")
 
-        for chunk in model:  # the gradient of the first norm comes when all linear layers of the chunk are past
+        for chunk in model:  # its gradient is computed after those of all linear layers of the chunk
             chunk.module.decoder.layers[0].input_layernorm.weight.register_hook(fail)
         with pytest.raises((ValueError, StepError)):
             step(model=model, **keywords)
@@ -276,14 +276,14 @@ def test_a_step_that_fails_in_mid_backward_leaves_no_weight_gradient_to_the_next
         assert left == 0
 
 
-def test_a_layer_that_is_recomputed_sees_the_rank_of_its_stage():
+def test_a_recomputed_layer_reads_its_stage_from_global_state():
     def body(model, **keywords):
         from megatron.core import parallel_state
 
-        from dualpipe.megatron.schedule import lanes_of
+        from dualpipe.megatron.schedule import chunks_of
 
         seen = []
-        for chunk, (_, stage) in zip(model, lanes_of(model), strict=True):
+        for chunk, (_, stage) in zip(model, chunks_of(model), strict=True):
             layer = chunk.module.decoder.layers[0]
             layer.register_forward_pre_hook(
                 lambda *_, stage=stage: seen.append(parallel_state.get_pipeline_model_parallel_rank() == stage)
@@ -296,17 +296,17 @@ def test_a_layer_that_is_recomputed_sees_the_rank_of_its_stage():
         assert all(seen)
 
 
-def test_chunks_that_face_a_training_loop_still_cast_as_their_stage_does():
-    """The loop reads the rank's groups from the chunk; Float16Module asks it for the stage's."""
+def test_chunks_that_show_the_ranks_groups_still_cast_like_their_stage():
+    """The loop reads the rank's groups from the chunk; Float16Module reads those of its stage."""
 
     def body(model, **keywords):
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 
-        from dualpipe.megatron.training_loop import _face_the_loop
+        from dualpipe.megatron.training_loop import _show_groups_of_rank
 
         for chunk in model:
-            _face_the_loop(chunk)
+            _show_groups_of_rank(chunk)
         own = ProcessGroupCollection.use_mpu_process_groups().pp
         assert all(get_attr_wrapped_model(chunk, "pg_collection").pp is own for chunk in model)
         assert all(unwrap_model(chunk).pg_collection.pp is own for chunk in model)
@@ -315,24 +315,8 @@ def test_chunks_that_face_a_training_loop_still_cast_as_their_stage_does():
     assert on_each_rank(body, replace(CASE, dtype="bf16")) == [0, CASE.count]
 
 
-def test_a_provider_that_returns_one_parameter_twice_is_refused():
-    def rank(context):
-        kept = {}
-
-        def build_gpt(*args):
-            model = real(*args)
-            model.decoder.final = kept.setdefault("one", torch.nn.Linear(2, 2))
-            return model
-
-        real, production.build_gpt = production.build_gpt, build_gpt
-        with pytest.raises(ValueError, match=r"the same decoder\.final\.weight and more; build the parameters anew"):
-            production.run_rank(CASE, context)
-
-    launch(production.ranks(CASE), rank, CASE.limit).values()
-
-
 @pytest.mark.parametrize("place", ["loss of rank 1", "data of rank 0", "reduction of rank 0"])
-def test_after_an_error_that_the_loop_catches_the_next_call_refuses_on_every_rank(place):
+def test_after_an_error_that_the_loop_catches_the_next_call_raises_on_every_rank(place):
     def body(data_iterator, forward_step_func, **keywords):
         rank, calls = torch.distributed.get_rank(), [0]
         config = get_model_config(keywords["model"][0])
@@ -365,16 +349,16 @@ def test_after_an_error_that_the_loop_catches_the_next_call_refuses_on_every_ran
             config.finalize_model_grads_func = finalize
         elif place == "reduction of rank 0":
             config.finalize_model_grads_func = as_if_reduced
-        said = []
+        outcomes = []
         for _ in range(3):  # a rank that had done its part may learn of the failure within its next call
             try:
                 step(data_iterator=data_iterator, forward_step_func=forward_step_func, **keywords)
-                said.append("ok")
+                outcomes.append("ok")
             except Exception as error:
-                said.append(f"{type(error).__name__}: {error}")
-        return said
+                outcomes.append(f"{type(error).__name__}: {error}")
+        return outcomes
 
-    for rank, said in enumerate(on_each_rank(body)):
-        assert place.endswith(str(rank)) <= (said[0] != "ok")
-        assert said[2].startswith("SpoiledError"), said
-        assert f"rank {place[-1]} failed in " in said[2]
+    for rank, outcomes in enumerate(on_each_rank(body)):
+        assert place.endswith(str(rank)) <= (outcomes[0] != "ok")
+        assert outcomes[2].startswith("SpoiledError"), outcomes
+        assert f"rank {place[-1]} failed in " in outcomes[2]

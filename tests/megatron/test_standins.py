@@ -1,4 +1,4 @@
-"""The stand-ins replace what a CPU lacks, go away without a trace, and leave a GPU alone."""
+"""The stand-ins replace what a CPU lacks, can be removed completely, and do nothing on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def installed():
 
 
 def names() -> dict[str, object]:
-    """What the stand-ins replace, as it is now."""
+    """The current values of the names that the stand-ins replace."""
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -38,7 +38,7 @@ def names() -> dict[str, object]:
     }
 
 
-def test_removed_stand_ins_leave_everything_as_it_was():
+def test_removing_the_stand_ins_restores_everything():
     before = names()
     standins.install_cpu_standins()
     standins.install_cpu_standins()
@@ -47,7 +47,7 @@ def test_removed_stand_ins_leave_everything_as_it_was():
     assert names() == before
 
 
-def test_where_there_is_a_gpu_nothing_is_replaced(monkeypatch):
+def test_with_a_gpu_nothing_is_replaced(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = names()
     standins.install_cpu_standins()
@@ -55,7 +55,7 @@ def test_where_there_is_a_gpu_nothing_is_replaced(monkeypatch):
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_literal_device_is_the_cpu_in_megatrons_modules_alone():
+def test_a_literal_device_is_the_cpu_only_in_megatrons_modules():
     from megatron.core.optimizer import clip_grads
 
     assert clip_grads.torch.zeros(2, device="cuda").device.type == "cpu"
@@ -65,7 +65,7 @@ def test_a_literal_device_is_the_cpu_in_megatrons_modules_alone():
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_tensor_calls_itself_as_on_a_gpu_and_still_converts():
+def test_a_tensor_reports_a_gpu_type_and_still_converts():
     tensor = torch.zeros(2)
     assert tensor.type() == "torch.cuda.FloatTensor"
     assert tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
@@ -73,7 +73,7 @@ def test_a_tensor_calls_itself_as_on_a_gpu_and_still_converts():
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_forked_random_state_goes_on_where_it_stopped_and_leaves_the_running_one():
+def test_a_forked_random_state_continues_and_leaves_the_running_one_alone():
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     tracker = CudaRNGStatesTracker()
@@ -109,7 +109,7 @@ def test_norms_are_marked_for_the_reduction_of_sequence_parallelism():
         WrappedTorchNorm(config=other, hidden_size=8)
 
 
-def test_a_warning_that_is_not_expected_stays_one():
+def test_an_unexpected_warning_is_still_raised():
     with expected_warnings(), pytest.warns(UserWarning, match="something else"):
         warnings.warn("something else", UserWarning, stacklevel=1)
     with warnings.catch_warnings(record=True) as seen, expected_warnings():

@@ -1,4 +1,4 @@
-"""The drop-in and the single-process oracle are bitwise Megatron's own 1F1B; a faulty party is not."""
+"""The drop-in and the single-process oracle equal Megatron's own 1F1B bitwise; a faulty implementation does not."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SAMPLE = {
 def test_equal(case):
     report = verify(case)
     assert report.complaints == ()
-    assert {party.name: (party.failures, party.differences) for party in report.parties} == (
+    assert {party.name: (party.failures, party.differences) for party in report.comparisons} == (
         {PRODUCTION: ((), ())} | ({ORACLE: ((), ())} if case.has_oracle else {})
     )
     assert report.losses[-1] < report.losses[0]
-    assert all(party.norm_difference <= case.norm_rounding for party in report.parties)
+    assert all(party.norm_difference <= case.norm_rounding for party in report.comparisons)
 
 
 @pytest.mark.long
@@ -39,7 +39,7 @@ def test_equal_with_everything_at_once(model):
     assert verify(case).equal
 
 
-def test_one_gradient_off_by_one_unit_on_one_rank_is_told_and_so_is_what_follows():
+def test_a_gradient_off_by_one_unit_on_one_rank_is_reported():
     def faulty(case, context):
         def step(**keywords):
             losses = production.forward_backward_dualpipe(**keywords)
@@ -52,7 +52,7 @@ def test_one_gradient_off_by_one_unit_on_one_rank_is_told_and_so_is_what_follows
 
     report = verify(Case(steps=1), production_body=faulty)
     assert report.exit_code == 1
-    wrong, oracle = report.parties
+    wrong, oracle = report.comparisons
     assert str(wrong.differences[0]) == (
         "step 0, stage 1: gradient of decoder.layers.0.mlp.linear_fc2.weight (replica 0, tensor rank 0) differs, "
         "by up to 1 units in the last place"
@@ -60,30 +60,30 @@ def test_one_gradient_off_by_one_unit_on_one_rank_is_told_and_so_is_what_follows
     assert oracle.equal
 
 
-def test_a_loss_that_does_not_reach_the_last_rank_is_told():
+def test_a_loss_that_does_not_reach_the_last_rank_is_reported():
     def faulty(case, context):
         def step(**keywords):
             return production.forward_backward_dualpipe(**keywords)[1:]
 
         return production.run_rank(case, context, step)
 
-    told = [str(d) for d in verify(Case(steps=1), production_body=faulty).parties[0].differences]
-    assert told == ["step 0, stage 1: loss of microbatch 0 of replica 0 is missing"]
+    differences = [str(d) for d in verify(Case(steps=1), production_body=faulty).comparisons[0].differences]
+    assert differences == ["step 0, stage 1: loss of microbatch 0 of replica 0 is missing"]
 
 
-def test_a_party_that_fails_is_told_with_its_error():
+def test_a_run_that_fails_is_reported_with_its_error():
     def faulty(case, context):
-        raise ValueError("a fault that was planted")
+        raise ValueError("a planted fault")
 
     report = verify(Case(steps=1), production_body=faulty)
     assert report.as_json()["parties"][PRODUCTION]["verdict"] == "failed"
-    assert str(report.parties[0].failures[0]).endswith("ValueError: a fault that was planted")
+    assert str(report.comparisons[0].failures[0]).endswith("ValueError: a planted fault")
 
 
-def test_where_megatron_itself_fails_nothing_can_be_said(monkeypatch):
+def test_a_failure_of_megatron_itself_is_undecided(monkeypatch):
     def broken(case, context):
-        raise ValueError("no truth today")
+        raise ValueError("the truth failed")
 
     monkeypatch.setattr(truth, "run_rank", broken)
-    with pytest.raises(UndecidedError, match="no truth today"):
+    with pytest.raises(UndecidedError, match="the truth failed"):
         verify(Case(steps=1))

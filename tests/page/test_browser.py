@@ -11,7 +11,7 @@ from dualpipe.timeline.palette import DARK, LIGHT, NAMES, colour
 from proofs.prove import prove
 from tests.page.browser import Shown, chromium, missing
 from tests.pictures.cases import INTERLEAVED
-from tests.proofs.museum import (
+from tests.proofs.faults import (
     a_ring_sends_before_it_receives,
     receives_and_sends_not_coalesced,
     two_sends_of_a_batch_swapped,

@@ -5,7 +5,7 @@ from dualpipe.page.changes import changed_lanes
 from dualpipe.schedule import UP, Schedule, show_slot
 from dualpipe.schedule.generate import dualpipe, one_f_one_b
 from tests.mutations import insert
-from tests.proofs.museum import stages_in_a_loop_for_a_v, two_sends_of_a_batch_swapped
+from tests.proofs.faults import stages_in_a_loop_for_a_v, two_sends_of_a_batch_swapped
 
 
 def test_a_schedule_does_not_differ_from_itself():

@@ -10,7 +10,7 @@ from dualpipe.schedule.generate import PLANS, dualpipe, generate, one_f_one_b
 from dualpipe.timeline.timeline import Costs
 from tests.mutations import drop
 from tests.page import reading
-from tests.proofs.museum import EXHIBITS, place, receives_and_sends_not_coalesced, two_sends_of_a_batch_swapped
+from tests.proofs.faults import FAULTS, place, receives_and_sends_not_coalesced, two_sends_of_a_batch_swapped
 
 UNEVEN = Costs(F=1.1, B=1.37, W=0.71, FB=2.9, latency=0.05)
 
@@ -29,9 +29,9 @@ def test_slots_and_times_are_those_of_the_simulation(name, costs):
     assert shown["reached"] == [len(program) for program in schedule.programs]
 
 
-@pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)
-def test_needs_are_those_of_the_schedule(exhibit):
-    schedule = exhibit.plant()
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
+def test_needs_are_those_of_the_schedule(fault):
+    schedule = fault.plant()
     ops = [at.op.bare for at in schedule]
     for number, told in reading.needs(drawing(run(schedule, Costs(), blocking=False)), schedule):
         wanted = schedule.needs(ops[number])

@@ -13,8 +13,8 @@ from proofs.prove import prove
 from tests.cli.conftest import run as run
 from tests.page import reading
 from tests.production.cases import without
-from tests.proofs.museum import (
-    EXHIBITS,
+from tests.proofs.faults import (
+    FAULTS,
     a_receive_nobody_consumes,
     a_ring_sends_before_it_receives,
     two_sends_of_a_batch_swapped,
@@ -27,15 +27,15 @@ def found(schedule, check, **options):
     return next(one for one in counterexamples(report, schedule) if one.title == check)
 
 
-@pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)
-def test_every_refuted_check_points_into_the_timeline(exhibit):
-    schedule = exhibit.plant()
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
+def test_every_refuted_check_points_into_the_timeline(fault):
+    schedule = fault.plant()
     report = prove(schedule, smt=False)
     section = comparison(report, schedule)
     refuted = [name for name, result in report.checks.items() if result.verdict.word == "refuted"]
     assert [one.title for one in section.counterexamples] == refuted
     assert all(one.marks for one in section.counterexamples)
-    reading.tree(render(Page("museum", "refuted", (section,))))
+    reading.tree(render(Page("faults", "refuted", (section,))))
 
 
 def test_a_circle_has_an_arrow_for_each_wait():
@@ -89,8 +89,8 @@ def test_prove_writes_the_page_of_one_schedule(run, files):
     text = target.read_text(encoding="utf-8")
     reading.tree(text)
     (section,) = reading.data(text)
-    told = {one["title"]: one["story"] for one in section["counterexamples"]}
-    assert told["order"].startswith("rank 1 comes in slot 4 (1F1>)")
+    printed = {one["title"]: one["story"] for one in section["counterexamples"]}
+    assert printed["order"].startswith("rank 1 comes in slot 4 (1F1>)")
     assert '<span class="badge refuted">refuted</span>' in text
 
 

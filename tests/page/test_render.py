@@ -11,7 +11,7 @@ from dualpipe.page.model import VERDICTS
 from dualpipe.schedule import Schedule
 from dualpipe.schedule.generate import dualpipe
 from tests.page import reading
-from tests.proofs.museum import two_sends_of_a_batch_swapped
+from tests.proofs.faults import two_sends_of_a_batch_swapped
 
 HOSTILE = "<script>alert(1)</script>"
 

@@ -12,7 +12,8 @@ from dualpipe.schedule.generate import generate
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.timeline import Costs
 from reference.measured import MEASURED, measured, median_costs, trace
-from reference.stopwatch import StepTimes, Stopwatch, Stretch, Timed
+from reference.stopwatch import Stopwatch, Timed
+from reference.trace import Interval, StepTimes
 from tests.cli.conftest import run as run
 from tests.pictures.tracefile import complaints
 
@@ -24,23 +25,23 @@ TIMES = {
     0: {"0F0>": (10, 12), "0SF0>": (12, 12.5), "0RB0>": (12, 12.5), "0B0>": (12.5, 20), "0W0>": (20, 20)},
     1: {"1RF0>": (10, 10), "1F0>": (10, 15), "1B0>": (15, 17), "1W0>": (17, 17), "1SB0>": (17, 17.5)},
 }
-WAITS = {0: {"0RB0>": Stretch(12.5, 18)}, 1: {"1RF0>": Stretch(10, 13)}}
+WAITS = {0: {"0RB0>": Interval(12.5, 18)}, 1: {"1RF0>": Interval(10, 13)}}
 
 
 def step(later: float = 0.0) -> dict[int, StepTimes]:
     ops = {str(placed.op): placed.op for placed in SCHEDULE}
     return {
         rank: StepTimes(
-            tuple((ops[name], Stretch(a + later, b + later)) for name, (a, b) in times.items()),
-            {label: Stretch(a + later, b + later) for label, (a, b) in WAITS[rank].items()},
+            tuple((ops[name], Interval(a + later, b + later)) for name, (a, b) in times.items()),
+            {label: Interval(a + later, b + later) for label, (a, b) in WAITS[rank].items()},
         )
         for rank, times in TIMES.items()
     }
 
 
 def test_an_op_begins_when_its_waiting_ends():
-    recording = measured(SCHEDULE, step())
-    assert [(str(work.at.op), work.start, work.end) for work in recording.work] == [
+    run_log = measured(SCHEDULE, step())
+    assert [(str(work.at.op), work.start, work.end) for work in run_log.work] == [
         ("0F0>", 0, 2),
         ("0B0>", 8, 10),
         ("0W0>", 10, 10),
@@ -48,22 +49,22 @@ def test_an_op_begins_when_its_waiting_ends():
         ("1B0>", 5, 7),
         ("1W0>", 7, 7),
     ]
-    assert [(idle.rank, idle.start, idle.end, str(idle.need)) for idle in recording.idle] == [
+    assert [(idle.rank, idle.start, idle.end, str(idle.need)) for idle in run_log.idle] == [
         (0, 2.5, 8, "0RB0>"),
         (1, 0, 3, "1RF0>"),
     ]
 
 
-def test_a_message_is_there_when_its_receiver_has_waited():
+def test_a_message_completes_when_its_receiver_has_waited():
     messages = measured(SCHEDULE, step()).messages
-    told = {(str(m.send.op), str(m.receive.op)): (m.sent, m.awaited, m.completed) for m in messages}
-    assert told == {("0SF0>", "1RF0>"): (2, 0, 3), ("1SB0>", "0RB0>"): (7, 2, 8)}
+    times = {(str(m.send.op), str(m.receive.op)): (m.sent, m.awaited, m.completed) for m in messages}
+    assert times == {("0SF0>", "1RF0>"): (2, 0, 3), ("1SB0>", "0RB0>"): (7, 2, 8)}
 
 
-def test_the_two_halves_of_a_full_backward_say_so():
+def test_the_two_halves_of_a_full_backward_have_notes():
     notes = {str(work.at.op): work.note for work in measured(SCHEDULE, step()).work}
     assert notes["0F0>"] == ""
-    assert notes["0B0>"] == "B and W are one call of autograd here: the time of 0W0> is in it"
+    assert notes["0B0>"] == "B and W are one call of autograd here: the time includes 0W0>"
     assert notes["0W0>"].startswith("part of 0B0>: ")
 
 
@@ -81,7 +82,7 @@ def test_steps_follow_each_other_and_the_simulation_begins_with_each():
 def test_times_that_are_not_the_schedules_are_refused():
     planted = step()
     planted[0] = StepTimes(planted[0].ops[::-1], planted[0].waits)
-    with pytest.raises(AssertionError, match="rank 0 tells of 0W0> where the schedule has 0F0>"):
+    with pytest.raises(AssertionError, match="rank 0 measured 0W0> where the schedule has 0F0>"):
         measured(SCHEDULE, planted)
     planted[0] = StepTimes(step()[0].ops[:-1], planted[0].waits)
     with pytest.raises(ValueError, match="shorter"):
@@ -129,5 +130,5 @@ def test_processes_that_do_not_finish_leave_no_trace(run, tmp_path):
     file.write_text("lane > 0 1\nrank 0: 0F0> 0RB0> 0B0>+0W0> 0SF0>\nrank 1: 1RF0> 1F0> 1B0>+1W0> 1SB0>\n")
     result = run("verify", file, "--steps", 1, "--timeout", 2, "--trace", tmp_path / "trace.json")
     assert result.code == 1
-    assert "no trace was written, for the processes did not finish" in result.err
+    assert "no trace was written, because the processes did not finish" in result.err
     assert not (tmp_path / "trace.json").exists()

@@ -6,8 +6,8 @@ from dualpipe.schedule import Op, Schedule, Slot
 from dualpipe.schedule.generate import generate
 from reference.case import Case
 from reference.model import ModelConfig
-from reference.party import Party
-from reference.verify import PROCESSES, Report
+from reference.report import Comparison, Report
+from reference.verify import PROCESSES
 
 TINY = ModelConfig(hidden=16, heads=2, sequence=8, batch=1)
 
@@ -16,9 +16,9 @@ def tiny(name: str = "dualpipe", ranks: int = 2, microbatches: int = 4, **option
     return Case(generate(name, ranks, microbatches), TINY, **{"steps": 2, "timeout": 6.0, **options})
 
 
-def processes(report: Report) -> Party:
-    (party,) = (party for party in report.parties if party.name == PROCESSES)
-    return party
+def processes(report: Report) -> Comparison:
+    (comparison,) = (comparison for comparison in report.comparisons if comparison.name == PROCESSES)
+    return comparison
 
 
 def rewrite(schedule: Schedule, rank: int, change: Callable[[Slot], list[Slot]]) -> Schedule:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 HIDDEN, CHUNKS = 8, 8
 

@@ -20,9 +20,10 @@ from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.transport import ProcessGroupTransport
 from dualpipe.schedule import DOWN, RF, SB, SENDS, SF, UP, Op, W
 from dualpipe.schedule.generate import generate
-from reference.launch import Failure, launch
+from dualpipe.testing.launch import Failure, launch
+from reference.comparison import differences
 from reference.production import run_rank
-from reference.trace import differences, merge
+from reference.trace import merge
 from reference.verify import run_oracle, verify
 from tests.docs.snippets import ROOT, blocks_of, unlike
 from tests.production.cases import processes, rewrite, tiny, without
@@ -45,9 +46,9 @@ def test_two_sends_of_one_batch_swapped_train_silently_on_other_gradients():
 
     swapped = rewrite(case.schedule, 1, swap)
     assert swapped != case.schedule
-    party = processes(verify(replace(case, schedule=swapped)))
-    assert not party.failures
-    assert "gradient of its lane" in {difference.what for difference in party.differences}
+    comparison = processes(verify(replace(case, schedule=swapped)))
+    assert not comparison.failures
+    assert "gradient of its lane" in {difference.what for difference in comparison.differences}
 
 
 def test_a_skipped_w_is_missed_at_the_end_of_the_step():
@@ -75,7 +76,7 @@ def test_copies_that_are_not_reduced_differ_from_the_sum_and_drift_apart():
 
     report = verify(tiny(), rank_body=lambda case, progress: run_rank(case, progress, make_pipeline=Unreduced))
     found = {difference.what for difference in processes(report).differences if difference.step == 0}
-    assert found == {"gradient", "weight", "weight of one copy against the other's"}
+    assert found == {"gradient", "weight", "weight of one replica compared with the other's"}
 
 
 class Losing(ProcessGroupTransport):
@@ -128,9 +129,9 @@ class Hasty(ProcessGroupTransport):
 def test_a_work_that_is_not_waited_for_never_ends_in_an_equal_run():
     """gloo then stops with an op that waits in vain, or reads what has not arrived; which of the two is a race."""
     case = tiny(ranks=4, microbatches=8, steps=1, timeout=3.0)
-    party = processes(verify(case, rank_body=lambda c, p: run_rank(c, p, lambda c: Hasty(timeout=c.timeout))))
-    assert party.failures or party.differences
-    assert {failure.kind for failure in party.failures} <= {"StepError"}
+    comparison = processes(verify(case, rank_body=lambda c, p: run_rank(c, p, lambda c: Hasty(timeout=c.timeout))))
+    assert comparison.failures or comparison.differences
+    assert {failure.kind for failure in comparison.failures} <= {"StepError"}
 
 
 def test_a_receive_left_out_of_the_schedule_is_told_at_once():
@@ -272,7 +273,7 @@ def test_a_gradient_that_is_never_sent_is_told_by_the_rank_that_kept_it():
 
 
 def test_a_failed_rank_exits_at_once_though_a_send_of_its_own_still_waits(tmp_path):
-    """As a user's script would: no launcher that ends it, a send that nobody takes, a timeout of a minute."""
+    """As a user's script would: no launcher that ends it, a send that nobody takes, a timeout of ten minutes."""
     script = tmp_path / "train.py"
     script.write_text(
         f"""
@@ -280,7 +281,7 @@ import os, sys, torch, torch.distributed as dist
 from dualpipe.runtime.transport import Message, ProcessGroupTransport
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 2), rank=rank, world_size=2)
-transport = ProcessGroupTransport(timeout=60.0)
+transport = ProcessGroupTransport(timeout=600.0)
 transport.agree({{"alike": "yes"}})
 if rank == 0:
     transport.post([Message("0SF0>", 1, sends=True, tensors=[torch.ones(1000)])])
@@ -293,10 +294,8 @@ sys.stdin.read()
         for rank in range(2)
     ]
     try:
-        started = time.monotonic()
-        _, told = ranks[0].communicate(timeout=50)
+        _, told = ranks[0].communicate(timeout=140)
         assert "the user's own" in told
-        assert time.monotonic() - started < 40
     finally:
         for process in ranks:
             process.kill()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from reference.launch import Failure, launch
+from dualpipe.testing.launch import TIME_UP, Failure, launch
 
 
 def gone(pid: int) -> bool:
@@ -17,7 +17,7 @@ def gone(pid: int) -> bool:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             return True
-        if state == "Z":  # ended, and waiting for whoever inherited it to notice
+        if state == "Z":  # ended; its new parent has not reaped it yet
             return True
         time.sleep(0.1)
     return False
@@ -27,7 +27,7 @@ def test_results_come_back_by_rank():
     assert launch(3, lambda context: context.rank**2, backend=None).values() == [0, 1, 4]
 
 
-def test_a_rank_that_fails_is_told_with_its_error_and_the_others_results_stay():
+def test_a_failed_rank_is_reported_with_its_error_and_the_others_keep_their_results():
     def body(context):
         if context.rank == 1:
             raise KeyError("missing")
@@ -42,7 +42,7 @@ def test_a_rank_that_fails_is_told_with_its_error_and_the_others_results_stay():
         outcome.values()
 
 
-def test_an_error_without_a_text_is_told_with_the_line_that_raised_it():
+def test_an_error_without_a_text_is_reported_with_the_line_that_raised_it():
     def body(context):
         raise AssertionError  # as a bare assert of a library does
 
@@ -52,7 +52,7 @@ def test_an_error_without_a_text_is_told_with_the_line_that_raised_it():
 
 
 def test_no_body_starts_before_every_rank_has_joined_the_group(monkeypatch):
-    """gloo's ranks connect each to each: were one gone already, the connecting of a slower one would fail."""
+    """gloo connects every pair of ranks: if one had ended already, a slower one could not connect."""
     join = dist.init_process_group
     seconds = {}
 
@@ -67,6 +67,23 @@ def test_no_body_starts_before_every_rank_has_joined_the_group(monkeypatch):
     assert joined <= min(first, third)
 
 
+def test_a_process_that_ends_without_a_result_is_a_failure_even_if_a_child_of_its_holds_the_pipe():
+    def body(context):
+        if context.rank == 1 and os.fork():
+            os._exit(3)  # the child sleeps on, with the rank's end of the pipe
+        time.sleep(2 * context.rank)
+
+    outcome = launch(2, body, timeout=50.0, backend=None)
+    assert [str(failure) for failure in outcome.failures] == ["rank 1: Killed: ended with exit code 3 without a result"]
+    assert outcome.seconds < 2
+
+
+def test_ranks_that_are_stuck_are_ended():
+    outcome = launch(2, lambda context: time.sleep(60), timeout=50.0, backend=None, is_stuck=lambda: True)
+    assert {failure.kind for failure in outcome.failures} == {TIME_UP}
+    assert outcome.seconds < 10
+
+
 def test_ranks_that_do_not_end_are_ended():
     pids = []
     outcome = launch(
@@ -76,20 +93,20 @@ def test_ranks_that_do_not_end_are_ended():
         backend=None,
         on_progress=lambda rank, pid: pids.append(pid),
     )
-    assert {failure.kind for failure in outcome.failures} == {"TimeUp"}
+    assert {failure.kind for failure in outcome.failures} == {TIME_UP}
     assert outcome.seconds < 10
     assert len(pids) == 2
     assert all(map(gone, pids))
 
 
-def test_after_a_failure_the_others_have_the_grace_time_and_no_more():
+def test_after_a_failure_the_other_ranks_have_the_grace_period():
     def body(context):
         if context.rank == 0:
             raise ValueError("first")
         time.sleep(60)
 
     outcome = launch(2, body, timeout=50.0, grace=1.0, backend=None)
-    assert [failure.kind for failure in outcome.failures] == ["ValueError", "TimeUp"]
+    assert [failure.kind for failure in outcome.failures] == ["ValueError", TIME_UP]
     assert outcome.seconds < 10
 
 
@@ -101,11 +118,11 @@ def test_ranks_end_with_their_parent_however_it_ends(how):
         os.close(reading)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        def told(rank, pid):
+        def report(rank, pid):
             os.write(writing, f"{pid} ".encode())
 
         try:
-            launch(2, lambda context: (context.progress(os.getpid()), time.sleep(60)), 50.0, 1.0, None, told)
+            launch(2, lambda context: (context.progress(os.getpid()), time.sleep(60)), 50.0, 1.0, None, report)
         finally:
             os._exit(0)
     os.close(writing)

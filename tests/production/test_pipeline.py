@@ -15,7 +15,7 @@ from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
 from dualpipe.schedule import B, Lane, Op, Schedule, Slot, W
 from dualpipe.schedule.generate import generate
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 WIDTH, BATCH = 4, 3
 Held = tuple[Lane, int]

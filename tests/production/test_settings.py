@@ -2,15 +2,16 @@
 
 import pytest
 
+from dualpipe.testing.launch import launch
 from reference.case import SettingsError, require_deterministic
-from reference.launch import launch
 from reference.verify import verify
 from tests.gpu.torchrun import compare_ranks
-from tests.production.cases import tiny
+from tests.production.cases import processes, tiny
 
 
 def test_messages_staged_through_host_memory_change_no_bit():
-    assert verify(tiny(ranks=4, microbatches=8, staged=True)).equal
+    report = verify(tiny(ranks=4, microbatches=8, staged=True, timeout=60.0))
+    assert report.equal, str(processes(report).differences[:1] or processes(report).failures)
 
 
 def test_the_comparison_that_torchrun_starts_finds_no_difference():

@@ -26,7 +26,7 @@ from dualpipe.runtime.executor import StepError
 from dualpipe.runtime.transport import DisagreementError, Message, ProcessGroupTransport, SpoiledError, TensorSpec
 from dualpipe.schedule import B, F, Kind, W
 from dualpipe.schedule.generate import generate
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 RANKS, WIDTH, BATCH = 4, 4, 3
 SCHEDULE = generate("dualpipe", RANKS, 2 * RANKS)

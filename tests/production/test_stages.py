@@ -19,7 +19,7 @@ from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
 from dualpipe.runtime.transport import ProcessGroupTransport, SpoiledError, TensorSpec
 from dualpipe.schedule.generate import generate
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 WIDTH, BATCH = 4, 3
 REAL = TensorSpec((BATCH, WIDTH), torch.float32)

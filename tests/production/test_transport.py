@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dualpipe.runtime.transport import Message, MessageError, ProcessGroupTransport, SpoiledError
-from reference.launch import launch
+from dualpipe.testing.launch import launch
 
 
 class Noted:

@@ -1,4 +1,4 @@
-"""Two methods, one answer: ``prove`` raises where plain search and Z3 differ."""
+"""Both methods give the same answer: ``prove`` raises if plain search and Z3 differ."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -40,7 +40,7 @@ def test_any_schedule_value_gets_a_verdict_and_no_traceback(schedule):
 
 @settings(max_examples=150, deadline=None)
 @given(mutated(dualpipe(4, 8)))
-def test_what_blocks_least_is_free_of_deadlock_wherever_what_blocks_more_is(mutant):
+def test_a_schedule_without_deadlock_under_a_model_has_none_under_a_more_lenient_one(mutant):
     blocking, eager1, stream, eager2 = (type(deadlock(mutant.schedule, model)) for model in FOUR)
     assert stream is blocking
     assert blocking is Refuted or eager1 is Proved
@@ -65,7 +65,7 @@ def test_a_disagreement_is_a_crash_with_both_answers():
         settle("order", Refuted(None), Proved())
 
 
-def test_a_solver_that_gives_up_proves_nothing_and_takes_no_refutation_back():
+def test_a_solver_that_gives_up_proves_nothing_and_withdraws_no_refutation():
     given_up = Unknown("Z3 gave up: timeout")
     assert settle("order", Proved(), given_up) == given_up
     assert settle("order", Refuted(None), given_up) == Refuted(None)
@@ -90,8 +90,8 @@ def test_a_solver_out_of_time_makes_the_report_unknown():
     assert report.checks["order"].as_json()["reason"].startswith("Z3 gave up")
 
 
-def test_a_method_that_is_blind_to_a_fault_is_found_out(monkeypatch):
+def test_a_method_that_misses_a_fault_is_a_disagreement(monkeypatch):
     monkeypatch.setattr("proofs.search.order", lambda schedule: Proved())
-    blind = next(m for m in mutants(SUBJECTS["zb1p 4"], 200, seed=2) if m.name == "early B")
+    early = next(m for m in mutants(SUBJECTS["zb1p 4"], 200, seed=2) if m.name == "early B")
     with pytest.raises(DisagreementError, match="order"):
-        prove(blind.schedule)
+        prove(early.schedule)

@@ -1,4 +1,4 @@
-"""Each check on a schedule small enough to read, with each fault that it knows."""
+"""Each check on a schedule small enough to read, with each fault that it finds."""
 
 import pytest
 
@@ -26,7 +26,7 @@ FAULTS = [
     (findings.Stray, "stray", "1F1>", "0F1>", "rank 1 runs the forward of microbatch 1 at stage 0 of lane > in slot 4"),
     (findings.TooEarly, "too early", "0B0> 0W0>", "0W0> 0B0>", "which comes only in slot 5 (0B0>)"),
     (findings.TooEarly, "too early", "1RF0>", "", "(1RF0>), which never comes on rank 1"),
-    (findings.TooEarly, "too early", "1B1>+1W1>", "1W1>+1B1>", "(1B1>), which stands behind it in the same slot"),
+    (findings.TooEarly, "too early", "1B1>+1W1>", "1W1>+1B1>", "(1B1>), which comes after it in the same slot"),
     (findings.NoPeer, "no peer", "1RF0>", "1RF0>@7", "there is no rank 7, only 0 to 1"),
     (findings.NoPeer, "no peer", "1RF0>", "0RF0>", "lane > has no stage before stage 0, so no rank is at"),
     (findings.NoPeer, "no peer", "1RF0>", "1RF0>@1", "it names its own rank as the other end; rank 0 is its neighbour"),
@@ -40,8 +40,8 @@ FAULTS = [
     (findings.Mismatch, "mismatch", "0SF0> 0F1> 0SF1>", "0F1> 0SF1> 0SF0>", "but the next message from rank 0 is the"),
     (findings.LeftOver, "left over", "1SB1>", "", "as message 2 from rank 1, which sends only 1"),
     (findings.LeftOver, "left over", "0RB1>", "", "as message 2 to rank 0, which receives only 1"),
-    (findings.NeverMet, "never met", "0RB1>", "", "rank 1 waits for ever in slot 6 (1SB1>) to send the gradient"),
-    (findings.NeverMet, "never met", "1SB1>", "", "is message 2 from rank 1 to rank 0, and rank 1 sends only 1"),
+    (findings.Unmatched, "never met", "0RB1>", "", "rank 1 waits for ever in slot 6 (1SB1>) to send the gradient"),
+    (findings.Unmatched, "never met", "1SB1>", "", "is message 2 from rank 1 to rank 0, and rank 1 sends only 1"),
     (
         findings.OutOfOrder,
         "out of order",
@@ -59,7 +59,7 @@ def found(text: str, check: str) -> findings.Finding:
 
 
 @pytest.mark.parametrize(("fault", "name", "right", "wrong", "story"), FAULTS)
-def test_a_fault_is_found_and_told(fault, name, right, wrong, story):
+def test_a_fault_is_found_and_described(fault, name, right, wrong, story):
     assert right in TWO
     finding = found(TWO.replace(right, wrong), fault.check)
     assert isinstance(finding, fault)
@@ -72,7 +72,7 @@ def test_the_schedule_without_a_fault_passes_every_check_and_has_no_bound_to_kee
     assert verdicts == dict.fromkeys(CHECKS, Proved) | {"memory": Skipped}
 
 
-def test_a_message_sent_and_received_twice_is_told_apart_from_one_that_mixes():
+def test_a_message_sent_and_received_twice_is_distinguished_from_a_mismatch():
     twice = TWO.replace("0SF0> ", "0SF0> 0SF0> ").replace("1RF0> ", "1RF0> 1RF0> ")
     finding = found(twice, "messages")
     assert isinstance(finding, findings.SentTwice)
@@ -97,7 +97,7 @@ rank 1: 1RF0> 1F0> 2F0> 2SF0> 2RB0> 2B0>+2W0> 1B0>+1W0> 1SB0>
         ("3F0>", "3F0> 3SF0>", "lane > has no stage after stage 3, so no rank is at the other end"),
     ],
 )
-def test_a_message_that_no_two_ranks_exchange_is_told_with_the_reason(right, wrong, story):
+def test_the_story_of_a_message_between_no_two_ranks_gives_the_reason(right, wrong, story):
     assert prove(loads(V)).verdict == "proved"
     assert story in tell(found(V.replace(right, wrong, 1), "messages"))
 
@@ -113,7 +113,7 @@ def test_a_message_that_no_two_ranks_exchange_is_told_with_the_reason(right, wro
         ("stream", "the message stream of rank 0 waits for ever in slot 1 (0SF0>) to send the activation"),
     ],
 )
-def test_who_waits_for_a_partner_that_never_comes_depends_on_the_model(model, story):
+def test_the_model_decides_who_waits_for_a_missing_partner(model, story):
     schedule = loads("lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1:\n")
     verdict = prove(schedule, parse_models(model), smt=False).checks["deadlock"].verdict
     assert tell(verdict.finding).startswith(story)
@@ -122,7 +122,7 @@ def test_who_waits_for_a_partner_that_never_comes_depends_on_the_model(model, st
 
 @pytest.mark.parametrize("peer", [0, 9])
 def test_an_eager_send_that_no_other_rank_can_receive_lets_its_rank_go_on(peer):
-    """What comes after it is then judged: here the first receive that nothing meets."""
+    """The check goes on to what follows it: here the first receive without a partner."""
     text = f"lane > 0 1\nrank 0: 0F0> 0SF0>@{peer}\nrank 1: 1F0>\n"
     verdict = prove(loads(text), parse_models("eager"), smt=False).checks["deadlock"].verdict
     story = f"rank 0 sends the activation of microbatch 0 at stage 0 of lane > in slot 1 (0SF0>@{peer}) into a buffer"
@@ -133,7 +133,7 @@ def test_an_eager_send_that_no_other_rank_can_receive_lets_its_rank_go_on(peer):
     assert tell(verdict.finding).startswith("rank 0 waits for ever in slot 2 (0RB0>) to receive")
 
 
-def test_one_is_told_in_the_singular_and_none_as_nothing():
+def test_stories_write_one_in_the_singular_and_zero_as_nothing():
     alone = loads("lane > 0 0\nrank 0: 0F0> 1F0>\n")
     report = prove(alone, max_activations=0, smt=False)
     assert report.text().startswith("schedule on 1 rank: refuted")
@@ -148,7 +148,7 @@ def test_one_is_told_in_the_singular_and_none_as_nothing():
 
 
 def test_a_message_to_a_rank_that_is_not_the_neighbour():
-    # 0 1 2 in a line; rank 2 is told that its gradient goes to rank 0
+    # 0 1 2 in a line; rank 0 expects its gradient from rank 2
     three = """
     lane > 0 1 2
     rank 0: 0F0> 0SF0> 0RB0>@2 0B0>+0W0>
@@ -160,7 +160,7 @@ def test_a_message_to_a_rank_that_is_not_the_neighbour():
     assert tell(finding).endswith("from rank 2 in slot 2 (0RB0>@2), but rank 1 is its neighbour there")
 
 
-def test_a_named_peer_that_is_the_neighbour_is_as_good_as_none():
+def test_naming_the_neighbour_as_peer_changes_nothing():
     assert isinstance(prove(loads(TWO.replace("1RF0>", "1RF0>@0"))).checks["messages"].verdict, Proved)
 
 
@@ -171,7 +171,7 @@ def test_two_receives_swapped_with_two_sends_swapped_match_again():
     assert isinstance(prove(loads(both)).checks["messages"].verdict, Proved)
 
 
-def test_a_missing_microbatch_is_named_and_the_first_one_at_that():
+def test_the_first_missing_microbatch_is_named():
     gap = TWO.replace("0>", "3>")
     assert found(gap, "complete") == findings.Missing(Op(F, UP, 0, 0), 0, 3)
 

@@ -32,7 +32,7 @@ def test_the_ranks_of_1f1b_hold_fewer_towards_the_end_and_those_of_zb1p_all_as_m
     assert peak_activations(zb1p(4, 8)) == (4, 4, 4, 4)
 
 
-def test_the_name_alone_decides_the_published_bound():
+def test_only_the_name_decides_the_published_bound():
     bounds = {name: bound_of(generate(name, 4, 8)) for name in ("dualpipe", "dualpipev", "1f1b", "zb1p")}
     assert {name: bound.per_rank for name, bound in bounds.items()} == {
         "dualpipe": (5, 5, 5, 5),
@@ -44,13 +44,13 @@ def test_the_name_alone_decides_the_published_bound():
     assert isinstance(prove(borrowed).checks["memory"].verdict, Refuted)
 
 
-def test_1f1b_the_other_way_round_is_held_to_the_bound_of_its_stages():
+def test_1f1b_in_the_other_direction_has_the_bounds_of_its_stages():
     text = "schedule 1f1b\nlane < 1 0\nrank 0: 1RF0< 1F0< 1B0<+1W0< 1SB0<\nrank 1: 0F0< 0SF0<+0RB0< 0B0<+0W0<\n"
     assert bound_of(loads(text)).per_rank == (1, 1)
 
 
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), SIZES)
-def test_both_methods_put_the_peak_at_the_same_count(name, ranks, microbatches):
+def test_both_methods_find_the_same_peak(name, ranks, microbatches):
     schedule = generate(name, ranks, microbatches)
     for subject in (schedule, *(mutant.schedule for mutant in mutants(schedule, 17, seed=3))):
         peaks = peak_activations(subject)
@@ -61,7 +61,7 @@ def test_both_methods_put_the_peak_at_the_same_count(name, ranks, microbatches):
             assert isinstance(verdict, Refuted)
 
 
-def test_a_bound_that_is_given_goes_before_the_published_one():
+def test_a_given_bound_overrides_the_published_one():
     assert prove(dualpipe(4, 8), max_activations=5).verdict == "proved"
     assert prove(dualpipe(4, 8), max_activations=4).verdict == "refuted"
     assert prove(one_f_one_b(4, 8), max_activations=4).verdict == "proved"
@@ -78,7 +78,7 @@ def test_without_a_bound_the_peak_is_only_reported():
     assert "published" in report.as_json()["checks"]["memory"]["reason"]
 
 
-def test_the_story_says_what_is_live_at_that_moment():
+def test_the_story_lists_the_live_microbatches():
     verdict = prove(zb1p(2, 4), max_activations=1).checks["memory"].verdict
     assert tell(verdict.finding).split("\n") == [
         "rank 0 holds 2 live activations in slot 2, and may hold 1 (given); live then:",
@@ -86,7 +86,7 @@ def test_the_story_says_what_is_live_at_that_moment():
     ]
 
 
-# rank 0   F0 F1 . . B0 . W0 B1 W1      before its B a microbatch weighs 10, before its W 3
+# rank 0   F0 F1 . . B0 . W0 B1 W1      a microbatch holds 10 bytes until its B, then 3 until its W
 BYTES = """
 lane > 0 1
 rank 0: 0F0> 0SF0> 0F1> 0SF1>+0RB0> 0B0> 0W0> 0RB1> 0B1>+0W1>
@@ -94,23 +94,23 @@ rank 1: 1RF0> 1F0> 1B0>+1W0> 1SB0>+1RF1> 1F1> 1B1>+1W1> 1SB1>
 """
 
 
-def test_a_backward_in_two_parts_holds_both_weights_while_its_b_runs():
+def test_a_split_backward_holds_the_bytes_of_b_and_of_w_while_its_b_runs():
     here, there = peak_bytes(loads(BYTES), (10, 100), (3, 50))
-    # two activations and, in the slot of 0B0>, what it leaves to 0W0>
+    # two activations and, in the slot of 0B0>, the bytes that it leaves to 0W0>
     assert (here.total, here.slot) == (10 + 10 + 3, 4)
     assert live_lines(tuple(held.what for held in here.held)) == [
         "  stage 0 of lane >, waiting for B: microbatches 0, 1",
         "  stage 0 of lane >, waiting for W: microbatch 0",
     ]
-    # rank 1 runs whole backwards, which leave nothing to W
+    # rank 1 runs full backwards, which leave nothing to W
     assert (there.total, there.slot) == (100, 1)
 
 
-def test_with_one_byte_a_microbatch_the_peak_in_bytes_is_that_in_microbatches():
+def test_with_one_byte_per_microbatch_the_peak_in_bytes_is_the_peak_in_microbatches():
     for name, ranks, microbatches in SIZES:
         schedule = generate(name, ranks, microbatches)
         whole = [1] * schedule.stages
-        # what waits for W weighs nothing here, so the peak can only be lower than the count, never higher
+        # no bytes are held for W here, so the peak can be lower than the count but never higher
         totals = [peak.total for peak in peak_bytes(schedule, whole, [0] * schedule.stages)]
         assert all(total <= peak for total, peak in zip(totals, peak_activations(schedule), strict=True))
         assert name != "1f1b" or totals == list(peak_activations(schedule))
@@ -125,14 +125,14 @@ def test_a_heavy_stage_makes_the_ranks_that_hold_it_heavy():
     assert sum(held["bytes"] for held in report["peak_bytes"][0]["live"]) == peaks[0].total
 
 
-def test_sizes_that_do_not_fit_the_stages_are_turned_away():
+def test_sizes_that_do_not_fit_the_stages_are_rejected():
     for for_b, for_w in (((1, 2), (1, 2, 3)), ((1, 2, 3), (1, -2, 3)), ((), ())):
         with pytest.raises(BoundError, match="for each of the 3 stages"):
             peak_bytes(zb1p(3, 3), for_b, for_w)
 
 
 @pytest.mark.parametrize("name", ["dualpipe", "dualpipev", "1f1b", "zb1p"])
-def test_what_fake_ranks_measure_between_two_ops_is_what_is_said_of_the_schedule(name):
+def test_fake_ranks_measure_the_settled_bytes_of_the_schedule(name):
     schedule = generate(name, 2, 8)
     ledger = Ledger(schedule.ranks)
     decoder(schedule, steps=1).run(schedule, ledger=ledger)
@@ -140,7 +140,7 @@ def test_what_fake_ranks_measure_between_two_ops_is_what_is_said_of_the_schedule
     for_b, for_w = zip(*(sizes[stage] for stage in range(schedule.stages)), strict=True)
     measured = tuple(peak.settled_bytes for peak in ledger.peaks)
     assert settled_bytes(schedule, for_b, for_w) == measured
-    # what waits for W is the smaller share here, so the count by slots, which allocates first, is never less
+    # fewer bytes are held for W than for B here, so the count by slots, which allocates first, is never less
     counted = [peak.total for peak in peak_bytes(schedule, for_b, for_w)]
     assert all(most <= total for most, total in zip(measured, counted, strict=True))
 

@@ -1,11 +1,11 @@
-"""What the models of communication let through, on the smallest schedules that tell them apart."""
+"""The models of communication, on the smallest schedules that distinguish them."""
 
 import pytest
 
 from dualpipe.schedule.text import loads
 from proofs.deadlock_search import deadlock
-from proofs.deadlock_smt import deadlock as times
-from proofs.findings import Circle, NeverMet
+from proofs.deadlock_smt import deadlock as deadlock_problem
+from proofs.findings import Unmatched, WaitCycle
 from proofs.models import BLOCKING, EAGER, MODELS, STREAM, ModelError, eager, parse_models
 from proofs.prove import prove
 from proofs.smt import verdict
@@ -21,20 +21,20 @@ def crossing(sends: int):
 
 
 def both(schedule, model):
-    """The verdict of both methods, which have to agree."""
-    by_search, by_z3 = deadlock(schedule, model), verdict(times(schedule, model))
+    """The verdict of both methods, which must agree."""
+    by_search, by_z3 = deadlock(schedule, model), verdict(deadlock_problem(schedule, model))
     assert type(by_search) is type(by_z3)
     return by_search
 
 
 def test_senders_that_face_each_other_block():
     found = both(crossing(1), BLOCKING)
-    assert isinstance(found.finding, Circle)
+    assert isinstance(found.finding, WaitCycle)
     assert [wait.place.rank for wait in found.finding.waits] == [0, 1]
 
 
 @pytest.mark.parametrize("sends", [1, 2, 3])
-def test_a_buffer_of_as_many_messages_lets_them_go_on_and_one_place_less_does_not(sends):
+def test_a_buffer_for_all_their_messages_unblocks_them_and_a_smaller_one_does_not(sends):
     assert isinstance(both(crossing(sends), eager(sends)), Proved)
     if sends > 1:
         found = both(crossing(sends), eager(sends - 1))
@@ -47,29 +47,29 @@ def test_no_buffer_helps_receivers_that_face_each_other():
     assert all(isinstance(both(facing, model), Refuted) for model in (*MODELS, eager(99)))
 
 
-def test_a_message_left_in_the_buffer_is_one_that_never_meets_its_partner():
+def test_a_message_left_in_the_buffer_is_unmatched():
     alone = loads("lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1:\n")
     for model in MODELS:
         found = both(alone, model)
-        assert isinstance(found.finding, NeverMet)
+        assert isinstance(found.finding, Unmatched)
         assert "rank 1 receives nothing from it" in tell(found.finding)
 
 
-def test_a_stream_keeps_the_groups_of_a_communicator_in_order():
-    # Each rank's first group is met only by the other's second: computes may go on, the groups may not.
+def test_a_stream_keeps_the_message_slots_of_a_communicator_in_order():
+    # Each rank's first message slot matches only the other's second: computes may go on, message slots may not.
     crossed = loads("lane > 0 1\nlane < 1 0\nrank 0: 1RF0< 0F0> 0SF0>\nrank 1: 1RF0> 0F0< 0SF0<\n")
     batched = loads("lane > 0 1\nlane < 1 0\nrank 0: 0F0> 0SF0>+1RF0<\nrank 1: 0F0< 0SF0<+1RF0>\n")
     assert isinstance(both(crossed, STREAM), Refuted)
     assert isinstance(both(batched, STREAM), Proved)
 
 
-def test_a_message_to_nobody_is_never_met():
+def test_a_message_to_no_other_rank_is_unmatched():
     for text in ("1RF0>@5", "1RF0>@1", "0RF0>"):
         found = both(loads(f"lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1: {text}\n"), BLOCKING)
-        assert isinstance(found.finding, NeverMet)
+        assert isinstance(found.finding, Unmatched)
 
 
-def test_deadlock_is_refuted_where_any_chosen_model_is_and_says_which_are_proved():
+def test_deadlock_is_refuted_if_it_is_under_any_chosen_model_and_lists_the_proved_ones():
     report = prove(crossing(1))
     assert report.checks["deadlock"].as_json()["models"]["eager"]["verdict"] == "proved"
     assert "proved with eager messages" in report.text()

@@ -36,13 +36,13 @@ def test_a_search_without_time_is_unknown():
     assert found.text == "unknown: 4 ranks, 8 microbatches: the solver gave up on 23; DualPipe takes 26"
 
 
-def test_a_size_too_large_to_write_down_is_unknown_and_no_solver_is_asked():
+def test_a_question_that_is_too_large_is_unknown_without_asking_the_solver():
     found = optimal(64, 256)
     assert isinstance(found.verdict, Unknown)
     assert "the question for 767 is too large for the solver" in found.text
 
 
-def test_a_size_that_dualpipe_cannot_have_is_compared_with_nothing():
+def test_a_size_that_dualpipe_does_not_support_is_not_compared():
     assert optimal(2, 2).text == "proved: 2 ranks, 2 microbatches: 6 slots are enough and 5 are not"
 
 
@@ -61,6 +61,6 @@ def test_the_rules_are_checked_without_the_solver():
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(3, 8), (0, 4), (4, 7), (2, 0)])
-def test_a_size_that_the_model_does_not_have_is_an_error(ranks, microbatches):
+def test_a_size_outside_the_model_is_an_error(ranks, microbatches):
     with pytest.raises(OptimalSizeError, match="even numbers"):
         optimal(ranks, microbatches)

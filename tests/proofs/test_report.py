@@ -1,4 +1,4 @@
-"""What a user gets: the JSON object, the exit code, the text, the stories in full."""
+"""The report: the JSON object, the exit code, the text, and whole stories."""
 
 import json
 
@@ -12,10 +12,10 @@ from proofs.prefix import closed, cut
 from proofs.prove import CHECKS, prove
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, overall, worst
 from tests.mutations import drop
-from tests.proofs.museum import both_sides_send_first, two_sends_of_a_batch_swapped
+from tests.proofs.faults import both_sides_send_first, two_sends_of_a_batch_swapped
 
 
-def told(schedule, check, **options) -> list[str]:
+def lines_below(schedule, check, **options) -> list[str]:
     """The lines under a check in the text of the report."""
     lines = prove(schedule, **options).text().split("\n")
     start = next(number for number, line in enumerate(lines) if line.startswith(f"  {check} "))
@@ -28,12 +28,12 @@ def told(schedule, check, **options) -> list[str]:
 
 
 def test_the_story_of_a_deadlock():
-    assert told(both_sides_send_first(), "deadlock") == [
+    assert lines_below(both_sides_send_first(), "deadlock") == [
         "rank 0 waits in slot 3 (0SF1>) until rank 1 receives the activation of microbatch 1 of lane > "
-        "(stage 0 to stage 1); the receive that meets it is in slot 4 (1RF1>) there, and rank 1 gets no further than "
+        "(stage 0 to stage 1); the receive that matches it is in slot 4 (1RF1>) there, and rank 1 gets no further than "
         "slot 3",
         "rank 1 waits in slot 3 (1SB0>) until rank 0 receives the gradient of microbatch 0 of lane > "
-        "(stage 1 to stage 0); the receive that meets it is in slot 4 (0RB0>) there, and rank 0 gets no further than "
+        "(stage 1 to stage 0); the receive that matches it is in slot 4 (0RB0>) there, and rank 0 gets no further than "
         "slot 3",
         "so ranks 0 and 1 wait for each other and none of them can go on (blocking messages)",
         "the first slots are enough to see it: 5 of rank 0, 5 of rank 1",
@@ -41,8 +41,8 @@ def test_the_story_of_a_deadlock():
     ]
 
 
-def test_the_story_of_messages_that_mix():
-    assert told(two_sends_of_a_batch_swapped(), "messages") == [
+def test_the_story_of_a_mismatch():
+    assert lines_below(two_sends_of_a_batch_swapped(), "messages") == [
         "rank 1 expects the activation of microbatch 3 of lane > (stage 0 to stage 1) in slot 13 (1RF3>), but the next "
         "message from rank 0 is the gradient of microbatch 1 of lane < (stage 3 to stage 2), sent in slot 13 (3SB1<)",
         "messages carry no tag, so it takes the one for the other: the run would hang, or finish with wrong gradients",
@@ -51,7 +51,7 @@ def test_the_story_of_messages_that_mix():
 
 
 def test_the_story_of_too_much_memory():
-    assert told(dualpipe(4, 8), "memory", max_activations=4) == [
+    assert lines_below(dualpipe(4, 8), "memory", max_activations=4) == [
         "rank 1 holds 5 live activations in slot 8, and may hold 4 (given); live then:",
         "  stage 1 of lane >, waiting for B: microbatches 0, 1, 2",
         "  stage 2 of lane <, waiting for B: microbatches 0, 1",
@@ -87,12 +87,12 @@ def test_the_object_is_json_and_has_the_keys_of_the_format():
     json.dumps(prove(both_sides_send_first(), max_activations=0).as_json())
 
 
-def test_a_report_goes_by_the_name_that_it_is_given():
+def test_a_label_names_the_schedule_in_the_report():
     assert prove(dualpipe(2, 4), label="mine.txt").as_json()["schedule"] == "mine.txt"
     assert prove(dualpipe(2, 4)).text().startswith("dualpipe on 2 ranks: proved\n")
 
 
-def test_without_z3_a_proof_rests_on_one_method_and_says_so():
+def test_without_z3_the_report_has_one_method():
     shown = prove(dualpipe(2, 4), smt=False).as_json()
     assert {tuple(check["methods"]) for check in shown["checks"].values()} == {("graph",)}
 
@@ -113,11 +113,11 @@ def test_every_check_runs_although_an_earlier_one_fails():
         ([Unknown("timeout"), Refuted(None)], ExitCode.REFUTED),
     ],
 )
-def test_a_schedule_is_as_good_as_its_worst_check(verdicts, code):
+def test_the_verdict_of_a_schedule_is_that_of_its_worst_check(verdicts, code):
     assert overall(verdicts) == code
 
 
-def test_of_several_files_bad_input_is_the_worst_and_unknown_better_than_refuted():
+def test_bad_input_is_the_worst_exit_code_then_refuted_then_unknown():
     assert [worst(codes) for codes in ([0, 3], [0, 3, 1], [0, 3, 1, 2], [])] == [3, 1, 2, 0]
     assert list(map(int, ExitCode)) == [0, 1, 2, 3]
 
@@ -130,7 +130,7 @@ def test_the_prefix_shows_the_fault_alone():
     assert prove(short).checks["deadlock"].verdict.finding == result.verdict.finding
 
 
-def test_a_closed_prefix_holds_both_sides_of_each_message():
+def test_a_closed_prefix_has_both_ends_of_each_message():
     schedule = loads("lane > 0 1\nrank 0: 0F0> 0SF0> 0F1>\nrank 1: 1RF0> 1F0>\n")
     assert [closed(schedule, prefix) for prefix in ((1, 0), (2, 0), (0, 1))] == [(1, 0), (2, 1), (2, 1)]
 

@@ -1,4 +1,4 @@
-"""The obligations as SMT-LIB: a second solver reads them and says the same as Z3."""
+"""The obligations as SMT-LIB: a second solver reads them and gives the same answers as Z3."""
 
 import cvc5
 import pytest
@@ -10,7 +10,7 @@ from proofs.models import MODELS
 from proofs.prove import problems, smtlib
 from proofs.z3child import Edge, minimal
 from tests.mutations import mutants
-from tests.proofs.museum import EXHIBITS
+from tests.proofs.faults import FAULTS
 
 ANSWERS = {"sat", "unsat"}
 
@@ -35,10 +35,10 @@ def test_cvc5_proves_what_z3_proves(model):
     assert by_cvc5(smtlib(dualpipe(4, 8), model)) == by_z3(dualpipe(4, 8), model) == ["sat"] * 6
 
 
-@pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)
-def test_cvc5_refutes_the_museum_check_by_check_as_z3_does(exhibit):
-    answers = by_cvc5(smtlib(exhibit.plant(), MODELS[0]))
-    assert answers == by_z3(exhibit.plant(), MODELS[0])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
+def test_cvc5_refutes_the_planted_faults_check_by_check_as_z3_does(fault):
+    answers = by_cvc5(smtlib(fault.plant(), MODELS[0]))
+    assert answers == by_z3(fault.plant(), MODELS[0])
     assert "unsat" in answers
 
 
@@ -48,7 +48,7 @@ def test_cvc5_agrees_on_mutants():
             assert by_cvc5(smtlib(mutant.schedule, model)) == by_z3(mutant.schedule, model), mutant.name
 
 
-def test_every_fact_has_a_name_and_is_said_in_words():
+def test_every_fact_has_a_name_and_a_comment_in_words():
     text = smtlib(dualpipe(2, 4), MODELS[0])
     facts = [line for line in text.splitlines() if line.startswith("(assert")]
     assert all(" :named f" in line and ") ; " in line for line in facts)
@@ -57,9 +57,9 @@ def test_every_fact_has_a_name_and_is_said_in_words():
     z3.Solver().from_string(text.replace("(check-sat)", ""))
 
 
-def test_a_core_is_one_circle_without_a_fact_too_many():
-    # a -> b -> c -> a adds up to 1; the facts about d and a weaker way from a to b are no part of it
-    problem = Problem("circle")
+def test_a_core_is_one_cycle_without_superfluous_facts():
+    # a -> b -> c -> a adds up to 1; the facts about d and the weaker one from a to b do not belong to it
+    problem = Problem("cycle")
     a, b, c, d = map(problem.variable, "abcd")
     problem.later(a, b, "a to b", gap=1)
     problem.later(b, d, "b to d", gap=5)
@@ -75,18 +75,18 @@ def test_a_core_is_one_circle_without_a_fact_too_many():
     assert minimal(every, deadline=0) == []
 
 
-def test_the_core_of_a_circle_of_four_is_told_in_four_waits():
-    exhibit = next(exhibit for exhibit in EXHIBITS if "ring" in exhibit.name)
-    problem = problems(exhibit.plant(), MODELS[0])[3]
+def test_the_core_of_a_wait_cycle_is_joined_into_fewer_facts():
+    fault = next(fault for fault in FAULTS if "ring" in fault.title)
+    problem = problems(fault.plant(), MODELS[0])[3]
     answer = decide(problem)
     assert isinstance(answer, Contradiction)
-    told = list(map(str, joined(answer.core)))
-    assert sum("ends after" in line for line in told) >= 2
-    assert len(told) <= len(answer.core)
+    lines = list(map(str, joined(answer.core)))
+    assert sum("ends after" in line for line in lines) >= 2
+    assert len(lines) <= len(answer.core)
     assert sum(fact.gap for fact in answer.core) > 0
 
 
-def test_facts_in_a_row_are_told_as_one():
+def test_consecutive_links_are_joined():
     text = Link("rank {0} reaches slot {2} after slot {1}")
     row = (Fact(0, 1, 1, (text, 3, 4, 6)), Fact(1, 2, 1, (text, 3, 6, 9)), Fact(2, 0, -1, ("back",)))
     assert list(map(str, joined(row))) == ["back", "rank 3 reaches slot 9 after slot 4"]

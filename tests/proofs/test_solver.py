@@ -1,4 +1,4 @@
-"""Z3 in its own process: whatever becomes of that process is an ``Unknown`` with the reason, and never a verdict."""
+"""Z3 in its own process: however that process fails, the result is an ``Unknown`` with the reason, never a verdict."""
 
 import os
 import signal
@@ -17,12 +17,12 @@ from proofs.prove import prove
 from proofs.solver import MEMORY_BYTES, Solver
 from proofs.verdict import Unknown
 
-CIRCLE = [(0, 1, 1), (1, 2, 0), (2, 0, 0), (3, 4, 1)]
+CYCLE = [(0, 1, 1), (1, 2, 0), (2, 0, 0), (3, 4, 1)]
 
 
 @pytest.fixture
 def instead(tmp_path):
-    """A solver whose process runs this text; closed afterwards."""
+    """A function that makes a solver whose process runs the given text; the solvers are closed at the end."""
     started = []
 
     def make(text: str, memory_bytes: int = MEMORY_BYTES) -> Solver:
@@ -36,9 +36,9 @@ def instead(tmp_path):
         each.close()
 
 
-def test_it_names_the_facts_that_contradict_each_other_and_only_those():
-    assert sorted(solver.SHARED.ask(CIRCLE)) == [0, 1, 2]
-    assert solver.SHARED.ask(CIRCLE[1:]) is None
+def test_it_names_only_the_facts_that_contradict_each_other():
+    assert sorted(solver.SHARED.ask(CYCLE)) == [0, 1, 2]
+    assert solver.SHARED.ask(CYCLE[1:]) is None
     assert solver.SHARED.ask([]) is None
 
 
@@ -55,18 +55,18 @@ def test_it_names_the_facts_that_contradict_each_other_and_only_those():
 )
 @pytest.mark.parametrize("ready", ["", "print('ready', flush=True); "])
 def test_a_process_that_ends_is_unknown_with_the_reason(instead, ready, does, reason):
-    answer = instead(ready + does).ask(CIRCLE)
+    answer = instead(ready + does).ask(CYCLE)
     assert isinstance(answer, Unknown)
     assert answer.reason.startswith("Z3 gave up: ")
     assert reason in answer.reason
 
 
-def test_a_process_that_says_nothing_is_ended_when_its_time_is_over(instead, monkeypatch):
+def test_a_silent_process_is_killed_at_its_timeout(instead, monkeypatch):
     monkeypatch.setattr(solver, "GRACE_SECONDS", 0.0)
     silent = instead("import time; print('ready', flush=True); time.sleep(600)")
     silent.start()
     process = silent._process
-    assert silent.ask(CIRCLE * 100_000, timeout_s=0.2) == Unknown("Z3 gave up: no answer within 0.2 s")
+    assert silent.ask(CYCLE * 100_000, timeout_s=0.2) == Unknown("Z3 gave up: no answer within 0.2 s")
     assert process.returncode == -signal.SIGKILL
 
 
@@ -76,7 +76,7 @@ def test_a_question_over_the_memory_limit_is_unknown_and_the_next_one_is_answere
         answer = small.ask((n, n + 1, 1) for n in range(80_000))
         assert isinstance(answer, Unknown)
         assert answer.reason == "Z3 gave up: it needs more than 0.3 GiB of memory"
-        assert sorted(small.ask(CIRCLE)) == [0, 1, 2]
+        assert sorted(small.ask(CYCLE)) == [0, 1, 2]
     finally:
         small.close()
 
@@ -87,7 +87,7 @@ def test_a_check_without_an_answer_makes_the_report_unknown(instead):
     assert "it needs more than" in report.text()
 
 
-def test_what_plain_search_has_refuted_is_put_to_z3_only_where_that_costs_little(monkeypatch):
+def test_z3_checks_a_refutation_only_of_a_small_schedule(monkeypatch):
     wrong = dualpipe(4, 8)
     assert set(prove(wrong, max_activations=1).checks["memory"].seconds) == {"graph", "z3"}
     monkeypatch.setattr("proofs.prove.SECOND_OPINION", 10)
@@ -106,7 +106,7 @@ def test_a_schedule_too_large_for_z3_is_unknown_unless_a_time_limit_is_given(mon
     assert prove(dualpipe(2, 4), timeout_s=60.0).exit_code == 0
 
 
-def test_the_process_ends_with_the_one_that_asks_also_when_that_is_killed():
+def test_the_process_ends_with_the_asking_process_even_if_that_is_killed():
     code = """
 import time
 from proofs.solver import SHARED
@@ -128,13 +128,13 @@ time.sleep(600)
         if Path(f"/proc/{child}/stat").read_text().split(")")[1].split()[0] == "Z":
             return
         time.sleep(0.02)
-    pytest.fail("the solver's process outlived the one that asked")
+    pytest.fail("the solver's process outlived the asking process")
 
 
-def test_an_asker_that_is_interrupted_starts_the_next_question_afresh(instead):
+def test_an_interrupt_ends_the_process_so_that_the_next_question_starts_a_new_one(instead):
     asking = instead("import time; print('ready', flush=True); time.sleep(600)")
     timer = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        asking.ask(CIRCLE)
+        asking.ask(CYCLE)
     assert asking._process is None

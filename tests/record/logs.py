@@ -1,11 +1,11 @@
-"""The events of ranks written by hand, as the recorder writes them: for tests of what is concluded from them."""
+"""Events of ranks, written by hand in the recorder's format, to test what is concluded from them."""
 
 from dualpipe.record import Recording, assemble_events
 from dualpipe.schedule import show_slot
 
 
 class Rank:
-    """What one rank does, event by event; a method that makes a forward or a message returns its number."""
+    """The events of one rank; a method that adds a forward or a message returns its number."""
 
     def __init__(self, rank: int, ranks: int = 2) -> None:
         self.events, self._rank, self._ranks = [], rank, ranks
@@ -26,19 +26,19 @@ class Rank:
 
     def backward(self, forward: int, *messages: int, weights: bool = True) -> None:
         self._runs += 1
-        self._write("backward", forwards=[forward], run=self._runs, weightless=[])
+        self._write("backward", forwards=[forward], run=self._runs, untrainable=[])
         if messages:
             self._write("gradients", forwards=[forward], messages=[list(messages)])
         if weights:
             self._write("weights", forwards=[forward], run=self._runs)
 
     def post(self, *messages: tuple[str, int, str, int | None], wait: bool = True) -> list[int]:
-        """Messages posted together: send or receive, the peer, and for a send what it holds, such as ("F", 3)."""
-        told = []
+        """Post messages together: send or receive, the peer, and for a send its content, such as ("F", 3)."""
+        posted = []
         for kind, peer, letter, forward in messages:
             number, self._messages = self._messages, self._messages + 1
             marks = [] if forward is None else [(letter, forward)]
-            told.append(
+            posted.append(
                 {
                     "message": number,
                     "kind": kind,
@@ -52,8 +52,8 @@ class Rank:
                     "memory": (number, 0),
                 }
             )
-        self._write("post", messages=told, inside="")
-        numbers = [message["message"] for message in told]
+        self._write("post", messages=posted, inside="")
+        numbers = [message["message"] for message in posted]
         if wait:
             self._write("wait", messages=numbers, own=True)
         return numbers
@@ -72,7 +72,7 @@ class Rank:
 
 
 def recorded(*ranks: Rank, end: bool = True, step: int = 1) -> Recording:
-    """The recording of ranks, which have ended unless said otherwise."""
+    """The recording of ranks, all of which have ended if ``end``."""
     for rank in ranks:
         if end:
             rank.end()

@@ -1,4 +1,4 @@
-"""Runs the programs beside this file: as a user does, and, for a faster test, in ranks forked from this process."""
+"""Run the programs in ``programs``: as a user does, or faster, in ranks forked from this process."""
 
 import os
 import runpy
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(*words, path: Path | None = None, timeout: float = 100) -> subprocess.CompletedProcess:
-    """``dualpipe record WORDS``; ``path`` comes first on the recorded program's module path."""
+    """Run ``dualpipe record WORDS``; ``path`` is first on the recorded program's module path."""
     python_path = os.pathsep.join(str(p) for p in (path, ROOT) if p)
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dualpipe.cli import main; main()"
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""``dualpipe record`` looks at its options before it runs anything."""
+"""``dualpipe record`` checks its options before it runs anything."""
 
 import os
 from pathlib import Path
@@ -12,12 +12,12 @@ from dualpipe.errors import RuleError
 
 
 def record(*words):
-    """What becomes of ``dualpipe record WORDS -- touch ran``, in a folder that is empty."""
+    """The result of ``dualpipe record WORDS -- touch ran`` in an empty folder."""
     return CliRunner().invoke(app, ["record", *map(str, words), "--", "touch", "ran"])
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--name", "my run"], "one printable word without #"),
         (["--output", "nowhere/x.txt"], "--output is a file that can be written: there is no folder nowhere"),
@@ -29,18 +29,18 @@ def record(*words):
         (["--session", "0"], "--session"),
     ],
 )
-def test_bad_options_are_refused_before_the_program_runs(tmp_path, monkeypatch, words, said):
+def test_bad_options_are_rejected_before_the_program_runs(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     result = record(*words)
     if isinstance(result.exception, RuleError):
-        assert said in str(result.exception)
+        assert message in str(result.exception)
     else:
         assert result.exit_code == 2
-        assert said in result.output
+        assert message in result.output
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_that_is_there_and_can_be_written_is_no_bad_option(tmp_path, monkeypatch):
+def test_an_existing_empty_file_may_be_the_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("x.txt").touch()
     result = record("--output", "x.txt")
@@ -48,7 +48,7 @@ def test_a_file_that_is_there_and_can_be_written_is_no_bad_option(tmp_path, monk
     assert Path("ran").exists()
 
 
-def test_what_was_left_out_stands_beside_the_verdict():
+def test_caveats_are_printed_with_the_verdict():
     assert _with_caveats("a on 2 ranks: proved\n  order\n", ["4 ends"]).splitlines() == [
         "a on 2 ranks: proved as far as it was recorded: 4 ends",
         "  order",

@@ -1,5 +1,4 @@
-"""What is concluded from the events of ranks, written by hand: the names of ends that met no partner, and how far
-a lane goes that was cut short."""
+"""Conclusions from events written by hand: the names of unmatched ends, and the length of a lane cut short."""
 
 import pytest
 
@@ -8,7 +7,7 @@ from tests.record.logs import Rank, lines, recorded
 
 
 def pair(microbatches: int = 2) -> tuple[Rank, Rank]:
-    """Two ranks that train microbatch by microbatch."""
+    """Two ranks that train one microbatch after the other."""
     one, two = Rank(0), Rank(1)
     for _ in range(microbatches):
         f = one.forward()
@@ -20,13 +19,13 @@ def pair(microbatches: int = 2) -> tuple[Rank, Rank]:
     return one, two
 
 
-def unmet(recording) -> list[str]:
-    """For every note on an end that met no partner: the rank, the op that it is named, and the line of the program."""
-    notes = [note for note in recording.notes if "by what was to come next" in note]
-    return [f"{note.split(':')[0]} {note.partition('is named ')[2].split()[0]}" for note in notes]
+def unmatched(recording) -> list[str]:
+    """For every note on an unmatched end: the rank, and the op that it is named."""
+    notes = [note for note in recording.notes if "the next op that its rank expects" in note]
+    return [f"{note.split(':')[0]} {note.partition('is named ')[2].split()[0].rstrip(',')}" for note in notes]
 
 
-def test_a_pair_without_a_fault():
+def test_two_ranks_without_a_fault():
     recording = recorded(*pair())
     assert lines(recording) == [
         "0F0> 0SF0> 0RB0> 0B0>+0W0> 0F1> 0SF1> 0RB1> 0B1>+0W1>",
@@ -44,21 +43,21 @@ def test_a_pair_without_a_fault():
         (1, "receive", "1RF2>@0"),
     ],
 )
-def test_an_end_too_many_is_named_as_one_more_of_its_kind(rank, kind, named):
+def test_an_extra_end_is_named_as_one_more_of_its_kind(rank, kind, named):
     ranks = pair()
     getattr(ranks[rank], kind)(1 - rank)
     recording = recorded(*ranks)
-    assert unmet(recording) == [f"rank {rank} {named}"]
-    assert ("met no receive" if kind == "send" else "got nothing") in recording.notes[0]
+    assert unmatched(recording) == [f"rank {rank} {named}"]
+    assert ("matched by no receive" if kind == "send" else "matched by no send") in recording.notes[0]
     assert f"at rank{rank}.py:" in recording.notes[0]
     assert lines(recording)[rank].endswith(named.partition("@")[0])
 
 
-def test_two_ends_too_many_are_named_one_after_the_other():
+def test_two_extra_ends_are_named_one_after_the_other():
     one, two = pair()
     one.receive(1, wait=False)
     one.receive(1, wait=False)
-    assert unmet(recorded(one, two)) == ["rank 0 0RB2>@1", "rank 0 0RB3>@1"]
+    assert unmatched(recorded(one, two)) == ["rank 0 0RB2>@1", "rank 0 0RB3>@1"]
 
 
 def middle() -> tuple[Rank, Rank, Rank]:
@@ -76,37 +75,37 @@ def middle() -> tuple[Rank, Rank, Rank]:
     ("kind", "peer", "named"),
     [("send", 0, "1SB0>@0"), ("receive", 0, "1RF1>@0"), ("send", 2, "1SF1>@2"), ("receive", 2, "1RB0>@2")],
 )
-def test_on_a_middle_rank_the_peer_tells_the_boundary(kind, peer, named):
+def test_on_a_middle_rank_the_peer_identifies_the_boundary(kind, peer, named):
     ranks = middle()
     getattr(ranks[1], kind)(peer)
-    assert unmet(recorded(*ranks, end=False)) == [f"rank 1 {named}"]
+    assert unmatched(recorded(*ranks, end=False)) == [f"rank 1 {named}"]
 
 
-def test_an_end_between_ranks_without_a_boundary_is_an_error_that_says_which():
+def test_an_end_between_ranks_without_a_common_boundary_is_an_error():
     for kind, words in (("send", "send to"), ("receive", "receive from")):
         ranks = middle()
         getattr(ranks[0], kind)(2)
-        with pytest.raises(RecordError, match=rf"rank 0: the {words} rank 2 at rank0.py:\d+ never did"):
+        with pytest.raises(RecordError, match=rf"rank 0: the {words} rank 2 at rank0.py:\d+ has none"):
             recorded(*ranks)
 
 
 def both_ways(kind: str) -> list[str]:
-    """DualPipe's two lanes on two ranks: each holds the first stage of one and the last one of the other."""
+    """DualPipe's two lanes on two ranks: each holds the first stage of one and the last stage of the other."""
     ranks = Rank(0), Rank(1)
     for one, two in (ranks, ranks[::-1]):
         f = one.forward(module=0)
         one.send(1 - ranks.index(one), "F", f)
         two.forward(two.receive(ranks.index(one)), module=1)
     getattr(ranks[0], kind)(1)
-    return unmet(recorded(*ranks, end=False))
+    return unmatched(recorded(*ranks, end=False))
 
 
-def test_where_two_lanes_cross_the_gradient_of_what_ran_is_due_before_an_activation():
+def test_with_two_lanes_the_gradient_of_a_finished_forward_is_expected_before_an_activation():
     assert both_ways("receive") == ["rank 0 0RB0>@1"]
     assert both_ways("send") == ["rank 0 1SB0<@1"]
 
 
-def test_a_lane_goes_on_to_a_rank_that_never_got_its_activation():
+def test_a_lane_continues_on_a_rank_that_never_received_its_activation():
     one, two = Rank(0, 3), Rank(1, 3)
     f = one.forward()
     one.send(1, "F", f)
@@ -114,11 +113,11 @@ def test_a_lane_goes_on_to_a_rank_that_never_got_its_activation():
     recording = recorded(one, two, Rank(2, 3), end=False)
     assert recording.schedule.routes == {">": (0, 1, 2)}
     assert recording.notes[0].startswith("rank 2 ran no forward of lane >; that it holds stage 2 is concluded")
-    assert recording.caveats[0] == "ranks 0 1 2 did not come to the end"
+    assert recording.caveats[0] == "ranks 0 1 2 did not finish"
 
 
 @pytest.mark.parametrize(("waiting", "peer"), [(1, 2), (2, 1)])
-def test_a_lane_goes_on_to_a_rank_that_waits_for_it_or_that_it_waits_for(waiting, peer):
+def test_a_lane_continues_on_a_rank_that_waits_for_it_or_that_it_waits_for(waiting, peer):
     ranks = Rank(0, 3), Rank(1, 3), Rank(2, 3)
     f = ranks[0].forward()
     ranks[0].send(1, "F", f)
@@ -127,7 +126,7 @@ def test_a_lane_goes_on_to_a_rank_that_waits_for_it_or_that_it_waits_for(waiting
     assert recorded(*ranks, end=False).schedule.routes == {">": (0, 1, 2)}
 
 
-def test_of_a_lane_that_was_cut_short_the_rest_is_that_of_the_other_one():
+def test_the_rest_of_a_lane_cut_short_is_taken_from_the_other_lane():
     ranks = [Rank(n, 4) for n in range(4)]
     down = ranks[3].forward(module=0)
     ranks[3].send(2, "F", down)
@@ -139,11 +138,11 @@ def test_of_a_lane_that_was_cut_short_the_rest_is_that_of_the_other_one():
     ranks[1].forward(ranks[1].receive(0), module=1)
     recording = recorded(*ranks, end=False)
     assert recording.schedule.routes == {">": (0, 1, 2, 3), "<": (3, 2, 1, 0)}
-    assert "lane > is cut short at stage 1; the rest is the other lane's" in recording.notes
-    assert "lane < is cut short at stage 2; the rest is the other lane's" in recording.notes
+    assert "lane > was cut short at stage 1; the rest is taken from the other lane" in recording.notes
+    assert "lane < was cut short at stage 2; the rest is taken from the other lane" in recording.notes
 
 
-def test_a_send_of_what_nobody_made_is_named_by_what_takes_it_and_said():
+def test_a_send_of_unknown_origin_is_named_by_its_use_and_noted():
     one, two = Rank(0), Rank(1)
     for known in (True, False):
         f = one.forward()
@@ -154,12 +153,12 @@ def test_a_send_of_what_nobody_made_is_named_by_what_takes_it_and_said():
         one.backward(f, one.receive(1))
     recording = recorded(one, two)
     assert lines(recording)[1].endswith("1B1>+1W1> 1SB1>")
-    assert recording.caveats == ("1 sends hold what no forward and no backward was seen to make",)
-    assert recording.notes[0].startswith("rank 1: what it sends at rank1.py:")
-    assert recording.notes[0].endswith("it is named by what takes it (1 times)")
+    assert recording.caveats == ("1 sends have tensors that no observed forward or backward made",)
+    assert recording.notes[0].startswith("rank 1: no observed forward or backward made what it sends at rank1.py:")
+    assert recording.notes[0].endswith("it is named by what uses it (1 times)")
 
 
-def test_several_tensors_of_one_boundary_are_one_message_and_what_met_another_send_is_not():
+def test_several_tensors_of_one_boundary_are_one_message_if_they_were_sent_together():
     def sent(together: bool) -> list[str]:
         one, two = Rank(0), Rank(1)
         f = one.forward()
@@ -175,17 +174,17 @@ def test_several_tensors_of_one_boundary_are_one_message_and_what_met_another_se
     assert sent(together=False) == ["0F0> 0SF0> 0SF0>", "1RF0>+1RF0> 1F0>"]
 
 
-def test_a_loss_for_the_log_is_control_data_and_counted():
+def test_a_loss_for_the_log_is_counted_as_control_data():
     one, two = pair()
     two.send(0, "F", 1)
     one.receive(1)
     recording = recorded(one, two)
     assert recording.caveats == ("2 message ends are left out as control data",)
-    assert recording.notes[0].startswith("rank 1: what an end of the pipeline sends at rank1.py:")
+    assert recording.notes[0].startswith("rank 1: an end of the pipeline sends at rank1.py:")
     assert "2 message ends carry no activation or gradient of a stage (control data)" in recording.notes[1]
 
 
-def test_of_two_steps_each_is_written_with_its_own_messages():
+def test_a_step_is_written_with_its_own_messages():
     one, two = pair(1)
     for rank in (one, two):
         rank.step()
@@ -207,7 +206,7 @@ def test_a_computation_with_a_message_in_flight_is_counted():
 
 
 def crossing(down: int) -> tuple[Rank, Rank]:
-    """Two lanes on two ranks: lane > ran two forwards and had its first gradient, lane < ran ``down`` forwards."""
+    """Two lanes on two ranks: lane > ran two forwards and one backward, lane < ran ``down`` forwards."""
     one, two = Rank(0), Rank(1)
     for _ in range(2):
         f = one.forward(module=0)
@@ -223,14 +222,14 @@ def crossing(down: int) -> tuple[Rank, Rank]:
     return one, two
 
 
-def test_a_gradient_of_what_ran_is_due_before_an_earlier_activation():
+def test_the_gradient_of_a_finished_forward_is_expected_before_an_earlier_activation():
     one, two = crossing(down=1)
     two.forward(module=0)
     one.receive(1)
-    assert unmet(recorded(one, two, end=False)) == ["rank 0 0RB1>@1"]
+    assert unmatched(recorded(one, two, end=False)) == ["rank 0 0RB1>@1"]
 
 
-def test_what_a_lane_still_lacks_is_due_before_what_it_has_had():
+def test_an_op_that_a_lane_still_lacks_is_expected_before_an_extra_one():
     one, two = crossing(down=2)
     two.backward(1)
     two.send(0, "B", 1)
@@ -238,4 +237,4 @@ def test_what_a_lane_still_lacks_is_due_before_what_it_has_had():
     for _ in range(2):
         two.forward(module=0)
     one.receive(1)
-    assert unmet(recorded(one, two, end=False)) == ["rank 0 1RF2<@1"]
+    assert unmatched(recorded(one, two, end=False)) == ["rank 0 1RF2<@1"]

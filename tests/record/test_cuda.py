@@ -1,4 +1,4 @@
-"""What a program for GPUs asks of CUDA is answered on the CPU."""
+"""CUDA calls are answered on the CPU."""
 
 from contextlib import contextmanager
 from types import FunctionType
@@ -62,20 +62,20 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_it_is_answered_on_the_cpu(call, tmp_path):
+def test_the_call_is_answered_on_the_cpu(call, tmp_path):
     with answered():
         assert CALLS[call](tmp_path)
 
 
-def test_afterwards_it_is_not():
+def test_undo_restores_torch():
     before = torch.Generator, torch.load, torch.cuda.device, torch.accelerator.synchronize
     with answered():
         assert torch.Generator is not before[0]
     assert (torch.Generator, torch.load, torch.cuda.device, torch.accelerator.synchronize) == before
 
 
-def test_every_answer_is_a_function_of_its_own():
-    """torch._dynamo keeps a table of torch's functions, and a function of two names is an error there."""
+def test_every_answer_is_a_separate_function():
+    """torch._dynamo has a table of torch's functions and rejects a function with two names."""
     with answered():
         for module in (torch.cuda, torch.accelerator):
             answers = [

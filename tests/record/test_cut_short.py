@@ -1,4 +1,4 @@
-"""Programs that hang or fail: whatever never met a partner is in the file, however early that was."""
+"""Programs that hang or fail: every unmatched message is in the file, however early it was posted."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from dualpipe.record import RecordError
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
-from tests.record.test_limits import PLAIN, SHAPE, receive, text, train
+from tests.record.two_ranks import PLAIN, SHAPE, receive, text, train
 
 STALL = 0.3
 
@@ -18,7 +18,7 @@ def refuted(recording) -> set[str]:
     return {name for name, check in checks.items() if check["verdict"] == "refuted"}
 
 
-def test_a_receive_too_many_at_the_end_is_in_the_file():
+def test_an_extra_receive_at_the_end_is_in_the_file():
     def body(rank):
         train(rank, nn.Linear(4, 4))
         if rank == 1:
@@ -28,10 +28,10 @@ def test_a_receive_too_many_at_the_end_is_in_the_file():
     assert (text(recording, 0), text(recording, 1)) == (PLAIN[0], PLAIN[1] + " 1RF2>@0")
     assert {"messages", "deadlock"} <= refuted(recording)
     assert recording.ended == (True, False)
-    assert recording.caveats == ("rank 1 did not come to the end",)
+    assert recording.caveats == ("rank 1 did not finish",)
 
 
-def test_a_send_of_anything_that_nobody_receives_is_in_the_file():
+def test_a_send_that_no_rank_receives_is_in_the_file():
     def body(rank):
         train(rank, nn.Linear(4, 4))
         if rank == 0:
@@ -41,7 +41,9 @@ def test_a_send_of_anything_that_nobody_receives_is_in_the_file():
     assert text(recording, 0) == PLAIN[0] + " 0SF2>@1"
     assert "messages" in refuted(recording)
     assert "the send to rank 1 at" in recording.notes[0]
-    assert recording.notes[0].endswith("met no receive; it is named 0SF2>@1 by what was to come next")
+    assert recording.notes[0].endswith(
+        "was matched by no receive; it is named 0SF2>@1, the next op that its rank expects"
+    )
 
 
 def test_a_tensor_sent_twice_in_a_row_is_two_messages():
@@ -57,19 +59,19 @@ def test_a_tensor_sent_twice_in_a_row_is_two_messages():
     assert "messages" in refuted(recording)
 
 
-def test_a_message_without_a_partner_between_strangers_is_an_error_that_says_where():
+def test_an_unmatched_message_between_ranks_without_a_common_boundary_is_an_error():
     def body(rank):
         if rank < 2:
             train(rank, nn.Linear(4, 4))
         if rank == 0:
             dist.isend(torch.zeros(3), 2)
 
-    with pytest.raises(RecordError, match=r"the send to rank 2 at .*test_cut_short.py:\d+ never did, and"):
+    with pytest.raises(RecordError, match=r"the send to rank 2 at .*test_cut_short.py:\d+ has none, and"):
         record_ranks(3, body, check=False)
 
 
 def four_ranks(rank: int, early: bool) -> None:
-    """The warm-up of 1F1B on four ranks; with ``early`` rank 2 wants a gradient before it has computed anything."""
+    """The warm-up of 1F1B on four ranks; with ``early`` rank 2 waits for a gradient before it has computed anything."""
     stage = nn.Linear(4, 4)
     x = torch.randn(SHAPE)
     if rank:
@@ -87,7 +89,7 @@ def four_ranks(rank: int, early: bool) -> None:
 
 
 def test_a_deadlock_before_the_first_forward_of_a_stage():
-    """Rank 1's message is received by rank 2, where no forward takes it; rank 3 has heard of nothing."""
+    """Rank 2 receives rank 1's message but runs no forward; rank 3 has received nothing."""
     recording = record_ranks(4, lambda rank: four_ranks(rank, early=True), stall=STALL)
     assert recording.schedule.routes == {">": (0, 1, 2, 3)}
     assert [text(recording, rank) for rank in range(4)] == [
@@ -138,7 +140,7 @@ def test_an_error_between_a_receive_and_the_first_forward(ranks):
 
 
 def test_a_warm_up_that_hangs_in_both_lanes():
-    """Ranks 0 and 3 both begin, and rank 1 waits for a gradient first."""
+    """Ranks 0 and 3 both start a lane, and rank 1 waits for a gradient first."""
 
     def body(rank):
         stages = {up: nn.Linear(4, 4) for up in (True, False)}
@@ -159,7 +161,7 @@ def test_a_warm_up_that_hangs_in_both_lanes():
     assert "deadlock" in refuted(recording)
 
 
-def test_a_loss_for_the_log_is_left_out_and_said():
+def test_a_loss_for_the_log_is_left_out_and_noted():
     def body(rank):
         stage, losses = nn.Linear(4, 4), []
 
@@ -177,5 +179,5 @@ def test_a_loss_for_the_log_is_left_out_and_said():
 
     recording = record_ranks(2, body)
     assert (text(recording, 0), text(recording, 1)) == PLAIN
-    assert "what an end of the pipeline sends at" in recording.notes[0]
+    assert "an end of the pipeline sends at" in recording.notes[0]
     assert recording.caveats == ("4 message ends are left out as control data",)

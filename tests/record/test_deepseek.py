@@ -1,4 +1,4 @@
-"""DeepSeek's own package, recorded as it runs, issues our DualPipe: op by op, slot by slot, with its peers."""
+"""A recording of DeepSeek's own package equals our DualPipe: op by op, slot by slot, with all peers."""
 
 import sys
 import tempfile
@@ -30,7 +30,7 @@ def folder() -> Path:
 
 
 def record(folder: Path, ranks: int, sizes: list[int]) -> list[Recording]:
-    """One run of their package on ``ranks`` ranks, a training step for each number of microbatches."""
+    """Record one run of their package on ``ranks`` ranks, with a training step for each number of microbatches."""
     words = (sys.executable, str(PROGRAMS / "deepseek.py"), str(ranks), *map(str, sizes))
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -41,14 +41,14 @@ def record(folder: Path, ranks: int, sizes: list[int]) -> list[Recording]:
         events.mkdir()
         end = run(Launch(words, ranks, timeout=140.0), events, output.fileno())
         output.seek(0)
-        assert end.well, end.text() + output.read()
+        assert end.succeeded, end.describe() + output.read()
         assert f"rank 0 runs {folder.resolve() / 'dualpipe'}" in Path(output.name).read_text()
         logs, _ = read_folder(events, ranks, 1)
         return [assemble(logs, "dualpipe", step) for step in range(1, len(sizes) + 1)]
 
 
 def with_peers(schedule: Schedule) -> Schedule:
-    """The schedule with every message's peer spelled out, as a recording has it."""
+    """The schedule with the peer of every message written out, as in a recording."""
     programs = tuple(
         tuple(
             tuple(op._replace(peer=schedule.peer(op)) if op.kind in MESSAGES else op for op in slot) for slot in program
@@ -64,19 +64,19 @@ def recorded(folder) -> dict[Size, Schedule]:
 
 
 @pytest.mark.parametrize("microbatches", [8, 10])
-def test_order_is_that_of_deepseek(recorded, microbatches):
+def test_the_order_is_deepseeks(recorded, microbatches):
     assert dumps(recorded[4, microbatches]) == dumps(with_peers(dualpipe(4, microbatches)))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", sorted({ranks for ranks, _ in SIZES}))
-def test_order_is_that_of_deepseek_at_every_size(folder, ranks):
+def test_the_order_is_deepseeks_at_every_size(folder, ranks):
     sizes = [microbatches for size, microbatches in SIZES if size == ranks]
     for microbatches, recording in zip(sizes, record(folder, ranks, sizes), strict=True):
         assert dumps(recording.schedule) == dumps(with_peers(dualpipe(ranks, microbatches)))
 
 
-def test_what_was_recorded_is_proved(recorded):
+def test_the_recording_is_proved(recorded):
     assert prove(recorded[4, 8]).as_json()["verdict"] == "proved"
 
 
@@ -89,7 +89,7 @@ def test_a_program_that_launches_its_own_ranks_is_recorded_by_the_command(folder
 
 
 def swap_messages(schedule: Schedule, rank: int) -> Schedule:
-    """The first batch of two or more messages of a rank, with the first two the other way round."""
+    """The schedule with the first two messages of a rank's first slot of several messages exchanged."""
     program = list(schedule.programs[rank])
     number = next(number for number, slot in enumerate(program) if len(slot) > 1 and slot[0].kind in MESSAGES)
     first, second, *rest = program[number]
@@ -98,11 +98,11 @@ def swap_messages(schedule: Schedule, rank: int) -> Schedule:
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_two_messages_swapped_in_one_batch_are_another_order(recorded, rank):
+def test_exchanging_two_messages_of_a_slot_changes_the_order(recorded, rank):
     assert dumps(with_peers(swap_messages(dualpipe(4, 8), rank))) != dumps(recorded[4, 8])
 
 
-def test_a_message_to_another_peer_is_another_order(recorded):
+def test_a_message_to_another_peer_changes_the_order(recorded):
     schedule = dualpipe(4, 8)
     compute, message, *rest = schedule.programs[0]
     redirected = (compute, tuple(op._replace(peer=3) for op in message), *rest)
@@ -121,7 +121,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_table_is_another_order(recorded, fault):
+def test_a_fault_in_the_table_changes_the_order(recorded, fault):
     plan = PLANS["dualpipe"](4, 10, 0)
     faulty = expand(vary(plan.table, FAULTS[fault]), plan.sizes, plan.chunks, plan.routes)
     schedule = dualpipe(4, 10)

@@ -1,4 +1,4 @@
-"""Programs written by hand, healthy and with a fault that ``dualpipe prove`` finds in what was recorded."""
+"""Programs written by hand, correct or with a fault that ``dualpipe prove`` finds in the recording."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_one_f_one_b_is_recorded_as_it_is_written():
     assert recording.notes == ()
 
 
-def test_weight_gradients_put_off_to_the_end_of_a_gpipe_are_seen_there():
+def test_weight_gradients_deferred_to_the_end_of_a_gpipe_are_recorded_there():
     schedule = forked(3, "gpipe.py", 3, 1).schedule
     assert text(schedule, 1) == (
         "1RF0>@0 1F0> 1SF0>@2 1RF1>@0 1F1> 1SF1>@2 1RF2>@0 1F2> 1SF2>@2 "
@@ -57,7 +57,7 @@ def test_two_sends_swapped_are_refuted():
     assert "rank 0 expects the gradient of microbatch 0" in story(schedule, "messages")
 
 
-def test_a_gradient_that_nobody_receives_is_refuted_and_the_program_ended():
+def test_a_gradient_that_no_rank_receives_is_refuted_and_the_program_ended():
     recording = forked(3, "one_f_one_b.py", 4, "deaf", stall=2.0, check=False)
     assert Op(B, next(iter(recording.schedule.routes)), 0, 3) in {placed.op for placed in recording.schedule}
     found = verdicts(recording.schedule)
@@ -72,13 +72,13 @@ def test_a_hang_is_ended_recorded_and_refuted():
     assert verdicts(recording.schedule)["deadlock"] == "refuted"
 
 
-def test_a_receive_that_never_got_anything_is_named_by_what_was_to_come_and_says_so():
+def test_an_unmatched_receive_is_named_as_the_next_expected_op_and_noted():
     recording = forked(3, "one_f_one_b.py", 4, "mute", stall=2.0, check=False)
     assert text(recording.schedule, 0).endswith("0RB3>@1")
     (note,) = recording.notes
     assert "rank 0: the receive from rank 1 at" in note
     assert "one_f_one_b.py:" in note
-    assert note.endswith("got nothing; it is named 0RB3>@1 by what was to come next")
+    assert note.endswith("was matched by no send; it is named 0RB3>@1, the next op that its rank expects")
     assert verdicts(recording.schedule)["deadlock"] == "refuted"
 
 
@@ -91,11 +91,11 @@ def test_the_command_writes_the_file_proves_it_and_reports_a_hang(tmp_path):
     assert recorded["exit_codes"] == [None, None]
     assert recorded["ended"] == [False, False]
     assert recorded["proof"]["verdict"] == "refuted"
-    assert "for 3 s every rank had waited for messages that did not come" in result.stderr
+    assert "every rank had been waiting for messages for 3 s" in result.stderr
     assert loads(file.read_text()) == loads(recorded["schedule"])
 
 
-def test_of_several_training_steps_one_is_written(tmp_path):
+def test_one_of_several_training_steps_is_written(tmp_path):
     result = command("-P", 2, "--step", 2, *python("gpipe.py", 2, 3))
     assert result.returncode == 0, result.stderr
     assert "# step 2 of 3" in result.stdout
@@ -103,13 +103,13 @@ def test_of_several_training_steps_one_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["-P", "2", "--", "no-such-program"], "what follows -- is a command: no-such-program: No such file"),
         (["--", "true"], "calls torch.distributed.init_process_group in Python: no process of it did"),
     ],
 )
-def test_a_command_without_ranks_is_bad_input(words, said):
+def test_a_command_without_ranks_is_bad_input(words, message):
     result = command(*words)
     assert result.returncode == 2
-    assert said in result.stderr
+    assert message in result.stderr

@@ -1,4 +1,4 @@
-"""What cannot be named is an error that says what and where; what is named is named by where its tensors come from."""
+"""Ops are named by the origin of their tensors; an op that cannot be named is an error with the line of the program."""
 
 import pytest
 import torch
@@ -7,45 +7,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe.record import RecordError
-from dualpipe.schedule import show_slot
 from dualpipe.testing.pytest_plugin import record_ranks
+from tests.record.two_ranks import SHAPE, assert_plain, receive, train
 
 __all__ = ["record_ranks"]  # the fixture, as a conftest gets it with pytest_plugins
-
-SHAPE = (2, 4)
-
-
-def receive(peer: int) -> torch.Tensor:
-    buffer = torch.empty(SHAPE)
-    dist.recv(buffer, peer)
-    return buffer
-
-
-def train(rank: int, stage, microbatches: int = 2, send=dist.send) -> None:
-    """GPipe on two ranks, microbatch by microbatch; ``stage`` is called like a module."""
-    for _ in range(microbatches):
-        if rank == 0:
-            y = stage(torch.randn(SHAPE))
-            send(y.detach(), 1)
-            y.backward(receive(1))
-        else:
-            x = receive(0).requires_grad_()
-            stage(x).square().sum().backward()
-            send(x.grad, 0)
-
-
-def text(recording, rank: int) -> str:
-    return " ".join(map(show_slot, recording.schedule.programs[rank]))
-
-
-PLAIN = (
-    "0F0> 0SF0>@1 0RB0>@1 0B0>+0W0> 0F1> 0SF1>@1 0RB1>@1 0B1>+0W1>",
-    "1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0",
-)
-
-
-def assert_plain(recording) -> None:
-    assert (text(recording, 0), text(recording, 1)) == PLAIN
 
 
 def test_a_stage_of_one_module(record_ranks):
@@ -141,7 +106,7 @@ def test_metrics_and_clipping_afterwards_change_nothing(record_ranks):
     assert_plain(record_ranks(2, body))
 
 
-def test_a_module_that_runs_the_pipeline_is_told_apart_or_named(record_ranks):
+def test_a_module_that_runs_the_pipeline_has_to_be_named(record_ranks):
     class Engine(nn.Module):
         def __init__(self):
             super().__init__()
@@ -153,27 +118,29 @@ def test_a_module_that_runs_the_pipeline_is_told_apart_or_named(record_ranks):
     def body(rank):
         Engine()(torch.tensor(rank))
 
-    with pytest.raises(RecordError, match=r"inside .*Engine at .*test_limits.py:\d+; .* add --container .*Engine"):
+    with pytest.raises(RecordError, match=r"inside .*Engine at .*two_ranks.py:\d+; .* add --container .*Engine"):
         record_ranks(2, body, check=False)
     name = Engine.__qualname__
     assert_plain(record_ranks(2, body, containers=[name]))
 
 
-def test_a_stage_that_is_no_module_is_an_error_that_says_where(record_ranks):
+def test_a_stage_that_is_not_a_module_is_an_error(record_ranks):
     def body(rank):
         weight = torch.randn(4, 4, requires_grad=True)
         train(rank, (lambda x: x @ weight) if rank == 0 else nn.Linear(4, 4))
 
-    with pytest.raises(RecordError, match=r"from what rank 0 sends at .*test_limits.py:\d+, and no module call made"):
+    with pytest.raises(
+        RecordError, match=r"from what rank 0 sends at .*two_ranks.py:\d+, which is the output of no module call"
+    ):
         record_ranks(2, body)
 
 
 def test_a_program_without_a_pipeline_is_an_error(record_ranks):
-    with pytest.raises(RecordError, match="no message holds what a module call made"):
+    with pytest.raises(RecordError, match="no message has the output of a module call"):
         record_ranks(2, lambda rank: nn.Linear(4, 4)(torch.randn(SHAPE)).sum().backward())
 
 
-def test_a_message_with_two_microbatches_in_it_is_an_error_that_says_where(record_ranks):
+def test_a_message_with_tensors_of_two_microbatches_is_an_error(record_ranks):
     def body(rank):
         stage = nn.Linear(4, 4)
         if rank == 0:
@@ -206,7 +173,7 @@ def test_data_parallel_pipelines_are_an_error(record_ranks):
         record_ranks(6, body)
 
 
-def test_an_error_on_a_rank_is_told_with_its_traceback(record_ranks):
+def test_an_error_on_a_rank_is_raised_with_its_traceback(record_ranks):
     def body(rank):
         raise LookupError(f"of rank {rank}")
 

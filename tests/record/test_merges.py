@@ -1,4 +1,4 @@
-"""No message and no computation is dropped or merged with another one: what cannot be told apart is said."""
+"""Messages and computations are not merged or dropped silently: where they are ambiguous, a note says so."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
-from tests.record.test_limits import SHAPE, assert_plain, receive, text, train
+from tests.record.two_ranks import SHAPE, assert_plain, receive, text, train
 
 
 def verdicts(recording) -> dict[str, str]:
@@ -32,7 +32,7 @@ def both_forwards_first(rank, backward) -> None:
         backward([stage(x) for x in inputs], inputs)
 
 
-def test_two_receives_of_one_batch_that_met_different_sends_are_two_ops():
+def test_two_receives_of_one_batch_matched_with_different_sends_are_two_ops():
     def body(rank):
         def backward(outputs, inputs):
             if rank == 1:
@@ -49,11 +49,11 @@ def test_two_receives_of_one_batch_that_met_different_sends_are_two_ops():
     recording = record_ranks(2, body)
     assert text(recording, 0).endswith("0RB0>@1+0RB0>@1 0B0>+0W0>")
     assert verdicts(recording)["messages"] == "refuted"
-    assert recording.caveats == ("1 receives bring what no forward and no backward was seen to take",)
+    assert recording.caveats == ("1 receives have tensors that no observed forward or backward uses",)
     unused, repeated = recording.notes
-    assert "rank 0: what it receives from rank 1 at " in unused
-    assert unused.endswith("was seen to be taken by no forward and no backward; it is named 0RB0>@1 by what was sent")
-    assert repeated.startswith("rank 0: 0RB0>@1 is there 2 times, posted at ")
+    assert "rank 0: no observed forward or backward uses what it receives from rank 1 at " in unused
+    assert unused.endswith("it is named 0RB0>@1 by what was sent")
+    assert repeated.startswith("rank 0: 0RB0>@1 occurs 2 times, posted at ")
 
 
 def test_a_gradient_sent_and_received_twice_is_two_messages():
@@ -75,12 +75,12 @@ def test_a_gradient_sent_and_received_twice_is_two_messages():
     assert verdicts(recording)["messages"] == "refuted"
 
 
-def test_gradients_of_two_microbatches_in_one_run_of_the_engine_are_each_their_own():
+def test_gradients_of_two_microbatches_in_one_run_of_the_engine_are_separate():
     def body(rank):
         def backward(outputs, inputs):
             if rank == 1:
                 losses = [y.square().sum() for y in outputs]
-                print(sum(loss.detach() for loss in losses))  # the two are not one for it
+                print(sum(loss.detach() for loss in losses))  # must not join the two microbatches
                 for loss in losses:
                     loss.backward()
                 batch(dist.isend, [x.grad for x in inputs], 0)
@@ -97,7 +97,7 @@ def test_gradients_of_two_microbatches_in_one_run_of_the_engine_are_each_their_o
     assert (set(verdicts(recording).values()), recording.notes) == ({"proved", "skipped"}, ())
 
 
-def test_a_gradient_that_the_backward_does_not_use_is_said():
+def test_a_gradient_that_the_backward_does_not_use_is_noted():
     def body(rank):
         stage = nn.Linear(4, 4)
         if rank == 1:
@@ -111,7 +111,7 @@ def test_a_gradient_that_the_backward_does_not_use_is_said():
 
     recording = record_ranks(2, body)
     assert_plain(recording)
-    assert recording.caveats == ("2 receives bring what no forward and no backward was seen to take",)
+    assert recording.caveats == ("2 receives have tensors that no observed forward or backward uses",)
 
 
 class Residual(nn.Module):
@@ -165,7 +165,7 @@ def test_two_residual_stages_back_to_back_on_one_rank_are_two(how):
     assert (recording.notes, recording.caveats) == ((), ())
 
 
-def test_an_input_that_a_setter_hands_to_the_stage_is_its_input():
+def test_an_input_set_as_an_attribute_is_an_input_of_the_stage():
     class Given(Residual):
         given = None
 
@@ -189,12 +189,12 @@ def test_an_input_that_a_setter_hands_to_the_stage_is_its_input():
 DOUBTS = {
     "a stage that takes a detached tensor": (
         lambda first, second, x: second(first(x).detach()).sum().backward(),
-        "takes a detached tensor of 1F0>, which asks for no gradient; whether it is a stage of its own could not be",
+        "takes a detached tensor of 1F0> without requires_grad; whether it is a stage of its own could not be",
         "the stage boundary of 2 calls could not be determined",
     ),
     "a forward called twice": (
         lambda first, second, x: (first(x), first(x))[1].sum().backward(),
-        "was called before on the same tensors for 1F0>; the file has that forward once (2 times)",
+        "had been called on the same tensors for 1F0>; the file has that forward once (2 times)",
         "2 forwards ran more than once and are written once",
     ),
     "a backward run twice": (
@@ -206,7 +206,7 @@ DOUBTS = {
 
 
 @pytest.mark.parametrize("doubt", DOUBTS)
-def test_what_a_schedule_cannot_say_of_a_forward_is_said_beside_the_verdict(doubt):
+def test_what_a_schedule_cannot_express_is_a_note_and_a_caveat(doubt):
     run, note, caveat = DOUBTS[doubt]
 
     def body(rank):
@@ -220,11 +220,11 @@ def test_what_a_schedule_cannot_say_of_a_forward_is_said_beside_the_verdict(doub
             dist.send(torch.zeros(SHAPE) if x.grad is None else x.grad, 0)
 
     recording = record_ranks(2, body)
-    assert any(note in said for said in recording.notes), recording.notes
+    assert any(note in other for other in recording.notes), recording.notes
     assert caveat in recording.caveats
 
 
-def test_messages_in_two_process_groups_of_the_same_ranks_are_said():
+def test_messages_in_two_process_groups_of_the_same_ranks_are_noted():
     def body(rank):
         other = dist.new_group([0, 1])
         train(rank, nn.Linear(4, 4))

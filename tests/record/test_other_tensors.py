@@ -1,4 +1,4 @@
-"""Messages and computations beside activations and gradients in ``.grad``: labels, masks, evaluations, own buffers."""
+"""Messages and computations other than activations and ``.grad``: labels, masks, evaluations, separate buffers."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
-from tests.record.test_limits import PLAIN, SHAPE, assert_plain, receive, text, train
+from tests.record.two_ranks import PLAIN, SHAPE, assert_plain, receive, text, train
 
 
 def verdict(recording) -> str:
@@ -23,7 +23,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_labels_that_the_first_rank_sends_are_no_activation_and_no_gradient(loss):
+def test_labels_sent_by_the_first_rank_are_neither_activation_nor_gradient(loss):
     def body(rank):
         stage = nn.Linear(4, 4)
         for _ in range(2):
@@ -43,7 +43,7 @@ def test_labels_that_the_first_rank_sends_are_no_activation_and_no_gradient(loss
     assert recording.caveats == ("4 message ends are left out as control data",)
 
 
-def test_a_mask_that_a_stage_takes_besides_is_data():
+def test_a_mask_that_a_stage_also_takes_is_data():
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -69,10 +69,10 @@ def test_a_mask_that_a_stage_takes_besides_is_data():
 
     recording = record_ranks(2, body)
     assert_plain(recording)
-    assert "to a forward of rank 1 was made by no module call; it is taken for data" in recording.notes[0]
+    assert "to a forward of rank 1; it is taken for data" in recording.notes[0]
 
 
-def test_data_that_another_rank_loads_and_sends_to_the_first_stage():
+def test_the_first_stage_may_receive_its_data():
     def body(rank):
         stage = nn.Linear(4, 4)
         for _ in range(2):
@@ -150,7 +150,7 @@ def test_an_evaluation_before_the_first_step_is_left_out(same_data, same_buffer)
     assert "2 microbatches ran without gradients, an evaluation, and are left out" in recording.notes
 
 
-def test_inference_alone_is_recorded_and_noted():
+def test_inference_is_recorded_and_noted():
     def body(rank):
         stage = nn.Linear(4, 4)
         with torch.no_grad():
@@ -166,7 +166,7 @@ def test_inference_alone_is_recorded_and_noted():
     assert all(note.endswith("ran without gradients and have no backward") for note in recording.notes)
 
 
-def test_gradients_of_weights_in_buffers_of_the_program_are_written_where_they_are_made():
+def test_weight_gradients_in_the_programs_own_buffers_are_written_where_they_are_computed():
     def body(rank):
         stage = nn.Linear(4, 4)
         weights = list(stage.parameters())
@@ -186,7 +186,7 @@ def test_gradients_of_weights_in_buffers_of_the_program_are_written_where_they_a
     recording = record_ranks(2, body)
     assert_plain(recording)
     assert verdict(recording) == "proved"
-    assert all("reach no .grad; their W is where they are made (2 times)" in note for note in recording.notes)
+    assert all("reach no .grad; their W is there (2 times)" in note for note in recording.notes)
     assert len(recording.notes) == 2
 
 
@@ -201,7 +201,7 @@ def test_a_stage_without_parameters_has_its_weight_gradient_with_its_backward():
     )
 
 
-def test_something_else_in_place_of_a_gradient_is_said():
+def test_another_tensor_in_place_of_a_gradient_is_noted():
     def body(rank):
         def send(tensor, peer):
             dist.send(torch.zeros(SHAPE) if rank == 1 else tensor, peer)
@@ -210,11 +210,11 @@ def test_something_else_in_place_of_a_gradient_is_said():
 
     recording = record_ranks(2, body)
     assert_plain(recording)
-    assert recording.caveats == ("2 sends hold what no forward and no backward was seen to make",)
-    assert recording.notes[0].startswith("rank 1: what it sends at ")
+    assert recording.caveats == ("2 sends have tensors that no observed forward or backward made",)
+    assert recording.notes[0].startswith("rank 1: no observed forward or backward made what it sends at ")
 
 
-def test_gradients_that_reach_nothing_are_said():
+def test_a_backward_that_changes_no_weight_gradient_is_noted():
     def body(rank):
         stage = nn.Linear(4, 4)
         if rank == 0:
@@ -229,5 +229,5 @@ def test_gradients_that_reach_nothing_are_said():
     assert text(recording, 0) == PLAIN[0]
     assert text(recording, 1) == PLAIN[1].replace("+1W0>", "").replace("+1W1>", "")
     (note,) = recording.notes
-    assert note.startswith("rank 1: the engine ran from a forward at ")
-    assert note.endswith("and what it made reached no .grad: no W (2 times)")
+    assert note.startswith("rank 1: a backward from the forward at ")
+    assert note.endswith("changed no .grad: it has no W (2 times)")

@@ -1,4 +1,4 @@
-"""How recorded processes end: by themselves, by a signal, and whatever else happens with the recorder."""
+"""Recorded processes end by themselves or by a signal, and never outlive the recorder."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from dualpipe.record import Launch, run
 from dualpipe.record.processes import MARK
 from dualpipe.testing import record_ranks
 from tests.record.run import ROOT, command, python
-from tests.record.test_limits import assert_plain, train
+from tests.record.two_ranks import assert_plain, train
 
 ESCAPE = """
 import subprocess, sys, time
@@ -25,11 +25,11 @@ processes = [subprocess.Popen([sys.executable, "-S", "-c", worker], start_new_se
 if len(sys.argv) == 1:
     time.sleep(60)
 """
-"""Starts workers in sessions of their own, as torchrun does; with an argument it ends and leaves them alone."""
+"""Starts workers in new sessions, as torchrun does; with an argument it ends and leaves them running."""
 
 
 def marked() -> list[psutil.Process]:
-    """The processes on this machine that a recorder of this user started from here."""
+    """The running processes that a recorder started from this test."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -46,12 +46,12 @@ def known(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [(), ("and leave",)])
-def test_workers_in_sessions_of_their_own_end_too(tmp_path, known, arguments):
+def test_workers_in_new_sessions_are_killed(tmp_path, known, arguments):
     with (tmp_path / "output").open("w+") as output:
         launch = Launch((sys.executable, "-S", "-c", ESCAPE, *arguments), timeout=0.7)
         end = run(launch, _empty(tmp_path / "events"), output.fileno())
         output.seek(0)
-        assert end.well == bool(arguments)
+        assert end.succeeded == bool(arguments)
     assert marked() == []
 
 
@@ -70,7 +70,7 @@ def _until(condition, seconds: float = 30.0) -> bool:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_the_recorder_ends_all_and_leaves_no_folder(tmp_path, known, sent, code):
+def test_a_signal_to_the_recorder_ends_all_processes_and_leaves_no_folder(tmp_path, known, sent, code):
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     start += "from dualpipe.cli import main; main()"
     words = [sys.executable, "-c", start, "record", "--", sys.executable, "-S", "-c", ESCAPE]
@@ -100,11 +100,11 @@ pathlib.Path(f"past{rank}").write_text(str(time.monotonic()))
 
 
 @pytest.mark.parametrize("backend", [pytest.param("nccl", marks=pytest.mark.long), "cpu:gloo"])
-def test_no_rank_goes_on_before_every_other_has_joined_the_group(tmp_path, monkeypatch, backend):
-    """NCCL connects at the first message and gloo at once: a rank that ends early would fail the others."""
+def test_no_rank_continues_before_every_rank_has_joined_the_group(tmp_path, monkeypatch, backend):
+    """gloo connects at once, NCCL at the first message: with gloo a rank that ends early would make the others fail."""
     monkeypatch.chdir(tmp_path)
     result = command("-P", 2, "--", sys.executable, "-c", SLOW_TO_JOIN, backend)
-    assert "no message holds what a module call made" in result.stderr
+    assert "no message has the output of a module call" in result.stderr
     assert float(Path("joined1").read_text()) <= float(Path("past0").read_text())
 
 
@@ -119,7 +119,7 @@ def test_a_rank_that_dies_of_a_signal_is_an_error():
     assert record_ranks(2, body, check=False).ended == (True, False)
 
 
-def test_a_rank_that_exits_with_code_0_has_ended_and_with_another_one_failed():
+def test_exit_code_0_of_a_rank_is_success_and_any_other_a_failure():
     def body(rank, code):
         train(rank, nn.Linear(4, 4))
         sys.exit(code)
@@ -134,15 +134,15 @@ def test_a_rank_that_exits_with_code_0_has_ended_and_with_another_one_failed():
 def test_ranks_that_multiprocessing_forks_and_that_fork_loaders():
     result = command("--json", "--prove", *python("forks.py"))
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert told["ended"] == [True, True]
-    assert "rank 1: 1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0" in told["schedule"]
-    assert (told["proof"]["verdict"], told["caveats"]) == ("proved", [])
+    recorded = json.loads(result.stdout)
+    assert recorded["ended"] == [True, True]
+    assert "rank 1: 1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0" in recorded["schedule"]
+    assert (recorded["proof"]["verdict"], recorded["caveats"]) == ("proved", [])
 
 
-def test_a_program_that_failed_is_not_proved_without_a_word():
+def test_a_proof_of_a_failed_program_has_a_caveat():
     result = command("--prove", *python("forks.py", "error"))
     assert result.returncode == 1, result.stderr
     assert result.stdout.startswith(
-        "recorded on 2 ranks: proved as far as it was recorded: the program did not end well"
+        "recorded on 2 ranks: proved as far as it was recorded: the program failed or was ended"
     )

@@ -1,4 +1,4 @@
-"""Of several training steps one is written, cut at the same place on every rank or not at all."""
+"""One of several training steps is written, the same one on every rank."""
 
 import os
 
@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from dualpipe.record import RecordError
 from dualpipe.testing import record, record_ranks
-from reference.launch import launch
-from tests.record.test_limits import PLAIN, SHAPE, assert_plain, text, train
+from dualpipe.testing.launch import launch
+from tests.record.two_ranks import PLAIN, SHAPE, assert_plain, text, train
 
 
 def steps(rank: int, optimizers: int = 1, count: int = 3) -> None:
-    """Training steps of two microbatches with several optimizers on each rank, or none."""
+    """Training steps of two microbatches, with any number of optimizers on a rank."""
     stage = nn.Linear(4, 4)
     parts = list(stage.parameters())[:optimizers]
     made = [torch.optim.SGD([part], lr=0.1) for part in parts]
@@ -27,7 +27,7 @@ def steps(rank: int, optimizers: int = 1, count: int = 3) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_ranks_with_one_optimizer_and_with_two_are_cut_at_the_same_place(step):
+def test_ranks_with_one_and_with_two_optimizers_have_the_same_steps(step):
     recording = record_ranks(2, lambda rank: steps(rank, 1 + rank), step=step)
     assert_plain(recording)
     assert recording.steps == 3
@@ -44,7 +44,7 @@ def test_one_step_needs_no_optimizer():
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_message_that_is_posted_before_the_step_and_met_after_it_is_an_error(step):
+def test_a_message_from_one_step_to_the_next_is_an_error(step):
     def body(rank):
         stage = nn.Linear(4, 4)
         optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
@@ -81,7 +81,7 @@ def test_record_counts_steps_and_leaves_no_hook_behind():
 
 
 class Rows(Dataset):
-    """Data that a module prepares, in a process that the data loader forks."""
+    """Data prepared by a module in a process that the data loader forks."""
 
     def __init__(self):
         self.prepare = nn.Linear(4, 4)
@@ -93,7 +93,7 @@ class Rows(Dataset):
         return self.prepare(torch.ones(4)).detach()
 
 
-def test_what_processes_do_that_a_rank_forks_is_not_the_rank_s():
+def test_what_a_forked_child_of_a_rank_does_is_not_recorded():
     def body(rank):
         stage = nn.Linear(4, 4)
         batches = list(DataLoader(Rows(), num_workers=1, multiprocessing_context="fork"))

@@ -1,4 +1,4 @@
-"""``dualpipe.testing``: recordings made inside the ranks, and what our own runtime does."""
+"""``dualpipe.testing``: recordings made inside the ranks, and recordings of our own runtime."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from dualpipe.schedule import B, F, Schedule, show_slot
 from dualpipe.schedule.generate import dualpipe
 from dualpipe.schedule.text import dumps
 from dualpipe.testing import record
+from dualpipe.testing.launch import launch
 from proofs.prove import prove
-from reference.launch import launch
 from tests.record.run import forked
-from tests.record.test_limits import PLAIN, SHAPE, text, train
+from tests.record.two_ranks import PLAIN, SHAPE, text, train
 
 
-def test_record_sees_what_runs_inside_the_with_and_gathers_it_on_every_rank():
+def test_record_covers_the_with_block_and_gather_returns_it_on_every_rank():
     def body(context) -> list[str]:
         stage = nn.Linear(4, 4)
         train(context.rank, stage)
@@ -28,7 +28,7 @@ def test_record_sees_what_runs_inside_the_with_and_gathers_it_on_every_rank():
     assert launch(2, body, timeout=60).values() == [list(PLAIN)] * 2
 
 
-def test_afterwards_torch_is_as_it_was():
+def test_torch_is_restored_afterwards():
     def state() -> list[object]:
         engine = torch.autograd.Variable._execution_engine
         messages = [call.__code__ for call in (dist.isend, dist.irecv, dist.batch_isend_irecv)]
@@ -44,7 +44,7 @@ def test_afterwards_torch_is_as_it_was():
     assert not [name for name in vars(dist.distributed_c10d) if "record" in name and "isend" in name]
 
 
-def test_functions_and_operations_from_before_the_recording_are_watched_and_stay_good_afterwards():
+def test_functions_bound_before_the_recording_are_watched_and_work_afterwards():
     def exchange(ops, tensors):
         for op, tensor in zip(ops, tensors, strict=True):
             op.tensor = tensor
@@ -69,7 +69,7 @@ def test_functions_and_operations_from_before_the_recording_are_watched_and_stay
 
 
 def in_turn(schedule: Schedule) -> list[str]:
-    """The slots of each rank, with an overlapped pair as a forward and then a backward: so our interpreter runs it."""
+    """The slots of each rank with every overlapped pair split in two, since our runtime runs one after the other."""
     return [
         " ".join(
             show_slot(part)
@@ -80,7 +80,7 @@ def in_turn(schedule: Schedule) -> list[str]:
     ]
 
 
-def test_our_own_runtime_does_what_the_schedule_says():
+def test_our_own_runtime_runs_the_schedule():
     recorded = forked(4, "deepseek.py", 4, 8).schedule
     bare = [" ".join(show_slot(tuple(op.bare for op in slot)) for slot in program) for program in recorded.programs]
     assert bare == in_turn(dualpipe(4, 8))
@@ -89,7 +89,7 @@ def test_our_own_runtime_does_what_the_schedule_says():
 
 def test_an_activation_and_a_gradient_sent_in_the_wrong_order_are_refuted():
     def swapped(ops):
-        """Rank 1's first batch with two sends to rank 2 has them the other way round."""
+        """Exchange two sends to rank 2 in the first batch of rank 1 that has them."""
         sends = [n for n, op in enumerate(ops) if op.op is dist.isend and op.peer == 2]
         if dist.get_rank() == 1 and len(sends) > 1 and not done:
             done.append(True)
@@ -109,4 +109,4 @@ def test_an_activation_and_a_gradient_sent_in_the_wrong_order_are_refuted():
     report = prove(recording.schedule).as_json()["checks"]
     assert report["messages"]["verdict"] == "refuted"
     assert "rank 2" in report["messages"]["story"]
-    assert "began from something else than" in " ".join(recording.notes)
+    assert "does not take the activation of stage" in " ".join(recording.notes)

@@ -1,4 +1,4 @@
-"""torch's own ScheduleDualPipeV, recorded as it runs: its computations are those of its table, and it is proved."""
+"""A recording of torch's own ScheduleDualPipeV has the computations of its table, and is proved."""
 
 import pytest
 
@@ -10,9 +10,9 @@ from tests.schedule import torch_tables
 
 
 def by_the_table(ranks: int, microbatches: int) -> list[list[str]]:
-    """The computations of torch's table, one by one: torch runs an overlapped pair as one after the other.
+    """The computations of torch's table, one by one, since torch runs an overlapped pair one after the other.
 
-    Of stage 0 torch puts B off until its W (nobody waits for that B), and does both in one.
+    In stage 0 torch defers B, which no rank waits for, to its W and runs both together.
     """
 
     def ops(action) -> list[str]:
@@ -28,21 +28,21 @@ def by_the_table(ranks: int, microbatches: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (2, 7), (3, 6), (4, 10)])
-def test_dualpipev_of_torch_computes_by_its_table_and_is_proved(ranks, microbatches):
+def test_torchs_dualpipev_has_the_computations_of_its_table_and_is_proved(ranks, microbatches):
     recording = forked(ranks, "torch_dualpipev.py", microbatches)
     schedule = recording.schedule
     assert schedule.routes == {">": (*range(ranks), *reversed(range(ranks)))}
     computed = [[str(op) for slot in program for op in slot] for program in schedule.only(COMPUTE).programs]
     assert computed == by_the_table(ranks, microbatches)
     assert prove(schedule).as_json()["verdict"] == "proved"
-    said = " ".join(recording.notes)
-    assert "exchange nothing" in said, "torch tries the shapes first"
-    assert "control data" in said, "it tells them to the next stage"
-    assert "messages still in flight" in said, "it waits for a message where it needs it"
+    notes = " ".join(recording.notes)
+    assert "exchange nothing" in notes, "torch first runs the stages for their shapes"
+    assert "control data" in notes, "it sends the shapes to the next stage"
+    assert "messages still in flight" in notes, "it waits for a message where it needs it"
 
 
 @pytest.mark.long
-def test_dualpipev_of_torch_is_recorded_and_proved_by_the_command(tmp_path):
+def test_torchs_dualpipev_is_recorded_and_proved_by_the_command(tmp_path):
     file = tmp_path / "recorded.txt"
     result = command("-P", 2, "-o", file, "--prove", *python("torch_dualpipev.py", 4))
     assert result.returncode == 0, result.stderr

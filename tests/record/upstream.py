@@ -1,4 +1,4 @@
-"""DeepSeek's own package, fetched once into a folder of its own, since its import name is ours."""
+"""DeepSeek's own package, fetched once into a separate folder because its import name is ours."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ PACKAGE = "dualpipe==1.0.0"
 CACHE = Path(__file__).parents[2] / ".cache"
 
 
-class Unreachable(Exception):  # noqa: N818 - says what is the matter, and is caught by the one test that can skip
-    """The package is not here and cannot be fetched."""
+class Unreachable(Exception):  # noqa: N818 - a reason to skip, caught by one test
+    """The package is not installed and cannot be fetched."""
 
 
 def folder() -> Path:
@@ -26,7 +26,7 @@ def folder() -> Path:
 
 
 def fetch(kept: Path) -> None:
-    """Install next to the cache and rename, so that tests side by side never see half a package."""
+    """Install next to the cache and rename, so that concurrent tests never see half a package."""
     CACHE.mkdir(exist_ok=True)
     (CACHE / ".gitignore").write_text("*\n")
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:

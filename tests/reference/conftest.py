@@ -1,4 +1,4 @@
-"""One thread, whatever ran before: LayerNorm's weight gradient and some sums depend on the number."""
+"""Use one thread, since LayerNorm's weight gradient and some sums depend on the number of threads."""
 
 import pytest
 import torch

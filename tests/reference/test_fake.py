@@ -1,4 +1,4 @@
-"""Fake ranks train to the oracle's bits, whatever the schedule, the dtype, the order of moves and the waiting."""
+"""Fake ranks compute the oracle's bits for every schedule and dtype, blocking or not, in any order of moves."""
 
 import pytest
 import torch
@@ -26,13 +26,13 @@ def test_every_schedule_trains_to_the_oracles_bits(name, ranks, dtype):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_an_uneven_number_of_microbatches_as_well(name):
+def test_an_odd_number_of_microbatches_in_each_lane(name):
     schedule = generate(name, 2, 10)
     trial = decoder(schedule, steps=3)
     assert matches(schedule, trial.truth(), trial.run(schedule))
 
 
-def test_whoever_moves_next_the_bits_are_the_same():
+def test_the_bits_do_not_depend_on_which_rank_moves_next():
     schedule = dualpipe(4, 12)
     trial = decoder(schedule, steps=1)
     truth = trial.truth()
@@ -41,17 +41,16 @@ def test_whoever_moves_next_the_bits_are_the_same():
         seen = []
         assert matches(schedule, truth, trial.run(schedule, seed=seed, observe=lambda op, module: seen.append(op)))  # noqa: B023 - called at once
         orders.add(tuple(seen))
-    assert len(orders) == 6  # and the seeds did choose differently
+    assert len(orders) == 6  # the seeds chose different orders
 
 
-def test_one_rank_alone_needs_no_messages():
+def test_a_single_rank_needs_no_messages():
     schedule = loads("lane > 0\nrank 0: 0F0> 0B0>+0W0> 0F1> 0B1> 0W1>")
     trial = decoder(schedule)
     assert matches(schedule, trial.truth(), trial.run(schedule))
 
 
-def test_the_turn_of_a_v_hands_its_tensors_over_directly():
-    # two stages of one rank: no message, neither for the activation nor for the gradient
+def test_neighbour_stages_on_one_rank_pass_tensors_directly():
     schedule = loads("lane > 0 0\nrank 0: 0F0> 1F0> 0F1> 1B0>+1W0> 1F1> 0B0> 1B1> 0B1> 0W0> 1W1> 0W1>")
     trial = decoder(schedule)
     assert matches(schedule, trial.truth(), trial.run(schedule))
@@ -63,7 +62,7 @@ def test_a_rank_may_have_nothing_to_do():
     assert matches(schedule, trial.truth(), trial.run(schedule))
 
 
-def test_the_stages_handed_in_stay_as_they_are():
+def test_the_stages_passed_in_are_not_changed():
     schedule = dualpipe(2, 4)
     trial = toy(schedule)
     trial.run(schedule)
@@ -81,7 +80,7 @@ def test_the_two_replicas_differ_before_the_sum_and_agree_after_it():
     assert torch.equal(step.weights[up, 1][name], step.weights[down, 1][name])
 
 
-def test_swapping_two_sends_of_one_batch_trains_silently_on_garbage():
+def test_swapping_two_sends_of_one_slot_trains_silently_on_garbage():
     #   rank 0  SF SB        rank 0  SB SF     both go to rank 1, which takes the first for
     #   rank 1  RF RB        rank 1  RF RB     an activation and the second for a gradient
     schedule = dualpipe(4, 8)
@@ -100,7 +99,7 @@ def test_swapping_two_sends_of_one_batch_trains_silently_on_garbage():
 
 
 class Reuse(nn.Module):
-    """One linear layer three times, another that is not used, and one whose result is not."""
+    """One linear layer called three times, one that is not called, and one whose result is not used."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +112,7 @@ class Reuse(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two linear layers on one weight."""
+    """Two linear layers that share a weight."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +124,7 @@ class Tied(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A linear layer that is not trained, before one that is, half frozen."""
+    """A frozen linear layer before one with a frozen bias."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +137,7 @@ class Frozen(nn.Module):
 
 
 class View(nn.Module):
-    """A stage whose output is a view of another layout than its storage."""
+    """A stage whose output is a transposed view."""
 
     def __init__(self):
         super().__init__()
@@ -149,19 +148,19 @@ class View(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Reuse, Tied, Frozen, View])
-@pytest.mark.parametrize("place", [0, 1, 2, 3])
-def test_unusual_stages_come_out_right_wherever_they_stand(kind, place):
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_unusual_modules_train_to_the_oracles_bits_at_every_stage(kind, stage):
     schedule = generate("dualpipev", 2, 4)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stages = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(4)]
-        stages[place] = kind()
+        stages[stage] = kind()
         data = [[[Batch(torch.randn(4, 4), torch.randn(4, 4)) for _ in range(4)]] for _ in range(2)]
     trial = Trial(stages, data, nn.functional.mse_loss, SGD)
     assert matches(schedule, trial.truth(), trial.run(schedule))
 
 
-def test_a_linear_layer_tied_to_an_embedding_is_refused():
+def test_a_linear_layer_tied_to_an_embedding_is_rejected():
     schedule = loads("lane > 0\nrank 0: 0F0> 0B0>+0W0>")
     stage = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
     stage[1].weight = stage[0].weight

@@ -1,4 +1,4 @@
-"""The measured peak of live activations is what the schedule says: live from F until W is over."""
+"""The measured peak of live activations is that of the schedule: live from the start of F to the end of W."""
 
 import gc
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe.schedule import UP, B, F, W
+from dualpipe.schedule import UP, B, F, Task, W
 from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule.text import loads
 from reference.data import Batch
-from reference.ledger import Account, Holder, Key, Ledger
+from reference.ledger import Account, Holder, Ledger
 from tests.reference.trials import SGD, SMALL, Trial, decoder, with_program
 
 
@@ -25,15 +25,15 @@ def peaks(schedule):
     return [peak.microbatches for peak in measure(schedule).peaks]
 
 
-def said(schedule):
-    """The peaks by the schedule's own words: in a slot, what F allocates counts before what W releases."""
+def expected(schedule):
+    """The peaks that follow from the schedule.  In a slot, F allocates before W releases."""
     found = []
     for program in schedule.programs:
         live, peak = set(), 0
         for slot in program:
-            live |= {(op.lane, op.stage, op.mb) for op in slot if op.kind is F}
+            live |= {op.task for op in slot if op.kind is F}
             peak = max(peak, len(live))
-            live -= {(op.lane, op.stage, op.mb) for op in slot if op.kind is W}
+            live -= {op.task for op in slot if op.kind is W}
         found.append(peak)
     return found
 
@@ -49,48 +49,48 @@ def test_dualpipev_holds_one_more_than_twice_its_ranks(ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_1f1b_holds_as_many_as_there_are_ranks_from_here_on(ranks):
+def test_1f1b_holds_as_many_as_the_ranks_from_its_own_to_the_last(ranks):
     assert peaks(one_f_one_b(ranks, 2 * ranks)) == [ranks - rank for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_zb1p_holds_as_many_as_there_are_ranks_everywhere(ranks):
+def test_zb1p_holds_as_many_as_there_are_ranks_on_every_rank(ranks):
     assert peaks(zb1p(ranks, 2 * ranks)) == [ranks] * ranks
 
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_measured_is_what_the_schedule_says(name, ranks):
+def test_the_measured_peaks_follow_from_the_schedule(name, ranks):
     schedule = generate(name, ranks, 2 * ranks + 4)
-    assert peaks(schedule) == said(schedule)
+    assert peaks(schedule) == expected(schedule)
 
 
-def test_putting_off_every_w_to_the_end_keeps_every_microbatch_alive():
+def test_deferring_every_w_to_the_end_keeps_every_microbatch_live():
     schedule = one_f_one_b(2, 6)
     late = schedule
     for rank, program in enumerate(schedule.programs):
         early = [tuple(op for op in slot if op.kind is not W) for slot in program]
         late = with_program(late, rank, [*early, *((op,) for slot in program for op in slot if op.kind is W)])
     assert peaks(schedule) == [2, 1]
-    assert peaks(late) == said(late) == [6, 6]
+    assert peaks(late) == expected(late) == [6, 6]
 
 
-def test_bytes_between_ops_are_the_sum_of_the_footprints_then():
+def test_bytes_between_ops_are_the_sum_of_the_footprints():
     for name in PLANS:
         schedule = generate(name, 4, 10)
         ledger = measure(schedule)
         for program, peak in zip(schedule.programs, ledger.peaks, strict=True):
             held, most = {}, 0
             for op in (op for slot in program for op in slot if op.kind in (F, B, W)):
-                footprint, key = ledger.footprints[op.lane, op.stage], Key.of(op)
-                held[key] = {F: footprint.waiting_for_b, B: footprint.waiting_for_w, W: 0}[op.kind]
+                footprint = ledger.footprints[op.chunk]
+                held[op.task] = {F: footprint.waiting_for_b, B: footprint.waiting_for_w, W: 0}[op.kind]
                 most = max(most, sum(held.values()))
             assert peak.settled_bytes == most
             assert peak.bytes >= most
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_what_waits_for_w_is_the_inputs_and_output_gradients_of_linear_layers(dtype, size):
+def test_a_pending_w_holds_the_inputs_and_output_gradients_of_linear_layers(dtype, size):
     #                           qkv     out     up      down
     #   inputs                  h       h       h       4h     (the mixed heads, GELU's output, two norms' outputs)
     #   output gradients        3h      h       4h      h
@@ -102,7 +102,7 @@ def test_what_waits_for_w_is_the_inputs_and_output_gradients_of_linear_layers(dt
     assert all(footprint.waiting_for_b > footprint.waiting_for_w for footprint in footprints.values())
 
 
-def test_what_waits_for_b_by_hand():
+def test_a_pending_b_holds_what_autograd_saves():
     # tanh keeps its output, the norm its input, a mean and a deviation for each row, the linear layer its input
     schedule = loads("lane > 0\nrank 0: 0F0> 0B0> 0W0>")
     stage = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.Tanh())
@@ -113,12 +113,12 @@ def test_what_waits_for_b_by_hand():
     assert ledger.footprints[UP, 0] == (4 * (norm + linear + tanh), 4 * (3 * 4 + 3 * 8))
 
 
-def test_a_storage_counts_once_however_many_tensors_share_it():
-    account, key = Account(), Key(UP, 0, 0)
+def test_a_storage_shared_by_several_tensors_counts_once():
+    account, task = Account(), Task(UP, 0, 0)
     whole = torch.zeros(10)
-    holders = [Holder(account, key, whole), Holder(account, key, whole[2:4]), Holder(account, key, torch.zeros(5))]
+    holders = [Holder(account, task, whole), Holder(account, task, whole[2:4]), Holder(account, task, torch.zeros(5))]
     assert (account.peak.microbatches, account.peak.bytes) == (1, 60)
-    other = Holder(account, Key(UP, 0, 1), whole)
+    other = Holder(account, Task(UP, 0, 1), whole)
     assert (account.peak.microbatches, account.peak.bytes) == (2, 60)
     del holders, other
     gc.collect()
@@ -126,7 +126,7 @@ def test_a_storage_counts_once_however_many_tensors_share_it():
     assert account.peak.bytes == 60
 
 
-def test_a_w_that_never_comes_stays_live_until_the_step_is_over():
+def test_a_microbatch_whose_w_never_runs_is_live_until_the_end_of_the_step():
     schedule = loads("lane > 0\nrank 0: 0F0> 0B0> 0F1> 0B1>+0W1> 0F2> 0B2>+0W2>")
     ledger, seen = Ledger(1), []
     trial = decoder(schedule, steps=1)

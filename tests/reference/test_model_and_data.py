@@ -1,4 +1,4 @@
-"""The decoder and the text it learns."""
+"""The decoder and its training text."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_a_stage_built_alone_has_the_weights_it_has_in_the_whole_model():
     before = torch.get_rng_state()
     for stage in (3, 0, 2, 1):
         assert same(build_stage(SMALL, stage, 4, seed=1).state_dict(), whole[stage].state_dict())
-    assert torch.equal(torch.get_rng_state(), before)  # and nobody's random numbers were used up
+    assert torch.equal(torch.get_rng_state(), before)  # the global random state was not used
 
 
 def test_another_seed_or_stage_has_other_weights():
@@ -24,14 +24,14 @@ def test_another_seed_or_stage_has_other_weights():
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 
 
-def test_low_precision_weights_are_those_of_float64_rounded():
+def test_low_precision_weights_are_rounded_float64_weights():
     exact = build_stage(ModelConfig(16, 2, 8, dtype=torch.float64), 1, 2, seed=0).state_dict()
     for dtype in (torch.float32, torch.bfloat16):
         rounded = build_stage(ModelConfig(16, 2, 8, dtype=dtype), 1, 2, seed=0).state_dict()
         assert same({name: weight.to(dtype) for name, weight in exact.items()}, rounded)
 
 
-def test_the_first_stage_embeds_the_last_one_scores_and_a_single_one_does_both():
+def test_the_first_stage_has_the_embedding_and_the_last_one_the_output():
     def layers(stage, stages):
         return [name for name, _ in build_stage(SMALL, stage, stages, seed=0).named_children()]
 
@@ -43,7 +43,7 @@ def test_the_first_stage_embeds_the_last_one_scores_and_a_single_one_does_both()
     assert layers(0, 1) == ["embedding", "block0", "norm", "output"]
 
 
-def test_it_is_made_of_stock_layers_with_biases_and_an_untied_output():
+def test_the_model_has_stock_layers_with_biases_and_an_untied_output():
     model = nn.Sequential(*build_stages(SMALL, 2, seed=0))
     kinds = {type(layer) for layer in model.modules() if not list(layer.children())}
     assert kinds == {nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU}
@@ -71,24 +71,24 @@ def test_the_loss_is_the_mean_over_tokens_times_the_scale():
 
 
 @pytest.mark.parametrize("sizes", [{"hidden": 30, "heads": 4}, {"sequence": 0}, {"dtype": torch.int64}])
-def test_a_model_that_cannot_be_is_refused_with_a_remedy(sizes):
-    with pytest.raises(ModelError) as refused:
+def test_impossible_sizes_are_rejected_with_a_fix(sizes):
+    with pytest.raises(ModelError) as error:
         ModelConfig(**sizes)
-    assert refused.value.fix
+    assert error.value.fix
 
 
-def test_a_stage_beyond_the_model_is_refused():
+def test_a_stage_beyond_the_model_is_rejected():
     with pytest.raises(ModelError, match="got stage 2 of 2"):
         build_stage(SMALL, 2, 2, seed=0)
 
 
-def test_the_text_is_the_standard_librarys_own():
+def test_the_text_is_the_documentation_of_the_standard_library():
     text = bytes(corpus().to(torch.uint8).tolist()).decode()
     assert "The *assert* statement" in text or 'The "assert" statement' in text
     assert len(text) > 100_000
 
 
-def test_targets_are_the_text_one_byte_on():
+def test_targets_are_the_text_one_byte_later():
     text = bytes(corpus().to(torch.uint8).tolist())
     for tokens, targets in batches(3, 2, 16, seed=0):
         assert tokens.shape == targets.shape == (2, 16)
@@ -104,7 +104,7 @@ def test_every_batch_has_storage_of_its_own():
     assert len({t.untyped_storage().data_ptr() for t in drawn}) == len(drawn)
 
 
-def test_a_seed_gives_the_same_data_again_and_each_step_fresh_data():
+def test_data_depends_on_the_seed_and_differs_between_steps():
     first, again, other = (training_data(2, [2, 3], 2, 8, seed) for seed in (1, 1, 2))
     assert [[len(lane) for lane in step] for step in first] == [[2, 3], [2, 3]]
 

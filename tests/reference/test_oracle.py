@@ -1,4 +1,4 @@
-"""The oracle against sums done by hand and against a loop that shares no line with it."""
+"""The oracle compared with sums done by hand and with a training loop that shares no code with it."""
 
 import copy
 from functools import partial
@@ -25,7 +25,7 @@ def test_a_line_through_two_points_by_hand():
     assert by_lane == [(24, 12), (-4, -4)]
     assert (float(step.gradients[0]["weight"]), float(step.gradients[0]["bias"])) == (20, 8)
     assert (float(step.weights[0]["weight"]), float(step.weights[0]["bias"])) == (3 - 0.5 * 20, 1 - 0.5 * 8)
-    assert line.weight.item() == 3  # the module that was handed in is as before
+    assert line.weight.item() == 3  # the module passed in is not changed
 
 
 def test_one_lane_is_the_ordinary_training_loop():
@@ -35,10 +35,10 @@ def test_one_lane_is_the_ordinary_training_loop():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for (batches,), step in zip(data, oracle.train(trial.stages, data, trial.criterion, ADAM), strict=True):
         optimizer.zero_grad()
-        for batch, told in zip(batches, step.losses[0], strict=True):
+        for batch, expected in zip(batches, step.losses[0], strict=True):
             loss = trial.criterion(model(batch.tokens), batch.targets)
             loss.backward()
-            assert torch.equal(loss, told)
+            assert torch.equal(loss, expected)
         for number, stage in enumerate(model):
             assert same({name: p.grad for name, p in stage.named_parameters()}, step.gradients[number])
             assert same(step.gradients[number], step.lane_gradients[0][number])
@@ -62,7 +62,7 @@ def test_the_sum_of_two_lanes_is_not_bitwise_one_pass_over_all_microbatches():
     assert differ
 
 
-def test_the_loss_falls_and_every_gradient_is_alive():
+def test_the_loss_falls_and_every_gradient_is_finite_and_not_zero():
     trial = decoder(dualpipe(2, 8), steps=8)
     steps = trial.truth()
     means = [float(sum(loss for lane in step.losses for loss in lane)) for step in steps]
@@ -72,7 +72,7 @@ def test_the_loss_falls_and_every_gradient_is_alive():
             assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
 
 
-def test_a_parameter_without_a_gradient_is_absent_and_stays_as_it_is():
+def test_a_parameter_without_a_gradient_is_left_out_and_not_changed():
     stage = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     stage[1].requires_grad_(False)
     stage.register_parameter("spare", nn.Parameter(torch.ones(2)))
@@ -82,12 +82,12 @@ def test_a_parameter_without_a_gradient_is_absent_and_stays_as_it_is():
     assert torch.equal(step.weights[0]["spare"], torch.ones(2))
 
 
-def test_what_a_step_told_is_not_changed_by_the_next():
+def test_a_result_is_not_changed_by_the_next_step():
     trial = decoder(dualpipe(2, 4), steps=2)
-    told = oracle.train(trial.stages, trial.data, trial.criterion, ADAM)
-    first = next(told)
+    steps = oracle.train(trial.stages, trial.data, trial.criterion, ADAM)
+    first = next(steps)
     kept = copy.deepcopy(first)
-    next(told)
+    next(steps)
     for stage in range(2):
         assert same(first.weights[stage], kept.weights[stage])
         assert same(first.gradients[stage], kept.gradients[stage])

@@ -1,4 +1,4 @@
-"""F, B and W are real and separate: B leaves the linear layers' gradients alone, and W is all that makes them."""
+"""B computes no gradient of a linear layer's parameters, and W computes nothing else."""
 
 import copy
 
@@ -36,54 +36,53 @@ def equal(a, b):
 @pytest.mark.parametrize("name", PLANS)
 def test_after_every_b_and_before_any_w_no_linear_layer_has_a_gradient(name):
     schedule = generate(name, 2, 6)
-    weighed, checked = set(), []
+    with_w, checked = set(), []
 
     def observe(op, module):
-        place = op.lane, op.stage
         if op.kind is W:
-            weighed.add(place)
-        elif place not in weighed:
+            with_w.add(op.chunk)
+        elif op.chunk not in with_w:
             assert all(gradient is None for gradient in linear_gradients(module)), op
             checked.append(op.kind)
 
     decoder(schedule, steps=1).run(schedule, observe=observe)
-    assert checked.count(B) >= len(weighed)
+    assert checked.count(B) >= len(with_w)
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_b_changes_only_the_others_gradients_and_w_only_the_linear_layers(name):
+def test_w_changes_only_the_gradients_of_linear_layers_and_b_only_the_others(name):
     schedule = generate(name, 2, 6)
     last, changes = {}, {kind: set() for kind in (F, B, W)}
 
     def observe(op, module):
         now = copies(linear_gradients(module)), copies(other_gradients(module))
-        before = last.get((op.lane, op.stage), ([None] * len(now[0]), [None] * len(now[1])))
+        before = last.get(op.chunk, ([None] * len(now[0]), [None] * len(now[1])))
         changes[op.kind].add(tuple(equal(a, b) for a, b in zip(before, now, strict=True)))
-        last[op.lane, op.stage] = now
+        last[op.chunk] = now
 
     decoder(schedule, steps=1).run(schedule, observe=observe)
-    #                  linear stays, others stay
+    #                  linear layers unchanged, others unchanged
     assert changes == {F: {(True, True)}, B: {(True, False)}, W: {(False, True)}}
 
 
-def test_after_b_nothing_is_left_of_what_came_in():
-    # 1F1B on its last rank: F, then B at once.  The norm kept the activation that had come; W has no use for it.
+def test_after_b_the_input_of_the_stage_is_freed():
+    # 1F1B on its last rank: F, then B at once.  The norm saved the received activation, which W does not need.
     schedule = generate("1f1b", 2, 3)
     trial = toy(schedule)
-    came, checked = [], []
+    inputs, checked = [], []
     trial.stages[1].register_forward_pre_hook(
-        lambda module, args: came.append(StorageWeakRef(args[0].untyped_storage()))
+        lambda module, args: inputs.append(StorageWeakRef(args[0].untyped_storage()))
     )
 
     def observe(op, module):
         if op.stage == 1 and op.kind in (F, B):
-            checked.append((op.kind, came[-1].expired()))
+            checked.append((op.kind, inputs[-1].expired()))
 
     trial.run(schedule, observe=observe)
     assert checked == [(F, False), (B, True)] * 3
 
 
-def test_w_dropped_leaves_exactly_its_share_out():
+def test_a_dropped_w_leaves_out_exactly_its_share():
     schedule = loads("lane > 0 0\nrank 0: 0F0> 1F0> 1B0>+1W0> 0B0>+0W0> 0F1> 1F1> 1B1>+1W1> 0B1>+0W1>")
     trial = decoder(schedule, steps=1)
     (truth,), (found,) = trial.truth(), trial.run(without(schedule, Op(W, UP, 0, 0)))
@@ -93,7 +92,7 @@ def test_w_dropped_leaves_exactly_its_share_out():
         assert torch.equal(gradient, found.gradients[UP, 0][name]) == (name not in linear), name
 
 
-def test_w_never_run_leaves_no_gradient_at_all():
+def test_without_any_w_linear_layers_have_no_gradient():
     schedule = loads("lane > 0\nrank 0: 0F0> 0B0>")
     (step,) = decoder(schedule, steps=1).run(schedule)
     assert {name.rpartition(".")[0] for name in step.gradients[UP, 0]} == {
@@ -101,7 +100,7 @@ def test_w_never_run_leaves_no_gradient_at_all():
     }  # fmt: skip
 
 
-def test_w_run_twice_adds_its_share_twice():
+def test_a_w_that_runs_twice_adds_its_share_twice():
     schedule = loads("lane > 0\nrank 0: 0F0> 0B0> 0W0>")
     trial = decoder(schedule, steps=1)
     (once,) = trial.run(schedule)
@@ -116,7 +115,7 @@ def test_w_run_twice_adds_its_share_twice():
 
 @pytest.mark.parametrize("op", [Op(W, UP, 1, 2), Op(W, UP, 0, 5)], ids=str)
 @pytest.mark.parametrize("times", [0, 2])
-def test_a_w_too_few_or_too_many_never_goes_unnoticed_in_a_real_schedule(op, times):
+def test_a_missing_or_extra_w_changes_the_gradient_of_its_stage_alone(op, times):
     schedule = generate("dualpipev", 2, 6)
     trial = decoder(schedule, steps=1)
     rank, number = where(schedule, op)
@@ -127,7 +126,7 @@ def test_a_w_too_few_or_too_many_never_goes_unnoticed_in_a_real_schedule(op, tim
     assert spoiled == [op.stage]
 
 
-def test_w_may_come_in_any_order_after_its_b_and_only_rounding_tells():
+def test_the_order_of_w_changes_only_rounding():
     early = loads("lane > 0\nrank 0: 0F0> 0B0>+0W0> 0F1> 0B1>+0W1> 0F2> 0B2>+0W2>")
     late = loads("lane > 0\nrank 0: 0F0> 0B0> 0F1> 0B1> 0F2> 0B2> 0W2> 0W1> 0W0>")
     trial = decoder(early, dtype=torch.float64, steps=1)

@@ -1,4 +1,4 @@
-"""What the tests of the reference share: small models with their data, and ways to compare and to spoil."""
+"""Small models with their data, and functions that compare runs and change schedules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dualpipe.schedule import Op, Program, Schedule, Slot
 from reference import fake, oracle
 from reference.data import Batch, Steps, training_data
-from reference.fake import FakeStep
 from reference.model import ModelConfig, build_stages, criterion
 from reference.oracle import StepTruth
+from reference.trace import StepTrace
 
 SMALL = ModelConfig(hidden=16, heads=2, sequence=8, batch=2)
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
@@ -31,7 +31,7 @@ class Trial:
     def truth(self) -> list[StepTruth]:
         return list(oracle.train(self.stages, self.data, self.criterion, self.optimizer))
 
-    def run(self, schedule: Schedule, **options) -> list[FakeStep]:
+    def run(self, schedule: Schedule, **options) -> list[StepTrace]:
         return list(fake.train(schedule, self.stages, self.data, self.criterion, self.optimizer, **options))
 
 
@@ -46,7 +46,7 @@ def decoder(schedule: Schedule, dtype=torch.float32, steps=2, config=SMALL, seed
 
 
 def toy(schedule: Schedule, width=4, steps=1) -> Trial:
-    """Norm, linear, tanh in every stage, on random numbers: quick enough to run hundreds of times."""
+    """Norm, linear, tanh in every stage, on random numbers; fast enough to run hundreds of times."""
     generator = torch.Generator().manual_seed(11)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -65,13 +65,13 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def matches(schedule: Schedule, truth: Sequence[StepTruth], found: Sequence[FakeStep]) -> bool:
+def matches(schedule: Schedule, truth: Sequence[StepTruth], found: Sequence[StepTrace]) -> bool:
     """Whether every loss, every replica's gradients before and after the sum, and every weight are equal bitwise."""
     return len(truth) == len(found) and all(
         all(
-            mine is not None and torch.equal(theirs, mine)
-            for lane in range(len(schedule.lanes))
-            for theirs, mine in zip(true.losses[lane], step.losses[lane], strict=True)
+            step.losses[lane].keys() == set(range(len(losses)))
+            and all(torch.equal(loss, step.losses[lane][mb]) for mb, loss in enumerate(losses))
+            for lane, losses in zip(schedule.lanes, true.losses, strict=True)
         )
         and all(
             same(true.lane_gradients[number][stage], step.lane_gradients[lane, stage])
@@ -97,9 +97,9 @@ def change_slot(schedule: Schedule, rank: int, number: int, *slots: Slot) -> Sch
 
 
 def where(schedule: Schedule, op: Op) -> tuple[int, int]:
-    """Rank and slot of the only place where the op stands."""
-    (place,) = [(placed.rank, placed.slot) for placed in schedule if placed.op == op]
-    return place
+    """The rank and the slot of an op that occurs once."""
+    (found,) = [(placed.rank, placed.slot) for placed in schedule if placed.op == op]
+    return found
 
 
 def without(schedule: Schedule, op: Op) -> Schedule:

@@ -1,9 +1,9 @@
-"""What verdicts say about runs: each claim holds or not for what was observed of one schedule.
+"""Claims that connect verdicts with runs; each is checked for one observed schedule.
 
-The fake ranks run in two ways.  *Blocking*, a rank waits for every slot of messages: the model ``blocking``.  *Not
-blocking*, it posts its messages and goes on, waits for a receive where a compute needs it, and for everything at its
-end.  No model of the prover is as lenient, but one is once the schedule is rewritten: sends that are buffered without
-limit, and receives posted only where they are needed (``put_off``).  We call that the model ``ahead``.
+The fake ranks run in two modes.  *Blocking*: a rank waits for every slot of messages, as in the model ``blocking``.
+*Not blocking*: a rank posts its messages and continues, waits for a receive when a compute needs it, and for everything
+at its end.  No model of the prover is as lenient, but one is if the schedule is rewritten: sends are buffered without
+limit, and receives are posted only where they are needed (``defer_receives``).  We call that the model ``ahead``.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from dualpipe.schedule import MESSAGES, SENDS, B, Op, Schedule, Slot, W
 from proofs.models import eager
 from proofs.prove import Report, prove
-from proofs.verdict import Proved, Refuted
-from tests.soundness.mutants import Specimen
+from proofs.verdict import Proved, Refuted, Unknown
+from tests.soundness.mutants import Mutant
 from tests.soundness.runs import Ending, Outcome, on_fakes
 
 AHEAD = "ahead"
 MODES = {False: AHEAD, True: "blocking"}
-"""By whether a run blocks, the model that speaks of it."""
+"""The model of a run, by whether it blocks."""
 Prover = Callable[..., Report]
 
 
@@ -30,10 +30,10 @@ Prover = Callable[..., Report]
 class Observation:
     """One schedule: its verdicts by check and by model, of plain search alone and of both methods, and its runs.
 
-    ``repeats`` says that all there is against its messages is one that is sent and received twice.
+    ``repeats``: the only fault of its messages is one that is sent and received twice.
     """
 
-    specimen: Specimen
+    mutant: Mutant
     verdicts: Mapping[str, str]
     by_graph: Mapping[str, str]
     repeats: bool
@@ -47,7 +47,7 @@ class Observation:
         return all(self.verdicts[check] == Proved.word for check in checks)
 
     def deadlock(self, blocking: bool) -> str:
-        """The name of the check that speaks of such a run."""
+        """The name of the deadlock check for such a run."""
         return f"deadlock, {MODES[blocking]}"
 
     @property
@@ -55,14 +55,14 @@ class Observation:
         return self.proved("complete", "order", "messages")
 
     @property
-    def blames_bits_alone(self) -> bool:
+    def refutes_only_accumulation(self) -> bool:
         return self.well_formed and self.proved("deadlock") and self.refuted("accumulation")
 
 
-def observe(specimen: Specimen, prover: Prover = prove) -> Observation:
+def observe(mutant: Mutant, prover: Prover = prove) -> Observation:
     """Prove and run one schedule on fake ranks.  Raises ``DisagreementError``."""
-    schedule = specimen.schedule
-    later, lenient = put_off(schedule), eager(max(1, sum(op.op.kind in MESSAGES for op in schedule)))
+    schedule = mutant.schedule
+    later, lenient = defer_receives(schedule), eager(max(1, sum(op.op.kind in MESSAGES for op in schedule)))
 
     def verdicts(smt: bool) -> tuple[dict[str, str], Report]:
         report = prover(schedule, smt=smt)
@@ -76,23 +76,25 @@ def observe(specimen: Specimen, prover: Prover = prove) -> Observation:
     match report.checks["messages"].verdict:
         case Refuted(finding, _):
             repeats = finding is not None and finding.fault == "sent twice"
-        case _:
+        case Proved() | Unknown():
             repeats = False
+        case never:
+            assert_never(never)
     fakes = {blocking: on_fakes(schedule, blocking) for blocking in MODES}
-    return Observation(specimen, by_both, by_graph, repeats, fakes, {})
+    return Observation(mutant, by_both, by_graph, repeats, fakes, {})
 
 
-def put_off(schedule: Schedule) -> Schedule:
-    """Every op in a slot of its own, and each receive where its rank first waits for it.
+def defer_receives(schedule: Schedule) -> Schedule:
+    """The schedule with every op in a separate slot, and each receive where its rank first waits for it.
 
-    Where a compute waits for a receive, the earlier ones from the same rank come before it: their sends were posted
-    earlier, so that this adds no wait.  What no compute waits for is received at the end, all at once.
+    Before a receive that a compute waits for, the earlier ones from the same rank are received: their sends were posted
+    earlier, so this adds no wait.  Receives that no compute waits for are posted at the end in one slot.
     """
-    programs = tuple(tuple(_put_off(schedule, rank)) for rank in range(schedule.ranks))
+    programs = tuple(tuple(_deferred(schedule, rank)) for rank in range(schedule.ranks))
     return Schedule(schedule.routes, programs, schedule.name)
 
 
-def _put_off(schedule: Schedule, rank: int) -> Iterator[Slot]:
+def _deferred(schedule: Schedule, rank: int) -> Iterator[Slot]:
     waiting: defaultdict[int | None, list[Op]] = defaultdict(list)
     received: set[Op] = set()
     for op in (op for slot in schedule.programs[rank] for op in slot):
@@ -113,15 +115,15 @@ def _put_off(schedule: Schedule, rank: int) -> Iterator[Slot]:
 
 
 class Claim(NamedTuple):
-    """Where ``applies`` is true of an observation, ``holds`` has to be."""
+    """If ``applies`` is true of an observation, ``holds`` must be true."""
 
     text: str
     applies: Callable[[Observation], bool]
     holds: Callable[[Observation], bool]
 
 
-def _both(says: Callable[[Observation, bool], bool]) -> Callable[[Observation], bool]:
-    return lambda o: all(says(o, blocking) for blocking in MODES)
+def _both(holds: Callable[[Observation, bool], bool]) -> Callable[[Observation], bool]:
+    return lambda o: all(holds(o, blocking) for blocking in MODES)
 
 
 def _never(*endings: Ending) -> Callable[[Observation], bool]:
@@ -138,7 +140,7 @@ def _any(o: Observation) -> bool:
 
 CHECKS = ("complete", "order", "messages", "deadlock", "accumulation")
 STOPS = (Ending.HUNG, Ending.REFUSED)
-"""The ways not to reach the end."""
+"""The endings before the end of the program."""
 
 CLAIMS = (
     Claim("all checks but memory proved: equal, blocking or not", lambda o: o.proved(*CHECKS), _always(Ending.EQUAL)),
@@ -183,13 +185,13 @@ CLAIMS = (
     ),
     Claim(
         "accumulation alone refuted: every loss is right",
-        lambda o: o.blames_bits_alone,
+        lambda o: o.refutes_only_accumulation,
         lambda o: all(run.ending in (Ending.EQUAL, Ending.DIFFERENT) and "loss" not in run.what for run in _runs(o)),
     ),
     Claim(
         "accumulation alone refuted: equal exactly where no sum but one's first two addends changed places",
-        lambda o: o.blames_bits_alone,
-        lambda o: all((run.ending is Ending.EQUAL) == commutes(o.specimen.schedule) for run in _runs(o)),
+        lambda o: o.refutes_only_accumulation,
+        lambda o: all((run.ending is Ending.EQUAL) == commutes(o.mutant.schedule) for run in _runs(o)),
     ),
     Claim(
         "processes are equal exactly where fake ranks are, a repeated message aside",
@@ -218,7 +220,7 @@ def contradictions(observation: Observation) -> list[Claim]:
 
 
 def commutes(schedule: Schedule) -> bool:
-    """Whether every sum over microbatches is in order but for its first two addends: a + b is b + a, bit by bit."""
+    """Whether every sum over microbatches is in order, except for its first two addends: a + b is bitwise b + a."""
     rows: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
     for placed in schedule:
         if placed.op.kind in ADDING:

@@ -1,4 +1,4 @@
-"""The experiment as a whole: every specimen proved and run, a sample of them on processes, and the tables."""
+"""The whole experiment: prove and run every mutant, run a sample on processes, and print the tables."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dualpipe.schedule import text
 from proofs.prove import prove
 from proofs.verdict import Proved, Refuted
 from tests.soundness.claims import CLAIMS, MODES, Claim, Observation, Prover, contradictions, observe
-from tests.soundness.mutants import Specimen, specimens
+from tests.soundness.mutants import Mutant, mutants
 from tests.soundness.runs import Ending, Outcome, on_processes
 
 AT_ONCE = 2
-"""Specimens that are worked on at the same time."""
-TOLD = {
+"""Mutants processed at the same time."""
+GROUPS = {
     "complete": "complete",
     "order": "order",
     "messages": "messages",
@@ -29,30 +29,30 @@ TOLD = {
     "deadlock, ahead": "deadlock (ahead)",
     "accumulation": "accumulation",
 }
-"""The checks by which the table groups the specimens, and what it calls them."""
+"""The checks by which the table groups the mutants, and their names in it."""
 REPEATS = "messages (a repetition alone)"
 FAKES = (Ending.EQUAL, Ending.DIFFERENT, Ending.HUNG, Ending.REFUSED)
 PROCESSES = (Ending.EQUAL, Ending.DIFFERENT, Ending.FAILED)
 
 
 def observations(count: int, seed: int, prover: Prover = prove) -> Iterator[Observation]:
-    """Every specimen on fake ranks, as they come.  Raises ``DisagreementError``."""
+    """Every mutant, proved and run on fake ranks.  Raises ``DisagreementError``."""
     with ProcessPoolExecutor(AT_ONCE, get_context("fork"), torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(partial(observe, prover=prover), specimens(count, seed), chunksize=4)
+        yield from pool.map(partial(observe, prover=prover), mutants(count, seed), chunksize=4)
 
 
 def with_processes(found: Sequence[Observation], count: int, seed: int) -> Iterator[Observation]:
-    """A sample of the observations, run on processes as well."""
+    """A sample of the observations, also run on processes."""
     with ProcessPoolExecutor(AT_ONCE, get_context("fork"), torch.set_num_threads, (1,)) as pool:
         yield from pool.map(_with_processes, sample(found, count, seed))
 
 
 def _with_processes(o: Observation) -> Observation:
-    return replace(o, processes={blocking: on_processes(o.specimen.schedule, blocking) for blocking in MODES})
+    return replace(o, processes={blocking: on_processes(o.mutant.schedule, blocking) for blocking in MODES})
 
 
 def sample(found: Sequence[Observation], count: int, seed: int) -> list[Observation]:
-    """A third with everything proved, and of the others some of every kind of outcome in turn, the rare ones first."""
+    """A third with everything proved; the rest from every kind of other outcome in turn, the rare ones first."""
     random = Random(seed)
     proved = [o for o in found if not _refuted(o)]
     chosen = random.sample(proved, min(len(proved), count // 3))
@@ -67,27 +67,25 @@ def sample(found: Sequence[Observation], count: int, seed: int) -> list[Observat
 
 
 def broken_claims(found: Iterable[Observation]) -> Iterator[tuple[Observation, Claim]]:
-    """Every contradiction between theory and run."""
+    """Every contradiction between a claim and a run."""
     for o in found:
         for claim in contradictions(o):
             yield o, claim
 
 
-def tell(o: Observation, claim: Claim) -> str:
-    """A contradiction with all there is to know, the schedule's text included."""
+def describe(o: Observation, claim: Claim) -> str:
+    """A contradiction with its verdicts, runs and schedule."""
     runs = [
-        f"{party} {MODES[blocking]}: {run.ending.value} {', '.join(sorted(run.what))}".rstrip()
-        for party, found in (("fake ranks", o.fakes), ("processes", o.processes))
+        f"{name} {MODES[blocking]}: {run.ending.value} {', '.join(sorted(run.what))}".rstrip()
+        for name, found in (("fake ranks", o.fakes), ("processes", o.processes))
         for blocking, run in found.items()
     ]
     verdicts = [f"{check} {word}" for check, word in o.verdicts.items()]
-    return "\n".join(
-        [f"CONTRADICTION to «{claim.text}»", str(o.specimen), "; ".join(verdicts), *runs, _text(o.specimen)]
-    )
+    return "\n".join([f"CONTRADICTION to «{claim.text}»", str(o.mutant), "; ".join(verdicts), *runs, _text(o.mutant)])
 
 
-def _text(specimen: Specimen) -> str:
-    return text.dumps(specimen.schedule)
+def _text(mutant: Mutant) -> str:
+    return text.dumps(mutant.schedule)
 
 
 def tables(found: Sequence[Observation], ran: Sequence[Observation]) -> str:
@@ -97,14 +95,14 @@ def tables(found: Sequence[Observation], ran: Sequence[Observation]) -> str:
             _verdicts(found),
             _outcomes("fake ranks", found, FAKES, lambda o, blocking: o.fakes[blocking]),
             *([_outcomes("processes", ran, PROCESSES, lambda o, blocking: o.processes[blocking])] if ran else []),
-            _claims([*{o.specimen.number: o for o in (*found, *ran)}.values()]),
+            _claims([*{o.mutant.number: o for o in (*found, *ran)}.values()]),
         ]
     )
 
 
 def _verdicts(found: Sequence[Observation]) -> str:
     rows = []
-    for check in (*TOLD, "deadlock, eager", "deadlock, stream"):
+    for check in (*GROUPS, "deadlock, eager", "deadlock, stream"):
         counts = [
             sum(words[check] == word for words in column)
             for column in ([o.by_graph for o in found], [o.verdicts for o in found])
@@ -117,7 +115,7 @@ def _verdicts(found: Sequence[Observation]) -> str:
 
 
 def _outcomes(
-    party: str, found: Sequence[Observation], endings: Sequence[Ending], run: Callable[[Observation, bool], Outcome]
+    name: str, found: Sequence[Observation], endings: Sequence[Ending], run: Callable[[Observation, bool], Outcome]
 ) -> str:
     groups = Counter(_refuted(o) for o in found)
     rows = []
@@ -130,7 +128,7 @@ def _outcomes(
         rows.append([", ".join(group) or "nothing", count, *(number or "" for number in counts)])
     modes = [f"{how}: {endings[0].value}" for how in ("not blocking", "blocking")]
     rest = [ending.value for ending in endings[1:]]
-    return _table([f"refuted ({party})", "schedules", modes[0], *rest, modes[1], *rest], rows)
+    return _table([f"refuted ({name})", "schedules", modes[0], *rest, modes[1], *rest], rows)
 
 
 def _claims(found: Sequence[Observation]) -> str:
@@ -141,7 +139,9 @@ def _claims(found: Sequence[Observation]) -> str:
 
 
 def _refuted(o: Observation) -> tuple[str, ...]:
-    return tuple(TOLD[check] if check != "messages" or not o.repeats else REPEATS for check in TOLD if o.refuted(check))
+    return tuple(
+        GROUPS[check] if check != "messages" or not o.repeats else REPEATS for check in GROUPS if o.refuted(check)
+    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,4 +1,4 @@
-"""The schedules of the experiment: the four named ones with faults planted, by chance and where chance rarely goes."""
+"""The schedules of the experiment: the named ones with planted faults, random or chosen to be rare."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SIZES = {
     "1f1b": ((2, 4), (4, 6), (6, 8)),
     "zb1p": ((2, 4), (4, 6), (6, 8)),
 }
-"""For each named schedule its (ranks, microbatches)."""
+"""The sizes (ranks, microbatches) of each named schedule."""
 
 
 @dataclass(frozen=True)
-class Specimen:
-    """A schedule of the experiment: the named one that it comes from, and what was done to it."""
+class Mutant:
+    """A schedule of the experiment: the named schedule that it comes from, and its planted faults."""
 
     number: int
     origin: str
@@ -36,7 +36,7 @@ Mutation = Callable[[Schedule, Random], Schedule | None]
 
 
 def exchange(kind: Kind) -> Mutation:
-    """Two ops of the kind, of one stage and lane, change places; half the time two that follow one another."""
+    """Exchange two ops of one kind, stage and lane; half of the time two of consecutive microbatches."""
 
     def mutate(schedule: Schedule, random: Random) -> Schedule | None:
         one = random.choice([placed for placed in schedule if placed.op.kind is kind])
@@ -52,7 +52,7 @@ def exchange(kind: Kind) -> Mutation:
 
 
 def exchange_microbatches(schedule: Schedule, random: Random) -> Schedule | None:
-    """Two microbatches of a lane change names on every rank, in everything that is done with them."""
+    """Exchange the numbers of two microbatches of a lane on every rank."""
     lane = random.choice(schedule.lanes)
     one = random.randrange(schedule.microbatches[lane])
     other = random.choice([mb for mb in range(schedule.microbatches[lane]) if mb != one] or [one])
@@ -64,7 +64,7 @@ def exchange_microbatches(schedule: Schedule, random: Random) -> Schedule | None
 
 
 def repeat_both_sides(schedule: Schedule, random: Random) -> Schedule | None:
-    """A message is sent twice in a row and received twice in a row."""
+    """Send a message twice in a row and receive it twice in a row."""
     sends = [placed for placed in schedule if placed.op.kind in SENDS]
     if not sends:
         return None
@@ -76,7 +76,7 @@ def repeat_both_sides(schedule: Schedule, random: Random) -> Schedule | None:
 
 
 def gently(whole_slot: bool) -> Mutation:
-    """An op or a slot moves, to where its rank still has all that it needs and each message still meets its partner."""
+    """Move an op or a slot to where its rank still has all that it needs and each message still has its partner."""
 
     def mutate(schedule: Schedule, random: Random) -> Schedule | None:
         for _ in range(_TRIES):
@@ -87,7 +87,7 @@ def gently(whole_slot: bool) -> Mutation:
             moved = move(schedule, rank, slot, to) if whole_slot else take_out(schedule, rank, slot, position, to)
             if (
                 moved.programs != schedule.programs
-                and _goes(moved, rank)
+                and _has_needs(moved, rank)
                 and _row_of(moved, rank) == _row_of(schedule, rank)
             ):
                 return moved
@@ -97,7 +97,7 @@ def gently(whole_slot: bool) -> Mutation:
 
 
 def one_by_one(schedule: Schedule, random: Random) -> Schedule | None:
-    """Some ranks do their messages one after the other: by kind in some order, those of a kind as they were."""
+    """On some ranks, issue messages one by one: by kind in a random order, unchanged within a kind."""
     kinds = random.sample(sorted(MESSAGES), len(MESSAGES))
     apart = split_all(schedule, lambda op: kinds.index(op.kind))
     for rank in random.sample(range(schedule.ranks), random.randint(1, schedule.ranks)):
@@ -107,7 +107,7 @@ def one_by_one(schedule: Schedule, random: Random) -> Schedule | None:
 
 
 def backwards_out_of_turn(schedule: Schedule, random: Random) -> Schedule | None:
-    """Two neighbouring B of a stage change places, and nothing else does but what this asks for.
+    """Exchange two consecutive B of a stage, and move only what this requires.
 
     ::
 
@@ -127,7 +127,7 @@ def backwards_out_of_turn(schedule: Schedule, random: Random) -> Schedule | None
         kept[other.slot + 1 : other.slot + 1] = [tuple(late)]
         kept[one.slot : one.slot] = [tuple(early)]
         changed = with_program(schedule, one.rank, kept)
-        if _goes(changed, one.rank) and _row_of(changed, one.rank) == _row_of(schedule, one.rank):
+        if _has_needs(changed, one.rank) and _row_of(changed, one.rank) == _row_of(schedule, one.rank):
             return changed
     return None
 
@@ -143,17 +143,17 @@ RARE: dict[str, Mutation] = {
     "exchange two microbatches": exchange_microbatches,
     "repeat a message on both sides": repeat_both_sides,
 }
-"""Faults that mostly leave each rank what it needs and each message its partner, as a fault by chance seldom does."""
+"""Faults that mostly leave each rank what it needs and each message its partner, unlike most random faults."""
 _TRIES = 40
 
 
-def specimens(count: int, seed: int) -> list[Specimen]:
-    """``count`` schedules, no two alike and none a named one, over all sizes in turn.
+def mutants(count: int, seed: int) -> list[Mutant]:
+    """``count`` schedules, all different from each other and from the named ones, over all sizes in turn.
 
-    Half of them have one fault by chance, half one to three of the rarer ones.
+    Half of them have one random fault, half have one to three of ``RARE``.
     """
     random = Random(seed)
-    found: list[Specimen] = []
+    found: list[Mutant] = []
     seen = {schedule.programs for _, schedule in named()}
     while len(found) < count:
         for origin, schedule in named():
@@ -166,7 +166,7 @@ def specimens(count: int, seed: int) -> list[Specimen]:
                 schedule = schedule if changed is None else changed
             if schedule.programs not in seen and len(found) < count:
                 seen.add(schedule.programs)
-                found.append(Specimen(len(found), origin, tuple(faults), schedule))
+                found.append(Mutant(len(found), origin, tuple(faults), schedule))
     return found
 
 
@@ -189,8 +189,8 @@ def _receives(placed: Placed) -> bool:
     return placed.op.kind in (Kind.RF, Kind.RB)
 
 
-def _goes(schedule: Schedule, rank: int) -> bool:
-    """Whether each op of a rank but its receives stands after what it needs there."""
+def _has_needs(schedule: Schedule, rank: int) -> bool:
+    """Whether each op of a rank except its receives is after what it needs on that rank."""
     done: set[Op] = set()
     for op in (op for slot in schedule.programs[rank] for op in slot):
         if op.kind not in (Kind.RF, Kind.RB) and not done.issuperset(schedule.needs(op)):
@@ -200,7 +200,7 @@ def _goes(schedule: Schedule, rank: int) -> bool:
 
 
 def _row_of(schedule: Schedule, rank: int) -> dict[tuple[bool, int | None], list[Op]]:
-    """The messages of a rank to, and from, each other one, in order."""
+    """The messages of a rank to and from every other rank, in order."""
     rows: dict[tuple[bool, int | None], list[Op]] = {}
     for op in (op for slot in schedule.programs[rank] for op in slot):
         if op.kind in MESSAGES:

@@ -1,4 +1,4 @@
-"""What happens when a schedule runs: on the fake ranks, and on processes, against the oracle; one step each."""
+"""Run one step of a schedule, on fake ranks or on processes, and compare it with the oracle."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dualpipe.schedule import Schedule
+from dualpipe.testing.launch import launch
 from reference.case import Case
+from reference.comparison import differences
 from reference.fault import Deadlock, Misstep
-from reference.launch import launch
 from reference.oracle import StepTruth
 from reference.production import run_rank
-from reference.trace import differences
-from reference.verify import judge, run_fake, run_oracle
+from reference.verify import compare_outcome, run_fake, run_oracle
 from tests.production.cases import TINY
 
 TIMEOUT = 2.5
-"""Seconds after which a process calls a wait a hang; a whole run that does not hang takes less."""
+"""Seconds that a process waits for a message before it reports a hang; a whole run without a hang takes less."""
 _WHOLE_RUN = 40.0
 
 
 class Ending(Enum):
-    """How a run came out; processes cannot tell a hang from a refusal, since both end in an error."""
+    """The outcome of a run.  On processes a hang and a refusal are both an error, ``FAILED``."""
 
     EQUAL = "equal"
     DIFFERENT = "different"
@@ -33,7 +33,7 @@ class Ending(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended; ``what`` names the kinds of tensors that differ, or how the run broke."""
+    """How a run ended.  ``what``: the kinds of tensors that differ, or the error."""
 
     ending: Ending
     what: frozenset[str] = frozenset()
@@ -48,7 +48,7 @@ def on_fakes(schedule: Schedule, blocking: bool) -> Outcome:
         return Outcome(Ending.HUNG)
     except Misstep:
         return Outcome(Ending.REFUSED)
-    except Exception as error:  # any other way to stop is a bug of the fake ranks, and told as one
+    except Exception as error:  # any other error is a bug of the fake ranks
         return Outcome(Ending.BROKEN, frozenset([f"{type(error).__name__}: {error}"]))
     return _compared({difference.what for difference in differences(schedule, truth(case), traces)})
 
@@ -59,13 +59,13 @@ def on_processes(schedule: Schedule, blocking: bool) -> Outcome:
     ran = launch(schedule.ranks, lambda context: run_rank(case), _WHOLE_RUN, TIMEOUT + 1)
     if ran.failures:
         return Outcome(Ending.FAILED, frozenset(map(str, ran.failures[:1])))
-    # this process goes on to fork, so the oracle computes in another one
+    # this process will fork again, so the oracle computes in another one
     (true,) = launch(1, lambda context: run_oracle(case), backend=None).values()
-    return _compared({difference.what for difference in judge(case, "processes", true, ran).differences})
+    return _compared({difference.what for difference in compare_outcome(case, "processes", true, ran).differences})
 
 
 def truth(case: Case) -> list[StepTruth]:
-    """The oracle's result, which depends on the schedule only by how much there is to compute."""
+    """The oracle's result, which depends on the schedule only by its numbers of stages and microbatches."""
     size = tuple(case.schedule.microbatches[lane] for lane in case.lanes), case.schedule.stages
     if size not in _truths:
         _truths[size] = run_oracle(case)

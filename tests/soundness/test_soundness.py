@@ -1,4 +1,4 @@
-"""The experiment of docs/explanation/soundness.md on a small sample, and faults that it has to notice."""
+"""The experiment of docs/explanation/soundness.md on a small sample, and faults that it must find."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -9,14 +9,14 @@ import pytest
 
 from dualpipe.schedule import SENDS, F, Kind, Op
 from dualpipe.schedule.generate import generate
-from proofs import prove as proving
+from proofs import search, smt
 from proofs.models import eager
 from proofs.prove import prove
 from proofs.verdict import Proved, Refuted
 from tests.mutations import drop, split_all
-from tests.soundness.claims import CLAIMS, Observation, commutes, contradictions, observe, put_off
-from tests.soundness.experiment import broken_claims, sample, tables, tell
-from tests.soundness.mutants import Specimen, backwards_out_of_turn, named, specimens
+from tests.soundness.claims import CLAIMS, Observation, commutes, contradictions, defer_receives, observe
+from tests.soundness.experiment import broken_claims, describe, sample, tables
+from tests.soundness.mutants import Mutant, backwards_out_of_turn, mutants, named
 from tests.soundness.runs import Ending, Outcome, on_fakes, on_processes
 
 COUNT = 40
@@ -24,24 +24,24 @@ COUNT = 40
 
 @cache
 def observed() -> tuple[Observation, ...]:
-    small = (specimen for specimen in specimens(4 * COUNT, seed=5) if specimen.schedule.stages < 6)
-    return tuple(observe(specimen) for specimen, _ in zip(small, range(COUNT), strict=False))
+    small = (mutant for mutant in mutants(4 * COUNT, seed=5) if mutant.schedule.stages < 6)
+    return tuple(observe(mutant) for mutant, _ in zip(small, range(COUNT), strict=False))
 
 
-def specimen(schedule, fault="planted"):
-    return Specimen(0, "by hand", (fault,), schedule)
+def mutant(schedule, fault="planted"):
+    return Mutant(0, "by hand", (fault,), schedule)
 
 
 def test_no_run_contradicts_a_verdict():
-    assert [tell(*broken) for broken in broken_claims(observed())] == []
+    assert [describe(*broken) for broken in broken_claims(observed())] == []
 
 
-def test_every_claim_about_fake_ranks_spoke_of_something():
-    silent = [claim.text for claim in CLAIMS if not any(map(claim.applies, observed()))]
-    assert [text for text in silent if not text.startswith("processes")] == []
+def test_every_claim_about_fake_ranks_applies_to_some_schedule():
+    unused = [claim.text for claim in CLAIMS if not any(map(claim.applies, observed()))]
+    assert [text for text in unused if not text.startswith("processes")] == []
 
 
-def test_every_ending_was_seen():
+def test_every_ending_occurs():
     assert {run.ending for o in observed() for run in o.fakes.values()} == {
         Ending.EQUAL,
         Ending.DIFFERENT,
@@ -51,12 +51,12 @@ def test_every_ending_was_seen():
 
 
 def test_mutants_differ_from_each_other_and_from_the_named_schedules():
-    found = [specimen.schedule.programs for specimen in specimens(100, seed=1)]
+    found = [mutant.schedule.programs for mutant in mutants(100, seed=1)]
     assert len({*found, *(schedule.programs for _, schedule in named())}) == 100 + len(list(named()))
 
 
 def test_mutants_repeat_for_a_seed():
-    assert specimens(20, seed=3) == specimens(20, seed=3) != specimens(20, seed=4)
+    assert mutants(20, seed=3) == mutants(20, seed=3) != mutants(20, seed=4)
 
 
 # A prover that is wrong.
@@ -79,32 +79,32 @@ def always(verdict):
 
 
 def blind(monkeypatch, check):
-    """The prover with both methods of one check broken."""
-    for module in (proving.graph, proving.bounded):
-        monkeypatch.setattr(module, check, partial(_sees_nothing, getattr(module, check)))
+    """Break both methods of one check."""
+    for module in (search, smt):
+        monkeypatch.setattr(module, check, partial(_find_nothing, getattr(module, check)))
 
 
-def _sees_nothing(original, schedule):
+def _find_nothing(original, schedule):
     return original(generate("1f1b", 2, 2))
 
 
 def test_a_prover_that_always_says_proved_is_caught():
-    faulty = specimen(drop(generate("1f1b", 2, 4), 0, 0, 0))
+    faulty = mutant(drop(generate("1f1b", 2, 4), 0, 0, 0))
     assert CLAIMS[0] in contradictions(observe(faulty, always(Proved())))
 
 
 def test_a_prover_that_always_says_refuted_is_caught():
-    assert contradictions(observe(specimen(generate("1f1b", 2, 4)), always(Refuted(None))))
+    assert contradictions(observe(mutant(generate("1f1b", 2, 4)), always(Refuted(None))))
 
 
 @pytest.mark.parametrize("check", ["complete", "order", "messages", "accumulation"])
-def test_a_check_that_sees_nothing_is_caught(check, monkeypatch):
+def test_a_check_that_finds_nothing_is_caught(check, monkeypatch):
     only = [
-        o.specimen
+        o.mutant
         for o in observed()
         if [c for c in ("complete", "order", "messages", "deadlock", "accumulation") if o.refuted(c)] == [check]
         and not o.repeats
-        and not (check == "accumulation" and commutes(o.specimen.schedule))
+        and not (check == "accumulation" and commutes(o.mutant.schedule))
     ]
     assert only, f"no mutant for which {check} alone is refuted"
     blind(monkeypatch, check)
@@ -117,32 +117,32 @@ def test_a_check_that_sees_nothing_is_caught(check, monkeypatch):
 @pytest.mark.parametrize(
     "ending", [Ending.DIFFERENT, Ending.HUNG, Ending.REFUSED, Ending.BROKEN], ids=lambda ending: ending.value
 )
-def test_a_proved_schedule_that_does_not_come_out_equal_is_caught(ending):
+def test_a_proved_schedule_whose_run_is_not_equal_is_caught(ending):
     sound = next(o for o in observed() if CLAIMS[0].applies(o))
     assert contradictions(sound) == []
     for blocking in (False, True):
         assert CLAIMS[0] in contradictions(replace(sound, fakes={**sound.fakes, blocking: Outcome(ending)}))
 
 
-def test_processes_that_end_otherwise_than_fake_ranks_are_caught():
+def test_processes_that_end_differently_than_fake_ranks_are_caught():
     sound = next(o for o in observed() if CLAIMS[0].applies(o))
     assert contradictions(replace(sound, processes={True: Outcome(Ending.DIFFERENT)}))
     stuck = next(o for o in observed() if o.fakes[True].ending is Ending.HUNG)
     assert contradictions(replace(stuck, processes={True: Outcome(Ending.EQUAL)}))
 
 
-# What the experiment has found.
+# Findings of the experiment.
 
 
-def test_backwards_out_of_turn_change_bits_although_every_w_is_in_its_place():
+def test_backwards_out_of_turn_change_bits_although_every_w_is_in_order():
     """B adds the gradients of norms and embeddings, so `accumulation` has to look at B as well as at W."""
     odd = next(
         changed
         for seed in range(50)
         if (changed := backwards_out_of_turn(generate("zb1p", 4, 6), Random(seed))) and not commutes(changed)
     )
-    seen = observe(specimen(odd))
-    assert seen.blames_bits_alone
+    seen = observe(mutant(odd))
+    assert seen.refutes_only_accumulation
     assert {run.ending for run in seen.fakes.values()} == {Ending.DIFFERENT}
 
 
@@ -156,14 +156,14 @@ def test_a_repeated_message_is_refuted_and_harmless_on_fake_ranks():
 
 def test_sends_before_receives_hang_only_where_they_block():
     sends_first = split_all(generate("dualpipe", 2, 4), lambda op: op.kind not in SENDS)
-    seen = observe(specimen(sends_first))
+    seen = observe(mutant(sends_first))
     assert seen.refuted("deadlock, blocking")
     assert seen.proved("deadlock, ahead")
     assert seen.fakes == {False: Outcome(Ending.EQUAL), True: Outcome(Ending.HUNG)}
 
 
-def test_a_receive_is_put_off_to_the_compute_that_needs_it():
-    later = put_off(generate("1f1b", 2, 2))
+def test_a_receive_is_deferred_to_the_compute_that_needs_it():
+    later = defer_receives(generate("1f1b", 2, 2))
     for rank, program in enumerate(later.programs):
         ops = [op for slot in program for op in slot]
         assert sorted(map(str, ops)) == sorted(str(p.op) for p in generate("1f1b", 2, 2) if p.rank == rank)
@@ -172,16 +172,16 @@ def test_a_receive_is_put_off_to_the_compute_that_needs_it():
                 assert op == Op(F, before.lane, before.stage, before.mb)
 
 
-def test_what_the_named_schedules_put_off_stays_free_of_deadlock():
+def test_named_schedules_with_deferred_receives_are_free_of_deadlock():
     for _, schedule in named():
-        report = prove(put_off(schedule), models=(eager(1000),), smt=False)
+        report = prove(defer_receives(schedule), models=(eager(1000),), smt=False)
         assert report.checks["deadlock"].verdict == Proved()
 
 
 # Processes.
 
 
-def test_processes_agree_with_fake_ranks_on_a_sound_and_on_a_stuck_schedule():
+def test_processes_and_fake_ranks_agree_on_a_correct_and_on_a_hanging_schedule():
     sound = generate("dualpipe", 2, 4)
     assert on_processes(sound, blocking=True) == on_fakes(sound, blocking=True) == Outcome(Ending.EQUAL)
     stuck = split_all(sound, lambda op: op.kind not in SENDS)

@@ -1,16 +1,20 @@
-"""The side of the recorder that lives in the recorded process: it watches, and writes down what it sees.
+"""The part of the recorder that runs in the recorded process: it watches torch and writes events.
 
-It needs torch and the standard library alone, imports itself relatively and never names ``dualpipe``: the recorded
-program may have another package of that name, and in its process that one is the right one.  ``startup`` loads this
-folder under the name ``_dualpipe_recorder``.
+It uses torch and the standard library alone, imports itself relatively and never names ``dualpipe``, because the
+recorded program may have another package of that name.  ``startup`` loads this folder under the name
+``_dualpipe_recorder``.
 
 ===========  ==========================================================================================
-log          where the events go, and which line of the program an event comes from
-tags         which tensor holds what: a mark on its storage
-flow         what a module call, a backward, an update of a gradient and a message mean, told by the marks
-compute      puts the watch on torch: module calls, the autograd engine, every operator, ``.grad``
-messages     puts it on torch.distributed's point-to-point calls
+log          the event log, and the line of the program that an event comes from
+marks        marks on tensors, which show where a tensor comes from
+graph        the same in the nodes of autograd graphs
+forwards     the forwards of the rank, and which of them are one
+parameters   the modules and parameters of the rank, and where gradients are kept
+flow         turns module calls, backwards, changes of gradients and messages into events, by the marks
+compute      watches torch: module calls, the autograd engine, every operator, ``.grad``
+messages     watches torch.distributed's point-to-point calls
 cuda         answers CUDA calls on the CPU
-startup      all of that in a process that has just started
+startup      installs all of that in a new process
+ranks        forks the ranks of a script
 ===========  ==========================================================================================
 """

@@ -1,4 +1,4 @@
-"""Puts the watch on torch's compute: module calls, the autograd engine, every operator and ``Tensor.grad``."""
+"""Watch torch's compute: module calls, the autograd engine, every operator and ``Tensor.grad``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def watch(flow: Flow, patches: Patches, together: Collection[str], containers: C
 
 def _call(flow: Flow, original: Callable[..., Any], containers: frozenset[str]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is put in that one's place
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - replaces that method
         if flow.calling or flow.running or type(self).__qualname__ in containers:
             return original(self, *args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -51,14 +51,14 @@ def _call(flow: Flow, original: Callable[..., Any], containers: frozenset[str]) 
 
 
 def _without_data(tensor: Tensor) -> bool:
-    """Whether torch only infers shapes with it."""
+    """Whether torch uses the tensor only to infer shapes."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 class _Engine:
-    """Stands before the autograd engine, through which every backward goes."""
+    """Wraps the autograd engine, which runs every backward."""
 
     def __init__(self, flow: Flow, engine: Any) -> None:
         self._flow, self._engine = flow, engine
@@ -95,7 +95,7 @@ def _gradient(flow: Flow) -> property:
 
 
 class _Operators(TorchDispatchMode):
-    """Sees every operator, those that the autograd engine runs among them."""
+    """Watches every operator, including those that the autograd engine runs."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's own
@@ -111,7 +111,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of an operator, which nest in lists and tuples alone."""
+    """The tensors among the arguments of an operator, which are nested in lists and tuples alone."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -120,13 +120,13 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _watch_together(flow: Flow, patches: Patches, names: frozenset[str]) -> None:
-    """Mark what methods of these names compute as issued together, in classes that exist and in those to come."""
+    """Mark what methods of these names compute as issued together, in existing and in future classes."""
 
     def mark(cls: type) -> None:
         for name in names & vars(cls).keys():
             patches.put(cls, name, _together(flow, vars(cls)[name]))
 
-    def to_come(cls: type, /, **kwargs: Any) -> None:
+    def init_subclass(cls: type, /, **kwargs: Any) -> None:
         super(nn.Module, cls).__init_subclass__(**kwargs)  # type: ignore[misc] # cls is a subclass of nn.Module
         mark(cls)
 
@@ -138,7 +138,7 @@ def _watch_together(flow: Flow, patches: Patches, names: frozenset[str]) -> None
             seen.add(cls)
             mark(cls)
             pending.extend(type.__subclasses__(cls))
-    patches.put(nn.Module, "__init_subclass__", classmethod(to_come))
+    patches.put(nn.Module, "__init_subclass__", classmethod(init_subclass))
 
 
 def _together(flow: Flow, attribute: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Answers CUDA calls on the CPU, so that a program written for GPUs runs where there is none.
+"""Answer CUDA calls on the CPU, so that a program written for GPUs runs without one.
 
-Tensors asked for on ``cuda`` are made on the CPU, ``nccl`` is ``gloo``, and ``torch.cuda`` says that there are as many
-devices as ranks.  torch itself, when it asks ``torch.cuda`` for its own purposes, gets the true answer.
+Tensors for ``cuda`` are made on the CPU, ``nccl`` becomes ``gloo``, and ``torch.cuda`` reports as many devices as there
+are ranks.  Calls by torch itself to ``torch.cuda`` get the true answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Device, _Generator = torch.device, torch.Generator
 
 
 def answer(patches: Patches, devices: int) -> TorchFunctionMode:
-    """Answer until ``patches.undo()``; enter the mode to move what names a device."""
+    """Answer until ``patches.undo()``; enter the mode to move calls that name a device."""
     patches.put(torch, "device", _DeviceOnCpu)
     patches.put(torch, "Generator", _GeneratorOnCpu)
     patches.put(torch, "load", _load(torch.load))
@@ -43,7 +43,7 @@ def answer(patches: Patches, devices: int) -> TorchFunctionMode:
 
 
 def on_cpu(device: Any) -> Any:
-    """The device that stands in for one that may be a GPU."""
+    """The CPU for a GPU; any other device unchanged."""
     if isinstance(device, str) and device.partition(":")[0] == "cuda":
         return "cpu"
     if isinstance(device, _Device) and device.type == "cuda":
@@ -63,7 +63,7 @@ class _DeviceType(type):
 
 
 class _DeviceOnCpu(metaclass=_DeviceType):
-    """Stands in for ``torch.device``: makes true devices, and none that is a GPU."""
+    """Replaces ``torch.device``: makes real devices, and never a GPU."""
 
 
 class _GeneratorType(type):
@@ -75,11 +75,11 @@ class _GeneratorType(type):
 
 
 class _GeneratorOnCpu(metaclass=_GeneratorType):
-    """Stands in for ``torch.Generator``."""
+    """Replaces ``torch.Generator``."""
 
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.load`` to the CPU; a function that is given for ``map_location`` stays as it is."""
+    """``torch.load`` to the CPU; a function given as ``map_location`` is not changed."""
 
     def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(map_location, dict):
@@ -107,7 +107,7 @@ class _OnCpu(TorchFunctionMode):
 
 
 class _Nothing(types.ModuleType):
-    """A module, stream or event all of whose methods do nothing."""
+    """A module whose functions all do nothing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -122,7 +122,7 @@ class _Nothing(types.ModuleType):
 
 
 class _Stream:
-    """A stream or an event: on the CPU everything is over when the call returns."""
+    """A stream or an event: on the CPU all work has finished when the call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.cuda_stream = 0

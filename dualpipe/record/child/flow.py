@@ -1,12 +1,12 @@
-"""What happens on one rank, told from where its tensors come from.
+"""What happens on one rank, concluded from where its tensors come from.
 
-A *forward* is a connected piece of an autograd graph that begins at leaves: tensors received, loaded, or cut off from
-the stage before with ``detach``.  It is given a number when the first module is called on those leaves, and every
-later call on what it made goes on with it.  Its *backward* is the first run of the autograd engine that starts from
-what it made; its *weight gradient* is whatever adds to the ``.grad`` of a parameter, in that run or later.
+A *forward* is a connected part of an autograd graph that begins at leaves: tensors that were received, loaded, or
+detached from the previous stage.  It gets a number when the first module is called on those leaves, and every later
+call on its output belongs to it.  Its *backward* is the first run of the autograd engine that starts from its output.
+Its *weight gradient* is everything that adds to the ``.grad`` of a parameter, in that run or later.
 
-Which stage, microbatch and lane a forward is of cannot be seen from one rank.  It is found out afterwards, from the
-events of all ranks.
+One rank alone does not show the stage, the microbatch and the lane of a forward.  They are concluded afterwards from
+the events of all ranks.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch.autograd.graph import GradientEdge
 from torch.distributed import distributed_c10d as c10d
 from torch.utils._pytree import tree_leaves
 
-from .forwards import Forwards, Parameters, Trials
-from .log import Sink, place
-from .tags import NONE, Key, Marks, Table, key_of
+from . import graph
+from .forwards import Forwards, Trials
+from .log import Sink, program_line
+from .marks import NONE, Key, Marks, Table, key_of
+from .parameters import Parameters
 
-_NODE = "dualpipe.record"  # the name of a forward's number in a graph node's metadata
-_RAN = "dualpipe.record.ran"  # in the metadata of a node from which the engine has run
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
 
 def _only_shaped_like(operator: str) -> bool:
-    """Whether an operator takes from a tensor its shape and none of its values."""
+    """Whether an operator uses the shape of a tensor and none of its values."""
     return operator.endswith("_like") or operator.startswith("new_")
 
 
-def _is_cut(tensor: Tensor) -> bool:
-    """Whether autograd begins at a tensor, or at the one that it is a view of: whatever made it has another graph."""
+def _is_leaf(tensor: Tensor) -> bool:
+    """Whether autograd begins at a tensor or at the one that it is a view of."""
     base = tensor if tensor._base is None else tensor._base
     return base.is_leaf and base.requires_grad
 
@@ -46,7 +46,7 @@ def marks(letter: str, numbers: Iterable[int]) -> Marks:
 
 
 class Flow:
-    """The state of the watch on one rank; every method is one thing that the program does."""
+    """The state of one rank; every method handles one thing that the program does."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -54,14 +54,15 @@ class Flow:
         self._forwards = Forwards()
         self._trials = Trials()
         self._parameters = Parameters()
-        self._input_of: dict[int, int] = {}  # message -> the forward that takes it
-        self._gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes it
-        self._cut: dict[int, int] = {}  # forward -> the one on this rank that takes its output
+        self._input_of: dict[int, int] = {}  # message -> the forward that takes its tensor
+        self._gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes its tensor
+        self._next: dict[int, int] = {}  # forward -> the one on this rank that takes its detached output
         self._messages = 0
-        self._batches = 0
-        self._batch_of: dict[int, int] = {}  # message -> the batch that it was posted in
-        self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}  # of a forward: the inputs of calls
-        self._groups: dict[tuple[int, ...], list[Any]] = {}  # ranks -> the groups of them, in the order of first use
+        self._posts = 0
+        self._post_of: dict[int, int] = {}  # message -> the call of ``post`` that it was in
+        # (forward, module, with gradients) -> the inputs of its calls
+        self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
+        self._groups: dict[tuple[int, ...], list[Any]] = {}  # ranks -> their groups in the order of first use
         self._runs = 0
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
@@ -70,30 +71,30 @@ class Flow:
         self.caller = ""  # the class of the module that is being called
 
     def write(self, event: str, **fields: Any) -> None:
-        self._sink({"event": event, **fields, "at": place()})
+        self._sink({"event": event, **fields, "at": program_line()})
 
     def on_own_thread(self) -> bool:
-        """Whether this is the thread that computes, and no helper that waits for messages beside it."""
-        waiting_for = getattr(threading.current_thread(), "on_behalf_of", None)  # dualpipe's own, which waits for it
+        """Whether this is the thread that computes, or a helper thread that waits on its behalf."""
+        waiting_for = getattr(threading.current_thread(), "on_behalf_of", None)  # set by dualpipe's transport
         return (waiting_for or threading.get_ident()) == self._thread
 
     def within(self, context: Marks | None) -> Marks | None:
-        """Enter a context, whose marks everything made gets; returns the one left."""
+        """Enter a context, whose marks every new tensor gets; returns the previous context."""
         left, self._context = self._context, context
         return left
 
     # module calls
 
     def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> Marks:
-        """A module is about to be called, from outside any other; the marks of what it will make."""
+        """An outermost module call begins; returns the marks of its results."""
         number, held = self._parameters.number(module)
         if held is not None:
             self.write("module", module=number, name=type(module).__qualname__, holds=held)
-            for tensor in (*module.parameters(), *module.buffers()):  # weights that were copied from a rank are no data
+            for tensor in (*module.parameters(), *module.buffers()):  # received weights are not input data
                 self._table.put(tensor, NONE)
-        going_on: set[int] = set()
+        continued: set[int] = set()
         messages: set[int] = set()
-        cuts: set[int] = set()
+        detached_from: set[int] = set()
         detached: set[int] = set()
         find = self._forwards.find
         for tensor in inputs:
@@ -101,23 +102,23 @@ class Flow:
                 if letter == "M":
                     messages.add(n)
                 elif letter == "C":
-                    cuts.add(find(n))
+                    detached_from.add(find(n))
                 elif letter == "F":
-                    going_on.add(find(n))
+                    continued.add(find(n))
                     if tensor.is_floating_point() and not self._is_joined_by_graph(tensor, n):
                         detached.add(find(n))
-        going_on |= {find(self._input_of[m]) for m in messages if m in self._input_of}
-        going_on |= {find(self._cut[c]) for c in cuts if c in self._cut}
-        going_on = self._join(going_on)
-        if len(going_on) > 1:  # a module that looks at several microbatches at once is no stage
-            return marks("F", going_on)
-        forward = next(iter(going_on)) if going_on else self._forwards.open()
-        again = None if going_on or messages else self._trials.earlier(number, inputs, forward)
+        continued |= {find(self._input_of[m]) for m in messages if m in self._input_of}
+        continued |= {find(self._next[c]) for c in detached_from if c in self._next}
+        continued = self._join(continued)
+        if len(continued) > 1:  # a module that reads several microbatches at once is not a stage
+            return marks("F", continued)
+        forward = next(iter(continued)) if continued else self._forwards.open()
+        again = None if continued or messages else self._trials.earlier(number, inputs, forward)
         self._forwards.called(forward, number)
-        fresh, new_cuts = self._take(forward, messages, cuts)
-        if not going_on or fresh or new_cuts:
-            began = {"first": not going_on, "again": again, "grad": torch.is_grad_enabled()}
-            self.write("forward", forward=forward, module=number, messages=fresh, after=new_cuts, **began)
+        fresh, after = self._take(forward, messages, detached_from)
+        if not continued or fresh or after:
+            began = {"first": not continued, "again": again, "grad": torch.is_grad_enabled()}
+            self.write("forward", forward=forward, module=number, messages=fresh, after=after, **began)
         if detached and torch.is_grad_enabled() and self._parameters.trainable({number}):
             self.write("doubt", what="detached", forward=forward)
         calls = self._calls.setdefault((forward, number, torch.is_grad_enabled()), set())
@@ -127,37 +128,37 @@ class Flow:
         calls.add(given)
         return marks("F", {forward})
 
-    def _take(self, forward: int, messages: Iterable[int], cuts: Iterable[int]) -> tuple[list[int], list[int]]:
-        """Let a forward have the messages, and the forwards that its leaves are cut from, that none had so far."""
+    def _take(self, forward: int, messages: Iterable[int], detached_from: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Assign to a forward the messages, and the forwards its leaves are detached from, that had no taker yet."""
         fresh = sorted(m for m in messages if m not in self._input_of)
-        new_cuts = sorted(c for c in cuts if c not in self._cut and c != forward)
+        after = sorted(c for c in detached_from if c not in self._next and c != forward)
         self._input_of |= dict.fromkeys(fresh, forward)
-        self._cut |= dict.fromkeys(new_cuts, forward)
+        self._next |= dict.fromkeys(after, forward)
         for message in fresh:
-            self._forwards.takes(forward, self._batch_of[message])
-        return fresh, new_cuts
+            self._forwards.takes(forward, self._post_of[message])
+        return fresh, after
 
     def _take_inside(self, found: Marks) -> None:
-        """A module that is being called has read tensors that were not among its arguments."""
+        """The running module call has read tensors that are not among its arguments."""
         if not self.calling or self._context is None or len(self._context) != 1:
             return
         ((_, forward),) = self._context
         forward = self._forwards.find(forward)
         messages = (n for letter, n in found if letter == "M")
-        cuts = (self._forwards.find(n) for letter, n in found if letter == "C")
-        fresh, new_cuts = self._take(forward, messages, cuts)
-        if fresh or new_cuts:
+        detached_from = (self._forwards.find(n) for letter, n in found if letter == "C")
+        fresh, after = self._take(forward, messages, detached_from)
+        if fresh or after:
             began = {"first": False, "again": None, "grad": torch.is_grad_enabled()}
             module = min(self._forwards.modules(forward))
-            self.write("forward", forward=forward, module=module, messages=fresh, after=new_cuts, **began)
+            self.write("forward", forward=forward, module=module, messages=fresh, after=after, **began)
 
     def called(self, made: Marks, output: Any) -> None:
-        """The module has returned."""
+        """The outermost module call has returned."""
         if len(made) == 1:
             ((_, forward),) = made
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                    leaf.grad_fn.metadata[_NODE] = forward  # type: ignore[index] # typed as a method, and a property
+                    graph.mark(leaf.grad_fn, forward)
                     self._forwards.put_in_graph(self._forwards.find(forward))
 
     def _join(self, forwards: set[int]) -> set[int]:
@@ -168,32 +169,32 @@ class Flow:
     # runs of the autograd engine
 
     def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> tuple[Marks, dict[int, Any]]:
-        """The engine is about to run from ``roots``; the marks of what it will make, and the gradients before."""
+        """The engine is about to run from ``roots``; returns the marks of its results, and all gradients' versions."""
         self._runs += 1
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
-        made_by = [self._made_by(root) for root in roots]
+        made_by = [self._makers(root) for root in roots]
         found = {forward for made in made_by for forward in made}
         if found:
             takes = self._gradients(made_by, grads)
-            fresh = sorted(found - self._forwards.behind)
+            fresh = sorted(found - self._forwards.backward_began)
             if not (inputs and all(map(self._is_weight, inputs))):
-                if self._ran_before(roots):
+                if graph.has_run(roots):
                     self.write("doubt", what="run again", forward=min(found))
                 if fresh:
-                    self._forwards.behind.update(fresh)
-                    weightless = [f for f in fresh if not self._parameters.trainable(self._forwards.modules(f))]
-                    self.write("backward", forwards=fresh, run=self._runs, weightless=weightless)
+                    self._forwards.backward_began.update(fresh)
+                    untrainable = [f for f in fresh if not self._parameters.trainable(self._forwards.modules(f))]
+                    self.write("backward", forwards=fresh, run=self._runs, untrainable=untrainable)
             if takes:
                 self.write("gradients", forwards=list(takes), messages=list(takes.values()))
             if any(map(self._is_weight, inputs)):
-                self.write("weighed", forwards=sorted(found), run=self._runs)
+                self.write("weights requested", forwards=sorted(found), run=self._runs)
         else:
             found = self._owners(held, None)
         self._forwards.interrupt()
         return marks("B", found), self._parameters.versions()
 
     def _gradients(self, made_by: Sequence[set[int]], grads: Sequence[Any]) -> dict[int, list[int]]:
-        """The messages that bring each forward the gradient of one of its outputs, and that none had so far."""
+        """For each forward the messages with the gradient of one of its outputs that had no taker yet."""
         takes: dict[int, list[int]] = {}
         for made, gradient in zip(made_by, grads, strict=False):
             if not made or not isinstance(gradient, Tensor):
@@ -205,18 +206,6 @@ class Flow:
                         takes.setdefault(forward, []).append(message)
         return takes
 
-    def _ran_before(self, roots: Sequence[Any]) -> bool:
-        """Whether the engine has run from one of the roots already; from now on it has from all of them."""
-        nodes: list[Any] = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots]
-        outputs = [root.output_nr for root in roots]
-        before = False
-        for node, output in zip(nodes, outputs, strict=True):
-            if node is not None:
-                ran = node.metadata.setdefault(_RAN, set())
-                before = before or output in ran
-                ran.add(output)
-        return before
-
     def ran(self, made: Marks, before: dict[int, Any]) -> None:
         """The engine has returned."""
         holders = self._parameters.changed(before)
@@ -224,34 +213,22 @@ class Flow:
         if changed:
             self.write("weights", forwards=sorted(changed), run=self._runs)
 
-    def _made_by(self, root: Tensor | GradientEdge) -> set[int]:
-        """The forwards that a tensor was made by: over the graph, since a sent tensor's memory may be gone by now."""
-        found: set[int] = set()
-        seen: set[Any] = set()
-        nodes: list[Any] = [root.node if isinstance(root, GradientEdge) else root.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            number = node.metadata.get(_NODE)
-            if number is None:
-                nodes.extend(following for following, _ in node.next_functions)
-            else:
-                found.add(self._forwards.find(number))
+    def _makers(self, root: Tensor | GradientEdge) -> set[int]:
+        """The forwards that made a tensor: by its graph, because the memory of a sent tensor may have been freed."""
+        found = {self._forwards.find(number) for number in graph.marks_below(root)}
         if found or isinstance(root, GradientEdge):
             return found
         return {self._forwards.find(n) for letter, n in self._table.get(root) if letter == "F"}
 
-    def _is_weight(self, wanted: Any) -> bool:
-        if isinstance(wanted, GradientEdge):
-            wanted = getattr(wanted.node, "variable", None)
-        return wanted in self._parameters
+    def _is_weight(self, target: Any) -> bool:
+        if isinstance(target, GradientEdge):
+            target = getattr(target.node, "variable", None)
+        return target in self._parameters
 
     # operators and gradients
 
     def operator(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """An operator has run: its results get the marks of the work that it belongs to, or else of its inputs."""
+        """An operator has run: its results get the marks of the context, or else of its inputs."""
         mutable, name = func._schema.is_mutable, func._schema.name.rpartition("::")[2]
         memory = {key[0]: tensor for tensor in inputs if (key := key_of(tensor))}
         for output in outputs:
@@ -272,7 +249,7 @@ class Flow:
                 self._written(name, output, inputs)
 
     def _written(self, name: str, output: Tensor, inputs: list[Tensor]) -> None:
-        """An operator outside all work has written to a tensor in place."""
+        """An operator outside of every context has written to a tensor in place."""
         key = key_of(output)
         carried = self._carried([tensor for tensor in inputs if key_of(tensor) != key])
         parameter = self._parameters.with_gradient_at(key)
@@ -282,7 +259,7 @@ class Flow:
             self._table.put(output, carried if name in _REPLACED else self._table.get(output) | carried)
 
     def _carried(self, inputs: list[Tensor]) -> Marks:
-        """The marks that results get from inputs; parameters and their gradients, which forwards share, give none."""
+        """The marks of all inputs but parameters and their gradients, which forwards share."""
         carried = [
             (tensor, self._carried_by(tensor))
             for tensor in inputs
@@ -301,16 +278,16 @@ class Flow:
         return found
 
     def _carried_by(self, tensor: Tensor) -> Marks:
-        """The marks of one tensor, as what is computed from it gets them."""
+        """The marks that one tensor passes on to results."""
         found = self._table.get(tensor)
-        if found and _is_cut(tensor):
+        if found and _is_leaf(tensor):
             return frozenset(("C" if letter == "F" else letter, number) for letter, number in found)
         return found
 
     def _is_joined_by_graph(self, tensor: Tensor, forward: int) -> bool:
-        """Whether what is computed from a tensor now goes on with the forward that made it.
+        """Whether a computation on a tensor belongs to the forward that made the tensor.
 
-        The autograd graph says so.  Of a forward without one, frozen or without gradients, everything goes on.
+        The autograd graph shows this.  If the forward has no graph (frozen, or without gradients), it always belongs.
         """
         within = tensor.requires_grad and torch.is_grad_enabled()
         return within or not self._forwards.is_in_graph(self._forwards.find(forward))
@@ -332,7 +309,7 @@ class Flow:
             self.write("weights", forwards=sorted(forwards), run=None)
 
     def _owners(self, found: Marks, holders: set[int] | None) -> set[int]:
-        """The forwards that marked tensors belong to, by gradients before activations, among those of a parameter."""
+        """The forwards of the marks among those of ``holders``: by gradients if possible, else by activations."""
         by_letter: dict[str, set[int]] = {"B": set(), "F": set()}
         for letter, number in found:
             if letter == "M":
@@ -341,7 +318,7 @@ class Flow:
                 elif number in self._input_of:
                     by_letter["F"].add(self._forwards.find(self._input_of[number]))
             elif letter == "C":
-                by_letter["F"].add(self._forwards.find(self._cut.get(number, number)))
+                by_letter["F"].add(self._forwards.find(self._next.get(number, number)))
             else:
                 by_letter[letter].add(self._forwards.find(number))
         for forwards in by_letter.values():
@@ -354,16 +331,16 @@ class Flow:
 
     def post(self, messages: list[tuple[str, Tensor, int, Any, int]]) -> list[int]:
         """Messages are about to be posted together: (send or receive, tensor, peer, group, tag)."""
-        numbers, told = [], []
-        self._batches += 1
+        numbers, posted = [], []
+        self._posts += 1
         for kind, tensor, peer, group, tag in messages:
             number = self._messages
             self._messages += 1
-            self._batch_of[number] = self._batches
+            self._post_of[number] = self._posts
             ranks, group_number = self._group(group)
             numbers.append(number)
             held = self._table.get(tensor) if kind == "send" else NONE
-            told.append(
+            posted.append(
                 {
                     "message": number,
                     "kind": kind,
@@ -384,11 +361,11 @@ class Flow:
                 self._table.put(tensor, frozenset({("M", number)}))
         self._forwards.interrupt()
         inside = self.caller if self.calling else "backward" if self.running else ""
-        self.write("post", messages=told, inside=inside)
+        self.write("post", messages=posted, inside=inside)
         return numbers
 
     def _group(self, group: Any) -> tuple[list[int], int]:
-        """The ranks of a process group, and which of this rank's groups with these ranks it is."""
+        """The ranks of a process group, and its index among this rank's groups of the same ranks."""
         group = group or c10d._get_default_group()
         ranks = c10d.get_process_group_ranks(group)
         known = self._groups.setdefault(tuple(ranks), [])

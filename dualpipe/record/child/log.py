@@ -1,4 +1,4 @@
-"""Where the events of one rank go, one JSON object each, in the order in which they happened."""
+"""The event log of one rank: one JSON object an event, in order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib
 
 
 def to_file(path: str) -> Sink:
-    """A sink that appends to a file with one system call an event, so that a killed process has lost nothing.
+    """A sink that appends to a file, one system call an event, so that no event is lost if the process is killed.
 
-    What a process does that the rank forks, such as a worker of a data loader, is not the rank's.
+    Events of processes that the rank forks, such as workers of a data loader, are ignored.
     """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     rank = os.getpid()
@@ -32,8 +32,8 @@ def to_file(path: str) -> Sink:
     return write
 
 
-def place() -> str:
-    """The line of the program that led here: the innermost frame outside torch, the library and this package."""
+def program_line() -> str:
+    """The current line of the program: the innermost frame outside of torch, the standard library and this package."""
     frame = sys._getframe(1)
     seen = ""
     while frame is not None:

@@ -1,7 +1,7 @@
-"""Puts the watch on torch.distributed's point-to-point calls.
+"""Watch torch.distributed's point-to-point calls.
 
-``send`` and ``recv`` are ``isend`` and ``irecv`` and a wait inside torch, so three functions are enough.  The watch
-stands in the functions themselves: a program may have imported them by name before, and put them into a ``P2POp``.
+Inside torch, ``send`` and ``recv`` are ``isend`` and ``irecv`` followed by a wait, so three functions are enough.  The
+functions themselves are changed, because a program may already have imported them by name or put them into a ``P2POp``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .patches import Patches
 
 def watch(flow: Flow, patches: Patches) -> None:
     """Watch the calls until ``patches.undo()``."""
-    inside = False  # the originals call the functions that are watched: in a batch, and through a function mode
+    inside = False  # the originals call watched functions: in a batch, and through a function mode
 
     def unwatched(function: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal inside
@@ -73,9 +73,9 @@ def watch(flow: Flow, patches: Patches) -> None:
 
         return call
 
-    patches.stand_before(c10d.isend, lambda original: single(original, "send", "dst"))
-    patches.stand_before(c10d.irecv, lambda original: single(original, "receive", "src"))
-    patches.stand_before(c10d.batch_isend_irecv, batched)
+    patches.wrap(c10d.isend, lambda original: single(original, "send", "dst"))
+    patches.wrap(c10d.irecv, lambda original: single(original, "receive", "src"))
+    patches.wrap(c10d.batch_isend_irecv, batched)
 
 
 def _watched(flow: Flow, work: Any, numbers: list[int]) -> Any:
@@ -83,31 +83,31 @@ def _watched(flow: Flow, work: Any, numbers: list[int]) -> Any:
 
 
 class _Work(dist.Work):
-    """A pending message that tells when it is waited for."""
+    """A pending message that reports when the program waits for it."""
 
     def __init__(self, flow: Flow, work: Any, numbers: list[int]) -> None:
         super().__init__()
         self._flow, self._work, self._numbers = flow, work, numbers
-        self._over = False
+        self._completed = False
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
-        if self._over:
+        if self._completed:
             return self._work.wait(*args, **kwargs)
         self._flow.write("wait", messages=self._numbers, own=self._flow.on_own_thread())
         result = self._work.wait(*args, **kwargs)
-        self._note_over()
+        self._note_completed()
         return result
 
     def is_completed(self) -> bool:
         done = bool(self._work.is_completed())
         if done:
-            self._note_over()
+            self._note_completed()
         return done
 
-    def _note_over(self) -> None:
-        if not self._over:
-            self._over = True
-            self._flow.write("over", messages=self._numbers)
+    def _note_completed(self) -> None:
+        if not self._completed:
+            self._completed = True
+            self._flow.write("completed", messages=self._numbers)
 
     def __getattribute__(self, name: str) -> Any:
         if name in _OWN or name.startswith("__"):
@@ -115,4 +115,4 @@ class _Work(dist.Work):
         return getattr(super().__getattribute__("_work"), name)
 
 
-_OWN = frozenset({"wait", "is_completed", "_note_over", "_flow", "_work", "_numbers", "_over"})
+_OWN = frozenset({"wait", "is_completed", "_note_completed", "_flow", "_work", "_numbers", "_completed"})

@@ -1,4 +1,4 @@
-"""What the recorder has put into torch, and how to take it out again."""
+"""Changes to torch that can be undone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ABSENT = object()
 
 
 class Patches:
-    """How to undo each change, newest last."""
+    """The changes made so far, and how to undo each."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -22,20 +22,20 @@ class Patches:
         self.later((lambda: delattr(owner, name)) if old is _ABSENT else (lambda: setattr(owner, name, old)))
         setattr(owner, name, value)
 
-    def stand_before(self, function: Callable[..., Any], wrap: Callable[[Any], Callable[..., Any]]) -> None:
-        """Let a function, under all names that are bound to it already, call ``wrap(the function as it was)``."""
+    def wrap(self, function: Callable[..., Any], wrapper: Callable[[Any], Callable[..., Any]]) -> None:
+        """Make a function call ``wrapper(the original function)``, under all names that are already bound to it."""
         inner: Any = inspect.unwrap(function)
         code, name = inner.__code__, f"_recorded_{inner.__name__}"
         original = FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
         original.__kwdefaults__ = inner.__kwdefaults__
-        self.put_item(inner.__globals__, name, wrap(original))
+        self.put_item(inner.__globals__, name, wrapper(original))
         made: dict[str, Any] = {}
         exec(f"def stand_in(*args, **kwargs): return {name}(*args, **kwargs)", made)
         self.later(lambda: setattr(inner, "__code__", code))
         inner.__code__ = made["stand_in"].__code__
 
     def put_item(self, table: dict[str, Any], name: str, value: Any) -> None:
-        """Add to a module's names."""
+        """Add a name to a module."""
 
         def remove() -> None:
             del table[name]
@@ -44,7 +44,7 @@ class Patches:
         table[name] = value
 
     def later(self, undo: Callable[[], None]) -> None:
-        """Call this when everything newer has been undone."""
+        """Call ``undo`` when all newer changes have been undone."""
         self._undo.append(undo)
 
     def undo(self) -> None:

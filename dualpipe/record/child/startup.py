@@ -1,37 +1,37 @@
-"""The recorder in a process that has just started, put there by ``sitecustomize``.
+"""Start the recorder in a new process; called by ``sitecustomize``.
 
-Every Python process that the recorded command starts comes here: the ranks, what launches them, and helpers that have
-nothing to do with torch.  So nothing happens until the process has imported ``torch.distributed``, and nothing is
-written until it has joined a process group.
+Every Python process of the recorded command comes here: the ranks, their launchers, and helpers that do not use torch.
+So the recorder does nothing until the process has imported torch, and writes nothing until it has joined a process
+group.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
 import os
-import signal
 import sys
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+from .ranks import die_with_parent
+
 
 def start(folder: str) -> None:
-    """Arrange that the recorder is put in place as soon as torch.distributed has been imported."""
+    """Arrange that the recorder is installed as soon as torch has been imported."""
     settings = json.loads((Path(folder) / "settings.json").read_text())
-    if sys.platform == "linux" and os.getppid() == settings["launcher"]:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the recorder
+    if os.getppid() == settings["launcher"]:
+        die_with_parent()
     sys.meta_path.insert(0, _Finder(functools.partial(install, folder, settings)))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds torch as usual, and calls back when the outermost import of it is over."""
+    """Finds torch as usual, and calls ``then`` when its import has finished."""
 
     def __init__(self, then: Any) -> None:
         self._then = then
@@ -55,7 +55,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install(folder: str, settings: dict[str, Any]) -> None:
-    """torch has been imported: answer CUDA calls, and watch from the moment on when a process group exists."""
+    """Answer CUDA calls, and watch the process once it joins a process group; torch has been imported."""
     import torch.distributed as dist
 
     from . import cuda
@@ -75,10 +75,10 @@ def install(folder: str, settings: dict[str, Any]) -> None:
     def init_process_group(backend: Any = None, init_method: Any = None, *args: Any, **kwargs: Any) -> Any:
         sessions[0] += 1
         if settings["store"] and not args and kwargs.get("store") is None and init_method in (None, "env://"):
-            result = begin(backend, **_met_in_a_file(kwargs, f"{settings['store']}-{sessions[0]}"))
+            result = begin(backend, **_with_file_store(kwargs, f"{settings['store']}-{sessions[0]}"))
         else:
             result = begin(backend, init_method, *args, **kwargs)
-        if "gloo" in dist.get_backend():  # it connects all ranks at once: none may end while another still connects
+        if "gloo" in dist.get_backend():  # it connects all ranks at once, so none may end while another is connecting
             dist.barrier()
         _record(folder, settings, sessions[0])
         return result
@@ -87,8 +87,8 @@ def install(folder: str, settings: dict[str, Any]) -> None:
         module.init_process_group = init_process_group  # type: ignore[attr-defined]
 
 
-def _met_in_a_file(kwargs: dict[str, Any], path: str) -> dict[str, Any]:
-    """The ranks that the recorder has launched meet in a file: a port may be taken by then."""
+def _with_file_store(kwargs: dict[str, Any], path: str) -> dict[str, Any]:
+    """Let ranks that the recorder launched meet through a file, because the port may be taken by then."""
     import torch.distributed as dist
 
     ranks = int(os.environ["WORLD_SIZE"])
@@ -98,7 +98,7 @@ def _met_in_a_file(kwargs: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _record(folder: str, settings: dict[str, Any], session: int) -> None:
-    """Watch this process from now on; a second process group is a second recording."""
+    """Watch this process from now on.  A second process group is a second recording."""
     import torch.distributed as dist
 
     from . import compute, messages
@@ -117,7 +117,7 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     _WATCH = (flow, patches, mode)
     flow.write("rank", rank=dist.get_rank(), ranks=dist.get_world_size(), parent=os.getppid(), session=session)
     atexit.register(_stop)
-    Finalize(None, _stop, exitpriority=0)  # what multiprocessing forks ends without atexit
+    Finalize(None, _stop, exitpriority=0)  # a process forked by multiprocessing runs no atexit hooks
 
 
 _WATCH: Any = None

@@ -1,4 +1,4 @@
-"""What the theorems' obligations must be at one size, read off the expanded schedule and nothing else."""
+"""The obligations that the theorems must have at one size, derived from the expanded schedule alone."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ Facts = Counter  # of (ranks, fact)
 
 
 class World:
-    """A named schedule at one size, and for each of its ops the name that the rank's own table has for it."""
+    """A named schedule at one size, and the name of each op in the table of its rank."""
 
     def __init__(self, name: str, ranks: int, microbatches: int) -> None:
         self.schedule: Schedule = generate(name, ranks, microbatches)
@@ -24,13 +24,13 @@ class World:
     def programs(self) -> Iterator[tuple[int, tuple]]:
         yield from enumerate(self.schedule.programs)
 
-    def put_off(self, op: Op, slot: tuple) -> bool:
-        """Whether a B's W, or a W's B, is in another slot."""
+    def is_deferred(self, op: Op, slot: tuple) -> bool:
+        """Whether the W of a B, or the B of a W, is in another slot."""
         partner = op._replace(kind=W if op.kind is B else B)
         return partner not in slot
 
     def channels(self) -> Iterator[tuple[tuple[int, int], list, list]]:
-        """For each ordered pair of ranks its sends and its receives, each with the slot where it stands."""
+        """For each ordered pair of ranks its sends and its receives, each with the number of its slot."""
         found: dict[tuple[int, int], tuple[list, list]] = {}
         for rank, number, _, op in self.schedule:
             if op.kind in MESSAGES:
@@ -51,10 +51,10 @@ def messages(world: World) -> Facts:
 
 
 def order(world: World) -> Facts:
-    """Needs on the op's own rank, but for a W that was put off: that one is of the queue."""
+    """Needs on the op's own rank, except those of a deferred W, which belong to ``queue``."""
     facts = Facts()
     for rank, number, _, op in world.schedule:
-        if op.kind is W and world.put_off(op, world.schedule.programs[rank][number]):
+        if op.kind is W and world.is_deferred(op, world.schedule.programs[rank][number]):
             continue
         for need in world.schedule.needs(op):
             if world.schedule.rank_of(need) == rank:
@@ -65,7 +65,7 @@ def order(world: World) -> Facts:
 def queue(world: World) -> Facts:
     facts = Facts()
     for rank, program in world.programs():
-        popped = [op for slot in program for op in slot if op.kind is W and world.put_off(op, slot)]
+        popped = [op for slot in program for op in slot if op.kind is W and world.is_deferred(op, slot)]
         for number, op in enumerate(popped):
             facts[(rank,), (world.local(op._replace(kind=B)), op.mb, number)] += 1
         facts[(rank,), ("pending", len(popped), len(popped))] += 1
@@ -83,7 +83,7 @@ def totals(world: World) -> Facts:
             facts[(rank,), ("all", name, count)] += 1
         for slot in program:
             for op in slot:
-                if op.kind is W and not world.put_off(op, slot):
+                if op.kind is W and not world.is_deferred(op, slot):
                     facts[(rank,), ("beside", world.local(op), op.mb)] += 1
     return facts
 
@@ -110,14 +110,14 @@ def memory(world: World) -> Facts:
 def pending(world: World) -> Facts:
     facts = Facts()
     for rank, program in world.programs():
-        apart = [[op for op in slot if op.kind in (B, W) and world.put_off(op, slot)] for slot in program]
+        apart = [[op for op in slot if op.kind in (B, W) and world.is_deferred(op, slot)] for slot in program]
         for op, held in _held(apart, B, W):
             facts[(rank,), (world.local(op), op.mb, held)] += 1
     return facts
 
 
 def _held(slots, allocate, release) -> Iterator[tuple[Op, int]]:
-    """At each op that allocates, how much is held: what its slot releases is held still."""
+    """For each op that allocates, how much is held then, before its slot releases anything."""
     held = 0
     for slot in slots:
         held += sum(op.kind is allocate for op in slot)
@@ -136,7 +136,7 @@ def accumulation(world: World) -> Facts:
 
 
 def deadlock(world: World) -> Facts:
-    """Which compute waits for which: a rank's own, and over every message the two that stand on its other sides."""
+    """Which compute waits for which: on a rank the previous one, and for every message the one before its partner."""
     facts = Facts()
     before: dict[tuple[int, int], int] = {}
     for rank, program in world.programs():

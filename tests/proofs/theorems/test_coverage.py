@@ -1,4 +1,4 @@
-"""The first control: at each size the obligations are exactly what the expanded schedule asks for."""
+"""The first control: at each size the obligations are exactly the constraints of the expanded schedule."""
 
 from collections import Counter
 
@@ -33,7 +33,7 @@ def test_obligations_are_exactly_the_constraints_of_the_expanded_schedule(name, 
     for ranks, microbatches in SIZES[name]:
         arising = list(instances(family, obligations, ranks, microbatches))
         found = Counter((instance.ranks, instance.fact) for instance in arising)
-        if theorem == "deadlock":  # several messages between two batches ask for the same thing
+        if theorem == "deadlock":  # several messages between two slots give the same constraint
             found = Counter(found.keys())
         assert found == getattr(expected, theorem)(expected.World(name, ranks, microbatches)), (ranks, microbatches)
         assert all(instance.holds for instance in arising)

@@ -1,4 +1,4 @@
-"""Theorems against plain search: what is proved for every size must hold at each, on mutants nobody picked by hand.
+"""Theorems against plain search: what is proved for every size must hold at each size, on generated mutants.
 
 mutant of the table -> theorems -> proved      -> the expanded schedule passes the same check at every small size
                                 -> refuted     -> it fails it at the size of the counterexample
@@ -31,7 +31,7 @@ CHECKS: dict[str, tuple[frozenset[str], Callable[[Schedule], Verdict]]] = {
     "memory": (frozenset({"memory"}), lambda schedule: memory.within(schedule, memory.bound_of(schedule))),
     "accumulation": (frozenset({"accumulation"}), search.accumulation),
 }
-"""For each check on one schedule the theorems that together say it of all sizes."""
+"""For each check on one schedule the theorems that together claim it for all sizes."""
 
 REFUTED_BY = {
     "totals": ("complete", "order", "messages"),
@@ -42,7 +42,7 @@ REFUTED_BY = {
     "memory": ("memory",),
     "accumulation": ("accumulation",),
 }
-"""For each theorem the checks of which one at least must fail where it is refuted."""
+"""For each theorem the checks of which at least one must fail if it is refuted."""
 
 
 def mutants(table: Table) -> Iterator[Table]:
@@ -57,7 +57,7 @@ def mutants(table: Table) -> Iterator[Table]:
 
 
 def expanded(family: Family, ranks: int, microbatches: int) -> Schedule | None:
-    """The schedule, or ``None`` where the mutant asks an empty queue for a W or names a microbatch before the first."""
+    """The schedule, or ``None`` if the mutant takes a W from an empty queue or names a microbatch before the first."""
     try:
         return schedule_at(family, ranks, microbatches)
     except (IndexError, KeyError):

@@ -1,6 +1,6 @@
-"""The theorems speak of tables and their sizes; here is what the planner makes of a rank, at every size up to a bound.
+"""The theorems are about tables and sizes; these tests check the planner's choice for each rank, up to a size.
 
-Written down once more, from the words of ``dualpipe/schedule/generate.py`` and not from its code.  Nothing is expanded.
+The expected plans are written from the description in ``dualpipe/schedule/generate.py``, not from its code.
 """
 
 import pytest
@@ -54,7 +54,7 @@ LEAST = {"dualpipe": 2, "dualpipev": 2, "1f1b": 1, "zb1p": 1}
 
 
 def differences(name, planner):
-    """The first size and rank whose plan is another than the assumed one."""
+    """The first size and rank whose plan differs from the assumed one."""
     step = 2 if name == "dualpipe" else 1
     for ranks in range(step, LARGEST + 1, step):
         for microbatches in (LEAST[name] * ranks, LEAST[name] * ranks + step, 1000):

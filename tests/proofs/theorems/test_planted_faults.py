@@ -1,4 +1,4 @@
-"""The second control: a fault planted in a table makes a named obligation satisfiable."""
+"""The second control: a fault planted in a table breaks a named obligation."""
 
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ LATER_W_OF_THE_FIRST_HALF = in_outer(
     Row("6 full", (h + odd) // 2, "RB1 B1 SB1 RB0 B0+W0 SB0"),
     Row("8 weights", h + 1 + (h + odd) // 2, "W"),
 )
-W_PUT_OFF_IN_THE_MAIN_LOOP = in_outer(
+W_DEFERRED_IN_THE_MAIN_LOOP = in_outer(
     Row("4 overlapped", H - 2 * N + h, "RF0 RB1 F0+B1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"),
     Row("8 weights", H - 2 * N + 2 * h + 1, "W"),
 )
@@ -118,9 +118,9 @@ FAULTS = [
     ),
     Fault("a phase too long", in_outer(Row("7 cooldown", N - h, "W RB0 B0 SB0")), "totals", "all B0 of outer"),
     Fault("a W never run", in_middle(Row("8 weights", h, "W")), "queue", "every pending W of middle"),
-    Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "pending", "pending W at B"),
-    Fault("W put off too soon", LATER_W_OF_THE_FIRST_HALF, "accumulation", "W1 in row '6 turn'"),
-    Fault("every W1 waits to the end", W_PUT_OFF_IN_THE_MAIN_LOOP, "memory", "live at F0 in row '4 overlapped'"),
+    Fault("W deferred too soon", LATER_W_OF_THE_FIRST_HALF, "pending", "pending W at B"),
+    Fault("W deferred too soon", LATER_W_OF_THE_FIRST_HALF, "accumulation", "W1 in row '6 turn'"),
+    Fault("every W1 waits to the end", W_DEFERRED_IN_THE_MAIN_LOOP, "memory", "live at F0 in row '4 overlapped'"),
     Fault(
         "a W overtakes those that wait",
         in_outer(Row("6 split", (h + odd) // 2, "RB1 B1 SB1 RB0 B0+W0 SB0"), Row("8 weights", N, "W")),
@@ -190,8 +190,8 @@ def test_a_theorem_whose_premise_fails_is_not_proved():
     assert all(not isinstance(result.verdict, Proved) for result in results.values())
 
 
-def test_a_receive_may_be_early_where_nobody_waits_for_it():
-    """Not every change is a fault: the middle rank may post its first gradient before a forward, at every size."""
+def test_a_receive_may_be_early_if_no_rank_waits_for_it():
+    """Not every change is a fault: the middle rank may post the receive of its first gradient before a forward."""
     early = in_middle(Row("4 first", 1, "RB1 F0 SF1 B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"))
     for theorem in ("totals", "messages", "order", "deadlock"):
         assert isinstance(prove(early, theorem, {"totals"}).verdict, Proved)

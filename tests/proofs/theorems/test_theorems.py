@@ -52,11 +52,11 @@ def test_a_solver_that_gives_up_proves_nothing(monkeypatch):
         assert result.text.startswith("unknown: ")
 
 
-def test_progress_is_told_before_each_theorem():
-    told = []
-    results = prove_all(lambda *where: told.append(where), of=[one_f_one_b()])
-    assert [(done, name) for done, _, name in told] == [(k, result.name) for k, result in enumerate(results)]
-    assert {total for _, total, _ in told} == {len(results)}
+def test_progress_is_reported_before_each_theorem_and_at_the_end():
+    calls = []
+    results = prove_all(lambda *call: calls.append(call), of=[one_f_one_b()])
+    total = len(results)
+    assert calls == [*((k, total, result.name) for k, result in enumerate(results)), (total, total, "")]
 
 
 def test_a_result_is_data_and_one_line(proved):
@@ -69,10 +69,10 @@ def test_a_result_is_data_and_one_line(proved):
     assert "\n" not in result.text
 
 
-def test_premises_stand_before_what_rests_on_them():
+def test_premises_come_before_the_theorems_that_assume_them():
     seen = set()
     for name, theorem in THEOREMS.items():
-        assert set(theorem.rests_on) <= seen
+        assert set(theorem.premises) <= seen
         seen.add(name)
 
 

@@ -1,7 +1,7 @@
 """GPipe on two ranks that multiprocessing forks, each with a data loader that forks too.  Usage: forks.py [FAULT].
 
-The names of torch.distributed are bound before a process group exists.  Faults: ``error`` raises once all is done;
-``hang`` waits for a message too many.
+The names of torch.distributed are bound before a process group exists.  Faults: ``error`` raises at the end; ``hang``
+waits for one message too many.
 """
 
 import sys

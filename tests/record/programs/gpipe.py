@@ -1,7 +1,7 @@
 """GPipe with blocking send and recv: all forwards, then all backwards.  Usage: gpipe.py MICROBATCHES STEPS.
 
-The gradients of the weights wait until the end: each is computed by itself, from what a backward for the input alone
-left behind.
+The weight gradients are deferred to the end: each is computed separately from the graph that the backward for the input
+retained.
 """
 
 import os

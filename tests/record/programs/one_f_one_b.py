@@ -1,9 +1,9 @@
 """A hand-written 1F1B over all ranks with isend and irecv.  Usage: one_f_one_b.py MICROBATCHES [FAULT].
 
-An ordinary program for GPUs and NCCL, which knows nothing of a recorder.  In the steady state an activation is under
-way while the gradient that crosses it is received.
+An ordinary program for GPUs and NCCL without any recorder.  In the steady state an activation is in flight while the
+gradient in the opposite direction is received.
 
-Faults: ``wait first`` waits for the activation before that; ``swapped`` sends rank 0's first two activations in the
+Faults: ``wait first`` waits for the activation first; ``swapped`` sends rank 0's first two activations in the
 wrong order; ``mute`` does not send rank 1's last gradient, and ``deaf`` does not receive it.
 """
 

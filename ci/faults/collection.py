@@ -1,0 +1,53 @@
+"""All planted faults, in the order in which they are shown, and the harmless changes."""
+
+from ci.faults import megatron, megatron_step, runtime, schedules, weights
+from ci.faults.fault import Edit, SourceFault, harmless
+
+FAULTS: tuple[SourceFault, ...] = (
+    *schedules.FAULTS,
+    *runtime.FAULTS,
+    *weights.FAULTS,
+    *megatron.FAULTS,
+    *megatron_step.FAULTS,
+)
+
+HARMLESS: tuple[SourceFault, ...] = (
+    harmless(
+        "a comment",
+        "dualpipe/runtime/executor.py",
+        "class _Step:\n",
+        "# one object a step, and none is kept\nclass _Step:\n",
+    ),
+    harmless(
+        "another title of a page of the documentation",
+        "docs/decisions/0002-the-phase-table.md",
+        "# 2. DualPipe is a table of phases\n",
+        "# 2. DualPipe is a table of phases, once more\n",
+    ),
+    harmless(
+        "a local variable renamed",
+        "dualpipe/schedule/lower.py",
+        "    homes = _homes(schedule)\n    starts = _earliest_starts(schedule, homes)",
+        "    where = _homes(schedule)\n    starts = _earliest_starts(schedule, where)",
+        Edit(
+            "dualpipe/schedule/lower.py",
+            "sorted(_events(schedule, homes, starts)",
+            "sorted(_events(schedule, where, starts)",
+        ),
+    ),
+    harmless(
+        "messages that need not share a slot put into slots of their own",
+        "dualpipe/schedule/lower.py",
+        "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE:",
+        "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE and len(slot) > 1:",
+    ),
+    harmless(
+        "in the phase table a receive put before a send of the same slot",
+        "dualpipe/schedule/generate.py",
+        '"5 forwards end", N - h - 1, "RB1 B1+W1 SB1 RF1 RB0',
+        '"5 forwards end", N - h - 1, "RB1 B1+W1 RF1 SB1 RB0',
+    ),
+)
+
+PLANTED = (*FAULTS, *HARMLESS)
+"""Everything that ``make museum`` plants."""

@@ -1,0 +1,242 @@
+"""Faults of the executor, its transport and its stage modules, and of the reduction over the replicas of a stage."""
+
+from ci.faults.fault import Edit, fault
+
+EXECUTE, MODULES, REPLICAS, TRANSPORT = (
+    f"dualpipe/runtime/{name}.py" for name in ("executor", "modules", "replicas", "transport")
+)
+PIPELINE = "dualpipe/pipeline.py"
+
+FAULTS = (
+    fault(
+        35,
+        "nothing is deferred to W, which does nothing",
+        EXECUTE,
+        "split.forward(task, task not in self.whole):",
+        "split.forward(task, False):",
+        check="trial",
+        rule="run",
+        says="adds in B, outside the layer, to the gradients of ",
+    ),
+    fault(
+        11,
+        "W does not run its deferred weight gradients",
+        EXECUTE,
+        "                self.store.run(task)",
+        "                pass",
+        check="trial",
+        rule="run",
+        says="these weight gradients were never computed",
+    ),
+    fault(
+        20,
+        "the gradient of the loss divided by the microbatches a second time",
+        EXECUTE,
+        "(torch.ones_like(loss),)",
+        "(torch.ones_like(loss) / sum(self.schedule.microbatches.values()),)",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage 0: gradient of its lane of ",
+    ),
+    fault(
+        27,
+        "labels of the two lanes swapped",
+        MODULES,
+        "_data(self.feed.labels, op)",
+        "_data(dict(zip(self.feed.labels, reversed(self.feed.labels.values()))), op)",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: loss of ",
+    ),
+    fault(
+        32,
+        "the losses are lost before they are returned",
+        MODULES,
+        "        self.result.losses.setdefault(op.lane, {})[op.mb] = loss.detach()",
+        "        self.result.losses[op.lane] = {op.mb: loss.detach()}",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: loss of ",
+    ),
+    fault(
+        4,
+        "the runtime posts the messages of a slot in another order on one rank",
+        EXECUTE,
+        "        self.transport.post(messages)",
+        "        self.transport.post(messages[:: -1 if self.transport.rank == 1 else 1])",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage 1: loss of 1> differs",
+    ),
+    fault(
+        23,
+        "an output that is a view is detached in place",
+        EXECUTE,
+        "tuple(output.detach() for output in outputs)",
+        "tuple(output.detach_() for output in outputs)",
+        check="tests",
+        rule="test",
+        says="test_what_cannot_be_trained_is_an_error_on_every_rank.*Can't detach views in-place",
+    ),
+    fault(
+        24,
+        "an output is kept until its backward",
+        EXECUTE,
+        "    return get_gradient_edge(output) if output.requires_grad else None",
+        "    if output.requires_grad:\n"
+        '        get_gradient_edge(output).node.metadata["kept"] = output\n'
+        "    return get_gradient_edge(output) if output.requires_grad else None",
+        check="tests",
+        rule="test",
+        says="test_a_view_that_was_sent_is_freed_with_its_base",
+    ),
+    fault(
+        9,
+        "an unused received tensor goes unnoticed",
+        EXECUTE,
+        """        left += [f"what {op} receives was not used" for op in self.arrivals]
+        left += [f"no backward came for {Op(F, *task)}" for task in self.live if torch.is_grad_enabled()]
+        if left:""",
+        """        if not left and self.arrivals:""",
+        check="tests",
+        rule="test",
+        says="test_a_gradient_that_is_never_sent_is_told_by_the_rank_that_kept_it.*was not used",
+    ),
+    fault(
+        5,
+        "ranks do not compare their set-ups before the first message",
+        PIPELINE,
+        "            self._worker.transport.agree(self._record())\n",
+        "",
+        check="tests",
+        rule="test",
+        says="test_a_second_w_after_a_whole_backward_and_one_rank_that_waits_for_its_messages_are_refused",
+    ),
+    fault(
+        38,
+        "gradients are reduced before the last W",
+        PIPELINE,
+        """        with self._worker.transport.phase("evaluation" if forward_only else "step"):
+            feed.require(self._worker.schedule, self._worker.transport.rank, self.criterion is not None)
+            if not forward_only:
+                self._set_aside()
+            run_step(self._worker, computation, forward_only)
+        if reduce_gradients and not forward_only:
+            self.reduce_gradients()
+""",
+        """        if reduce_gradients and not forward_only:
+            self.reduce_gradients()
+        with self._worker.transport.phase("evaluation" if forward_only else "step"):
+            run_step(self._worker, computation, forward_only)
+""",
+        check="tests",
+        rule="test",
+        says="test_a_step_leaves_the_gradients_summed_over_both_copies.*is not the sum",
+    ),
+    fault(
+        15,
+        "each replica of a stage starts with its own weights",
+        REPLICAS,
+        "{o: packed if o == lane else arrived[o, stage] for o in schedule.lanes}",
+        "{lane: packed} | {o: arrived[o, stage] for o in schedule.lanes if o != lane}",  # sums stay what they are
+        check="tests",
+        rule="test",
+        says="test_every_copy_of_a_stage_starts_from_the_first_lanes_weights.*differs from lane >",
+    ),
+    fault(
+        15,
+        "the two replicas of a stage are not reduced together",
+        REPLICAS,
+        "total = gradient if total is None else total + gradient",
+        "total = gradient if total is None else total",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: gradient of [^ ]+ ",
+    ),
+    fault(
+        18,
+        "gradients rescaled at the reduction",
+        REPLICAS,
+        "        parameter.grad = total\n",
+        "        parameter.grad = None if total is None else total / len(replicas)\n",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: gradient of [^ ]+ ",
+    ),
+    fault(
+        0,
+        "replicas whose buffers drift apart are not compared",
+        REPLICAS,
+        "                if len(set(found)) > 1:",
+        "                if len(set(found)) > len(replicas):",
+        check="tests",
+        rule="test",
+        says="test_what_cannot_be_trained_is_an_error_on_every_rank",
+    ),
+    fault(
+        0,
+        "a second step sums the gradients of the first again",
+        PIPELINE,
+        "            self._set_aside()\n",
+        "            pass\n",
+        check="tests",
+        rule="test",
+        says="test_unusual_stages_train_to_the_bits_of_autograd",
+    ),
+    fault(
+        21,
+        "gradients dropped if one replica has none",
+        REPLICAS,
+        "            if flags[index]:",
+        "            if all(row[index] for row in present):",
+        Edit(REPLICAS, "total: Tensor | None = None", "total: Tensor | None = parameter.grad"),
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: gradient of [^ ]+ ",
+    ),
+    fault(
+        28,
+        "messages posted on the default group",
+        TRANSPORT,
+        "ops.append(dist.P2POp(kind, wire, group=self.group, group_peer=peer, tag=tag))",
+        "ops.append(dist.P2POp(kind, tensor, peer))",
+        check="trial, Megatron",
+        rule="run",
+        says="gpt-P4-data-parallel-2, DualPipe: .*(send|receive) .* rank . failed after ",
+    ),
+    fault(
+        6,
+        "only one of the works of a message is waited for",
+        TRANSPORT,
+        "            for work in message.works:\n",
+        "            for work in message.works[1:]:\n",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: ",
+    ),
+    fault(
+        4,
+        "two sends of one slot posted in reverse",
+        TRANSPORT,
+        "        for message in messages:\n            self._allocate(message)",
+        "        sends = [m for m in messages if m.sends]\n"
+        "        if len({m.tensors[0].shape for m in sends}) == 1:  # others would not fit into their receives\n"
+        "            messages = [sends.pop() if m.sends else m for m in messages]\n"
+        "        for message in messages:\n            self._allocate(message)",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: ",
+    ),
+    fault(
+        0,
+        "a received tensor returned before it has arrived",
+        TRANSPORT,
+        "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n",
+        "            early = [tensor.clone() for tensor in message.tensors]\n"
+        "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n"
+        "            message.tensors = early\n",
+        check="trial",
+        rule="bitwise",
+        says="first step 0, stage .: ",
+    ),
+)

@@ -1,0 +1,51 @@
+"""Marks in the nodes of autograd graphs: the forward that made a node, and the outputs that the engine has run from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+_FORWARD = "dualpipe.record"  # in a node's metadata: the number of the forward that made it
+_RAN = "dualpipe.record.ran"  # in a node's metadata: the outputs from which the engine has run
+
+
+def mark(node: Any, forward: int) -> None:
+    """Note the forward that made a node."""
+    node.metadata[_FORWARD] = forward
+
+
+def marks_below(root: Tensor | GradientEdge) -> set[int]:
+    """The forwards noted at the first marked nodes on every path from ``root``."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    nodes = [_node(root)]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        forward = node.metadata.get(_FORWARD)
+        if forward is None:
+            nodes.extend(following for following, _ in node.next_functions)
+        else:
+            found.add(forward)
+    return found
+
+
+def has_run(roots: Sequence[Any]) -> bool:
+    """Whether the engine has run from one of the roots before; from now on it has from all of them."""
+    before = False
+    for root in roots:
+        node = _node(root)
+        if node is not None:
+            ran = node.metadata.setdefault(_RAN, set())
+            before = before or root.output_nr in ran
+            ran.add(root.output_nr)
+    return before
+
+
+def _node(root: Any) -> Any:
+    return root.node if isinstance(root, GradientEdge) else root.grad_fn

@@ -1,0 +1,76 @@
+"""The modules and parameters of one rank, and where the parameters keep their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+from .marks import Key, key_of, weak_storage
+
+Version = tuple[Key | None, int] | None
+"""The memory of a gradient and how often it was written to; ``None`` if there is no gradient."""
+
+
+class Parameters:
+    """The called modules by number, their parameters, and the memory of their gradients."""
+
+    def __init__(self) -> None:
+        self._modules: dict[int, tuple[nn.Module, int]] = {}  # id -> module, kept alive, and its number
+        self._parameters: dict[int, tuple[nn.Parameter, set[int]]] = {}  # id -> parameter and the modules that hold it
+        self._gradients: dict[Key, tuple[Any, int]] = {}  # memory -> the storage (weak), and the parameter's id
+
+    def number(self, module: nn.Module) -> tuple[int, list[int] | None]:
+        """The number of a module and, if the module is new, the numbers of the modules in it."""
+        known = self._modules.get(id(module))
+        if known is not None:
+            return known[1], None
+        number = len(self._modules)
+        self._modules[id(module)] = (module, number)
+        held = [self.number(child)[0] for child in module.modules() if child is not module]
+        for parameter in module.parameters():
+            self._parameters.setdefault(id(parameter), (parameter, set()))[1].add(number)
+            self.note_gradient(parameter)
+        return number, held
+
+    def __contains__(self, parameter: object) -> bool:
+        return id(parameter) in self._parameters
+
+    def trainable(self, modules: Collection[int]) -> bool:
+        """Whether any of the modules has a parameter that requires a gradient."""
+        return any(p.requires_grad and not held.isdisjoint(modules) for p, held in self._parameters.values())
+
+    def holders(self, parameter: int) -> set[int]:
+        return self._parameters[parameter][1]
+
+    def note_gradient(self, parameter: Tensor) -> None:
+        """Remember the memory of a parameter's gradient, which Megatron keeps in ``main_grad``."""
+        for gradient in (parameter.grad, getattr(parameter, "main_grad", None)):
+            if isinstance(gradient, Tensor) and (key := key_of(gradient)):
+                self._gradients[key] = (weak_storage(gradient), id(parameter))
+
+    def with_gradient_at(self, key: Key | None) -> int | None:
+        """The id of the parameter whose gradient has this memory."""
+        entry = self._gradients.get(key) if key else None
+        if entry is None or key is None:
+            return None
+        if entry[0].expired():
+            del self._gradients[key]
+            return None
+        return entry[1]
+
+    def versions(self) -> dict[int, Version]:
+        """The version of every gradient, which changes when it is set or written to."""
+        return {
+            key: None if (gradient := parameter.grad) is None else (key_of(gradient), gradient._version)
+            for key, (parameter, _) in self._parameters.items()
+        }
+
+    def changed(self, before: dict[int, Version]) -> list[set[int]]:
+        """For every parameter whose gradient changed since ``before``, the modules that hold it."""
+        after = self.versions()
+        found = [key for key in after if after[key] != before.get(key)]
+        for key in found:
+            self.note_gradient(self._parameters[key][0])
+        return [self.holders(key) for key in found]

@@ -1,0 +1,92 @@
+"""What a schedule cannot express of a program: notes for the reader, and caveats for a verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from dualpipe.record.events import Doubt, ForwardId, RankLog
+from dualpipe.record.lineage import Lineage
+from dualpipe.record.naming import Named
+from dualpipe.schedule import F, Op
+
+_DOUBTS = {
+    "detached": (
+        "the module called at {at} takes a detached tensor of {op} without requires_grad; whether it is a stage of its "
+        "own could not be determined, and it is written as part of that forward",
+        "the stage boundary of {count} calls could not be determined",
+    ),
+    "called again": (
+        "the module called at {at} had been called on the same tensors for {op}; the file has that forward once",
+        "{count} forwards ran more than once and are written once",
+    ),
+    "run again": (
+        "the engine ran at {at} from a tensor of {op} from which it had run before; the file has that backward once",
+        "{count} backwards ran more than once and are written once",
+    ),
+    "several groups": (
+        "it sends or receives at {at} in another process group of the same ranks; a schedule file has one order of "
+        "messages between two ranks",
+        "whether messages of different process groups overtake each other could not be determined",
+    ),
+}
+"""By the kind of doubt: the note on a line of the program, and the caveat for a verdict."""
+
+
+def notes_on_doubts(logs: Sequence[RankLog], lineage: Lineage) -> list[str]:
+    """One note for each rank, kind of doubt and line of the program."""
+    places: dict[tuple[int, str, str], list[Doubt]] = {}
+    for rank, doubt in _doubts(logs, lineage):
+        places.setdefault((rank, doubt.what, doubt.at), []).append(doubt)
+    notes = []
+    for (rank, what, at), doubts in places.items():
+        task = lineage.tasks.get(ForwardId(rank, doubts[0].forward))
+        op = "" if task is None else Op(F, *task)
+        times = f" ({len(doubts)} times)" if len(doubts) > 1 else ""
+        notes.append(f"rank {rank}: {_DOUBTS[what][0].format(at=at, op=op)}{times}")
+    return notes
+
+
+def notes_on_weights(log: RankLog, lineage: Lineage) -> list[str]:
+    """Where the W of a rank's forwards is something else than a change of a parameter's ``.grad``."""
+    notes: Counter[str] = Counter()
+    for number, forward in log.forwards.items():
+        task = lineage.tasks.get(ForwardId(log.rank, log.find(number)))
+        if task is None or forward.weights:
+            continue
+        if forward.requested_at:
+            notes[f"weight gradients computed at {forward.requested_at} reach no .grad; their W is there"] += 1
+        elif forward.backward_began and forward.untrainable:
+            notes[f"no module of stage {task.stage} has a parameter to train; its W is written with its B"] += 1
+        elif forward.backward_began and log.ended:
+            notes[f"a backward from the forward at {forward.at} changed no .grad: it has no W"] += 1
+    return [f"rank {log.rank}: {note} ({times} times)" for note, times in sorted(notes.items())]
+
+
+def caveats(logs: Sequence[RankLog], lineage: Lineage, named: Named, lost: int) -> Iterator[str]:
+    """Why a proof of the schedule does not cover the whole program.
+
+    ``lost`` counts the unmatched messages of training steps that are not in the schedule.
+    """
+    cut = [str(log.rank) for log in logs if not log.ended]
+    if cut:
+        yield f"rank{'s' * (len(cut) > 1)} {' '.join(cut)} did not finish"
+    if named.unknown:
+        yield f"{named.unknown} sends have tensors that no observed forward or backward made"
+    if named.unused:
+        yield f"{len(named.unused)} receives have tensors that no observed forward or backward uses"
+    if named.control:
+        yield f"{named.control} message ends are left out as control data"
+    if lost:
+        yield f"{lost} messages of other training steps were never matched"
+    counts = Counter(doubt.what for _, doubt in _doubts(logs, lineage))
+    for what, count in counts.items():
+        yield _DOUBTS[what][1].format(count=count)
+
+
+def _doubts(logs: Sequence[RankLog], lineage: Lineage) -> Iterator[tuple[int, Doubt]]:
+    """The doubts about messages and about forwards of the pipeline, with their ranks."""
+    for log in logs:
+        for doubt in log.doubts:
+            if doubt.what == "several groups" or ForwardId(log.rank, log.find(doubt.forward)) in lineage.tasks:
+                yield log.rank, doubt

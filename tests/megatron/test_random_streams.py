@@ -1,0 +1,49 @@
+"""Random numbers of a step that Megatron repeats."""
+
+from __future__ import annotations
+
+import torch
+
+import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.megatron.schedule import forward_backward_dualpipe as step
+from reference.megatron import data
+from reference.megatron.case import Case
+from tests.megatron.test_schedule import on_each_rank
+
+CASE = Case(pp=2, steps=1, microbatches=4, dropout=0.1, timeout=10)
+
+
+def test_a_repeated_step_draws_the_same_dropout_in_both_lanes():
+    def body(model, data_iterator, **keywords):
+        from megatron.core import rerun_state_machine as rerun
+
+        from dualpipe.megatron.random_streams import capture, restore
+
+        class Machine(rerun.RerunStateMachine):
+            """Without the parts of the machine that need a GPU."""
+
+            def _reduce_any(self, value):
+                return value
+
+            def _save_state(self):
+                self.saved_state = capture()
+
+            def _restore_state(self):
+                restore(self.saved_state)
+
+        machine = Machine(mode=rerun.RerunMode.VALIDATE_RESULTS)
+        rerun._GLOBAL_RERUN_STATE_MACHINE = machine
+        gradients = []
+        while machine.should_run_forward_backward(None):
+            for chunk in model:
+                chunk.zero_grad_buffer()
+            step(model=model, data_iterator=data_iterator and data.of_pipeline(CASE, 0, 0), **keywords)
+            gradients.append([p.main_grad.clone() for chunk in model for p in chunk.parameters()])
+            machine.rerun_requested = len(gradients) == 1
+            machine.continue_requested = True
+            if machine.state is rerun.RerunState.RERUNNING_IN_PLACE:
+                break
+        assert len(gradients) == 2
+        return all(map(torch.equal, *gradients))
+
+    assert on_each_rank(body, CASE) == [True, True]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import count, islice
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,9 @@ from proofs.theorems.sample import Compute, Sample, sample
 
 ROUNDS = 6
 """How many guesses are made before the finder gives up."""
+
+_MOST = 10_000
+"""Ranks times microbatches of the largest size that is sampled."""
 
 _LARGEST = 40
 """No coefficient of a time is larger; the costs of a phase table are far below."""
@@ -76,7 +80,7 @@ class Timetable:
 class Untimed:
     """Why no times were found or proved.
 
-    ``deadlocked`` is a size with a cycle of waits, ``proof`` how the last guess failed.
+    ``deadlocked`` is a size with a wait cycle, ``proof`` how the last guess failed.
     """
 
     reason: str
@@ -110,10 +114,10 @@ def timetable(family: Family, timeout: float) -> Timetable | Untimed:
         if failure.values is None:
             return Untimed(f"the solver gave up on {failure.obligation.name}", proof=proof)
         sizes = [family.size_of(failure.values)]
-        if sizes[0] in [one[:2] for one in samples]:
-            break  # the program's whole numbers and Z3 disagree, and would do so for ever
+        if prod(sizes[0]) > _MOST or sizes[0] in [one[:2] for one in samples]:
+            break  # too large to expand, or one that the guess was to fit: another round would not differ
     return Untimed(
-        f"no times found that are affine in the sizes and the iteration; the one that fits {len(samples)} sizes fails",
+        f"no affine times found; the guess after {len(samples)} sampled sizes fails",
         proof=proof,
     )
 

@@ -161,9 +161,9 @@ def statement(family: Family, name: str, bound: str = "") -> str:
 def prove(family: Family, name: str, proved: set[str], timeout: float = QUESTION_SECONDS) -> TheoremResult:
     """Prove one theorem of a family, given the names of those that are ``proved`` already.
 
-    ``deadlock`` and ``makespan`` are proved by times that are found first.  Where the finder meets a size with a cycle
-    of waits, the schedule is run at that size: if it really deadlocks, ``deadlock`` is refuted.  Where it finds no
-    times the theorem is unknown.
+    ``deadlock`` and ``makespan`` are proved by times that are found first.  If the finder meets a size with a wait
+    cycle, the schedule is run at that size: if it really deadlocks, ``deadlock`` is refuted.  If it finds no times, the
+    theorem is unknown.
 
     Raises ``TableError`` for a table that cannot be read for all sizes.
     """
@@ -226,10 +226,10 @@ def _wrong(family: Family, done: Discharge) -> tuple[Failure, Counterexample] | 
 
 
 def _stuck(family: Family, one: Sample) -> _Found:
-    """A size with a cycle of waits: the schedule itself is run there."""
+    """A size with a wait cycle: the schedule itself is run there."""
     assert one.cycle is not None
     size = one.ranks, one.microbatches
-    found = Counterexample(str(one.cycle), f"a cycle of {len(one.cycle.places)} waits", *size, {}, ())
+    found = Counterexample(str(one.cycle), f"a wait cycle of {len(one.cycle.places)}", *size, {}, ())
     stuck = deadlock_search.deadlock(schedule_at(family, *size), BLOCKING)
     if isinstance(stuck, Refuted):
         return _Found(NOTHING, stuck, found)

@@ -130,7 +130,7 @@ def _channel(schedule: Schedule, rank: int, op: Op) -> tuple[int, int]:
 
 
 def _earliest(durations: Mapping[Node, int], waits: Sequence[tuple[Node, Node]]) -> int | list[Node]:
-    """The end where everything starts as early as it can, or a cycle of waits, each node waiting for the one before."""
+    """The end where everything starts as early as it can, or a wait cycle, each node waiting for the one before."""
     waits_for: dict[Node, list[Node]] = {node: [] for node in durations}
     following: dict[Node, list[Node]] = {node: [] for node in durations}
     for earlier, later in waits:

@@ -156,7 +156,7 @@ def check_waits(guess: Guess, one: Sample) -> None:
 
 def test_a_table_without_affine_times_is_unknown():
     """What is correct is never refuted; the last guess that failed is shown."""
-    for name, reason in (("deadlock", "no times found that are affine"), ("makespan", "rests on deadlock")):
+    for name, reason in (("deadlock", "no affine times found"), ("makespan", "rests on deadlock")):
         result = prove(SHALLOW, name, {"totals", "queue"})
         assert isinstance(result.verdict, Unknown)
         assert reason in result.reason
@@ -219,6 +219,16 @@ def test_a_guess_that_a_larger_size_refutes_is_made_again_with_that_size(monkeyp
     assert isinstance(found, Timetable)
     assert len(found.slack) > 2
     assert found.guess.bound == timetable(FAMILIES["1f1b"], QUESTION_SECONDS).guess.bound
+
+
+def test_a_size_that_is_too_large_is_not_sampled(monkeypatch):
+    """Nor is one where the guess was to fit, which would come back for ever."""
+    monkeypatch.setattr(finder, "sampled_sizes", lambda family: iter([(1, 1)]))
+    monkeypatch.setattr(finder, "_MOST", 1)
+    found = timetable(one_f_one_b(), QUESTION_SECONDS)
+    assert isinstance(found, Untimed)
+    assert found.reason.endswith("the guess after 1 sampled sizes fails")
+    assert found.proof.failures[0].values is not None
 
 
 @pytest.mark.parametrize("name", FAMILIES)

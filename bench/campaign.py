@@ -1,16 +1,16 @@
-"""Kills, stops, delays and exceptions at random places of random runs; then a long run without any.
+"""A stress test: kills, stops, delays and exceptions at random ops of random runs; then a long run without faults.
 
     python bench/campaign.py --trials 60 --steps 1000
 
-Each trial trains a pipeline in a loop that catches every error and goes on.  One rank does something at one op of one
-step.  What has to happen on every other rank:
+Each trial trains a pipeline in a loop that catches every error and goes on.  One rank has a fault at one op of one
+step.  The other ranks must behave like this:
 
-delay         every step is right
-exception     an error within seconds, and an error at every call after it
-kill, stop    likewise, a stop within the timeout
+delay         every step returns the right gradients
+exception     an error within seconds, and an error at every later call
+kill, stop    likewise; for a stop within the timeout
 
-and no gradient of a step that returned may differ from plain PyTorch's.  The long run compares every step bitwise and
-prints memory, threads and open files at the quarters.  Exit code 1 if anything is otherwise.
+No gradient of a step that returned may differ from plain PyTorch's.  The long run compares every step bitwise and
+prints memory, threads and open files four times.  Exits with 1 if any of this fails.
 """
 
 import os
@@ -36,7 +36,7 @@ WIDTH, BATCH, STEPS = 8, 3, 4
 
 @dataclass(frozen=True)
 class Trial:
-    """One rank does ``what`` at the ``op``-th op of a step, counted on from the first one again after the last."""
+    """One rank has the fault ``what`` at op number ``op`` of a step, modulo the number of its ops."""
 
     name: str
     ranks: int
@@ -84,7 +84,7 @@ _TRUTHS: dict[int, list[list[torch.Tensor]]] = {}
 
 
 def truth(schedule: Schedule, step: int) -> list[list[torch.Tensor]]:
-    """Gradients of each stage: the sum over the first lane, plus that over the second.  A process has one schedule."""
+    """Gradients of each stage: the sum over the first lane, plus that over the second.  Cached for one schedule."""
     if step not in _TRUTHS:
         _TRUTHS[step] = _truth(schedule, step)
     return _TRUTHS[step]
@@ -124,7 +124,7 @@ def wrong(pipeline: Pipeline, schedule: Schedule, step: int) -> bool:
 
 
 def stop_for(seconds: float) -> None:
-    """Stop this process; a child ends it after that time."""
+    """Stop this process; a child kills it after that time."""
     stopped = os.getpid()
     if os.fork() == 0:
         time.sleep(seconds)
@@ -134,16 +134,16 @@ def stop_for(seconds: float) -> None:
 
 
 def run(trial: Trial) -> str:
-    """What is wrong with how it ended; nothing if all is as it has to be."""
+    """Run a trial; returns the faults found, an empty text if there are none."""
     schedule = trial.schedule
 
     def body(context):
         now, ops = [0], [0]
-        place = trial.op % sum(len(slot) for slot in schedule.programs[trial.rank])
+        target = trial.op % sum(len(slot) for slot in schedule.programs[trial.rank])
 
         def observe(slot, op, began, ended):
             ops[0] += 1
-            if (context.rank, now[0], ops[0]) != (trial.rank, trial.step, place + 1):
+            if (context.rank, now[0], ops[0]) != (trial.rank, trial.step, target + 1):
                 return
             if trial.what == "exception":
                 raise ValueError("planted")
@@ -171,26 +171,26 @@ def run(trial: Trial) -> str:
         return outcomes, longest
 
     outcome = launch(trial.ranks, body, timeout=60.0)
-    complaints = []
+    faults = []
     for rank, result in enumerate(outcome.results):
         if isinstance(result, Failure):
             if rank != trial.rank or trial.what not in ("kill", "stop"):
-                complaints.append(str(result))
+                faults.append(str(result))
             continue
         outcomes, longest = result
         if "wrong" in outcomes:
-            complaints.append(f"rank {rank} returned a wrong gradient: {outcomes}")
+            faults.append(f"rank {rank} returned a wrong gradient: {outcomes}")
         if trial.what == "delay" and outcomes != ["ok"] * STEPS:
-            complaints.append(f"rank {rank} failed though the run was only delayed: {outcomes}")
+            faults.append(f"rank {rank} failed though the run was only delayed: {outcomes}")
         if trial.what != "delay" and (outcomes[-1] == "ok" or outcomes[: trial.step] != ["ok"] * trial.step):
-            complaints.append(f"rank {rank}: {outcomes}")
+            faults.append(f"rank {rank}: {outcomes}")
         if longest > trial.timeout + 8.0:
-            complaints.append(f"rank {rank} needed {longest:.1f} s")
-    return "; ".join(complaints)
+            faults.append(f"rank {rank} needed {longest:.1f} s")
+    return "; ".join(faults)
 
 
 def soak(steps: int) -> bool:
-    """Whether every step of a long run was right on every rank."""
+    """Whether every step of a long run gave the right gradients on every rank."""
     schedule = generate("dualpipe", 4, 8)
 
     def body(context):
@@ -219,11 +219,11 @@ def main(trials: int = 60, seed: int = 0, steps: int = 1000, timeout: float = 6.
     for number in range(trials):
         trial = draw(chance, timeout)
         counts[trial.what] = counts.get(trial.what, 0) + 1
-        if complaint := run(trial):
+        if fault := run(trial):
             failed += 1
-            print(f"{number}: {trial}: {complaint}", flush=True)
+            print(f"{number}: {trial}: {fault}", flush=True)
     kinds = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-    print(f"{trials - failed} of {trials} trials as promised ({kinds}) in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{trials - failed} of {trials} trials passed ({kinds}) in {time.monotonic() - began:.0f} s", flush=True)
     right = steps == 0 or soak(steps)
     raise typer.Exit(0 if right and not failed else 1)
 

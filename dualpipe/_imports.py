@@ -1,14 +1,14 @@
-"""Which modules the command line gets: its own packages and installed ones, before files of the user's with such names.
+"""Protects the command line's imports: its own and installed packages come before files of the user's.
 
 Python puts the current directory (``python -m``) and ``PYTHONPATH`` before everything else, so that a user's
-``json.py``, ``torch.py`` or ``reference.py`` would be imported in place of what a verdict depends on.  Here the import
-path is put into this order, each part in the order it had::
+``json.py``, ``torch.py`` or ``reference.py`` would replace a module that a verdict depends on.  This module sorts the
+import path into three parts, each of which keeps its order::
 
     standard library | folders with installed distributions (``*.dist-info``) | everything else
 
-and ``dualpipe``, ``proofs`` and ``reference`` come from one folder, that of the ``dualpipe`` which runs.
+It also makes ``dualpipe``, ``proofs`` and ``reference`` load from one folder, that of the running ``dualpipe``.
 
-``dualpipe`` imports this module first of all, so it imports nothing itself that Python has not frozen or loaded.
+``dualpipe`` imports this module first of all, so it imports only modules that Python has frozen or loaded already.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-"""The folder of the packages of this distribution."""
+"""The folder that holds this distribution's packages."""
 _OWN = frozenset({"dualpipe", "proofs", "reference"})
 _LIBRARY = os.path.dirname(os.path.abspath(os.__file__))
 _ZIP = "python{}{}.zip".format(*sys.version_info[:2])
 
 
 def ordered(path: list[str]) -> list[str]:
-    """An import path in the order given above."""
+    """The import path in the order given above."""
     return sorted(path, key=_part)
 
 
 def own_path(path: list[str]) -> list[str]:
-    """The import path of a process that needs this distribution and the standard library."""
+    """The import path for a process that needs the standard library and this distribution: both come first."""
     library = [folder for folder in ordered(path) if _part(folder) == 0]
     return [*library, ROOT, *ordered(path)[len(library) :]]
 
 
 def is_installed(file: str) -> bool:
-    """Whether a source file is of the standard library, an installed package or this distribution, or of no file."""
+    """Whether a source file belongs to the standard library, an installed package or this distribution.
+
+    So does code without a file, such as ``<string>``.
+    """
     parts = os.path.dirname(os.path.abspath(file)).split(os.sep)
     own = any(file.startswith(os.path.join(ROOT, name) + os.sep) for name in _OWN)
     return file.startswith(("<", _LIBRARY + os.sep)) or "site-packages" in parts or "dist-packages" in parts or own
@@ -51,11 +54,11 @@ def _part(folder: str) -> int:
 
 
 class _Own:
-    """A finder for ``sys.meta_path``: this distribution's packages from ``ROOT`` alone."""
+    """A finder for ``sys.meta_path`` that finds this distribution's packages in ``ROOT`` alone."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> object:
-        """The spec of one of the own packages, found as usual but in ``ROOT``; ``None`` for every other module."""
+        """The spec of one of this distribution's packages, ``None`` for every other module."""
         if path is not None or name not in _OWN:
             return None
         from importlib.machinery import PathFinder
@@ -64,14 +67,14 @@ class _Own:
 
 
 def is_command(arguments: list[str]) -> bool:
-    """Whether a process with these arguments, Python's own included, is the command line: its script or ``-m``."""
+    """Whether a process with these arguments (``sys.orig_argv``) runs the command line, as a script or with ``-m``."""
     modules = [arguments[at + 1 : at + 2] for at, word in enumerate(arguments) if word == "-m"]
     script = [os.path.basename(word) for word in arguments[1:2]]
     return ["dualpipe.cli"] in modules or "-mdualpipe.cli" in arguments or script == ["dualpipe"]
 
 
 class OwnFirst:
-    """A context in which imports follow the order above; the import path is restored afterwards."""
+    """A context in which imports follow the order above; at its end the import path is restored."""
 
     def __enter__(self) -> None:
         self._before = sys.path[:]

@@ -1,4 +1,4 @@
-"""The form of every complaint about input."""
+"""The form of every error about input: the rule, what was given, and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from difflib import SequenceMatcher
 
 __all__ = ["RuleError", "StageError", "UndecidedError"]
 
-_ALIKE = 0.7
-"""From which likeness on a name is suggested: one letter of four may differ, but not two."""
+_SIMILAR = 0.7
+"""The least similarity at which a name is suggested: one letter of four may differ, but not two."""
 
 
 class RuleError(ValueError):
-    """Bad input: the rule that was broken, what came, and what to do about it."""
+    """Bad input: the rule that was broken, what was given, and how to fix it."""
 
     def __init__(self, rule: str, got: str, fix: str) -> None:
         self.rule, self.got, self.fix = rule, got, fix
@@ -20,24 +20,24 @@ class RuleError(ValueError):
 
 
 class StageError(RuleError):
-    """A stage, a criterion or data of the user's that cannot be trained on as it is."""
+    """A stage, criterion or data of the user's that cannot be trained on as it is."""
 
 
 class UndecidedError(RuntimeError):
-    """A question that could not be answered, which is neither a yes nor a no."""
+    """A question that could not be decided: the answer is neither yes nor no."""
 
 
 def nearest(word: str, names: Iterable[str], otherwise: str) -> str:
-    """The remedy ``did you mean NAME?`` for the name most like ``word`` (case apart), or ``otherwise``."""
+    """The fix ``did you mean NAME?`` with the name most like ``word`` (ignoring case), or ``otherwise`` if none is."""
     by_folded = {name.casefold(): name for name in sorted(names, reverse=True)}
-    best = max(by_folded, key=lambda name: _likeness(word.casefold(), name), default=None)
-    if best is None or _likeness(word.casefold(), best) < _ALIKE:
+    best = max(by_folded, key=lambda name: _similarity(word.casefold(), name), default=None)
+    if best is None or _similarity(word.casefold(), best) < _SIMILAR:
         return otherwise
     return f"did you mean {by_folded[best]}?"
 
 
-def _likeness(word: str, name: str) -> float:
-    """From 0 to 1; of two files with the same suffix only the rest counts."""
+def _similarity(word: str, name: str) -> float:
+    """From 0 to 1; a file suffix that both have does not count."""
     stem, dot, suffix = word.rpartition(".")
     other, _, others_suffix = name.rpartition(".")
     if dot and suffix == others_suffix:

@@ -1,4 +1,4 @@
-"""Reading and writing a file whole or not at all, with an end to every wait."""
+"""Reads and writes whole files: a write is atomic, and every wait has a timeout."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from dualpipe.errors import RuleError
 
 _READER_SECONDS = 10.0
-"""How long a FIFO is waited for until somebody opens it to read."""
+"""How long to wait until a reader opens a FIFO."""
 _FIFO_POLL = 0.02
 MOST_BYTES = 256 << 20
-"""Of a file that is read."""
+"""The largest file that is read."""
 SILENT_SECONDS = 30.0
-"""How long a pipe or a terminal is read from without a byte."""
+"""How long to wait for the next byte of a pipe or terminal."""
 
 
 def read_whole(path: Path) -> bytes:
@@ -30,13 +30,13 @@ def read_whole(path: Path) -> bytes:
     ------
     RuleError
         For a file of more than ``MOST_BYTES``, one that changes while it is read, and a pipe or terminal that
-        neither ends nor gives a byte for ``SILENT_SECONDS``.
+        neither ends nor gives a byte within ``SILENT_SECONDS``.
     OSError
         If it cannot be read.
     """
     before = os.stat(path)
     if stat.S_ISREG(before.st_mode) or stat.S_ISDIR(before.st_mode):
-        _refuse_too_long(path, before.st_size)
+        _require_size(path, before.st_size)
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
             data = file.read(MOST_BYTES + 1)
@@ -45,11 +45,11 @@ def read_whole(path: Path) -> bytes:
             raise RuleError("a file stays as it is while it is read", f"{path} changed", "run the command again")
     else:
         data = _read_stream(path)
-    _refuse_too_long(path, len(data))
+    _require_size(path, len(data))
     return data
 
 
-def _refuse_too_long(path: Path, size: int) -> None:
+def _require_size(path: Path, size: int) -> None:
     if size > MOST_BYTES:
         raise RuleError(f"a file has at most {MOST_BYTES >> 20} MiB", f"{path} has more", "is it the right one?")
 
@@ -62,9 +62,8 @@ def _read_stream(path: Path) -> bytes:
         ready.register(descriptor, select.POLLIN)
         while len(data) <= MOST_BYTES:
             if not ready.poll(SILENT_SECONDS * 1000):
-                raise RuleError(
-                    "what is read ends", f"{path} gave nothing for {SILENT_SECONDS:g} s", "close the writing side"
-                )
+                silence = f"{path} gave nothing for {SILENT_SECONDS:g} s"
+                raise RuleError("input keeps arriving until it ends", silence, "close the writing side")
             with contextlib.suppress(BlockingIOError):
                 got = os.read(descriptor, 1 << 20)
                 if not got:
@@ -76,23 +75,25 @@ def _read_stream(path: Path) -> bytes:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write ``data`` to a file by way of a new file beside it that then takes its name.
+    """Write ``data`` to a new file in the same folder, and rename that to ``path``.
 
-    So a reader sees the old file or the new one, and an error leaves the old one; of two writers at once the later one
-    wins.  A symbolic link stays, and what it leads to is replaced; permissions of a replaced file stay.  What is no
-    regular file (a terminal, a pipe, ``/dev/stdout``) is written to directly.
+    So a reader sees the old file or the new one, and an error leaves the old one; of two concurrent writers the later
+    one wins.  A symbolic link is kept and its target replaced.  A replaced file keeps its permissions.  A terminal, a
+    pipe or ``/dev/stdout`` is not a regular file, and is written to directly.
 
     Raises
     ------
     OSError
-        If it cannot be written; ``TimeoutError`` for a FIFO that nobody reads.
+        If it cannot be written; ``TimeoutError`` for a FIFO without a reader.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode) or _is_descriptor(path):
             _write_directly(path, data)
             return
     final = Path(os.path.realpath(path))
-    part = final.with_name(f".{secrets.token_hex(8)}.part")  # a name of its own: that of the file may be the longest
+    part = final.with_name(
+        f".{secrets.token_hex(8)}.part"
+    )  # not from the file's name, which may have the longest length
     try:
         with open(part, "xb") as file:
             with contextlib.suppress(FileNotFoundError):
@@ -108,7 +109,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _is_descriptor(path: Path) -> bool:
-    """Whether the path names an open file of this process, such as ``/dev/stdout``, where that leads to a file."""
+    """Whether the path may be an open file of this process, such as ``/dev/stdout`` redirected to a file."""
     return str(path).startswith(("/dev/", "/proc/"))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 
 from dualpipe.pipeline import Feed, Pipeline
-from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec, Transport
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import TensorSpec, Transport
 from dualpipe.schedule import Chunk
 from reference.case import Case, make_deterministic
 from reference.oracle import gradients_of, snapshot, weights_of

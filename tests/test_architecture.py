@@ -168,7 +168,9 @@ HEAVY = {"torch", "z3", "megatron", "matplotlib", "scipy"}
 
 
 @pytest.mark.parametrize(
-    ("module", "unloaded"), [("dualpipe", HEAVY), ("dualpipe.cli", HEAVY | {"proofs", "reference"})], ids=str
+    ("module", "unloaded"),
+    [("dualpipe", HEAVY), ("dualpipe.cli", HEAVY | {"proofs", "reference"})],
+    ids=["dualpipe", "dualpipe.cli"],
 )
 def test_importing_loads_nothing_heavy(module, unloaded):
     """The command line reaches the heavy packages when a command needs them."""

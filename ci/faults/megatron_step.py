@@ -142,10 +142,10 @@ FAULTS = (
         38,
         "Megatron: gradients are finalized before the last W",
         SCHEDULE,
-        "        run_step(worker, computation, forward_only)\n",
+        "        executor.run()\n",
         "        if not forward_only:\n"
         "            _finalize(model, setups, config, groups, computation, force_all_reduce)\n"
-        "        run_step(worker, computation, forward_only)\n"
+        "        executor.run()\n"
         "        force_all_reduce, forward_only = False, True\n",
         check="trial, Megatron",
         rule="run",

@@ -3,7 +3,7 @@
 from ci.faults.fault import Edit, fault
 
 EXECUTE, MODULES, REPLICAS, TRANSPORT = (
-    f"dualpipe/runtime/{name}.py" for name in ("executor", "modules", "replicas", "transport")
+    f"dualpipe/runtime/{name}.py" for name in ("executor", "modules", "replicas", "process_group")
 )
 PIPELINE = "dualpipe/pipeline.py"
 
@@ -12,8 +12,8 @@ FAULTS = (
         35,
         "nothing is deferred to W, which does nothing",
         EXECUTE,
-        "split.forward(task, task not in self.whole):",
-        "split.forward(task, False):",
+        "split.forward(Op(W, *task), task not in self.full):",
+        "split.forward(Op(W, *task), False):",
         check="trial",
         rule="run",
         says="adds in B, outside the layer, to the gradients of ",
@@ -22,7 +22,7 @@ FAULTS = (
         11,
         "W does not run its deferred weight gradients",
         EXECUTE,
-        "                self.store.run(task)",
+        "                self.store.run(Op(W, *task))",
         "                pass",
         check="trial",
         rule="run",
@@ -95,53 +95,53 @@ FAULTS = (
         "an unused received tensor goes unnoticed",
         EXECUTE,
         """        left += [f"what {op} receives was not used" for op in self.arrivals]
-        left += [f"no backward came for {Op(F, *task)}" for task in self.live if torch.is_grad_enabled()]
+        left += [f"{Op(F, *task)} has no backward" for task in self.live if not self.forward_only]
         if left:""",
         """        if not left and self.arrivals:""",
         check="tests",
         rule="test",
-        says="test_a_gradient_that_is_never_sent_is_told_by_the_rank_that_kept_it.*was not used",
+        says="test_a_gradient_that_is_never_sent_is_reported_by_the_rank_that_kept_it.*was not used",
     ),
     fault(
         5,
         "ranks do not compare their set-ups before the first message",
         PIPELINE,
-        "            self._worker.transport.agree(self._record())\n",
+        "            self.transport.agree(self._record())\n",
         "",
         check="tests",
         rule="test",
-        says="test_a_second_w_after_a_whole_backward_and_one_rank_that_waits_for_its_messages_are_refused",
+        says="test_a_second_w_after_a_full_backward_and_one_rank_that_blocks_are_refused",
     ),
     fault(
         38,
         "gradients are reduced before the last W",
         PIPELINE,
-        """        with self._worker.transport.phase("evaluation" if forward_only else "step"):
-            feed.require(self._worker.schedule, self._worker.transport.rank, self.criterion is not None)
+        """        with self.transport.phase("evaluation" if forward_only else "step"):
+            feed.require(self.schedule, self.transport.rank, self.criterion is not None)
             if not forward_only:
                 self._set_aside()
-            run_step(self._worker, computation, forward_only)
+            executor.run()
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
 """,
         """        if reduce_gradients and not forward_only:
             self.reduce_gradients()
-        with self._worker.transport.phase("evaluation" if forward_only else "step"):
-            run_step(self._worker, computation, forward_only)
+        with self.transport.phase("evaluation" if forward_only else "step"):
+            executor.run()
 """,
         check="tests",
         rule="test",
-        says="test_a_step_leaves_the_gradients_summed_over_both_copies.*is not the sum",
+        says="test_a_step_leaves_the_gradients_summed_over_both_replicas.*is not the sum",
     ),
     fault(
         15,
         "each replica of a stage starts with its own weights",
         REPLICAS,
-        "{o: packed if o == lane else arrived[o, stage] for o in schedule.lanes}",
-        "{lane: packed} | {o: arrived[o, stage] for o in schedule.lanes if o != lane}",  # sums stay what they are
+        "{lane: packed if replica == chunk else received[replica] for replica, lane in of_lane.items()}",
+        "{chunk.lane: packed} | {of_lane[other]: received[other] for other in of_lane if other != chunk}",  # sums stay
         check="tests",
         rule="test",
-        says="test_every_copy_of_a_stage_starts_from_the_first_lanes_weights.*differs from lane >",
+        says="test_every_replica_of_a_stage_starts_from_the_first_lanes_weights.*differs from lane >",
     ),
     fault(
         15,
@@ -211,8 +211,8 @@ FAULTS = (
         "            for work in message.works:\n",
         "            for work in message.works[1:]:\n",
         check="trial",
-        rule="bitwise",
-        says="first step 0, stage .: ",
+        rule="run",
+        says="differs between the lanes before the first update",
     ),
     fault(
         4,
@@ -231,12 +231,12 @@ FAULTS = (
         0,
         "a received tensor returned before it has arrived",
         TRANSPORT,
-        "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n",
+        "            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))\n",
         "            early = [tensor.clone() for tensor in message.tensors]\n"
-        "            self._result(message, self._receives.submit(self._finish, message, waited_for=True))\n"
+        "            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))\n"
         "            message.tensors = early\n",
         check="trial",
-        rule="bitwise",
-        says="first step 0, stage .: ",
+        rule="run",
+        says="differs between the lanes before the first update",
     ),
 )

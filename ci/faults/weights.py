@@ -3,13 +3,13 @@
 from ci.faults.fault import Edit, fault
 
 WEIGHTGRAD = "dualpipe/runtime/weightgrad.py"
-SPLITLINEAR = "dualpipe/runtime/split_linear.py"
+SPLITLINEAR, SPLITSTAGE = "dualpipe/runtime/split_linear.py", "dualpipe/runtime/split_stage.py"
 
 FAULTS = (
     fault(
         12,
         "a weight counted twice in the split",
-        SPLITLINEAR,
+        SPLITSTAGE,
         "        stage.store.defer(use, x.detach(), dy)\n",
         "        for _ in range(2):\n            stage.store.defer(use, x.detach(), dy)\n",
         check="trial",
@@ -43,8 +43,8 @@ FAULTS = (
         24,
         "the inputs of W are kept after W",
         WEIGHTGRAD,
-        "entries = self._waiting.pop(key, None)",
-        "entries = self._waiting.get(key, None)",
+        "entries = self._deferred.pop(key, None)",
+        "entries = self._deferred.get(key, None)",
         check="trial",
         rule="run",
         says="these weight gradients were never computed: ",
@@ -72,17 +72,17 @@ FAULTS = (
     fault(
         0,
         "weights used outside their layer are split nevertheless",
-        SPLITLINEAR,
-        "            if parameter in self._names and parameter not in self.whole and node not in self._nodes:\n",
+        SPLITSTAGE,
+        "            if parameter in self._names and parameter not in self.unsplit and node not in self._nodes:\n",
         "            if False:\n",
         check="tests",
         rule="test",
-        says="test_what_cannot_be_split_is_run_whole_and_named_once",
+        says="test_what_cannot_be_split_runs_unsplit_and_is_named_once",
     ),
     fault(
         0,
         "a gradient taken within the stage is deferred to W",
-        SPLITLINEAR,
+        SPLITSTAGE,
         "        if stage.store.key is None or torch.is_grad_enabled() or not _accumulates(anchor):\n",
         "        if stage.store.key is None:\n",
         check="tests",
@@ -92,7 +92,7 @@ FAULTS = (
     fault(
         29,
         "a first layer whose input needs no gradient gets none itself",
-        SPLITLINEAR,
+        SPLITSTAGE,
         "    anchor = x.new_empty(0, requires_grad=True)",
         "    anchor = x.new_empty(0)",
         check="trial",

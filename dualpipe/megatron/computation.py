@@ -17,6 +17,7 @@ from dualpipe.megatron.groups import at_stage
 from dualpipe.megatron.losses import detached
 from dualpipe.megatron.model import ChunkSetup
 from dualpipe.runtime.executor import Tensors
+from dualpipe.runtime.modules import describe
 from dualpipe.schedule import B, Chunk, Lane, Op, Schedule, W
 
 NoSync = Callable[[], AbstractContextManager[object]]
@@ -78,8 +79,11 @@ class MegatronComputation:
         if call.forward_only:
             return ()
         if not isinstance(output, Tensor) or output.numel() != 1:
-            kind = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise StageError("the loss function returns a scalar tensor", f"at {op} it returned {kind}", "reduce it")
+            raise StageError(
+                "the loss function returns a scalar tensor",
+                f"at {op} it returned {describe(output)}",
+                "reduce it to the microbatch's loss",
+            )
         return (output if call.config.grad_scale_func is None else call.config.grad_scale_func(output),)
 
     @contextmanager

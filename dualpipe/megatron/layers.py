@@ -2,7 +2,7 @@
 
 ``ColumnParallelLinear`` and ``RowParallelLinear`` (qkv, projections, the MLP, the output layer, the experts of a
 ``SequentialMLP``) compute in ``_forward_impl``, whose autograd Function computes both gradients at once.  Here
-``dualpipe.runtime.split_linear`` splits it.  B computes the input gradient, with its collectives, and leaves the rest
+``dualpipe.runtime.split_stage`` splits it.  B computes the input gradient, with its collectives, and leaves the rest
 to W::
 
     B    dx = dy W        then all-reduce (tensor parallel) or reduce-scatter (sequence parallel) of dx
@@ -27,8 +27,9 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from dualpipe.runtime.split_linear import Layer, SplitStage, find_layers, linear_layer
-from dualpipe.runtime.weightgrad import WeightGradStore, training
+from dualpipe.runtime.split_linear import find_layers, linear_layer
+from dualpipe.runtime.split_stage import Layer, SplitStage
+from dualpipe.runtime.weightgrad import DeferredGradients, training
 
 Delayed = Callable[[], None]
 
@@ -122,7 +123,7 @@ class Split:
     delayed: tuple[Delayed, ...]
 
 
-def split_layers(module: nn.Module, store: WeightGradStore, name: str = "the chunk") -> Split:
+def split_layers(module: nn.Module, store: DeferredGradients, name: str = "the chunk") -> Split:
     """Find the layers of ``module`` that can leave their weight gradient to ``store``, or delay it themselves.
 
     Layers with a weight matrix that cannot be split are named in the log, once for each kind.

@@ -30,8 +30,8 @@ from dualpipe.megatron.groups import Groups, at_stage, create_groups
 from dualpipe.megatron.layers import Split, split_layers
 from dualpipe.megatron.random_streams import RandomStream, capture, exchange, restore
 from dualpipe.megatron.replicas import ReplicaCheck, replica_check
-from dualpipe.runtime.transport import ProcessGroupTransport
-from dualpipe.runtime.weightgrad import WeightGradStore
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.schedule import UP, Chunk
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Shared:
     groups: Groups
     transport: ProcessGroupTransport
     stream: RandomStream
-    store: WeightGradStore = field(default_factory=WeightGradStore)
+    store: DeferredGradients = field(default_factory=DeferredGradients)
     agreed: set[str] = field(default_factory=set)
     optimizer: Callable[[], Any] = lambda: None
     replicas: ReplicaCheck = field(init=False)

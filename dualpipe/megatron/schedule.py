@@ -20,7 +20,7 @@ from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import collect_losses
 from dualpipe.megatron.model import ChunkSetup, Shared, setup_of, setups_of
 from dualpipe.megatron.random_streams import follow_rerun
-from dualpipe.runtime.executor import Worker, run_step
+from dualpipe.runtime.executor import Executor
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import DOWN, RF, SF, UP, Chunk, F, Schedule
 from dualpipe.schedule.generate import generate
@@ -102,16 +102,13 @@ def forward_backward_dualpipe(
     )
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-    transport = shared.transport
-    worker = Worker(
-        schedule,
-        lambda stage: boundary,
-        transport,
-        shared.store,
-        {setup.chunk: setup.split.stage for setup in setups},
+    transport, store = shared.transport, shared.store
+    splits = {setup.chunk: setup.split.stage for setup in setups}
+    executor = Executor(
+        schedule, computation, lambda stage: boundary, transport, store, splits, forward_only=forward_only
     )
     with transport.phase("evaluation" if forward_only else "step"):
-        run_step(worker, computation, forward_only)
+        executor.run()
         data.finish(num_microbatches)
     with transport.phase("collection of losses"):
         collected = collect_losses(computation.collected, transport, transport.device)

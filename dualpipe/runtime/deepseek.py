@@ -1,10 +1,10 @@
-"""The public names of DeepSeek's package, on our interpreter, so that programs written for theirs run on ours.
+"""The public names of DeepSeek's package on our interpreter, so that programs written for it run here unchanged.
 
 The interface is that of https://github.com/deepseek-ai/DualPipe: ``DualPipe``, ``DualPipeV``, ``WeightGradStore``,
 ``set_p2p_tensor_shapes`` and ``set_p2p_tensor_dtype``.  It keeps module-wide state because theirs does; new programs
-use ``dualpipe.pipeline``.  As in theirs, ``step`` does not add up the gradients of a stage's two copies.  Stock
-``nn.Linear`` layers are split into B and W without their help.  A module's ``overlapped_forward_backward`` is not
-called: an overlapped pair runs its forward, then its backward.
+use ``dualpipe.pipeline``.  As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock
+``nn.Linear`` layers are split into B and W as they are.  A module's ``overlapped_forward_backward`` is not called: an
+overlapped pair runs its forward, then its backward.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from dualpipe.errors import RuleError, StageError
 from dualpipe.pipeline import Pipeline
 from dualpipe.runtime.executor import Tensors
 from dualpipe.runtime.modules import Criterion, Feed, StepResult
-from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
-from dualpipe.runtime.weightgrad import WeightGradError
-from dualpipe.runtime.weightgrad import WeightGradStore as _Store
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import TensorSpec
+from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
 from dualpipe.schedule import DOWN, UP, Lane
 from dualpipe.schedule.generate import generate
 
 _shapes: list[tuple[int, ...]] | None = None
 _dtype: torch.dtype | None = None
-_active: _Store | None = None
+_active: DeferredGradients | None = None
 
 
 def set_p2p_tensor_shapes(shapes: Sequence[Sequence[int]]) -> None:
-    """The shapes of the tensors that go from a stage to the next, for all pipelines built from now on."""
+    """Set the shapes of the tensors that go from a stage to the next, for all pipelines built from now on."""
     global _shapes
     _shapes = [tuple(shape) for shape in shapes]
 
 
 def set_p2p_tensor_dtype(dtype: torch.dtype) -> None:
-    """The dtype of the tensors that go from a stage to the next, for all pipelines built from now on."""
+    """Set the dtype of the tensors that go from a stage to the next, for all pipelines built from now on."""
     global _dtype
     _dtype = dtype
 
 
-class _WhileStepping(type):
+class _Enabled(type):
     @property
     def enabled(cls) -> bool:
-        """Whether a backward is running whose weight gradients belong to a later W."""
+        """Whether a backward is running whose weight gradients are deferred to W."""
         return _active is not None and _active.key is not None
 
 
-class WeightGradStore(metaclass=_WhileStepping):
-    """Where a custom layer leaves its weight gradient: ``if WeightGradStore.enabled: WeightGradStore.put(f)``."""
+class WeightGradStore(metaclass=_Enabled):
+    """Defers the weight gradient of a custom layer: ``if WeightGradStore.enabled: WeightGradStore.put(f)``."""
 
     @classmethod
     def put(cls, func: Callable[[], None]) -> None:
-        """Keep ``func`` for the W of the microbatch whose backward is running."""
+        """Defer ``func`` to the W of the microbatch whose backward is running."""
         if _active is None or _active.key is None:
             raise WeightGradError("put() is for a backward that is split: check WeightGradStore.enabled first")
         _active.put(func)
@@ -67,7 +67,7 @@ def run_backward(tensors: Sequence[Tensor], grad_tensors: Sequence[Tensor]) -> N
 
 
 class _Stepper(nn.Module):
-    """What ``DualPipe`` and ``DualPipeV`` share: two modules, one process group, ``step``."""
+    """The common base of ``DualPipe`` and ``DualPipeV``: two modules, one process group, ``step``."""
 
     name: str
     lanes: tuple[Lane, ...]
@@ -89,8 +89,8 @@ class _Stepper(nn.Module):
         self._criterion: Criterion | None = None
 
     def held(self) -> dict[tuple[Lane, int], nn.Module]:
-        """Which stage of which lane each module is."""
-        raise AssertionError("a subclass says so")
+        """The lane and stage of each module."""
+        raise NotImplementedError
 
     def step(
         self,
@@ -102,8 +102,8 @@ class _Stepper(nn.Module):
     ) -> tuple[Tensor | None, Any]:
         """Run a training step, or under ``torch.no_grad()`` an evaluation.
 
-        ``inputs`` and ``labels`` are cut into microbatches along ``batch_dim``; both are needed at an end of the
-        pipeline only.  Returns the losses ``[microbatches]`` and the outputs where a lane ends, else ``None``.
+        ``inputs`` and ``labels`` are cut into microbatches along ``batch_dim``; only ranks at an end of the pipeline
+        need them.  Returns the losses ``[microbatches]`` and the outputs where a lane ends, else ``None``.
         """
         global _active
         pipeline = self._pipeline(num_chunks)
@@ -139,15 +139,15 @@ class _Stepper(nn.Module):
 
     def _loss(self, *tensors: Tensor) -> Tensor:
         if self._criterion is None:
-            raise RuleError("a rank where a lane ends has a criterion", "got none", "pass criterion= to step()")
+            raise StageError("a rank where a lane ends has a criterion", "got none", "pass criterion= to step()")
         return self._criterion(*tensors)
 
 
 class DualPipe(_Stepper):
     """DualPipe over the ranks of a group: ``modules`` are stage ``rank`` and stage ``ranks - 1 - rank``.
 
-    The first rank's inputs travel up and its labels belong to the microbatches that arrive, those of the last rank;
-    likewise at the other end.  ``rank_mapping[i]`` is the pipeline rank of group rank ``i``.
+    The first rank's inputs travel up.  Its labels belong to the microbatches that end there, which are the last rank's
+    inputs; likewise at the other end.  ``rank_mapping[i]`` is the pipeline rank of group rank ``i``.
     """
 
     name, lanes = "dualpipe", (UP, DOWN)
@@ -168,10 +168,10 @@ class DualPipeV(_Stepper):
 
 
 def _cut(what: str, tensors: Sequence[Tensor | None], chunks: int, dim: int) -> list[Tensors]:
-    """Microbatches of the tensors that are there; none where an inner rank passes ``None``.
+    """Cut the tensors that are not ``None`` into microbatches; an inner rank passes ``None`` and gets none.
 
-    Raises ``StageError`` where the tensors do not all have the batch along ``dim``: sequence lengths or other data
-    that are not one row for each sample would be cut apart as well.
+    Raises ``StageError`` unless all tensors have the batch along ``dim``: sequence lengths, or other data without one
+    row for each sample, would be cut apart as well.
     """
     present = [tensor for tensor in tensors if tensor is not None]
     if not present:
@@ -182,7 +182,7 @@ def _cut(what: str, tensors: Sequence[Tensor | None], chunks: int, dim: int) -> 
             f"the {what} are cut into microbatches along dimension {dim}, where all have the same size, a multiple "
             "of the number of microbatches",
             f"got shapes {[list(tensor.shape) for tensor in present]} for {chunks} microbatches",
-            "pad them; what does not belong to single samples goes into the module",
+            "pad them; put data that does not belong to single samples into the module",
         )
     return list(zip(*(tensor.tensor_split(chunks, dim=dim) for tensor in present), strict=True))
 

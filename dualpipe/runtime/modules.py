@@ -1,4 +1,4 @@
-"""Stages that are plain modules: the data of a step, and what the interpreter asks of them."""
+"""Stages that are plain modules: the data of a step, and how the interpreter runs their forwards."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from dualpipe.errors import StageError
 from dualpipe.runtime.executor import Tensors
-from dualpipe.schedule import Lane, Op, Schedule
+from dualpipe.schedule import Chunk, Lane, Op, Schedule
 
-Stages = Mapping[tuple[Lane, int], nn.Module]
+Stages = Mapping[Chunk, nn.Module]
 
 
 class Criterion(Protocol):
-    """``criterion(*outputs, *labels)``: a scalar loss, scaled as its gradient shall be."""
+    """``criterion(*outputs, *labels)``: a scalar loss, scaled as its gradient should be."""
 
     def __call__(self, *tensors: Tensor) -> Tensor: ...
 
@@ -30,15 +30,15 @@ class Feed:
     ``inputs[lane][mb]`` are the tensors of a microbatch for stage 0 (needed where the rank holds stage 0 of the
     lane), ``labels[lane][mb]`` those for the criterion (needed where it holds the last stage): a tensor or a tuple of
     them, for exactly the schedule's number of microbatches.  Data of a lane that neither begins nor ends on the rank
-    is not used.  Microbatches all have the same shapes, contiguous and at aligned storage, where bitwise
-    reproducibility is wanted.
+    is not used.  For bitwise reproducibility all microbatches have the same shapes, and their tensors are contiguous,
+    in aligned storage.
     """
 
     inputs: Mapping[Lane, Sequence[Tensors | Tensor]]
     labels: Mapping[Lane, Sequence[Tensors | Tensor]]
 
     def require(self, schedule: Schedule, rank: int, labels: bool = True) -> None:
-        """Raise ``StageError`` unless ``rank`` has the data of a step; ``labels``: those for the criterion too."""
+        """Raise ``StageError`` unless ``rank`` has its data for a step, with ``labels`` those for the criterion too."""
         for lane, route in schedule.routes.items():
             if route[0] == rank:
                 _require_microbatches("inputs", self.inputs, lane, schedule.microbatches[lane])
@@ -48,8 +48,8 @@ class Feed:
 
 @dataclass
 class StepResult:
-    """What a rank has after a step: for each lane whose last stage it holds, the losses (detached scalars) by
-    microbatch, and the last stage's outputs where they were asked for."""
+    """What a step returns on a rank: for each lane whose last stage it holds, the losses (detached scalars) by
+    microbatch, and with ``keep_outputs`` the last stage's outputs."""
 
     losses: dict[Lane, dict[int, Tensor]] = field(default_factory=dict)
     outputs: dict[Lane, dict[int, Tensors]] = field(default_factory=dict)
@@ -69,38 +69,39 @@ class ModuleComputation:
     def forward(self, op: Op, inputs: Tensors) -> Tensors:
         if self.schedule.is_first(op):
             inputs = _data(self.feed.inputs, op)
-        outputs = _tensors(self.stages[op.lane, op.stage](*inputs), op)
-        return self.lose(op, outputs) if self.schedule.is_last(op) else outputs
+        outputs = _tensors(self.stages[op.chunk](*inputs), op)
+        return self.loss(op, outputs) if self.schedule.is_last(op) else outputs
 
     def around(self, op: Op) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def lose(self, op: Op, outputs: Tensors) -> Tensors:
-        """The end of a forward on the last stage: the loss."""
+    def loss(self, op: Op, outputs: Tensors) -> Tensors:
+        """End a forward of the last stage: the loss, or nothing in an evaluation without a criterion."""
         if self.keep_outputs:
             self.result.outputs.setdefault(op.lane, {})[op.mb] = tuple(output.detach() for output in outputs)
         if self.criterion is None:
             if torch.is_grad_enabled():
                 raise StageError(
-                    "the rank of a last stage trains with a criterion", f"{op} has none", "give one to the pipeline"
+                    "training needs a criterion where a lane ends", f"{op} has none", "give one to the pipeline"
                 )
             return ()
         loss = self.criterion(*outputs, *_data(self.feed.labels, op))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise StageError("the criterion returns a scalar tensor", f"at {op} it returned {_kind(loss)}", "reduce it")
+            got = f"at {op} it returned {describe(loss)}"
+            raise StageError("the criterion returns a scalar tensor", got, "reduce it")
         self.result.losses.setdefault(op.lane, {})[op.mb] = loss.detach()
         return (loss,)
 
 
 def _require_microbatches(what: str, lanes: Mapping[Lane, Sequence[Tensors | Tensor]], lane: Lane, count: int) -> None:
-    rule = f"the {what} of a lane are a sequence of microbatches, as many as the schedule has"
+    rule = f"the {what} of a lane are a sequence of as many microbatches as the schedule has"
     given = lanes.get(lane, ())
     if isinstance(given, Tensor):
         raise StageError(rule, f"lane {lane} has a tensor of shape {list(given.shape)}", f"cut it into {count}")
     if len(given) != count:
         raise StageError(
             rule,
-            f"lane {lane} was given {what} of {len(given)} microbatches for {count}",
+            f"lane {lane} has {what} of {len(given)} microbatches for {count}",
             "give each lane that many, or generate the schedule for another number",
         )
     for mb, batch in enumerate(given):
@@ -122,13 +123,14 @@ def _tensors(returned: object, op: Op) -> Tensors:
     if not isinstance(outputs, (tuple, list)) or not all(isinstance(output, Tensor) for output in outputs):
         raise StageError(
             "a stage returns a tensor or a tuple of tensors",
-            f"at {op} it returned {_kind(returned)}",
+            f"at {op} it returned {describe(returned)}",
             "return tensors alone",
         )
     return tuple(outputs)
 
 
-def _kind(value: object) -> str:
+def describe(value: object) -> str:
+    """What a stage or criterion returned, in an error: ``a tuple of Tensor, int``, ``a tensor of shape [3]``."""
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {', '.join(type(part).__name__ for part in value) or 'nothing'}"
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

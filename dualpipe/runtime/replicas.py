@@ -1,11 +1,11 @@
-"""The replicas of a stage: their gradients are added, and their weights are the same.
+"""The replicas of a stage: their gradients are summed, and their weights stay equal.
 
-With two lanes every stage exists twice, on rank r for one lane and on its mirror P-1-r for the other.  Each replica
-gathers the gradient of its own lane; the sum over the lanes, in the schedule's order of lanes, is the gradient of
+With two lanes every stage has two replicas, on rank r for one lane and on its mirror P-1-r for the other.  Each one
+accumulates the gradient of its own lane.  The sum over the lanes, in the schedule's order of lanes, is the gradient of
 the model.  Both replicas compute that same sum of the same two numbers, so they stay equal bit by bit.
 
-That holds as long as they started equal and nothing but the optimizer changes them.  With the gradients the replicas
-exchange a digest of each weight (once) and of each buffer that has changed, so that replicas that differ are an error.
+This holds as long as they start equal and only the optimizer changes them.  With the gradients the replicas exchange a
+digest of each weight (once) and of each buffer that has changed, so that replicas that differ are an error.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.utils.weak import TensorWeakRef
 from dualpipe.errors import StageError
 from dualpipe.runtime.modules import Stages
 from dualpipe.runtime.transport import Message, TensorSpec, Transport
-from dualpipe.schedule import Lane, Schedule
+from dualpipe.schedule import Chunk, Lane, Schedule
 
-_CHUNK = 1 << 20
-_SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as a signed number: it spreads the places
+_WORDS_AT_ONCE = 1 << 20
+_SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as a signed number; it spreads the factors
 
 
 class Replicas:
@@ -35,14 +35,14 @@ class Replicas:
     def reduce_gradients(self) -> None:
         """Give every parameter the sum of its gradients over the lanes.
 
-        One message each way per pair of replicas, all of a rank's at once.  A parameter without a gradient on either
-        replica keeps none; on one only, it gets the other's.  Raises ``StageError`` where the replicas differ in a
-        weight before the first reduction, or in a buffer that has changed since the last one.
+        Each pair of replicas exchanges one message each way, and a rank posts all of its messages at once.  A parameter
+        with a gradient on one replica only gets that one; without any it keeps none.  Raises ``StageError`` if the
+        replicas differ in a weight before the first reduction, or in a buffer that has changed since the last one.
         """
         self._combine(self._pack_gradients, self._add_gradients)
 
     def copy_weights(self) -> None:
-        """Give every replica of a stage the weights and buffers of the first lane's."""
+        """Give every replica of a stage the weights and buffers of the first lane's replica."""
         self._combine(_pack_weights, _take_first_weights)
 
     def _combine(
@@ -50,32 +50,32 @@ class Replicas:
     ) -> None:
         """Exchange ``pack(module)`` between the replicas of each stage and ``unpack`` all of them, in order of lanes.
 
-        Both ranks of a pair go through their common stages in the same order, so the messages meet untagged.
+        Both ranks of a pair go through their common stages in the same order, so the messages match without tags.
         """
         schedule, transport = self._schedule, self._transport
         if len(schedule.routes) < 2:
             return
-        mine = {held: pack(module) for held, module in sorted(self._stages.items(), key=lambda item: item[0][1])}
-        theirs: dict[tuple[Lane, int], Message | Tensor] = {}
+        mine = {chunk: pack(module) for chunk, module in sorted(self._stages.items(), key=lambda item: item[0].stage)}
+        theirs: dict[Chunk, Message | Tensor] = {}
         messages: list[Message] = []
-        for (lane, stage), packed in mine.items():
-            for other in schedule.lanes:
-                route = schedule.routes[other]
-                if other == lane:
+        for chunk, packed in mine.items():
+            specs = [TensorSpec(tuple(packed.shape), packed.dtype)]
+            for lane in schedule.lanes:
+                replica, peer = Chunk(lane, chunk.stage), schedule.routes[lane][chunk.stage]
+                if replica == chunk:
                     continue
-                if route[stage] == transport.rank:
-                    theirs[other, stage] = mine[other, stage]
+                if peer == transport.rank:
+                    theirs[replica] = mine[replica]
                     continue
-                label, peer = f"copy {lane} of stage {stage}", route[stage]
-                specs = [TensorSpec(tuple(packed.shape), packed.dtype)]
-                arrival = Message(f"copy {other} of stage {stage}", peer, sends=False, specs=specs)
-                messages += [Message(label, peer, sends=True, tensors=(packed,)), arrival]
-                theirs[other, stage] = arrival
+                receive = Message(str(replica), peer, sends=False, specs=specs)
+                messages += [Message(str(chunk), peer, sends=True, tensors=(packed,)), receive]
+                theirs[replica] = receive
         transport.post(messages)
-        arrived = {held: transport.wait(m)[0] if isinstance(m, Message) else m for held, m in theirs.items()}
-        for (lane, stage), packed in mine.items():
-            module = self._stages[lane, stage]
-            unpack(stage, module, {o: packed if o == lane else arrived[o, stage] for o in schedule.lanes})
+        received = {chunk: transport.wait(m)[0] if isinstance(m, Message) else m for chunk, m in theirs.items()}
+        for chunk, packed in mine.items():
+            of_lane = {Chunk(lane, chunk.stage): lane for lane in schedule.lanes}
+            packs = {lane: packed if replica == chunk else received[replica] for replica, lane in of_lane.items()}
+            unpack(chunk.stage, self._stages[chunk], packs)
         transport.drain()
 
     def _pack_gradients(self, module: nn.Module) -> Tensor:
@@ -96,10 +96,10 @@ class Replicas:
         return torch.cat([flags.to(device), digests.view(torch.uint8), *(_bytes(g).to(device) for g in gradients)])
 
     def _digest(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
-        """The digest of a tensor that was not compared yet or, if it is a buffer, has changed since; else ``None``.
+        """The digest of a tensor that was not compared yet, or of a buffer that has changed since; else ``None``.
 
-        int64 of no dimensions, computed on the tensor's device.  An optimizer changes parameters, and in both
-        replicas alike, as their gradients are the same.
+        An int64 scalar, computed on the tensor's device.  Parameters are compared once: later the optimizer changes
+        them, in both replicas alike, as their gradients are equal.
         """
         before = self._compared.get((module, name))
         if before is not None:
@@ -142,7 +142,7 @@ def _differ(stage: int, name: str, weight: bool) -> StageError:
     return StageError(
         "the replicas of a stage have the same buffers",
         f"{name} of stage {stage} is changed by its forward, and each lane's replica has changed it in its own way",
-        "use a layer without running statistics, or put that layer into eval() mode",
+        "use a layer without running statistics, or put that layer in eval() mode",
     )
 
 
@@ -185,14 +185,14 @@ def _take_first_weights(stage: int, module: nn.Module, replicas: Mapping[Lane, T
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    """A sum over the tensor's bytes, eight at a time, each multiplied by an odd number of its place (modulo 2^64)."""
+    """The sum of the tensor's 8-byte words, each times an odd factor that depends on its position (modulo 2^64)."""
     data = _bytes(tensor.detach())
     words = torch.cat([data, data.new_zeros(-data.numel() % 8)]).view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), _CHUNK):
-        part = words[start : start + _CHUNK]
-        places = torch.arange(start, start + part.numel(), device=tensor.device)
-        total = total + ((places * _SPREAD) | 1).mul_(part).sum()
+    for start in range(0, words.numel(), _WORDS_AT_ONCE):
+        part = words[start : start + _WORDS_AT_ONCE]
+        positions = torch.arange(start, start + part.numel(), device=tensor.device)
+        total = total + ((positions * _SPREAD) | 1).mul_(part).sum()
     return total
 
 
@@ -201,5 +201,5 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _like(data: Tensor, tensor: Tensor) -> Tensor:
-    """``data`` with the dtype and shape of ``tensor``, in storage of its own (a slice may be misaligned)."""
+    """``data`` with the dtype and shape of ``tensor``, in its own storage (a slice may be misaligned)."""
     return data.clone().view(tensor.dtype).view(tensor.shape)

@@ -1,8 +1,8 @@
-"""The queue between B and W: weight gradients that B leaves for a later W.
+"""The queue between B and W: weight gradients that B defers to W.
 
-``dualpipe.runtime.split_linear`` feeds it from linear layers.  It reproduces autograd's own sums: autograd adds up what
-one backward contributes to a parameter, in the order of the backward, then adds the sum to ``.grad`` once; so a layer
-that a microbatch uses twice, or a weight that two layers share, has the bits of the whole backward.
+``dualpipe.runtime.split_stage`` feeds it from linear layers.  It reproduces autograd's own sums.  Autograd adds up what
+one backward contributes to a parameter, in the order of the backward, then adds the sum to ``.grad`` once.  So a layer
+that a microbatch uses twice, or a weight that two layers share, has the bits of the full backward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Closure = Callable[[], None]
 
 
 class WeightGradError(RuntimeError):
-    """A weight gradient that cannot be computed apart from its B, is not in the queue, or was left in it."""
+    """A weight gradient that cannot be computed apart from its B, was not deferred, or was never computed."""
 
 
 class Use(Protocol):
@@ -43,12 +43,12 @@ class Use(Protocol):
         """Those of weight and bias that required a gradient when the layer ran, in that order."""
 
     def unfit(self, x: Tensor) -> str | None:
-        """Why the products would not have the bits of the whole backward; ``None`` if they have."""
+        """Why the products would not have the bits of the full backward; ``None`` if they have."""
 
     def output(self, x: Tensor) -> Tensor: ...
 
     def input_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        """``weight`` is what F has computed with."""
+        """``weight`` has the data that F computed with."""
 
     def weight_gradients(self, x: Tensor, dy: Tensor) -> Sequence[Tensor]:
         """One gradient for each of ``trained``, in that order."""
@@ -62,12 +62,12 @@ def training(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
 
 
 _Sum = tuple[int, int]
-"""Names the sum that autograd makes for a parameter in one backward."""
+"""Identifies the sum that autograd makes for a parameter in one backward."""
 
 
 @dataclass(slots=True, eq=False)
 class _Deferred:
-    """A weight gradient that W computes; ``sums`` names for each trained parameter the sum that it belongs to."""
+    """The weight gradient of one use of a layer; ``sums`` identifies the sum of each trained parameter."""
 
     use: Use
     x: Tensor
@@ -84,36 +84,35 @@ class _Deferred:
         return self.use.weight_gradients(self.x, self.dy)
 
 
-class WeightGradStore:
-    """The weight gradients of one rank that B has left to W, by microbatch.
+class DeferredGradients:
+    """The deferred weight gradients of one rank, by key.
 
-    A key is any hashable name of a microbatch at a stage.  There is no global state: whoever runs a pipeline owns
-    its store.
+    A key stands for one W; the interpreter uses the op.  There is no global state: each pipeline owns its store.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Hashable, deque[Closure | _Deferred]] = {}
+        self._deferred: dict[Hashable, deque[Closure | _Deferred]] = {}
         self.key: Hashable | None = None
-        """The microbatch whose backward is running and leaves its weight gradients to W; ``None`` at other times."""
+        """The key that the B now running defers its weight gradients to; ``None`` at other times."""
 
     @contextmanager
-    def collecting(self, key: Hashable | None) -> Iterator[None]:
+    def deferring_to(self, key: Hashable | None) -> Iterator[None]:
         """Around a B: within it weight gradients may be deferred to ``run(key)``; with ``None`` they may not."""
-        outer = self.collect(key)
+        outer = self.defer_to(key)
         try:
             yield
         finally:
             self.key = outer
 
-    def collect(self, key: Hashable | None) -> Hashable | None:
-        """From now on weight gradients may be deferred to ``run(key)``; returns the ``key`` until now."""
+    def defer_to(self, key: Hashable | None) -> Hashable | None:
+        """From now on weight gradients are deferred to ``run(key)``, or refused (``None``); returns the old key."""
         if key is not None:
-            self._waiting.setdefault(key, deque())
+            self._deferred.setdefault(key, deque())
         outer, self.key = self.key, key
         return outer
 
     def put(self, closure: Closure) -> None:
-        """Keep the computation of a weight gradient for the W of the microbatch whose B is running."""
+        """Defer the computation of a weight gradient to the W of the B that is running."""
         self._queue().append(closure)
 
     def defer(self, use: Use, x: Tensor, dy: Tensor) -> None:
@@ -124,23 +123,22 @@ class WeightGradStore:
 
     def _queue(self) -> deque[Closure | _Deferred]:
         if self.key is None:
-            raise WeightGradError("a weight gradient is left to W in a B that is split: no such B is running")
-        return self._waiting[self.key]
+            raise WeightGradError("a weight gradient is deferred in a B that is split: no such B is running")
+        return self._deferred[self.key]
 
-    def waiting(self, key: Hashable) -> int:
-        """How many weight gradients B has left to the W of ``key``."""
-        return len(self._waiting.get(key, ()))
+    def count(self, key: Hashable) -> int:
+        """How many weight gradients are deferred to ``key``."""
+        return len(self._deferred.get(key, ()))
 
     def run(self, key: Hashable) -> None:
-        """Compute and accumulate what waits under ``key``, in the order in which the backward left it.
+        """Compute and accumulate the weight gradients deferred to ``key``, in the order of the backward.
 
         A gradient is added to ``.grad`` by autograd's own accumulation, so that hooks on the parameter run.  Raises
-        ``WeightGradError`` when there is nothing: no B has run, or W has run already; and where an input of the
-        products was modified since.
+        ``WeightGradError`` if no B has run or W has run already, and if an input of the products was modified since.
         """
-        entries = self._waiting.pop(key, None)
+        entries = self._deferred.pop(key, None)
         if entries is None:
-            raise WeightGradError(f"no weight gradient waits for {key}: its B has not run, or its W already has")
+            raise WeightGradError(f"no weight gradient is deferred to {key}: its B has not run, or its W already has")
         left: dict[_Sum, int] = {}
         for entry in entries:
             if isinstance(entry, _Deferred):
@@ -166,16 +164,16 @@ class WeightGradStore:
                 torch.autograd.backward(complete, sums)
 
     def clear(self) -> None:
-        """Drop what waits: the step that left it failed, and the next one's keys are the same."""
-        self._waiting.clear()
+        """Drop all deferred gradients: the step that deferred them failed, and the next step has the same keys."""
+        self._deferred.clear()
 
     def require_empty(self) -> None:
-        """Raise ``WeightGradError`` naming every key whose W never came."""
-        if self._waiting:
-            keys = ", ".join(map(str, self._waiting))
+        """Raise ``WeightGradError`` with every key whose W has not run."""
+        if self._deferred:
+            keys = ", ".join(map(str, self._deferred))
             raise WeightGradError(f"the step ended and these weight gradients were never computed: {keys}")
 
 
 def _sum_of(run: int, parameter: Tensor) -> _Sum:
-    """``run``: autograd's number of the backward."""
+    """``run`` is autograd's number of the backward."""
     return run, id(parameter)

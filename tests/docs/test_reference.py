@@ -50,6 +50,9 @@ def test_a_module_that_exports_names_is_listed_or_known_to_be_internal():
         "dualpipe.cli": "the command line has its own page",
         "dualpipe.comm": "the module paths of DeepSeek's package, whose names dualpipe has too",
         "dualpipe.utils": "likewise",
+        "dualpipe.schedule": "the vocabulary of the sources; dualpipe has what a user needs of it",
+        "dualpipe.timeline.picture": "dualpipe.picture is its public name",
+        "dualpipe.timeline.simulate": "dualpipe.simulate is its public name",
         "dualpipe.record": "what the command line and dualpipe.testing are made of",
     }
     found = set()
@@ -87,7 +90,7 @@ def test_every_type_that_a_signature_names_is_on_the_page(rendered):
 def test_a_docstring_is_complete(rendered):
     page = rendered["python.md"]
     for text in (
-        "- `criterion`: `criterion(*outputs, *labels)`: a scalar loss, scaled as its gradient shall be",
+        "- `criterion`: `criterion(*outputs, *labels)`: a scalar loss, scaled as its gradient should be",
         "Microbatches all have the same shapes, contiguous and at aligned storage",
         "  Raises `DisagreementError` at the first step if the ranks were set up differently",
         "**Raises**\n\n- `OrderError`: If the order already has messages",

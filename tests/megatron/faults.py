@@ -31,49 +31,49 @@ class MegatronFault(Fault[[], None]):
 
 
 def weights_never_run() -> None:
-    from dualpipe.runtime.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import DeferredGradients
 
-    WeightGradStore.run = lambda self, key: self._waiting.pop(key)
+    DeferredGradients.run = lambda self, key: self._deferred.pop(key)
 
 
 def layer_counted_twice() -> None:
-    from dualpipe.runtime.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import DeferredGradients
 
-    real = WeightGradStore.defer
+    real = DeferredGradients.defer
 
     def defer(self, use, x, dy):
         for _ in range(2 if use.weight.shape[0] == 4 * BASE.hidden else 1):
             real(self, use, x, dy)
 
-    WeightGradStore.defer = defer
+    DeferredGradients.defer = defer
 
 
 def hooks_bypassed() -> None:
-    from dualpipe.runtime.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import DeferredGradients
 
     def run(self, key):
-        for entry in self._waiting.pop(key):
+        for entry in self._deferred.pop(key):
             for parameter, gradient in zip(entry.use.trained, entry.gradients(), strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    WeightGradStore.run = run
+    DeferredGradients.run = run
 
 
 def weight_gradient_after_the_reduction() -> None:
     from dualpipe.megatron import schedule
-    from dualpipe.runtime.weightgrad import WeightGradStore
+    from dualpipe.runtime.weightgrad import DeferredGradients
 
     late: list[tuple[Any, Any]] = []
-    real, run = schedule._finalize, WeightGradStore.run
+    real, run = schedule._finalize, DeferredGradients.run
 
     def finalize(*args):
         real(*args)
         for store, entries in late:
-            store._waiting["late"] = entries
+            store._deferred["late"] = entries
             run(store, "late")
         late.clear()
 
-    WeightGradStore.run = lambda self, key: late.append((self, self._waiting.pop(key)))
+    DeferredGradients.run = lambda self, key: late.append((self, self._deferred.pop(key)))
     schedule._finalize = finalize
 
 
@@ -331,7 +331,7 @@ FAULTS = [
         36,
         "freed outputs break the backward's shape check",
         outputs_freed_under_the_backward,
-        r"sends \[1\] float32 where the boundary was declared",
+        r"sends \[1\] float32 where the boundary is",
     ),
     fault(37, "the mirror chunk numbered as rank r", mirror_chunk_numbered_as_rank_r, "whose first layer is"),
     fault(38, "gradients never finalized", gradients_never_finalized, "gradient of .* differs"),

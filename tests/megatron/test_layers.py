@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from dualpipe.runtime.weightgrad import WeightGradStore
+from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.testing.launch import launch
 from reference.megatron.importing import expected_warnings
 from reference.megatron.standins import install_cpu_standins
@@ -95,8 +95,8 @@ def train(model, store=None, microbatches=MICROBATCHES, tokens=TOKENS, needs_inp
     """Forward and backward of all microbatches, each W after all B; returns input gradients and main gradients."""
     from dualpipe.megatron.layers import split_layers
 
-    split = split_layers(model, store or WeightGradStore()).stage
-    split.learned = True  # without a store, all microbatches run whole anyway
+    split = split_layers(model, store or DeferredGradients()).stage
+    split.learned = True  # without a store, no backward is split anyway
     generator = torch.Generator().manual_seed(3)
     dtype = next(model.parameters()).dtype
     inputs = [torch.randn(tokens, BATCH, WIDTH, generator=generator).to(dtype) for _ in range(microbatches)]
@@ -118,7 +118,7 @@ def train(model, store=None, microbatches=MICROBATCHES, tokens=TOKENS, needs_inp
 
 def stock_and_split(config, skip_bias_add=False, dtype=torch.float32, freeze=(), ddp=None, **options):
     found = []
-    for store in (None, WeightGradStore()):
+    for store in (None, DeferredGradients()):
         block = build(config, skip_bias_add).to(dtype)
         for name in freeze:
             block.get_parameter(name).requires_grad_(False)
@@ -204,7 +204,7 @@ def test_with_gradient_accumulation_fusion_w_calls_the_fused_kernel_once_for_eac
         other = build(config)
         for layer in (other.up, other.down):
             layer.gradient_accumulation_fusion = True
-        return plain, train(wrapped(other, config), WeightGradStore()), kernels.calls
+        return plain, train(wrapped(other, config), DeferredGradients()), kernels.calls
 
     [(plain, fused, calls)] = in_ranks(1, body)
     assert_equal(plain, fused)
@@ -228,7 +228,7 @@ def test_a_layer_that_delays_its_weight_gradient_runs_it_in_w_and_is_not_split_a
     from dualpipe.megatron.layers import split_layers
 
     layer = _Delaying()
-    split = split_layers(nn.Sequential(layer), WeightGradStore())
+    split = split_layers(nn.Sequential(layer), DeferredGradients())
     (backward_dw,) = split.delayed
     backward_dw()
     assert layer.calls == 1
@@ -239,7 +239,7 @@ def test_layers_that_cannot_be_split_are_logged_once_for_each_kind(caplog):
     from dualpipe.megatron.layers import split_layers
 
     with caplog.at_level(logging.INFO, "dualpipe.runtime.split_linear"):
-        split_layers(nn.Sequential(nn.Embedding(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4)), WeightGradStore())
+        split_layers(nn.Sequential(nn.Embedding(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4)), DeferredGradients())
     [record] = caplog.records
     assert "Embedding (2)" in record.getMessage()
     assert "Linear" not in record.getMessage()
@@ -254,7 +254,7 @@ def test_layers_are_split_except_where_they_must_run_whole():
         config = settings()
 
         def left(forward):
-            block, store = build(config), WeightGradStore()
+            block, store = build(config), DeferredGradients()
             stage, counts = split_layers(block, store).stage, []
             for key in range(3):
                 with stage.forward(key, split=True):
@@ -263,7 +263,7 @@ def test_layers_are_split_except_where_they_must_run_whole():
                     stage.learn([torch.autograd.graph.get_gradient_edge(loss).node])
                 with stage.backward(key, split=True):
                     loss.backward()
-                counts.append(store.waiting(key))
+                counts.append(store.count(key))
                 store.run(key)
             return counts
 
@@ -280,7 +280,7 @@ def test_under_autocast_megatrons_own_layer_runs():
         from dualpipe.megatron.layers import split_layers
 
         layer = build(settings()).up
-        stage, names = split_layers(layer, WeightGradStore()).stage, []
+        stage, names = split_layers(layer, DeferredGradients()).stage, []
         stage.learned = True
         for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
             with stage.forward(0, split=True), context:
@@ -299,7 +299,7 @@ def test_a_layer_used_twice_is_summed_before_it_is_added_to_main_grad():
     def body(context):
         config = settings(params_dtype=torch.bfloat16)
         found = []
-        for store in (None, WeightGradStore()):
+        for store in (None, DeferredGradients()):
             block = build(config).to(torch.bfloat16)
             once = block.forward
             block.forward = lambda x, once=once: once(once(once(x)))

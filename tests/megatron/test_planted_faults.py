@@ -40,10 +40,10 @@ def split_gradients(plant=lambda: None) -> list[list[int]]:
     """For each rank, the number of weight gradients that each B of a run left to its W."""
 
     def body(context):
-        from dualpipe.runtime.weightgrad import WeightGradStore
+        from dualpipe.runtime.weightgrad import DeferredGradients
 
-        real, counts = WeightGradStore.run, []
-        WeightGradStore.run = lambda self, key: (counts.append(self.waiting(key)), real(self, key))
+        real, counts = DeferredGradients.run, []
+        DeferredGradients.run = lambda self, key: (counts.append(self.count(key)), real(self, key))
         plant()
         production.run_rank(BASE, context)
         return counts
@@ -66,7 +66,7 @@ def test_35_a_store_that_stays_empty_is_found_as_w_has_nothing_to_do():
     def plant():
         from dualpipe.megatron import model
         from dualpipe.megatron.layers import Split
-        from dualpipe.runtime.split_linear import SplitStage
+        from dualpipe.runtime.split_stage import SplitStage
 
         model.split_layers = lambda module, store, name: Split(SplitStage(name, (), store), ())
 

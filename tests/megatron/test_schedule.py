@@ -9,7 +9,9 @@ losses      0  1  2  3  4  5  ...      on the last rank, each once
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,10 +19,12 @@ import torch
 from megatron.core.utils import get_model_config
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.errors import StageError
+from dualpipe.megatron import computation
 from dualpipe.megatron.schedule import forward_backward_dualpipe as step
 from dualpipe.megatron.schedule import schedule_for
 from dualpipe.runtime.executor import StepError
-from dualpipe.schedule import DOWN, UP
+from dualpipe.schedule import DOWN, UP, Chunk, F, Op
 from dualpipe.testing.launch import launch
 from proofs.prove import prove
 from reference.megatron import data, production
@@ -258,7 +262,7 @@ def test_a_step_that_fails_in_a_backward_leaves_no_weight_gradient_to_the_next_o
 
         store, backwards, dropped = setup_of(model[0]).shared.store, [], []
         clear = store.clear
-        store.clear = lambda: (dropped.append(len(store._waiting)), clear())
+        store.clear = lambda: (dropped.append(len(store._deferred)), clear())
 
         def fail(gradient):
             backwards.append(1)
@@ -269,7 +273,7 @@ def test_a_step_that_fails_in_a_backward_leaves_no_weight_gradient_to_the_next_o
             chunk.module.decoder.layers[0].input_layernorm.weight.register_hook(fail)
         with pytest.raises((ValueError, StepError)):
             step(model=model, **keywords)
-        return dropped, len(store._waiting)
+        return dropped, len(store._deferred)
 
     for dropped, left in on_each_rank(body, replace(CASE, timeout=3)):
         assert dropped == [1]
@@ -362,3 +366,16 @@ def test_after_an_error_that_the_loop_catches_the_next_call_raises_on_every_rank
         assert place.endswith(str(rank)) <= (outcomes[0] != "ok")
         assert outcomes[2].startswith("SpoiledError"), outcomes
         assert f"rank {place[-1]} failed in " in outcomes[2]
+
+
+def test_a_loss_function_that_returns_no_scalar_is_an_error_of_the_stage(monkeypatch):
+    def returning_three_losses(*arguments, **options):
+        arguments[5].append({})  # the losses of the microbatches before
+        return torch.zeros(3), 0
+
+    monkeypatch.setattr(computation, "forward_step", returning_three_losses)
+    config = SimpleNamespace(no_sync_func=None)
+    call = computation.Call(lambda: None, {UP: None}, config, False, False, None, 1)
+    model = {Chunk(UP, 1): (torch.nn.Identity(), SimpleNamespace(drawing=nullcontext))}
+    with pytest.raises(StageError, match=r"at 1F0> it returned a tensor of shape \[3\]"):
+        computation.MegatronComputation(schedule_for(2, 4), model, call).forward(Op(F, UP, 1, 0), ())

@@ -15,7 +15,7 @@ HIDDEN, CHUNKS = 8, 8
 
 
 class StoredLinear(torch.autograd.Function):
-    """A linear layer as their users write it: it asks the store whether its weight gradient may wait."""
+    """A linear layer as their users write it: it asks the store whether to defer its weight gradient."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -33,14 +33,14 @@ class StoredLinear(torch.autograd.Function):
             weight.grad = found if weight.grad is None else weight.grad + found
 
         if WeightGradStore.enabled:
-            WAITED.append(1)
+            DEFERRED.append(1)
             WeightGradStore.put(add)
         else:
             add()
         return gradient @ weight, None
 
 
-WAITED = []
+DEFERRED = []
 
 
 class Custom(nn.Linear):
@@ -101,7 +101,7 @@ def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping):
         lane_up = own if rank == 0 else reference
         for mine_p, theirs in zip(modules[0].parameters(), lane_up[rank].parameters(), strict=True):
             assert torch.equal(mine_p.grad, theirs.grad)
-        assert WAITED
+        assert DEFERRED
         with torch.no_grad():
             again, outputs = model.step(mine, num_chunks=CHUNKS, criterion=loss, labels=(answers,), return_outputs=True)
         _, wanted_outputs, _ = truth(2, half(x, 1 - rank), answers, CHUNKS // 2)
@@ -133,7 +133,7 @@ def test_dualpipev_trains_as_their_example_does():
     assert run(body) == [True, True]
 
 
-def test_a_step_without_declared_shapes_says_what_to_call(monkeypatch):
+def test_a_step_without_declared_shapes_names_the_call_that_is_missing(monkeypatch):
     import dualpipe
     from dualpipe.runtime import deepseek
 

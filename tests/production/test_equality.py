@@ -9,7 +9,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dualpipe.pipeline import Feed, Pipeline
-from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import UP
 from dualpipe.schedule.generate import generate
 from dualpipe.testing.launch import launch
@@ -68,7 +69,7 @@ def test_a_stage_may_return_a_view():
 
 
 def test_a_view_that_was_sent_is_freed_with_its_base():
-    """Stage 0 returns part of a large tensor, which goes when the activation was taken: when its gradient is back."""
+    """Stage 0 returns part of a large tensor, which is freed by the time its gradient arrives."""
     bases = []
 
     class Slice(nn.Module):
@@ -82,7 +83,7 @@ def test_a_view_that_was_sent_is_freed_with_its_base():
             return large[:3]  # contiguous, so what is sent is the large tensor's own memory
 
     def freed(base) -> bool:
-        for _ in range(200):  # the helper thread that saw the send's end may need a moment
+        for _ in range(200):  # the helper thread that completed the send may need a moment
             if base.expired():
                 return True
             time.sleep(0.01)

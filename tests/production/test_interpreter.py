@@ -1,6 +1,6 @@
-"""One rank alone, in this process: what the interpreter asks of the transport, and which orders it refuses.
+"""One rank alone, in this process: how the interpreter uses the transport, and which programs it refuses.
 
-The transport is the test's own: every receive brings ones, and every call is noted.
+The transport is the test's own: every receive gives ones, and every call is noted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPEC = TensorSpec((2, 4), torch.float32)
 
 
 class Alone:
-    """The transport of ``rank``; ``calls`` are what was asked of it, ``messages`` all that were posted."""
+    """The transport of ``rank``.  ``calls`` are the calls made to it, ``messages`` all that were posted."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
@@ -98,14 +98,14 @@ def w_first(slot: Slot) -> list[Slot]:
 
 
 WRONG: dict[str, tuple[str, Callable[[Slot], list[Slot]], str]] = {
-    "a W twice": ("zb1p", twice, "no weight gradient waits for 0W1>"),
-    "a W before its B": ("1f1b", w_first, "no weight gradient waits for 0W0>: its B has not run"),
+    "a W twice": ("zb1p", twice, "no weight gradient is deferred to 0W1>"),
+    "a W before its B": ("1f1b", w_first, "no weight gradient is deferred to 0W0>: its B has not run"),
 }
 
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_w_that_finds_nothing_to_do_is_refused(fault):
-    name, change, said = WRONG[fault]
+    name, change, text = WRONG[fault]
     with pytest.raises(StepError) as error:
         step(rewrite(generate(name, 1, 2), 0, change), 0, nn.Linear(4, 4))
-    assert said in str(error.value)
+    assert text in str(error.value)

@@ -1,4 +1,4 @@
-"""What a training loop gets from a step: W holds the weight gradients, and the copies of a stage go together.
+"""What a training loop gets from a step: W computes the weight gradients, and the replicas of a stage stay equal.
 
 lane >   stage 0 on rank 0, stage 1 on rank 1          each stage twice:
 lane <   stage 0 on rank 1, stage 1 on rank 0          equal at the start, and its gradients summed at the end
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dualpipe.pipeline import Feed, Pipeline
-from dualpipe.runtime.transport import ProcessGroupTransport, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import B, Lane, Op, Schedule, Slot, W
 from dualpipe.schedule.generate import generate
 from dualpipe.testing.launch import launch
@@ -63,7 +64,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_in_a_step_b_leaves_every_weight_gradient_to_its_w():
+def test_in_a_step_b_defers_every_weight_gradient_to_its_w():
     schedule = generate("zb1p", 2, 5)
 
     def body(context):
@@ -74,22 +75,22 @@ def test_in_a_step_b_leaves_every_weight_gradient_to_its_w():
             observe=lambda slot, op, began, ended: history.append((slot, op, gradients(*pipeline.stages.values()))),
         )
         pipeline.step(feed_of(schedule))
-        told, count = [], 0
+        faults, count = [], 0
         for (_, _, before), (slot, op, after) in pairwise(history):
             apart = {other.kind for other in slot} in ({B}, {W}) and op.mb > 0  # a first microbatch is run whole
             count += apart
             if apart and op.kind is B and not same(before, after):
-                told.append(f"the weight gradient of {op} is not left to W")
+                faults.append(f"the weight gradient of {op} is not deferred to W")
             if apart and op.kind is W and any(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-                told.append(f"{op} leaves a weight without its gradient")
-        return told, count
+                faults.append(f"{op} leaves a weight without its gradient")
+        return faults, count
 
-    for told, count in launch(2, body, timeout=40).values():
-        assert told == []
+    for faults, count in launch(2, body, timeout=40).values():
+        assert faults == []
         assert count == 8
 
 
-def test_every_copy_of_a_stage_starts_from_the_first_lanes_weights():
+def test_every_replica_of_a_stage_starts_from_the_first_lanes_weights():
     schedule = generate("dualpipe", 2, 4)
 
     def body(context):
@@ -106,7 +107,7 @@ def test_every_copy_of_a_stage_starts_from_the_first_lanes_weights():
     assert launch(2, body, timeout=40).values() == [[], []]
 
 
-def test_a_step_leaves_the_gradients_summed_over_both_copies():
+def test_a_step_leaves_the_gradients_summed_over_both_replicas():
     schedule = generate("dualpipe", 2, 4)
 
     def body(context):
@@ -123,11 +124,11 @@ def test_a_step_leaves_the_gradients_summed_over_both_copies():
     own = {held: found for of_rank, _ in ranks for held, found in of_rank.items()}
     summed = {held: found for _, of_rank in ranks for held, found in of_rank.items()}
     assert len(summed) == 4
-    told = []
+    faults = []
     for lane, stage in summed:
         up, down = (own[other, stage] for other in schedule.lanes)
         if not same(summed[lane, stage], [a + b for a, b in zip(up, down, strict=True)]):
-            told.append(
-                f"the gradient of stage {stage} at the end of lane {lane}'s step is not the sum of both copies'"
+            faults.append(
+                f"the gradient of stage {stage} at the end of lane {lane}'s step is not the sum of both replicas'"
             )
-    assert told == []
+    assert faults == []

@@ -1,4 +1,4 @@
-"""What the GPU tests stand on, as far as a CPU can show it."""
+"""What the GPU tests rely on, as far as a CPU can show it."""
 
 import pytest
 

@@ -23,7 +23,8 @@ from torch import nn
 from dualpipe.errors import RuleError
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
-from dualpipe.runtime.transport import DisagreementError, Message, ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import DisagreementError, Message, SpoiledError, TensorSpec
 from dualpipe.schedule import B, F, Kind, W
 from dualpipe.schedule.generate import generate
 from dualpipe.testing.launch import launch
@@ -134,7 +135,7 @@ def without_a_reduction(rank: int):
         replicas = pipeline._replicas
         stages = replicas._stages
         if step == FAILING and dist.get_rank() == rank:
-            replicas._stages = dict.fromkeys(stages)  # what cannot be packed
+            replicas._stages = dict.fromkeys(stages)  # these cannot be packed
         try:
             pipeline.reduce_gradients()
         finally:
@@ -179,7 +180,7 @@ def found():
             results[name] = train(pipeline, call)
             pipeline.close()
             total = torch.ones(1)
-            dist.all_reduce(total)  # the user's own group is as good as before
+            dist.all_reduce(total)  # the user's own group still works
             assert total.item() == RANKS
         return results
 
@@ -200,14 +201,14 @@ def test_an_error_of_one_rank_ends_every_rank_and_no_gradient_after_it_is_wrong(
         assert seconds < 15  # a wait would last 20
 
 
-def test_the_rank_that_waits_says_which_rank_failed_and_why(found):
+def test_the_error_of_a_rank_that_waits_names_the_rank_that_failed_and_why(found):
     outcomes = found[2]["criterion of rank 3"][0]
     assert "StepError: rank 2 stopped in slot" in outcomes[FAILING]
     assert "failed after" in outcomes[FAILING]
     assert f"rank 3 failed in step {FAILING + 1}: OddError: the loss is nan" in outcomes[FAILING]
 
 
-def test_a_rank_that_waits_hears_ctrl_c(found):
+def test_a_rank_that_waits_can_be_interrupted(found):
     assert found[1]["Ctrl-C on rank 1"][0][FAILING].startswith("KeyboardInterrupt")
 
 
@@ -247,7 +248,7 @@ CALLS = {
 }
 
 
-def test_ranks_that_make_different_calls_end_at_once_and_say_which():
+def test_ranks_that_make_different_calls_end_at_once_and_name_them():
     def body(context):
         found = {}
         for name, (call, *_) in CALLS.items():
@@ -264,12 +265,12 @@ def test_ranks_that_make_different_calls_end_at_once_and_say_which():
         assert set(found) == set(CALLS)
         for name, (text, seconds) in found.items():
             assert "all ranks make the same calls in the same order" in text, (name, text)
-            assert all(said in text for said in CALLS[name][1:]), (name, text)
+            assert all(part in text for part in CALLS[name][1:]), (name, text)
             assert seconds < 15  # a wait would last 20
 
 
 def test_threads_connections_and_children_of_a_process():
-    """Pipelines come and go without a trace; one that was made before a fork is refused in the child."""
+    """A pipeline leaves nothing behind; one that was made before a fork is refused in the child."""
 
     def body(context):
         def counts():
@@ -278,7 +279,7 @@ def test_threads_connections_and_children_of_a_process():
 
         pipeline_of().step(feed_of(0))
         gc.collect()
-        gc.freeze()  # what was there before need not be looked at again
+        gc.freeze()  # leave older objects out of later collections
         before = counts()
         for _ in range(5):
             pipeline_of().step(feed_of(0))
@@ -296,21 +297,21 @@ def test_threads_connections_and_children_of_a_process():
                 os.write(writing, f"{type(error).__name__}: {error}".encode())
             os._exit(0)
         os.waitpid(child, 0)
-        said = os.read(reading, 1000).decode()
+        error = os.read(reading, 1000).decode()
         pipeline.step(feed_of(1))
         pipeline.close()
         pipeline.close()
         with pytest.raises(SpoiledError, match="it was closed"):
             pipeline.step(feed_of(0))
-        return before, after, said
+        return before, after, error
 
-    for before, after, said in launch(RANKS, body, timeout=60).values():
+    for before, after, error in launch(RANKS, body, timeout=60).values():
         assert after == before
-        assert said.startswith("RuleError: a pipeline runs in the process that made its transport")
+        assert error.startswith("RuleError: a pipeline runs in the process that made its transport")
 
 
 def test_a_rank_that_has_ended_well_fails_no_send_to_it():
-    """Its connections close before a slower thread here has seen that its last message was taken."""
+    """Its connections close before a slower thread here has seen its last send complete."""
 
     class Late:
         def __init__(self, work, peers):
@@ -318,7 +319,7 @@ def test_a_rank_that_has_ended_well_fails_no_send_to_it():
 
         def wait(self, *arguments):
             self.work.wait(*arguments)
-            self.peers.why(1)  # until the connection is closed
+            self.peers.reason(1)  # until the connection is closed
             raise RuntimeError("Connection closed by peer")
 
     def body(context):
@@ -336,7 +337,7 @@ def test_a_rank_that_has_ended_well_fails_no_send_to_it():
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), "10", None, True])
-def test_a_timeout_that_is_no_time_to_wait_is_refused(timeout):
+def test_a_timeout_that_is_not_positive_and_finite_is_refused(timeout):
     def body(context):
         with pytest.raises(RuleError, match="a timeout is a positive number of seconds"):
             ProcessGroupTransport(timeout=timeout)
@@ -344,7 +345,7 @@ def test_a_timeout_that_is_no_time_to_wait_is_refused(timeout):
     launch(1, body, timeout=30).values()
 
 
-def test_set_ups_of_any_length_are_compared_and_the_rank_that_does_not_come_is_named():
+def test_set_ups_of_any_length_are_compared_and_a_rank_that_does_not_arrive_is_named():
     def body(context):
         same = "x" * 100_000
         ProcessGroupTransport(timeout=10.0).agree({"shapes": same})
@@ -363,4 +364,4 @@ def test_set_ups_of_any_length_are_compared_and_the_rank_that_does_not_come_is_n
     assert "rank 0 has ... x" in differing
     assert "rank 1 has ... x" in differing
     assert len(differing) < 1500
-    assert "rank 0 waited 0.5 s and not all came (rank 1 of the group did not come)" in missing
+    assert "rank 0 waited 0.5 s for all of them (rank 1 of the group did not arrive)" in missing

@@ -1,4 +1,4 @@
-"""Unusual stages, criteria and data: each trains to autograd's own bits, or ends in an error that says why.
+"""Unusual stages, criteria and data: each trains to autograd's own bits, or ends in an error with the reason.
 
 Two ranks, 1F1B (lane >: stage 0 on rank 0, stage 1 on rank 1) or DualPipe (lane < the other way round).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,7 +18,8 @@ from torch import nn
 from dualpipe.errors import RuleError, StageError
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
-from dualpipe.runtime.transport import ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import SpoiledError, TensorSpec
 from dualpipe.schedule.generate import generate
 from dualpipe.testing.launch import launch
 
@@ -64,6 +66,18 @@ class Reuse(torch.autograd.Function):
         return gradient, None
 
 
+class LateSends(ProcessGroupTransport):
+    """The first send completes once its tensor was written to again; otherwise it may be complete before."""
+
+    def _complete(self, message):
+        deadline = time.monotonic() + 5.0
+        while message.label.startswith("0SF0") and time.monotonic() < deadline:
+            if message.tensors[0]._version != message.versions[0]:
+                break
+            time.sleep(0.001)
+        super()._complete(message)
+
+
 def moved(stage: Stage, x: torch.Tensor) -> torch.Tensor:
     if not hasattr(stage.layer.weight, "main_grad"):
         stage.layer.weight.main_grad = torch.zeros(WIDTH, WIDTH)
@@ -86,8 +100,9 @@ class Trial:
 
     stages: Callable[[], tuple[nn.Module, nn.Module]]
     boundary: tuple[TensorSpec, ...] = (REAL,)
-    criterion: Callable = nn.functional.mse_loss
+    criterion: Callable | None = nn.functional.mse_loss
     schedule: str = "1f1b"
+    transport: type[ProcessGroupTransport] = ProcessGroupTransport
     error: str = ""
     change: Callable[[dict], dict] = field(default=lambda batches: batches)
     steps: int = 1
@@ -117,6 +132,23 @@ TRIALS = {
         change=lambda batches: {lane: [x for (x,) in given] for lane, given in batches.items()},
     ),
     "two steps with the defaults add up": Trial(lambda: (plain(), plain()), schedule="dualpipe", steps=2),
+    "an output of another shape than the boundary's": Trial(
+        lambda: (Stage(lambda s, x: s.a(x), a=nn.Linear(WIDTH, 7)), plain()),
+        error=r"0SF0> sends \[3, 7\] float32 where the boundary is \[3, 4\] float32",
+    ),
+    "an output of another dtype": Trial(
+        lambda: (Stage(lambda s, x: s.a(x).double(), a=linear()), plain()),
+        error=r"0SF0> sends \[3, 4\] float64 where",
+    ),
+    "an output that is not a tensor": Trial(
+        lambda: (Stage(lambda s, x: {"y": s.a(x)}, a=linear()), plain()), error="at 0F0> it returned dict"
+    ),
+    "a loss that is not a scalar": Trial(
+        lambda: (plain(), plain()),
+        criterion=lambda y, t: y - t,
+        error=r"at 1F0> it returned a tensor of shape \[3, 4\]",
+    ),
+    "no criterion": Trial(lambda: (plain(), plain()), criterion=None, error="1F0> has none"),
     "a loss without a gradient": Trial(
         lambda: (plain(), plain()), criterion=lambda y, t: mean(y, t).detach(), error="a loss with a gradient.*1F0>"
     ),
@@ -140,6 +172,7 @@ TRIALS = {
     ),
     "an output buffer that is used again": Trial(
         lambda: (Stage(reusing, layer=linear(), out=torch.zeros(BATCH, WIDTH)), plain()),
+        transport=LateSends,
         error="was written to",
     ),
     "gradients that a hook moves": Trial(
@@ -189,9 +222,7 @@ def production(trial: Trial, rank: int):
     held = {
         (lane, route.index(rank)): copy.deepcopy(stages[route.index(rank)]) for lane, route in schedule.routes.items()
     }
-    with Pipeline(
-        schedule, held, trial.criterion, list(trial.boundary), ProcessGroupTransport(timeout=10.0)
-    ) as pipeline:
+    with Pipeline(schedule, held, trial.criterion, list(trial.boundary), trial.transport(timeout=10.0)) as pipeline:
         try:
             for number in range(trial.steps):
                 pipeline.step(Feed(trial.change(batches_of(schedule, number)), batches_of(schedule, 7)))
@@ -228,8 +259,8 @@ def test_unusual_stages_train_to_the_bits_of_autograd(name, outcomes):
 @pytest.mark.parametrize("name", [name for name, trial in TRIALS.items() if trial.error])
 def test_what_cannot_be_trained_is_an_error_on_every_rank(name, outcomes):
     assert all(isinstance(found[name], str) for found in outcomes), outcomes
-    said = [found[name] for found in outcomes]
-    assert any(re.search(TRIALS[name].error, text) for text in said), said
+    errors = [found[name] for found in outcomes]
+    assert any(re.search(f"^StageError: .*{TRIALS[name].error}", text) for text in errors), errors
 
 
 def test_weights_that_start_apart_are_an_error_at_the_first_sum():
@@ -243,8 +274,8 @@ def test_weights_that_start_apart_are_an_error_at_the_first_sum():
             pipeline.step(Feed(batches_of(schedule, 0), batches_of(schedule, 7)))
         return str(error.value)
 
-    for said in launch(2, body, timeout=30).values():
-        assert re.search(r"layer\.weight of stage \d differs between the lanes", said)
+    for text in launch(2, body, timeout=30).values():
+        assert re.search(r"layer\.weight of stage \d differs between the lanes", text)
 
 
 def test_zeroed_gradients_are_not_added_twice():
@@ -268,8 +299,8 @@ def test_zeroed_gradients_are_not_added_twice():
         assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
 
 
-def test_a_gradient_that_was_summed_is_not_summed_again_whoever_holds_it():
-    """A copy in its place, as clipping libraries make, or another pipeline on the same modules."""
+def test_a_gradient_that_was_summed_is_not_summed_again_by_another_pipeline():
+    """Also where a clipping library has replaced it by a copy."""
     schedule = generate("dualpipe", 2, 4)
 
     def body(context):

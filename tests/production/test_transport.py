@@ -7,7 +7,9 @@ import time
 import pytest
 import torch
 
-from dualpipe.runtime.transport import Message, MessageError, ProcessGroupTransport, SpoiledError
+from dualpipe.errors import StageError
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import Message, SpoiledError
 from dualpipe.testing.launch import launch
 
 
@@ -43,7 +45,7 @@ def test_a_staged_send_is_a_copy_and_works_in_stream_order_are_awaited_by_the_st
             written = Message("1SB1>", 1, sends=True, works=[Noted()], posted=True, tensors=[value], versions=(0,))
             transport._outstanding = [written]
             value.add_(1)
-            with pytest.raises(MessageError, match="written to while it was sent"):
+            with pytest.raises(StageError, match="written to while it was sent"):
                 transport.drain()
             return staged, receive.works[0].waits, torch.equal(received[0], value), late.works[0].polls
 
@@ -55,15 +57,15 @@ def test_only_the_first_failure_is_announced_and_closing_waits_for_every_thread_
     def body(context):
         transport, announced, disconnected = ProcessGroupTransport(timeout=5.0), [], []
         peers = transport._open()
-        peers._tell, peers._disconnect = announced.append, lambda: disconnected.append(True)
+        peers._notify, peers._disconnect = announced.append, lambda: disconnected.append(True)
         peers.fail("the first reason")
         peers.fail("another")
         with pytest.raises(SpoiledError, match="the first reason"), transport.phase("step"):
             pass  # as where another rank has failed between two calls
-        peers.finisher("late").submit(time.sleep, 0.2)
+        peers.helper("late").submit(time.sleep, 0.2)
         transport.close()
         peers.close()
-        running = [helper.thread.name for helper in peers._finishers if helper.thread.is_alive()]
+        running = [helper.thread.name for helper in peers._helpers if helper.thread.is_alive()]
         return peers.failure, len(announced), len(disconnected), running
 
     (found,) = launch(1, body, timeout=30).values()

@@ -4,7 +4,7 @@ stage        0        1             2               3
 numbers    6 -> 4   4 -> 5        5 -> 3          3 -> 2
 frozen              the biases    the weights
 
-A receive that takes another boundary's shape, or a gradient for what is frozen, shows at once.
+A receive with another boundary's shape, or a gradient for a frozen parameter, fails at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import nn
 
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
-from dualpipe.runtime.transport import DisagreementError, ProcessGroupTransport, SpoiledError, TensorSpec
+from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.transport import DisagreementError, SpoiledError, TensorSpec
 from dualpipe.schedule import SENDS, UP, Op, Schedule, W
 from dualpipe.schedule.generate import generate
 from dualpipe.testing.launch import launch
@@ -104,17 +105,17 @@ def errors_of(*pipelines) -> list[list[str]]:
     """For each rank, the errors of a step of each of the pipelines, which are functions of the rank."""
 
     def body(context):
-        told = []
+        errors = []
         for build in pipelines:
             pipeline = build(context.rank)
             try:
                 pipeline.step(feed(SOUND))
             except (StepError, DisagreementError, SpoiledError) as error:
-                told.append(f"{type(error).__name__}: {error}")
+                errors.append(f"{type(error).__name__}: {error}")
             else:
-                told.append("no error")
-            dist.barrier()  # a rank that closed its connections before would be named as the cause
-        return told
+                errors.append("no error")
+            dist.barrier()  # otherwise a rank that closes its connections early would be named as the cause
+        return errors
 
     return launch(4, body, timeout=60).values()
 
@@ -122,7 +123,7 @@ def errors_of(*pipelines) -> list[list[str]]:
 SOUND = generate("1f1b", 4, 4)
 
 
-def test_a_second_w_after_a_whole_backward_and_one_rank_that_waits_for_its_messages_are_refused():
+def test_a_second_w_after_a_full_backward_and_one_rank_that_blocks_are_refused():
     again = (Op(W, UP, 0, 3),)  # at the end of rank 0, for whom no other rank waits then
     doubled = Schedule(SOUND.routes, ((*SOUND.programs[0], again), *SOUND.programs[1:]), SOUND.name)
     short = partial(ProcessGroupTransport, timeout=5.0)
@@ -137,7 +138,7 @@ def test_a_second_w_after_a_whole_backward_and_one_rank_that_waits_for_its_messa
 
 
 class Broken:
-    """A message that is over, and then reports an error."""
+    """A message that completes and then reports an error."""
 
     def __init__(self, work):
         self.work = work
@@ -151,7 +152,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("which", [0, -1], ids=["the first send", "the last send"])
-def test_an_error_of_a_send_that_is_over_is_an_error_of_the_step(monkeypatch, which):
+def test_an_error_of_a_send_that_has_completed_is_an_error_of_the_step(monkeypatch, which):
     """That of the last send shows only where the step waits for all its messages at the end."""
     post, sends = dist.batch_isend_irecv, 0
     number = range(sum(op.kind in SENDS for slot in SOUND.programs[1] for op in slot))[which]

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ci import GateError
 from ci.command import BAD_INPUT, command_line, run_as_command
@@ -25,8 +25,25 @@ DIGESTS = f"{FOLDER}/digests.txt"
 COUNTS = f"{FOLDER}/theorems.txt"
 EXPAND_LIMIT_S, THEOREMS_LIMIT_S = 60.0, 400.0
 
-Counts = Mapping[str, tuple[int, int]]
-"""By theorem, such as ``dualpipe: messages``: its obligations, and how many of them arise at some size."""
+
+class Count(NamedTuple):
+    """The obligations of a theorem, how many of them arise at some size, and the bound that it is proved with.
+
+    Only ``makespan`` has such a bound, in ranks P and microbatches M.
+    """
+
+    obligations: int
+    arising: int
+    bound: str = ""
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Count:
+        """The count of a result of ``dualpipe prove --all-sizes --json``."""
+        return cls(result["obligations"], result["non_vacuous"], result.get("bound") or "")
+
+
+Counts = Mapping[str, Count]
+"""By theorem, such as ``dualpipe: messages``."""
 
 
 @dataclass(frozen=True)
@@ -100,28 +117,33 @@ def read_digests(text: str) -> dict[str, str]:
     return found
 
 
-def read_counts(text: str) -> dict[str, tuple[int, int]]:
+def read_counts(text: str) -> dict[str, Count]:
     """The recorded counts.  Raises ``GateError`` for a line of another form."""
     found = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        name, _, figures = line.rpartition("  ")
+        name, _, rest = line.partition("  ")
+        figures, _, bound = rest.partition("  ")
         words = figures.split()
         if not name or len(words) != 2 or not all(word.isdigit() for word in words):
             raise GateError(
-                "a line of the counts is FAMILY: THEOREM  OBLIGATIONS ARISING",
+                "a line of the counts is FAMILY: THEOREM  OBLIGATIONS ARISING, and the bound of a makespan after it",
                 f"{COUNTS}:{number} is {line!r}",
                 "make golden",
             )
-        found[name] = (int(words[0]), int(words[1]))
+        found[name] = Count(int(words[0]), int(words[1]), bound)
     return found
 
 
 def show_counts(counts: Counts) -> str:
-    return "".join(f"{name}  {obligations} {arising}\n" for name, (obligations, arising) in counts.items())
+    lines = (f"{name}  {count.obligations} {count.arising}  {count.bound}" for name, count in counts.items())
+    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
-def count_theorems(root: Path) -> dict[str, tuple[int, int]]:
-    """Run the theorems and count their obligations.  Raises ``GateError`` if they cannot be counted."""
+def count_theorems(root: Path, kept: Counts) -> tuple[dict[str, Count], dict[str, str]]:
+    """Run the theorems and count their obligations; those not proved keep their ``kept`` count, and have a reason.
+
+    Raises ``GateError`` if they cannot be counted.
+    """
     done = run(python("-m", "dualpipe.cli", "prove", "--all-sizes", "--json"), root, THEOREMS_LIMIT_S)
     try:
         results = [json.loads(line) for line in done.out.splitlines()]
@@ -129,7 +151,10 @@ def count_theorems(root: Path) -> dict[str, tuple[int, int]]:
         results = []
     if done.code is None or not results:
         raise GateError("the theorems can be counted", done.last_line, "see dualpipe prove --all-sizes")
-    return {result["name"]: (result["obligations"], result["non_vacuous"]) for result in results}
+    unproved = {result["name"]: result["reason"] for result in results if result["verdict"] != "proved"}
+    counts = {result["name"]: Count.of(result) for result in results if result["name"] not in unproved}
+    counts |= {name: kept[name] for name in unproved if name in kept}
+    return {result["name"]: counts[result["name"]] for result in results if result["name"] in counts}, unproved
 
 
 def kept_files(root: Path) -> dict[str, str]:
@@ -161,14 +186,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-theorems", action="store_true", help="leave the counts of the theorems as they are")
     options = parser.parse_args(arguments)
     root = Path.cwd()
-    now = expansion(root)
+    now, unproved = expansion(root), dict[str, str]()
     files = now.files(kept_files(root))
     if not options.no_theorems:
-        files[COUNTS] = show_counts(count_theorems(root))
+        kept = read_counts((root / COUNTS).read_text()) if (root / COUNTS).exists() else {}
+        counts, unproved = count_theorems(root, kept)
+        files[COUNTS] = show_counts(counts)
     changed = write(root, files)
     print("\n".join(f"wrote {path}" for path in changed) or "the golden files were up to date")
     for name, why in now.failed.items():
         print(f"golden: {name} cannot be expanded, and its file stays as it is: {why}", file=sys.stderr)
+    for name, why in unproved.items():
+        print(f"golden: {name} is not proved, and its count stays as it is: {why}", file=sys.stderr)
     return BAD_INPUT if now.failed else 0
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TABLES, TIMES = "dualpipe/schedule/generate.py", "proofs/theorems"
+TABLES, THEOREMS = "dualpipe/schedule/generate.py", "proofs/theorems"
 BOUNDS = ("live", "memory", "pending")
 """The theorems that say no more than that a family keeps the bound of this name."""
 
@@ -64,24 +63,15 @@ class Locator:
                 yield Location(TABLES, line, f"row {row!r} of {table}")
 
 
-def times_in(root: Path) -> Callable[[str, str], Location]:
-    """A function that locates the recorded times of a family: those of the row that a text quotes, else the first.
+def bounds_in(root: Path) -> Callable[[str, str], Location]:
+    """A function that locates the bound of a name in the source of a family."""
+    sources = {file: file.read_text(errors="replace") for file in sorted((root / THEOREMS).glob("*.py"))}
 
-    If the text is the name of a bound, it locates that bound.
-    """
-    sources = {file: file.read_text(errors="replace") for file in sorted((root / TIMES).glob("*.py"))}
-
-    def find(family: str, text: str) -> Location:
+    def find(family: str, bound: str) -> Location:
         for file, source in sources.items():
-            if f'"{family}"' in source and "times=" in source:
-                rows = re.findall(r"row '([^']+)'", text)
-                lines = source.splitlines()
-                if text in BOUNDS:
-                    return Location(f"{TIMES}/{file.name}", _bound(lines, family, text), f"the bound {text!r}")
-                quoted = (n for row in rows for n, line in enumerate(lines, 1) if line.strip().startswith(f'"{row}":'))
-                first = (n for n, line in enumerate(lines, 1) if "_TIMES" in line)
-                return Location(f"{TIMES}/{file.name}", next(quoted, next(first, 1)), "the recorded times")
-        return Location(TIMES, 1, "the recorded times")
+            if f'"{family}"' in source and "Bounds(" in source:
+                return Location(f"{THEOREMS}/{file.name}", _bound(source.splitlines(), family, bound))
+        return Location(THEOREMS, 1)
 
     return find
 

@@ -13,7 +13,7 @@ from ci.checks.records import CHANGELOG, added_lines, family
 from ci.child.verify import MEGATRON
 from ci.golden import COUNTS, Counts, Expansion, read_counts
 from ci.history import counts_at
-from ci.location import Locator, times_in
+from ci.location import Locator, bounds_in
 from ci.process import Completed
 from ci.repository import Repository
 from ci.selection import Selection
@@ -87,7 +87,7 @@ class Plan:
                 needed["theorems"],
                 locator,
                 self.explained(),
-                times_in(self.repository.root),
+                bounds_in(self.repository.root),
             )
         if files := self.selection.tests:
             why = self.selection.everything or f"{len(files)} files of tests reach the change"

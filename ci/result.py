@@ -7,20 +7,15 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
 
-BOOKKEEPING = frozenset({"golden", "changelog", "counts", "times"})
+BOOKKEEPING = frozenset({"golden", "changelog", "counts"})
 """Rules that compare a record with the tree: their findings are no faults of a schedule, and hide none."""
 
 
 class Verdict(Enum):
-    """The verdict of a check.
-
-    Outdated: it found no fault, but a proof rests on recorded times that the change no longer keeps, and they have to
-    be edited.  Skipped: it did not run, which is not passed and no verdict on the change.
-    """
+    """The verdict of a check.  Skipped: it did not run, which is not passed and no verdict on the change."""
 
     PASSED = "passed"
     REFUSED = "refused"
-    OUTDATED = "outdated"
     UNKNOWN = "unknown"
     SKIPPED = "skipped"
 
@@ -84,10 +79,10 @@ class CheckResult:
 
 
 def exit_code(results: Iterable[CheckResult]) -> ExitCode:
-    """Refused if any check is, else unknown if any is, else refused if a record is outdated, else passed."""
+    """Refused if any check is, else unknown if any is, else passed."""
     verdicts = {result.verdict for result in results}
     if Verdict.REFUSED in verdicts:
         return ExitCode.REFUSED
     if Verdict.UNKNOWN in verdicts:
         return ExitCode.UNKNOWN
-    return ExitCode.REFUSED if Verdict.OUTDATED in verdicts else ExitCode.PASSED
+    return ExitCode.PASSED

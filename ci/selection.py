@@ -139,7 +139,7 @@ ROWS: dict[str, Row] = {
         ("tests/pictures", "tests/schedule", "tests/page"),
         (
             "tests/proofs/test_optimal.py",
-            "tests/proofs/theorems/test_theorems.py",
+            "tests/proofs/theorems/test_times.py",
             *_CLI,
             "tests/ci",
         ),

@@ -164,7 +164,7 @@ def test_proofs_read_the_schedule_and_never_the_simulator_or_the_runtime():
         assert "reference" not in packages(path)
 
 
-HEAVY = {"torch", "z3", "megatron", "matplotlib"}
+HEAVY = {"torch", "z3", "megatron", "matplotlib", "scipy"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ _TAGS = {
     Verdict.UNKNOWN: "error",
     Verdict.SKIPPED: "skipped",
     Verdict.REFUSED: "failure",
-    Verdict.OUTDATED: "failure",
 }
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 does not allow."""

@@ -13,7 +13,6 @@ from ci.result import CheckResult, ExitCode, Finding, Verdict
 MARKS = {
     Verdict.PASSED: "✅",
     Verdict.REFUSED: "❌",
-    Verdict.OUTDATED: "✏️",
     Verdict.UNKNOWN: "❔",
     Verdict.SKIPPED: "➖",
 }
@@ -82,10 +81,9 @@ def _head(evaluation: Evaluation) -> Iterator[str]:
 def _findings(result: CheckResult) -> Iterator[list[str]]:
     if not result.findings:
         return
-    verb = "is outdated" if result.verdict is Verdict.OUTDATED else "refuses"
     findings = shown(result)
     stories = [finding for finding in findings if "\n" in finding.message.strip()]
-    yield ["", f"## {result.check} {verb}", ""]
+    yield ["", f"## {result.check} refuses", ""]
     for finding in findings:
         if finding not in stories:
             yield [f"* {_where(finding)}{_cell(finding.message)}"]

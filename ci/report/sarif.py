@@ -17,7 +17,7 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 RULES = {
     "golden": "The golden schedule files are what the generator gives.",
     "changelog": "A schedule that changes is named in a new entry of the changelog.",
-    "counts": "The recorded counts of the theorems are right, and none falls without an explanation.",
+    "counts": "The recorded counts and makespans of the theorems are right, and explained if they change.",
     "schedule": "Every named schedule can be generated and read.",
     "complete": "Every stage runs F, B and W exactly once for each microbatch of each lane.",
     "order": "Every op comes after what it needs on its own rank.",
@@ -26,7 +26,6 @@ RULES = {
     "memory": "Live activations per rank stay within the bound.",
     "accumulation": "At each stage and lane B and W run in microbatch order.",
     "theorem": "Every theorem about a named schedule holds at every size.",
-    "times": "The times that the theorems rest on are those of the tables.",
     "bitwise": "Every loss, gradient and weight is bitwise that of plain PyTorch.",
     "run": "Every rank of a trial ends without an error.",
     "vital signs": "The oracle's own training makes progress.",

@@ -9,7 +9,7 @@ has matched.  Suppose a time T for every compute slot, with E = T + the slot's d
 
 Then T increases along every wait, so nothing waits for itself: there is no deadlock, whatever the computes really
 take.  With the durations that T was computed for, no compute starts after its T, by induction along T, so the last E
-bounds the makespan.  T is ``Family.times``; its origin does not matter, since it is checked here.
+bounds the makespan.  ``proofs.theorems.finder`` guesses T.  A wrong guess cannot do harm, since it is checked here.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dualpipe.schedule.phase_table import affine
+from dualpipe.schedule.phase_table import Affine, affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
-from proofs.theorems.moment import Moment, after, before, end_of, first, moments, start_of
+from proofs.theorems.moment import Moment, Times, after, before, end_of, first, moment, start_of
 from proofs.theorems.obligation import Link, Obligation
 from proofs.theorems.symbolic import Position, Rank, exactly, is_compute
 
 
-def deadlock(family: Family) -> Iterator[Obligation]:
+def deadlock(family: Family, times: Times) -> Iterator[Obligation]:
+    """Every compute comes after all that it waits for."""
     for rank in family.ranks:
-        yield from _own_order(family, rank)
+        yield from _own_order(rank, times)
     for link in family.links:
-        yield from _partners(family, link)
+        yield from _partners(link, times)
 
 
-def makespan(family: Family) -> Iterator[Obligation]:
+def makespan(family: Family, times: Times, bound: Affine) -> Iterator[Obligation]:
+    """No program ends after ``bound``, which is in the symbols of the sizes."""
     for rank in family.ranks:
-        end = end_of(rank, family.times[rank.kind]).end
-        bound = substitute(family.bounds.makespan, rank.sizes)
-        yield Obligation(rank, f"the end of {rank.name}", (), (at_least(bound, end),), ("end", end, bound))
+        end, most = end_of(rank, times).end, substitute(bound, rank.symbols)
+        yield Obligation(rank, f"the end of {rank.name}", (), (at_least(most, end),), ("end", end, most))
 
 
-def _own_order(family: Family, rank: Rank) -> Iterator[Obligation]:
-    times = family.times[rank.kind]
-    for moment in first(rank, times):
-        yield _in_time(rank, (), start_of(rank), moment, ("own", "own"))
+def _own_order(rank: Rank, times: Times) -> Iterator[Obligation]:
+    for following in first(rank, times):
+        yield _in_time(rank, (), start_of(rank), following, ("own", "own"))
     for at in rank.positions(is_compute, "i"):
-        for this in moments(rank, at.row, at.step, at.iteration, times):
-            for moment in after(at, times):
-                yield _in_time(rank, at.guard, this, moment, ("own", "own"))
+        this = moment(rank, at.row, at.step, at.iteration, times)
+        for following in after(at, times):
+            yield _in_time(rank, at.guard, this, following, ("own", "own"))
 
 
-def _partners(family: Family, link: Link) -> Iterator[Obligation]:
+def _partners(link: Link, times: Times) -> Iterator[Obligation]:
     sends, receives = exactly(*link.matches), exactly(*link.matches.values())
-    received = [_message(family, receive) for receive in link.receiver.positions(receives, "j")]
-    for send in (_message(family, send) for send in link.sender.positions(sends, "i")):
+    received = [_message(receive, times) for receive in link.receiver.positions(receives, "j")]
+    for send in (_message(send, times) for send in link.sender.positions(sends, "i")):
         for receive in received:
             same = equal(send.at.before(sends), receive.at.before(receives))
             matched = (*send.at.guard, *receive.at.guard, same)
@@ -68,8 +68,7 @@ class _Message(NamedTuple):
     after: tuple[Moment, ...]
 
 
-def _message(family: Family, at: Position) -> _Message:
-    times = family.times[at.rank.kind]
+def _message(at: Position, times: Times) -> _Message:
     return _Message(at, tuple(before(at, times)), tuple(after(at, times)))
 
 

@@ -21,7 +21,7 @@ from proofs.theorems.symbolic import Rank
 def plans_at(family: Family, ranks: int, microbatches: int) -> list[Plan]:
     """The plan of each rank before expansion, with the family's tables (which a mutant has changed)."""
     plans = [PLANS[family.name](ranks, microbatches, rank) for rank in range(ranks)]
-    return [replace(plan, table=_kind(family, plan).table) for plan in plans]
+    return [replace(plan, table=kind_of(family, plan).table) for plan in plans]
 
 
 def schedule_at(family: Family, ranks: int, microbatches: int) -> Schedule:
@@ -30,7 +30,7 @@ def schedule_at(family: Family, ranks: int, microbatches: int) -> Schedule:
     return Schedule(plans[0].routes, tuple(plan.program() for plan in plans), family.name)
 
 
-def _kind(family: Family, plan: Plan) -> Rank:
+def kind_of(family: Family, plan: Plan) -> Rank:
     """The kind of rank of a plan; every plan has exactly one."""
     values = family.values(plan.sizes, "")
     (kind,) = [rank for rank in family.ranks if all(constraint.holds(values) for constraint in rank.domain)]

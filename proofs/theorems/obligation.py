@@ -77,6 +77,10 @@ class Discharge(NamedTuple):
     failures: tuple[Failure, ...]
 
 
+NOTHING = Discharge(0, 0, 0.0, ())
+"""No obligation was looked at."""
+
+
 def discharge(obligations: Iterable[Obligation], timeout: float, enough: int = 1) -> Discharge:
     """Ask Z3 about each obligation, with at most ``timeout`` seconds for each question.
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
+from dualpipe.errors import RuleError
 from dualpipe.progress import Progress, silent
 from proofs import deadlock_search
 from proofs.models import BLOCKING
 from proofs.theorems.deadlock import deadlock, makespan
 from proofs.theorems.family import Family
+from proofs.theorems.finder import Timetable, Untimed, in_words, timetable
 from proofs.theorems.instance import schedule_at
 from proofs.theorems.memory import live, memory
 from proofs.theorems.messages import messages
-from proofs.theorems.moment import UntimedError
-from proofs.theorems.obligation import Discharge, Obligation, discharge
+from proofs.theorems.obligation import NOTHING, Discharge, Failure, Obligation, discharge
 from proofs.theorems.one_lane import one_f_one_b, zb1p
 from proofs.theorems.order import order
-from proofs.theorems.result import TheoremResult, counterexample
+from proofs.theorems.result import Counterexample, TheoremResult, counterexample
+from proofs.theorems.sample import Sample
 from proofs.theorems.totals import totals
 from proofs.theorems.two_way import dualpipe, dualpipev
 from proofs.theorems.weights import accumulation, pending, queue
@@ -37,14 +41,30 @@ class Theorem:
         The cases that together make up the claim.
     premises:
         Theorems that this one assumes.
-    by_times:
-        Whether the proof uses the family's times.  A case that fails then refutes the times, not the claim.
     """
 
     claim: str
     obligations: Callable[[Family], Iterator[Obligation]]
     premises: tuple[str, ...] = ("totals",)
-    by_times: bool = False
+
+
+QUESTION_SECONDS = 10.0
+"""For each question to Z3, where nothing else is asked for."""
+
+
+def _timed(family: Family) -> Timetable:
+    found = timetable(family, QUESTION_SECONDS)
+    if isinstance(found, Untimed):
+        raise RuleError("the theorem needs times for every compute", found.reason, "see its verdict")
+    return found
+
+
+def _deadlock(family: Family) -> Iterator[Obligation]:
+    return deadlock(family, _timed(family).guess.times)
+
+
+def _makespan(family: Family) -> Iterator[Obligation]:
+    return makespan(family, *_timed(family).guess)
 
 
 THEOREMS: Mapping[str, Theorem] = {
@@ -63,14 +83,12 @@ THEOREMS: Mapping[str, Theorem] = {
     ),
     "deadlock": Theorem(
         "every rank reaches its end, whatever the compute times are (blocking messages, hence any weaker ones)",
-        deadlock,
-        by_times=True,
+        _deadlock,
     ),
     "makespan": Theorem(
         "with F, B and W of one unit each and instant messages the step ends by {makespan}",
-        makespan,
+        _makespan,
         premises=("totals", "deadlock"),
-        by_times=True,
     ),
     "live": Theorem("microbatches between F and the end of B: at most {live}", live),
     "memory": Theorem("live activations, deferred W included: at most {memory}", memory, premises=("totals", "queue")),
@@ -81,12 +99,24 @@ THEOREMS: Mapping[str, Theorem] = {
 }
 
 
+TIMED = ("deadlock", "makespan")
+"""Theorems whose obligations are about times: a case that fails shows that the times are wrong, not the claim."""
+
+
+NOT_REACHED = ", not reached at the sampled sizes"
+"""What follows a bound that may be larger than it need be."""
+
+
 Prover = Callable[[Family, str, set[str], float], TheoremResult]
 """Proves one theorem as ``prove`` does."""
 
 
+@cache
 def families() -> tuple[Family, ...]:
-    """The schedules for which there are theorems, the simplest first."""
+    """The schedules for which there are theorems, the simplest first.
+
+    Always the same objects, so that the times of each are found once.
+    """
     return one_f_one_b(), zb1p(), dualpipe(), dualpipev()
 
 
@@ -98,7 +128,7 @@ def theorems_of(family: Family) -> tuple[str, ...]:
 def prove_all(
     progress: Progress = silent,
     of: Iterable[Family] | None = None,
-    timeout: float = 10.0,
+    timeout: float = QUESTION_SECONDS,
     by: Prover | None = None,
 ) -> list[TheoremResult]:
     """Prove every theorem of every family for all sizes, with ``timeout`` seconds for each question to Z3.
@@ -122,52 +152,85 @@ def prove_all(
     return results
 
 
-def statement(family: Family, name: str) -> str:
-    """The claim of a theorem about a family, in words."""
-    return f"for {family.sizes}, {THEOREMS[name].claim.format_map(family.bounds.words)}"
+def statement(family: Family, name: str, bound: str = "") -> str:
+    """The claim of a theorem about a family, in words; ``bound`` is that of the makespan, if one is found."""
+    bound = bound or "a bound that is affine in P and M"
+    return f"for {family.sizes}, {THEOREMS[name].claim.format_map({**family.bounds.words, 'makespan': bound})}"
 
 
-def prove(family: Family, name: str, proved: set[str], timeout: float = 10.0) -> TheoremResult:
+def prove(family: Family, name: str, proved: set[str], timeout: float = QUESTION_SECONDS) -> TheoremResult:
     """Prove one theorem of a family, given the names of those that are ``proved`` already.
 
-    If the times of the deadlock theorem do not fit at a size, the schedule is run at that size: if it deadlocks, the
-    theorem is refuted, otherwise unknown.
+    ``deadlock`` and ``makespan`` are proved by times that are found first.  If the finder meets a size with a wait
+    cycle, the schedule is run at that size: if it really deadlocks, ``deadlock`` is refuted.  If it finds no times, the
+    theorem is unknown.
 
     Raises ``TableError`` for a table that cannot be read for all sizes.
     """
-    theorem = THEOREMS[name]
     start = time.monotonic()
-    untimed = ""
-    try:
-        done = discharge(list(theorem.obligations(family)), timeout)
-    except UntimedError as error:
-        done, untimed = Discharge(0, 0, 0.0, ()), str(error)
-    missing = [premise for premise in theorem.premises if premise not in proved]
-    verdict = Unknown(untimed) if untimed else _verdict(theorem, done, missing)
-    found = next((failure for failure in done.failures if failure.values is not None), None)
-    if name == "deadlock" and found and {"totals", "queue"} <= proved:
-        stuck = deadlock_search.deadlock(schedule_at(family, *family.world(found.values or {})), BLOCKING)
-        verdict = stuck if isinstance(stuck, Refuted) else verdict
+    missing = [premise for premise in THEOREMS[name].premises if premise not in proved]
+    lacking = Unknown(f"rests on {' and '.join(missing)}, not proved") if missing else None
+    if name in TIMED:
+        found = _Found(NOTHING, lacking) if lacking else _by_times(family, name, timeout)
+    else:
+        found = _by_cases(family, name, lacking, timeout)
     return TheoremResult(
         name=f"{family.name}: {name}",
-        statement=statement(family, name),
-        obligations=done.obligations,
-        non_vacuous=done.non_vacuous,
+        statement=statement(family, name, found.bound),
+        obligations=found.done.obligations,
+        non_vacuous=found.done.non_vacuous,
         seconds=time.monotonic() - start,
-        verdict=verdict,
-        counterexample=counterexample(found, family.world(found.values or {})) if found else None,
+        verdict=found.verdict,
+        counterexample=found.counterexample,
+        bound=found.bound,
     )
 
 
-def _verdict(theorem: Theorem, done: Discharge, missing: list[str]) -> Proved | Refuted | Unknown:
-    given_up = [failure.obligation.name for failure in done.failures if failure.values is None]
-    wrong = tuple(failure.obligation.name for failure in done.failures if failure.values is not None)
-    if wrong and theorem.by_times:
-        return Unknown("the times of the proof do not fit this table")
-    if missing:
-        return Unknown(f"rests on {' and '.join(missing)}, not proved")
+class _Found(NamedTuple):
+    done: Discharge
+    verdict: Proved | Refuted | Unknown
+    counterexample: Counterexample | None = None
+    bound: str = ""
+
+
+def _by_cases(family: Family, name: str, lacking: Unknown | None, timeout: float) -> _Found:
+    done = discharge(THEOREMS[name].obligations(family), timeout)
+    wrong, found = _wrong(family, done)
+    if lacking:
+        return _Found(done, lacking, found)
     if wrong:
-        return Refuted(None, core=wrong)
-    if given_up:
-        return Unknown(f"the solver gave up on {given_up[0]}")
-    return Proved()
+        return _Found(done, Refuted(None, core=(wrong.obligation.name,)), found)
+    if done.failures:
+        return _Found(done, Unknown(f"the solver gave up on {done.failures[0].obligation.name}"))
+    return _Found(done, Proved())
+
+
+def _by_times(family: Family, name: str, timeout: float) -> _Found:
+    times = timetable(family, timeout)
+    if isinstance(times, Untimed):
+        if times.deadlocked is not None:
+            return _stuck(family, times.deadlocked)
+        return _Found(times.proof, Unknown(times.reason), _wrong(family, times.proof)[1])
+    if name == "deadlock":
+        return _Found(times.deadlock, Proved())
+    bound = in_words(family, times.guess.bound) + ("" if times.reached else NOT_REACHED)
+    return _Found(times.makespan, Proved(), bound=bound)
+
+
+def _wrong(family: Family, done: Discharge) -> tuple[Failure, Counterexample] | tuple[None, None]:
+    """The first failure that Z3 found a size for, and that size."""
+    for failure in done.failures:
+        if failure.values is not None:
+            return failure, counterexample(failure, family.size_of(failure.values))
+    return None, None
+
+
+def _stuck(family: Family, one: Sample) -> _Found:
+    """A size with a wait cycle: the schedule itself is run there."""
+    assert one.cycle is not None
+    size = one.ranks, one.microbatches
+    found = Counterexample(str(one.cycle), f"a wait cycle of {len(one.cycle.places)}", *size, {}, ())
+    stuck = deadlock_search.deadlock(schedule_at(family, *size), BLOCKING)
+    if isinstance(stuck, Refuted):
+        return _Found(NOTHING, stuck, found)
+    return _Found(NOTHING, Unknown("a run of the schedule does not have this cycle"), found)

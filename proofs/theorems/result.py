@@ -35,15 +35,15 @@ class Counterexample:
 
     def __str__(self) -> str:
         symbols = ", ".join(f"{name}={value}" for name, value in self.symbols.items())
-        return (
-            f"at {self.ranks} ranks and {self.microbatches} microbatches ({symbols}), {self.where}: {self.obligation}"
-        )
+        size = f"{self.ranks} ranks and {self.microbatches} microbatches" + (f" ({symbols})" if symbols else "")
+        return f"at {size}, {self.where}: {self.obligation}"
 
 
 @dataclass(frozen=True)
 class TheoremResult:
     """A theorem and its verdict.
 
+    ``bound`` is the makespan that is proved, in ranks P and microbatches M; empty for other theorems.
     ``obligations`` counts all cases, ``non_vacuous`` those that arise at some size.  ``Refuted`` means that the
     statement is false at the size ``counterexample``.  ``Unknown`` may have one too: then the proof fails there (a time
     does not fit), and the statement may still hold.
@@ -56,6 +56,7 @@ class TheoremResult:
     seconds: float
     verdict: Proved | Refuted | Unknown
     counterexample: Counterexample | None = None
+    bound: str = ""
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -67,6 +68,7 @@ class TheoremResult:
             "verdict": self.verdict.word,
             "reason": self.reason,
             "counterexample": self.counterexample and self.counterexample.as_json(),
+            "bound": self.bound or None,
         }
 
     @property

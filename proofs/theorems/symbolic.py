@@ -52,6 +52,12 @@ class Rank:
         """The kind, with the suffix that tells two ranks apart."""
         return self.kind + self.suffix
 
+    @cached_property
+    def symbols(self) -> dict[str, Affine]:
+        """The symbols of the kind, each as it is called here, where it may have the suffix."""
+        names = sorted({name for size in self.sizes.values() for name in size.terms})
+        return {name.removesuffix(self.suffix): symbol(name) for name in names}
+
     def count(self, row: Row) -> Affine:
         """How often the row repeats, in the theorem's symbols."""
         return substitute(row.count, self.sizes)
@@ -199,3 +205,8 @@ def is_pop(step: Step, p: int) -> bool:
 def is_weight(step: Step, p: int) -> bool:
     """Marks every W, with or without a chunk."""
     return step[p].kind is W
+
+
+def computes_of(steps: tuple[Step, ...]) -> list[int]:
+    """The numbers of a body's steps that are computes."""
+    return [number for number, step in enumerate(steps) if is_compute(step, 0)]

@@ -4,7 +4,7 @@
     DualPipeV   0 -> 1 -> .. -> N-1 )                          N ranks; the lane turns in the middle rank
 
 h is a rank's distance from the nearer end.  Ranks with h <= N - 2 are *outer*, h = N - 1 is the *middle* (*lone* if
-N = 1, with times of its own).  Since some counts of a table depend on whether h is odd, h is written ``2 e + odd``.
+N = 1).  Since some counts of a table depend on whether h is odd, h is written ``2 e + odd``.
 """
 
 from __future__ import annotations
@@ -15,43 +15,11 @@ from dualpipe.schedule import RB, RF, SB, SF, B, F
 from dualpipe.schedule.generate import MIDDLE, OUTER
 from dualpipe.schedule.phase_table import Action, Affine, Table, symbol
 from proofs.theorems.constraint import Constraints, at_least, equal
-from proofs.theorems.family import Bounds, Family, Times, i
+from proofs.theorems.family import Bounds, Family
 from proofs.theorems.obligation import Link
 from proofs.theorems.symbolic import Rank
 
-N, H, h, odd = symbol("N"), symbol("H"), symbol("h"), symbol("odd")
-half = (h + odd) // 2
-
-OUTER_TIMES: dict[str, tuple[Affine | int, ...]] = {
-    "1 warm-up": (h + i,),
-    "2 other lane enters": (2 * N - h - 2 + 2 * i, 2 * N - h - 1 + 2 * i),
-    "2 last": (2 * N + h - 2, 2 * N + h - 1),
-    "3 first backwards": (2 * N + h + 3 * i, 2 * N + h + 1 + 3 * i, 2 * N + h + 2 + 3 * i),
-    "3 first backwards, last": (2 * N + h + 3 * i, 5 * N - 2 * h - 4, 5 * N - 2 * h - 3),
-    "4 first": (5 * N - 2 * h - 2, 6 * N - 3 * h - 1),
-    "4 overlapped": (6 * N - 3 * h + 2 + 6 * i, 6 * N - 3 * h + 5 + 6 * i),
-    "5 forwards end": (6 * H - 6 * N + 3 * h + 2 + 6 * i, 6 * H - 6 * N + 3 * h + 5 + 6 * i),
-    "6 full": (6 * H - 3 * h - 4 + 5 * i, 6 * H - 3 * h - 2 + 5 * i),
-    "6 turn": (6 * H - 4 - half, 6 * H - 2 - half),
-    "6 split": (6 * H - half - odd + 3 * i, 6 * H + 1 - half - odd + 3 * i),
-    "7 cooldown": (6 * H + h - 1 + 2 * i, 6 * H + h + 2 * i),
-    "8 weights": (6 * H + 2 * N - h - 3 + i,),
-    "end": (6 * H + 2 * N - 2,),
-}
-
-MIDDLE_TIMES: Times = OUTER_TIMES | {
-    "2 other lane enters": (N - 1 + 2 * i, N + 2 * i),
-    "2 last": (3 * N - 3, 3 * N - 2),
-    "4 first": (3 * N - 1, 3 * N, 3 * N + 2),
-    "4 overlapped": (3 * N + 5 + 6 * i, 3 * N + 8 + 6 * i),
-    "6 full": (6 * H - 3 * N - 1 + 5 * i, 6 * H - 3 * N + 1 + 5 * i),
-}
-
-LONE_TIMES: Times = OUTER_TIMES | {
-    "2 last": (0, 1),
-    "4 first": (2, 3, 5),
-    "4 overlapped": (8 + 6 * i, 11 + 6 * i),
-}
+N, H, h = symbol("N"), symbol("H"), symbol("h")
 
 TURN = {Action(F, 1): Action(F, 0), Action(B, 0): Action(B, 1)}
 """The actions of DualPipeV's middle rank that need its other chunk, where DualPipe receives from the mirror rank."""
@@ -67,7 +35,6 @@ def dualpipe(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
             "live": "P - h on the lane that enters at the nearer end, h + 1 on the other (h = min(r, P - 1 - r))",
             "memory": "P + 1 on every rank",
             "pending": "min(r, P - 1 - r) + 1 on rank r",
-            "makespan": "3M + P - 2",
         },
     )
 
@@ -82,7 +49,6 @@ def dualpipev(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
             "live": "2P - r in the lane's first half, r + 1 in its second on rank r",
             "memory": "2P + 1 on every rank",
             "pending": "r + 1 on rank r",
-            "makespan": "6M + 2P - 2",
         },
     )
 
@@ -102,16 +68,14 @@ def _two_way(name: str, sizes: str, ranks: Ranks, words: Mapping[str, str]) -> F
         links=(*_rows(ranks), *(() if folded else _mirrors(ranks))),
         chunks=(0, 1),
         each=H,
-        times={"outer": OUTER_TIMES, "middle": MIDDLE_TIMES, "lone": LONE_TIMES},
         bounds=Bounds(
             live=(2 * N - h, h + 1),
             memory=2 * N + 1,
             pending=h + 1,
-            makespan=6 * H + 2 * N - 2,
             words=words,
         ),
         values=_values,
-        world=lambda values: (values["N"] * lanes, values["H"] * lanes),
+        world=(N * lanes, H * lanes),
         turn=dict.fromkeys(("middle", "lone"), TURN) if folded else {},
     )
 

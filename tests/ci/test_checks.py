@@ -9,9 +9,10 @@ import pytest
 
 from ci.checks import prove, tests, theorems, trial
 from ci.checks.check import Check, run_check
-from ci.location import NOWHERE, Location, Locator, lines_of_rows, times_in
+from ci.golden import Count, Counts
+from ci.location import NOWHERE, Location, Locator, bounds_in, lines_of_rows
 from ci.process import Completed, python, run
-from ci.result import CheckResult, ExitCode, Finding, Verdict, exit_code
+from ci.result import BOOKKEEPING, CheckResult, ExitCode, Finding, Verdict, exit_code
 from tests.ci.conftest import ROOT
 
 FILES = [Path("a.txt"), Path("b.txt")]
@@ -44,66 +45,33 @@ def test_a_refuted_check_is_a_finding_with_its_story():
     assert (finding.rule, finding.schedule, finding.first_line) == ("order", "b", "b: rank 1 waits")
 
 
-def theorem(verdict: str = "proved", arising: int = 3) -> dict[str, object]:
+def theorem(verdict: str = "proved", arising: int = 3, **result: object) -> dict[str, object]:
     summary = {"name": "a: order", "statement": "s", "reason": "r", "obligations": 5, "non_vacuous": arising}
-    return {**summary, "verdict": verdict}
+    return {**summary, "verdict": verdict, **result}
 
 
-def read_theorems(*results: object, recorded: tuple[int, int] = (5, 3)):
-    check = theorems.check({"a: order": recorded}, {"a: order": (5, 3)}, "", LOCATOR, lambda name: False, times)
+def read_theorems(
+    *results: object, recorded: Counts | None = None, base: Counts | None = None, entries: tuple[str, ...] = ()
+):
+    kept = {"a: order": Count(5, 3)}
+    check = theorems.check(recorded or kept, base or kept, "", LOCATOR, entries.__contains__, bound_at)
     return check.read(done(*results))
 
 
-def times(family: str, reason: str) -> Location:
-    return Location(f"{family}.py", 7, "the recorded times")
+def bound_at(family: str, bound: str) -> Location:
+    return Location(f"{family}.py", 7)
 
 
-SLOWER = "the times of the proof do not fit this table: at 2 ranks"
-
-
-def test_recorded_times_that_no_longer_fit_are_outdated_and_name_their_file():
-    late = {**theorem("unknown"), "name": "a: deadlock", "reason": SLOWER}
-    rests = {**theorem("unknown"), "name": "a: makespan", "reason": "rests on deadlock, not proved"}
-    verdict, summary, (finding,) = read_theorems(theorem(), late, rests)
-    assert (verdict, summary) == (Verdict.OUTDATED, "the recorded times do not fit 1 of 3 theorems")
-    assert (finding.rule, finding.path, finding.line) == ("times", "a.py", 7)
-    assert SLOWER in finding.message
-    assert "edit the recorded times in a.py" in finding.message
-
-
-@pytest.mark.parametrize(
-    ("other", "verdict"),
-    [
-        ({"verdict": "refuted"}, Verdict.REFUSED),
-        ({"reason": "the solver gave up on x"}, Verdict.UNKNOWN),
-        ({"reason": "rests on totals, not proved"}, Verdict.UNKNOWN),
-        ({"name": "b: makespan", "reason": "rests on deadlock, not proved"}, Verdict.UNKNOWN),
-    ],
-)
-def test_recorded_times_hide_nothing_else(other, verdict):
-    late = {**theorem("unknown"), "name": "a: deadlock", "reason": SLOWER}
-    assert read_theorems(late, {**theorem("unknown"), **other})[0] is verdict
-
-
-def test_the_times_of_a_family_are_located_at_the_row_that_is_quoted():
-    find = times_in(ROOT)
-    place = find("zb1p", "B0 in row '4 cooldown' step 1 waits")
-    assert (ROOT / place.path).read_text().splitlines()[place.line - 1].strip().startswith('"4 cooldown": (')
-    assert find("dualpipev", "").path == "proofs/theorems/two_way.py"
-    assert "_TIMES" in (ROOT / find("1f1b", "").path).read_text().splitlines()[find("1f1b", "").line - 1]
-
-
-def test_a_refuted_bound_is_refused_and_named_beside_the_times_that_no_longer_fit():
-    late = {**theorem("unknown"), "name": "a: deadlock", "reason": SLOWER}
-    verdict, _, (refuted, outdated) = read_theorems(late, {**theorem("refuted"), "name": "a: pending"})
+def test_a_refuted_bound_is_named_with_the_line_where_it_is_written():
+    verdict, _, (refuted,) = read_theorems(theorem("refuted", name="a: pending"))
     assert verdict is Verdict.REFUSED
+    assert refuted.rule == "theorem"
     assert "edit pending and its words in the family's bounds, a.py:7" in refuted.message
-    assert (refuted.rule, outdated.rule) == ("theorem", "times")
 
 
 @pytest.mark.parametrize("family", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
 def test_a_bound_of_a_family_is_found_in_its_file(family):
-    place = times_in(ROOT)(family, "memory")
+    place = bounds_in(ROOT)(family, "memory")
     lines = (ROOT / place.path).read_text().splitlines()
     assert lines[place.line - 1].strip().startswith("memory=")
     if family in ("1f1b", "zb1p"):  # two families in one file
@@ -112,13 +80,34 @@ def test_a_bound_of_a_family_is_found_in_its_file(family):
 
 def test_theorems_pass_with_the_recorded_counts_and_no_others():
     assert read_theorems(theorem())[0] is Verdict.PASSED
-    assert read_theorems(theorem("unknown"))[0] is Verdict.UNKNOWN
+    verdict, summary, findings = read_theorems(theorem("unknown", reason="no times found"))
+    assert (verdict, summary, findings) == (Verdict.UNKNOWN, "1 of 1 not proved; a: order: no times found", ())
     verdict, _, (finding,) = read_theorems(theorem("refuted"))
     assert (verdict, finding.rule) == (Verdict.REFUSED, "theorem")
     verdict, _, findings = read_theorems(theorem(arising=2))
     assert verdict is Verdict.REFUSED
     assert [finding.rule for finding in findings] == ["counts", "counts"]
     assert read_theorems()[0] is Verdict.UNKNOWN
+
+
+def test_a_slower_schedule_passes_once_its_makespan_is_recorded_and_the_changelog_names_the_theorem():
+    name, before = "a: makespan", {"a: makespan": Count(5, 3, "3M + P - 2")}
+    slower = theorem(name=name, bound="3M + P - 1")
+    now = {name: Count(5, 3, "3M + P - 1")}
+    verdict, _, findings = read_theorems(slower, recorded=before, base=before)
+    assert verdict is Verdict.REFUSED
+    assert [finding.first_line.partition(",")[0] for finding in findings] == [
+        "a: makespan: 5 obligations of which 3 arise and the bound 3M + P - 1",
+        "a: makespan 3M + P - 1; was 3M + P - 2: say why in CHANGELOG.md",
+    ]
+    assert {finding.rule for finding in findings} <= BOOKKEEPING
+    assert len(read_theorems(slower, recorded=now, base=before)[2]) == 1
+    verdict, summary, _ = read_theorems(slower, recorded=now, base=before, entries=(name,))
+    assert verdict is Verdict.PASSED
+    assert summary == "1 theorems proved for every size; a: makespan 3M + P - 1; was 3M + P - 2"
+    page = (ROOT / "docs/how-to/gate.md").read_text()
+    assert summary.replace("1 theorems", "39 theorems").replace("a:", "dualpipe:") in page
+    assert read_theorems(slower, recorded=now, base={name: Count(5, 3)})[0] is Verdict.PASSED  # no bound recorded there
 
 
 def tried(verdict: str = "equal", **result: object) -> dict[str, object]:
@@ -249,8 +238,6 @@ def test_the_worst_verdict_counts_and_a_skipped_check_has_none():
     assert code(Verdict.PASSED, Verdict.SKIPPED) is ExitCode.PASSED
     assert code(Verdict.PASSED, Verdict.UNKNOWN) is ExitCode.UNKNOWN
     assert code(Verdict.UNKNOWN, Verdict.REFUSED) is ExitCode.REFUSED
-    assert code(Verdict.PASSED, Verdict.OUTDATED) is ExitCode.REFUSED
-    assert code(Verdict.UNKNOWN, Verdict.OUTDATED) is ExitCode.UNKNOWN
 
 
 def test_bookkeeping_alone_is_no_fault():

@@ -1,13 +1,29 @@
 """The records that a change must keep: goldens, changelog, counts."""
 
+import json
+
 import pytest
 
-from ci import GateError
+from ci import GateError, golden
 from ci.change import ScheduleChange
 from ci.checks.records import check_changelog, check_generator, check_goldens
 from ci.checks.theorems import fallen_counts, stale_counts
-from ci.golden import COUNTS, DIGESTS, Expansion, digest, path_of, read_counts, read_digests, show_counts, write
+from ci.golden import (
+    COUNTS,
+    DIGESTS,
+    Count,
+    Expansion,
+    count_theorems,
+    digest,
+    path_of,
+    read_counts,
+    read_digests,
+    show_counts,
+    write,
+)
+from ci.process import Completed
 from ci.result import Verdict
+from tests.ci.conftest import ROOT
 
 NOW = Expansion({"a-P2-M4": "rank 0: x\n"}, {"a-P9-M9": "rank 0: y\n"})
 CHANGE = ScheduleChange("a-P2-M4", "rank 0: w\n", "rank 0: x\n")
@@ -66,24 +82,38 @@ def test_without_a_schedule_change_no_entry_is_needed():
 
 
 def test_a_count_that_is_not_the_recorded_one_is_stale():
-    (finding,) = stale_counts({"a: order": (9, 4)}, {"a: order": (9, 5)})
+    (finding,) = stale_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 5)})
     assert finding.rule == "counts"
     assert "9 obligations of which 5 arise" in finding.message
     assert finding.path == COUNTS
-    assert stale_counts({"a: order": (9, 4)}, {"a: order": (9, 4)}) == []
+    assert stale_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 4)}) == []
 
 
 def test_a_count_that_falls_needs_an_explanation_even_where_the_record_is_up_to_date():
-    (finding,) = fallen_counts({"a: order": (9, 4)}, {"a: order": (9, 3)}, lambda name: False)
+    (finding,) = fallen_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 3)}, lambda name: False)
     assert "3 obligations arise, 4 before" in finding.message
-    assert fallen_counts({"a: order": (9, 4)}, {"a: order": (9, 3)}, lambda name: name == "a: order") == []
-    assert fallen_counts({"a: order": (9, 4)}, {}, lambda name: False) != []
+    assert fallen_counts({"a: order": Count(9, 4)}, {"a: order": Count(9, 3)}, lambda name: name == "a: order") == []
+    assert fallen_counts({"a: order": Count(9, 4)}, {}, lambda name: False) != []
 
 
 def test_records_read_back_as_they_were_written():
-    counts = {"1f1b: order": (24, 24), "dualpipe: W in order": (3, 0)}
+    counts = {"1f1b: makespan": Count(24, 24, "3M + 3P - 3"), "dualpipe: W in order": Count(3, 0)}
     assert read_counts(show_counts(counts)) == counts
     assert read_digests(NOW.files({})[DIGESTS]) == {"a-P9-M9": digest("rank 0: y\n")}
+
+
+def test_a_theorem_that_is_not_proved_keeps_the_count_that_is_recorded(monkeypatch):
+    """Its obligations were not all looked at, so their number says nothing."""
+    rows = [
+        {"name": "a: order", "verdict": "proved", "obligations": 9, "non_vacuous": 5, "reason": "", "bound": None},
+        {"name": "a: makespan", "verdict": "unknown", "obligations": 0, "non_vacuous": 0, "reason": "no times"},
+        {"name": "a: new", "verdict": "refuted", "obligations": 1, "non_vacuous": 1, "reason": "no"},
+    ]
+    out = "".join(json.dumps(row) + "\n" for row in rows)
+    monkeypatch.setattr(golden, "run", lambda *_: Completed(1, out, "", 1.0))
+    counts, unproved = count_theorems(ROOT, {"a: makespan": Count(3, 2, "3M"), "a: gone": Count(1, 1)})
+    assert counts == {"a: order": Count(9, 5), "a: makespan": Count(3, 2, "3M")}
+    assert unproved == {"a: makespan": "no times", "a: new": "no"}
 
 
 @pytest.mark.parametrize("text", ["order 1 2\n", "a: order  1\n", "a: order  x y\n"])

@@ -151,7 +151,7 @@ ROWS: dict[str, Row] = {
         ("tests/soundness", "tests/megatron", "tests/gpu", *_CLI),
     ),
     **dict.fromkeys(
-        ("dualpipe/pipeline.py", "dualpipe/runtime/modules.py", "dualpipe/runtime/replicas.py"),
+        ("dualpipe/pipeline.py", "dualpipe/runtime/replicas.py"),
         Row(("trial",), ("tests/production",), ("tests/soundness", *_CLI)),
     ),
     "dualpipe/megatron/": Row(("trial, Megatron",), ("tests/megatron",), ("tests/gpu", *_CLI)),
@@ -244,6 +244,9 @@ ROWS: dict[str, Row] = {
     ),
     "tests/production/test_pipeline.py": Row(
         (), ("tests/production/test_pipeline.py", "tests/production/test_widths.py")
+    ),
+    "tests/production/test_weightgrad.py": Row(
+        (), ("tests/production/test_weightgrad.py", "tests/production/test_unsplit.py")
     ),
     "tests/proofs/": Row((), ("tests/proofs",), ("tests/page", "tests/docs/test_museum.py")),
     "tests/record/": Row((), ("tests/record",)),

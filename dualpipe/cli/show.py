@@ -29,10 +29,10 @@ def show(
     schedule: Named = "dualpipe",
     timeline: Annotated[
         bool,
-        typer.Option("--timeline", help="Draw a timeline instead, with a line per rank."),
+        typer.Option("--timeline", help="Draw a timeline instead, with one line per rank."),
     ] = False,
     svg: Annotated[Path | None, typer.Option(help="Write a picture of the timeline to this file instead.")] = None,
-    png: Annotated[Path | None, typer.Option(help="The same as PNG.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the same picture as PNG.")] = None,
     cost: Cost = None,
     entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,

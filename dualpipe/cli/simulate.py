@@ -35,7 +35,7 @@ def simulate(
     blocking: Blocking = False,
     trace: Annotated[
         Path | None,
-        typer.Option(help="Also write a trace for ui.perfetto.dev, with a millisecond for each unit of time."),
+        typer.Option(help="Also write a trace for ui.perfetto.dev, with one millisecond per unit of time."),
     ] = None,
     entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,

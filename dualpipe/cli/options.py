@@ -56,18 +56,18 @@ Microbatches = Annotated[
         show_default=False,
     ),
 ]
-Named = Annotated[
+ScheduleOption = Annotated[
     str,
     typer.Option("--schedule", help=f"{NAMES}, a schedule file or module:function.", autocompletion=complete_schedule),
 ]
-Positional = typer.Argument(
+_ARGUMENT = typer.Argument(
     metavar="SCHEDULE",
     help=f"A schedule file, a table (.csv), module:function, or {NAMES}.",
     show_default=False,
     autocompletion=complete_schedule,
 )
-One = Annotated[str | None, Positional]
-Several = Annotated[list[str] | None, Positional]
+ScheduleArgument = Annotated[str | None, _ARGUMENT]
+ScheduleArguments = Annotated[list[str] | None, _ARGUMENT]
 Blocking = Annotated[
     bool, typer.Option("--blocking", help="Wait at each message slot until all its messages are matched.")
 ]

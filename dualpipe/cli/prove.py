@@ -14,9 +14,9 @@ from dualpipe.cli.interrupt import interruptible
 from dualpipe.cli.options import (
     EntryTimeout,
     Microbatches,
-    Named,
     Ranks,
-    Several,
+    ScheduleArguments,
+    ScheduleOption,
     find_schedule,
     find_schedules,
     gibibytes,
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 )
 def prove(
     context: typer.Context,
-    schedules: Several = None,
+    schedules: ScheduleArguments = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
-    schedule: Named = "dualpipe",
+    schedule: ScheduleOption = "dualpipe",
     model: Annotated[
         str,
         typer.Option(

@@ -11,7 +11,17 @@ import typer
 
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.entrypoint import LIMIT_SECONDS
-from dualpipe.cli.options import Cost, EntryTimeout, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.options import (
+    Cost,
+    EntryTimeout,
+    Json,
+    Microbatches,
+    Ranks,
+    ScheduleArgument,
+    ScheduleOption,
+    choose,
+    find_schedule,
+)
 from dualpipe.cli.targets import PNG, SVG, Target, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
@@ -23,10 +33,10 @@ from dualpipe.schedule.text import dumps
     epilog=examples("dualpipe show -P 4 -M 8", "dualpipe show zb1p -P 3 -M 6 --timeline", "dualpipe show table.csv")
 )
 def show(
-    positional: One = None,
+    positional: ScheduleArgument = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
-    schedule: Named = "dualpipe",
+    schedule: ScheduleOption = "dualpipe",
     timeline: Annotated[
         bool,
         typer.Option("--timeline", help="Draw a timeline instead, with one line per rank."),

@@ -16,9 +16,9 @@ from dualpipe.cli.options import (
     EntryTimeout,
     Json,
     Microbatches,
-    Named,
-    One,
     Ranks,
+    ScheduleArgument,
+    ScheduleOption,
     choose,
     find_schedule,
 )
@@ -27,10 +27,10 @@ from dualpipe.cli.targets import TRACE, check_targets, target
 
 @app.command(epilog=examples("dualpipe simulate -P 8 -M 32 --cost F=1,B=1,W=1", "dualpipe simulate mine.txt --json"))
 def simulate(
-    positional: One = None,
+    positional: ScheduleArgument = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
-    schedule: Named = "dualpipe",
+    schedule: ScheduleOption = "dualpipe",
     cost: Cost = None,
     blocking: Blocking = False,
     trace: Annotated[

@@ -17,9 +17,9 @@ from dualpipe.cli.options import (
     EntryTimeout,
     Json,
     Microbatches,
-    Named,
-    One,
     Ranks,
+    ScheduleArgument,
+    ScheduleOption,
     choose,
     find_schedule,
 )
@@ -50,13 +50,13 @@ def _flag(name: str, text: str) -> Any:
     )
 )
 def verify(
-    positional: One = None,
+    positional: ScheduleArgument = None,
     model: Annotated[
         Model, typer.Option(help="lm: a small language model; gpt, moe: Megatron's models, compared with its own 1F1B.")
     ] = Model.lm,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
-    schedule: Named = "dualpipe",
+    schedule: ScheduleOption = "dualpipe",
     dtype: Annotated[Dtype, typer.Option(help="Weights and activations.")] = Dtype.fp32,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the fake ranks' interleaving.")] = 0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 from ci import GateError
@@ -23,7 +22,7 @@ REPOSITORY_VARIABLES = (
     "GIT_SHALLOW_FILE",
     "GIT_WORK_TREE",
 )
-"""What git sets for its hooks.  In a scratch clone these would lead back to the repository of the hook."""
+"""The variables that git sets for its hooks.  In a scratch clone they would lead back to the hook's own repository."""
 
 
 def environment() -> dict[str, str]:
@@ -31,16 +30,15 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in REPOSITORY_VARIABLES}
 
 
-def git(root: Path, *arguments: str, may_fail: bool = False, more: Mapping[str, str] | None = None) -> bytes:
-    """The output of git in ``root``; with ``may_fail`` also if it fails.  Raises ``GateError``."""
+def git(root: Path, *arguments: str, may_fail: bool = False) -> bytes:
+    """The output of git in ``root``.  Raises ``GateError`` if git fails, unless ``may_fail``."""
     command = ["git", *arguments]
-    variables = environment() | dict(more or {})
-    process = subprocess.run(command, cwd=root, capture_output=True, timeout=LIMIT_S, env=variables, check=False)
+    process = subprocess.run(command, cwd=root, capture_output=True, timeout=LIMIT_S, env=environment(), check=False)
     if process.returncode and not may_fail:
-        said = process.stderr.decode(errors="replace").strip().splitlines()
+        lines = process.stderr.decode(errors="replace").strip().splitlines()
         raise GateError(
             "the gate needs a git work tree",
-            f"git {arguments[0]} in {root} says: {said[0] if said else 'nothing'}",
+            f"git {arguments[0]} in {root} says: {lines[0] if lines else 'nothing'}",
             "run it from the repository's root",
         )
     return process.stdout

@@ -1,7 +1,7 @@
 """``python -m ci.golden [--no-theorems]``: writes the files of tests/golden.
 
-Each named schedule as text at a few sizes, digests of more sizes, and the counts of the theorems.  The gate refuses a
-golden file that is not what the tree's own generator gives.
+They hold each named schedule as text at a few sizes, its digests at more sizes, and the counts of the theorems.  The
+gate refuses a golden file that differs from the output of the tree's own generator.
 
 Exit code 0: written.  2: a schedule cannot be expanded, or the theorems cannot be counted.  70: an internal error.
 """
@@ -48,9 +48,10 @@ Counts = Mapping[str, Count]
 
 @dataclass(frozen=True)
 class Expansion:
-    """What a tree's generator gives.
+    """The output of a tree's generator, by name of the schedule.
 
-    The texts of the shown and the digested schedules, the rows that made them, and the errors of those that failed.
+    ``shown`` and ``digested`` are texts of schedules, ``rows`` the rows that they were expanded from, ``failed`` the
+    errors of those that could not be expanded.  ``ci/child/expand.py`` describes them.
     """
 
     shown: Mapping[str, str]
@@ -63,9 +64,9 @@ class Expansion:
         return {**self.shown, **self.digested}
 
     def files(self, kept: Mapping[str, str]) -> dict[str, str]:
-        """The golden files of this expansion, by path, without the counts of the theorems.
+        """The texts of the golden files by path, without the counts of the theorems.
 
-        A schedule that failed keeps its present file of ``kept``.
+        ``kept`` are the present files; a schedule that failed keeps its own.
         """
         digests = {name: value for name, value in read_digests(kept.get(DIGESTS, "")).items() if name in self.failed}
         digests |= {name: digest(text) for name, text in self.digested.items()}
@@ -84,7 +85,7 @@ def digest(text: str) -> str:
 
 
 def expansion(root: Path, tree: Path | None = None) -> Expansion:
-    """Expand the schedules of ``tree`` (``root`` if ``None``) in a process of its own.
+    """Expand the schedules of ``tree`` (``root`` if ``None``) in a separate process.
 
     Raises ``GateError`` if the tree's generator fails or exceeds its time limit.
     """
@@ -107,7 +108,7 @@ def is_golden_schedule(path: str) -> bool:
 
 
 def read_digests(text: str) -> dict[str, str]:
-    """The digests by name.  Raises ``GateError`` for a line of another form."""
+    """The digests by name of the schedule.  Raises ``GateError`` for a malformed line."""
     found = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, space, value = line.partition(" ")
@@ -118,7 +119,7 @@ def read_digests(text: str) -> dict[str, str]:
 
 
 def read_counts(text: str) -> dict[str, Count]:
-    """The recorded counts.  Raises ``GateError`` for a line of another form."""
+    """The recorded counts.  Raises ``GateError`` for a malformed line."""
     found = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name, _, rest = line.partition("  ")
@@ -158,13 +159,16 @@ def count_theorems(root: Path, kept: Counts) -> tuple[dict[str, Count], dict[str
 
 
 def kept_files(root: Path) -> dict[str, str]:
-    """The present golden files of the generator, by path."""
+    """The present golden files of schedules, by path."""
     files = {f"{FOLDER}/{file.name}": file for file in sorted((root / FOLDER).glob("*.txt"))}
     return {path: file.read_text(errors="replace") for path, file in files.items() if is_golden_schedule(path)}
 
 
 def write(root: Path, files: Mapping[str, str]) -> list[str]:
-    """Write golden files and remove those of other schedules.  Returns the paths that changed."""
+    """Write the golden files, and remove those that are not in ``files``, except the counts.
+
+    Returns the paths that changed.
+    """
     changed = []
     for path in sorted({*files, *(f"{FOLDER}/{file.name}" for file in (root / FOLDER).glob("*.txt"))}):
         file = root / path

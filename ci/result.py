@@ -8,11 +8,14 @@ from enum import Enum, IntEnum
 from typing import Any
 
 BOOKKEEPING = frozenset({"golden", "changelog", "counts"})
-"""Rules that compare a record with the tree: their findings are no faults of a schedule, and hide none."""
+"""Rules that compare a record with the tree.  Their findings mean that a record is wrong, not that a schedule is."""
 
 
 class Verdict(Enum):
-    """The verdict of a check.  Skipped: it did not run, which is not passed and no verdict on the change."""
+    """The verdict of a check.
+
+    ``SKIPPED``: the check did not run.  That does not count as passed, and is not a verdict on the change.
+    """
 
     PASSED = "passed"
     REFUSED = "refused"
@@ -36,13 +39,13 @@ class Finding:
     Parameters
     ----------
     rule:
-        The rule that refuses it: a check of ``prove``, ``bitwise``, ``run``, ``test``, ``golden`` and so on.
+        The rule that the change breaks: a check of ``prove``, ``bitwise``, ``run``, ``test``, ``golden`` and so on.
     message:
         The story; its first line says what is wrong.
     path, line:
         Its location in the sources.
     schedule, data:
-        For a finding about a schedule: its name, and the finding as ``prove`` gives it.
+        For a finding about a schedule: the schedule's name, and the finding as JSON of ``dualpipe prove``.
     """
 
     rule: str
@@ -61,7 +64,7 @@ class Finding:
 class CheckResult:
     """The verdict of a check, and its findings.
 
-    ``why`` is the reason for running the check; ``summary`` says in a few words what it did, or why it has no verdict.
+    ``why`` says why the check was needed; ``summary`` says briefly what it did, or why it has no verdict.
     """
 
     check: str
@@ -73,7 +76,7 @@ class CheckResult:
 
     @property
     def is_fault(self) -> bool:
-        """Whether it refuses the change for more than bookkeeping."""
+        """Whether the check refuses the change by a rule that is not in ``BOOKKEEPING``."""
         rules = {finding.rule for finding in self.findings}
         return self.verdict is Verdict.REFUSED and not (rules and rules <= BOOKKEEPING)
 

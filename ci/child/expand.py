@@ -4,10 +4,10 @@ Run as a script, with the tree first on the path, so that it can expand the tree
 
     PYTHONPATH=TREE python -P ci/child/expand.py TREE
 
-``shown`` maps a name such as ``dualpipe-P4-M8`` to the schedule's text, ``digested`` likewise for the sizes with only
-a digest in tests/golden, ``failed`` to the error of a schedule that the tree's code cannot generate.  ``rows`` gives
-the phase table row of each op, except for the large schedules: ``rows[name]["rows"]`` lists ``[table, row]``, and
-``rows[name]["ranks"][rank][slot]`` has one index into it per op.
+The object has four maps, each by names such as ``dualpipe-P4-M8``.  ``shown`` has the text of the schedule.
+``digested`` has it for the sizes of which tests/golden keeps only a digest.  ``failed`` has the error of a schedule
+that the tree's code cannot generate.  ``rows`` has the phase table row of each op, except for the large schedules:
+``rows[name]["rows"]`` lists ``[table, row]``, and ``rows[name]["ranks"][rank][slot]`` has one index into it per op.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SHOWN = [(2, 4), (4, 8), (6, 14), (8, 20)]
 """Ranks and microbatches of the schedules that are kept as text."""
 
 DIGESTED = [(1, 1), (1, 4), (2, 2), (2, 10), (3, 7), (4, 20), (5, 13), (8, 16), (10, 24), (12, 40), (16, 64), (24, 50)]
-"""Further sizes, of which a digest is kept, if the schedule can have them."""
+"""Further sizes, of which only a digest is kept.  A named schedule is left out at a size that it does not support."""
 
 LARGEST_TRACED = 150
-"""Ranks times microbatches of the largest digested schedules in ``rows``."""
+"""The largest product of ranks and microbatches at which ``rows`` has a digested schedule."""
 
 LOWERED = [(2, 4), (4, 8)]
 """Sizes at which ``lower`` adds the messages to the computes of each named schedule."""
@@ -53,7 +53,7 @@ def expand(tree: Path) -> dict[str, Any]:
             made = make()
         except SizeError:
             return
-        except Exception as error:  # of any kind: the gate reports it
+        except Exception as error:  # any error of the tree's code: the gate reports it
             failed[name] = f"{type(error).__name__}: {error}"
         else:
             into[name] = made
@@ -78,7 +78,7 @@ def named(name: str, ranks: int, microbatches: int) -> str:
 
 
 def rows_of(planner: Any, ranks: int, microbatches: int) -> dict[str, Any] | None:
-    """Which row made each op of a schedule; ``None`` in a tree without ``phase_table.trace``."""
+    """The row that each op of a schedule was expanded from; ``None`` in a tree without ``phase_table.trace``."""
     from dualpipe.schedule import generate, phase_table
 
     if not hasattr(phase_table, "trace"):
@@ -95,5 +95,5 @@ def rows_of(planner: Any, ranks: int, microbatches: int) -> dict[str, Any] | Non
 
 
 if __name__ == "__main__":
-    answer, sys.stdout = sys.stdout, sys.stderr  # what the tree prints is not the answer
+    answer, sys.stdout = sys.stdout, sys.stderr  # keeps what the tree prints out of the answer
     json.dump(expand(Path(sys.argv[1])), answer)

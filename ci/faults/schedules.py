@@ -17,7 +17,7 @@ FAULTS = (
     ),
     fault(
         3,
-        "in the middle, where both lanes have one peer, two receives swapped",
+        "two receives swapped on a middle rank, where both lanes have the same peer",
         GENERATE,
         '"F0 SF1 RB1 B1+W1 SF0 SB1 RF1 RB0 F1+B0+W0 SF1 SB0"',
         '"F0 SF1 RB1 B1+W1 SF0 SB1 RB0 RF1 F1+B0+W0 SF1 SB0"',
@@ -101,7 +101,7 @@ FAULTS = (
     ),
     fault(
         31,
-        "stages placed in a loop for a V",
+        "stages placed in a loop instead of a V",
         GENERATE,
         "{UP: (*range(ranks), *reversed(range(ranks)))}",
         "{UP: (*range(ranks), *range(ranks))}",
@@ -148,7 +148,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "a stack instead of a queue: the W deferred last runs first",
+        "a stack instead of a queue: the W that was deferred last runs first",
         TABLE,
         "oldest = deferred.popleft()",
         "oldest = deferred.pop()",
@@ -158,7 +158,7 @@ FAULTS = (
     ),
     fault(
         2,
-        "each side orders its messages by its own needs: sends when produced, receives when consumed",
+        "each rank orders its messages by itself: a send when it is produced, a receive when it is consumed",
         LOWER,
         "yield _Event((end, False, made.rank, made.position), ((made.rank, (send,)), (rank, (receive,))))",
         """yield _Event((end, False, made.rank, made.position), ((made.rank, (send,)),))
@@ -179,7 +179,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "a message takes the receiver's rank for the sender's",
+        "the sender's and the receiver's rank of a message swapped",
         LOWER,
         "((made.rank, (send,)), (rank, (receive,)))",
         "((rank, (send,)), (made.rank, (receive,)))",

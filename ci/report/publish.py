@@ -1,4 +1,4 @@
-"""Writes the reports; the only module of them with side effects."""
+"""Writes the reports.  No other module of this package has side effects."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SUMMARY = "GITHUB_STEP_SUMMARY"
 
 
 def prepare(output: Path | None, html: Path | None) -> None:
-    """Remove the reports of another run, so that nobody takes them for this one's.
+    """Remove the reports of an earlier run, so that nobody mistakes them for those of this run.
 
-    Raises ``GateError`` for a report that cannot be written, before the checks run.
+    It is called before the checks run.  Raises ``GateError`` for a report that could not be written.
     """
     if output is not None:
         with _bad_input("--output is a folder for the reports"):
@@ -46,11 +46,11 @@ def _bad_input(rule: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise GateError(rule, str(error), "make it one, or name another") from error
+        raise GateError(rule, str(error), "make it writable, or name another") from error
 
 
 def _clear(file: Path) -> None:
-    """Raises ``OSError`` if it cannot be written.  In a folder where nothing can be removed it stays, empty."""
+    """Remove a file, or empty it if its folder forbids removal.  Raises ``OSError`` if it cannot be written."""
     file.open("w").close()
     if file.is_file():
         with suppress(OSError):
@@ -58,9 +58,10 @@ def _clear(file: Path) -> None:
 
 
 def publish(evaluation: Evaluation, root: Path, output: Path | None, html: Path | None) -> list[str]:
-    """Write all reports into ``output``, and add the Markdown page to the job's summary where there is one.
+    """Write all reports into ``output``, and add the Markdown page to the job's summary if the job has one.
 
-    Returns what could not be written, with the reasons: a tree that is refused may be too broken to draw.
+    Returns a line with the reason for each report that could not be written, since a refused tree may be too broken to
+    draw its timelines.
     """
     problems = _write_page_and_data(markdown(evaluation), terminal(evaluation, as_json=True), output)
     pages = [html] if html is not None else []
@@ -71,12 +72,15 @@ def publish(evaluation: Evaluation, root: Path, output: Path | None, html: Path 
 
 
 def publish_complaint(error: Exception, output: Path | None) -> None:
-    """Write into a job's reports that there is no evaluation, if they can be written."""
+    """Write an error into the Markdown page, the JSON file and the job's summary, in place of the evaluation.
+
+    A file that cannot be written is skipped.
+    """
     _write_page_and_data(complaint_in_markdown(error), json.dumps(complaint(error)) + "\n", output)
 
 
 def _write_page_and_data(page: str, data: str, output: Path | None) -> list[str]:
-    """Write the Markdown page and the object, and add the page to the job's summary where there is one."""
+    """Write the Markdown page and the JSON file, and add the page to the job's summary if the job has one."""
     problems = []
     if output is not None:
         problems += _write(output / "gate.md", page) + _write(output / "gate.json", data)
@@ -86,7 +90,7 @@ def _write_page_and_data(page: str, data: str, output: Path | None) -> list[str]
 
 
 def _write(file: Path, text: str, mode: str = "w") -> list[str]:
-    """Write a file; returns the reason if that is not possible."""
+    """Write a file.  Returns a line with the reason if it cannot be written, else nothing."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open(mode, encoding="utf-8", errors="backslashreplace") as opened:
@@ -97,7 +101,7 @@ def _write(file: Path, text: str, mode: str = "w") -> list[str]:
 
 
 def _draw(evaluation: Evaluation, root: Path, files: Sequence[Path]) -> list[str]:
-    """Write the page with the timelines to each of the files; returns why it could not be, if it could not."""
+    """Write the page with the timelines to each of the files.  Returns a line for each that could not be written."""
     if not files:
         return []
     done = run(python("-m", "ci.child.page"), root, PAGE_LIMIT_S, stdin=json.dumps(page(evaluation)))

@@ -1,4 +1,4 @@
-"""The application with which every command registers itself."""
+"""The Typer application; each command registers itself with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _show_version(asked: bool) -> None:
     if asked:
         try:
             installed = version("dualpipe-harness")
-        except PackageNotFoundError:  # run from its sources
+        except PackageNotFoundError:  # run from the sources, without an installation
             installed = "(not installed)"
         typer.echo(f"dualpipe {installed}")
         raise typer.Exit
@@ -43,7 +43,11 @@ def dualpipe(
     - a compute-only table of torch.distributed.pipelining (.csv)
     - module:function, a Python function that returns a Schedule or its text
 
-    Every command exits with 2 for bad input, 70 for an internal error, which is no verdict, 130 for Ctrl-C, 143 for
-    SIGTERM and 141 if nobody reads its output to the end. With --json an error is also printed as a JSON object,
-    except for a misspelt command or option.
+    Exit codes of every command:
+    2: bad input
+    70: an internal error; this is not a verdict
+    130: ended by Ctrl-C
+    141: the reader of the output closed it early
+    143: ended by SIGTERM
+    With --json, an error is also printed as a JSON object, unless a command or option is misspelt.
     """

@@ -16,62 +16,60 @@ from dualpipe.schedule.generate import PLANS, generate
 from dualpipe.schedule.text import load
 
 NAMES = ", ".join(PLANS)
-MOST_SECONDS = 1_000_000
-LEAST_GIBIBYTES, MOST_GIBIBYTES = 0.2, 100_000
-_LONGEST_NAME = 255
-"""The longest file name in bytes, on all common file systems of Linux."""
+MAX_SECONDS = 1_000_000
+MIN_GIBIBYTES, MAX_GIBIBYTES = 0.2, 100_000
+_MAX_NAME_BYTES = 255
+"""The length limit of file names on all common file systems of Linux."""
 
 
 def complete_schedule(incomplete: str) -> list[str]:
-    """The names that a shell offers for a schedule; if none fits, the shell completes file names by itself."""
+    """The names that a shell offers for a schedule; if none matches, the shell completes file names instead."""
     return [name for name in PLANS if name.startswith(incomplete)]
 
 
 def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
     """Reject timeouts that are not positive, or too long for the clock."""
-    if value is not None and not 0 < value <= MOST_SECONDS:
+    if value is not None and not 0 < value <= MAX_SECONDS:
         raise RuleError(
-            f"{option.opts[-1]} is more than 0 and at most {MOST_SECONDS} seconds", f"got {value:g}", "correct it"
+            f"{option.opts[-1]} is more than 0 and at most {MAX_SECONDS} seconds", f"got {value:g}", "correct it"
         )
     return value
 
 
 def gibibytes(option: typer.CallbackParam, value: float | None) -> float | None:
     """Reject memory limits in which Z3 cannot even start."""
-    if value is not None and not LEAST_GIBIBYTES <= value <= MOST_GIBIBYTES:
-        raise RuleError(
-            f"{option.opts[-1]} is {LEAST_GIBIBYTES} to {MOST_GIBIBYTES} GiB", f"got {value:g}", "correct it"
-        )
+    if value is not None and not MIN_GIBIBYTES <= value <= MAX_GIBIBYTES:
+        raise RuleError(f"{option.opts[-1]} is {MIN_GIBIBYTES} to {MAX_GIBIBYTES} GiB", f"got {value:g}", "correct it")
     return value
 
 
 Ranks = Annotated[
     int | None,
-    typer.Option("-P", "--ranks", help="Ranks of the pipeline; 4, or those of the file.", show_default=False),
+    typer.Option("-P", "--ranks", help="Number of ranks; by default 4, or as in the file.", show_default=False),
 ]
 Microbatches = Annotated[
     int | None,
     typer.Option(
         "-M",
         "--microbatches",
-        help="Microbatches of all lanes; 2P, or those of the file.",
+        help="Number of microbatches of all lanes together; by default 2P, or as in the file.",
         show_default=False,
     ),
 ]
-Named = Annotated[
+ScheduleOption = Annotated[
     str,
     typer.Option("--schedule", help=f"{NAMES}, a schedule file or module:function.", autocompletion=complete_schedule),
 ]
-Positional = typer.Argument(
+_ARGUMENT = typer.Argument(
     metavar="SCHEDULE",
     help=f"A schedule file, a table (.csv), module:function, or {NAMES}.",
     show_default=False,
     autocompletion=complete_schedule,
 )
-One = Annotated[str | None, Positional]
-Several = Annotated[list[str] | None, Positional]
+ScheduleArgument = Annotated[str | None, _ARGUMENT]
+ScheduleArguments = Annotated[list[str] | None, _ARGUMENT]
 Blocking = Annotated[
-    bool, typer.Option("--blocking", help="Wait at each message slot until all its messages have matched.")
+    bool, typer.Option("--blocking", help="Wait at each message slot until all its messages are matched.")
 ]
 Cost = Annotated[
     str | None,
@@ -96,7 +94,7 @@ class Dtype(StrEnum):
 
 
 def choose(positional: str | None, named: str) -> str:
-    """The name of the schedule, which is given as an argument or with ``--schedule``."""
+    """The name of the schedule, from the argument or from ``--schedule``; an error if both are given."""
     if positional is not None and named != "dualpipe":
         raise RuleError(
             "give one schedule, as argument or with --schedule, not both",
@@ -109,7 +107,7 @@ def choose(positional: str | None, named: str) -> str:
 def find_schedule(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> Schedule:
-    """The single schedule of a name; see ``find_schedules``."""
+    """The schedule of a name that stands for exactly one; see ``find_schedules``."""
     found = find_schedules(name, ranks, microbatches, entry_timeout)
     if len(found) > 1:
         raise RuleError(
@@ -121,21 +119,22 @@ def find_schedule(
 def find_schedules(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> list[Schedule]:
-    """The schedules of a name: one of ``PLANS``, generated for the sizes; a file; or ``module:function``.
+    """The schedules that a name stands for.
 
-    The sizes of a file or an entry point's schedules must agree with ``ranks`` and ``microbatches`` if those are given.
-    An entry point may take ``entry_timeout`` seconds.
+    The name is one of ``PLANS``, which is generated for the given sizes; a file; or ``module:function``.
+    If ``ranks`` or ``microbatches`` are given, the schedules of a file or a function must have these sizes.
+    The function may take ``entry_timeout`` seconds.
     """
     if name in PLANS:
         size = 4 if ranks is None else ranks
         return [generate(name, size, 2 * size if microbatches is None else microbatches)]
     path = Path(name)
     if not name:
-        raise RuleError(f"a schedule is {NAMES}, or a file, or module:function", "got an empty name", "name one")
-    if path.name and len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise RuleError(f"a schedule is {NAMES}, or a file, or module:function", "got an empty name", "give a name")
+    if path.name and len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
         raise RuleError(
-            f"the name of a file has at most {_LONGEST_NAME} bytes",
-            f"got one of {len(os.fsencode(path.name))}: {name[:40]}...",
+            f"the name of a file has at most {_MAX_NAME_BYTES} bytes",
+            f"got {len(os.fsencode(path.name))} bytes: {name[:40]}...",
             "name a file, not its content",
         )
     if path.is_dir():

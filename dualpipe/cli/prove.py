@@ -14,9 +14,9 @@ from dualpipe.cli.interrupt import interruptible
 from dualpipe.cli.options import (
     EntryTimeout,
     Microbatches,
-    Named,
     Ranks,
-    Several,
+    ScheduleArguments,
+    ScheduleOption,
     find_schedule,
     find_schedules,
     gibibytes,
@@ -42,56 +42,62 @@ if TYPE_CHECKING:
 )
 def prove(
     context: typer.Context,
-    schedules: Several = None,
+    schedules: ScheduleArguments = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
-    schedule: Named = "dualpipe",
+    schedule: ScheduleOption = "dualpipe",
     model: Annotated[
         str,
         typer.Option(
-            help="Model of communication: all, blocking, eager, eager:CAPACITY (eager is 1), stream (as blocking)."
+            help="Model of communication: all, blocking, eager (eager:1), eager:CAPACITY, stream (verdict as blocking)."
         ),
     ] = "all",
     max_activations: Annotated[int | None, typer.Option(help="Bound on live activations of every rank.")] = None,
-    bytes_for_b: Annotated[str | None, typer.Option(help="Bytes per stage that are live from F to B: 8,8,8,9.")] = None,
-    bytes_for_w: Annotated[str | None, typer.Option(help="Bytes per stage that are live from B to W: 3,3,3,4.")] = None,
+    bytes_for_b: Annotated[
+        str | None, typer.Option(help="Bytes of each stage that are live from F to B, as in 8,8,8,9.")
+    ] = None,
+    bytes_for_w: Annotated[
+        str | None, typer.Option(help="Bytes of each stage that are live from B to W, as in 3,3,3,4.")
+    ] = None,
     smtlib: Annotated[
         Path | None,
         typer.Option(
-            help="Write the obligations of one schedule, under the first model, to this file for another solver."
+            help="Write the proof obligations of one schedule, under the first model, to this file, for another solver."
         ),
     ] = None,
     solver_timeout: Annotated[
         float | None,
         typer.Option(
-            help="Seconds for each question to Z3; 120 by default, and none about more than 200,000 ops.",
+            help="Seconds for each question to Z3, by default 120; without it, Z3 skips more than 200,000 ops.",
             callback=seconds,
         ),
     ] = None,
     solver_memory: Annotated[
         float | None,
         typer.Option(
-            help="GiB of memory for Z3, 6 by default or half of the machine's; beyond, a check is unknown.",
+            help="GiB of memory for Z3, by default 6, but at most half the machine's; beyond it, a check is unknown.",
             callback=gibibytes,
         ),
     ] = None,
     all_sizes: Annotated[
         bool,
         typer.Option(
-            "--all-sizes", help="Instead, prove theorems for every size; with --schedule those of one family."
+            "--all-sizes", help="Prove the theorems for every size instead; with --schedule, those of one family."
         ),
     ] = False,
     optimal: Annotated[
         bool,
         typer.Option(
-            "--optimal", help="Instead, find the least makespan within DualPipe's memory; practical up to -P 8 -M 16."
+            "--optimal", help="Find the least makespan within DualPipe's memory instead; practical up to -P 8 -M 16."
         ),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples.")] = None,
     entry_timeout: EntryTimeout = entrypoint.LIMIT_SECONDS,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print JSON instead of text: one object per line for each schedule or theorem."),
+        typer.Option(
+            "--json", help="Print JSON instead of text: one line with an object for each schedule or theorem."
+        ),
     ] = False,
 ) -> None:
     """Prove schedules: complete, in order, messages matched, no deadlock, memory bounded, W in order.
@@ -100,9 +106,9 @@ def prove(
     0: proved
     1: refuted; a story describes what goes wrong
     2: bad input
-    3: unknown, since a solver gave up
+    3: unknown, because a solver gave up
     130: ended by Ctrl-C
-    With several schedules it is the worst of them: 2, then 1, 3, 0.
+    With several schedules, the exit code is the worst one, in the order 2, 1, 3, 0.
     """
     from dualpipe.cli import proving
     from proofs.solver import MEMORY_BYTES

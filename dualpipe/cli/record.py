@@ -31,38 +31,41 @@ def record(
     ranks: Annotated[
         int | None,
         typer.Option(
-            "-P", "--ranks", min=2, help="Number of ranks; starts the command once for each.", show_default="once"
+            "-P", "--ranks", min=2, help="Number of ranks; the command is started once for each.", show_default="once"
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
     name: Annotated[str, typer.Option(help="The schedule's name in the file.")] = "recorded",
-    step: Annotated[int, typer.Option(min=1, help="The training step to write; each ends with an optimizer step.")] = 1,
+    step: Annotated[
+        int, typer.Option(min=1, help="The training step to write; a step ends with an optimizer step.")
+    ] = 1,
     session: Annotated[
-        int, typer.Option(min=1, help="The process group to write, if the program makes several in turn.")
+        int, typer.Option(min=1, help="The process group to write, if the program creates several in turn.")
     ] = 1,
     together: Annotated[
-        list[str] | None, typer.Option(help="A method that overlaps a forward with a backward; its ops are one slot.")
+        list[str] | None, typer.Option(help="A method that overlaps a forward with a backward; its ops form one slot.")
     ] = None,
     container: Annotated[
-        list[str] | None, typer.Option(help="A module class that runs the pipeline; its call is not a stage's forward.")
+        list[str] | None,
+        typer.Option(help="A module class that runs the pipeline; its call does not count as a stage's forward."),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until the program is ended.", callback=seconds)] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.", callback=seconds)] = 120.0,
     stall: Annotated[
         float,
-        typer.Option(help="Seconds that all ranks must be waiting to count as a hang.", callback=seconds),
+        typer.Option(help="It counts as a hang if all ranks wait for this many seconds.", callback=seconds),
     ] = 10.0,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a torch.distributed program on CPU and write what its ranks did as a schedule file.
+    """Run a torch.distributed program on CPU and record the schedule that its ranks run.
 
     With -P the command is started once for each rank, as torchrun does; without -P it launches its ranks itself.
 
     Exit codes:
-    0: recorded, and with --prove proved
-    1: recorded, but the program failed or hung, or the schedule is refuted
+    0: recorded; with --prove, also proved
+    1: recorded, but the program failed or hung, or --prove refuted the schedule
     2: bad input, or an op could not be named
-    3: with --prove: a solver gave up
+    3: with --prove, unknown, because a solver gave up
     130: ended by Ctrl-C
     """
     from dualpipe.record import Launch, assemble, read_folder, run

@@ -11,7 +11,17 @@ import typer
 
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.entrypoint import LIMIT_SECONDS
-from dualpipe.cli.options import Cost, EntryTimeout, Json, Microbatches, Named, One, Ranks, choose, find_schedule
+from dualpipe.cli.options import (
+    Cost,
+    EntryTimeout,
+    Json,
+    Microbatches,
+    Ranks,
+    ScheduleArgument,
+    ScheduleOption,
+    choose,
+    find_schedule,
+)
 from dualpipe.cli.targets import PNG, SVG, Target, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
@@ -23,16 +33,16 @@ from dualpipe.schedule.text import dumps
     epilog=examples("dualpipe show -P 4 -M 8", "dualpipe show zb1p -P 3 -M 6 --timeline", "dualpipe show table.csv")
 )
 def show(
-    positional: One = None,
+    positional: ScheduleArgument = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
-    schedule: Named = "dualpipe",
+    schedule: ScheduleOption = "dualpipe",
     timeline: Annotated[
         bool,
-        typer.Option("--timeline", help="Draw a timeline instead, with a line per rank."),
+        typer.Option("--timeline", help="Draw a timeline instead, with one line per rank."),
     ] = False,
     svg: Annotated[Path | None, typer.Option(help="Write a picture of the timeline to this file instead.")] = None,
-    png: Annotated[Path | None, typer.Option(help="The same as PNG.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the same picture as PNG.")] = None,
     cost: Cost = None,
     entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,

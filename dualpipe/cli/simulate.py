@@ -16,9 +16,9 @@ from dualpipe.cli.options import (
     EntryTimeout,
     Json,
     Microbatches,
-    Named,
-    One,
     Ranks,
+    ScheduleArgument,
+    ScheduleOption,
     choose,
     find_schedule,
 )
@@ -27,15 +27,15 @@ from dualpipe.cli.targets import TRACE, check_targets, target
 
 @app.command(epilog=examples("dualpipe simulate -P 8 -M 32 --cost F=1,B=1,W=1", "dualpipe simulate mine.txt --json"))
 def simulate(
-    positional: One = None,
+    positional: ScheduleArgument = None,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
-    schedule: Named = "dualpipe",
+    schedule: ScheduleOption = "dualpipe",
     cost: Cost = None,
     blocking: Blocking = False,
     trace: Annotated[
         Path | None,
-        typer.Option(help="Also write a trace for ui.perfetto.dev, with a millisecond for each unit of time."),
+        typer.Option(help="Also write a trace for ui.perfetto.dev, with one millisecond per unit of time."),
     ] = None,
     entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,

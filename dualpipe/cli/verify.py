@@ -17,9 +17,9 @@ from dualpipe.cli.options import (
     EntryTimeout,
     Json,
     Microbatches,
-    Named,
-    One,
     Ranks,
+    ScheduleArgument,
+    ScheduleOption,
     choose,
     find_schedule,
 )
@@ -50,34 +50,36 @@ def _flag(name: str, text: str) -> Any:
     )
 )
 def verify(
-    positional: One = None,
+    positional: ScheduleArgument = None,
     model: Annotated[
-        Model, typer.Option(help="lm: a small language model; gpt, moe: Megatron's, against Megatron's own 1F1B.")
+        Model, typer.Option(help="lm: a small language model; gpt, moe: Megatron's models, compared with its own 1F1B.")
     ] = Model.lm,
     ranks: Ranks = None,
     microbatches: Microbatches = None,
-    schedule: Named = "dualpipe",
+    schedule: ScheduleOption = "dualpipe",
     dtype: Annotated[Dtype, typer.Option(help="Weights and activations.")] = Dtype.fp32,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the fake ranks' interleaving.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     transport: Annotated[
-        str, typer.Option(help="direct, or staged: through pinned host memory, for several ranks on one GPU.")
+        str, typer.Option(help="direct; or staged, through pinned host memory, for several ranks on one GPU.")
     ] = "direct",
     blocking: Annotated[
-        bool, typer.Option("--blocking", help="A slot of messages waits until all of them are matched.")
+        bool, typer.Option("--blocking", help="Wait at each message slot until all its messages are matched.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a message before reporting a hang.")] = 60.0,
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="Write a trace of the processes and of the simulation, for ui.perfetto.dev: file or folder.",
+            help="File or folder for a trace of the processes and of the simulation, for ui.perfetto.dev.",
         ),
     ] = None,
     dp: Annotated[int, _flag("--dp", "Data parallel pipelines of DualPipe; 1F1B runs twice as many.")] = 1,
     tp: Annotated[int, _flag("--tp", "Tensor parallel ranks.")] = 1,
     ep: Annotated[int, _flag("--ep", "Expert parallel ranks, taken from the data parallel ones.")] = 1,
-    sequence_parallel: Annotated[bool, _flag("--sequence-parallel", "Also split norms and dropout.")] = False,
+    sequence_parallel: Annotated[
+        bool, _flag("--sequence-parallel", "Split norms and dropout over the tensor parallel ranks, too.")
+    ] = False,
     overlap_grad_reduce: Annotated[
         bool, _flag("--overlap-grad-reduce", "Reduce gradients while the backward runs.")
     ] = False,
@@ -89,7 +91,8 @@ def verify(
     ] = False,
     dropout: Annotated[float, _flag("--dropout", "Probability of dropout.")] = 0.0,
     clip: Annotated[
-        float | None, _flag("--clip", "Norm to clip gradients to; 0: none.  [default: clips at every step]")
+        float | None,
+        _flag("--clip", "Norm to clip gradients to; 0 turns clipping off.  [default: so small that every step clips]"),
     ] = None,
     entry_timeout: EntryTimeout = LIMIT_SECONDS,
     as_json: Json = False,

@@ -1,14 +1,15 @@
 """A phase table: the order of a pipeline schedule as data, for every size at once.
 
-A row is a count and a body.  The count is an affine expression in the sizes, so the rows that are expanded for one
-size can also be reasoned about for all sizes::
+A row is a count and a body.  The count is an affine expression in the sizes.  So the same rows can be expanded for one
+size, and theorems can be proved about them for all sizes::
 
     Row("1", 2 * (N - h - 1), "RF0 F0 SF0")
 
-``F0`` is the forward of the rank's chunk 0.  The k-th F of a chunk is of microbatch k, and so for B and the
-messages; a table has no counters.  ``W0`` is the weight gradient of the ``B0`` before it; ``W`` without a chunk is
-the one deferred longest.  Ops joined by ``+`` share a slot.  The messages between two computes, of one row or of
-several, share a slot too.  A message beyond a lane's end, or between two stages of one rank, is left out.
+``F0`` is the forward of the rank's chunk 0.  The k-th F of a chunk is that of microbatch k, and likewise for B and
+the messages, so a table contains no microbatch numbers.  ``W0`` is the weight gradient of the ``B0`` before it; ``W``
+without a chunk is the W that has been deferred longest.  Ops joined by ``+`` share a slot.  The messages between two
+computes, of one row or of several, share a slot too.  A message beyond the end of a lane, or between two stages of
+the same rank, is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dualpipe.schedule.routes import Routes
 
 @dataclass(frozen=True)
 class Affine:
-    """``(sum of coefficient * symbol + constant) / divisor``, built with the ordinary operators on ``symbol``."""
+    """``(sum of coefficient * symbol + constant) / divisor``, built from ``symbol`` by arithmetic operators."""
 
     terms: Mapping[str, int]
     constant: int = 0
@@ -44,7 +45,7 @@ class Affine:
         return Affine({n: c for n, c in terms.items() if c}, self.constant + other.constant, self.divisor)
 
     def scaled(self, factor: int) -> Affine:
-        """The numerator times ``factor``, over 1."""
+        """The numerator times ``factor``, with divisor 1."""
         return Affine({name: factor * c for name, c in self.terms.items() if factor}, factor * self.constant)
 
     def __mul__(self, factor: int) -> Affine:
@@ -68,9 +69,9 @@ class Affine:
     def at(self, sizes: Mapping[str, int]) -> int:
         """The value at the given sizes; the division must leave no remainder."""
         value = sum(c * sizes[name] for name, c in self.terms.items()) + self.constant
-        quotient, rest = divmod(value, self.divisor)
-        if rest:
-            raise AssertionError(f"{self} is not whole at {dict(sizes)}")
+        quotient, remainder = divmod(value, self.divisor)
+        if remainder:
+            raise AssertionError(f"{self} is not an integer at {dict(sizes)}")
         return quotient
 
     def __str__(self) -> str:
@@ -80,17 +81,17 @@ class Affine:
 
 
 def affine(value: Affine | int) -> Affine:
-    """A constant as an expression; an expression as it is."""
+    """A constant as an expression; an expression is returned unchanged."""
     return value if isinstance(value, Affine) else Affine({}, value)
 
 
 def symbol(name: str) -> Affine:
-    """The expression that is just this size."""
+    """The expression that consists of this size alone."""
     return Affine({name: 1})
 
 
 class Action(NamedTuple):
-    """A kind and the chunk it works on; ``chunk`` is ``None`` for the weight gradient deferred longest."""
+    """A kind and the chunk it works on; ``chunk`` is ``None`` for the W that has been deferred longest."""
 
     kind: Kind
     chunk: int | None
@@ -115,7 +116,7 @@ def _action(text: str) -> Action:
 
 @dataclass(frozen=True)
 class Row:
-    """``count`` repetitions of ``body``.  Rows of one phase share its number in their names: "4 first", "4 last"."""
+    """``count`` repetitions of ``body``.  The names of a phase's rows begin with its number: "4 first", "4 last"."""
 
     name: str
     count: Affine | int
@@ -136,11 +137,11 @@ Table = tuple[Row, ...]
 
 
 def vary(table: Table, *rows: Row) -> Table:
-    """The table with the rows of the same names replaced, so that a variant states only its differences."""
+    """The table with ``rows`` in place of the rows of the same names, so that a variant states only its differences."""
     changed = {row.name: row for row in rows}
     unknown = changed.keys() - {row.name for row in table}
     if unknown:
-        raise AssertionError(f"no rows {sorted(unknown)} to vary")
+        raise AssertionError(f"the table has no rows {sorted(unknown)}")
     return tuple(changed.get(row.name, row) for row in table)
 
 
@@ -204,6 +205,6 @@ def _existing_messages(chunks: Iterable[Chunk], routes: Routes) -> frozenset[Act
 
 
 def _deferred(slot: Sequence[tuple[Op, Row]]) -> list[Op]:
-    """The backwards of a slot that leave their W to a later one."""
+    """The backwards of a slot whose W comes in a later slot."""
     full = full_backwards(op for op, _ in slot)
     return [op for op, _ in slot if op.kind is B and op.task not in full]

@@ -1,6 +1,6 @@
 """Linear constraints over integers, in which all theorems are written.
 
-A constraint is data: Z3 gets it for all sizes, and plain Python evaluates it for one size.  The coverage control and
+A constraint is data: Z3 gets it for all sizes, and plain Python evaluates it for one size.  The coverage test and
 every counterexample rely on the second.
 """
 

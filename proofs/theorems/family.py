@@ -20,7 +20,7 @@ class Family:
     name, sizes:
         The schedule's name in ``dualpipe.schedule.generate.PLANS``, and its sizes in words.
     ranks, links:
-        Together they must cover all ranks and all ordered pairs that exchange messages (the coverage control checks).
+        Together they must cover all ranks and all ordered pairs that exchange messages (the coverage test checks).
     chunks:
         The numbers of the table's chunks.
     each:

@@ -1,6 +1,6 @@
 """A theorem's obligations at one size: the cases that arise, the ranks that they arise on, and their facts in numbers.
 
-The coverage control compares these with the expanded schedule.  Everything is plain integers, without a solver.
+The coverage test compares these with the expanded schedule.  Everything is plain integers, without a solver.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Link:
 class Obligation(NamedTuple):
     """``given`` implies ``then``, for all integers in the scope's domain.
 
-    ``fact`` identifies the constraint of the expanded schedule that this is, for the coverage control.
+    ``fact`` identifies the constraint of the expanded schedule that this is, for the coverage test.
     """
 
     scope: Rank | Link

@@ -13,7 +13,7 @@ from proofs.theorems.symbolic import Rank, earlier, exactly
 
 NEEDS: Mapping[Kind, tuple[Kind, ...]] = {F: (RF,), B: (F, RB), W: (B,), SF: (F,), SB: (B,)}
 """For each kind the kinds of its own chunk that it needs, if they exist (``Schedule.needs``, with which the coverage
-control compares)."""
+test compares)."""
 
 
 def order(family: Family) -> Iterator[Obligation]:

@@ -223,10 +223,10 @@ LONG = "a" * 300
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("prove", ""), "or module:function: got an empty name; name one"),
+        (("prove", ""), "or module:function: got an empty name; give a name"),
         (("prove", "."), "or module:function: . is a folder; name a file in it"),
         (("prove", "/proc/self/mem"), "a schedule is a file that can be read: /proc/self/mem: "),
-        (("show", LONG), "the name of a file has at most 255 bytes: got one of 300: aaa"),
+        (("show", LONG), "the name of a file has at most 255 bytes: got 300 bytes: aaa"),
         (
             ("show", "--svg", ""),
             "--svg is a file that can be written: . is a folder, which an empty name stands for too;",

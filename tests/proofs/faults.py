@@ -174,7 +174,7 @@ FAULTS = (
     ),
     Fault(
         31,
-        "stages placed in a loop for a V",
+        "stages placed in a loop instead of a V",
         stages_in_a_loop_for_a_v,
         ("messages", "complete"),
         "rank 0 receives the activation of microbatch 0 of lane > .stage 6 to stage 7. from rank 2",

@@ -28,7 +28,7 @@ def test_a_division_that_comes_out_even_is_exact(sizes):
 
 
 def test_a_division_that_leaves_a_rest_is_our_bug():
-    with pytest.raises(AssertionError, match=r"\(\+1 N\)/2 is not whole at \{'N': 3\}"):
+    with pytest.raises(AssertionError, match=r"\(\+1 N\)/2 is not an integer at \{'N': 3\}"):
         (N // 2).at({"N": 3})
 
 

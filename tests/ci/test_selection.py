@@ -22,6 +22,7 @@ from ci.selection import (
     select,
 )
 from tests.ci.conftest import ROOT
+from tests.docs.snippets import documents
 
 FILES = Repository(ROOT).files()
 TESTS = [path for path in FILES if is_test(path)]
@@ -203,6 +204,13 @@ def test_a_page_needs_its_own_run_and_the_links_of_all_pages():
     assert selected(page).tests == tuple(test.format(page=page) for test in PAGE_TESTS)
     assert selected(page).checks == {}
     assert "tests/docs/test_reference.py" in selected("docs/reference/cli.md").tests
+
+
+def test_the_pages_that_need_a_run_of_their_own_are_those_that_have_one():
+    """pytest ends without a result if it is asked for the run of a page that it does not collect."""
+    own_run = PAGE_TESTS[0]
+    needing = [path for path in FILES if own_run.format(page=path) in selected(path).tests]
+    assert sorted(needing) == sorted(str(page.relative_to(ROOT)) for page in documents())
 
 
 def test_a_golden_schedule_needs_the_tests_of_schedules_and_the_counts_only_the_theorems():

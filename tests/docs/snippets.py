@@ -276,5 +276,5 @@ class Document:
 
 
 def documents(root: Path = ROOT) -> list[Path]:
-    """README.md and everything in docs/."""
-    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    """README.md, CONTRIBUTING.md and everything in docs/."""
+    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").rglob("*.md"))]

@@ -31,6 +31,7 @@ from dualpipe.schedule import (
     check_name,
     check_routes,
     check_slot,
+    observed_text,
     show_slot,
 )
 
@@ -55,13 +56,16 @@ class ScheduleSyntaxError(ScheduleError):
 
 
 def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline.  Equal schedules of one name have the same text."""
+    """The schedule as text, ending in a newline.
+
+    Equal schedules of one name have the same text, except for what was observed when a program ran them.
+    """
     head = [f"schedule {schedule.name}"] if schedule.name else []
     lanes = [
         f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)
     ]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
-    return "\n".join([*head, *lanes, *ranks]) + "\n"
+    return "\n".join([*head, *lanes, *ranks, *observed_text.lines_of(schedule.observed, schedule.programs)]) + "\n"
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:
@@ -122,6 +126,7 @@ class _Parser:
         self.routes: dict[Lane, tuple[int, ...]] = {}
         self.lane_lines: dict[Lane, tuple[int, list[re.Match[str]]]] = {}
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
+        self.observed_lines: list[observed_text.Line] = []
 
     def parse(self, text: str) -> Schedule:
         lines = text.removeprefix(BYTE_ORDER_MARK).split("\n")
@@ -139,7 +144,8 @@ class _Parser:
                 self.fail(*end, f"no 'rank {rank}:'", f"a line for each rank from 0 to {max(self.rank_lines)}")
         self.check_lanes()
         programs = tuple(self.program(*self.rank_lines[rank]) for rank in range(len(self.rank_lines)))
-        return Schedule(self.routes, programs, self.name or "")
+        observed = observed_text.read(self.observed_lines, programs, self.op, self.fail)
+        return Schedule(self.routes, programs, self.name or "", observed=observed)
 
     def check_lanes(self) -> None:
         ranks = len(self.rank_lines)
@@ -158,6 +164,8 @@ class _Parser:
                 self.lane_line(number, content, words)
             case "rank":
                 self.rank_line(number, content)
+            case word if word in observed_text.WORDS:
+                self.observed_lines.append((number, content))
             case other:
                 self.fail(number, words[0].start() + 1, repr(_short(other)), _LINE_FORM)
 

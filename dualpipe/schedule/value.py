@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualpipe.schedule import normalise
+from dualpipe.schedule.observed import NOTHING, Observed
 from dualpipe.schedule.op import COMPUTE, LARGEST, Kind, Lane, Op, Placed, Program, ScheduleError, Slot, show_slot
 from dualpipe.schedule.routes import Routes, check_routes
 
@@ -32,6 +33,8 @@ class Schedule:
     name:
         A label; it takes no part in what the schedule means, only in how it is printed and whether a published
         memory bound applies.
+    observed:
+        What was observed when a program ran the schedule.  It takes no part in comparisons.
 
     Raises
     ------
@@ -44,14 +47,18 @@ class Schedule:
     routes: Routes
     programs: tuple[Program, ...]
     name: str
+    observed: Observed = field(compare=False, repr=False)
 
     def __init__(
         self,
         routes: Mapping[Lane, Iterable[int]],
         programs: Iterable[Iterable[Iterable[Op]]],
         name: str = "",
+        *,
+        observed: Observed = NOTHING,
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
+        object.__setattr__(self, "observed", observed)
         object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
         object.__setattr__(self, "programs", normalise.programs(programs))
         check_name(self.name)

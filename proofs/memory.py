@@ -59,7 +59,8 @@ PUBLISHED: Mapping[str, tuple[str, Callable[[Schedule], Iterator[int]]]] = {
     "zb1p": ("P", _zb1p),
 }
 """The bounds that were published with the schedules: those of DualPipe and DualPipeV in DeepSeek's README (2P stages
-over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1, the memory of 1F1B) in arXiv 2401.10241."""
+over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1, the memory of 1F1B) in arXiv 2401.10241.
+Late W keeps the bound of its schedule."""
 
 
 def bound_of(schedule: Schedule, max_activations: int | None = None) -> Bound | None:
@@ -68,10 +69,11 @@ def bound_of(schedule: Schedule, max_activations: int | None = None) -> Bound | 
         if max_activations < 0:
             raise BoundError("a bound on activations is 0 or more", f"got {max_activations}", "give a count")
         return Bound((max_activations,) * schedule.ranks, "given")
-    if schedule.name not in PUBLISHED:
+    name = schedule.name.partition("-late-")[0]
+    if name not in PUBLISHED:
         return None
-    formula, per_rank = PUBLISHED[schedule.name]
-    return Bound(tuple(per_rank(schedule)), f"{formula}, published for {schedule.name}")
+    formula, per_rank = PUBLISHED[name]
+    return Bound(tuple(per_rank(schedule)), f"{formula}, published for {name}")
 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:

@@ -12,10 +12,11 @@ import typer
 from dualpipe.cli import entrypoint
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import PLANS, LateW, generate, with_late_w
 from dualpipe.schedule.text import load
 
-NAMES = ", ".join(PLANS)
+NAMES = ", ".join(name for name in PLANS if "-late-" not in name)
+"""The named schedules; those with late W also follow from ``--late-w``."""
 MAX_SECONDS = 1_000_000
 MIN_GIBIBYTES, MAX_GIBIBYTES = 0.2, 100_000
 _MAX_NAME_BYTES = 255
@@ -68,6 +69,12 @@ _ARGUMENT = typer.Argument(
 )
 ScheduleArgument = Annotated[str | None, _ARGUMENT]
 ScheduleArguments = Annotated[list[str] | None, _ARGUMENT]
+LateWOption = Annotated[
+    LateW,
+    typer.Option(
+        "--late-w", help="Of DualPipe and DualPipeV: run W after the messages of its B, in the last phases or always."
+    ),
+]
 Blocking = Annotated[
     bool, typer.Option("--blocking", help="Wait at each message slot until all its messages are matched.")
 ]
@@ -93,15 +100,18 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
-def choose(positional: str | None, named: str) -> str:
-    """The name of the schedule, from the argument or from ``--schedule``; an error if both are given."""
+def choose(positional: str | None, named: str, late_w: LateW = LateW.none) -> str:
+    """The name of the schedule, from the argument or from ``--schedule``, and of its variant with late W.
+
+    Raises ``RuleError`` if both names are given, or if the schedule has no such variant.
+    """
     if positional is not None and named != "dualpipe":
         raise RuleError(
             "give one schedule, as argument or with --schedule, not both",
             f"got {positional} and --schedule {named}",
             "leave one of them out",
         )
-    return named if positional is None else positional
+    return with_late_w(named if positional is None else positional, late_w)
 
 
 def find_schedule(

@@ -15,6 +15,7 @@ from dualpipe.cli.options import (
     Cost,
     EntryTimeout,
     Json,
+    LateWOption,
     Microbatches,
     Ranks,
     ScheduleArgument,
@@ -25,6 +26,7 @@ from dualpipe.cli.options import (
 from dualpipe.cli.targets import PNG, SVG, Target, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
+from dualpipe.schedule.generate import LateW
 from dualpipe.schedule.text import as_json as schedule_as_json
 from dualpipe.schedule.text import dumps
 
@@ -37,6 +39,7 @@ def show(
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: ScheduleOption = "dualpipe",
+    late_w: LateWOption = LateW.none,
     timeline: Annotated[
         bool,
         typer.Option("--timeline", help="Draw a timeline instead, with one line per rank."),
@@ -48,7 +51,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print a schedule in the text form that every other command reads, or draw its timeline."""
-    name = choose(positional, schedule)
+    name = choose(positional, schedule, late_w)
     pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
     check_targets(pictures, [name])
     value = find_schedule(name, ranks, microbatches, entry_timeout)

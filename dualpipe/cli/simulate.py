@@ -15,6 +15,7 @@ from dualpipe.cli.options import (
     Cost,
     EntryTimeout,
     Json,
+    LateWOption,
     Microbatches,
     Ranks,
     ScheduleArgument,
@@ -23,6 +24,7 @@ from dualpipe.cli.options import (
     find_schedule,
 )
 from dualpipe.cli.targets import TRACE, check_targets, target
+from dualpipe.schedule.generate import LateW
 
 
 @app.command(epilog=examples("dualpipe simulate -P 8 -M 32 --cost F=1,B=1,W=1", "dualpipe simulate mine.txt --json"))
@@ -31,6 +33,7 @@ def simulate(
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: ScheduleOption = "dualpipe",
+    late_w: LateWOption = LateW.none,
     cost: Cost = None,
     blocking: Blocking = False,
     trace: Annotated[
@@ -44,7 +47,7 @@ def simulate(
     from dualpipe.timeline.simulate import simulate as run
     from dualpipe.timeline.summary import describe, parse_costs, summarise
 
-    name = choose(positional, schedule)
+    name = choose(positional, schedule, late_w)
     traces = target("--trace", trace, TRACE)
     check_targets(traces, [name])
     value = find_schedule(name, ranks, microbatches, entry_timeout)

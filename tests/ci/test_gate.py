@@ -140,8 +140,8 @@ def test_a_refusal_reads_as_the_page_shows(clone):
     replace(
         clone,
         "dualpipe/schedule/generate.py",
-        'H - 2 * N + h, "RF0 RB1 F0+B1+W1 SF0 SB1',
-        'H - 2 * N + h, "RF0 RB1 F0+B1+W1 SB1 SF0',
+        '"F1+B0+W0 SF1 SB0 RF0 RB1 F0+B1+W1 SF0 SB1',
+        '"F1+B0+W0 SF1 SB0 RF0 RB1 F0+B1+W1 SB1 SF0',
     )
     update_records(clone.root)
     command = [sys.executable, "-m", "ci.gate", "--base", "HEAD", "--first"]

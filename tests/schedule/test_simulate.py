@@ -78,6 +78,16 @@ def test_dualpipe_takes_3_m_plus_p_minus_2(size):
         assert simulate(dualpipe(*size), blocking=blocking).makespan == 3 * microbatches + ranks - 2
 
 
+@pytest.mark.parametrize("late", ["tail", "all"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_late_w_takes_3_m_plus_half_p_minus_1_and_gains_nothing_where_message_slots_block(size, late):
+    ranks, microbatches = size
+    schedule = dualpipe(*size, late_w=late)
+    assert simulate(schedule).makespan == 3 * microbatches + ranks // 2 - 1
+    assert simulate(schedule, blocking=True).makespan == 3 * microbatches + ranks - 2
+    assert simulate(dualpipev(*size, late_w=late)).makespan == 6 * microbatches + ranks - 1
+
+
 @pytest.mark.parametrize("size", [size for size in SIZES if size[0] > 2], ids=str)
 def test_dualpipe_whose_b_takes_as_long_as_a_full_backward(size):
     """6H+5N-5, the end of rank 0: with B = 2 the cool-down of B and W apart grows by 3(P/2 - 1) over 3M+P-2."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from dualpipe.errors import RuleError, nearest
 from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
+from proofs import departure_story
+from proofs.against import compare
 from proofs.isolated import Isolated
 from proofs.models import parse_models
 from proofs.optimal import SECONDS
@@ -25,6 +27,14 @@ Source = tuple[str, Callable[[], Schedule]]
 
 
 @dataclass(frozen=True)
+class Against:
+    """The schedule of ``--against``: its name, and the schedule itself for one that is compared with it."""
+
+    name: str
+    of: Callable[[Schedule], Schedule]
+
+
+@dataclass(frozen=True)
 class Options:
     """The options as given on the command line."""
 
@@ -36,6 +46,7 @@ class Options:
     solver_timeout: float | None = None
     solver_memory: int = MEMORY_BYTES
     as_json: bool = False
+    against: Against | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,8 @@ def _prove_each(
         begin(0, 1, f"{name}: reading")
         try:
             schedule = get()
+            against = options.against
+            other = None if against is None else compare(schedule, against.of(schedule), against.name)
             report = _prove(schedule, name, options, begin, solver)
         except (RuleError, OSError) as error:
             yield ExitCode.BAD_INPUT
@@ -83,11 +96,12 @@ def _prove_each(
                 print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
             collect(Outcome(name, error=str(error)))
             continue
-        yield report.exit_code
+        yield report.exit_code if other is None else worst([report.exit_code, other.exit_code])
         if options.as_json:
-            print(json.dumps(report.as_json() | {"source": name}))
+            compared = {} if other is None else {"against": other.as_json()}
+            print(json.dumps(report.as_json() | compared | {"source": name}))
         else:
-            print(report.text(), end="")
+            print(report.text() + ("" if other is None else departure_story.text(other)), end="")
         collect(Outcome(name, schedule, report))
 
 

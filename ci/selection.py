@@ -124,6 +124,7 @@ _WITHOUT_THEOREMS = [
     "smt",
     "solver",
     "story",
+    "waivers",
     "z3child",
 ]
 _WITHOUT_MEGATRON = ["case", "fake", "fault", "ledger", "mailbox", "model", "production", "rank", "replica", "verify"]

@@ -18,6 +18,7 @@ from dualpipe.cli.options import (
     Ranks,
     ScheduleArguments,
     ScheduleOption,
+    Waive,
     complete_schedule,
     find_schedule,
     find_schedules,
@@ -104,6 +105,7 @@ def prove(
             autocompletion=complete_schedule,
         ),
     ] = None,
+    waive: Waive = None,
     entry_timeout: EntryTimeout = entrypoint.LIMIT_SECONDS,
     as_json: Annotated[
         bool,
@@ -134,6 +136,7 @@ def prove(
             "--smtlib": smtlib,
             "--html": html,
             "--against": against,
+            "--waive": waive or None,
             "--model": None if model == "all" else model,
             "--entry-timeout": entry_timeout if _was_given(context, "entry_timeout") else None,
         }
@@ -170,6 +173,7 @@ def prove(
         options = proving.Options(
             model, max_activations, bytes_for_b, bytes_for_w, to_smtlib, solver_timeout, memory, as_json
         )
+        options = replace(options, waive=tuple(waive or ()))
         if against is not None:
             from dualpipe.cli.against import find_against
 

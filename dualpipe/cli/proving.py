@@ -16,11 +16,12 @@ from proofs.against import compare
 from proofs.isolated import Isolated
 from proofs.models import parse_models
 from proofs.optimal import SECONDS
-from proofs.prove import Report, prove, smtlib
+from proofs.prove import CHECKS, Report, prove, smtlib
 from proofs.solver import MEMORY_BYTES, SHARED, Solver
 from proofs.theorems import families, prove_all
 from proofs.theorems.family import Family
 from proofs.verdict import ExitCode, overall, worst
+from proofs.waivers import waived
 
 Source = tuple[str, Callable[[], Schedule]]
 """A name for reports, and a function that returns the schedule; it may raise ``RuleError`` or ``OSError``."""
@@ -47,6 +48,7 @@ class Options:
     solver_memory: int = MEMORY_BYTES
     as_json: bool = False
     against: Against | None = None
+    waive: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def prove_sources(
     ``collect`` gets each outcome after it is printed; ``begin`` is called as by ``proofs.prove.prove``.
     """
     parse_models(options.model)
+    waived(options.waive, CHECKS)
     if options.smtlib is not None and len(sources) != 1:
         raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
     if options.solver_memory == SHARED.memory_bytes:
@@ -161,6 +164,7 @@ def _prove(schedule: Schedule, name: str, options: Options, begin: Progress, sol
         label=schedule.name or name,
         begin=lambda done, total, check: begin(done, total, f"{name}: {check}"),
         solver=solver,
+        waive=options.waive,
     )
 
 

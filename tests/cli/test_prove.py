@@ -162,6 +162,18 @@ def test_a_schedule_is_compared_with_a_named_one_of_its_size(run, tmp_path):
     assert run("prove", file, "--against", file).code == 0
 
 
+def test_a_check_can_be_waived_by_its_name(run, tmp_path):
+    file = tmp_path / "late.txt"
+    file.write_text(dumps(generate("zb1p", 2, 4)).replace("1W2> 1W3>", "1W3> 1W2>"))
+    assert run("prove", file, "--model", "blocking").code == 1
+    result = run("prove", file, "--model", "blocking", "--waive", "accumulation", "--waive", "memory")
+    assert result.code == 0
+    assert result.out.startswith("zb1p on 2 ranks: proved but for accumulation (waived)\n")
+    result = run("prove", file, "--waive", "acumulation")
+    assert result.code == 2
+    assert "did you mean accumulation?" in " ".join(result.err.split())
+
+
 def test_the_size_of_a_named_schedule_to_compare_with_can_be_given(run, tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("lane > 0 1\nlane < 1 0\nrank 0: 0F0> 0SF0>\nrank 1: 0F0< 0SF0< 0F1< 0SF1<\n")

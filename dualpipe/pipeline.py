@@ -18,7 +18,7 @@ from dualpipe.runtime.replicas import Replicas
 from dualpipe.runtime.split_linear import split_linears
 from dualpipe.runtime.transport import MessageError, TensorSpec, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients
-from dualpipe.schedule import MESSAGES, Chunk, Lane, Schedule
+from dualpipe.schedule import COLLECTIVES, MESSAGES, Chunk, Lane, Schedule
 from dualpipe.schedule.text import digest
 
 _SUMMED: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
@@ -235,6 +235,9 @@ def _require_no_weights(schedule: Schedule, criterion: Criterion | None, stages:
 def _require_own_ops(schedule: Schedule, rank: int) -> None:
     for slot in schedule.programs[rank]:
         for op in slot:
+            if op.kind in COLLECTIVES:
+                got = f"rank {rank} is to run the collective {op}"
+                raise RuleError("a pipeline runs computes and messages", got, "use schedule.only(COMPUTE | MESSAGES)")
             if schedule.rank_of(op) != rank:
                 got = f"rank {rank} is to run {op}, whose stage is on rank {schedule.rank_of(op)}"
                 raise RuleError("a rank runs the ops of its own stages", got, "move the op there")

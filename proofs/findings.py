@@ -214,8 +214,46 @@ class SentTwice(_Pair):
 
 
 @dataclass(frozen=True)
+class NotMember(_Finding):
+    """A rank joins a collective of a group that it is no member of."""
+
+    check = "messages"
+    fault = "no member"
+    place: Placed
+    members: tuple[int, ...]
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place),)
+
+
+@dataclass(frozen=True)
+class Clash(_Pair):
+    """The ``nth`` (from 0) collective of a group is one thing for one member and another thing for another member."""
+
+    check = "messages"
+    fault = "clash"
+    nth: int
+
+
+@dataclass(frozen=True)
+class LeftAlone(_Absence):
+    """The ``nth`` (from 0) collective of a group, which the member ``absent`` never joins: it joins only ``joined``."""
+
+    check = "messages"
+    fault = "left alone"
+    place: Placed
+    absent: int
+    nth: int
+    joined: int
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.absent),)
+
+
+@dataclass(frozen=True)
 class Wait:
-    """A rank is blocked at ``place`` until the rank of ``partner``, the message that would match it, posts that one."""
+    """A rank is blocked at ``place`` until the rank of ``partner`` posts that one: the message that would match it, or
+    the same collective of its group."""
 
     place: Placed
     partner: Placed
@@ -255,6 +293,22 @@ class Unmatched(_Finding):
 
     def places(self) -> tuple[Place, ...]:
         return (_place(self.place, peer=self.peer),)
+
+
+@dataclass(frozen=True)
+class NeverJoined(_Finding):
+    """A collective at which a rank waits for ever: the member ``absent`` of its group joins only ``joined`` of them."""
+
+    check = "deadlock"
+    fault = "never joined"
+    model: Model
+    place: Placed
+    absent: int
+    nth: int
+    joined: int
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.absent),)
 
 
 @dataclass(frozen=True)
@@ -300,8 +354,12 @@ Finding = (
     | Mismatch
     | LeftOver
     | SentTwice
+    | NotMember
+    | Clash
+    | LeftAlone
     | WaitCycle
     | Unmatched
+    | NeverJoined
     | OverBound
     | OutOfOrder
 )

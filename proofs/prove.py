@@ -10,7 +10,7 @@ gives a time limit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -29,6 +29,7 @@ from proofs.prefix import Prefix, smallest_prefix
 from proofs.solver import SHARED, Solver
 from proofs.story import live_lines, tell
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
+from proofs.waivers import WITHOUT, waived
 
 __all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
 
@@ -53,13 +54,15 @@ class DisagreementError(AssertionError):
 class Result:
     """One check's verdict, the seconds that each method took, and, if it fails, the smallest prefix that fails.
 
-    For ``deadlock``, ``models`` has the result under each model of communication.
+    For ``deadlock``, ``models`` has the result under each model of communication.  ``waived`` is empty, or what may be
+    the case because the check fails and does not count for the verdict of the whole.
     """
 
     verdict: Verdict
     seconds: Mapping[str, float]
     prefix: Prefix | None = None
     models: Mapping[str, Result] = field(default_factory=dict)
+    waived: str = ""
 
     @property
     def finding(self) -> Finding | None:
@@ -85,6 +88,8 @@ class Result:
                 pass
             case _:
                 assert_never(self.verdict)
+        if self.waived:
+            shown["waived"] = self.waived
         if self.prefix is not None:
             shown["prefix"] = list(self.prefix)
         if self.models:
@@ -104,12 +109,17 @@ class Report:
 
     @property
     def exit_code(self) -> ExitCode:
-        return overall(result.verdict for result in self.checks.values())
+        return overall(result.verdict for result in self.checks.values() if not result.waived)
 
     @property
     def verdict(self) -> str:
-        """``proved``, ``refuted`` or ``unknown``."""
+        """``proved``, ``refuted`` or ``unknown``; of the checks that are not waived."""
         return self.exit_code.name.lower()
+
+    @property
+    def waived(self) -> tuple[str, ...]:
+        """The checks that fail and are waived."""
+        return tuple(name for name, result in self.checks.items() if result.waived)
 
     def as_json(self) -> dict[str, Any]:
         """The object that ``dualpipe prove --json`` prints."""
@@ -120,6 +130,8 @@ class Report:
             "checks": {name: result.as_json() for name, result in self.checks.items()},
             "peak_activations": list(self.peak_activations),
         }
+        if self.waived:
+            shown["waived"] = list(self.waived)
         if self.peaks_in_bytes:
             shown["peak_bytes"] = [peak.as_json() for peak in self.peaks_in_bytes]
         return shown
@@ -127,7 +139,8 @@ class Report:
     def text(self) -> str:
         """The report for a terminal: a line for each check with its story below, then the peaks."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}"]
+        but = f" but for {' and '.join(self.waived)} (waived)" if self.waived else ""
+        lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}{but}"]
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
@@ -141,7 +154,11 @@ class Report:
 
 
 def describe(result: Result) -> list[str]:
-    """The lines below a check in the report: the story and remarks, or the reason."""
+    """The lines below a check in the report: the story and remarks, or the reason, and what a waiver leaves open."""
+    return [*_found(result), *([f"waived: {result.waived}"] if result.waived else [])]
+
+
+def _found(result: Result) -> list[str]:
     match result.verdict:
         case Unknown(reason) | Skipped(reason):
             return [reason]
@@ -172,6 +189,7 @@ def prove(
     label: str | None = None,
     begin: Progress = silent,
     solver: Solver = SHARED,
+    waive: Collection[str] = (),
 ) -> Report:
     """Run the six checks of a schedule.  Any schedule value gives a report.
 
@@ -194,6 +212,8 @@ def prove(
         Called before each check and each model of ``deadlock`` with its name, and at the end.
     solver:
         The process that runs Z3, with its memory limit.
+    waive:
+        Checks that do not count for the verdict of the whole; they are made all the same.
 
     Raises
     ------
@@ -201,7 +221,10 @@ def prove(
         If the two methods answer differently.
     BoundError
         For a negative bound or sizes that do not fit the stages.
+    RuleError
+        For a name in ``waive`` that is no check.
     """
+    without = waived(waive, CHECKS)
     bound = bound_of(schedule, max_activations)
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
@@ -228,6 +251,9 @@ def prove(
             "accumulation", lambda: by_search.accumulation(schedule), lambda: by_smt.accumulation(schedule)
         ),
     }
+    for name in without:
+        if isinstance(checks[name].verdict, Refuted | Unknown):
+            checks[name] = replace(checks[name], waived=WITHOUT[name])
     peaks = peak_activations(schedule)
     begin(total, total, "")
     return Report(schedule.name if label is None else label, schedule.ranks, checks, peaks, peaks_in_bytes)

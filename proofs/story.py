@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import assert_never
 
-from dualpipe.schedule import SENDS, Chunk, Kind, Op, Placed
+from dualpipe.schedule import COLLECTIVES, SENDS, Chunk, Kind, Op, Placed
 from proofs.findings import (
+    Clash,
     Empty,
     Finding,
+    LeftAlone,
     LeftOver,
     Live,
     Mismatch,
     Missing,
+    NeverJoined,
     NoPeer,
+    NotMember,
     NotNeighbour,
     OutOfOrder,
     OverBound,
@@ -38,6 +42,13 @@ NOUNS = {
     Kind.F: "the forward",
     Kind.B: "the backward for the input",
     Kind.W: "the weight gradient",
+}
+TOGETHER = {
+    Kind.AA: "the all-to-all",
+    Kind.AR: "the all-reduce",
+    Kind.US: "the unsharding of the weights",
+    Kind.RS: "the resharding of the weights",
+    Kind.RG: "the reduction of the gradients",
 }
 
 
@@ -75,10 +86,28 @@ def tell(finding: Finding) -> str:
                 f"rank {first.rank} sends {content(first.op)} twice, {_slot(first)} and again {_slot(second)}; "
                 "the second one is received too, and nothing consumes it"
             )
+        case NotMember(place, members):
+            who = f"ranks {', '.join(map(str, members))}"
+            return f"rank {place.rank} joins {_collective(place.op)} {_slot(place)}, and that group has the {who} alone"
+        case Clash():
+            return _clash(finding)
+        case LeftAlone():
+            place, absent = finding.place, f"rank {finding.absent}, which is a member too,"
+            return (
+                f"rank {place.rank} joins {_collective(place.op)} as collective {finding.nth + 1} of its group "
+                f"{_slot(place)}, and {absent} joins only {finding.joined}"
+            )
         case WaitCycle(model, waits):
             return _wait_cycle(model, waits)
         case Unmatched():
             return _unmatched(finding)
+        case NeverJoined():
+            place, model = finding.place, finding.model
+            return (
+                f"{_stream(model)}rank {place.rank} waits for ever {_slot(place)} until rank {finding.absent} joins "
+                f"{_collective(place.op)}: it is collective {finding.nth + 1} of its group, and rank {finding.absent} "
+                f"joins only {finding.joined} ({model} messages)"
+            )
         case OverBound():
             return _over_bound(finding)
         case OutOfOrder(first, second):
@@ -102,6 +131,28 @@ def content(op: Op) -> str:
     return f"{noun} of microbatch {op.mb} of lane {op.lane} ({where})"
 
 
+def _collective(op: Op) -> str:
+    """A collective with its stage and group: ``the reduction of the gradients of stage 0 of lane > in group 1``."""
+    where = "" if op.peer is None else f" in group {op.peer}"
+    return f"{TOGETHER[op.kind]} of {op.task if op.kind is Kind.AA else op.chunk}{where}"
+
+
+def _clash(finding: Clash) -> str:
+    what = [
+        f"{_collective(placed.op._replace(peer=None))} for rank {placed.rank} {_slot(placed)}"
+        for placed in (finding.first, finding.second)
+    ]
+    return (
+        f"collective {finding.nth + 1} of group {finding.first.op.peer} is {what[0]} and {what[1]}\n"
+        "the members of a group take the k-th collective of one for that of the other: the run would hang, or finish "
+        "with wrong results"
+    )
+
+
+def _stream(model: Model) -> str:
+    return "the message stream of " if model.overlaps else ""
+
+
 def _forwards(op: Op) -> bool:
     return op.kind in (Kind.SF, Kind.RF)
 
@@ -113,6 +164,8 @@ def _slot(place: Placed) -> str:
 def _thing(op: Op) -> str:
     if op.kind in NOUNS:
         return f"{NOUNS[op.kind]} of {op.task}"
+    if op.kind in COLLECTIVES:
+        return _collective(op)
     noun = "the activation" if _forwards(op) else "the gradient"
     return f"{'sending' if op.kind in SENDS else 'receiving'} {noun} of {op.task}"
 
@@ -197,8 +250,10 @@ def _wait_cycle(model: Model, waits: tuple[Wait, ...]) -> str:
 
 def _wait(model: Model, wait: Wait, partner_blocked_in: int) -> str:
     place, partner = wait.place, wait.partner
-    stream = "the message stream of " if model.overlaps else ""
-    if place.op.kind not in SENDS:
+    stream = _stream(model)
+    if place.op.kind in COLLECTIVES:
+        until = f"until rank {partner.rank} joins {_collective(place.op)}, which"
+    elif place.op.kind not in SENDS:
         until = f"until rank {partner.rank} sends it {content(place.op)}; the send that matches it"
     elif model.capacity:
         until = f"for room to send rank {partner.rank} {content(place.op)}; the receive that makes room"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import Lane, Schedule
+from dualpipe.schedule import COLLECTIVES, Lane, Schedule
 from reference.data import Steps, training_data
 from reference.model import ModelConfig, build_stage, criterion
 
@@ -47,6 +47,10 @@ class Case:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise RuleError("a verification trains for at least one step", f"got {self.steps}", "use 1 or more")
+        together = next((placed for placed in self.schedule if placed.op.kind in COLLECTIVES), None)
+        if together is not None:
+            got = f"rank {together.rank} has the collective {together.op} in slot {together.slot}"
+            raise RuleError("a verification runs computes and messages", got, "use schedule.only(COMPUTE | MESSAGES)")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise RuleError("the device is cpu or cuda", f"got {self.device}", "use one of them")
         if not 0 < self.timeout < 1e6:

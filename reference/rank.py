@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -129,10 +129,8 @@ class Rank:
             case Kind.W:
                 self._uses[op] -= 1
                 replica.weight(op.task, again=self._uses[op] > 0)
-            case Kind.SF | Kind.RF | Kind.SB | Kind.RB:
+            case _:
                 raise AssertionError(f"{op} is in a slot of computes")
-            case never:
-                assert_never(never)
         self._done.add(op)
         if replica.account is not None:
             replica.account.settle(op)

@@ -89,6 +89,13 @@ Cost = Annotated[
 EntryTimeout = Annotated[
     float, typer.Option("--entry-timeout", help="Seconds that module:function may take.", callback=seconds)
 ]
+Waive = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A check that does not count for the verdict, such as accumulation; it is made and reported all the same.",
+        metavar="CHECK",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

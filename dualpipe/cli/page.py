@@ -142,8 +142,12 @@ def _context(finding: Finding, schedule: Schedule, sentence: str) -> Iterator[Ma
             | findings.NotNeighbour()
             | findings.LeftOver()
             | findings.SentTwice()
+            | findings.NotMember()
+            | findings.Clash()
+            | findings.LeftAlone()
             | findings.WaitCycle()
             | findings.Unmatched()
+            | findings.NeverJoined()
             | findings.OutOfOrder()
         ):
             pass

@@ -26,7 +26,7 @@ from dualpipe.cli.options import (
 )
 from dualpipe.cli.targets import TRACE, check_targets, target
 from dualpipe.errors import RuleError
-from dualpipe.schedule import Schedule
+from dualpipe.schedule import COLLECTIVES, COMPUTE, MESSAGES, Schedule
 from dualpipe.schedule.generate import LateW, with_late_w
 
 _MEGATRON = "Megatron (--model gpt or moe)"
@@ -145,6 +145,11 @@ def verify(
     traces = [] if into_folder else target("--trace", trace, TRACE)
     check_targets(traces, [chosen])
     value = find_schedule(chosen, ranks, microbatches, entry_timeout)
+    if any(placed.op.kind in COLLECTIVES for placed in value):
+        typer.echo(
+            "dualpipe: the collectives of the schedule are left out; gradients are summed after the step", err=True
+        )
+        value = value.only(COMPUTE | MESSAGES)
     if into_folder and trace is not None:
         traces = target("--trace", trace / _trace_name(value), TRACE)
         check_targets(traces, [chosen])

@@ -11,7 +11,7 @@ stuck       the time at which the last thing ended, or null for a schedule that 
 line        where the page draws the end of what is reached
 needs       for each op, ``;`` between: the needed ops, each as its distance back in the list of all ops, or as ``?``
             and its text where the schedule has no such op
-peers       for each message op the rank at the other end, or null
+peers       for each message op the rank at the other end, for each collective its group, or null
 meets       numbers of a send and of the receive that it met, one after the other
 waits       blocked ranks: the number of the op at which each is blocked, and the reason
 changed     for each rank the slots that the other schedule does not have
@@ -68,7 +68,9 @@ def drawing(ran: Run, changed: Iterable[tuple[int, int]] = ()) -> dict[str, Any]
         "line": line if ran.waits else timeline.makespan,
         "costs": {str(kind): getattr(timeline.costs, kind) for kind in sorted(COMPUTE)},
         "needs": _needs(schedule, placed),
-        "peers": [schedule.peer(at.op) for at in placed if at.op.kind in MESSAGES],
+        "peers": [
+            schedule.peer(at.op) if at.op.kind in MESSAGES else at.op.peer for at in placed if at.op.kind not in COMPUTE
+        ],
         "meets": [numbers[at[:3]] for message in timeline.messages for at in (message.send, message.receive)],
         "waits": [[numbers[wait.at[:3]], str(wait)] for wait in ran.waits],
         "changed": highlighted,

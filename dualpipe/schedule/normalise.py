@@ -33,6 +33,12 @@ def programs(programs: object) -> tuple[Program, ...]:
     )
 
 
+def groups(given: object) -> tuple[tuple[int, ...], ...]:
+    """The members of every group as tuples of ``int``."""
+    rule = "groups are a sequence with the ranks of each group"
+    return tuple(tuple(number(rank, "a rank") for rank in items(members, rule)) for members in items(given, rule))
+
+
 def _is_plain(programs: object) -> bool:
     if type(programs) is not tuple:
         return False

@@ -108,6 +108,8 @@ class Routes(Mapping[Lane, tuple[int, ...]]):
                 return (Op(SF, lane, stage - 1, mb),) if stage > 0 else ()
             case Kind.RB:
                 return () if self.is_last(op) else (Op(SB, lane, stage + 1, mb),)
+            case _:  # a collective, which waits for its group (see ``proofs.models``)
+                return ()
 
 
 def check_routes(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> None:

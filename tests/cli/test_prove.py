@@ -145,6 +145,48 @@ def test_all_sizes_of_a_family_without_theorems_is_bad_input(run, proved_file):
         assert message in " ".join(result.err.split())
 
 
+def test_a_schedule_is_compared_with_a_named_one_of_its_size(run, tmp_path):
+    file = tmp_path / "eager.txt"
+    text = dumps(generate("dualpipe", 4, 8)).replace("schedule dualpipe\n", "")
+    file.write_text(text.replace(" 2W3<", "").replace("2B3<", "2B3<+2W3<"))
+    result = run("prove", file, "--against", "dualpipe", "--model", "blocking")
+    assert result.code == 1
+    assert f"{file} on 4 ranks: proved" in result.out, "every check holds"
+    assert "weights: rank 1 runs 2W3< in slot 22 before 1B3>" in result.out
+    against = json.loads(run("prove", file, "--against", "dualpipe", "--json").out)["against"]
+    assert (against["name"], against["verdict"]) == ("dualpipe", "departs")
+    (departure,) = [each for each in against["departures"] if each["rank"] == 1]
+    assert (departure["aspect"], departure["here"]) == ("weights", {"slot": 22, "op": "2W3<"})
+    assert departure["there"] == {"slot": 24, "op": "1B3>"}
+    assert "is the store for weight gradients fed?" in departure["meaning"]
+    assert run("prove", file, "--against", file).code == 0
+
+
+def test_a_check_can_be_waived_by_its_name(run, tmp_path):
+    file = tmp_path / "late.txt"
+    file.write_text(dumps(generate("zb1p", 2, 4)).replace("1W2> 1W3>", "1W3> 1W2>"))
+    assert run("prove", file, "--model", "blocking").code == 1
+    result = run("prove", file, "--model", "blocking", "--waive", "accumulation", "--waive", "memory")
+    assert result.code == 0
+    assert result.out.startswith("zb1p on 2 ranks: proved but for accumulation (waived)\n")
+    result = run("prove", file, "--waive", "acumulation")
+    assert result.code == 2
+    assert "did you mean accumulation?" in " ".join(result.err.split())
+
+
+def test_the_size_of_a_named_schedule_to_compare_with_can_be_given(run, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("lane > 0 1\nlane < 1 0\nrank 0: 0F0> 0SF0>\nrank 1: 0F0< 0SF0< 0F1< 0SF1<\n")
+    result = run("prove", file, "--against", "dualpipe")
+    assert result.code == 2
+    assert "it has 1 of lane > and 2 of lane <; say with -M" in " ".join(result.err.split())
+    result = run("prove", file, "--against", "dualpipe", "-M", 4, "--model", "blocking")
+    assert result.code == 1
+    assert "rank 0 never runs 1F0<" in result.out
+    assert run("prove", "zb1p", "-P", 2, "-M", 4, "--against", "1f1b", "--model", "blocking").code == 1
+    assert run("prove", "--all-sizes", "--against", "1f1b").code == 2
+
+
 WORDS = st.sampled_from(
     [
         "lane",

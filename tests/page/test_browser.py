@@ -51,6 +51,12 @@ def refuted(schedule, before=None):
     return comparison(prove(schedule, smt=False), schedule, before)
 
 
+COLLECTIVES = """\
+lane > 0 1
+group 0: 0 1
+rank 0: 0US> 0F0> 0AA0> 0SF0> 0RB0> 0B0>+0W0> 0RG>+0AR>@0 0RS>
+rank 1: 1US> 1RF0> 1F0> 1AA0> 1B0>+1W0> 1SB0> 1RG>+1AR>@0 1RS>
+"""
 HIT = """
   s.view.fit();
   const zoom = args[0], ops = t.scene.schedule.ops;
@@ -69,7 +75,9 @@ HIT = """
 
 
 @pytest.mark.parametrize(
-    "schedule", [dualpipe(4, 8), a_ring_sends_before_it_receives()], ids=["dualpipe", "a ring that is stuck"]
+    "schedule",
+    [dualpipe(4, 8), a_ring_sends_before_it_receives(), loads(COLLECTIVES)],
+    ids=["dualpipe", "a ring that is stuck", "collectives"],
 )
 def test_every_op_of_the_schedule_is_found_where_it_is_drawn(show, schedule):
     page = show(Comparison("x", after=schedule, blocking=True))

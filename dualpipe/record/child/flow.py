@@ -90,7 +90,7 @@ class Flow:
         number, held = self._parameters.number(module)
         if held is not None:
             self.write("module", module=number, name=type(module).__qualname__, holds=held)
-            for tensor in (*module.parameters(), *module.buffers()):  # received weights are not input data
+            for tensor in (*nn.Module.parameters(module), *nn.Module.buffers(module)):  # received weights are not input data
                 self._table.put(tensor, NONE)
         continued: set[int] = set()
         messages: set[int] = set()
@@ -168,8 +168,8 @@ class Flow:
 
     # runs of the autograd engine
 
-    def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> tuple[Marks, dict[int, Any]]:
-        """The engine is about to run from ``roots``; returns the marks of its results, and all gradients' versions."""
+    def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> Marks:
+        """The engine is about to run from ``roots``; returns the marks of its results."""
         self._runs += 1
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
         made_by = [self._makers(root) for root in roots]
@@ -191,7 +191,8 @@ class Flow:
         else:
             found = self._owners(held, None)
         self._forwards.interrupt()
-        return marks("B", found), self._parameters.versions()
+        self._parameters.listen()
+        return marks("B", found)
 
     def _gradients(self, made_by: Sequence[set[int]], grads: Sequence[Any]) -> dict[int, list[int]]:
         """For each forward the messages with the gradient of one of its outputs that had no taker yet."""
@@ -206,9 +207,9 @@ class Flow:
                         takes.setdefault(forward, []).append(message)
         return takes
 
-    def ran(self, made: Marks, before: dict[int, Any]) -> None:
+    def ran(self, made: Marks) -> None:
         """The engine has returned."""
-        holders = self._parameters.changed(before)
+        holders = self._parameters.holders_of_added()
         changed = {f for _, f in made if any(self._forwards.calls_one_of(f, held) for held in holders)}
         if changed:
             self.write("weights", forwards=sorted(changed), run=self._runs)
@@ -245,6 +246,8 @@ class Flow:
                     self._table.put(output, self._carried_by(aliased))
             elif self._context is not None:
                 self._table.put(output, self._context)
+                if self.running and (parameter := self._parameters.with_gradient_at(key)) is not None:
+                    self._parameters.add_to(parameter)
             else:
                 self._written(name, output, inputs)
 
@@ -300,7 +303,9 @@ class Flow:
             return  # the second half of `p.grad += g`
         found = self._table.get(gradient)
         self._parameters.note_gradient(parameter)
-        if self.running == 0:
+        if self.running:
+            self._parameters.add_to(id(parameter))
+        else:
             self._weights(id(parameter), found)
 
     def _weights(self, parameter: int, found: Marks) -> None:
@@ -326,6 +331,10 @@ class Flow:
             if kept:
                 return kept
         return set()
+
+    def stop(self) -> None:
+        """Take back what was changed in the program's objects."""
+        self._parameters.stop_listening()
 
     # messages
 

@@ -25,7 +25,7 @@ from . import graph
 from .forwards import Forwards, Trials
 from .log import Sink, program_line
 from .marks import NONE, Key, Marks, Table, key_of
-from .parameters import Parameters
+from .parameters import Parameters, state_of
 
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
@@ -62,7 +62,6 @@ class Flow:
         self._post_of: dict[int, int] = {}  # message -> the call of ``post`` that it was in
         # (forward, module, with gradients) -> the inputs of its calls
         self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
-        self._groups: dict[tuple[int, ...], list[Any]] = {}  # ranks -> their groups in the order of first use
         self._runs = 0
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
@@ -90,7 +89,7 @@ class Flow:
         number, held = self._parameters.number(module)
         if held is not None:
             self.write("module", module=number, name=type(module).__qualname__, holds=held)
-            for tensor in (*nn.Module.parameters(module), *nn.Module.buffers(module)):  # received weights are not input data
+            for tensor in state_of(module):  # received weights are not input data
                 self._table.put(tensor, NONE)
         continued: set[int] = set()
         messages: set[int] = set()
@@ -346,7 +345,7 @@ class Flow:
             number = self._messages
             self._messages += 1
             self._post_of[number] = self._posts
-            ranks, group_number = self._group(group)
+            group = group or c10d._get_default_group()
             numbers.append(number)
             held = self._table.get(tensor) if kind == "send" else NONE
             posted.append(
@@ -354,8 +353,8 @@ class Flow:
                     "message": number,
                     "kind": kind,
                     "peer": peer,
-                    "group": ranks,
-                    "group_number": group_number,
+                    "group": c10d.get_process_group_ranks(group),
+                    "group_name": group.group_name,
                     "tag": tag,
                     "marks": sorted(
                         ("F" if letter == "C" else letter, n if letter == "M" else self._forwards.find(n))
@@ -372,12 +371,3 @@ class Flow:
         inside = self.caller if self.calling else "backward" if self.running else ""
         self.write("post", messages=posted, inside=inside)
         return numbers
-
-    def _group(self, group: Any) -> tuple[list[int], int]:
-        """The ranks of a process group, and its index among this rank's groups of the same ranks."""
-        group = group or c10d._get_default_group()
-        ranks = c10d.get_process_group_ranks(group)
-        known = self._groups.setdefault(tuple(ranks), [])
-        if not any(other is group for other in known):
-            known.append(group)
-        return ranks, next(n for n, other in enumerate(known) if other is group)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from .marks import Key, key_of, weak_storage
+
+
+def state_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module, of which a subclass may have an attribute, as Megatron's DDP has."""
+    yield from nn.Module.parameters(module)
+    yield from nn.Module.buffers(module)
+
 
 class Parameters:
     """The called modules by number, their parameters, and the memory of their gradients."""
@@ -64,7 +71,8 @@ class Parameters:
         for key, (parameter, _) in self._parameters.items():
             self.note_gradient(parameter)
             if key not in self._hooks and parameter.requires_grad and parameter.is_leaf:
-                self._hooks[key] = parameter.register_post_accumulate_grad_hook(self._accumulated)
+                listen = parameter.register_post_accumulate_grad_hook
+                self._hooks[key] = listen(self._accumulated)  # type: ignore[no-untyped-call] # torch's own
 
     def _accumulated(self, parameter: Tensor) -> None:
         self.add_to(id(parameter))

@@ -32,7 +32,7 @@ class Rank:
         if weights:
             self._write("weights", forwards=[forward], run=self._runs)
 
-    def post(self, *messages: tuple[str, int, str, int | None], wait: bool = True) -> list[int]:
+    def post(self, *messages: tuple[str, int, str, int | None], wait: bool = True, group: str = "0") -> list[int]:
         """Post messages together: send or receive, the peer, and for a send its content, such as ("F", 3)."""
         posted = []
         for kind, peer, letter, forward in messages:
@@ -44,7 +44,7 @@ class Rank:
                     "kind": kind,
                     "peer": peer,
                     "group": list(range(self._ranks)),
-                    "group_number": 0,
+                    "group_name": group,
                     "tag": 0,
                     "marks": marks,
                     "form": "float32[2, 4]",

@@ -158,20 +158,27 @@ def test_a_send_of_unknown_origin_is_named_by_its_use_and_noted():
     assert recording.notes[0].endswith("it is named by what uses it (1 times)")
 
 
-def test_several_tensors_of_one_boundary_are_one_message_if_they_were_sent_together():
-    def sent(together: bool) -> list[str]:
+def test_several_tensors_of_one_boundary_are_one_message_if_nothing_is_between_them():
+    def sent(*between: str, together: bool = False) -> list[str]:
         one, two = Rank(0), Rank(1)
         f = one.forward()
+        first, second = ("send", 1, "F", f), ("send", 1, "F", f)
         if together:
-            one.post(("send", 1, "F", f), ("send", 1, "F", f))
+            one.post(first, second)
         else:
-            one.send(1, "F", f)
-            one.send(1, "F", f)
-        two.forward(*two.post(("receive", 0, "", None), ("receive", 0, "", None)))
+            one.post(first)
+            for _ in between:
+                one.send(1, "F", one.forward())
+            one.post(second)
+        received = two.post(*[("receive", 0, "", None)] * (2 + len(between)))
+        two.forward(received[0], received[-1])
+        for message in received[1:-1]:
+            two.forward(message)
         return lines(recorded(one, two))
 
     assert sent(together=True) == ["0F0> 0SF0>", "1RF0> 1F0>"]
-    assert sent(together=False) == ["0F0> 0SF0> 0SF0>", "1RF0>+1RF0> 1F0>"]
+    assert sent() == ["0F0> 0SF0>", "1RF0> 1F0>"]
+    assert sent("another") == ["0F0> 0SF0> 0F1> 0SF1> 0SF0>", "1RF0>+1RF1>+1RF0> 1F0> 1F1>"]
 
 
 def test_a_loss_for_the_log_is_counted_as_control_data():

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import graph
 from .forwards import Forwards, Trials
-from .log import Sink, program_line
+from .log import Sink, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
 from .parameters import Parameters, state_of
 
@@ -70,7 +70,7 @@ class Flow:
         self.caller = ""  # the class of the module that is being called
 
     def write(self, event: str, **fields: Any) -> None:
-        self._sink({"event": event, **fields, "at": program_line()})
+        self._sink({"event": event, "at": program_line(), **fields})
 
     def on_own_thread(self) -> bool:
         """Whether this is the thread that computes, or a helper thread that waits on its behalf."""
@@ -369,5 +369,5 @@ class Flow:
                 self._table.put(tensor, frozenset({("M", number)}))
         self._forwards.interrupt()
         inside = self.caller if self.calling else "backward" if self.running else ""
-        self.write("post", messages=posted, inside=inside)
+        self.write("post", messages=posted, inside=inside, at=call_path())
         return numbers

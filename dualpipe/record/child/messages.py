@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from .flow import Flow
+from .log import call_path
 from .patches import Patches
 
 
@@ -43,7 +44,7 @@ def watch(flow: Flow, patches: Patches) -> None:
                 return original(tensor, **passed)
             ranks = c10d.get_process_group_ranks(group or c10d._get_default_group())
             if peer is None and group_peer is None:
-                flow.write("any source")
+                flow.write("any source", at=call_path())
                 return unwatched(original, tensor, **passed)
             other = ranks[group_peer] if peer is None and group_peer is not None else peer
             numbers = flow.post([(kind, tensor, int(other or 0), group, tag)])

@@ -233,7 +233,7 @@ def broken_rules(timetable: Timetable, microbatches: int) -> Iterator[str]:
             if op is None:
                 continue
             late = [need for need in needs(op, ranks) if done.get(need, now + 1) > now]
-            yield from (f"rank {rank} runs {op} in slot {now}, before {need} is over" for need in late)
+            yield from (f"rank {rank} runs {op} in slot {now}, before {need} has ended" for need in late)
             held += op.kind is F
             if held > ranks + 1:
                 yield f"rank {rank} holds {held} microbatches in slot {now}"

@@ -96,7 +96,7 @@ def order(schedule: Schedule) -> Problem:
             for need in schedule.needs(placed.op):
                 if need not in first:
                     first[need] = problem.variable(f"{need} r{placed.rank} never")
-                    problem.later(time, first[need], "{1} never comes on rank {0.rank}", placed, need)
+                    problem.later(time, first[need], "rank {0.rank} has no {1}", placed, need)
                 problem.later(first[need], time, WHERE + " needs {1}", placed, need)
     return problem
 

@@ -22,7 +22,7 @@ from dualpipe.schedule import MESSAGES, Chunk, Lane, Schedule
 from dualpipe.schedule.text import digest
 
 _SUMMED: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
-"""The parameters whose gradients a pipeline has summed over the lanes since its last step on them."""
+"""The parameters whose ``.grad`` is already summed over the lanes: no step has added to it since."""
 
 __all__ = ["Feed", "Pipeline", "ProcessGroupTransport", "StepResult", "TensorSpec"]
 
@@ -57,7 +57,7 @@ class Pipeline:
     blocking:
         Wait for every message of a slot before going on, as a plain batch-and-wait program does.
     observe:
-        Called after every op with when it began and ended (see ``dualpipe.runtime.executor.Observer``).
+        Called after every op with its start and end times (see ``dualpipe.runtime.executor.Observer``).
     split_backward:
         Defer the weight gradients of linear layers to W.  If false every backward is full, and W does nothing.
     """
@@ -175,7 +175,7 @@ class Pipeline:
                 raise StepError(self.transport.rank, -1, None, None, f"{doing}: {error}") from error
 
     def _agree(self) -> None:
-        """Before the first message of any kind: compare the ranks' set-ups."""
+        """Compare the ranks' set-ups before the first message of any kind."""
         if not self._agreed:
             self.transport.agree(self._record())
             self._agreed = True
@@ -236,11 +236,11 @@ def _require_own_ops(schedule: Schedule, rank: int) -> None:
     for slot in schedule.programs[rank]:
         for op in slot:
             if schedule.rank_of(op) != rank:
-                got = f"rank {rank} is to run {op}, whose stage is on rank {schedule.rank_of(op)}"
+                got = f"rank {rank} has {op}, whose stage is on rank {schedule.rank_of(op)}"
                 raise RuleError("a rank runs the ops of its own stages", got, "move the op there")
             if op.kind in MESSAGES and schedule.neighbour(op) is None:
-                got = f"rank {rank} is to run {op}, where the lane ends"
-                raise RuleError("a message goes to the next stage or the previous one", got, "leave it out")
+                got = f"rank {rank} has {op}, but the lane ends there"
+                raise RuleError("a message goes to the next stage or the previous one", got, "remove it")
 
 
 def _names(chunks: Iterable[Chunk]) -> str:

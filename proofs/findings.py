@@ -48,7 +48,7 @@ class _Finding(ABC):
     def shown_by(self) -> tuple[Place | Placed, ...] | None:
         """The places up to which the programs show the fault; ``None`` where only the whole schedule does.
 
-        All places with their targets, unless a class knows better.
+        By default these are all places and their targets.
         """
         places = self.places()
         return *places, *(place.target for place in places if place.target is not None)
@@ -215,7 +215,7 @@ class SentTwice(_Pair):
 
 @dataclass(frozen=True)
 class Wait:
-    """A rank is blocked at ``place`` until the rank of ``partner``, the message that would match it, posts that one."""
+    """A rank is blocked at ``place`` until another rank posts ``partner``, the message that would let it go on."""
 
     place: Placed
     partner: Placed
@@ -241,7 +241,7 @@ class WaitCycle(_Finding):
 class Unmatched(_Finding):
     """A message without a partner: it is number ``nth`` (from 0) of its pair, and the other side posts ``posted``.
 
-    ``possible`` says whether another rank is at the other end at all.
+    ``possible`` is whether there is another rank at the other end.
     """
 
     check = "deadlock"
@@ -259,7 +259,7 @@ class Unmatched(_Finding):
 
 @dataclass(frozen=True)
 class Live:
-    """A microbatch held at a stage, named by its F; ``until`` says what it waits for, B or W."""
+    """A microbatch held at a stage, named by its F; ``until`` is the op that it waits for, B or W."""
 
     op: Op
     until: Kind
@@ -267,7 +267,7 @@ class Live:
 
 @dataclass(frozen=True)
 class OverBound(_Finding):
-    """The first slot in which a rank holds more microbatches than its bound; ``source`` says whose bound it is."""
+    """The first slot in which a rank holds more microbatches than its bound; ``source`` describes the bound."""
 
     check = "memory"
     fault = "over the bound"

@@ -118,9 +118,9 @@ def _walk(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, dict[Task, 
 
 
 def full_backwards(slot: Iterable[tuple[Kind, T]]) -> set[T]:
-    """What has a full backward in a slot: B and W in one slot.
+    """The names whose B and W are both in a slot, which is a full backward.
 
-    The slot is given by kinds and names; a name may be a task (of a schedule) or a chunk (of a phase table).
+    The slot is given by kinds and names; a name is a task (of a schedule) or a chunk (of a phase table).
     """
     ops = tuple(slot)
     return {name for kind, name in ops if kind is BACKWARD} & {name for kind, name in ops if kind is WEIGHT}

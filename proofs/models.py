@@ -22,8 +22,8 @@ host posts without waiting, the message slots run one after the other on the com
 computes that were issued before it, and computes run meanwhile on a stream of their own.
 
 The other two only remove waits, so a schedule without deadlock under *blocking* has none under the others.  *stream*
-removes no wait that matters for deadlock: a message slot waits for the message slots before it in any case, and so for
-all that the computes in between would have waited for.  The checks rely on neither fact: each model is decided by
+removes no wait that matters for deadlock: a message slot waits in any case for the message slots before it, which are
+all that the computes in between wait for under *blocking*.  The checks rely on neither fact: each model is decided by
 itself.
 """
 

@@ -39,10 +39,10 @@ class OptimalSizeError(RuleError):
 
 
 SECONDS = 60.0
-"""Seconds for the whole search where nothing else is asked for."""
+"""The default time limit of the whole search."""
 
 MOST_BOOLEANS = 100_000
-"""The largest number of ops times slots of a question: building it must not take longer than answering it."""
+"""The most ops times slots of a question; a larger one would take longer to build than to answer."""
 
 
 @dataclass(frozen=True)

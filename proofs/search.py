@@ -67,7 +67,7 @@ def _incomplete(schedule: Schedule) -> Finding | None:
 
 
 def order(schedule: Schedule) -> Verdict:
-    """Every op comes after what it needs on its own rank; ops of one slot run in the order written."""
+    """Every op runs after what it needs on its own rank; ops of one slot run in the order written."""
     done: set[Op] = set()
     rank = -1
     early: list[tuple[Placed, Op]] = []

@@ -20,7 +20,7 @@ _WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class SettingsError(RuleError):
-    """A setting with which two runs on a GPU may give different bits."""
+    """Settings under which two runs on a GPU may give different bits."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Case:
     """One verification.
 
     ``device``: where production and the oracle compute, ``cpu`` or ``cuda``.  ``staged``: messages go through host
-    memory.  ``blocking``: a slot of messages waits for all of them, as a plain batch-and-wait program does.
+    memory.  ``blocking``: a rank waits for all messages of a slot before it goes on, as after ``batch_isend_irecv``.
     ``timeout``: seconds to wait for a message before reporting a hang.  ``timed``: production records when its ops ran.
 
-    Raises ``RuleError`` for steps, a device or a timeout that make no sense.
+    Raises ``RuleError`` for a number of steps, a device or a timeout that is not valid.
     """
 
     schedule: Schedule

@@ -8,7 +8,7 @@
     W   run each saved call again, F.linear(input, weight, bias), and take autograd's gradient of weight and bias
 
 The split of B and W is that of the zero-bubble paper (arXiv 2401.10241).  Linear layers are those whose class is
-exactly ``nn.Linear``, called as modules; every other parameter has its gradient after B.
+exactly ``nn.Linear``, called as modules; the gradient of every other parameter is complete after B.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def run_check(check: Check, root: Path) -> CheckResult:
         )
     try:
         verdict, summary, findings = check.read(done)
-    except Exception as error:  # an answer of any other form is none
+    except Exception as error:  # an answer of another form is no answer
         summary = f"{no_answer(done)[1]} ({type(error).__name__}: {error})"
         return CheckResult(check.name, Verdict.UNKNOWN, check.why, summary, (), done.seconds)
     return CheckResult(check.name, verdict, check.why, summary, findings, done.seconds)

@@ -29,7 +29,8 @@ class Fault(Generic[Given, Planted]):
     checks:
         The checks that must refuse it; a check of the gate with the rule of its finding, as ``tests/test``.
     says:
-        A regular expression that the message of the first check's finding matches; of a test its name comes first.
+        A regular expression that the message of the first check's finding matches; a test's message begins with its
+        name.
     """
 
     number: int

@@ -19,7 +19,7 @@ PRESENTATION = (
     "dualpipe/timeline/picture.py",
     "dualpipe/timeline/terminal.py",
 )
-"""Modules that only draw: no test could say which sizes and colours there are right."""
+"""Modules that only draw: no test could decide which sizes and colours are right."""
 
 _TEXTS = frozenset({"__repr__", "__str__", "describe", "told"})
 """Functions that only write text for a reader."""

@@ -84,7 +84,7 @@ def _run() -> NoReturn:
     except KeyboardInterrupt:  # outside of any command
         leave(130)
     except SystemExit as end:
-        unread = isinstance(end.__context__, BrokenPipeError)  # typer ends with 1 then, which is a verdict
+        unread = isinstance(end.__context__, BrokenPipeError)  # typer would exit with 1, which means refuted
         leave(UNREAD if unread else _flushed(int(end.code or 0)))
     except Exception as error:
         traceback.print_exc()

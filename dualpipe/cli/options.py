@@ -107,7 +107,7 @@ def choose(positional: str | None, named: str) -> str:
 def find_schedule(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> Schedule:
-    """The schedule of a name that stands for exactly one; see ``find_schedules``."""
+    """The schedule of a name that must refer to exactly one; see ``find_schedules``."""
     found = find_schedules(name, ranks, microbatches, entry_timeout)
     if len(found) > 1:
         raise RuleError(
@@ -119,7 +119,7 @@ def find_schedule(
 def find_schedules(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> list[Schedule]:
-    """The schedules that a name stands for.
+    """The schedules that a name refers to.
 
     The name is one of ``PLANS``, which is generated for the given sizes; a file; or ``module:function``.
     If ``ranks`` or ``microbatches`` are given, the schedules of a file or a function must have these sizes.

@@ -13,8 +13,8 @@ are padded to a multiple of the number of replicas and of 128 (65,536 with ``pad
 bug shows if the number of replicas is not a power of two, or if a bucket does not end at such a multiple.
 
 Here each bucket is cut into its parameters as soon as it is gathered, so the layout of the whole buffer does not
-matter, and a Megatron without the bug works too.  A checkpoint written with the bug cannot be repaired: the values that
-belonged into the padding were never written.  Loading compares the optimizer's copy of each weight with the weight
+matter, and a Megatron without the bug works too.  A checkpoint written with the bug cannot be repaired: some values
+were never written.  Loading compares the optimizer's copy of each weight with the weight
 itself, and refuses the checkpoint if they differ.
 """
 

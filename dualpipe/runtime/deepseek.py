@@ -3,12 +3,13 @@
 The interface is that of https://github.com/deepseek-ai/DualPipe: ``DualPipe``, ``DualPipeV``, ``WeightGradStore``,
 ``set_p2p_tensor_shapes`` and ``set_p2p_tensor_dtype``.  It keeps module-wide state because theirs does; new programs
 use ``dualpipe.pipeline``.  As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock
-``nn.Linear`` layers are split into B and W as they are.  A module's ``overlapped_forward_backward`` is not called: an
-overlapped pair runs its forward, then its backward.
+``nn.Linear`` layers are split into B and W without changing the model.  A module's ``overlapped_forward_backward`` is
+not called: an overlapped pair runs its forward, then its backward.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def run_backward(tensors: Sequence[Tensor], grad_tensors: Sequence[Tensor]) -> N
     torch.autograd.backward(list(tensors), list(grad_tensors))
 
 
-class _Stepper(nn.Module):
+class _Stepper(nn.Module, ABC):
     """The common base of ``DualPipe`` and ``DualPipeV``: two modules, one process group, ``step``."""
 
     name: str
@@ -88,9 +89,9 @@ class _Stepper(nn.Module):
         self._pipelines: dict[int, Pipeline] = {}
         self._criterion: Criterion | None = None
 
+    @abstractmethod
     def held(self) -> dict[tuple[Lane, int], nn.Module]:
-        """The lane and stage of each module."""
-        raise NotImplementedError
+        """The module of each lane and stage that this rank holds."""
 
     def step(
         self,

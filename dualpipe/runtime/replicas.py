@@ -35,9 +35,10 @@ class Replicas:
     def reduce_gradients(self) -> None:
         """Give every parameter the sum of its gradients over the lanes.
 
-        Each pair of replicas exchanges one message each way, and a rank posts all of its messages at once.  A parameter
-        with a gradient on one replica only gets that one; without any it keeps none.  Raises ``StageError`` if the
-        replicas differ in a weight before the first reduction, or in a buffer that has changed since the last one.
+        Each pair of replicas exchanges one message each way, and a rank posts all of its messages at once.  If only one
+        replica has a gradient for a parameter, both get it; if neither has one, ``.grad`` stays ``None``.  Raises
+        ``StageError`` if the replicas differ in a weight before the first reduction, or in a buffer that has changed
+        since the last one.
         """
         self._combine(self._pack_gradients, self._add_gradients)
 
@@ -96,7 +97,7 @@ class Replicas:
         return torch.cat([flags.to(device), digests.view(torch.uint8), *(_bytes(g).to(device) for g in gradients)])
 
     def _digest(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
-        """The digest of a tensor that was not compared yet, or of a buffer that has changed since; else ``None``.
+        """The digest of a tensor that was not compared yet, or of a buffer that was changed since then; else ``None``.
 
         An int64 scalar, computed on the tensor's device.  Parameters are compared once: later the optimizer changes
         them, in both replicas alike, as their gradients are equal.

@@ -1,8 +1,8 @@
 """The process that calls an entry point ``module:function`` and hands back the text of its schedules.
 
-It runs as a process of its own, so that nothing the foreign code does to its interpreter (exit, hang, change of
-directory, threads, replaced modules) stays there.  What goes back is one file, ``FOLDER/answer``, which appears
-complete or not at all::
+It runs as a process of its own, so that whatever the foreign code does to its interpreter (exit, hang, change of
+directory, threads, replaced modules) does not affect the caller.  The answer is one file, ``FOLDER/answer``, which
+appears complete or not at all::
 
     {"texts": ["lane > 0 ...", ...]}      or      {"error": [rule, got, fix]}
 
@@ -29,7 +29,7 @@ from dualpipe.schedule import Schedule
 from dualpipe.schedule.text import dumps
 
 MOST = 1000
-"""Schedules that one entry point may return; a generator that never ends is refused instead of being waited for."""
+"""The most schedules that one entry point may return, so that a generator that never ends is refused."""
 
 _SIZES = {"ranks": "-P", "microbatches": "-M"}
 
@@ -40,13 +40,13 @@ def serve(folder: str, name: str, sizes: dict[str, int | None], limit: float, pa
     Parameters
     ----------
     folder:
-        Where ``answer`` is written, and ``trace``: where the process was when it crashed or the time was up.
+        Where ``answer`` is written, and ``trace``, the traceback of a crash or of a process that ran out of time.
     sizes:
         ``ranks`` and ``microbatches``, passed by keyword where the function takes them and they are not ``None``.
     limit:
-        Seconds after which the process ends itself, should nobody else do so.
+        Seconds after which the process ends itself, in case its parent has not ended it.
     path:
-        The import path that the foreign code gets, the current directory in front of it.
+        The import path of the foreign code, without the current directory, which is added in front.
     """
     own = os.getpid()
     with open(os.path.join(folder, "trace"), "w") as trace:
@@ -56,7 +56,7 @@ def serve(folder: str, name: str, sizes: dict[str, int | None], limit: float, pa
         sys.argv[:] = [name]
         answer = json.dumps(_answer(name, sizes))
         faulthandler.cancel_dump_traceback_later()
-        if os.getpid() != own:  # a fork of the function's own, which returned as well
+        if os.getpid() != own:  # the function forked, and the child returned too
             os._exit(0)
         part = os.path.join(folder, "part")
         with open(part, "w") as file:
@@ -78,7 +78,7 @@ def _answer(name: str, sizes: dict[str, int | None]) -> dict[str, Any]:
         if len(items) > MOST:
             raise RuleError(
                 f"an entry point returns at most {MOST} schedules",
-                f"{name} goes on after that",
+                f"{name} returned more",
                 "split it up",
             )
         return {"texts": [_text(f"{name}[{at}]" if len(items) > 1 else name, item) for at, item in enumerate(items)]}
@@ -119,7 +119,7 @@ def _find(name: str) -> Callable[..., Any]:
         raise RuleError(
             "an entry point is a function", f"{name} is of type {type(found).__name__}", "return it from a function"
         )
-    return found  # type: ignore[no-any-return] # callable is all that is asked
+    return found  # type: ignore[no-any-return] # it is only known to be callable
 
 
 def _modules_here() -> list[str]:
@@ -173,11 +173,11 @@ def _where(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """An error is reported on one line; the text of a foreign one may itself raise."""
+    """The first line of an error's text; getting the text of a foreign error may itself raise."""
     try:
         return next(iter(str(error).splitlines()), "")
     except BaseException:
-        return "(its text cannot be had)"
+        return "(its text raised an error)"
 
 
 def _text(label: str, item: Any) -> str:

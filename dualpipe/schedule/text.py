@@ -35,7 +35,7 @@ from dualpipe.schedule import (
 )
 
 BYTE_ORDER_MARK = "\ufeff"
-"""Some editors put it in front of UTF-8 text; readers skip it there."""
+"""The byte order mark that some editors write before UTF-8 text; readers skip it there."""
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _OP = re.compile(r"([0-9]{1,9})(F|B|W|SF|RF|SB|RB)([0-9]{1,9})([<>])(?:@([0-9]{1,9}))?")
 _OP_FORM = (
@@ -47,7 +47,7 @@ _Args = TypeVarTuple("_Args")
 
 
 class ScheduleSyntaxError(ScheduleError):
-    """A text that is no schedule file.  ``line`` and ``column`` count from 1."""
+    """A text that is not a schedule file.  ``line`` and ``column`` count from 1."""
 
     def __init__(self, source: str, line: int, column: int, found: str, expected: str) -> None:
         self.source, self.line, self.column, self.found, self.expected = source, line, column, found, expected
@@ -55,7 +55,7 @@ class ScheduleSyntaxError(ScheduleError):
 
 
 def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline.  Equal schedules of one name have the same text."""
+    """The schedule as text, ending in a newline.  Equal schedules with the same name have the same text."""
     head = [f"schedule {schedule.name}"] if schedule.name else []
     lanes = [
         f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)

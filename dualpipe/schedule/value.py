@@ -25,13 +25,13 @@ class Schedule:
     Parameters
     ----------
     routes:
-        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` of two lanes is the same layers, so two
+        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` has the same layers on both lanes, so two
         lanes mean two replicas of each stage.
     programs:
         For each rank its slots.  The ops of a slot are issued together, slots run in order.
     name:
-        A label; it takes no part in what the schedule means, only in how it is printed and whether a published
-        memory bound applies.
+        A label.  It does not change what the schedule means, only how it is printed and whether a published memory
+        bound applies.
 
     Raises
     ------

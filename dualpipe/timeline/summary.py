@@ -25,7 +25,7 @@ class Summary(TypedDict):
 
 
 def parse_costs(text: str) -> Costs:
-    """``"F=1,B=1,W=1,FB=2.5"`` as costs; what is left out has its default.  Raises ``RuleError``."""
+    """``"F=1,B=1,W=1,FB=2.5"`` as costs, with defaults for the rest.  Raises ``RuleError``."""
     given: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))

@@ -229,12 +229,12 @@ LONG = "a" * 300
         (("show", LONG), "the name of a file has at most 255 bytes: got 300 bytes: aaa"),
         (
             ("show", "--svg", ""),
-            "--svg is a file that can be written: . is a folder, which an empty name stands for too;",
+            "--svg is a file that can be written: . is a folder (an empty name means the current one);",
         ),
-        (("show", "--svg", LONG), f"{LONG} cannot be made: File name too long; name another file"),
+        (("show", "--svg", LONG), f"{LONG} cannot be created: File name too long; name another file"),
         (
             ("show", "--svg", "ok.txt/x.svg"),
-            "ok.txt/x.svg cannot be made: ok.txt is a file, not a folder; name another",
+            "ok.txt/x.svg cannot be created: ok.txt is a file, not a folder; name another",
         ),
         (
             ("show", "--svg", "/dev/full"),

@@ -248,11 +248,11 @@ STUCK = {
     ),
     "a message beyond the lane": (
         "lane > 0\nrank 0: 0F0> 0SF0>",
-        "rank 0 in slot 1 waits for 0SF0> to meet its partner, and no such rank exists",
+        "rank 0 in slot 1 waits for the partner of 0SF0>, and there is no rank at the other end",
     ),
     "a message to a rank that is not there": (
         "lane > 0 1\nrank 0: 0F0> 0SF0>@9\nrank 1:",
-        "rank 0 in slot 1 waits for 0SF0>@9 to meet its partner, and no such rank exists",
+        "rank 0 in slot 1 waits for the partner of 0SF0>@9, and there is no rank at the other end",
     ),
     "a compute before its receive": (
         "lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1: 1F0> 1RF0>",

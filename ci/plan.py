@@ -16,7 +16,7 @@ from ci.history import counts_at
 from ci.location import Locator, bounds_in
 from ci.process import Completed
 from ci.repository import Repository
-from ci.selection import Selection
+from ci.selector import Selection
 
 TRAINED = ("dualpipe-P2-M4", "dualpipe-P4-M8", "dualpipev-P2-M4", "1f1b-P2-M4", "zb1p-P4-M8", "torch-zbv-4x8")
 """Schedules to train with when the runtime changes."""

@@ -12,7 +12,7 @@ from ci.location import NOWHERE, Locator
 from ci.plan import Options, Plan
 from ci.process import Completed, python
 from ci.result import CheckResult, Finding, Verdict
-from ci.selection import Selection
+from ci.selector import Selection
 from tests.ci.conftest import ROOT
 
 

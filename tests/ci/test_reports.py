@@ -20,7 +20,7 @@ from ci.report.sarif import RULES, sarif
 from ci.report.terminal import terminal
 from ci.repository import Base, Changed
 from ci.result import CheckResult, Finding, Verdict
-from ci.selection import Selection
+from ci.selector import Selection
 from dualpipe.page.model import Table
 from tests.ci.conftest import ROOT
 

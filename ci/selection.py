@@ -206,14 +206,6 @@ ROWS: dict[str, Row] = {
     "tests/gpu/": Row((), ("tests/gpu",), ("tests/production/test_settings.py",)),
     "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py",)),
     "tests/megatron/test_groups.py": Row((), ("tests/megatron/test_groups.py", "tests/megatron/test_model.py")),
-    "tests/megatron/test_schedule.py": Row(
-        (),
-        (
-            "tests/megatron/test_schedule.py",
-            "tests/megatron/test_random_streams.py",
-            "tests/megatron/test_replicas.py",
-        ),
-    ),
     "tests/page/": Row((), ("tests/page",)),
     "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),
     "tests/production/": Row(

@@ -20,7 +20,7 @@ from dualpipe.testing.launch import launch
 from reference.megatron import data, production
 from reference.megatron.case import Case
 from reference.megatron.training import forward_step
-from tests.megatron.test_schedule import on_each_rank
+from tests.megatron.ranks import on_each_rank
 
 CASE = Case(pp=2, steps=2, microbatches=4, timeout=10)
 

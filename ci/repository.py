@@ -45,7 +45,7 @@ class Changed:
 
     @property
     def extent(self) -> Extent:
-        """How far the change of a source goes; any other change counts as one of code."""
+        """How far the change to a source goes; a change to any other file counts as one to code."""
         if not self.path.endswith(".py") or self.before is None or self.after is None:
             return Extent.CODE
         return extent(self.before, self.after)

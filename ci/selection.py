@@ -92,7 +92,7 @@ TABLES = Row(
         "tests/megatron/test_iterators.py",
     ),
 )
-"""For a change of phase tables alone.
+"""For a change to phase tables alone.
 
 The changed schedules are proved and trained with anyway, so the tests of the runtime, which runs any schedule, and
 those of the command line are left out.

@@ -189,7 +189,7 @@ def _require_sizes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for
             raise BoundError(
                 f"bytes {name} are given for each of the {schedule.stages} stages, 0 or more",
                 f"got {list(sizes)}",
-                "give one size a stage",
+                "give one size per stage",
             )
 
 

@@ -88,7 +88,7 @@ def _check(case: Case) -> None:
         raise RuleError(
             "several ranks on one GPU cannot use NCCL, and gloo cannot send CUDA tensors",
             f"got the device {case.device} and direct messages",
-            "use staged messages here, and tests/gpu under torchrun for NCCL with one GPU a rank",
+            "use staged messages here, and tests/gpu under torchrun for NCCL with one GPU per rank",
         )
     if not any(case.schedule.microbatches.values()):
         raise RuleError("a schedule to verify runs microbatches", "got one without ops", "add F, B and W")

@@ -52,7 +52,7 @@ def no_answer(done: Completed) -> Reading:
 
 
 def json_lines(done: Completed) -> list[dict[str, Any]]:
-    """The JSON objects that a command printed, one a line."""
+    """The JSON objects that a command printed, one per line."""
     return [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
 
 

@@ -118,7 +118,7 @@ def _losses(report: Report[Any, Any]) -> str:
 
 
 def _table(report: Report[Any, Any]) -> Table:
-    """One row a stage: the ranks that hold it, its parameters and gradient, and how each implementation compares."""
+    """One row per stage: the ranks that hold it, its parameters and gradient, and how each implementation compares."""
     with_ranks = any(stage.ranks for stage in report.stages)
     names = [comparison.name for comparison in report.comparisons]
     table = Table(box=None, pad_edge=False)

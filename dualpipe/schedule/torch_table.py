@@ -1,6 +1,6 @@
 """Reads the compute-only table of torch.distributed.pipelining, as its ``_dump_csv`` writes it.
 
-One row a rank, one cell a step::
+One row per rank, one cell per step::
 
     0F0,0F1,,1F0,(0F2;1B0)OVERLAP_F_B,1I1,1W1
 

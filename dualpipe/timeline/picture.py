@@ -1,4 +1,4 @@
-"""A timeline as a figure: one row a rank, time to the right, as in the papers on DualPipe and the zero bubble.
+"""A timeline as a figure: one row per rank, time to the right, as in the papers on DualPipe and the zero bubble.
 
 ::
 

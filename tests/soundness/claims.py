@@ -144,8 +144,8 @@ STOPS = (Ending.HUNG, Ending.REFUSED)
 
 CLAIMS = (
     Claim("all checks but memory proved: equal, blocking or not", lambda o: o.proved(*CHECKS), _always(Ending.EQUAL)),
-    Claim("a run hangs or is refused, and never breaks", _any, _never(Ending.BROKEN)),
-    Claim("plain search alone says what both methods say", _any, lambda o: o.by_graph == o.verdicts),
+    Claim("a run that does not finish hangs or is refused, and never raises another error", _any, _never(Ending.BROKEN)),
+    Claim("plain search alone gives the verdicts of both methods", _any, lambda o: o.by_graph == o.verdicts),
     Claim(
         "a run that hangs has its deadlock refuted",
         _any,
@@ -194,7 +194,7 @@ CLAIMS = (
         lambda o: all((run.ending is Ending.EQUAL) == commutes(o.mutant.schedule) for run in _runs(o)),
     ),
     Claim(
-        "processes are equal exactly where fake ranks are, a repeated message aside",
+        "processes are equal exactly where fake ranks are, except for repeated messages",
         lambda o: bool(o.processes) and not o.repeats,
         lambda o: all((o.fakes[b].ending is Ending.EQUAL) == (run.ending is Ending.EQUAL) for b, run in _ran(o)),
     ),

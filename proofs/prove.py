@@ -252,8 +252,8 @@ def run_check(
         by_z3: Verdict
         if timeout_s is None and size > MOST_FOR_Z3:
             by_z3 = Unknown(
-                f"Z3 is not asked about more than {MOST_FOR_Z3:,} ops and stages, and there are {size:,}: "
-                "a timeout for the solver (--solver-timeout) makes it try"
+                f"Z3 skips schedules of more than {MOST_FOR_Z3:,} ops and stages, and this one has {size:,}: "
+                "give a timeout for the solver (--solver-timeout) to let it try"
             )
         else:
             by_z3 = by_smt.verdict(problem(), timeout_s, solver)

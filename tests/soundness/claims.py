@@ -144,7 +144,9 @@ STOPS = (Ending.HUNG, Ending.REFUSED)
 
 CLAIMS = (
     Claim("all checks but memory proved: equal, blocking or not", lambda o: o.proved(*CHECKS), _always(Ending.EQUAL)),
-    Claim("a run that does not finish hangs or is refused, and never raises another error", _any, _never(Ending.BROKEN)),
+    Claim(
+        "a run that does not finish hangs or is refused, and never raises another error", _any, _never(Ending.BROKEN)
+    ),
     Claim("plain search alone gives the verdicts of both methods", _any, lambda o: o.by_graph == o.verdicts),
     Claim(
         "a run that hangs has its deadlock refuted",

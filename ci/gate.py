@@ -67,7 +67,7 @@ def _resolved(root: Path) -> Path:
     try:
         return root.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError for a cycle of links
-        raise GateError("--root is a folder", str(error), "name another") from error
+        raise GateError("--root must be a folder", str(error), "name another") from error
 
 
 if __name__ == "__main__":

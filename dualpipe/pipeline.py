@@ -212,7 +212,7 @@ def _require_stages(schedule: Schedule, rank: int, stages: Stages) -> None:
     placed = {Chunk(lane, s) for lane, route in schedule.routes.items() for s, on in enumerate(route) if on == rank}
     if placed != set(stages):
         raise RuleError(
-            f"rank {rank} holds the stages that the schedule places on it",
+            f"rank {rank} must hold the stages that the schedule places on it",
             f"it was given {_names(stages)}, and the schedule places {_names(placed)} there",
             "build those",
         )
@@ -226,7 +226,7 @@ def _require_no_weights(schedule: Schedule, criterion: Criterion | None, stages:
     own = [name for name, p in criterion.named_parameters() if p.requires_grad and id(p) not in known]
     if own:
         raise StageError(
-            "with two lanes a criterion has no weights of its own",
+            "with two lanes a criterion must have no weights of its own",
             f"got {type(criterion).__name__} with {', '.join(own[:3])}",
             "put them into the module of the last stage",
         )
@@ -237,10 +237,10 @@ def _require_own_ops(schedule: Schedule, rank: int) -> None:
         for op in slot:
             if schedule.rank_of(op) != rank:
                 got = f"rank {rank} has {op}, whose stage is on rank {schedule.rank_of(op)}"
-                raise RuleError("a rank runs the ops of its own stages", got, "move the op there")
+                raise RuleError("a rank may only run ops of its own stages", got, "move the op there")
             if op.kind in MESSAGES and schedule.neighbour(op) is None:
                 got = f"rank {rank} has {op}, but the lane ends there"
-                raise RuleError("a message goes to the next stage or the previous one", got, "remove it")
+                raise RuleError("a message must go to the next stage or the previous one", got, "remove it")
 
 
 def _names(chunks: Iterable[Chunk]) -> str:

@@ -66,7 +66,7 @@ def bound_of(schedule: Schedule, max_activations: int | None = None) -> Bound | 
     """The bound given, else the published one for the schedule's name; only the name decides which."""
     if max_activations is not None:
         if max_activations < 0:
-            raise BoundError("a bound on activations is 0 or more", f"got {max_activations}", "give a count")
+            raise BoundError("a bound on activations must be 0 or more", f"got {max_activations}", "give a count")
         return Bound((max_activations,) * schedule.ranks, "given")
     if schedule.name not in PUBLISHED:
         return None
@@ -187,7 +187,7 @@ def _require_sizes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for
     for name, sizes in (("waiting for B", waiting_for_b), ("waiting for W", waiting_for_w)):
         if len(sizes) != schedule.stages or min(sizes) < 0:
             raise BoundError(
-                f"bytes {name} are given for each of the {schedule.stages} stages, 0 or more",
+                f"bytes {name} must be given for each of the {schedule.stages} stages, 0 or more",
                 f"got {list(sizes)}",
                 "give one size per stage",
             )

@@ -62,7 +62,7 @@ STREAM = Model("stream", overlaps=True)
 def eager(capacity: int = 1) -> Model:
     """The model with buffered sends: ``capacity`` messages, 1 or more, for each ordered pair of ranks."""
     if capacity < 1:
-        raise ModelError("an eager model buffers at least one message", f"got {capacity}", "use blocking for none")
+        raise ModelError("an eager model must buffer at least one message", f"got {capacity}", "use blocking for none")
     return Model("eager", capacity)
 
 
@@ -80,9 +80,9 @@ def parse_models(text: str) -> tuple[Model, ...]:
     found = re.fullmatch(r"eager:([0-9]{1,9})", text)
     if re.fullmatch(r"eager:[0-9]{10,}", text):
         raise ModelError(
-            "an eager model buffers at most 999999999 messages", f"got {text[:40]!r}", "name a smaller capacity"
+            "an eager model may buffer at most 999999999 messages", f"got {text[:40]!r}", "name a smaller capacity"
         )
     if found is None:
         fix = nearest(text, ["all", *(model.name for model in MODELS)], "name one")
-        raise ModelError("a model is all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", fix)
+        raise ModelError("a model must be all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", fix)
     return (eager(int(found.group(1))),)

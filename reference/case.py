@@ -46,11 +46,11 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise RuleError("a verification trains for at least one step", f"got {self.steps}", "use 1 or more")
+            raise RuleError("a verification must train for at least one step", f"got {self.steps}", "use 1 or more")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise RuleError("the device is cpu or cuda", f"got {self.device}", "use one of them")
+            raise RuleError("the device must be cpu or cuda", f"got {self.device}", "use one of them")
         if not 0 < self.timeout < 1e6:
-            raise RuleError("the timeout is a positive number of seconds", f"got {self.timeout}", "use 60")
+            raise RuleError("the timeout must be a positive number of seconds", f"got {self.timeout}", "use 60")
 
     @property
     def on_gpu(self) -> bool:

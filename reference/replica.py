@@ -155,7 +155,7 @@ def _check_apart(module: nn.Module, weights: Set[Tensor]) -> None:
         for own, parameter in layer.named_parameters(recurse=False):
             if parameter in weights and type(layer) is not nn.Linear:
                 raise SetupError(
-                    "a linear layer shares its parameters only with linear layers of its stage",
+                    "a linear layer may share its parameters only with linear layers of its stage",
                     f"{name}.{own} of a {type(layer).__name__} is also a linear layer's",
                     "untie them",
                 )

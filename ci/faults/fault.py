@@ -57,7 +57,7 @@ class Edit:
         count = text.count(self.old)
         if count != 1:
             got = f"{self.path} has it {count} times: {self.old!r}"
-            raise GateError("a planted fault replaces text that occurs once in its file", got, "update the record")
+            raise GateError("a planted fault must replace text that occurs once in its file", got, "update the record")
         return text.replace(self.old, self.new)
 
 

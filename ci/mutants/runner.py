@@ -96,7 +96,7 @@ class Runner:
             ended = self._pytest(tests, BASELINE_LIMIT_S)
             if ended.code != 0:
                 raise GateError(
-                    "the tests pass before anything is mutated",
+                    "the tests must pass before anything is mutated",
                     f"pytest {' '.join(tests)} ends with {ended.code}:\n{_end_of(ended)}",
                     "fix them first",
                 )

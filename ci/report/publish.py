@@ -29,7 +29,7 @@ def prepare(output: Path | None, html: Path | None) -> None:
     It is called before the checks run.  Raises ``GateError`` for a report that could not be written.
     """
     if output is not None:
-        with _as_bad_input("--output is a folder for the reports"):
+        with _as_bad_input("--output must be a folder for the reports"):
             output.mkdir(parents=True, exist_ok=True)
             for name in NAMES:
                 _clear(output / name)

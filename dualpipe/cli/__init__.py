@@ -72,7 +72,7 @@ def _run() -> NoReturn:
     """Run the command and exit with its exit code."""
     try:
         if sys.stdout is None:  # output would be lost without an error
-            raise RuleError("standard output is open", "it is closed", "send it to /dev/null if nobody reads it")
+            raise RuleError("standard output must be open", "it is closed", "send it to /dev/null if nobody reads it")
         with OwnFirst(), leaving_on_sigterm():
             app(prog_name="dualpipe")
     except (RuleError, OSError) as error:
@@ -111,7 +111,7 @@ def _of_output(error: OSError) -> OSError | RuleError:
     """The error for a standard output that cannot be written; any other error names its file."""
     if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return error
-    return RuleError("standard output can be written", f"{error.strerror}", "make room, or send it somewhere else")
+    return RuleError("standard output must be writable", f"{error.strerror}", "make room, or send it somewhere else")
 
 
 def _discard_output() -> None:

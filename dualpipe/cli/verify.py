@@ -134,7 +134,7 @@ def verify(
         traces = target("--trace", trace / _trace_name(value), TRACE)
         check_targets(traces, [chosen])
     if transport not in ("direct", "staged"):
-        raise RuleError("--transport is direct or staged", f"got {transport}", "use one of them")
+        raise RuleError("--transport must be direct or staged", f"got {transport}", "use one of them")
     from dualpipe.cli.verification import print_case_report, watch_case
     from reference.case import DTYPES, Case
     from reference.model import ModelConfig

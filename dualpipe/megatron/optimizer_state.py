@@ -72,7 +72,7 @@ def save_parameters(part: Any) -> tuple[str, ...]:
 def refuse_format(kind: object) -> None:
     """Raise ``RuleError`` for a format in which a chunk of DualPipe cannot be saved."""
     raise RuleError(
-        "under DualPipe the distributed optimizer is saved parameter by parameter, gathered on all ranks of a stage",
+        "DualPipe's distributed optimizer must be saved parameter by parameter, gathered on all ranks of a stage",
         f"got {kind}",
         f"set metadata['distrib_optim_sharding_type'] to {SHARDING!r}; "
         "in Megatron-LM, --dist-ckpt-optim-fully-reshardable",

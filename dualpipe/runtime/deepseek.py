@@ -129,7 +129,7 @@ class _Stepper(nn.Module, ABC):
         if microbatches not in self._pipelines:
             if _shapes is None or _dtype is None:
                 raise RuleError(
-                    "the shapes and dtype of messages are declared before a step",
+                    "the shapes and dtype of messages must be declared before a step",
                     "got none",
                     "call set_p2p_tensor_shapes and set_p2p_tensor_dtype",
                 )
@@ -140,7 +140,7 @@ class _Stepper(nn.Module, ABC):
 
     def _loss(self, *tensors: Tensor) -> Tensor:
         if self._criterion is None:
-            raise StageError("a rank where a lane ends has a criterion", "got none", "pass criterion= to step()")
+            raise StageError("a rank where a lane ends needs a criterion", "got none", "pass criterion= to step()")
         return self._criterion(*tensors)
 
 
@@ -180,8 +180,8 @@ def _cut(what: str, tensors: Sequence[Tensor | None], chunks: int, dim: int) -> 
     sizes = [tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else None for tensor in present]
     if None in sizes or len(set(sizes)) > 1 or (chunks and sizes[0] % chunks):  # type: ignore[operator] # None is first
         raise StageError(
-            f"the {what} are cut into microbatches along dimension {dim}, where all have the same size, a multiple "
-            "of the number of microbatches",
+            f"the {what} are cut into microbatches along dimension {dim}, where all must have the same size, "
+            "a multiple of the number of microbatches",
             f"got shapes {[list(tensor.shape) for tensor in present]} for {chunks} microbatches",
             "pad them; put data that does not belong to single samples into the module",
         )

@@ -136,12 +136,12 @@ class Replicas:
 def _differ(stage: int, name: str, weight: bool) -> StageError:
     if weight:
         return StageError(
-            "the replicas of a stage start from the same weights",
+            "the replicas of a stage must start from the same weights",
             f"{name} of stage {stage} differs between the lanes before the first update",
             "call copy_weights() on every rank before the first step; a forward must not change weights",
         )
     return StageError(
-        "the replicas of a stage have the same buffers",
+        "the replicas of a stage must have the same buffers",
         f"{name} of stage {stage} is changed by its forward, and each lane's replica has changed it in its own way",
         "use a layer without running statistics, or put that layer in eval() mode",
     )
@@ -151,13 +151,13 @@ def _require_gradients(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and parameter.grad.layout is not torch.strided:
             raise StageError(
-                "gradients that are summed over the lanes are dense tensors",
+                "gradients that are summed over the lanes must be dense tensors",
                 f"that of {name} is {parameter.grad.layout}",
                 "set sparse=False in its layer, or sum the gradients yourself (reduce_gradients=False)",
             )
         if parameter.grad is None and getattr(parameter, "main_grad", None) is not None:
             raise StageError(
-                "gradients that are summed over the lanes are in .grad",
+                "gradients that are summed over the lanes must be in .grad",
                 f"{name} has a main_grad and no .grad: a hook has moved it",
                 "leave it in .grad until after the step, or sum them yourself (reduce_gradients=False)",
             )

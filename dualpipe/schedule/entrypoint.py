@@ -74,10 +74,10 @@ def _answer(name: str, sizes: dict[str, int | None]) -> dict[str, Any]:
             several = isinstance(made, Iterable) and not isinstance(made, Schedule | str | bytes | Mapping)
             items = list(islice(made, MOST + 1)) if several else [made]
         if not items:
-            raise RuleError("an entry point returns at least one schedule", f"{name} returned none", "return one")
+            raise RuleError("an entry point must return at least one schedule", f"{name} returned none", "return one")
         if len(items) > MOST:
             raise RuleError(
-                f"an entry point returns at most {MOST} schedules",
+                f"an entry point may return at most {MOST} schedules",
                 f"{name} returned more",
                 "split it up",
             )
@@ -96,7 +96,7 @@ def _find(name: str) -> Callable[..., Any]:
         missing = error.__cause__
         if isinstance(missing, ModuleNotFoundError) and f"{module_name}.".startswith(f"{missing.name}."):
             raise RuleError(
-                "an entry point is module:function, with a module that can be imported from the current directory",
+                "an entry point must be module:function, with a module that can be imported from the current directory",
                 f"there is no module {missing.name}",
                 nearest(str(missing.name), _modules_here(), "correct the name, or run the command where the module is"),
             ) from None
@@ -109,7 +109,7 @@ def _find(name: str) -> Callable[..., Any]:
             members = getattr(found, "__dict__", {})
             functions = [other for other, value in members.items() if callable(value) and other[0] != "_"]
             raise RuleError(
-                "an entry point is module:function",
+                "an entry point must be module:function",
                 f"{reached} has no {attribute}",
                 nearest(attribute, functions, "correct the name"),
             )
@@ -117,7 +117,9 @@ def _find(name: str) -> Callable[..., Any]:
             found, reached = getattr(found, attribute), f"{reached}.{attribute}"
     if not callable(found):
         raise RuleError(
-            "an entry point is a function", f"{name} is of type {type(found).__name__}", "return it from a function"
+            "an entry point must be a function",
+            f"{name} is of type {type(found).__name__}",
+            "return it from a function",
         )
     return found  # type: ignore[no-any-return] # it is only known to be callable
 
@@ -142,7 +144,7 @@ def _arguments(name: str, function: Callable[..., Any], sizes: dict[str, int | N
         if parameter.default is parameter.empty and parameter.kind not in variadic and parameter.name not in given:
             option = _SIZES.get(parameter.name)
             raise RuleError(
-                "an entry point is called without arguments, or with ranks= and microbatches=",
+                "an entry point must take no arguments, or ranks= and microbatches=",
                 f"{name} needs {parameter.name}",
                 f"give {option}" if option else "give it a default",
             )
@@ -156,7 +158,7 @@ def _reported(doing: str) -> Iterator[None]:
         yield
     except BaseException as error:
         raise RuleError(
-            "an entry point returns a schedule without an error",
+            "an entry point must return a schedule without an error",
             f"{doing} {type(error).__name__}: {_first_line(error)} ({_where(error)})",
             "correct it",
         ) from error
@@ -190,12 +192,12 @@ def _text(label: str, item: Any) -> str:
         if isinstance(item, Coroutine):
             item.close()  # else Python warns that nobody awaited it
         raise RuleError(
-            "an entry point is a function that is not async",
+            "an entry point must be a function that is not async",
             f"{label} is async",
             "name a plain function, which may call asyncio.run",
         )
     raise RuleError(
-        "an entry point returns a Schedule, the text of one, or an iterable of these",
+        "an entry point must return a Schedule, the text of one, or an iterable of these",
         f"{label} is of type {type(item).__name__}",
         "use dualpipe.Schedule or dualpipe.loads",
     )

@@ -34,9 +34,9 @@ def parse_costs(text: str) -> Costs:
         except ValueError:
             equals = ""
         if name not in COSTS or not equals:
-            raise RuleError("--cost is NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(COSTS)}")
+            raise RuleError("--cost must be NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(COSTS)}")
         if name in given:
-            raise RuleError("--cost gives each name once", f"got {name} twice in {text!r}", "leave one of them out")
+            raise RuleError("--cost must give each name once", f"got {name} twice in {text!r}", "leave one of them out")
         given[name] = number
     return Costs(**given)
 

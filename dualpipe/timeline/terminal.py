@@ -69,7 +69,7 @@ def lines(timeline: Timeline, width: int) -> list[Text]:
     grid = fit(drawing, width)
     if timeline.makespan * grid.scale > _MOST:
         raise RuleError(
-            f"a drawing of letters has at most {_MOST} columns",
+            f"a drawing of letters may have at most {_MOST} columns",
             f"this would have {timeline.makespan * grid.scale:.3g}, since most ops are so much shorter than the whole",
             "draw a picture instead (--svg FILE)",
         )

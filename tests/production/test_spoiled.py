@@ -306,4 +306,4 @@ def test_threads_connections_and_children_of_a_process():
 
     for before, after, error in launch(RANKS, body, timeout=60).values():
         assert after == before
-        assert error.startswith("RuleError: a pipeline runs in the process that made its transport")
+        assert error.startswith("RuleError: a pipeline must run in the process that made its transport")

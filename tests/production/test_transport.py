@@ -102,7 +102,7 @@ def test_a_rank_that_has_ended_well_fails_no_send_to_it():
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), "10", None, True])
 def test_a_timeout_that_is_not_positive_and_finite_is_refused(timeout):
     def body(context):
-        with pytest.raises(RuleError, match="a timeout is a positive number of seconds"):
+        with pytest.raises(RuleError, match="a timeout must be a positive number of seconds"):
             ProcessGroupTransport(timeout=timeout)
 
     launch(1, body, timeout=30).values()

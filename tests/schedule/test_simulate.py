@@ -217,7 +217,7 @@ def test_an_overlapped_slot_has_its_credit_also_where_w_is_left_for_later():
     "bad", [{"F": -1}, {"W": math.nan}, {"latency": math.inf}, {"F": 1e308}, {"F": 0, "B": 0, "W": 0, "FB": 1}]
 )
 def test_a_cost_that_cannot_be_is_refused(bad):
-    with pytest.raises(CostError, match=r"a cost is a number from 0 to 1e\+100|FB needs computes that take time"):
+    with pytest.raises(CostError, match=r"a cost must be a number from 0 to 1e\+100|FB needs computes that take time"):
         Costs(**bad)
 
 

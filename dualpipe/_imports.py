@@ -54,7 +54,7 @@ def _part(folder: str) -> int:
 
 
 class _Own:
-    """A finder for ``sys.meta_path`` that finds this distribution's packages in ``ROOT`` alone."""
+    """A finder for ``sys.meta_path`` that looks for this distribution's packages only in ``ROOT``."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> object:

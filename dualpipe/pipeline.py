@@ -99,7 +99,7 @@ class Pipeline:
 
         Gradients are added to ``.grad``, and summed over the lanes after the last W.  To accumulate over several
         steps, pass ``reduce_gradients=False`` to all but the last, which sends fewer messages, or keep the default:
-        a gradient that is summed already is set aside until the next sum.  ``forward_only`` runs the forwards alone.
+        a gradient that is already summed is set aside until the next sum.  ``forward_only`` runs only the forwards.
 
         Raises ``DisagreementError`` at the first step if the ranks were set up differently, ``StepError`` when a
         message does not complete within the transport's timeout or the schedule cannot be run, and ``StageError`` for

@@ -120,7 +120,7 @@ class Block(nn.Module):
 def build_stage(
     config: ModelConfig, stage: int, stages: int, seed: int, device: torch.device | str = "cpu"
 ) -> nn.Sequential:
-    """Stage ``stage`` of ``stages``.  Its weights depend on ``(seed, stage)`` alone, whichever process builds it.
+    """Stage ``stage`` of ``stages``.  Its weights depend only on ``(seed, stage)``, whichever process builds it.
 
     The first stage takes tokens, int64 ``[batch, sequence]``, and the last returns logits, ``[batch, sequence,
     vocab]``; between stages there are hidden states, ``[batch, sequence, hidden]``, in ``config.dtype``.  Weights are

@@ -1,4 +1,4 @@
-"""The command line.  It alone may import every package, and only when a command needs it.
+"""The command line.  Only this package may import every other one, and it does so only when a command needs it.
 
 Each command has a file; ``options`` has the options that several share.
 """
@@ -24,7 +24,7 @@ from dualpipe.cli.interrupt import leave, leaving_on_sigterm
 from dualpipe.errors import RuleError, UndecidedError
 
 FAULT = 70
-"""The exit code of an internal error, which is no verdict; EX_SOFTWARE of sysexits.h."""
+"""The exit code of an internal error, which is not a verdict; EX_SOFTWARE of sysexits.h."""
 
 UNREAD = 141
 """The exit code if the reader of the output is gone before its end; shells use it for SIGPIPE."""

@@ -124,7 +124,7 @@ def _tensors(returned: object, op: Op) -> Tensors:
         raise StageError(
             "a stage must return a tensor or a tuple of tensors",
             f"at {op} it returned {describe(returned)}",
-            "return tensors alone",
+            "return only tensors",
         )
     return tuple(outputs)
 

@@ -1,4 +1,4 @@
-"""Where the stages of a model are: ``Routes``, and what follows from them alone for any op.
+"""Where the stages of a model are: ``Routes``, and what they determine for every op.
 
 These are the questions that need no program: which rank holds a stage, which rank is its neighbour, what an op needs.
 """

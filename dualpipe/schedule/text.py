@@ -101,7 +101,7 @@ def read_text(path: Path) -> str:
 def check_line(source: str, number: int, line: str) -> None:
     """Raise ``ScheduleSyntaxError`` for a carriage return within a line.
 
-    A file whose lines end in carriage returns alone would be one line, most of which may be a comment.
+    A file with only carriage returns between its lines would be one line, most of which may be a comment.
     """
     at = line.find("\r", 0, -1)
     if at >= 0:

@@ -92,7 +92,7 @@ class Schedule:
                     yield Placed(rank, number, position, op)
 
     def only(self, kinds: frozenset[Kind]) -> Schedule:
-        """The schedule with the ops of these kinds alone, such as F, SF and RF for an evaluation."""
+        """The schedule with only the ops of these kinds, such as F, SF and RF for an evaluation."""
         programs = tuple(
             tuple(kept for slot in program if (kept := tuple(op for op in slot if op.kind in kinds)))
             for program in self.programs

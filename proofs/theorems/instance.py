@@ -94,7 +94,7 @@ def _neighbours(plans: list[Plan]) -> list[tuple[int, ...]]:
 def solutions(given: Constraints, values: dict[str, int]) -> Iterator[dict[str, int]]:
     """All values of the remaining symbols that satisfy the constraints.
 
-    Each symbol must be bounded on both sides by constraints on it alone, as the iterations of a row are.
+    Each symbol must be bounded on both sides by constraints on no other symbol, as the iterations of a row are.
     """
     ranges: dict[str, tuple[int, int]] = {}
     rest: list[Constraint] = []

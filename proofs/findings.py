@@ -48,7 +48,7 @@ class _Finding(ABC):
     def shown_by(self) -> tuple[Place | Placed, ...] | None:
         """The places up to which the programs show the fault; ``None`` where only the whole schedule does.
 
-        All places with their targets, unless a class knows better.
+        By default these are all places and their targets.
         """
         places = self.places()
         return *places, *(place.target for place in places if place.target is not None)
@@ -252,8 +252,8 @@ class LeftAlone(_Absence):
 
 @dataclass(frozen=True)
 class Wait:
-    """A rank is blocked at ``place`` until the rank of ``partner`` posts that one: the message that would match it, or
-    the same collective of its group."""
+    """A rank is blocked at ``place`` until another rank posts ``partner``: the message that would let it go on, or the
+    same collective of its group."""
 
     place: Placed
     partner: Placed
@@ -279,7 +279,7 @@ class WaitCycle(_Finding):
 class Unmatched(_Finding):
     """A message without a partner: it is number ``nth`` (from 0) of its pair, and the other side posts ``posted``.
 
-    ``possible`` says whether another rank is at the other end at all.
+    ``possible`` is whether there is another rank at the other end.
     """
 
     check = "deadlock"
@@ -313,7 +313,7 @@ class NeverJoined(_Finding):
 
 @dataclass(frozen=True)
 class Live:
-    """A microbatch held at a stage, named by its F; ``until`` says what it waits for, B or W."""
+    """A microbatch held at a stage, named by its F; ``until`` is the op that it waits for, B or W."""
 
     op: Op
     until: Kind
@@ -321,7 +321,7 @@ class Live:
 
 @dataclass(frozen=True)
 class OverBound(_Finding):
-    """The first slot in which a rank holds more microbatches than its bound; ``source`` says whose bound it is."""
+    """The first slot in which a rank holds more microbatches than its bound; ``source`` describes the bound."""
 
     check = "memory"
     fault = "over the bound"

@@ -36,10 +36,10 @@ __all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 
 SECOND_OPINION = 3_000
-"""Up to so many ops and stages Z3 also checks a refutation by plain search, and adds its core."""
+"""The most ops and stages of a schedule in which Z3 also checks a refutation by plain search, and adds its core."""
 
 MOST_FOR_Z3 = 200_000
-"""Up to so many ops and stages Z3 checks without a given time limit; more may take it minutes and gigabytes."""
+"""The most ops and stages that Z3 checks unless the caller gives a time limit: more take minutes and gigabytes."""
 
 
 class DisagreementError(AssertionError):
@@ -202,8 +202,8 @@ def prove(
     smt:
         Whether Z3 checks as well; without it a proof rests on plain search alone.
     timeout_s:
-        Seconds until Z3 gives up on one question, once it has the question.  If not given, ``solver.SECONDS``, and Z3
-        does not check a schedule of more than ``MOST_FOR_Z3`` ops and stages, which is then refuted or unknown.
+        Seconds that Z3 may take for one question; by default ``solver.SECONDS``.  By default Z3 also does not check a
+        schedule of more than ``MOST_FOR_Z3`` ops and stages, whose checks are then refuted or unknown.
     bytes_per_stage:
         The bytes that a microbatch holds at each stage while it waits for its B and for its W (``memory.peak_bytes``).
     label:
@@ -278,8 +278,8 @@ def run_check(
         by_z3: Verdict
         if timeout_s is None and size > MOST_FOR_Z3:
             by_z3 = Unknown(
-                f"Z3 is not asked about more than {MOST_FOR_Z3:,} ops and stages, and there are {size:,}: "
-                "a timeout for the solver (--solver-timeout) makes it try"
+                f"Z3 skips schedules of more than {MOST_FOR_Z3:,} ops and stages, and this one has {size:,}: "
+                "give a timeout for the solver (--solver-timeout) to let it try"
             )
         else:
             by_z3 = by_smt.verdict(problem(), timeout_s, solver)

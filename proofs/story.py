@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import assert_never
 
-from dualpipe.schedule import COLLECTIVES, SENDS, Chunk, Kind, Op, Placed
+from dualpipe.schedule import COLLECTIVES, MESSAGES, SENDS, Chunk, Kind, Op, Placed
 from proofs.findings import (
     Clash,
     Empty,
@@ -37,11 +37,15 @@ VERBS = {
     Kind.F: "runs the forward",
     Kind.B: "runs the backward for the input",
     Kind.W: "computes the weight gradient",
+    Kind.SF: "sends the activation",
+    Kind.SB: "sends the gradient",
 }
 NOUNS = {
     Kind.F: "the forward",
     Kind.B: "the backward for the input",
     Kind.W: "the weight gradient",
+    Kind.RF: "the activation",
+    Kind.RB: "the gradient",
 }
 TOGETHER = {
     Kind.AA: "the all-to-all",
@@ -76,7 +80,7 @@ def tell(finding: Finding) -> str:
             return (
                 f"rank {receive.rank} expects {content(receive.op)} {_slot(receive)}, but the next message from "
                 f"rank {send.rank} is {content(send.op)}, sent {_slot(send)}\n"
-                "messages carry no tag, so it takes the one for the other: the run would hang, or finish with wrong "
+                "messages carry no tag, so the rank cannot tell them apart: the run would hang, or finish with wrong "
                 "gradients"
             )
         case LeftOver():
@@ -161,22 +165,18 @@ def _slot(place: Placed) -> str:
     return f"in slot {place.slot} ({place.op})"
 
 
-def _thing(op: Op) -> str:
-    if op.kind in NOUNS:
-        return f"{NOUNS[op.kind]} of {op.task}"
-    if op.kind in COLLECTIVES:
-        return _collective(op)
-    noun = "the activation" if _forwards(op) else "the gradient"
-    return f"{'sending' if op.kind in SENDS else 'receiving'} {noun} of {op.task}"
-
-
 def _too_early(finding: TooEarly) -> str:
     place, need, later = finding.place, finding.need, finding.later
-    where = f"comes only {_slot(later)}" if later is not None else f"never comes on rank {place.rank}"
-    if later is not None and later.slot == place.slot:
-        where = "comes after it in the same slot"
-    what = f"rank {place.rank} comes {_slot(place)} to {_thing(place.op)}"
-    return f"{what}, but that needs {_thing(need)} ({need}), which {where}"
+    gets = "receives" if need.kind in MESSAGES else "runs"
+    if later is None:
+        when = f"never {gets} ({need})"
+    elif later.slot == place.slot:
+        when = f"{gets} later in the same slot ({need})"
+    else:
+        when = f"{gets} only {_slot(later)}"
+    verb = f"{VERBS[place.op.kind]} of {place.op.task}" if place.op.kind in VERBS else f"joins {_collective(place.op)}"
+    what = f"rank {place.rank} {verb} {_slot(place)}"
+    return f"{what}, but this needs {NOUNS[need.kind]} of {need.task}, which it {when}"
 
 
 def _no_peer(finding: NoPeer) -> str:
@@ -236,7 +236,7 @@ def _left_over(finding: LeftOver) -> str:
     other = f"which sends only {posted}" if posted else "which sends nothing to it"
     return (
         f"rank {place.rank} waits {_slot(place)} for {content(place.op)} as message {nth} from rank {peer}, "
-        f"{other}: it waits for ever"
+        f"{other}: it waits forever"
     )
 
 
@@ -284,7 +284,7 @@ def _unmatched(finding: Unmatched) -> str:
         verb = f"rank {place.rank} sends {what} {_slot(place)} into a buffer that is never emptied"
     else:
         stream = "the message stream of " if model.overlaps else ""
-        verb = f"{stream}rank {place.rank} waits for ever {_slot(place)} to {'send' if sends else 'receive'} {what}"
+        verb = f"{stream}rank {place.rank} waits forever {_slot(place)} to {'send' if sends else 'receive'} {what}"
     return f"{verb}: {reason} ({model} messages)"
 
 

@@ -185,6 +185,6 @@ FAULTS = (
         "((rank, (send,)), (made.rank, (receive,)))",
         check="prove",
         rule="order",
-        says="rank 1 comes in slot 0 .* but that needs the forward .* which never comes on rank 1",
+        says="rank 1 .* in slot 0 .* but this needs the forward .* which it never runs",
     ),
 )

@@ -40,7 +40,9 @@ def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
 def gibibytes(option: typer.CallbackParam, value: float | None) -> float | None:
     """Reject memory limits in which Z3 cannot even start."""
     if value is not None and not MIN_GIBIBYTES <= value <= MAX_GIBIBYTES:
-        raise RuleError(f"{option.opts[-1]} is {MIN_GIBIBYTES} to {MAX_GIBIBYTES} GiB", f"got {value:g}", "correct it")
+        raise RuleError(
+            f"{option.opts[-1]} must be {MIN_GIBIBYTES} to {MAX_GIBIBYTES} GiB", f"got {value:g}", "correct it"
+        )
     return value
 
 
@@ -124,7 +126,7 @@ def choose(positional: str | None, named: str, late_w: LateW = LateW.none) -> st
 def find_schedule(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> Schedule:
-    """The schedule of a name that stands for exactly one; see ``find_schedules``."""
+    """The schedule of a name that must refer to exactly one; see ``find_schedules``."""
     found = find_schedules(name, ranks, microbatches, entry_timeout)
     if len(found) > 1:
         raise RuleError(
@@ -136,7 +138,7 @@ def find_schedule(
 def find_schedules(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> list[Schedule]:
-    """The schedules that a name stands for.
+    """The schedules that a name refers to.
 
     The name is one of ``PLANS``, which is generated for the given sizes; a file; or ``module:function``.
     If ``ranks`` or ``microbatches`` are given, the schedules of a file or a function must have these sizes.
@@ -147,16 +149,16 @@ def find_schedules(
         return [generate(name, size, 2 * size if microbatches is None else microbatches)]
     path = Path(name)
     if not name:
-        raise RuleError(f"a schedule is {NAMES}, or a file, or module:function", "got an empty name", "give a name")
+        raise RuleError(f"a schedule must be {NAMES}, a file or module:function", "got an empty name", "give a name")
     if path.name and len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
         raise RuleError(
-            f"the name of a file has at most {_MAX_NAME_BYTES} bytes",
+            f"the name of a file may have at most {_MAX_NAME_BYTES} bytes",
             f"got {len(os.fsencode(path.name))} bytes: {name[:40]}...",
             "name a file, not its content",
         )
     if path.is_dir():
         raise RuleError(
-            f"a schedule is {NAMES}, or a file, or module:function", f"{name} is a folder", "name a file in it"
+            f"a schedule must be {NAMES}, a file or module:function", f"{name} is a folder", "name a file in it"
         )
     if path.exists():
         found = [read_schedule(path)]
@@ -165,7 +167,7 @@ def find_schedules(
     else:
         near = [*PLANS, *(file.name for file in path.parent.glob("*") if path.parent == Path() and file.is_file())]
         raise RuleError(
-            f"a schedule is {NAMES}, or a file, or module:function",
+            f"a schedule must be {NAMES}, a file or module:function",
             f"got {name}, and no such file exists",
             nearest(name, near, "correct it"),
         )
@@ -195,7 +197,7 @@ def read_schedule(path: Path) -> Schedule:
         return load(path)
     except OSError as error:
         raise RuleError(
-            "a schedule is a file that can be read",
+            "a schedule must be a file that can be read",
             f"{path}: {error.strerror or error}",
             "name another file, or make it readable",
         ) from error

@@ -132,7 +132,9 @@ def schedule_for(ranks: int, microbatches: int, forward_only: bool = False, late
     if not forward_only:
         return dualpipe(ranks, microbatches, late_w)
     if microbatches < 1:
-        raise RuleError("an evaluation has at least one microbatch", f"got {microbatches}", "raise the batch size")
+        raise RuleError(
+            "an evaluation must have at least one microbatch", f"got {microbatches}", "raise the batch size"
+        )
     share = {UP: (microbatches + 1) // 2, DOWN: microbatches // 2}
     whole = dualpipe(ranks, max(2 * share[UP], 2 * ranks)).only(frozenset({F, SF, RF}))
     programs = (
@@ -178,7 +180,7 @@ def _finalize(
         dist.all_reduce(tokens, group=shared.groups.pipeline)  # the first rank counted lane <, the last one lane >
         if not tokens.item():
             raise RuleError(
-                "with calculate_per_token_loss the loss function returns (loss, number of tokens, values to report)",
+                "with calculate_per_token_loss the loss function must return (loss, tokens, values to report)",
                 "it counted no token in any microbatch of the step",
                 "return the number of tokens that the loss sums over, or leave calculate_per_token_loss off",
             )

@@ -37,7 +37,7 @@ from dualpipe.schedule import (
 )
 
 BYTE_ORDER_MARK = "\ufeff"
-"""Some editors put it in front of UTF-8 text; readers skip it there."""
+"""The byte order mark that some editors write before UTF-8 text; readers skip it there."""
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _OP = re.compile(r"([0-9]{1,9})(?:(F|B|W|SF|RF|SB|RB|AA)([0-9]{1,9})|(AR|US|RS|RG))([<>])(?:@([0-9]{1,9}))?")
 _OP_FORM = (
@@ -49,7 +49,7 @@ _Args = TypeVarTuple("_Args")
 
 
 class ScheduleSyntaxError(ScheduleError):
-    """A text that is no schedule file.  ``line`` and ``column`` count from 1."""
+    """A text that is not a schedule file.  ``line`` and ``column`` count from 1."""
 
     def __init__(self, source: str, line: int, column: int, found: str, expected: str) -> None:
         self.source, self.line, self.column, self.found, self.expected = source, line, column, found, expected
@@ -57,7 +57,7 @@ class ScheduleSyntaxError(ScheduleError):
 
 
 def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline.  Equal schedules of one name have the same text."""
+    """The schedule as text, ending in a newline.  Equal schedules with the same name have the same text."""
     head = [f"schedule {schedule.name}"] if schedule.name else []
     lanes = [
         f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)
@@ -106,7 +106,7 @@ def read_text(path: Path) -> str:
 def check_line(source: str, number: int, line: str) -> None:
     """Raise ``ScheduleSyntaxError`` for a carriage return within a line.
 
-    A file whose lines end in carriage returns alone would be one line, most of which may be a comment.
+    A file with only carriage returns between its lines would be one line, most of which may be a comment.
     """
     at = line.find("\r", 0, -1)
     if at >= 0:

@@ -39,13 +39,13 @@ class Schedule:
     Parameters
     ----------
     routes:
-        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` of two lanes is the same layers, so two
+        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` has the same layers on both lanes, so two
         lanes mean two replicas of each stage.
     programs:
         For each rank its slots.  The ops of a slot are issued together, slots run in order.
     name:
-        A label; it takes no part in what the schedule means, only in how it is printed and whether a published
-        memory bound applies.
+        A label.  It does not change what the schedule means, only how it is printed and whether a published memory
+        bound applies.
     groups:
         The members of each group of collectives, by its number: ranks of the schedule, in any order.
 
@@ -113,7 +113,7 @@ class Schedule:
                     yield Placed(rank, number, position, op)
 
     def only(self, kinds: frozenset[Kind]) -> Schedule:
-        """The schedule with the ops of these kinds alone, such as F, SF and RF for an evaluation."""
+        """The schedule with only the ops of these kinds, such as F, SF and RF for an evaluation."""
         programs = tuple(
             tuple(kept for slot in program if (kept := tuple(op for op in slot if op.kind in kinds)))
             for program in self.programs

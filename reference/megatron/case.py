@@ -16,7 +16,7 @@ _SPARE = 60.0
 
 
 class Model(StrEnum):
-    """A dense GPT, or one with four experts a layer."""
+    """A dense GPT, or one with four experts in each layer."""
 
     GPT = "gpt"
     MOE = "moe"

@@ -60,7 +60,7 @@ BAD = {
     "too few for 1f1b": (["-P", 4, "-M", 2, "--schedule", "1f1b"], "as many microbatches as ranks", "got 2", "use 4"),
     "no such file": (
         ["--schedule", "missing.txt"],
-        "dualpipe, dualpipev, 1f1b, zb1p, or a file",
+        "dualpipe, dualpipev, 1f1b, zb1p, a file or module:function",
         "missing.txt",
         "no such",
     ),
@@ -110,7 +110,7 @@ def test_an_invalid_cost_is_bad_input(run, cost):
 def test_a_cost_that_is_given_twice_is_bad_input(run, command):
     result = run(*command, "--cost", "F=1,B=2, F=2")
     assert (result.code, result.out) == (2, "")
-    assert "--cost gives each name once: got F twice in 'F=1,B=2, F=2'; leave one of them out" in result.err
+    assert "--cost must give each name once: got F twice in 'F=1,B=2, F=2'; leave one of them out" in result.err
 
 
 @pytest.mark.parametrize(("name", "text"), [("mine.txt", "lane > 0\nrank 0: 0F0>\n"), ("mine.csv", "0F0\n")])

@@ -96,7 +96,7 @@ def test_cells_have_the_colour_of_their_kind_and_lane(show):
 @pytest.mark.parametrize(
     ("schedule", "ops"),
     [(dualpipev(4, 8), ["0F0>", "4F0>"]), (loads(INTERLEAVED), ["0B0>", "2B0>", "4B0>"])],
-    ids=["a V", "three chunks a rank"],
+    ids=["a V", "three chunks per rank"],
 )
 @pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
 def test_stages_of_one_lane_on_one_rank_differ_in_shade(show, schedule, ops, scheme):
@@ -184,7 +184,7 @@ def test_a_line_to_what_is_needed_in_the_same_row_leaves_the_names_between_alone
 def test_a_message_that_meets_another_says_so(show):
     page = show(refuted(two_sends_of_a_batch_swapped()))
     page.point_at("1RF3>")
-    assert "meets 3SB1< of rank 0, slot 13: not its partner" in page.tooltip()
+    assert "matched with 3SB1< of rank 0, slot 13, which is not its partner" in page.tooltip()
     page.point_at("1RF2>")
     assert "not its partner" not in page.tooltip()
 

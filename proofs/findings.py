@@ -49,7 +49,7 @@ class _Finding(ABC):
     def shown_by(self) -> tuple[Place | Placed, ...] | None:
         """The places up to which the programs show the fault; ``None`` where only the whole schedule does.
 
-        All places with their targets, unless a class knows better.
+        By default these are all places and their targets.
         """
         places = self.places()
         return *places, *(place.target for place in places if place.target is not None)
@@ -215,8 +215,46 @@ class SentTwice(_Pair):
 
 
 @dataclass(frozen=True)
+class NotMember(_Finding):
+    """A rank joins a collective of a group that it is no member of."""
+
+    check = "messages"
+    fault = "no member"
+    place: Placed
+    members: tuple[int, ...]
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place),)
+
+
+@dataclass(frozen=True)
+class Clash(_Pair):
+    """The ``nth`` (from 0) collective of a group is one thing for one member and another thing for another member."""
+
+    check = "messages"
+    fault = "clash"
+    nth: int
+
+
+@dataclass(frozen=True)
+class LeftAlone(_Absence):
+    """The ``nth`` (from 0) collective of a group, which the member ``absent`` never joins: it joins only ``joined``."""
+
+    check = "messages"
+    fault = "left alone"
+    place: Placed
+    absent: int
+    nth: int
+    joined: int
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.absent),)
+
+
+@dataclass(frozen=True)
 class Wait:
-    """A rank is blocked at ``place`` until the rank of ``partner``, the message that would match it, posts that one."""
+    """A rank is blocked at ``place`` until another rank posts ``partner``: the message that would let it go on, or the
+    same collective of its group."""
 
     place: Placed
     partner: Placed
@@ -242,7 +280,7 @@ class WaitCycle(_Finding):
 class Unmatched(_Finding):
     """A message without a partner: it is number ``nth`` (from 0) of its pair, and the other side posts ``posted``.
 
-    ``possible`` says whether another rank is at the other end at all.
+    ``possible`` is whether there is another rank at the other end.
     """
 
     check = "deadlock"
@@ -259,8 +297,24 @@ class Unmatched(_Finding):
 
 
 @dataclass(frozen=True)
+class NeverJoined(_Finding):
+    """A collective at which a rank waits for ever: the member ``absent`` of its group joins only ``joined`` of them."""
+
+    check = "deadlock"
+    fault = "never joined"
+    model: Model
+    place: Placed
+    absent: int
+    nth: int
+    joined: int
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.absent),)
+
+
+@dataclass(frozen=True)
 class Live:
-    """A microbatch held at a stage, named by its F; ``until`` says what it waits for, B or W."""
+    """A microbatch held at a stage, named by its F; ``until`` is the op that it waits for, B or W."""
 
     op: Op
     until: Kind
@@ -268,7 +322,7 @@ class Live:
 
 @dataclass(frozen=True)
 class OverBound(_Finding):
-    """The first slot in which a rank holds more microbatches than its bound; ``source`` says whose bound it is."""
+    """The first slot in which a rank holds more microbatches than its bound; ``source`` describes the bound."""
 
     check = "memory"
     fault = "over the bound"
@@ -343,8 +397,12 @@ Finding = (
     | Mismatch
     | LeftOver
     | SentTwice
+    | NotMember
+    | Clash
+    | LeftAlone
     | WaitCycle
     | Unmatched
+    | NeverJoined
     | OverBound
     | OutOfOrder
     | TouchedInFlight

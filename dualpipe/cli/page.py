@@ -91,7 +91,7 @@ def _brief(result: Result) -> str:
 
 
 def marks(finding: Finding, schedule: Schedule) -> tuple[Mark, ...]:
-    """The places of a finding, each with its line of the story, then what else helps to see it."""
+    """The places of a finding, each with its line of the story, then other places that help to understand it."""
     from proofs.story import tell
 
     lines = tell(finding).split("\n")
@@ -142,8 +142,12 @@ def _context(finding: Finding, schedule: Schedule, sentence: str) -> Iterator[Ma
             | findings.NotNeighbour()
             | findings.LeftOver()
             | findings.SentTwice()
+            | findings.NotMember()
+            | findings.Clash()
+            | findings.LeftAlone()
             | findings.WaitCycle()
             | findings.Unmatched()
+            | findings.NeverJoined()
             | findings.OutOfOrder()
         ):
             pass

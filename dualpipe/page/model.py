@@ -11,7 +11,7 @@ from dualpipe.timeline.timeline import Costs
 
 @dataclass(frozen=True)
 class Mark:
-    """One step of a counterexample: a place, and where there is one the place that it waits for or clashes with.
+    """One step of a counterexample: a place and, if there is one, the place that it waits for or clashes with.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A schedule, or what became of it.
+    """A schedule, or two versions of it.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole page: a title, one verdict over all, a sentence or two, then the sections in order."""
+    """The whole page: a title, an overall verdict, a sentence or two, then the sections in order."""
 
     title: str
     verdict: str

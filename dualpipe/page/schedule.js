@@ -1,6 +1,7 @@
 /* A drawing's JSON, described in drawing.py, as ops that know their place, their time, their needs and their partner. */
 
-const OP = /^(\d+)(SF|RF|SB|RB|F|B|W)(\d+)([>{])(?:@(\d+))?$/;
+const OP = /^(\d+)(SF|RF|SB|RB|F|B|W|AA|AR|US|RS|RG)(\d*)([>{])(?:@(\d+))?$/;
+const COLLECTIVES = new Set(["AA", "AR", "US", "RS", "RG"]); // drawn like messages, in the hue of weights
 const isCompute = (op) => op.kind.length === 1;
 const isSend = (op) => op.kind[0] === "S";
 
@@ -30,7 +31,8 @@ function readOp(word, slot, ops, { tones, names }) {
   const op = { number: ops.length, text: word.replace("{", "<"), kind, stage: +stage, mb: +mb, slot };
   op.lane = lane === ">" ? ">" : "<";
   const shade = isCompute(op) ? `${tones[op.lane][op.stage] + 1}-of-${names.length}` : "line";
-  op.colour = `${kind[kind.length - 1].toLowerCase()}-${shade}`;
+  const hue = COLLECTIVES.has(kind) ? "w" : kind[kind.length - 1].toLowerCase();
+  op.colour = `${hue}-${shade}`;
   ops.push(op);
   return op;
 }

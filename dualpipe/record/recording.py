@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
-from dualpipe.record.lineage import Lineage, match, trace
+from dualpipe.record.events import Doubt, Event, Message, MessageId, RankLog, RecordError, read
+from dualpipe.record.lineage import Lineage, match, reordered, trace
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
 from dualpipe.record.observed import observe
@@ -96,6 +96,8 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     lineage = complete(trace(logs, messages, partner), logs, messages.values(), partner)
     named = name_messages(logs, messages, partner, lineage)
     check_within_step(steps[step - 1], everything, partner, named.ops)
+    for message in reordered(messages, partner, named.ops):
+        logs[message.id.rank].doubts.append(Doubt("several groups", -1, message.at, message.step))
     notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
     notes += notes_on_doubts(logs, lineage)
     _check(lineage, named.ops, messages)

@@ -1,4 +1,4 @@
-"""A timeline as a figure: one row a rank, time to the right, as in the papers on DualPipe and the zero bubble.
+"""A timeline as a figure: one row per rank, time to the right, as in the papers on DualPipe and the zero bubble.
 
 ::
 
@@ -39,22 +39,22 @@ __all__ = ["draw", "render", "write"]
 Form = Literal["svg", "png"]
 
 _POINTS = 72.0
-"""Of an inch."""
+"""Points in an inch."""
 _CELL, _NARROWEST, _WIDEST = 0.2, 7.0, 26.0
-"""Inches: what the median op gets where the figure's width allows, and the limits of the rows' width."""
+"""Inches: the width of the median op, and the least and the most width of a row."""
 _ROW, _GAP = 0.30, 0.12
-"""Inches: a rank's row; the part of it that stays empty."""
+"""Inches: the height of a rank's row, and how much of it stays empty."""
 _LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND_ROW, _FOOT = 0.72, 0.2, 0.66, 0.52, 0.2, 0.12
-"""Inches: the margins around the rows, what the legend has for a row, and what stays free below it."""
+"""Inches: the margins around the rows, the height of a row of the legend, and the space below it."""
 _LARGEST, _SMALLEST, _DIGIT, _FILL = 8.5, 4.0, 0.64, 0.9
-"""Numbers in the cells: sizes in points, the width of a digit over its size, how much of a cell they may fill."""
+"""Numbers in the cells: sizes in points, a digit's width as a part of its size, how much of a cell they may fill."""
 _INSET, _FRAME = 0.35, 1.1
-"""Points: what is left free at either end of a cell; the line of a frame, thinner where frames are narrow."""
+"""Points: the space at either end of a cell; the line of a frame, which is thinner where frames are narrow."""
 _DPI = 150
 
 
 class Look(NamedTuple):
-    """What the cells of one colour have in common."""
+    """What decides the colour of a cell."""
 
     kind: Kind
     tone: Tone
@@ -169,9 +169,9 @@ def _frames(axes: Axes, drawing: Chart, point: float) -> None:
 
 
 def _numbers(axes: Axes, drawing: Chart, point: float) -> int:
-    """Write the microbatches' numbers into the cells; return in how many there was no room.
+    """Write the microbatches' numbers into the cells; return how many did not fit.
 
-    A number is as large as its cell allows for the longest of the schedule, so that equal cells look alike.
+    Cells of equal width have numbers of equal size: the one at which the schedule's longest number would fit.
     """
     digits = max((len(str(cell.at.op.mb)) for cell in drawing.cells), default=1)
     left_out = 0
@@ -212,7 +212,7 @@ def _caption(figure: Figure, drawing: Chart, left_out: int, whole: tuple[float, 
     figures = f"makespan {timeline.makespan:g}, bubble {timeline.bubble_share:.1%} of the ranks' time; "
     figures += f"costs {describe_costs(timeline.costs)}"
     if left_out:
-        figures += f"; {left_out} numbers have no room"
+        figures += f"; {left_out} numbers did not fit"
     left = _LEFT / whole[0]
     figure.text(left, 1 - 0.26 / whole[1], f"{name}, {sizes}", size=11, weight="bold", color=INK, va="baseline")
     figure.text(left, 1 - 0.48 / whole[1], figures, size=8, color=INK, va="baseline")

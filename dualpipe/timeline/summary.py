@@ -25,7 +25,7 @@ class Summary(TypedDict):
 
 
 def parse_costs(text: str) -> Costs:
-    """``"F=1,B=1,W=1,FB=2.5"`` as costs; what is left out has its default.  Raises ``RuleError``."""
+    """``"F=1,B=1,W=1,FB=2.5"`` as costs, with defaults for the rest.  Raises ``RuleError``."""
     given: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -34,9 +34,9 @@ def parse_costs(text: str) -> Costs:
         except ValueError:
             equals = ""
         if name not in COSTS or not equals:
-            raise RuleError("--cost is NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(COSTS)}")
+            raise RuleError("--cost must be NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(COSTS)}")
         if name in given:
-            raise RuleError("--cost gives each name once", f"got {name} twice in {text!r}", "leave one of them out")
+            raise RuleError("--cost must give each name once", f"got {name} twice in {text!r}", "leave one of them out")
         given[name] = number
     return Costs(**given)
 

@@ -55,7 +55,7 @@ class Costs:
     def __post_init__(self) -> None:
         for name, cost in vars(self).items():
             if cost is not None and not 0 <= cost <= _MOST:
-                raise CostError(f"a cost is a number from 0 to {_MOST:g}", f"{name} is {cost}", "correct it")
+                raise CostError(f"a cost must be a number from 0 to {_MOST:g}", f"{name} is {cost}", "correct it")
         if self.FB is not None and self.F + self.backward == 0:
             raise CostError("FB needs computes that take time", f"FB is {self.FB}", "give F, B or W a cost")
 

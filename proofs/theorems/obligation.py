@@ -38,7 +38,7 @@ class Link:
 class Obligation(NamedTuple):
     """``given`` implies ``then``, for all integers in the scope's domain.
 
-    ``fact`` identifies the constraint of the expanded schedule that this is, for the coverage test.
+    ``fact`` identifies the corresponding constraint of the expanded schedule, for the coverage test.
     """
 
     scope: Rank | Link
@@ -78,7 +78,7 @@ class Discharge(NamedTuple):
 
 
 NOTHING = Discharge(0, 0, 0.0, ())
-"""No obligation was looked at."""
+"""The outcome without any obligation."""
 
 
 def discharge(obligations: Iterable[Obligation], timeout: float, enough: int = 1) -> Discharge:

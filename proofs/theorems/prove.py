@@ -49,7 +49,7 @@ class Theorem:
 
 
 QUESTION_SECONDS = 10.0
-"""For each question to Z3, where nothing else is asked for."""
+"""The default time limit of each question to Z3."""
 
 
 def _timed(family: Family) -> Timetable:
@@ -69,14 +69,14 @@ def _makespan(family: Family) -> Iterator[Obligation]:
 
 THEOREMS: Mapping[str, Theorem] = {
     "totals": Theorem(
-        "no phase is shorter than 0, each microbatch has F, B and each message once, and its W with its B or deferred",
+        "no phase has a negative length; each microbatch has F, B and each message once, its W with its B or deferred",
         totals,
         premises=(),
     ),
     "messages": Theorem(
-        "on every ordered pair of ranks the k-th send is the k-th receive's payload, and none is left over", messages
+        "on every ordered pair of ranks the k-th send is what the k-th receive expects, and none is left over", messages
     ),
-    "order": Theorem("on its rank every op comes after all that it needs there", order),
+    "order": Theorem("on its rank every op runs after all that it needs there", order),
     "queue": Theorem(
         "each deferred W runs once, after its B, first in first out; none is taken from an empty queue",
         queue,
@@ -104,7 +104,7 @@ TIMED = ("deadlock", "makespan")
 
 
 NOT_REACHED = ", not reached at the sampled sizes"
-"""What follows a bound that may be larger than it need be."""
+"""Added to a bound that may be larger than necessary."""
 
 
 Prover = Callable[[Family, str, set[str], float], TheoremResult]

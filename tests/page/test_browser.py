@@ -51,6 +51,12 @@ def refuted(schedule, before=None):
     return comparison(prove(schedule, smt=False), schedule, before)
 
 
+COLLECTIVES = """\
+lane > 0 1
+group 0: 0 1
+rank 0: 0US> 0F0> 0AA0> 0SF0> 0RB0> 0B0>+0W0> 0RG>+0AR>@0 0RS>
+rank 1: 1US> 1RF0> 1F0> 1AA0> 1B0>+1W0> 1SB0> 1RG>+1AR>@0 1RS>
+"""
 HIT = """
   s.view.fit();
   const zoom = args[0], ops = t.scene.schedule.ops;
@@ -69,7 +75,9 @@ HIT = """
 
 
 @pytest.mark.parametrize(
-    "schedule", [dualpipe(4, 8), a_ring_sends_before_it_receives()], ids=["dualpipe", "a ring that is stuck"]
+    "schedule",
+    [dualpipe(4, 8), a_ring_sends_before_it_receives(), loads(COLLECTIVES)],
+    ids=["dualpipe", "a ring that is stuck", "collectives"],
 )
 def test_every_op_of_the_schedule_is_found_where_it_is_drawn(show, schedule):
     page = show(Comparison("x", after=schedule, blocking=True))
@@ -88,7 +96,7 @@ def test_cells_have_the_colour_of_their_kind_and_lane(show):
 @pytest.mark.parametrize(
     ("schedule", "ops"),
     [(dualpipev(4, 8), ["0F0>", "4F0>"]), (loads(INTERLEAVED), ["0B0>", "2B0>", "4B0>"])],
-    ids=["a V", "three chunks a rank"],
+    ids=["a V", "three chunks per rank"],
 )
 @pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
 def test_stages_of_one_lane_on_one_rank_differ_in_shade(show, schedule, ops, scheme):
@@ -176,7 +184,7 @@ def test_a_line_to_what_is_needed_in_the_same_row_leaves_the_names_between_alone
 def test_a_message_that_meets_another_says_so(show):
     page = show(refuted(two_sends_of_a_batch_swapped()))
     page.point_at("1RF3>")
-    assert "meets 3SB1< of rank 0, slot 13: not its partner" in page.tooltip()
+    assert "matched with 3SB1< of rank 0, slot 13, which is not its partner" in page.tooltip()
     page.point_at("1RF2>")
     assert "not its partner" not in page.tooltip()
 

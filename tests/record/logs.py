@@ -33,7 +33,11 @@ class Rank:
             self._write("weights", forwards=[forward], run=self._runs)
 
     def post(
-        self, *messages: tuple[str, int, str, int | None], wait: bool = True, form: str = "float32[2, 4]"
+        self,
+        *messages: tuple[str, int, str, int | None],
+        wait: bool = True,
+        form: str = "float32[2, 4]",
+        group: str = "0",
     ) -> list[int]:
         """Post messages together: send or receive, the peer, and for a send its content, such as ("F", 3)."""
         posted = []
@@ -46,7 +50,7 @@ class Rank:
                     "kind": kind,
                     "peer": peer,
                     "group": list(range(self._ranks)),
-                    "group_number": 0,
+                    "group_name": group,
                     "tag": 0,
                     "marks": marks,
                     "form": form,

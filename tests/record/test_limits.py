@@ -94,6 +94,21 @@ def test_messages_of_two_tensors_are_one_message_of_the_schedule(record_ranks):
     assert_plain(record_ranks(2, body))
 
 
+def test_a_module_whose_attributes_hide_methods_of_its_base_class(record_ranks):
+    """As Megatron's ``DistributedDataParallel``, whose ``buffers`` is a list."""
+
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.buffers, self.parameters, self.modules = [], [], []
+
+        def forward(self, x):
+            return self.layer(x)
+
+    assert_plain(record_ranks(2, lambda rank: train(rank, Hiding())))
+
+
 def test_metrics_and_clipping_afterwards_change_nothing(record_ranks):
     def body(rank):
         stage = nn.Linear(4, 4)

@@ -1,11 +1,22 @@
 """The named schedules: drawn at a size that can be read, kept in golden files, refused with a remedy."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from dualpipe.schedule import COMPUTE, DOWN, UP, Schedule
-from dualpipe.schedule.generate import PLANS, SizeError, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.errors import RuleError
+from dualpipe.schedule import COMPUTE, DOWN, UP, Kind, Schedule, W
+from dualpipe.schedule.generate import (
+    PLANS,
+    SizeError,
+    dualpipe,
+    dualpipev,
+    generate,
+    one_f_one_b,
+    with_late_w,
+    zb1p,
+)
 from dualpipe.schedule.text import dumps, load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -119,3 +130,41 @@ def test_every_size_is_generated_or_refused(name):
 def test_an_unknown_name_is_a_key_error():
     with pytest.raises(KeyError):
         generate("dualpipes", 4, 8)
+
+
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize("late", ["tail", "all"])
+@pytest.mark.parametrize("size", [(2, 4), (4, 8), (6, 14), (8, 17)], ids=str)
+def test_late_w_changes_when_w_runs_and_nothing_else(name, late, size):
+    ranks, microbatches = size if name == "dualpipev" else (2 * size[0], 2 * size[1])
+    plain, variant = generate(name, ranks, microbatches), generate(f"{name}-late-{late}", ranks, microbatches)
+    assert variant.only(frozenset(Kind) - {W}).programs == plain.only(frozenset(Kind) - {W}).programs
+    for rank in range(ranks):
+        weights = [op for slot in variant.programs[rank] for op in slot if op.kind is W]
+        for chunk in {op.chunk for op in weights}:
+            order = [op.mb for op in weights if op.chunk == chunk]
+            assert order == list(range(variant.microbatches[chunk.lane]))
+
+
+def test_late_w_runs_after_the_messages_of_its_b():
+    """Of the tail from the last pair on; of all from the first pair on, so that no slot has a W besides other ops."""
+    assert computes(dualpipe(4, 8, late_w="tail"), 1) == (
+        "F0> F0< F1> F1< F2> B0<+W0< F2<+B0>+W0> F3>+B1<+W1< F3<+B1> W1> B2< W2< B2> W2> B3< B3> W3< W3>"
+    )
+    for schedule in (dualpipe(6, 14, late_w="all"), dualpipev(3, 7, late_w="all")):
+        slots = [slot for program in schedule.programs for slot in program]
+        assert [slot for slot in slots if W in {op.kind for op in slot} and len(slot) > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "late", "error"),
+    [
+        ("zb1p", "tail", "late W is an option of dualpipe, dualpipev: got tail with zb1p"),
+        ("mine.txt", "all", "late W is an option of dualpipe, dualpipev: got all with mine.txt"),
+        ("dualpipe", "tial", "late_w is none, tail, all: got 'tial'; did you mean tail?"),
+    ],
+)
+def test_late_w_of_other_schedules_is_refused(name, late, error):
+    with pytest.raises(RuleError, match=re.escape(error)):
+        with_late_w(name, late)
+    assert with_late_w(name, "none") == name

@@ -110,7 +110,7 @@ def test_whatever_a_named_schedule_needs_is_in_it_once_and_every_message_is_need
 def test_every_stage_runs_every_microbatch(name):
     schedule = generate(name, 4, 10)
     for lane, route in schedule.routes.items():
-        count = 5 if name == "dualpipe" else 10
+        count = 10 // len(schedule.routes)
         assert schedule.microbatches[lane] == count
         for kind in (F, B, W):
             ran = {(p.op.stage, p.op.mb) for p in schedule if p.op.kind is kind and p.op.lane is lane}

@@ -129,7 +129,7 @@ def test_an_error_reads_as_a_sentence():
         loads("lane > 0 0\nrank 0: 0F0>+0SF0>", "my.txt")
     assert str(error.value) == (
         "my.txt:2:9: found that 0F0>+0SF0> mixes them; "
-        "expected that a slot is all compute or all messages (put a space between them)"
+        "expected that a slot is all compute, all messages or all collectives (put a space between them)"
     )
 
 

@@ -26,6 +26,7 @@ def watch(flow: Flow, patches: Patches, together: Collection[str], containers: C
     patches.put(torch.UntypedStorage, "resize_", _resize(flow, torch.UntypedStorage.resize_))
     _watch_together(flow, patches, frozenset(together))
     patches.later(register_optimizer_step_post_hook(lambda *args: flow.write("step")).remove)
+    patches.later(flow.stop)
     return _Operators(flow)
 
 
@@ -75,7 +76,7 @@ class _Engine:
         if flow.running or flow.calling:
             return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
         inputs = args[2] if len(args) > 2 else kwargs.get("inputs", ())
-        made, before = flow.run(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
+        made = flow.run(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
         left = flow.within(made)
         flow.running += 1
         try:
@@ -83,7 +84,7 @@ class _Engine:
         finally:
             flow.running -= 1
             flow.within(left)
-            flow.ran(made, before)
+            flow.ran(made)
 
 
 def _gradient(flow: Flow) -> property:

@@ -26,7 +26,7 @@ from .buffers import Buffers
 from .forwards import Forwards, Trials
 from .log import Sink, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
-from .parameters import Parameters
+from .parameters import Parameters, state_of
 
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
@@ -63,7 +63,6 @@ class Flow:
         self._post_of: dict[int, int] = {}  # message -> the call of ``post`` that it was in
         # (forward, module, with gradients) -> the inputs of its calls
         self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
-        self._groups: dict[tuple[int, ...], list[Any]] = {}  # ranks -> their groups in the order of first use
         self._runs = 0
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
@@ -97,7 +96,7 @@ class Flow:
         number, held = self._parameters.number(module)
         if held is not None:
             self.write("module", module=number, name=type(module).__qualname__, holds=held)
-            for tensor in (*module.parameters(), *module.buffers()):  # received weights are not input data
+            for tensor in state_of(module):  # received weights are not input data
                 self._table.put(tensor, NONE)
         continued: set[int] = set()
         messages: set[int] = set()
@@ -177,8 +176,8 @@ class Flow:
 
     # runs of the autograd engine
 
-    def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> tuple[Marks, dict[int, Any]]:
-        """The engine is about to run from ``roots``; returns the marks of its results, and all gradients' versions."""
+    def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> Marks:
+        """The engine is about to run from ``roots``; returns the marks of its results."""
         self._runs += 1
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
         made_by = [self._makers(root) for root in roots]
@@ -200,7 +199,8 @@ class Flow:
         else:
             found = self._owners(held, None)
         self._forwards.interrupt()
-        return marks("B", found), self._parameters.versions()
+        self._parameters.listen()
+        return marks("B", found)
 
     def _gradients(self, made_by: Sequence[set[int]], grads: Sequence[Any]) -> dict[int, list[int]]:
         """For each forward the messages with the gradient of one of its outputs that had no taker yet."""
@@ -215,9 +215,9 @@ class Flow:
                         takes.setdefault(forward, []).append(message)
         return takes
 
-    def ran(self, made: Marks, before: dict[int, Any]) -> None:
+    def ran(self, made: Marks) -> None:
         """The engine has returned."""
-        holders = self._parameters.changed(before)
+        holders = self._parameters.holders_of_added()
         changed = {f for _, f in made if any(self._forwards.calls_one_of(f, held) for held in holders)}
         if changed:
             self.write("weights", forwards=sorted(changed), run=self._runs)
@@ -254,6 +254,8 @@ class Flow:
                     self._table.put(output, self._carried_by(aliased))
             elif self._context is not None:
                 self._table.put(output, self._context)
+                if self.running and (parameter := self._parameters.with_gradient_at(key)) is not None:
+                    self._parameters.add_to(parameter)
             else:
                 self._written(name, output, inputs)
 
@@ -309,7 +311,9 @@ class Flow:
             return  # the second half of `p.grad += g`
         found = self._table.get(gradient)
         self._parameters.note_gradient(parameter)
-        if self.running == 0:
+        if self.running:
+            self._parameters.add_to(id(parameter))
+        else:
             self._weights(id(parameter), found)
 
     def _weights(self, parameter: int, found: Marks) -> None:
@@ -336,6 +340,10 @@ class Flow:
                 return kept
         return set()
 
+    def stop(self) -> None:
+        """Take back what was changed in the program's objects."""
+        self._parameters.stop_listening()
+
     # messages
 
     def post(self, messages: list[tuple[str, Tensor, int, Any, int]]) -> list[int]:
@@ -346,7 +354,7 @@ class Flow:
             number = self._messages
             self._messages += 1
             self._post_of[number] = self._posts
-            ranks, group_number = self._group(group)
+            group = group or c10d._get_default_group()
             numbers.append(number)
             held = self._table.get(tensor) if kind == "send" else NONE
             posted.append(
@@ -354,8 +362,8 @@ class Flow:
                     "message": number,
                     "kind": kind,
                     "peer": peer,
-                    "group": ranks,
-                    "group_number": group_number,
+                    "group": c10d.get_process_group_ranks(group),
+                    "group_name": group.group_name,
                     "tag": tag,
                     "marks": sorted(
                         ("F" if letter == "C" else letter, n if letter == "M" else self._forwards.find(n))
@@ -372,12 +380,3 @@ class Flow:
         inside = self.caller if self.calling else "backward" if self.running else ""
         self.write("post", messages=posted, inside=inside, at=call_path())
         return numbers
-
-    def _group(self, group: Any) -> tuple[list[int], int]:
-        """The ranks of a process group, and its index among this rank's groups of the same ranks."""
-        group = group or c10d._get_default_group()
-        ranks = c10d.get_process_group_ranks(group)
-        known = self._groups.setdefault(tuple(ranks), [])
-        if not any(other is group for other in known):
-            known.append(group)
-        return ranks, next(n for n, other in enumerate(known) if other is group)

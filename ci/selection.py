@@ -68,6 +68,8 @@ _PROVED = (
     "tests/megatron/test_random_streams.py",
     "tests/megatron/test_replicas.py",
     "tests/megatron/test_schedule.py",
+    "tests/record/test_buffers.py",
+    "tests/record/test_conclusions.py",
     "tests/record/test_cut_short.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",

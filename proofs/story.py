@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import assert_never
 
-from dualpipe.schedule import COLLECTIVES, MESSAGES, SENDS, Chunk, Kind, Op, Placed
+from dualpipe.schedule import COLLECTIVES, MESSAGES, RECEIVES, SENDS, Chunk, Kind, Op, Placed
+from dualpipe.schedule.observed import What
 from proofs.findings import (
     Clash,
     Empty,
@@ -21,10 +22,12 @@ from proofs.findings import (
     NotNeighbour,
     OutOfOrder,
     OverBound,
+    Overwritten,
     Repeated,
     SentTwice,
     Stray,
     TooEarly,
+    TouchedInFlight,
     Unmatched,
     Wait,
     WaitCycle,
@@ -120,6 +123,16 @@ def tell(finding: Finding) -> str:
                 f"rank {first.rank} {done} of microbatch {first.op.mb} {_slot(first)} before that of "
                 f"microbatch {second.op.mb} {_slot(second)}, both at {first.op.chunk}: "
                 "sums in another order round differently, so the gradients are not reproducible bit by bit"
+            )
+        case TouchedInFlight():
+            return _touched(finding)
+        case Overwritten(message, forward, by, kept, written, used):
+            what = f"receives {content(by)} ({by})" if by is not None and by.kind in RECEIVES else "writes"
+            return (
+                f"rank {message.rank} {what} into the memory of {content(message.op)}, received {_slot(message)}, "
+                f"at {written}\n"
+                f"the graph of {forward}, made at {kept}, still needs that memory: its backward at {used} computes "
+                "wrong gradients"
             )
         case _:
             assert_never(finding)
@@ -286,6 +299,34 @@ def _unmatched(finding: Unmatched) -> str:
         stream = "the message stream of " if model.overlaps else ""
         verb = f"{stream}rank {place.rank} waits forever {_slot(place)} to {'send' if sends else 'receive'} {what}"
     return f"{verb}: {reason} ({model} messages)"
+
+
+_TOUCH = {What.READ: "reads", What.WRITE: "writes to", What.FREE: "frees or resizes"}
+
+
+def _touched(finding: TouchedInFlight) -> str:
+    message, by = finding.message, finding.by
+    sends = message.op.kind in SENDS
+    verb = _TOUCH[finding.what]
+    if by is not None and by.kind in MESSAGES:
+        verb = f"receives {by} into" if finding.what is What.WRITE else f"sends, as {by},"
+        doer = ""
+    else:
+        doer = "" if by is None else f" in {by}"
+    waited = f"waited for at {finding.waited}" if finding.waited is not None else "never waited for"
+    if sends:
+        effect = "what is sent may be what is in that memory later"
+    elif finding.what is What.READ:
+        effect = "the message may not have arrived, so it may compute with what was in the memory before"
+    else:
+        effect = "the message may arrive in that memory later"
+    return (
+        f"rank {message.rank} {verb} the tensor of {content(message.op)}{doer} while the message {_slot(message)} "
+        f"is in flight\nposted at {finding.posted}\n{_DONE[finding.what]} at {finding.touched}\n{waited}\n{effect}"
+    )
+
+
+_DONE = {What.READ: "read", What.WRITE: "written", What.FREE: "freed or resized"}
 
 
 def _over_bound(finding: OverBound) -> str:

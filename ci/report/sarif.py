@@ -25,6 +25,7 @@ RULES = {
     "deadlock": "Every rank reaches its end, whatever the compute times are.",
     "memory": "Live activations per rank stay within the bound.",
     "accumulation": "At each stage and lane B and W run in microbatch order.",
+    "buffers": "No rank touches the memory of a message in flight, or memory that a graph still needs.",
     "theorem": "Every theorem about a named schedule holds at every size.",
     "bitwise": "Every loss, gradient and weight is bitwise equal to that of plain PyTorch.",
     "run": "Every rank of a trial ends without an error.",

@@ -10,6 +10,7 @@ from dualpipe.record.events import Doubt, Event, Message, MessageId, RankLog, Re
 from dualpipe.record.lineage import Lineage, match, reordered, trace
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
+from dualpipe.record.observed import observe
 from dualpipe.record.routes import complete
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
@@ -100,16 +101,17 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
     notes += notes_on_doubts(logs, lineage)
     _check(lineage, named.ops, messages)
-    ranks, early, repeated = programs(logs, named, messages, partner, lineage)
-    notes += repeated
-    if early:
+    made = programs(logs, named, messages, partner, lineage)
+    notes += made.notes
+    if made.early:
         notes.append(
-            f"{early} computations began with messages still in flight; in the file a message is where it was posted, "
-            "and the blocking model waits for it there, though the program does not"
+            f"{made.early} computations began with messages still in flight; in the file a message is where it was "
+            "posted, and the blocking model waits for it there, though the program does not"
         )
     ended = tuple(log.ended for log in logs)
     lost = sum(id not in partner and id not in messages for id in everything)
-    schedule = Schedule(lineage.routes, ranks, name)
+    observed = observe(logs, made.placed, lineage, named.guesses)
+    schedule = Schedule(lineage.routes, made.of_rank, name, observed=observed)
     return Recording(schedule, len(steps), ended, tuple(caveats(logs, lineage, named, lost)), tuple(notes))
 
 

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
 from dualpipe.record.lineage import Lineage
 from dualpipe.record.naming import Named
-from dualpipe.schedule import B, F, Kind, Op, Program, Slot, W
+from dualpipe.schedule import B, F, Kind, Op, Placed, Program, Slot, W
 
 _ORDER = {F: 0, B: 1, W: 2}
 Posted = tuple[Op, MessageId | None]
 """An op, and of a message which end it is."""
+
+
+class Programs(NamedTuple):
+    """The programs of all ranks, and the place in them of every message end.
+
+    ``early`` counts the computations that began with messages in flight; ``notes`` are on repeated ops.
+    """
+
+    of_rank: tuple[Program, ...]
+    placed: Mapping[MessageId, Placed]
+    early: int
+    notes: list[str]
 
 
 def programs(
@@ -20,8 +33,8 @@ def programs(
     messages: Mapping[MessageId, Message],
     partner: Mapping[MessageId, MessageId],
     lineage: Lineage,
-) -> tuple[tuple[Program, ...], int, list[str]]:
-    """The slots of every rank, how many computations began with messages in flight, and notes on repeated ops.
+) -> Programs:
+    """The slots of every rank, and what does not show in them.
 
     Several tensors of one stage boundary are one op at both ends if at both ends they are in one slot or in slots that
     follow each other.  This requires that the ends have the same names, that each tensor is received into memory of its
@@ -33,11 +46,16 @@ def programs(
     joined = _joined(
         named, messages, partner, _Order({log.rank: slots for log, (slots, _) in zip(logs, ranks, strict=True)})
     )
-    made = tuple(
-        tuple(_sorted(kept) for slot in slots if (kept := [op for op, id in slot if id not in joined]))
-        for slots, _ in ranks
-    )
-    return made, sum(early for _, early in ranks), _repeated(ops, messages, joined)
+    made: list[Program] = []
+    placed: dict[MessageId, Placed] = {}
+    for log, (slots, _) in zip(logs, ranks, strict=True):
+        kept = [(slot, _sorted([op for op, id in slot if id not in joined])) for slot in slots]
+        made.append(tuple(ops for _, ops in kept if ops))
+        for number, slot in enumerate(slot for slot, ops in kept if ops):
+            ends = [(op, id) for op, id in slot if id is not None and id not in joined]
+            placed |= {id: Placed(log.rank, number, at, op) for at, (op, id) in enumerate(ends)}
+    placed |= {id: placed[whole] for id, whole in joined.items() if whole in placed}
+    return Programs(tuple(made), placed, sum(early for _, early in ranks), _repeated(ops, messages, joined))
 
 
 class _Order:
@@ -63,11 +81,11 @@ class _Order:
 
 def _joined(
     named: Named, messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId], order: _Order
-) -> set[MessageId]:
-    """The message ends that belong to the op of an earlier one: further tensors of the same boundary."""
+) -> dict[MessageId, MessageId]:
+    """The message ends that belong to the op of an earlier one, which is given: further tensors of its boundary."""
     ops = named.ops
     earlier: dict[tuple[object, ...], list[tuple[MessageId, MessageId]]] = {}
-    joined: set[MessageId] = set()
+    joined: dict[MessageId, MessageId] = {}
     for id in ops:
         other = partner.get(id)
         if not messages[id].send or other is None or other not in order:
@@ -79,7 +97,7 @@ def _joined(
         sent, received = ({messages[pair[end]].memory for pair in row} for end in (0, 1))
         apart = messages[id].memory in sent or not all(order.share_a_slot(*end) for end in ends)
         if row and messages[other].memory not in received and not (apart and other in named.unused):
-            joined |= {id, other}
+            joined |= {id: row[0][0], other: row[0][1]}
         row.append((id, other))
     return joined
 

@@ -33,6 +33,7 @@ from dualpipe.schedule import (
     check_name,
     check_routes,
     check_slot,
+    observed_text,
     show_slot,
 )
 
@@ -57,14 +58,18 @@ class ScheduleSyntaxError(ScheduleError):
 
 
 def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline.  Equal schedules with the same name have the same text."""
+    """The schedule as text, ending in a newline.
+
+    Equal schedules with the same name have the same text, except for what was observed when a program ran them.
+    """
     head = [f"schedule {schedule.name}"] if schedule.name else []
     lanes = [
         f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)
     ]
     groups = [f"group {number}: {' '.join(map(str, members))}" for number, members in enumerate(schedule.groups)]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
-    return "\n".join([*head, *lanes, *groups, *ranks]) + "\n"
+    observed = observed_text.lines_of(schedule.observed, schedule.programs)
+    return "\n".join([*head, *lanes, *groups, *ranks, *observed]) + "\n"
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:
@@ -127,6 +132,7 @@ class _Parser:
         self.routes: dict[Lane, tuple[int, ...]] = {}
         self.lane_lines: dict[Lane, tuple[int, list[re.Match[str]]]] = {}
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
+        self.observed_lines: list[observed_text.Line] = []
         self.group_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
         self.groups: tuple[tuple[int, ...], ...] = ()
 
@@ -147,7 +153,8 @@ class _Parser:
         self.check_lanes()
         self.check_groups(*end)
         programs = tuple(self.program(*self.rank_lines[rank]) for rank in range(len(self.rank_lines)))
-        return Schedule(self.routes, programs, self.name or "", self.groups)
+        observed = observed_text.read(self.observed_lines, programs, self.op, self.fail)
+        return Schedule(self.routes, programs, self.name or "", self.groups, observed=observed)
 
     def check_groups(self, line: int, column: int) -> None:
         for number in range(len(self.group_lines)):
@@ -179,6 +186,8 @@ class _Parser:
                 self.lane_line(number, content, words)
             case "group" | "rank":
                 self.numbered_line(number, content, words[0].group())
+            case word if word in observed_text.WORDS:
+                self.observed_lines.append((number, content))
             case other:
                 self.fail(number, words[0].start() + 1, repr(_short(other)), _LINE_FORM)
 

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualpipe.schedule import normalise
+from dualpipe.schedule.observed import NOTHING, Observed
 from dualpipe.schedule.op import (
     COLLECTIVES,
     COMPUTE,
@@ -48,6 +49,8 @@ class Schedule:
         bound applies.
     groups:
         The members of each group of collectives, by its number: ranks of the schedule, in any order.
+    observed:
+        What was observed when a program ran the schedule.  It takes no part in comparisons.
 
     Raises
     ------
@@ -62,6 +65,7 @@ class Schedule:
     programs: tuple[Program, ...]
     name: str
     groups: tuple[tuple[int, ...], ...]
+    observed: Observed = field(compare=False, repr=False)
 
     def __init__(
         self,
@@ -69,8 +73,11 @@ class Schedule:
         programs: Iterable[Iterable[Iterable[Op]]],
         name: str = "",
         groups: Iterable[Iterable[int]] = (),
+        *,
+        observed: Observed = NOTHING,
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
+        object.__setattr__(self, "observed", observed)
         object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
         object.__setattr__(self, "programs", normalise.programs(programs))
         object.__setattr__(self, "groups", normalise.groups(groups))

@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.utils._pytree import tree_leaves
 
 from . import graph
+from .buffers import Buffers
 from .forwards import Forwards, Trials
 from .log import Sink, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
@@ -67,6 +68,7 @@ class Flow:
         self.calling = 0  # depth of module calls
         self.running = 0  # depth of runs of the engine
         self._thread = threading.get_ident()
+        self.buffers = Buffers(self.write)
         self.caller = ""  # the class of the module that is being called
 
     def write(self, event: str, **fields: Any) -> None:
@@ -81,6 +83,11 @@ class Flow:
         """Enter a context, whose marks every new tensor gets; returns the previous context."""
         left, self._context = self._context, context
         return left
+
+    @property
+    def context(self) -> Marks | None:
+        """The marks of the module call or the run of the engine that is in progress."""
+        return self._context
 
     # module calls
 
@@ -159,6 +166,8 @@ class Flow:
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     graph.mark(leaf.grad_fn, forward)
                     self._forwards.put_in_graph(self._forwards.find(forward))
+            roots = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            self.buffers.called(roots, self._forwards.find(forward))
 
     def _join(self, forwards: set[int]) -> set[int]:
         for first, part in list(self._forwards.join(forwards)):

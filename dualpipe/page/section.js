@@ -79,7 +79,7 @@ function toolbarOf(section, schedules) {
   return bar;
 }
 
-/* The words and colours of the key that pictures have, and what only a page shows. */
+/* The words and colours of the legend in pictures, and those of what only a page shows. */
 function legend(schedules, hasExamples) {
   const entry = (text, ...kinds) => element("li", {}, ...kinds.map((kind) => element("span", { class: `swatch ${kind}` })), text);
   const entries = [...new Map(schedules.map(({ names }) => [names.join(), names])).values()].flatMap(shadesOf);

@@ -81,7 +81,7 @@ def test_without_a_bound_the_peak_is_only_reported():
 def test_the_story_lists_the_live_microbatches():
     verdict = prove(zb1p(2, 4), max_activations=1).checks["memory"].verdict
     assert tell(verdict.finding).split("\n") == [
-        "rank 0 holds 2 live activations in slot 2, and may hold 1 (given); live then:",
+        "rank 0 holds 2 live activations in slot 2, but may hold only 1 (given); live in that slot:",
         "  stage 0 of lane >, waiting for B: microbatches 0, 1",
     ]
 

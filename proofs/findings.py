@@ -40,6 +40,8 @@ class _Finding(ABC):
 
     check: ClassVar[str]
     fault: ClassVar[str]
+    ends_early: ClassVar[bool] = False
+    """Whether a rank that ends early is enough to cause it."""
 
     @abstractmethod
     def places(self) -> tuple[Place, ...]:
@@ -60,6 +62,8 @@ class _Finding(ABC):
 
 class _Absence(_Finding):
     """Something is missing.  A beginning of the programs lacks more, so only the whole schedule shows it."""
+
+    ends_early = True
 
     def shown_by(self) -> None:
         pass
@@ -244,6 +248,7 @@ class Unmatched(_Finding):
     ``possible`` says whether another rank is at the other end at all.
     """
 
+    ends_early = True
     check = "deadlock"
     fault = "never met"
     model: Model

@@ -3,6 +3,7 @@
 Everything here needs the standard library alone.  This module has the vocabulary that everything else consumes.
 """
 
+from dualpipe.schedule.failure import Failure, printable
 from dualpipe.schedule.op import (
     COMPUTE,
     DOWN,
@@ -46,6 +47,7 @@ __all__ = [
     "B",
     "Chunk",
     "F",
+    "Failure",
     "Kind",
     "Lane",
     "Op",
@@ -61,5 +63,6 @@ __all__ = [
     "check_routes",
     "check_slot",
     "full_backwards",
+    "printable",
     "show_slot",
 ]

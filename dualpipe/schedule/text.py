@@ -7,6 +7,7 @@
     lane > 0 1 2 3
     lane < 3 2 1 0
     rank 0: 0F0> 0SF0> 0F1> 3SB0<+3RF1< ...
+    failure 2: raised IndexError at train.py:11 during 1F1>
 
 Any byte sequence gives a schedule or a ``ScheduleSyntaxError`` that names file, line and column.
 """
@@ -21,6 +22,7 @@ from typing import Any, NoReturn, TypeVarTuple
 
 from dualpipe.files import read_whole
 from dualpipe.schedule import (
+    Failure,
     Kind,
     Lane,
     Op,
@@ -42,7 +44,7 @@ _OP_FORM = (
     "an op: stage, F B W SF RF SB or RB, microbatch, lane, and for a message optionally @rank, as in 2SF3>@3, "
     "with numbers of at most 9 digits"
 )
-_LINE_FORM = "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...' or 'rank N: SLOT ...'"
+_LINE_FORM = "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...', 'failure N: TEXT' or 'rank N: SLOT ...'"
 _Args = TypeVarTuple("_Args")
 
 
@@ -61,7 +63,8 @@ def dumps(schedule: Schedule) -> str:
         f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)
     ]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
-    return "\n".join([*head, *lanes, *ranks]) + "\n"
+    failures = [f"failure {rank}: {what}" for rank, what in schedule.failures]
+    return "\n".join([*head, *failures, *lanes, *ranks]) + "\n"
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def as_json(schedule: Schedule) -> dict[str, Any]:
         "microbatches": {str(lane): count for lane, count in schedule.microbatches.items()},
         "lanes": {str(lane): list(route) for lane, route in schedule.routes.items()},
         "programs": [[show_slot(slot) for slot in program] for program in schedule.programs],
+        **({"failures": [failure._asdict() for failure in schedule.failures]} if schedule.failures else {}),
     }
 
 
@@ -122,6 +126,7 @@ class _Parser:
         self.routes: dict[Lane, tuple[int, ...]] = {}
         self.lane_lines: dict[Lane, tuple[int, list[re.Match[str]]]] = {}
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
+        self.failures: list[tuple[int, Failure]] = []  # with the line of each
 
     def parse(self, text: str) -> Schedule:
         lines = text.removeprefix(BYTE_ORDER_MARK).split("\n")
@@ -139,7 +144,10 @@ class _Parser:
                 self.fail(*end, f"no 'rank {rank}:'", f"a line for each rank from 0 to {max(self.rank_lines)}")
         self.check_lanes()
         programs = tuple(self.program(*self.rank_lines[rank]) for rank in range(len(self.rank_lines)))
-        return Schedule(self.routes, programs, self.name or "")
+        for number, failure in self.failures:
+            if failure.rank >= len(programs):
+                self.fail(number, 1, f"rank {failure.rank}, which has no program", "a rank of the file")
+        return Schedule(self.routes, programs, self.name or "", failures=[failure for _, failure in self.failures])
 
     def check_lanes(self) -> None:
         ranks = len(self.rank_lines)
@@ -158,6 +166,8 @@ class _Parser:
                 self.lane_line(number, content, words)
             case "rank":
                 self.rank_line(number, content)
+            case "failure":
+                self.failure_line(number, content)
             case other:
                 self.fail(number, words[0].start() + 1, repr(_short(other)), _LINE_FORM)
 
@@ -195,6 +205,15 @@ class _Parser:
         if rank in self.rank_lines:
             self.fail(number, head.start(1) + 1, f"rank {rank} a second time", "each rank once")
         self.rank_lines[rank] = number, list(re.compile(r"\S+").finditer(content, head.end()))
+
+    def failure_line(self, number: int, content: str) -> None:
+        found = re.fullmatch(r"\s*failure\s+([0-9]{1,9})\s*:\s*(\S.*?)\s*", content)
+        if found is None:
+            self.fail(number, 1, repr(_short(content.strip())), "a rank and what happened to it: 'failure N: TEXT'")
+        what = found.group(2)
+        if not what.isprintable():
+            self.fail(number, found.start(2) + 1, repr(_short(what)), "printable text")
+        self.failures.append((number, Failure(int(found.group(1)), what)))
 
     def bad_rank_line(self, number: int, content: str) -> NoReturn:
         """Fail where a rank line departs from its form: at the number or where the colon should be."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dualpipe.schedule import normalise
+from dualpipe.schedule.failure import Failure, check_failures
 from dualpipe.schedule.op import COMPUTE, LARGEST, Kind, Lane, Op, Placed, Program, ScheduleError, Slot, show_slot
 from dualpipe.schedule.routes import Routes, check_routes
 
@@ -32,30 +33,37 @@ class Schedule:
     name:
         A label; it takes no part in what the schedule means, only in how it is printed and whether a published
         memory bound applies.
+    failures:
+        Of a recording, how ranks of the program failed, the first one first.  A schedule with failures is never proved.
 
     Raises
     ------
     ScheduleError
         If a part has another type (a bool or a float as a number, a set or a text as a sequence), the name is not one
         word, a route names a rank without a program, an op a lane or stage that does not exist or a number that is
-        negative or above 999999999, or a slot is empty or mixes compute with messages.
+        negative or above 999999999, a slot is empty or mixes compute with messages, or a failure is no printable line.
     """
 
     routes: Routes
     programs: tuple[Program, ...]
     name: str
+    failures: tuple[Failure, ...]
 
     def __init__(
         self,
         routes: Mapping[Lane, Iterable[int]],
         programs: Iterable[Iterable[Iterable[Op]]],
         name: str = "",
+        *,
+        failures: Iterable[tuple[int, str]] = (),
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
         object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
         object.__setattr__(self, "programs", normalise.programs(programs))
         check_name(self.name)
+        object.__setattr__(self, "failures", tuple(Failure(*failure) for failure in failures))
         check_routes(self.routes, len(self.programs))
+        check_failures(self.failures, len(self.programs))
         for program in self.programs:
             for slot in program:
                 check_slot(slot, self.routes)

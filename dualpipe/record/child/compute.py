@@ -41,6 +41,9 @@ def _call(flow: Flow, original: Callable[..., Any], containers: frozenset[str]) 
         flow.calling, flow.caller = 1, type(self).__qualname__
         try:
             output = original(self, *args, **kwargs)
+        except BaseException as error:
+            flow.broke(error, "F", (number for _, number in made or ()))
+            raise
         finally:
             flow.calling = 0
             flow.within(left)
@@ -78,11 +81,15 @@ class _Engine:
         left = flow.within(made)
         flow.running += 1
         try:
-            return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+            result = self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+        except BaseException as error:
+            flow.broke(error, "B", (number for _, number in made))
+            raise
         finally:
             flow.running -= 1
             flow.within(left)
-            flow.ran(made)
+        flow.ran(made)
+        return result
 
 
 def _gradient(flow: Flow) -> property:

@@ -12,7 +12,9 @@ the events of all ranks.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,10 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from . import graph
 from .forwards import Forwards, Trials
-from .log import Sink, program_line
+from .log import Sink, line_of, program_line
 from .marks import NONE, Key, Marks, Table, key_of
 from .parameters import Parameters, state_of
 
+_DURING = "_dualpipe_during"  # an attribute of an error
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
 
@@ -59,6 +62,7 @@ class Flow:
         self._next: dict[int, int] = {}  # forward -> the one on this rank that takes its detached output
         self._messages = 0
         self._posts = 0
+        self.posted: list[int] = []  # the messages of the last post
         self._post_of: dict[int, int] = {}  # message -> the call of ``post`` that it was in
         # (forward, module, with gradients) -> the inputs of its calls
         self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
@@ -335,6 +339,25 @@ class Flow:
         """Take back what was changed in the program's objects."""
         self._parameters.stop_listening()
 
+    # errors
+
+    def broke(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
+        """An error has left a module call (F), a run of the engine (B) or a message (M)."""
+        if not hasattr(error, _DURING):
+            with suppress(AttributeError, TypeError):  # a class without attributes of its own
+                setattr(error, _DURING, (what, sorted(numbers)))
+
+    def raised(self, error: BaseException) -> None:
+        """The program ends by an error."""
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        if isinstance(error, SystemExit):  # as torch.multiprocessing ends a process after an error
+            error = next((other for other in chain[1:] if isinstance(other, Exception)), error)
+        during = next((found for other in chain if (found := getattr(other, _DURING, None)) is not None), None)
+        at = line_of(error)
+        self.write("raised", error=type(error).__name__, text=str(error), during=during, time=time.time(), place=at)
+
     # messages
 
     def post(self, messages: list[tuple[str, Tensor, int, Any, int]]) -> list[int]:
@@ -368,6 +391,7 @@ class Flow:
             if kind == "receive":
                 self._table.put(tensor, frozenset({("M", number)}))
         self._forwards.interrupt()
+        self.posted = numbers
         inside = self.caller if self.calling else "backward" if self.running else ""
         self.write("post", messages=posted, inside=inside)
         return numbers

@@ -8,6 +8,8 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 Event = dict[str, Any]
@@ -47,3 +49,15 @@ def program_line() -> str:
                 return f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment] # None ends the loop
     return seen
+
+
+def line_of(error: BaseException) -> str:
+    """The innermost line of the program that an error has passed."""
+    passed = [(frame, f"{frame.f_code.co_filename}:{line}") for frame, line in walk_tb(error.__traceback__)]
+    return next((line for frame, line in reversed(passed) if _is_of_program(frame)), passed[-1][1] if passed else "")
+
+
+def _is_of_program(frame: FrameType) -> bool:
+    name, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    of_library = package == "torch" or (name.startswith(_LIBRARIES) and "site-packages" not in name)
+    return not of_library and not name.startswith((_OURS, "<"))

@@ -129,6 +129,10 @@ def _stop() -> None:
         return
     flow, patches, mode = _WATCH
     _WATCH = None
-    flow.write("end")
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)  # of a process that multiprocessing forked, and else
+    if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0)):
+        flow.raised(error)
+    else:
+        flow.write("end")
     mode.__exit__(None, None, None)
     patches.undo()

@@ -76,7 +76,7 @@ def _describe(
         awaited = " and ".join(str(ops[id]) if id in ops else _unnamed(messages[id]) for id in waiting)
         return (3, 0.0), f"waited for {awaited}, posted at {messages[waiting[0]].at}, until it was ended"
     last = f", last seen at {log.events[-1]['at']}" if log.events else ""
-    return (2, 0.0), f"did not finish {where}{last}"
+    return (2, 0.0), f"did not finish; it was ended {where}{last}"
 
 
 def _unnamed(message: Message) -> str:

@@ -46,8 +46,9 @@ class Recording:
     notes: tuple[str, ...]
 
     def text(self) -> str:
-        """The schedule file, with the notes as comments at the top."""
-        return "".join(f"# {note}\n" for note in self.notes) + dumps(self.schedule)
+        """The schedule file, with the notes and the caveats as comments at the top."""
+        caveats = [f"a proof of this file does not cover everything: {caveat}" for caveat in self.caveats]
+        return "".join(f"# {line}\n" for line in (*self.notes, *caveats)) + dumps(self.schedule)
 
     def summary(self) -> str:
         """Sizes and counts in one line."""

@@ -16,6 +16,7 @@ from dualpipe.schedule.text import dumps, loads
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from tests.record.logs import Rank, lines
+from tests.record.run import command
 from tests.record.two_ranks import SHAPE, receive, text, train
 
 STALL = 0.3
@@ -179,4 +180,25 @@ def test_a_rank_that_ends_without_a_word_is_recorded():
             os._exit(0)
 
     recording = record_ranks(2, body, check=False)
-    assert first_failure(recording).startswith("rank 1 did not finish after 1SB1>@0, last seen at ")
+    assert first_failure(recording).startswith("rank 1 did not finish; it was ended after 1SB1>@0, last seen at ")
+
+
+EARLY = """
+import os, torch, torch.distributed as dist
+if os.environ["RANK"] == "1":
+    raise KeyError("option")
+dist.init_process_group("gloo")
+"""
+
+
+@pytest.mark.long
+def test_the_command_records_an_error_before_a_rank_joined_the_process_group(tmp_path):
+    (tmp_path / "early.py").write_text(EARLY)
+    words = ["-P", 2, "--timeout", 30, "--lanes", "1 0", "--", sys.executable, tmp_path / "early.py"]
+    result = command(*words)
+    assert result.returncode == 1, result.stderr
+    recorded = loads(result.stdout)
+    assert str(recorded.failures[0]) == f"rank 1 raised KeyError at {tmp_path}/early.py:4 before its first op: 'option'"
+    assert str(recorded.failures[1]).startswith("rank 0 did not finish; it was ended before its first op")
+    assert recorded.routes == {UP: (1, 0)}
+    assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in result.stdout

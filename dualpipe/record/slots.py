@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
 from dualpipe.record.lineage import Lineage
 from dualpipe.record.naming import Named
-from dualpipe.schedule import B, F, Kind, Op, Program, Slot, W
+from dualpipe.schedule import B, F, Kind, Op, Program, Slot, Task, W
 
 _ORDER = {F: 0, B: 1, W: 2}
 
@@ -90,7 +90,8 @@ def _program(
     last_weight, only_weights = _last_weights(log), _weights_without_backward(log)
     slots: list[list[tuple[Op, MessageId | None]]] = []
     open_slot: str | None = None  # "messages" or "compute", if the next op may join the last slot
-    of_run: dict[int, int] = {}  # run of the engine -> the slot of its ops
+    of_run: dict[int, int] = {}  # run of the engine -> the slot of its ops since the last message in it
+    backward_at: dict[tuple[int | None, Task], int] = {}  # run of the engine and task -> the slot of the B
     together = False
     early = 0
     pending: set[int] = set()
@@ -101,8 +102,15 @@ def _program(
         if not named:
             return
         early += bool(pending) and named[0][0].kind is not W
+        for each in [pair for pair in named if pair[0].kind is W and (run, pair[0].task) in backward_at]:
+            slots[backward_at[run, each[0].task]].append(each)  # even if messages were posted since the B
+            named.remove(each)
+        if not named:
+            return
         if run is not None and run in of_run:
             slots[of_run[run]] += named
+            slots[of_run[run]].sort(key=lambda pair: (_ORDER[pair[0].kind], pair[0].mb))  # one run: all of it together
+            backward_at.update({(run, op.task): of_run[run] for op, _ in named if op.kind is B})
             return
         if slots and open_slot == "compute" and together:
             slots[-1] += named
@@ -111,6 +119,7 @@ def _program(
         open_slot = "compute"
         if run is not None:
             of_run[run] = len(slots) - 1
+            backward_at.update({(run, op.task): len(slots) - 1 for op, _ in named if op.kind is B})
 
     for index, event in enumerate(log.events):
         match event["event"]:
@@ -135,6 +144,7 @@ def _program(
                 pending |= {id.number for id in ids if id in ops}
                 if not named:
                     continue
+                of_run.clear()
                 if open_slot != "messages":
                     slots.append([])
                     open_slot = "messages"

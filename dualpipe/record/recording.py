@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
+from dualpipe.record.compare import Comparison
+from dualpipe.record.events import Event, ForwardId, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.lineage import Lineage, match, trace
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
 from dualpipe.record.routes import complete
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
-from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
+from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, Task, check_slot
 from dualpipe.schedule.text import dumps
 
 
@@ -33,6 +34,10 @@ class Recording:
         Why a proof of the schedule does not cover the whole program; empty if it does.
     notes:
         What was left out, guessed or reinterpreted, one sentence each.
+    tasks:
+        The stage, lane and microbatch of every forward.
+    comparison:
+        How the step compares with a plain run of the same modules, if that was asked for.
     """
 
     schedule: Schedule
@@ -40,6 +45,8 @@ class Recording:
     ended: tuple[bool, ...]
     caveats: tuple[str, ...]
     notes: tuple[str, ...]
+    tasks: Mapping[ForwardId, Task] = field(default_factory=dict, repr=False, compare=False)
+    comparison: Comparison | None = None
 
     def text(self) -> str:
         """The schedule file, with the notes as comments at the top."""
@@ -59,6 +66,7 @@ class Recording:
 
     def as_json(self) -> dict[str, Any]:
         """The recording as one JSON object."""
+        compared = {} if self.comparison is None else {"comparison": self.comparison.as_json()}
         return {
             "schedule": dumps(self.schedule),
             "ranks": self.schedule.ranks,
@@ -68,6 +76,7 @@ class Recording:
             "ended": list(self.ended),
             "caveats": list(self.caveats),
             "notes": list(self.notes),
+            **compared,
         }
 
 
@@ -108,7 +117,8 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     ended = tuple(log.ended for log in logs)
     lost = sum(id not in partner and id not in messages for id in everything)
     schedule = Schedule(lineage.routes, ranks, name)
-    return Recording(schedule, len(steps), ended, tuple(caveats(logs, lineage, named, lost)), tuple(notes))
+    reasons = tuple(caveats(logs, lineage, named, lost))
+    return Recording(schedule, len(steps), ended, reasons, tuple(notes), lineage.tasks)
 
 
 def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]) -> None:

@@ -78,6 +78,7 @@ _PUBLIC = (
 )
 _PROVED = (
     "tests/schedule/test_normalise.py",
+    "tests/schedule/test_torchcsv.py",
     "tests/page/test_browser.py",
     "tests/megatron/test_random_streams.py",
     "tests/megatron/test_replicas.py",

@@ -78,7 +78,6 @@ def record(
     130: ended by Ctrl-C
     """
     from dualpipe.record import Launch, assemble, read_folder, run
-    from dualpipe.record.compare import compare as compare_files
 
     check_name(name)
     _check_waived(waive or (), prove)
@@ -102,6 +101,8 @@ def record(
         logs, groups = read_folder(folder, ranks, session)
         recording = assemble(logs, name, step)
         if compare:
+            from dualpipe.record.plain import compare as compare_files
+
             compared = compare_files(folder / "plain", logs, recording.tasks, recording.schedule.routes)
             recording = replace(recording, comparison=compared)
     if groups > 1:

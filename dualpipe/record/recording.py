@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dualpipe.record.compare import Comparison
+from dualpipe.record.comparison import Comparison
 from dualpipe.record.events import Event, ForwardId, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.lineage import Lineage, match, trace
 from dualpipe.record.naming import name_messages, uses

@@ -6,7 +6,7 @@ rank forks.  The fork calls the same modules on the same inputs with the weights
 saves for each forward its outputs, its input gradient and its weight gradients, with what the program had in their
 place.  Nothing of that reaches the program: stores, hooks and random streams of the fork are copies.
 
-``dualpipe.record.compare`` compares the ranks' files.
+``dualpipe.record.plain`` compares the ranks' files.
 """
 
 from __future__ import annotations
@@ -16,25 +16,41 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .flow import Flow
+from .graph import marks_below
 from .marks import Key, key_of
 from .patches import Patches
 
 Leaf = tuple[Key | None, tuple[int, ...]]
 """By which a tensor is recognised: its memory and its shape."""
 _POLL = 0.01
+
+
+class _Roots:
+    """Wraps the autograd engine, and notes what it runs from."""
+
+    def __init__(self, note: Callable[[Iterable[Any]], None], engine: Any) -> None:
+        self._note, self._engine = note, engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        self._note(tensors)
+        return self._engine.run_backward(tensors, *args, **kwargs)
 
 
 @dataclass
@@ -71,13 +87,34 @@ class Plain:
         self._weights: dict[int, Tensor] = {}  # by number: the value before the step
         self._before: dict[int, Tensor] = {}  # by number: a gradient that was there before the step
         self._read: set[int] = set()
+        self._begun: set[int] = set()  # forwards from whose loss a backward has begun
+        self._collected: set[int] = set()  # those whose loss was still there when a later one's backward began
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
         for name in ("item", "tolist", "__float__"):
             patches.put(torch.Tensor, name, self._reading(getattr(torch.Tensor, name)))
+        patches.put(Variable, "_execution_engine", _Roots(self._ran_from, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self.end_step(True)).remove)
+        for clip in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_):
+            patches.wrap(clip, self._before_clipping)
+
+    def _before_clipping(self, original: Any) -> Any:
+        def clip(*args: Any, **kwargs: Any) -> Any:
+            self.end_step(True)
+            return original(*args, **kwargs)
+
+        return clip
+
+    def _ran_from(self, roots: Iterable[Any]) -> None:
+        """The engine runs from these; a scalar is a loss."""
+        losses = [root for root in roots if isinstance(root, Tensor) and root.numel() == 1]
+        if not losses or self._done or self._step != self._wanted or self._flow.calling or self._flow.running:
+            return
+        self._collected |= self._begun & self._held_results(2)
+        for loss in losses:
+            self._begun |= {self._flow.find(number) for number in marks_below(loss)}
 
     def _watched(self, original: Any) -> Any:
         @functools.wraps(original)
@@ -175,6 +212,7 @@ class Plain:
                             "final": {n: _copy(gradient_of(p)) for n, (_, p) in enumerate(self._parameters)},
                             "before": self._before,
                             "seen": sorted(find(forward) for forward in seen),
+                            "collected": sorted(find(forward) for forward in self._collected),
                             "by_optimizer": by_optimizer,
                         }
                     )
@@ -190,11 +228,14 @@ class Plain:
         os.replace(self._path + ".part", self._path)
 
     def _seen(self) -> set[int]:
-        """The forwards of which the program has read a result, or holds one of at most a few elements, as a loss is."""
-        most = max(1, len(self._calls))
-        held = set(self._read)
+        """The forwards of which the program has read a result, or holds one that can be a loss or several."""
+        return self._read | self._held_results(max(2, len(self._calls)))
+
+    def _held_results(self, most: int) -> set[int]:
+        """The forwards of which the program holds a result of at most one dimension and ``most`` elements."""
+        held: set[int] = set()
         for thing in gc.get_objects():
-            if isinstance(thing, Tensor) and not isinstance(thing, nn.Parameter) and thing.numel() <= most:
+            if issubclass(type(thing), Tensor) and thing.dim() <= 1 and 0 < thing.numel() <= most:
                 held |= self._flow.forwards_of(thing)
         return held
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.schedule import Chunk, Lane, Task
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MOST_NAMES = 3
 _MOST_TRIED = 64
@@ -31,114 +32,6 @@ _MOST_TRIED = 64
 
 Plainly = Mapping[str, Any]
 """What a rank's file has for one forward."""
-
-
-@dataclass(frozen=True)
-class ChunkComparison:
-    """A stage of a lane.
-
-    ``faults`` says what differs and ``unknown`` what could not be compared, in words; ``notes`` in what way gradients
-    agree.  ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show.
-    """
-
-    chunk: Chunk
-    rank: int
-    microbatches: int
-    faults: tuple[str, ...]
-    unknown: tuple[str, ...]
-    notes: tuple[str, ...]
-    summed: bool | None = None
-
-    def text(self) -> str:
-        found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"
-        return "; ".join([f"{self.chunk} on rank {self.rank}: {found}", *self.notes])
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "lane": str(self.chunk.lane),
-            "stage": self.chunk.stage,
-            "rank": self.rank,
-            "microbatches": self.microbatches,
-            "equal": not self.faults and not self.unknown,
-            "faults": list(self.faults),
-            "unknown": list(self.unknown),
-            "notes": list(self.notes),
-            "summed": self.summed,
-        }
-
-
-@dataclass(frozen=True)
-class LossComparison:
-    """The losses of a lane: how many backwards began from them, and how many of them the program kept or read.
-
-    ``seen`` is ``None`` for a program without an optimizer, as its variables are gone when it ends.
-    """
-
-    lane: Lane
-    rank: int
-    microbatches: int
-    computed: int
-    seen: int | None
-
-    @property
-    def faults(self) -> tuple[str, ...]:
-        found = []
-        if self.computed < self.microbatches:
-            found.append(f"only {self.computed} of {self.microbatches} backwards began from a loss")
-        if self.seen is not None and self.seen < self.computed:
-            kept = "none is" if self.seen == 0 else f"only {self.seen} are"
-            found.append(
-                f"{self.computed} were computed, and {kept} kept or read by the program: is their list cleared before "
-                "it is returned, or read on another rank?"
-            )
-        return tuple(found)
-
-    def text(self) -> str:
-        found = "; ".join(self.faults) or f"{self.computed} computed" + (
-            "" if self.seen is None else ", all kept or read"
-        )
-        return f"losses of lane {self.lane} on rank {self.rank}: {found}"
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "lane": str(self.lane),
-            "rank": self.rank,
-            "microbatches": self.microbatches,
-            "computed": self.computed,
-            "seen": self.seen,
-            "faults": list(self.faults),
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A recorded step and its plain run.  ``replicas`` says for each stage on two lanes whether they were summed."""
-
-    chunks: tuple[ChunkComparison, ...]
-    losses: tuple[LossComparison, ...]
-    replicas: tuple[str, ...]
-
-    @property
-    def verdict(self) -> str:
-        """``equal``, ``different`` or ``unknown``."""
-        if self.replicas or any(each.faults for each in self.chunks) or any(each.faults for each in self.losses):
-            return "different"
-        return "unknown" if any(each.unknown for each in self.chunks) else "equal"
-
-    def text(self) -> str:
-        """A line for each stage and lane, then the losses and the replicas."""
-        lines = [f"compared with a plain run of the same modules: {self.verdict}"]
-        lines += [f"  {each.text()}" for each in self.chunks]
-        lines += [f"  {each.text()}" for each in self.losses]
-        return "\n".join([*lines, *(f"  {line}" for line in self.replicas)]) + "\n"
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "verdict": self.verdict,
-            "chunks": [each.as_json() for each in self.chunks],
-            "losses": [each.as_json() for each in self.losses],
-            "replicas": list(self.replicas),
-        }
 
 
 def compare(
@@ -159,8 +52,6 @@ def compare(
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import torch
-
     if not path.exists():
         return {"error": "it made no plain run: no forward was observed, or the rank did not end its step"}
     content: dict[str, Any] = torch.load(path, weights_only=True)
@@ -327,7 +218,8 @@ def _losses(
         seen = set(file.get("seen", ()))
         computed = [id for id in last if logs[id.rank].forwards[logs[id.rank].find(id.number)].backward_began]
         count = sum(logs[id.rank].find(id.number) in seen for id in computed) if file.get("by_optimizer") else None
-        yield LossComparison(lane, route[-1], len(last), len(computed), count)
+        collected = not {logs[id.rank].find(id.number) for id in computed}.isdisjoint(file.get("collected", ()))
+        yield LossComparison(lane, route[-1], len(last), len(computed), count, collected)
 
 
 def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -338,8 +230,6 @@ def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors have the same shape and, bit by bit, the same values in the first one's dtype."""
-    import torch
-
     if one is None or other is None or one.shape != other.shape:
         return False
     other = other.to(one.dtype)

@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import dumps, loads
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_show_prints_the_schedule(run, name):
-    result = run("show", "-P", 4, "-M", 10, "--schedule", name)
+    result = run("show", "-P", 4, "-M", 12, "--schedule", name)
     assert (result.code, result.err) == (0, "")
-    assert loads(result.out) == generate(name, 4, 10)
+    assert loads(result.out) == generate(name, 4, 12)
 
 
 def test_a_shown_file_is_read_again(run, tmp_path):

@@ -42,7 +42,7 @@ def files(folder: str) -> list[Path]:
     return found
 
 
-DRAWN_BY_LIBRARIES = ("dualpipe/timeline/picture.py", "dualpipe/timeline/terminal.py")
+DRAWN_BY_LIBRARIES = ("dualpipe/timeline/picture.py", "dualpipe/timeline/rows.py", "dualpipe/timeline/terminal.py")
 PURE = [path for folder in ("schedule", "timeline", "page") for path in files(f"dualpipe/{folder}")]
 PURE += [ROOT / f"dualpipe/{name}.py" for name in ("_imports", "errors", "files", "progress")]
 PURE += [ROOT / f"dualpipe/{name}.py" for name in ("lower", "simulate", "torchcsv")]

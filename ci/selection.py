@@ -77,6 +77,7 @@ _PUBLIC = (
     "tests/production/test_faults.py",
 )
 _PROVED = (
+    "tests/schedule/test_comparison.py",
     "tests/schedule/test_normalise.py",
     "tests/page/test_browser.py",
     "tests/megatron/test_random_streams.py",
@@ -228,7 +229,7 @@ ROWS: dict[str, Row] = {
             "tests/megatron/test_replicas.py",
         ),
     ),
-    "tests/page/": Row((), ("tests/page",)),
+    "tests/page/": Row((), ("tests/page",), ("tests/cli/test_compare.py",)),
     "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),
     "tests/production/": Row(
         (),

@@ -46,7 +46,7 @@ BAD = {
     "too few for 1f1b": (["-P", 4, "-M", 2, "--schedule", "1f1b"], "as many microbatches as ranks", "got 2", "use 4"),
     "no such file": (
         ["--schedule", "missing.txt"],
-        "dualpipe, dualpipev, 1f1b, zb1p, or a file",
+        "1f1b, zb1p, interleaved, zbv, or a file",
         "missing.txt",
         "no such",
     ),

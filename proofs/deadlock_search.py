@@ -1,9 +1,9 @@
 """Deadlock by plain search: the ranks run as far as they can under a model of communication (``proofs.models``).
 
-The order in which ranks move makes no difference, since a move never takes another rank's away: the run ends or stops
-in one state, in linear time.  In that state every rank that is not done is blocked in a slot of messages, at one
-whose partner is not posted, or in a slot of collectives, at one that a member of its group has not joined.  Following
-the partners leads to one that does not exist, or around a wait cycle.
+The order in which ranks move makes no difference, since a move of one rank never prevents a move of another: the run
+ends or stops in one state, in linear time.  In that state every rank that is not done is blocked in a slot of messages,
+at one whose partner is not posted, or in a slot of collectives, at one that a member of its group has not joined.
+Following the partners leads to one that does not exist, or around a wait cycle.
 """
 
 from __future__ import annotations

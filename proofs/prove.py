@@ -1,4 +1,4 @@
-"""The six checks for one schedule, each by two methods, and the report.
+"""The checks of one schedule, each by two methods, and the report.
 
 Plain search and Z3 share nothing but the schedule value.  If both decide and differ, the run crashes with both
 answers.  If Z3 gives up, a proof by plain search alone is reported as unknown, but a refutation counts, since its
@@ -18,7 +18,7 @@ from typing import Any, assert_never
 
 from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
-from proofs import deadlock_search, deadlock_smt
+from proofs import buffers_search, buffers_smt, deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
@@ -26,6 +26,7 @@ from proofs.findings import Finding
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import Prefix, smallest_prefix
+from proofs.remarks import remarks
 from proofs.solver import SHARED, Solver
 from proofs.story import live_lines, tell
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
@@ -34,12 +35,14 @@ from proofs.waivers import WITHOUT, waived
 __all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
 
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
+"""The checks of every schedule.  ``BUFFERS`` is one more, of schedules that were recorded."""
+BUFFERS = "buffers"
 
 SECOND_OPINION = 3_000
-"""Up to so many ops and stages Z3 also checks a refutation by plain search, and adds its core."""
+"""The most ops and stages of a schedule in which Z3 also checks a refutation by plain search, and adds its core."""
 
 MOST_FOR_Z3 = 200_000
-"""Up to so many ops and stages Z3 checks without a given time limit; more may take it minutes and gigabytes."""
+"""The most ops and stages that Z3 checks unless the caller gives a time limit: more take minutes and gigabytes."""
 
 
 class DisagreementError(AssertionError):
@@ -54,6 +57,7 @@ class DisagreementError(AssertionError):
 class Result:
     """One check's verdict, the seconds that each method took, and, if it fails, the smallest prefix that fails.
 
+    ``remarks`` are on the messages of the finding: where the recorded program posted them, and which names are guesses.
     For ``deadlock``, ``models`` has the result under each model of communication.  ``waived`` is empty, or what may be
     the case because the check fails and does not count for the verdict of the whole.
     """
@@ -61,6 +65,7 @@ class Result:
     verdict: Verdict
     seconds: Mapping[str, float]
     prefix: Prefix | None = None
+    remarks: tuple[str, ...] = ()
     models: Mapping[str, Result] = field(default_factory=dict)
     waived: str = ""
 
@@ -68,6 +73,10 @@ class Result:
     def finding(self) -> Finding | None:
         """What the check found, if it is refuted and more than the solver's core is known."""
         return self.verdict.finding if isinstance(self.verdict, Refuted) else None
+
+    def story(self, finding: Finding) -> str:
+        """The finding as text, with the remarks."""
+        return "\n".join([tell(finding), *self.remarks])
 
     def as_json(self) -> dict[str, Any]:
         seconds = {method: round(spent, 4) for method, spent in self.seconds.items()}
@@ -79,7 +88,7 @@ class Result:
         match self.verdict:
             case Refuted(finding, core):
                 if finding is not None:
-                    shown |= {"story": tell(finding), "finding": finding.as_json()}
+                    shown |= {"story": self.story(finding), "finding": finding.as_json()}
                 if core:
                     shown["core"] = list(core)
             case Unknown(reason) | Skipped(reason):
@@ -167,7 +176,7 @@ def _found(result: Result) -> list[str]:
         case Refuted(finding, _):
             if finding is None:
                 return []
-            lines = tell(finding).split("\n")
+            lines = result.story(finding).split("\n")
             if result.prefix is not None:
                 counts = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(result.prefix) if count)
                 lines.append(f"the first slots are enough to see it: {counts}")
@@ -191,7 +200,7 @@ def prove(
     solver: Solver = SHARED,
     waive: Collection[str] = (),
 ) -> Report:
-    """Run the six checks of a schedule.  Any schedule value gives a report.
+    """Run the six checks of a schedule, and the seventh of a recorded one.  Any schedule value gives a report.
 
     Parameters
     ----------
@@ -202,8 +211,8 @@ def prove(
     smt:
         Whether Z3 checks as well; without it a proof rests on plain search alone.
     timeout_s:
-        Seconds until Z3 gives up on one question, once it has the question.  If not given, ``solver.SECONDS``, and Z3
-        does not check a schedule of more than ``MOST_FOR_Z3`` ops and stages, which is then refuted or unknown.
+        Seconds that Z3 may take for one question; by default ``solver.SECONDS``.  By default Z3 also does not check a
+        schedule of more than ``MOST_FOR_Z3`` ops and stages, whose checks are then refuted or unknown.
     bytes_per_stage:
         The bytes that a microbatch holds at each stage while it waits for its B and for its W (``memory.peak_bytes``).
     label:
@@ -224,11 +233,11 @@ def prove(
     RuleError
         For a name in ``waive`` that is no check.
     """
-    without = waived(waive, CHECKS)
+    without = waived(waive)
     bound = bound_of(schedule, max_activations)
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
-    done, total = count(), len(CHECKS) - 1 + len(models)
+    done, total = count(), len(CHECKS) - 1 + len(models) + bool(schedule.observed)
     if smt and (timeout_s is not None or _size(schedule) <= MOST_FOR_Z3):
         solver.start()
 
@@ -251,7 +260,10 @@ def prove(
             "accumulation", lambda: by_search.accumulation(schedule), lambda: by_smt.accumulation(schedule)
         ),
     }
-    for name in without:
+    if schedule.observed:
+        search, problem = partial(buffers_search.buffers, schedule), partial(buffers_smt.buffers, schedule)
+        checks[BUFFERS] = check(BUFFERS, search, problem)
+    for name in without & checks.keys():
         if isinstance(checks[name].verdict, Refuted | Unknown):
             checks[name] = replace(checks[name], waived=WITHOUT[name])
     peaks = peak_activations(schedule)
@@ -278,16 +290,18 @@ def run_check(
         by_z3: Verdict
         if timeout_s is None and size > MOST_FOR_Z3:
             by_z3 = Unknown(
-                f"Z3 is not asked about more than {MOST_FOR_Z3:,} ops and stages, and there are {size:,}: "
-                "a timeout for the solver (--solver-timeout) makes it try"
+                f"Z3 skips schedules of more than {MOST_FOR_Z3:,} ops and stages, and this one has {size:,}: "
+                "give a timeout for the solver (--solver-timeout) to let it try"
             )
         else:
             by_z3 = by_smt.verdict(problem(), timeout_s, solver)
         seconds["z3"] = time.perf_counter() - started
         verdict = settle(check, by_graph, by_z3)
     result = Result(verdict, seconds)
-    prefix = None if result.finding is None else smallest_prefix(schedule, result.finding)
-    return replace(result, prefix=prefix)
+    if result.finding is None:
+        return result
+    prefix = smallest_prefix(schedule, result.finding)
+    return replace(result, prefix=prefix, remarks=tuple(remarks(schedule, result.finding)))
 
 
 def _size(schedule: Schedule) -> int:
@@ -323,7 +337,7 @@ def under_all(results: Mapping[str, Result]) -> Result:
     if not by_type:
         return Result(Skipped("no model of communication was chosen"), seconds)
     worst = by_type.get(Refuted) or by_type.get(Unknown) or by_type[Proved]
-    return Result(worst.verdict, seconds, worst.prefix, results)
+    return Result(worst.verdict, seconds, worst.prefix, worst.remarks, results)
 
 
 def smtlib(schedule: Schedule, model: Model, max_activations: int | None = None) -> str:
@@ -340,4 +354,5 @@ def problems(schedule: Schedule, model: Model, max_activations: int | None = Non
     found = [by_smt.complete(schedule), by_smt.order(schedule), by_smt.messages(schedule)]
     found.append(deadlock_smt.deadlock(schedule, model))
     found += [by_smt.memory(schedule, bound)] if bound is not None else []
-    return [*found, by_smt.accumulation(schedule)]
+    found.append(by_smt.accumulation(schedule))
+    return [*found, buffers_smt.buffers(schedule)] if schedule.observed else found

@@ -86,7 +86,7 @@ def _incomplete(schedule: Schedule) -> Finding | None:
 
 
 def order(schedule: Schedule) -> Verdict:
-    """Every op comes after what it needs on its own rank; ops of one slot run in the order written.
+    """Every op runs after what it needs on its own rank; ops of one slot run in the order written.
 
     The last reduction of a stage's gradients needs every W of that stage that its rank runs.
     """

@@ -75,7 +75,7 @@ def complete(schedule: Schedule) -> Problem:
     def count(name: str, is_now: int, least: int, most: int | None, what: str) -> None:
         variable = problem.variable(name)
         problem.exactly(zero, variable, is_now, "{0}: there are {1}", what, is_now)
-        problem.later(zero, variable, "{0}: there have to be {1} or more", what, least, gap=least)
+        problem.later(zero, variable, "{0}: there must be {1} or more", what, least, gap=least)
         if most is not None:
             problem.later(variable, zero, "{0}: there may be {1} at most", what, most, gap=-most)
 
@@ -109,7 +109,7 @@ def order(schedule: Schedule) -> Problem:
             for need in schedule.needs(placed.op):
                 if need not in first:
                     first[need] = problem.variable(f"{need} r{placed.rank} never")
-                    problem.later(time, first[need], "{1} never comes on rank {0.rank}", placed, need)
+                    problem.later(time, first[need], "rank {0.rank} has no {1}", placed, need)
                 problem.later(first[need], time, WHERE + " needs {1}", placed, need)
     _reductions(problem, schedule)
     return problem
@@ -140,7 +140,7 @@ def accumulation(schedule: Schedule) -> Problem:
         times = list(_in_a_row(problem, row))
         by_microbatch = sorted(range(len(row)), key=lambda index: (row[index].op.mb, index))
         for one, other in pairwise(by_microbatch):
-            rule = "{1.op} is to be added after {0.op}"
+            rule = "{1.op} must be added after {0.op}"
             problem.later(times[one], times[other], rule, row[one], row[other])
     return problem
 

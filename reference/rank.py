@@ -174,7 +174,7 @@ class Rank:
         return self._produced[send] if self._uses[send] else self._produced.pop(send)
 
     def _incoming(self, source: Op) -> Tensor:
-        """The tensor of a receive, or of the neighbour stage on this rank, whose F or B ``source`` then is."""
+        """The tensor that the op ``source`` gives: a receive, or the F or B of a neighbour stage on this rank."""
         if source.kind in RECEIVES:
             message = self._received[source][0]
             payload, message.payload = message.payload, None
@@ -194,7 +194,7 @@ class Rank:
             if need not in self._done and not self._received[need]:
                 raise self._misstep(
                     op,
-                    f"{op.kind} comes after what it needs on its rank",
+                    f"{op.kind} runs after what it needs on its rank",
                     f"{need} has not been {'posted' if need.kind in RECEIVES else 'run'}",
                     f"put {need} before it",
                 )

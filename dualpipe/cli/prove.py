@@ -14,6 +14,7 @@ from dualpipe.cli.app import app, examples
 from dualpipe.cli.interrupt import interruptible
 from dualpipe.cli.options import (
     EntryTimeout,
+    LateWOption,
     Microbatches,
     Ranks,
     ScheduleArguments,
@@ -29,7 +30,7 @@ from dualpipe.cli.progress import progress_bar
 from dualpipe.cli.targets import HTML, SMTLIB, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import PLANS
+from dualpipe.schedule.generate import PLANS, LateW, with_late_w
 
 if TYPE_CHECKING:
     from dualpipe.cli.proving import Outcome, Source
@@ -51,6 +52,7 @@ def prove(
     ranks: Ranks = None,
     microbatches: Microbatches = None,
     schedule: ScheduleOption = "dualpipe",
+    late_w: LateWOption = LateW.none,
     model: Annotated[
         str,
         typer.Option(
@@ -138,6 +140,7 @@ def prove(
             "--against": against,
             "--waive": waive or None,
             "--model": None if model == "all" else model,
+            "--late-w": late_w if optimal and late_w != LateW.none else None,
             "--entry-timeout": entry_timeout if _was_given(context, "entry_timeout") else None,
         }
         if optimal and not all_sizes and schedule != "dualpipe":
@@ -157,11 +160,14 @@ def prove(
             f"got {schedules[0]} and --schedule {schedule}",
             "leave one of them out",
         )
+    schedules = [with_late_w(name, late_w) for name in schedules or []]
+    one_family = _was_given(context, "schedule") or late_w != LateW.none
+    schedule = schedule if schedules else with_late_w(schedule, late_w)
     files = [*target("--smtlib", smtlib, SMTLIB), *target("--html", html, HTML)]
     check_targets(files, [*(schedules or [schedule]), *([] if against is None else [against])])
     with progress_bar() as begin:
         if all_sizes:
-            family = schedule if _was_given(context, "schedule") else None
+            family = schedule if one_family else None
             raise typer.Exit(interruptible(lambda: proving.prove_all_sizes(as_json, begin, family, memory)))
         if optimal:
             size = 4 if ranks is None else ranks

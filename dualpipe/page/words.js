@@ -37,7 +37,7 @@ function describe(op) {
   if (op.slot.changed) lines.push(["changed", "this slot is changed"]);
   if (op.partner) {
     const wrong = isMismatched(op);
-    lines.push([wrong ? "fault" : "where", `meets ${op.partner.text} of ${place(op.partner)}${wrong ? ": not its partner" : ""}`]);
+    lines.push([wrong ? "fault" : "where", `matched with ${op.partner.text} of ${place(op.partner)}${wrong ? ", which is not its partner" : ""}`]);
   }
   return lines;
 }

@@ -1,6 +1,6 @@
-"""The schedule as a value, and all that makes one: its text, tables of other tools, phase tables, lowering.
+"""The schedule as a value, and everything that makes one: its text, tables of other tools, phase tables, lowering.
 
-Everything here needs the standard library alone.  This module has the vocabulary that everything else consumes.
+Everything here needs only the standard library.  This module exports the types that everything else uses.
 """
 
 from dualpipe.schedule.op import (

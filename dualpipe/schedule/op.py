@@ -59,7 +59,7 @@ WHOLE = COLLECTIVES - {Kind.AA}
 """The kinds of ops that are about a stage as a whole and name no microbatch: their ``mb`` is 0."""
 
 LARGEST = 999_999_999
-"""The largest number that an op may name, so that what reads a file never meets one that it cannot hold."""
+"""The largest number in an op or a route; it fits into 32 bits."""
 
 
 class ScheduleError(RuleError):
@@ -113,17 +113,17 @@ class Op(NamedTuple):
 
     @property
     def bare(self) -> Op:
-        """The op without its peer: the name under which ``needs`` speaks of it."""
+        """The op without its peer, as ``needs`` returns it."""
         return self if self.peer is None else Op(self.kind, self.lane, self.stage, self.mb)
 
     @property
     def chunk(self) -> Chunk:
-        """The chunk that it is about; for a message, the one that sends or receives."""
+        """The chunk that it belongs to; for a message, the one that sends or receives."""
         return Chunk(self.lane, self.stage)
 
     @property
     def task(self) -> Task:
-        """The microbatch at a chunk that it is about."""
+        """The task that it belongs to."""
         return Task(self.lane, self.stage, self.mb)
 
 

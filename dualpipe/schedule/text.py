@@ -33,11 +33,12 @@ from dualpipe.schedule import (
     check_name,
     check_routes,
     check_slot,
+    observed_text,
     show_slot,
 )
 
 BYTE_ORDER_MARK = "\ufeff"
-"""Some editors put it in front of UTF-8 text; readers skip it there."""
+"""The byte order mark that some editors write before UTF-8 text; readers skip it there."""
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _OP = re.compile(r"([0-9]{1,9})(?:(F|B|W|SF|RF|SB|RB|AA)([0-9]{1,9})|(AR|US|RS|RG))([<>])(?:@([0-9]{1,9}))?")
 _OP_FORM = (
@@ -49,7 +50,7 @@ _Args = TypeVarTuple("_Args")
 
 
 class ScheduleSyntaxError(ScheduleError):
-    """A text that is no schedule file.  ``line`` and ``column`` count from 1."""
+    """A text that is not a schedule file.  ``line`` and ``column`` count from 1."""
 
     def __init__(self, source: str, line: int, column: int, found: str, expected: str) -> None:
         self.source, self.line, self.column, self.found, self.expected = source, line, column, found, expected
@@ -57,14 +58,18 @@ class ScheduleSyntaxError(ScheduleError):
 
 
 def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline.  Equal schedules of one name have the same text."""
+    """The schedule as text, ending in a newline.
+
+    Equal schedules with the same name have the same text, except for what was observed when a program ran them.
+    """
     head = [f"schedule {schedule.name}"] if schedule.name else []
     lanes = [
         f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)
     ]
     groups = [f"group {number}: {' '.join(map(str, members))}" for number, members in enumerate(schedule.groups)]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
-    return "\n".join([*head, *lanes, *groups, *ranks]) + "\n"
+    observed = observed_text.lines_of(schedule.observed, schedule.programs)
+    return "\n".join([*head, *lanes, *groups, *ranks, *observed]) + "\n"
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def read_text(path: Path) -> str:
 def check_line(source: str, number: int, line: str) -> None:
     """Raise ``ScheduleSyntaxError`` for a carriage return within a line.
 
-    A file whose lines end in carriage returns alone would be one line, most of which may be a comment.
+    A file with only carriage returns between its lines would be one line, most of which may be a comment.
     """
     at = line.find("\r", 0, -1)
     if at >= 0:
@@ -127,6 +132,7 @@ class _Parser:
         self.routes: dict[Lane, tuple[int, ...]] = {}
         self.lane_lines: dict[Lane, tuple[int, list[re.Match[str]]]] = {}
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
+        self.observed_lines: list[observed_text.Line] = []
         self.group_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
         self.groups: tuple[tuple[int, ...], ...] = ()
 
@@ -147,7 +153,8 @@ class _Parser:
         self.check_lanes()
         self.check_groups(*end)
         programs = tuple(self.program(*self.rank_lines[rank]) for rank in range(len(self.rank_lines)))
-        return Schedule(self.routes, programs, self.name or "", self.groups)
+        observed = observed_text.read(self.observed_lines, programs, self.op, self.fail)
+        return Schedule(self.routes, programs, self.name or "", self.groups, observed=observed)
 
     def check_groups(self, line: int, column: int) -> None:
         for number in range(len(self.group_lines)):
@@ -179,6 +186,8 @@ class _Parser:
                 self.lane_line(number, content, words)
             case "group" | "rank":
                 self.numbered_line(number, content, words[0].group())
+            case word if word in observed_text.WORDS:
+                self.observed_lines.append((number, content))
             case other:
                 self.fail(number, words[0].start() + 1, repr(_short(other)), _LINE_FORM)
 

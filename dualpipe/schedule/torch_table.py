@@ -1,12 +1,12 @@
 """Tables of torch.distributed.pipelining, as its ``_dump_csv`` writes them: read with their messages, and written.
 
-One row a rank, one cell an action, in the two formats of torch::
+One row per rank, one cell per action, in the two formats of torch::
 
     compute_only    0F0,0F1,,1F0,(0F2;1B0)OVERLAP_F_B,1I1,1W1
     compute_comms   0UNSHARD,0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0REDUCE_GRAD,0RESHARD
 
 ``I`` is the backward for the input, our B; torch's ``B`` is the full backward, our ``B+W`` in one slot; an empty cell
-is a pause.  Which rank holds a stage follows from who runs it.  All stages are on one lane.
+is a pause.  A stage is held by the rank that runs it.  All stages are on one lane.
 
 A table with anything but computes is compute_comms, and its messages are read as they are, each in a slot of its own,
 since torch posts them one by one.  ``UNSHARD``, ``RESHARD`` and ``REDUCE_GRAD`` are our US, RS and RG without a group:
@@ -84,8 +84,8 @@ def loads_csv(text: str, source: str = "<string>") -> Schedule:
     Raises
     ------
     ScheduleSyntaxError
-        For a cell that is no action, a stage that no rank or two ranks run, and in a compute_only table for a compute
-        that is there twice or an order that cannot be run; with line and column.
+        With line and column, for a cell that is not an action, a stage that no rank or two ranks run, and in a
+        compute_only table for a repeated compute or an order that cannot be run.
     """
     return _Table(source).read(text)
 

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualpipe.schedule import normalise
+from dualpipe.schedule.observed import NOTHING, Observed
 from dualpipe.schedule.op import (
     COLLECTIVES,
     COMPUTE,
@@ -39,15 +40,17 @@ class Schedule:
     Parameters
     ----------
     routes:
-        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` of two lanes is the same layers, so two
+        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` has the same layers on both lanes, so two
         lanes mean two replicas of each stage.
     programs:
         For each rank its slots.  The ops of a slot are issued together, slots run in order.
     name:
-        A label; it takes no part in what the schedule means, only in how it is printed and whether a published
-        memory bound applies.
+        A label.  It does not change what the schedule means, only how it is printed and whether a published memory
+        bound applies.
     groups:
         The members of each group of collectives, by its number: ranks of the schedule, in any order.
+    observed:
+        What was observed when a program ran the schedule.  It takes no part in comparisons.
 
     Raises
     ------
@@ -62,6 +65,7 @@ class Schedule:
     programs: tuple[Program, ...]
     name: str
     groups: tuple[tuple[int, ...], ...]
+    observed: Observed = field(compare=False, repr=False)
 
     def __init__(
         self,
@@ -69,8 +73,11 @@ class Schedule:
         programs: Iterable[Iterable[Iterable[Op]]],
         name: str = "",
         groups: Iterable[Iterable[int]] = (),
+        *,
+        observed: Observed = NOTHING,
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
+        object.__setattr__(self, "observed", observed)
         object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
         object.__setattr__(self, "programs", normalise.programs(programs))
         object.__setattr__(self, "groups", normalise.groups(groups))
@@ -113,7 +120,7 @@ class Schedule:
                     yield Placed(rank, number, position, op)
 
     def only(self, kinds: frozenset[Kind]) -> Schedule:
-        """The schedule with the ops of these kinds alone, such as F, SF and RF for an evaluation."""
+        """The schedule with only the ops of these kinds, such as F, SF and RF for an evaluation."""
         programs = tuple(
             tuple(kept for slot in program if (kept := tuple(op for op in slot if op.kind in kinds)))
             for program in self.programs

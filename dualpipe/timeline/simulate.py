@@ -16,7 +16,7 @@ from dualpipe.timeline.timeline import CostError, Costs, Message, Span, Timeline
 __all__ = ["CostError", "Costs", "Message", "Span", "Stuck", "Timeline", "Wait", "simulate"]
 
 _MOST_SHOWN = 8
-"""How many waits an error lists."""
+"""The most waits that an error lists."""
 
 
 class Wait(NamedTuple):
@@ -35,7 +35,7 @@ class Wait(NamedTuple):
         if op != self.need:
             return f"{place} cannot begin {op}: {self.need} has not run before it"
         if self.peer is None:
-            return f"{place} waits for {op} to meet its partner, and no such rank exists"
+            return f"{place} waits for the partner of {op}, and there is no rank at the other end"
         return f"{place} waits for rank {self.peer} to post the partner of {op}"
 
 
@@ -46,7 +46,7 @@ class Stuck(ScheduleError):  # noqa: N818 - the field says that a pipeline is st
         self.waits, self.reached = waits, reached
         more = [f"and {len(waits) - _MOST_SHOWN} more wait"] if len(waits) > _MOST_SHOWN else []
         super().__init__(
-            "every rank reaches its end and every message meets a partner",
+            "every rank reaches its end and every message has a partner",
             ", ".join([*map(str, waits[:_MOST_SHOWN]), *more]),
             "run `dualpipe prove` on the schedule for the reason",
         )

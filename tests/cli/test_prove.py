@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dualpipe.cli.options import find_schedule
 from dualpipe.schedule import RF, UP, Op
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import ScheduleSyntaxError, dumps
 from proofs.prove import CHECKS, prove
 from tests.production.cases import without
@@ -32,7 +32,7 @@ def refuted_file(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_named_schedules_are_proved(run, name):
     result = run("prove", "-P", 4, "-M", 8, "--schedule", name)
     assert result.code == 0
@@ -52,10 +52,10 @@ def test_json_has_the_contract_keys(run, proved_file):
 def test_a_refuted_schedule_has_a_story_and_exits_with_1(run, refuted_file):
     result = run("prove", refuted_file)
     assert result.code == 1
-    assert "rank 1 comes in slot 4 (1F1>) to the forward of microbatch 1" in result.out
+    assert "rank 1 runs the forward of microbatch 1 at stage 1 of lane > in slot 4 (1F1>)" in result.out
     printed = json.loads(run("prove", refuted_file, "--json").out)
     assert printed["checks"]["deadlock"]["verdict"] == "refuted"
-    assert "rank 0 waits for ever" in printed["checks"]["deadlock"]["story"]
+    assert "rank 0 waits forever" in printed["checks"]["deadlock"]["story"]
 
 
 def test_each_file_gives_a_line_and_the_worst_gives_the_exit_code(run, proved_file, refuted_file, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from dualpipe.cli.page import marks
 from dualpipe.schedule import UP, Kind, Op, Placed
+from dualpipe.schedule.observed import What
 from dualpipe.schedule.text import loads
 from proofs import findings
 from proofs.findings import Finding, Live, Place, Wait
@@ -41,6 +42,8 @@ EXAMPLES = [
     (findings.NeverJoined(BLOCKING, TOGETHER, 1, 0, 0), (1, 0), [(0, 0)]),
     (findings.OverBound(0, 2, (Live(FORWARD.op, Kind.B),), 0, "given"), (3, 0), [(0, 2), (0, 0)]),
     (findings.OutOfOrder(FORWARD, BACKWARD), (4, 0), [(0, 3)]),
+    (findings.TouchedInFlight(SEND, What.FREE, FORWARD.op, "a:1", "a:2", None), None, [(0, 1), (0, 0)]),
+    (findings.Overwritten(RECEIVE, Op(Kind.F, UP, 1, 0), None, "a:1", "a:2", "a:3"), None, [(1, 0)]),
 ]
 
 

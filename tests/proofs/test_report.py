@@ -46,14 +46,14 @@ def test_the_story_of_a_mismatch():
     assert lines_below(two_sends_of_a_batch_swapped(), "messages") == [
         "rank 1 expects the activation of microbatch 3 of lane > (stage 0 to stage 1) in slot 13 (1RF3>), but the next "
         "message from rank 0 is the gradient of microbatch 1 of lane < (stage 3 to stage 2), sent in slot 13 (3SB1<)",
-        "messages carry no tag, so it takes the one for the other: the run would hang, or finish with wrong gradients",
+        "messages carry no tag, so the rank cannot tell them apart: the run would hang, or finish with wrong gradients",
         "the first slots are enough to see it: 14 of rank 0, 14 of rank 1",
     ]
 
 
 def test_the_story_of_too_much_memory():
     assert lines_below(dualpipe(4, 8), "memory", max_activations=4) == [
-        "rank 1 holds 5 live activations in slot 8, and may hold 4 (given); live then:",
+        "rank 1 holds 5 live activations in slot 8, but may hold only 4 (given); live in that slot:",
         "  stage 1 of lane >, waiting for B: microbatches 0, 1, 2",
         "  stage 2 of lane <, waiting for B: microbatches 0, 1",
         "the first slots are enough to see it: 9 of rank 1",

@@ -248,7 +248,7 @@ def prove(
     RuleError
         For a name in ``waive`` that is no check.
     """
-    without = waived(waive, CHECKS)
+    without = waived(waive)
     bound = bound_of(schedule, max_activations)
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
@@ -279,7 +279,7 @@ def prove(
         search, problem = partial(buffers_search.buffers, schedule), partial(buffers_smt.buffers, schedule)
         checks[BUFFERS] = check(BUFFERS, search, problem)
     checks = {name: after_failures(result, schedule.failures) for name, result in checks.items()}
-    for name in without:
+    for name in without & checks.keys():
         if isinstance(checks[name].verdict, Refuted | Unknown):
             checks[name] = replace(checks[name], waived=WITHOUT[name])
     peaks = peak_activations(schedule)

@@ -21,8 +21,8 @@ function readSchedule(drawing) {
   drawing.changed.forEach((numbers, rank) => numbers.forEach((number) => (ranks[rank][number].changed = true)));
   joinNeeds(ops, drawing.needs);
   joinPartners(ops, drawing);
-  const { title, names, stuck, line, costs } = drawing;
-  return { title, names, ops, ranks, stuck, line, costs };
+  const { title, caption, memory, names, stuck, line, costs } = drawing;
+  return { title, caption, memory, names, ops, ranks, stuck, line, costs };
 }
 
 /* colour: the name of a custom property, from colours.py. */

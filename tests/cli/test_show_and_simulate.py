@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import dumps, loads
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_show_prints_the_schedule(run, name):
-    result = run("show", "-P", 4, "-M", 10, "--schedule", name)
+    result = run("show", "-P", 4, "-M", 12, "--schedule", name)
     assert (result.code, result.err) == (0, "")
-    assert loads(result.out) == generate(name, 4, 10)
+    assert loads(result.out) == generate(name, 4, 12)
 
 
 def test_late_w_chooses_the_variant_of_a_schedule_by_argument_and_by_option(run):
@@ -33,6 +33,18 @@ def test_a_shown_file_is_read_again(run, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text(dumps(generate("zb1p", 3, 5)))
     assert run("show", "--schedule", file).out == file.read_text()
+
+
+def test_a_table_of_torch_is_printed_and_read_again(run, tmp_path):
+    file = tmp_path / "table.csv"
+    printed = run("show", "dualpipev", "-P", 2, "-M", 4, "--csv")
+    assert printed.code == 0
+    file.write_text(printed.out)
+    assert run("show", file, "--csv").out == printed.out
+    assert "SEND" not in run("show", file, "--csv", "--compute-only").out
+    assert run("show", "dualpipe", "-P", 2, "-M", 4, "--csv").code == 2, "a table has one lane"
+    assert run("show", file, "--csv", "--json").code == 2
+    assert run("show", file, "--compute-only").code == 2
 
 
 def test_simulate_prints_the_makespan_the_bubble_and_the_peaks(run):
@@ -60,7 +72,7 @@ BAD = {
     "too few for 1f1b": (["-P", 4, "-M", 2, "--schedule", "1f1b"], "as many microbatches as ranks", "got 2", "use 4"),
     "no such file": (
         ["--schedule", "missing.txt"],
-        "dualpipe, dualpipev, 1f1b, zb1p, a file or module:function",
+        "1f1b, zb1p, interleaved, zbv, a file or module:function",
         "missing.txt",
         "no such",
     ),

@@ -10,7 +10,7 @@ from typing import Any
 
 TABLES, THEOREMS = "dualpipe/schedule/generate.py", "proofs/theorems"
 BOUNDS = ("live", "memory", "pending")
-"""The theorems that say no more than that a family keeps the bound of this name."""
+"""The theorems that only claim a family's bound, which has the theorem's name."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def bounds_in(root: Path) -> Callable[[str, str], Location]:
 
     def find(family: str, bound: str) -> Location:
         for file, source in sources.items():
-            if f'"{family}"' in source and "Bounds(" in source:
-                return Location(f"{THEOREMS}/{file.name}", _bound(source.splitlines(), family, bound))
+            name = family.partition("-late-")[0]  # the variants with late W have the same bounds
+            if f'"{name}"' in source and "Bounds(" in source:
+                return Location(f"{THEOREMS}/{file.name}", _bound(source.splitlines(), name, bound))
         return Location(THEOREMS, 1)
 
     return find
@@ -84,7 +85,7 @@ def _bound(lines: Sequence[str], family: str, bound: str) -> int:
 
 
 def lines_of_rows(source: str) -> dict[tuple[str, str], int]:
-    """The line of each table's rows; a variant has its own rows and those of the table it varies."""
+    """The line of each table's rows; a variant has its own rows and those of the tables it is made of."""
     found: dict[tuple[str, str], int] = {}
     for node in ast.parse(source).body:
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
@@ -94,9 +95,9 @@ def lines_of_rows(source: str) -> dict[tuple[str, str], int]:
             continue
         reader = _Rows()
         reader.visit(value)
-        if not reader.own:
-            continue
-        inherited = {row: line for (table, row), line in found.items() if table in reader.tables}
+        inherited = {
+            row: line for read in reader.tables for (table, row), line in found.items() if table == read
+        }  # of two tables that are read, the second replaces rows of the first
         for name in names:
             found |= {(name, row): line for row, line in (inherited | reader.own).items()}
     return found

@@ -14,6 +14,7 @@ from dualpipe.record.lanes import Lanes, check_ranks, guess
 from dualpipe.record.lineage import Lineage, match, reordered, trace
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
+from dualpipe.record.observed import observe
 from dualpipe.record.routes import complete, is_whole
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
@@ -148,19 +149,20 @@ class _Run:
         notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
         notes += [*notes_on_doubts(logs, lineage), *map(_note_on_lost, lost)]
         _check(lineage, named.ops, messages)
-        ranks, early, repeated = programs(logs, named, messages, partner, lineage)
-        notes += repeated
-        if early:
+        made = programs(logs, named, messages, partner, lineage)
+        notes += made.notes
+        if made.early:
             notes.append(
-                f"{early} computations began with messages still in flight; in the file a message is where it was "
+                f"{made.early} computations began with messages still in flight; in the file a message is where it was "
                 "posted, and the blocking model waits for it there, though the program does not"
             )
-        failures, ranks = conclude_failures(logs, self.codes, named.ops, messages, lineage, ranks)
+        failures, ranks = conclude_failures(logs, self.codes, named.ops, messages, lineage, made.of_rank)
         elsewhere = sum(id not in partner and id not in messages for id in everything)
         doubts += caveats(logs, lineage, named, elsewhere)
         if lost:
             doubts.append(f"{len(lost)} unmatched messages between ranks without neighbouring stages are left out")
-        schedule = Schedule(lineage.routes, ranks, self.name, failures=failures)
+        observed = observe(logs, made.placed, lineage, named.guesses)
+        schedule = Schedule(lineage.routes, ranks, self.name, observed=observed, failures=failures)
         return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes))
 
     def lineage(

@@ -1,10 +1,11 @@
-"""The schedule as a value, and all that makes one: its text, tables of other tools, phase tables, lowering.
+"""The schedule as a value, and everything that makes one: its text, tables of other tools, phase tables, lowering.
 
-Everything here needs the standard library alone.  This module has the vocabulary that everything else consumes.
+Everything here needs only the standard library.  This module exports the types that everything else uses.
 """
 
 from dualpipe.schedule.failure import Failure, printable
 from dualpipe.schedule.op import (
+    COLLECTIVES,
     COMPUTE,
     DOWN,
     MESSAGES,
@@ -15,6 +16,7 @@ from dualpipe.schedule.op import (
     SENDS,
     SF,
     UP,
+    WHOLE,
     B,
     Chunk,
     F,
@@ -31,9 +33,10 @@ from dualpipe.schedule.op import (
     show_slot,
 )
 from dualpipe.schedule.routes import Routes, check_routes
-from dualpipe.schedule.value import Schedule, check_name, check_slot
+from dualpipe.schedule.value import Schedule, check_group, check_name, check_slot
 
 __all__ = [
+    "COLLECTIVES",
     "COMPUTE",
     "DOWN",
     "MESSAGES",
@@ -44,6 +47,7 @@ __all__ = [
     "SENDS",
     "SF",
     "UP",
+    "WHOLE",
     "B",
     "Chunk",
     "F",
@@ -59,6 +63,7 @@ __all__ = [
     "Slot",
     "Task",
     "W",
+    "check_group",
     "check_name",
     "check_routes",
     "check_slot",

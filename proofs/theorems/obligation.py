@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import z3
@@ -38,7 +39,7 @@ class Link:
 class Obligation(NamedTuple):
     """``given`` implies ``then``, for all integers in the scope's domain.
 
-    ``fact`` identifies the constraint of the expanded schedule that this is, for the coverage test.
+    ``fact`` identifies the corresponding constraint of the expanded schedule, for the coverage test.
     """
 
     scope: Rank | Link
@@ -78,7 +79,23 @@ class Discharge(NamedTuple):
 
 
 NOTHING = Discharge(0, 0, 0.0, ())
-"""No obligation was looked at."""
+"""The outcome without any obligation."""
+
+
+QUESTION_SECONDS = 10.0
+"""For each question to Z3, where nothing else is asked for."""
+
+
+@cache
+def is_possible(case: Constraints) -> bool:
+    """Whether a case exists at some size, so that its obligations need to be written down at all.
+
+    Where the solver gives up it may exist.
+    """
+    solver = z3.SimpleSolver()
+    solver.set("timeout", int(1000 * QUESTION_SECONDS))
+    solver.add(*map(formula, case))
+    return bool(solver.check() != z3.unsat)
 
 
 def discharge(obligations: Iterable[Obligation], timeout: float, enough: int = 1) -> Discharge:

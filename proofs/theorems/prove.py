@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dualpipe.errors import RuleError
 from dualpipe.progress import Progress, silent
+from dualpipe.schedule.generate import LateW
 from proofs import deadlock_search
 from proofs.models import BLOCKING
 from proofs.theorems.deadlock import deadlock, makespan
@@ -18,7 +19,7 @@ from proofs.theorems.finder import Timetable, Untimed, in_words, timetable
 from proofs.theorems.instance import schedule_at
 from proofs.theorems.memory import live, memory
 from proofs.theorems.messages import messages
-from proofs.theorems.obligation import NOTHING, Discharge, Failure, Obligation, discharge
+from proofs.theorems.obligation import NOTHING, QUESTION_SECONDS, Discharge, Failure, Obligation, discharge
 from proofs.theorems.one_lane import one_f_one_b, zb1p
 from proofs.theorems.order import order
 from proofs.theorems.result import Counterexample, TheoremResult, counterexample
@@ -48,10 +49,6 @@ class Theorem:
     premises: tuple[str, ...] = ("totals",)
 
 
-QUESTION_SECONDS = 10.0
-"""For each question to Z3, where nothing else is asked for."""
-
-
 def _timed(family: Family) -> Timetable:
     found = timetable(family, QUESTION_SECONDS)
     if isinstance(found, Untimed):
@@ -69,14 +66,14 @@ def _makespan(family: Family) -> Iterator[Obligation]:
 
 THEOREMS: Mapping[str, Theorem] = {
     "totals": Theorem(
-        "no phase is shorter than 0, each microbatch has F, B and each message once, and its W with its B or deferred",
+        "no phase has a negative length; each microbatch has F, B and each message once, its W with its B or deferred",
         totals,
         premises=(),
     ),
     "messages": Theorem(
-        "on every ordered pair of ranks the k-th send is the k-th receive's payload, and none is left over", messages
+        "on every ordered pair of ranks the k-th send is what the k-th receive expects, and none is left over", messages
     ),
-    "order": Theorem("on its rank every op comes after all that it needs there", order),
+    "order": Theorem("on its rank every op runs after all that it needs there", order),
     "queue": Theorem(
         "each deferred W runs once, after its B, first in first out; none is taken from an empty queue",
         queue,
@@ -104,7 +101,7 @@ TIMED = ("deadlock", "makespan")
 
 
 NOT_REACHED = ", not reached at the sampled sizes"
-"""What follows a bound that may be larger than it need be."""
+"""Added to a bound that may be larger than necessary."""
 
 
 Prover = Callable[[Family, str, set[str], float], TheoremResult]
@@ -117,7 +114,8 @@ def families() -> tuple[Family, ...]:
 
     Always the same objects, so that the times of each are found once.
     """
-    return one_f_one_b(), zb1p(), dualpipe(), dualpipev()
+    late = [make(late_w=late_w) for make in (dualpipe, dualpipev) for late_w in LateW if late_w is not LateW.none]
+    return one_f_one_b(), zb1p(), dualpipe(), dualpipev(), *late
 
 
 def theorems_of(family: Family) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def test_a_refuted_bound_is_named_with_the_line_where_it_is_written():
     assert "edit pending and its words in the family's bounds, a.py:7" in refuted.message
 
 
-@pytest.mark.parametrize("family", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("family", ["1f1b", "zb1p", "dualpipe", "dualpipev", "dualpipev-late-all"])
 def test_a_bound_of_a_family_is_found_in_its_file(family):
     place = bounds_in(ROOT)(family, "memory")
     lines = (ROOT / place.path).read_text().splitlines()
@@ -259,11 +259,15 @@ B: Table = vary(
     Row("2", N - 1, "B0"),
 )
 C = 3
+D: Table = (Row("1", 1, "W"),)
+E: Table = vary(B, *D)
 """
 
 
 def test_a_row_of_a_variant_has_the_line_of_the_table_it_comes_from():
-    assert lines_of_rows(SOURCE) == {("A", "1"): 2, ("A", "2"): 3, ("B", "1"): 2, ("B", "2"): 7}
+    assert lines_of_rows(SOURCE) == {("A", "1"): 2, ("A", "2"): 3, ("B", "1"): 2, ("B", "2"): 7} | {
+        ("D", "1"): 10, ("E", "1"): 10, ("E", "2"): 7,
+    }  # fmt: skip
 
 
 def test_a_finding_is_located_at_a_changed_row_else_at_its_first_row_else_at_the_cause():

@@ -22,6 +22,8 @@ def watch(flow: Flow, patches: Patches, together: Collection[str], containers: C
     patches.put(nn.Module, "__call__", _call(flow, nn.Module.__call__, frozenset(containers)))
     patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))
     patches.put(torch.Tensor, "grad", _gradient(flow))
+    patches.put(torch.Tensor, "data", _data(flow))
+    patches.put(torch.UntypedStorage, "resize_", _resize(flow, torch.UntypedStorage.resize_))
     _watch_together(flow, patches, frozenset(together))
     patches.later(register_optimizer_step_post_hook(lambda *args: flow.write("step")).remove)
     patches.later(flow.stop)
@@ -98,6 +100,25 @@ def _gradient(flow: Flow) -> property:
     return property(original.__get__, put, original.__delete__)
 
 
+def _data(flow: Flow) -> property:
+    original: Any = torch.Tensor.data
+
+    def put(self: Tensor, value: Tensor) -> None:
+        flow.buffers.replaced(self, flow.context)
+        original.__set__(self, value)
+
+    return property(original.__get__, put, original.__delete__)
+
+
+def _resize(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def resize_(self: torch.UntypedStorage, size: int) -> Any:
+        in_flight = flow.buffers.resized(self._cdata, flow.context)
+        return self if in_flight else original(self, size)
+
+    return resize_
+
+
 class _Operators(TorchDispatchMode):
     """Watches every operator, including those that the autograd engine runs."""
 
@@ -107,6 +128,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._flow.buffers.operator(func, args, kwargs, self._flow.context)
         output = func(*args, **kwargs)
         outputs = list(_tensors((output,)))
         if outputs:

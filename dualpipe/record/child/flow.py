@@ -25,8 +25,9 @@ from torch.distributed import distributed_c10d as c10d
 from torch.utils._pytree import tree_leaves
 
 from . import graph
+from .buffers import Buffers
 from .forwards import Forwards, Trials
-from .log import Sink, line_of, program_line
+from .log import Sink, call_path, line_of, program_line
 from .marks import NONE, Key, Mark, Marks, Table, key_of
 from .parameters import Parameters, state_of
 from .runs import Runs
@@ -91,10 +92,11 @@ class Flow:
         self.calling = 0  # depth of module calls
         self.running = 0  # depth of runs of the engine
         self._thread = threading.get_ident()
+        self.buffers = Buffers(self.write)
         self.caller = ""  # the class of the module that is being called
 
     def write(self, event: str, **fields: Any) -> None:
-        self._sink({"event": event, **fields, "at": program_line()})
+        self._sink({"event": event, "at": program_line(), **fields})
 
     def on_own_thread(self) -> bool:
         """Whether this is the thread that computes, or a helper thread that waits on its behalf."""
@@ -105,6 +107,11 @@ class Flow:
         """Enter a context, whose marks every new tensor gets; returns the previous context."""
         left, self._context = self._context, context
         return left
+
+    @property
+    def context(self) -> Marks | None:
+        """The marks of the module call or the run of the engine that is in progress."""
+        return self._context
 
     # module calls
 
@@ -216,6 +223,8 @@ class Flow:
                     graph.mark(leaf.grad_fn, forward)
                     leaf.grad_fn.register_prehook(partial(self._reach, forward))
                     self._forwards.put_in_graph(self._forwards.find(forward))
+            roots = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            self.buffers.called(roots, self._forwards.find(forward))
 
     def _join(self, forwards: set[int]) -> set[int]:
         for first, part in list(self._forwards.join(forwards)):
@@ -418,5 +427,5 @@ class Flow:
         for call in self._calls:
             call.communicates = True
         inside = self.caller if self.calling else "backward" if self.running else ""
-        self.write("post", messages=posted, inside=inside)
+        self.write("post", messages=posted, inside=inside, at=call_path())
         return numbers

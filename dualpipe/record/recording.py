@@ -73,6 +73,8 @@ class Recording:
     def as_json(self) -> dict[str, Any]:
         """The recording as one JSON object."""
         compared = {} if self.comparison is None else {"comparison": self.comparison.as_json()}
+        failed = [failure._asdict() for failure in self.schedule.failures]
+        failures = {"failures": failed} if failed else {}
         return {
             "schedule": dumps(self.schedule),
             "ranks": self.schedule.ranks,
@@ -82,6 +84,7 @@ class Recording:
             "ended": list(self.ended),
             "caveats": list(self.caveats),
             "notes": list(self.notes),
+            **failures,
             **compared,
         }
 
@@ -165,7 +168,7 @@ class _Run:
                 f"{made.early} computations began with messages still in flight; in the file a message is where it was "
                 "posted, and the blocking model waits for it there, though the program does not"
             )
-        failures, ranks = conclude_failures(logs, self.codes, named.ops, messages, lineage, made.of_rank)
+        failures, ranks = conclude_failures(self.logs, self.codes, named.ops, everything, lineage, made.of_rank, number)
         elsewhere = sum(id not in partner and id not in messages for id in everything)
         doubts += caveats(logs, lineage, named, elsewhere)
         if lost:
@@ -205,7 +208,8 @@ class _Run:
         lineage = Lineage(routes, {}, frozenset(), ())
         messages = {m.id: m for log in self.logs for m in log.messages.values()}
         empty: tuple[Program, ...] = ((),) * len(self.logs)
-        failures, ranks = conclude_failures(self.logs, self.codes, {}, messages, lineage, empty)
+        number = self.steps[self.step - 1]
+        failures, ranks = conclude_failures(self.logs, self.codes, {}, messages, lineage, empty, number)
         schedule = Schedule(routes, ranks, self.name, failures=failures)
         return Recording(schedule, len(self.steps), self.ended(), (f"no op is written: {error}",), ())
 

@@ -89,8 +89,8 @@ class Schedule:
         object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
         object.__setattr__(self, "programs", normalise.programs(programs))
         object.__setattr__(self, "groups", normalise.groups(groups))
+        object.__setattr__(self, "failures", normalise.failures(failures))
         check_name(self.name)
-        object.__setattr__(self, "failures", tuple(Failure(*failure) for failure in failures))
         check_routes(self.routes, len(self.programs))
         check_groups(self.groups, len(self.programs))
         check_failures(self.failures, len(self.programs))
@@ -135,7 +135,7 @@ class Schedule:
             tuple(kept for slot in program if (kept := tuple(op for op in slot if op.kind in kinds)))
             for program in self.programs
         )
-        return Schedule(self.routes, programs, self.name, self.groups)
+        return Schedule(self.routes, programs, self.name, self.groups, failures=self.failures)
 
     def rank_of(self, op: Op) -> int:
         """The rank that holds the op's stage."""

@@ -74,7 +74,7 @@ class _Step:
         if "error" in file:
             return ChunkComparison(chunk, rank, count, (), (str(file["error"]),), ())
         faults: list[str] = []
-        unknown: list[str] = []
+        unknown: list[str] = [] if count else ["no microbatch was recorded"]
         for mb in range(count):
             found = self.forwards.get(Task(*chunk, mb))
             if found is None:

@@ -15,6 +15,7 @@ from dualpipe.record.routes import complete
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
 from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
+from dualpipe.schedule.observed_text import lines_of
 from dualpipe.schedule.text import dumps
 
 
@@ -43,8 +44,8 @@ class Recording:
     notes: tuple[str, ...]
 
     def text(self) -> str:
-        """The schedule file, with the notes as comments at the top."""
-        return "".join(f"# {note}\n" for note in self.notes) + dumps(self.schedule)
+        """The schedule file, with the notes as comments at the top and what was observed at the end."""
+        return "".join(f"# {note}\n" for note in self.notes) + dumps(self.schedule, observed=True)
 
     def summary(self) -> str:
         """Sizes and counts in one line."""
@@ -69,6 +70,7 @@ class Recording:
             "ended": list(self.ended),
             "caveats": list(self.caveats),
             "notes": list(self.notes),
+            "observed": lines_of(self.schedule.observed, self.schedule.programs),
         }
 
 

@@ -57,10 +57,10 @@ class ScheduleSyntaxError(ScheduleError):
         super().__init__(f"{source}:{line}:{column}", f"found {found}", f"expected {expected}")
 
 
-def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline.
+def dumps(schedule: Schedule, observed: bool = False) -> str:
+    """The schedule as text, ending in a newline.  Equal schedules with the same name have the same text.
 
-    Equal schedules with the same name have the same text, except for what was observed when a program ran them.
+    With ``observed`` the lines for what was observed when a program ran it follow.
     """
     head = [f"schedule {schedule.name}"] if schedule.name else []
     lanes = [
@@ -68,8 +68,8 @@ def dumps(schedule: Schedule) -> str:
     ]
     groups = [f"group {number}: {' '.join(map(str, members))}" for number, members in enumerate(schedule.groups)]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
-    observed = observed_text.lines_of(schedule.observed, schedule.programs)
-    return "\n".join([*head, *lanes, *groups, *ranks, *observed]) + "\n"
+    lines = observed_text.lines_of(schedule.observed, schedule.programs) if observed else []
+    return "\n".join([*head, *lanes, *groups, *ranks, *lines]) + "\n"
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:

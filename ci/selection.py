@@ -63,6 +63,7 @@ _PUBLIC = (
     "tests/production/test_faults.py",
 )
 _PROVED = (
+    "tests/schedule/test_comparison.py",
     "tests/schedule/test_normalise.py",
     "tests/page/test_browser.py",
     "tests/megatron/test_random_streams.py",
@@ -211,7 +212,7 @@ ROWS: dict[str, Row] = {
     "tests/gpu/": Row((), ("tests/gpu",), ("tests/production/test_settings.py",)),
     "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py",)),
     "tests/megatron/test_groups.py": Row((), ("tests/megatron/test_groups.py", "tests/megatron/test_model.py")),
-    "tests/page/": Row((), ("tests/page",)),
+    "tests/page/": Row((), ("tests/page",), ("tests/cli/test_compare.py",)),
     "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),
     "tests/production/": Row(
         (),

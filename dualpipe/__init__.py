@@ -14,7 +14,7 @@ import importlib
 from typing import Any
 
 from dualpipe.schedule import DOWN, UP, Kind, Lane, Op, Schedule
-from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b, zb1p
+from dualpipe.schedule.generate import dualpipe, dualpipev, interleaved, one_f_one_b, zb1p, zbv
 from dualpipe.schedule.text import dumps, load, loads
 
 _DEEPSEEK = ("DualPipe", "DualPipeV", "WeightGradStore", "set_p2p_tensor_dtype", "set_p2p_tensor_shapes")
@@ -32,12 +32,14 @@ __all__ = [
     "dualpipe",
     "dualpipev",
     "dumps",
+    "interleaved",
     "load",
     "loads",
     "one_f_one_b",
     "set_p2p_tensor_dtype",
     "set_p2p_tensor_shapes",
     "zb1p",
+    "zbv",
 ]
 
 

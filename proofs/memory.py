@@ -52,14 +52,25 @@ def _zb1p(schedule: Schedule) -> Iterator[int]:
     return (schedule.ranks for _ in range(schedule.ranks))
 
 
+def _interleaved(schedule: Schedule) -> Iterator[int]:
+    return (3 * schedule.ranks - 1 for _ in range(schedule.ranks))
+
+
+def _zbv(schedule: Schedule) -> Iterator[int]:
+    return (2 * schedule.ranks for _ in range(schedule.ranks))
+
+
 PUBLISHED: Mapping[str, tuple[str, Callable[[Schedule], Iterator[int]]]] = {
     "dualpipe": ("P+1", _dualpipe),
     "dualpipev": ("2P+1", _dualpipev),
     "1f1b": ("min(P-r, M)", _one_f_one_b),
     "zb1p": ("P", _zb1p),
+    "interleaved": ("3P-1", _interleaved),
+    "zbv": ("2P", _zbv),
 }
 """The bounds that were published with the schedules: those of DualPipe and DualPipeV in DeepSeek's README (2P stages
-over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1, the memory of 1F1B) in arXiv 2401.10241.
+over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1) and ZBV's, both the memory of 1F1B, in arXiv
+2401.10241, that of interleaved 1F1B in arXiv 2205.05198: 1 + (P-1)/(2P) times 1F1B's, whose P are 2P with half stages.
 Late W keeps the bound of its schedule."""
 
 

@@ -63,7 +63,7 @@ def tell(finding: Finding) -> str:
     """The story of a finding: one line, or one for each step of it."""
     match finding:
         case Empty():
-            return "no rank computes anything, so there is nothing that could be complete"
+            return "no rank computes anything, so the schedule cannot be complete"
         case Missing(op, rank, largest):
             mbs = f"microbatches are 0 to {largest}" if largest else "only microbatch is 0"
             return f"rank {rank} never {VERBS[op.kind]} of {op.task} ({op}), and the lane's {mbs}"
@@ -209,7 +209,7 @@ def _nowhere(place: Placed, peer: int | None, ranks: int, holder: int, neighbour
     elif neighbour == holder:
         reason = (
             f"the stage {side} stage {op.stage} of lane {op.lane} is on rank {holder} as well, and stages on one rank "
-            "hand over without a message"
+            "pass tensors without a message"
         )
     elif holder != place.rank:
         reason = f"rank {holder} holds {op.chunk}"
@@ -332,8 +332,8 @@ _DONE = {What.READ: "read", What.WRITE: "written", What.FREE: "freed or resized"
 def _over_bound(finding: OverBound) -> str:
     held, bound = len(finding.live), f"{finding.bound} ({finding.source})"
     count = "1 live activation" if held == 1 else f"{held} live activations"
-    head = f"rank {finding.rank} holds {count} in slot {finding.slot}, and may hold {bound}"
-    return "\n".join([f"{head}; live then:", *live_lines(finding.live)])
+    head = f"rank {finding.rank} holds {count} in slot {finding.slot}, but may hold only {bound}"
+    return "\n".join([f"{head}; live in that slot:", *live_lines(finding.live)])
 
 
 def live_lines(live: tuple[Live, ...]) -> list[str]:

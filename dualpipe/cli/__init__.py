@@ -18,7 +18,7 @@ from typing import NoReturn
 import typer
 
 from dualpipe._imports import OwnFirst
-from dualpipe.cli import prove, record, show, simulate, verify
+from dualpipe.cli import compare, prove, record, show, simulate, verify
 from dualpipe.cli.app import app
 from dualpipe.cli.interrupt import leave, leaving_on_sigterm
 from dualpipe.errors import RuleError, UndecidedError
@@ -29,7 +29,7 @@ FAULT = 70
 UNREAD = 141
 """The exit code if the reader of the output is gone before its end; shells use it for SIGPIPE."""
 
-__all__ = ["app", "main", "prove", "record", "show", "simulate", "verify"]
+__all__ = ["app", "compare", "main", "prove", "record", "show", "simulate", "verify"]
 
 
 def main() -> NoReturn:

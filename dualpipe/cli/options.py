@@ -12,10 +12,11 @@ import typer
 from dualpipe.cli import entrypoint
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import PLANS, LateW, generate, with_late_w
+from dualpipe.schedule.generate import NAMES as SCHEDULES
+from dualpipe.schedule.generate import LateW, generate, with_late_w
 from dualpipe.schedule.text import load
 
-NAMES = ", ".join(name for name in PLANS if "-late-" not in name)
+NAMES = ", ".join(name for name in SCHEDULES if "-late-" not in name)
 """The named schedules; those with late W also follow from ``--late-w``."""
 MAX_SECONDS = 1_000_000
 MIN_GIBIBYTES, MAX_GIBIBYTES = 0.2, 100_000
@@ -25,7 +26,7 @@ _MAX_NAME_BYTES = 255
 
 def complete_schedule(incomplete: str) -> list[str]:
     """The names that a shell offers for a schedule; if none matches, the shell completes file names instead."""
-    return [name for name in PLANS if name.startswith(incomplete)]
+    return [name for name in SCHEDULES if name.startswith(incomplete)]
 
 
 def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
@@ -140,11 +141,11 @@ def find_schedules(
 ) -> list[Schedule]:
     """The schedules that a name refers to.
 
-    The name is one of ``PLANS``, which is generated for the given sizes; a file; or ``module:function``.
+    The name is one of the named ones, which is generated for the given sizes; a file; or ``module:function``.
     If ``ranks`` or ``microbatches`` are given, the schedules of a file or a function must have these sizes.
     The function may take ``entry_timeout`` seconds.
     """
-    if name in PLANS:
+    if name in SCHEDULES:
         size = 4 if ranks is None else ranks
         return [generate(name, size, 2 * size if microbatches is None else microbatches)]
     path = Path(name)
@@ -165,7 +166,7 @@ def find_schedules(
     elif entrypoint.is_entry_point(name):
         found = entrypoint.call(name, ranks, microbatches, entry_timeout)
     else:
-        near = [*PLANS, *(file.name for file in path.parent.glob("*") if path.parent == Path() and file.is_file())]
+        near = [*SCHEDULES, *(file.name for file in path.parent.glob("*") if path.parent == Path() and file.is_file())]
         raise RuleError(
             f"a schedule must be {NAMES}, a file or module:function",
             f"got {name}, and no such file exists",

@@ -45,7 +45,7 @@ def distributed_parts(optimizer: Any) -> Iterator[Any]:
 
 @contextmanager
 def whole_parameters(optimizer: Any) -> Iterator[None]:
-    """Within, ``save_parameters`` applies to the optimizer, whoever built it."""
+    """Inside the block, ``save_parameters`` applies to the optimizer, whoever built it."""
     with ExitStack() as undo:
         for part in distributed_parts(optimizer):
             if "sharded_param_state_fully_reshardable" not in vars(part):

@@ -31,7 +31,7 @@ class RandomStream:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Within, random numbers come from this stream, which continues where it stopped."""
+        """Inside the block, random numbers come from this stream, which continues where it stopped."""
         outer = capture()
         restore(self.states)
         try:

@@ -35,7 +35,7 @@ def allocate_state(optimizer: Any) -> None:
 
 @contextmanager
 def loading(optimizer: Any) -> Iterator[None]:
-    """Within, ``optimizer.load_state_dict`` works; afterwards each parameter has its own step counter."""
+    """Inside the block, ``optimizer.load_state_dict`` works; afterwards each parameter has its own step counter."""
     parts = _parts(optimizer)
     for part in parts:
         part._set_main_param_and_optimizer_states = _with_step(part)

@@ -1,4 +1,4 @@
-/* A drawing's JSON, described in drawing.py, as ops that know their place, their time, their needs and their partner. */
+/* Reads a drawing's JSON, described in drawing.py, into ops with their place, time, needs and partner. */
 
 const OP = /^(\d+)(SF|RF|SB|RB|F|B|W|AA|AR|US|RS|RG)(\d*)([>{])(?:@(\d+))?$/;
 const COLLECTIVES = new Set(["AA", "AR", "US", "RS", "RG"]); // drawn like messages, in the hue of weights
@@ -21,8 +21,8 @@ function readSchedule(drawing) {
   drawing.changed.forEach((numbers, rank) => numbers.forEach((number) => (ranks[rank][number].changed = true)));
   joinNeeds(ops, drawing.needs);
   joinPartners(ops, drawing);
-  const { title, names, stuck, line, costs } = drawing;
-  return { title, names, ops, ranks, stuck, line, costs };
+  const { title, caption, memory, names, stuck, line, costs } = drawing;
+  return { title, caption, memory, names, ops, ranks, stuck, line, costs };
 }
 
 /* colour: the name of a custom property, from colours.py. */
@@ -58,7 +58,7 @@ function joinPartners(ops, drawing) {
   drawing.waits.forEach(([number, reason]) => (ops[number].reason = reason));
 }
 
-/* Whether a message met another one than it is meant for. */
+/* Whether a message is matched with another one than it is meant for. */
 function isMismatched(op) {
   if (!op.partner) return false;
   const [send, receive] = isSend(op) ? [op, op.partner] : [op.partner, op];

@@ -64,6 +64,11 @@ class Costs:
         """What B and W of one microbatch take in one slot."""
         return self.B + self.W if self.BW is None else self.BW
 
+    def times(self, factor: float) -> Costs:
+        """The costs of a stage that is ``factor`` times as large; messages take as long."""
+        scaled = {name: None if cost is None else cost * factor for name, cost in vars(self).items()}
+        return Costs(**scaled | {"latency": self.latency})  # type: ignore[arg-type] # F, B and W are never None
+
     def slot(self, slot: Slot) -> float:
         """What a slot of computes takes."""
         kinds = [op.kind for op in slot]

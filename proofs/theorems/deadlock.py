@@ -21,7 +21,7 @@ from dualpipe.schedule.phase_table import Affine, affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
 from proofs.theorems.moment import Moment, Times, after, before, end_of, first, moment, start_of
-from proofs.theorems.obligation import Link, Obligation
+from proofs.theorems.obligation import Link, Obligation, is_possible
 from proofs.theorems.symbolic import Position, Rank, exactly, is_compute
 
 
@@ -56,6 +56,8 @@ def _partners(link: Link, times: Times) -> Iterator[Obligation]:
         for receive in received:
             same = equal(send.at.before(sends), receive.at.before(receives))
             matched = (*send.at.guard, *receive.at.guard, same)
+            if not is_possible(link.domain + matched):
+                continue
             yield from _posted(link, matched, send, receive, ("sender", "receiver"))
             yield from _posted(link, matched, receive, send, ("receiver", "sender"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import z3
@@ -79,6 +80,22 @@ class Discharge(NamedTuple):
 
 NOTHING = Discharge(0, 0, 0.0, ())
 """The outcome without any obligation."""
+
+
+QUESTION_SECONDS = 10.0
+"""For each question to Z3, where nothing else is asked for."""
+
+
+@cache
+def is_possible(case: Constraints) -> bool:
+    """Whether a case exists at some size, so that its obligations need to be written down at all.
+
+    Where the solver gives up it may exist.
+    """
+    solver = z3.SimpleSolver()
+    solver.set("timeout", int(1000 * QUESTION_SECONDS))
+    solver.add(*map(formula, case))
+    return bool(solver.check() != z3.unsat)
 
 
 def discharge(obligations: Iterable[Obligation], timeout: float, enough: int = 1) -> Discharge:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dualpipe.errors import RuleError
 from dualpipe.progress import Progress, silent
+from dualpipe.schedule.generate import LateW
 from proofs import deadlock_search
 from proofs.models import BLOCKING
 from proofs.theorems.deadlock import deadlock, makespan
@@ -18,7 +19,7 @@ from proofs.theorems.finder import Timetable, Untimed, in_words, timetable
 from proofs.theorems.instance import schedule_at
 from proofs.theorems.memory import live, memory
 from proofs.theorems.messages import messages
-from proofs.theorems.obligation import NOTHING, Discharge, Failure, Obligation, discharge
+from proofs.theorems.obligation import NOTHING, QUESTION_SECONDS, Discharge, Failure, Obligation, discharge
 from proofs.theorems.one_lane import one_f_one_b, zb1p
 from proofs.theorems.order import order
 from proofs.theorems.result import Counterexample, TheoremResult, counterexample
@@ -46,10 +47,6 @@ class Theorem:
     claim: str
     obligations: Callable[[Family], Iterator[Obligation]]
     premises: tuple[str, ...] = ("totals",)
-
-
-QUESTION_SECONDS = 10.0
-"""The default time limit of each question to Z3."""
 
 
 def _timed(family: Family) -> Timetable:
@@ -117,7 +114,8 @@ def families() -> tuple[Family, ...]:
 
     Always the same objects, so that the times of each are found once.
     """
-    return one_f_one_b(), zb1p(), dualpipe(), dualpipev()
+    late = [make(late_w=late_w) for make in (dualpipe, dualpipev) for late_w in LateW if late_w is not LateW.none]
+    return one_f_one_b(), zb1p(), dualpipe(), dualpipev(), *late
 
 
 def theorems_of(family: Family) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""DualPipe and DualPipeV at every size: N ranks from an end to the middle, two chunks each.
+"""DualPipe and DualPipeV, also with late W, at every size: N ranks from an end to the middle, two chunks each.
 
     DualPipe    0 -> 1 -> .. -> N-1 | N-1 <- .. <- 1 <- 0      2N ranks; the mirrored half runs the same tables
     DualPipeV   0 -> 1 -> .. -> N-1 )                          N ranks; the lane turns in the middle rank
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dualpipe.schedule import RB, RF, SB, SF, B, F
-from dualpipe.schedule.generate import MIDDLE, OUTER
+from dualpipe.schedule.generate import TWO_WAY, LateW, with_late_w
 from dualpipe.schedule.phase_table import Action, Affine, Table, symbol
 from proofs.theorems.constraint import Constraints, at_least, equal
 from proofs.theorems.family import Bounds, Family
@@ -25,12 +25,12 @@ TURN = {Action(F, 1): Action(F, 0), Action(B, 0): Action(B, 1)}
 """The actions of DualPipeV's middle rank that need its other chunk, where DualPipe receives from the mirror rank."""
 
 
-def dualpipe(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
-    """DualPipe, with P = 2N ranks and M = 2H microbatches, half on each lane."""
+def dualpipe(outer: Table | None = None, middle: Table | None = None, late_w: LateW = LateW.none) -> Family:
+    """DualPipe, with P = 2N ranks and M = 2H microbatches, half on each lane; tables not given are its own."""
     return _two_way(
-        "dualpipe",
+        with_late_w("dualpipe", late_w),
         "all even P >= 2 and all even M >= 2P",
-        _ranks(outer, middle, folded=False),
+        _ranks(outer or TWO_WAY[late_w].outer, middle or TWO_WAY[late_w].middle, folded=False),
         {
             "live": "P - h on the lane that enters at the nearer end, h + 1 on the other (h = min(r, P - 1 - r))",
             "memory": "P + 1 on every rank",
@@ -39,12 +39,12 @@ def dualpipe(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
     )
 
 
-def dualpipev(outer: Table = OUTER, middle: Table = MIDDLE) -> Family:
+def dualpipev(outer: Table | None = None, middle: Table | None = None, late_w: LateW = LateW.none) -> Family:
     """DualPipeV, with P = N ranks and M = H microbatches, each on both chunks of every rank."""
     return _two_way(
-        "dualpipev",
+        with_late_w("dualpipev", late_w),
         "all P >= 1 and all M >= 2P",
-        _ranks(outer, middle, folded=True),
+        _ranks(outer or TWO_WAY[late_w].outer, middle or TWO_WAY[late_w].middle, folded=True),
         {
             "live": "2P - r in the lane's first half, r + 1 in its second on rank r",
             "memory": "2P + 1 on every rank",

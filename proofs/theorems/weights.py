@@ -13,7 +13,7 @@ from dualpipe.schedule import W
 from dualpipe.schedule.phase_table import Affine
 from proofs.theorems.constraint import Constraints, at_least, equal, substitute
 from proofs.theorems.family import Family
-from proofs.theorems.obligation import Obligation
+from proofs.theorems.obligation import Obligation, is_possible
 from proofs.theorems.symbolic import Position, Rank, earlier, is_pop, is_push
 
 
@@ -77,7 +77,7 @@ def chunk_name(chunk: int) -> str:
 
 
 class _Weight(NamedTuple):
-    """One way for a W of a chunk to run: in its own slot with B, or from the queue."""
+    """One way for a W of a chunk to run, at some size: in its own slot with B, or from the queue."""
 
     name: str
     at: Position
@@ -92,4 +92,6 @@ def _weights(rank: Rank, chunk: int, iteration: str, pushed: str) -> Iterator[_W
     for pop in rank.positions(is_pop, iteration):
         for push in pushes:
             same = equal(pop.before(is_pop), push.before(is_push))
-            yield _Weight(f"{pop} of {push}", pop, push.mb, (*pop.guard, *push.guard, same))
+            given = (*pop.guard, *push.guard, same)
+            if is_possible(rank.domain + given):
+                yield _Weight(f"{pop} of {push}", pop, push.mb, given)

@@ -69,7 +69,7 @@ def test_a_refuted_bound_is_named_with_the_line_where_it_is_written():
     assert "edit pending and its words in the family's bounds, a.py:7" in refuted.message
 
 
-@pytest.mark.parametrize("family", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("family", ["1f1b", "zb1p", "dualpipe", "dualpipev", "dualpipev-late-all"])
 def test_a_bound_of_a_family_is_found_in_its_file(family):
     place = bounds_in(ROOT)(family, "memory")
     lines = (ROOT / place.path).read_text().splitlines()

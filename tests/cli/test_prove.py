@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dualpipe.cli.options import find_schedule
 from dualpipe.schedule import RF, UP, Op
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import ScheduleSyntaxError, dumps
 from proofs.prove import CHECKS, prove
 from tests.production.cases import without
@@ -32,7 +32,7 @@ def refuted_file(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_named_schedules_are_proved(run, name):
     result = run("prove", "-P", 4, "-M", 8, "--schedule", name)
     assert result.code == 0

@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import dumps, loads
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_show_prints_the_schedule(run, name):
-    result = run("show", "-P", 4, "-M", 10, "--schedule", name)
+    result = run("show", "-P", 4, "-M", 12, "--schedule", name)
     assert (result.code, result.err) == (0, "")
-    assert loads(result.out) == generate(name, 4, 10)
+    assert loads(result.out) == generate(name, 4, 12)
 
 
 def test_late_w_chooses_the_variant_of_a_schedule_by_argument_and_by_option(run):
@@ -60,7 +60,7 @@ BAD = {
     "too few for 1f1b": (["-P", 4, "-M", 2, "--schedule", "1f1b"], "as many microbatches as ranks", "got 2", "use 4"),
     "no such file": (
         ["--schedule", "missing.txt"],
-        "dualpipe, dualpipev, 1f1b, zb1p, a file or module:function",
+        "1f1b, zb1p, interleaved, zbv, a file or module:function",
         "missing.txt",
         "no such",
     ),

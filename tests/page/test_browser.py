@@ -3,11 +3,12 @@
 import pytest
 
 from dualpipe.cli.page import comparison
-from dualpipe.page import Comparison, Counterexample, Mark, Page, render
+from dualpipe.page import Comparison, Counterexample, Drawn, Gallery, Mark, Page, Steps, render
 from dualpipe.schedule import B, F, Kind, Schedule, W
 from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.palette import DARK, LIGHT, NAMES, colour
+from dualpipe.timeline.timeline import Costs
 from proofs.prove import prove
 from tests.page.browser import Shown, chromium, missing
 from tests.pictures.cases import INTERLEAVED
@@ -91,6 +92,25 @@ def test_cells_have_the_colour_of_their_kind_and_lane(show):
         assert page.pixel(op) == page.colour(name), op
     for op, kind, tone in (("0F0>", F, 0), ("3F0<", F, 1), ("3B0<", B, 1), ("0W3>", W, 0)):
         assert page.pixel(op) == channels(colour(kind, tone, 2)), "as in a picture"
+
+
+def test_schedules_of_a_gallery_share_the_stretch_of_time_also_with_their_memory(show):
+    memory = [Steps((0, 1, 5), (1, 2, 0)), Steps((0, 2, 6), (0, 4, 0))]
+    drawn = [Drawn(name, name, one_f_one_b(2, 4), Costs(), memory) for name in ("one", "other")]
+    page = show(Gallery("x", drawn, "live"))
+    widths = """
+      s.view.show(...args);
+      const boxes = [...document.querySelectorAll(".memory svg")].map((svg) => svg.viewBox.baseVal);
+      return [s.timelines.length, boxes.map((box) => [box.x, box.width]), s.view.from, s.view.to - s.view.from];
+    """
+    for stretch in ((0, 8), (2, 5)):
+        count, boxes, start, width = page.run(widths, *stretch)
+        assert count == 2
+        assert boxes == [pytest.approx([start, width])] * 2
+    labels = page.run(
+        'return [...document.querySelectorAll(".memory svg")].map((svg) => svg.getAttribute("aria-label"));'
+    )
+    assert labels == ["Memory, live: rank 0 up to 2, rank 1 up to 4"] * 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dualpipe import DualPipe
 from dualpipe.testing.launch import launch
 
 HIDDEN, CHUNKS = 8, 8
@@ -153,3 +154,9 @@ def test_putting_a_gradient_into_the_store_outside_a_split_backward_is_refused()
     assert dualpipe.WeightGradStore.enabled is False
     with pytest.raises(RuntimeError, match="enabled"):
         dualpipe.WeightGradStore.put(lambda: None)
+
+
+def test_only_a_pipeline_that_places_its_modules_can_be_built():
+    """Without the modules' places a step would end in an error without a text."""
+    with pytest.raises(TypeError, match="held"):
+        type("Unplaced", (DualPipe.__base__,), {})([nn.Linear(1, 1)])

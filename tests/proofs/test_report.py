@@ -53,7 +53,7 @@ def test_the_story_of_a_mismatch():
 
 def test_the_story_of_too_much_memory():
     assert lines_below(dualpipe(4, 8), "memory", max_activations=4) == [
-        "rank 1 holds 5 live activations in slot 8, and may hold 4 (given); live then:",
+        "rank 1 holds 5 live activations in slot 8, but may hold only 4 (given); live in that slot:",
         "  stage 1 of lane >, waiting for B: microbatches 0, 1, 2",
         "  stage 2 of lane <, waiting for B: microbatches 0, 1",
         "the first slots are enough to see it: 9 of rank 1",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualpipe.schedule import COMPUTE, Schedule, show_slot
-from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.generate import NAMES, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.simulate import CostError, Costs, Stuck, Timeline, simulate
 from tests.strategies import schedules
@@ -174,7 +174,7 @@ def test_inside_a_slot_what_is_allocated_counts_before_what_is_released():
 
 
 @given(
-    st.sampled_from([generate(name, 4, 8) for name in PLANS]),
+    st.sampled_from([generate(name, 4, 8) for name in NAMES]),
     st.builds(Costs, *[st.floats(0, 10)] * 3, st.none() | st.floats(0, 10), st.none(), st.floats(0, 3)),
     st.booleans(),
 )

@@ -5,23 +5,32 @@ from collections import Counter
 import pytest
 
 from dualpipe.schedule.phase_table import symbol
-from proofs.theorems import THEOREMS, families
+from proofs.theorems import THEOREMS
 from proofs.theorems.constraint import at_least, equal
 from proofs.theorems.instance import instances, solutions
 from proofs.theorems.prove import theorems_of
 from tests.proofs.theorems import expected
+from tests.proofs.theorems.cases import FAMILIES, each_family
 
 ONE_LANE = [(ranks, microbatches) for ranks in range(1, 8) for microbatches in range(ranks, ranks + 4)]
-TWO_WAY = [(1, 2), (1, 3), (1, 4), (2, 4), (2, 8), (3, 6), (4, 11), (5, 10), (7, 14), (8, 16)]
-SIZES = {
-    "1f1b": ONE_LANE,
-    "zb1p": ONE_LANE,
-    "dualpipe": [(2 * ranks, 2 * microbatches) for ranks, microbatches in TWO_WAY],
-    "dualpipev": TWO_WAY,
-}
-FAMILIES = {family.name: family for family in families()}
+TWO_WAY = [
+    *((1, 2), (1, 3), (1, 5), (2, 4), (2, 6), (2, 9)),
+    *((3, 7), (4, 11), (5, 10), (7, 14), (8, 16), (9, 18), (10, 20)),
+]
 EXACT = ("totals", "messages", "order", "deadlock", "live", "queue", "memory", "pending", "accumulation")
-CASES = [(name, theorem) for name, family in FAMILIES.items() for theorem in theorems_of(family) if theorem in EXACT]
+CASES = [
+    each_family(name, theorem)
+    for name, family in FAMILIES.items()
+    for theorem in theorems_of(family)
+    if theorem in EXACT
+]
+
+
+def sizes(name):
+    if name in ("1f1b", "zb1p"):
+        return ONE_LANE
+    lanes = 1 if name.startswith("dualpipev") else 2
+    return [(lanes * ranks, lanes * microbatches) for ranks, microbatches in TWO_WAY]
 
 
 @pytest.mark.parametrize(("name", "theorem"), CASES)
@@ -30,7 +39,7 @@ def test_obligations_are_exactly_the_constraints_of_the_expanded_schedule(name, 
     family = FAMILIES[name]
     obligations = list(THEOREMS[theorem].obligations(family))
     seen = set()
-    for ranks, microbatches in SIZES[name]:
+    for ranks, microbatches in sizes(name):
         arising = list(instances(family, obligations, ranks, microbatches))
         found = Counter((instance.ranks, instance.fact) for instance in arising)
         if theorem == "deadlock":  # several messages between two slots give the same constraint
@@ -43,7 +52,8 @@ def test_obligations_are_exactly_the_constraints_of_the_expanded_schedule(name, 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_theorem_but_the_makespan_is_compared(name):
-    assert {theorem for family, theorem in CASES if family == name} | {"makespan"} == set(theorems_of(FAMILIES[name]))
+    compared = {theorem for family, theorem in (case.values for case in CASES) if family == name}
+    assert compared | {"makespan"} == set(theorems_of(FAMILIES[name]))
 
 
 def test_a_dropped_obligation_is_noticed():

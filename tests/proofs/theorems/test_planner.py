@@ -3,32 +3,45 @@
 The expected plans are written from the description in ``dualpipe/schedule/generate.py``, not from its code.
 """
 
+from functools import partial
+
 import pytest
 
 from dualpipe.schedule import DOWN, UP, Chunk
-from dualpipe.schedule.generate import MIDDLE, ONE_F_ONE_B, OUTER, PLANS, ZB1P, Plan
+from dualpipe.schedule.generate import (
+    MIDDLE,
+    MIDDLE_ALL,
+    MIDDLE_TAIL,
+    ONE_F_ONE_B,
+    OUTER,
+    OUTER_ALL,
+    OUTER_TAIL,
+    PLANS,
+    ZB1P,
+    Plan,
+)
 from proofs.theorems import families
 
 LARGEST = 130
 FAMILIES = {family.name: family for family in families()}
 
 
-def assumed_dualpipe(ranks, microbatches, rank):
+def assumed_dualpipe(ranks, microbatches, rank, outer=OUTER, middle=MIDDLE):
     mirror = ranks - 1 - rank
     upper = rank < mirror
     near, far = sorted((rank, mirror))
     own, other = (UP, DOWN) if upper else (DOWN, UP)
     return Plan(
-        MIDDLE if far - near == 1 else OUTER,
+        middle if far - near == 1 else outer,
         {"N": ranks // 2, "H": microbatches // 2, "h": near, "odd": near & 1},
         (Chunk(own, near), Chunk(other, far)),
         {UP: tuple(range(ranks)), DOWN: tuple(range(ranks))[::-1]},
     )
 
 
-def assumed_dualpipev(ranks, microbatches, rank):
+def assumed_dualpipev(ranks, microbatches, rank, outer=OUTER, middle=MIDDLE):
     return Plan(
-        MIDDLE if rank + 1 == ranks else OUTER,
+        middle if rank + 1 == ranks else outer,
         {"N": ranks, "H": microbatches, "h": rank, "odd": rank & 1},
         (Chunk(UP, rank), Chunk(UP, 2 * ranks - 1 - rank)),
         {UP: tuple(range(ranks)) + tuple(range(ranks))[::-1]},
@@ -46,18 +59,21 @@ def assumed_one_lane(table):
 ASSUMED = {
     "dualpipe": assumed_dualpipe,
     "dualpipev": assumed_dualpipev,
+    "dualpipe-late-tail": partial(assumed_dualpipe, outer=OUTER_TAIL, middle=MIDDLE_TAIL),
+    "dualpipe-late-all": partial(assumed_dualpipe, outer=OUTER_ALL, middle=MIDDLE_ALL),
+    "dualpipev-late-tail": partial(assumed_dualpipev, outer=OUTER_TAIL, middle=MIDDLE_TAIL),
+    "dualpipev-late-all": partial(assumed_dualpipev, outer=OUTER_ALL, middle=MIDDLE_ALL),
     "1f1b": assumed_one_lane(ONE_F_ONE_B),
     "zb1p": assumed_one_lane(ZB1P),
 }
-LEAST = {"dualpipe": 2, "dualpipev": 2, "1f1b": 1, "zb1p": 1}
-"""The fewest microbatches per rank."""
 
 
 def differences(name, planner):
     """The first size and rank whose plan differs from the assumed one."""
-    step = 2 if name == "dualpipe" else 1
+    step = 2 if name.startswith("dualpipe-") or name == "dualpipe" else 1
+    fewest = 2 if name.startswith("dualpipe") else 1
     for ranks in range(step, LARGEST + 1, step):
-        for microbatches in (LEAST[name] * ranks, LEAST[name] * ranks + step, 1000):
+        for microbatches in (fewest * ranks, fewest * ranks + step, 1000):
             for rank in range(ranks):
                 if planner(ranks, microbatches, rank) != ASSUMED[name](ranks, microbatches, rank):
                     return ranks, microbatches, rank

@@ -72,6 +72,7 @@ _PROVED = (
     "tests/record/test_buffers.py",
     "tests/record/test_conclusions.py",
     "tests/record/test_cut_short.py",
+    "tests/record/test_failures.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
     *_CLI,

@@ -41,6 +41,8 @@ class _Finding(ABC):
 
     check: ClassVar[str]
     fault: ClassVar[str]
+    ends_early: ClassVar[bool] = False
+    """Whether a rank that ends early is enough to cause it."""
 
     @abstractmethod
     def places(self) -> tuple[Place, ...]:
@@ -61,6 +63,8 @@ class _Finding(ABC):
 
 class _Absence(_Finding):
     """Something is missing, or not in the programs.  Only the whole schedule shows it."""
+
+    ends_early = True
 
     def shown_by(self) -> None:
         pass
@@ -283,6 +287,7 @@ class Unmatched(_Finding):
     ``possible`` is whether there is another rank at the other end.
     """
 
+    ends_early = True
     check = "deadlock"
     fault = "never met"
     model: Model

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,14 @@ def record(
         list[str] | None,
         typer.Option(help="A module class that runs the pipeline; its call does not count as a stage's forward."),
     ] = None,
+    lanes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The ranks of each lane's stages, as in --lanes '0 1 2 3' '3 2 1 0', for a run that ends before its "
+            "messages show them; 0.1 is the second module that rank 0 calls.",
+            show_default="from the messages",
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.", callback=seconds)] = 120.0,
     stall: Annotated[
         float,
@@ -70,9 +79,15 @@ def record(
     130: ended by Ctrl-C
     """
     from dualpipe.record import Launch, assemble, read_folder, run
+    from dualpipe.record.lanes import LANE, parse
 
     check_name(name)
     _check_waived(waive or (), prove)
+    more = takewhile(LANE.fullmatch, command) if lanes else ()
+    given = [*(lanes or []), *more]
+    routes, command = (parse(given), command[len(given) - len(lanes or []) :]) if lanes else (None, command)
+    if not command:
+        raise RuleError("what follows -- is a command", "got none", "add it")
     targets = target("--output", output, RECORDING)
     check_targets(targets)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
@@ -81,11 +96,10 @@ def record(
             tuple(command), ranks, timeout, stall, together=tuple(together or ()), containers=tuple(container or ())
         )
         end = run(launch, folder, output=2)
-        if not end.succeeded:
-            for line in end.describe().splitlines():
-                typer.echo(f"dualpipe: {line}", err=True)
-        logs, groups = read_folder(folder, ranks, session)
-    recording = assemble(logs, name, step)
+        logs, groups = read_folder(folder, ranks, session, end.succeeded)
+    recording = assemble(logs, name, step, routes, end.codes if ranks is not None else ())
+    for failure in (*recording.schedule.failures, *([] if end.succeeded else end.describe().splitlines())):
+        typer.echo(f"dualpipe: {failure}", err=True)
     if groups > 1:
         typer.echo(f"dualpipe: process group {session} of {groups}", err=True)
     for note in recording.notes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualpipe.schedule import normalise
+from dualpipe.schedule.failure import Failure, check_failures
 from dualpipe.schedule.observed import NOTHING, Observed
 from dualpipe.schedule.op import (
     COLLECTIVES,
@@ -49,6 +50,8 @@ class Schedule:
         bound applies.
     groups:
         The members of each group of collectives, by its number: ranks of the schedule, in any order.
+    failures:
+        Of a recording, how ranks of the program failed, the first one first.  A schedule with failures is never proved.
     observed:
         What was observed when a program ran the schedule.  It takes no part in comparisons.
 
@@ -57,14 +60,16 @@ class Schedule:
     ScheduleError
         If a part has another type (a bool or a float as a number, a set or a text as a sequence), the name is not one
         word, a route names a rank without a program, an op a lane or stage that does not exist or a number that is
-        negative or above 999999999, a slot is empty or mixes compute, messages and collectives, or a group is empty,
-        names a rank without a program or one twice, or an op names a group that does not exist.
+        negative or above 999999999, a slot is empty or mixes compute, messages and collectives, a group is empty,
+        names a rank without a program or one twice, an op names a group that does not exist, or a failure is no
+        printable line.
     """
 
     routes: Routes
     programs: tuple[Program, ...]
     name: str
     groups: tuple[tuple[int, ...], ...]
+    failures: tuple[Failure, ...]
     observed: Observed = field(compare=False, repr=False)
 
     def __init__(
@@ -74,6 +79,7 @@ class Schedule:
         name: str = "",
         groups: Iterable[Iterable[int]] = (),
         *,
+        failures: Iterable[tuple[int, str]] = (),
         observed: Observed = NOTHING,
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
@@ -82,8 +88,10 @@ class Schedule:
         object.__setattr__(self, "programs", normalise.programs(programs))
         object.__setattr__(self, "groups", normalise.groups(groups))
         check_name(self.name)
+        object.__setattr__(self, "failures", tuple(Failure(*failure) for failure in failures))
         check_routes(self.routes, len(self.programs))
         check_groups(self.groups, len(self.programs))
+        check_failures(self.failures, len(self.programs))
         for program in self.programs:
             for slot in program:
                 check_slot(slot, self.routes, len(self.groups))

@@ -12,6 +12,7 @@ from dualpipe.record.child import cuda
 from dualpipe.record.child.log import to_file
 from dualpipe.record.child.patches import Patches
 from dualpipe.record.events import read_folder
+from dualpipe.record.lanes import parse
 from dualpipe.record.processes import Watchdog
 from dualpipe.record.recording import Recording, assemble
 from dualpipe.testing.launch import TIME_UP, Context, launch
@@ -28,6 +29,7 @@ def record_ranks(
     containers: Sequence[str] = (),
     check: bool = True,
     step: int = 1,
+    lanes: Sequence[str] = (),
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
 
@@ -45,6 +47,8 @@ def record_ranks(
         Whether an error on a rank is raised here.  If not, the recording contains what was done until then.
     step:
         Which training step to return, counted from 1; each ends with an optimizer's step.
+    lanes:
+        The ranks of each lane's stages, such as ``"0 1 2 3"``, for a run that ends before its messages show them.
 
     Raises
     ------
@@ -74,8 +78,8 @@ def record_ranks(
             raise RuntimeError(
                 "\n".join(f"rank {failure.rank}: {failure.trace or failure.text}" for failure in failures)
             )
-        logs, _ = read_folder(folder, ranks, 1)
-        return assemble(logs, step=step)
+        logs, _ = read_folder(folder, ranks, 1, succeeded=not outcome.failures)
+        return assemble(logs, step=step, lanes=parse(lanes) if lanes else None)
 
 
 def _call(body: Callable[[int], None], rank: int) -> None:

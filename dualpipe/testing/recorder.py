@@ -73,5 +73,8 @@ def record(
             with operators:
                 yield recording
             flow.write("end")
+        except BaseException as error:
+            flow.raised(error)
+            raise
         finally:
             _active = False

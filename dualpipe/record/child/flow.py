@@ -12,7 +12,10 @@ the events of all ranks.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 from . import graph
 from .buffers import Buffers
 from .forwards import Forwards, Trials
-from .log import Sink, call_path, program_line
-from .marks import NONE, Key, Marks, Table, key_of
+from .log import Sink, call_path, line_of, program_line
+from .marks import NONE, Key, Mark, Marks, Table, key_of
 from .parameters import Parameters, state_of
 
+_DURING = "_dualpipe_during"  # an attribute of an error
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
 
@@ -46,6 +50,24 @@ def marks(letter: str, numbers: Iterable[int]) -> Marks:
     return frozenset((letter, number) for number in numbers)
 
 
+@dataclass
+class Call:
+    """An outermost call of a module.
+
+    ``made`` are the marks of its results.  It is ``None`` for a call without tensors, which is no forward, until the
+    module reads a tensor that was received or detached for it, or a parameter of its own.
+    """
+
+    module: nn.Module
+    made: Marks | None = None
+    left: Marks | None = None
+    is_open: bool = False  # whether everything that happens belongs to it
+    communicates: bool = False
+
+    def holds(self, tensor: Tensor) -> bool:
+        return any(tensor is parameter for parameter in self.module._parameters.values())
+
+
 class Flow:
     """The state of one rank; every method handles one thing that the program does."""
 
@@ -60,9 +82,11 @@ class Flow:
         self._next: dict[int, int] = {}  # forward -> the one on this rank that takes its detached output
         self._messages = 0
         self._posts = 0
+        self.posted: list[int] = []  # the messages of the last post
         self._post_of: dict[int, int] = {}  # message -> the call of ``post`` that it was in
         # (forward, module, with gradients) -> the inputs of its calls
-        self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
+        self._given: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
+        self._calls: list[Call] = []  # those that have not returned
         self._runs = 0
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
@@ -91,6 +115,35 @@ class Flow:
 
     # module calls
 
+    def begin(self, module: nn.Module, inputs: Sequence[Tensor] | None) -> Call:
+        """A module is called outside of other calls: with ``inputs``, to infer shapes (``[]``) or without tensors."""
+        call = Call(module)
+        self._calls.append(call)
+        if inputs is not None:
+            self._open(call, inputs)
+        return call
+
+    def _open(self, call: Call, inputs: Sequence[Tensor]) -> None:
+        call.made = self.call(call.module, inputs) if inputs else None
+        call.left, call.is_open = self.within(call.made), True
+        self.calling, self.caller = 1, type(call.module).__qualname__
+
+    def _open_inside(self, inputs: Sequence[Tensor]) -> None:
+        """An operator runs in a module call without tensors, which may have its input as an attribute."""
+        call = self._calls[-1]
+        if call.is_open or call.communicates:
+            return
+        given = [tensor for tensor in inputs if tensor not in self._parameters]
+        if any(map(call.holds, inputs)) or any(letter in "MC" for t in given for letter, _ in self._carried_by(t)):
+            self._open(call, given or inputs)
+
+    def end(self, call: Call) -> None:
+        """The call has returned or raised."""
+        self._calls.pop()
+        if call.is_open:
+            self.calling = 0
+            self.within(call.left)
+
     def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> Marks:
         """An outermost module call begins; returns the marks of its results."""
         number, held = self._parameters.number(module)
@@ -114,6 +167,7 @@ class Flow:
                     if tensor.is_floating_point() and not self._is_joined_by_graph(tensor, n):
                         detached.add(find(n))
         continued |= {find(self._input_of[m]) for m in messages if m in self._input_of}
+        continued -= detached_from  # with a leaf from its output a new stage begins, whatever else it takes from there
         continued |= {find(self._next[c]) for c in detached_from if c in self._next}
         continued = self._join(continued)
         if len(continued) > 1:  # a module that reads several microbatches at once is not a stage
@@ -127,11 +181,11 @@ class Flow:
             self.write("forward", forward=forward, module=number, messages=fresh, after=after, **began)
         if detached and torch.is_grad_enabled() and self._parameters.trainable({number}):
             self.write("doubt", what="detached", forward=forward)
-        calls = self._calls.setdefault((forward, number, torch.is_grad_enabled()), set())
+        earlier = self._given.setdefault((forward, number, torch.is_grad_enabled()), set())
         given = tuple(map(key_of, inputs))
-        if given in calls:
+        if given in earlier:
             self.write("doubt", what="called again", forward=forward)
-        calls.add(given)
+        earlier.add(given)
         return marks("F", {forward})
 
     def _take(self, forward: int, messages: Iterable[int], detached_from: Iterable[int]) -> tuple[list[int], list[int]]:
@@ -140,6 +194,8 @@ class Flow:
         after = sorted(c for c in detached_from if c not in self._next and c != forward)
         self._input_of |= dict.fromkeys(fresh, forward)
         self._next |= dict.fromkeys(after, forward)
+        for earlier in after:
+            self._forwards.follows(forward, earlier)
         for message in fresh:
             self._forwards.takes(forward, self._post_of[message])
         return fresh, after
@@ -238,6 +294,8 @@ class Flow:
 
     def operator(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """An operator has run: its results get the marks of the context, or else of its inputs."""
+        if self._calls and not self.calling and not self.running:
+            self._open_inside(inputs)
         mutable, name = func._schema.is_mutable, func._schema.name.rpartition("::")[2]
         memory = {key[0]: tensor for tensor in inputs if (key := key_of(tensor))}
         for output in outputs:
@@ -253,6 +311,7 @@ class Flow:
                 if not self._table.get(output):
                     self._table.put(output, self._carried_by(aliased))
             elif self._context is not None:
+                self._take_inside(self._carried(inputs))
                 self._table.put(output, self._context)
                 if self.running and (parameter := self._parameters.with_gradient_at(key)) is not None:
                     self._parameters.add_to(parameter)
@@ -321,6 +380,15 @@ class Flow:
         if forwards:
             self.write("weights", forwards=sorted(forwards), run=None)
 
+    def _content(self, mark: Mark) -> Mark:
+        """What a mark says about a tensor that is sent.  One computed from a leaf is of the forward that took it."""
+        letter, number = mark
+        if letter == "M":
+            return mark
+        if letter == "C":
+            letter, number = "F", self._next.get(number, number)
+        return letter, self._forwards.find(number)
+
     def _owners(self, found: Marks, holders: set[int] | None) -> set[int]:
         """The forwards of the marks among those of ``holders``: by gradients if possible, else by activations."""
         by_letter: dict[str, set[int]] = {"B": set(), "F": set()}
@@ -344,6 +412,25 @@ class Flow:
         """Take back what was changed in the program's objects."""
         self._parameters.stop_listening()
 
+    # errors
+
+    def broke(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
+        """An error has left a module call (F), a run of the engine (B) or a message (M)."""
+        if not hasattr(error, _DURING):
+            with suppress(AttributeError, TypeError):  # a class without attributes of its own
+                setattr(error, _DURING, (what, sorted(numbers)))
+
+    def raised(self, error: BaseException) -> None:
+        """The program ends by an error."""
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        if isinstance(error, SystemExit):  # as torch.multiprocessing ends a process after an error
+            error = next((other for other in chain[1:] if isinstance(other, Exception)), error)
+        during = next((found for other in chain if (found := getattr(other, _DURING, None)) is not None), None)
+        at = line_of(error)
+        self.write("raised", error=type(error).__name__, text=str(error), during=during, time=time.time(), place=at)
+
     # messages
 
     def post(self, messages: list[tuple[str, Tensor, int, Any, int]]) -> list[int]:
@@ -365,10 +452,7 @@ class Flow:
                     "group": c10d.get_process_group_ranks(group),
                     "group_name": group.group_name,
                     "tag": tag,
-                    "marks": sorted(
-                        ("F" if letter == "C" else letter, n if letter == "M" else self._forwards.find(n))
-                        for letter, n in held
-                    ),
+                    "marks": sorted(set(map(self._content, held))),
                     "memory": key_of(tensor),
                     "form": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
                     "real": tensor.is_floating_point(),
@@ -377,6 +461,9 @@ class Flow:
             if kind == "receive":
                 self._table.put(tensor, frozenset({("M", number)}))
         self._forwards.interrupt()
+        self.posted = numbers
+        for call in self._calls:
+            call.communicates = True
         inside = self.caller if self.calling else "backward" if self.running else ""
         self.write("post", messages=posted, inside=inside, at=call_path())
         return numbers

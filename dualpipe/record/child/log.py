@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
@@ -52,11 +53,9 @@ def call_path() -> str:
 def _program_lines(frame: FrameType | None) -> Iterator[str]:
     """The lines of the program in the frames from the innermost one outwards, each once."""
     last = ""
-    while frame is not None and not _is_launcher(name := str(frame.f_globals.get("__name__", ""))):
-        file, package = frame.f_code.co_filename, name.partition(".")[0]
-        line = f"{file}:{frame.f_lineno}"
-        of_library = package == "torch" or (file.startswith(_LIBRARIES) and "site-packages" not in file)
-        if line != last and not of_library and not file.startswith((_OURS, "<")):
+    while frame is not None and not _is_launcher(str(frame.f_globals.get("__name__", ""))):
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if line != last and _is_of_program(frame):
             yield line
             last = line
         frame = frame.f_back
@@ -72,3 +71,15 @@ def _innermost(frame: FrameType | None) -> str:
     while frame is not None and frame.f_code.co_filename.startswith((_OURS, "<")):
         frame = frame.f_back
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def line_of(error: BaseException) -> str:
+    """The innermost line of the program that an error has passed."""
+    passed = [(frame, f"{frame.f_code.co_filename}:{line}") for frame, line in walk_tb(error.__traceback__)]
+    return next((line for frame, line in reversed(passed) if _is_of_program(frame)), passed[-1][1] if passed else "")
+
+
+def _is_of_program(frame: FrameType) -> bool:
+    name, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    of_library = package == "torch" or (name.startswith(_LIBRARIES) and "site-packages" not in name)
+    return not of_library and not name.startswith((_OURS, "<"))

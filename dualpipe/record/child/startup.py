@@ -68,6 +68,7 @@ def install(folder: str, settings: dict[str, Any]) -> None:
     cuda.answer(patches, devices).__enter__()  # type: ignore[no-untyped-call] # torch's own
     from torch.distributed import distributed_c10d as c10d
 
+    atexit.register(_note_early_error, folder)
     begin = c10d.init_process_group
     sessions = [0]
 
@@ -106,9 +107,10 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     from .log import to_file
     from .patches import Patches
 
-    global _WATCH
+    global _WATCH, _JOINED
     if _WATCH is not None:
         _stop()
+    _JOINED = True
     flow = Flow(to_file(str(Path(folder) / f"{os.getpid()}-{session}.events")))
     patches = Patches()
     mode = compute.watch(flow, patches, settings["together"], settings["containers"])
@@ -121,6 +123,20 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
 
 
 _WATCH: Any = None
+_JOINED = False
+
+
+def _note_early_error(folder: str) -> None:
+    """At the end of a rank that never joined a process group: the error that ended it."""
+    error = getattr(sys, "last_value", None)
+    if _JOINED or error is None or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return
+    from .flow import Flow
+    from .log import to_file
+
+    flow = Flow(to_file(str(Path(folder) / f"{os.getpid()}-0.events")))
+    flow.write("rank", rank=int(os.environ["RANK"]), ranks=int(os.environ["WORLD_SIZE"]))
+    flow.raised(error)
 
 
 def _stop() -> None:
@@ -129,6 +145,10 @@ def _stop() -> None:
         return
     flow, patches, mode = _WATCH
     _WATCH = None
-    flow.write("end")
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)  # of a process that multiprocessing forked, and else
+    if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0)):
+        flow.raised(error)
+    else:
+        flow.write("end")
     mode.__exit__(None, None, None)
     patches.undo()

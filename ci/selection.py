@@ -75,6 +75,7 @@ _PROVED = (
     "tests/record/test_failures.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
+    "tests/record/test_pipelines.py",
     *_CLI,
     "tests/ci",
 )

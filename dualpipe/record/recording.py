@@ -39,6 +39,8 @@ class Recording:
         Why a proof of the schedule does not cover the whole program; empty if it does.
     notes:
         What was left out, guessed or reinterpreted, one sentence each.
+    pipeline_ranks:
+        If the job has several pipelines, the ranks of the job that this one has, in the order of the schedule's ranks.
     """
 
     schedule: Schedule
@@ -46,6 +48,7 @@ class Recording:
     ended: tuple[bool, ...]
     caveats: tuple[str, ...]
     notes: tuple[str, ...]
+    pipeline_ranks: tuple[int, ...] = ()
 
     def text(self) -> str:
         """The schedule file, with the notes and the caveats as comments at the top and what was observed at the end."""
@@ -76,6 +79,7 @@ class Recording:
             "caveats": list(self.caveats),
             "notes": list(self.notes),
             "observed": lines_of(self.schedule.observed, self.schedule.programs),
+            **({"pipeline_ranks": list(self.pipeline_ranks)} if self.pipeline_ranks else {}),
         }
 
 

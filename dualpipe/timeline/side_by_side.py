@@ -31,8 +31,10 @@ _CELL, _NARROWEST, _WIDEST = 0.17, 8.0, 26.0
 """Inches: what the median op gets where the figure's width allows, and the limits of the rows' width."""
 _ROW, _MEMORY, _TITLE, _BETWEEN = 0.2, 0.55, 0.3, 0.16
 """Inches: a rank's row; the curves of memory; the title of a schedule; what stays free below it."""
-_LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND_ROW, _FOOT = 0.85, 0.2, 0.62, 0.42, 0.2, 0.12
+_LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND_ROW, _FOOT = 0.85, 0.2, 0.62, 0.34, 0.17, 0.1
 """Inches: the margins around all schedules, what the legend has for a row, and what stays free below it."""
+_WIDE, _THIN = 2.4, 0.8
+"""Points: the curves of the first and the last rank, so that one shows below another that covers it."""
 _RANKS_NAMED = 16
 """Ranks that the legend names; of more, only the first and the last."""
 
@@ -99,15 +101,12 @@ def _memory(axes: Axes, each: Candidate, longest: float, most: float, limit: flo
     """A curve for each rank."""
     ranks = len(each.timeline.spans)
     for rank in range(ranks):
-        curve = dict(each.memory(rank))  # of the levels at one time the last: what is released and held again at once
-        axes.plot(
-            list(curve),
-            list(curve.values()),
-            drawstyle="steps-post",
-            color=_of_rank(rank, ranks),
-            linewidth=0.9,
-            gid=f"rank {rank}",
-        )
+        curve = dict(
+            each.memory(rank)
+        )  # the last level of each time: a release and the allocation after it are one step
+        place = rank / max(ranks - 1, 1)
+        (line,) = axes.plot(list(curve), list(curve.values()), drawstyle="steps-post", gid=f"rank {rank}")
+        line.set(color=_of_rank(rank, ranks), linewidth=_WIDE + (_THIN - _WIDE) * place)
     if limit is not None and each.sizes is None:
         axes.axhline(limit, color=INK, linewidth=0.8, linestyle="--", gid="limit")
     axes.set_xlim(0, longest)

@@ -13,8 +13,9 @@ from dualpipe.record.child.log import to_file
 from dualpipe.record.child.patches import Patches
 from dualpipe.record.events import read_folder
 from dualpipe.record.lanes import parse
+from dualpipe.record.pipelines import assemble_one
 from dualpipe.record.processes import Watchdog
-from dualpipe.record.recording import Recording, assemble
+from dualpipe.record.recording import Recording
 from dualpipe.testing.launch import TIME_UP, Context, launch
 from dualpipe.testing.recorder import record
 
@@ -30,6 +31,7 @@ def record_ranks(
     check: bool = True,
     step: int = 1,
     lanes: Sequence[str] = (),
+    pipeline_ranks: Sequence[int] | None = None,
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
 
@@ -49,13 +51,15 @@ def record_ranks(
         Which training step to return, counted from 1; each ends with an optimizer's step.
     lanes:
         The ranks of each lane's stages, such as ``"0 1 2 3"``, for a run that ends before its messages show them.
+    pipeline_ranks:
+        The ranks of one pipeline, if the ranks run several, as with data parallelism.
 
     Raises
     ------
     RuntimeError
         If ``check`` is set and ``body`` raised on a rank (with that rank's traceback) or ended its process.
     RecordError
-        If an op cannot be named.
+        If an op cannot be named, or the ranks run several pipelines and none was chosen.
     """
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
@@ -79,7 +83,7 @@ def record_ranks(
                 "\n".join(f"rank {failure.rank}: {failure.trace or failure.text}" for failure in failures)
             )
         logs, _ = read_folder(folder, ranks, 1, succeeded=not outcome.failures)
-        return assemble(logs, step=step, lanes=parse(lanes) if lanes else None)
+        return assemble_one(logs, step, parse(lanes) if lanes else None, ranks=pipeline_ranks)
 
 
 def _call(body: Callable[[int], None], rank: int) -> None:

@@ -13,7 +13,10 @@ parameters   the modules and parameters of the rank, and where gradients are kep
 flow         turns module calls, backwards, changes of gradients and messages into events, by the marks
 compute      watches torch: module calls, the autograd engine, every operator, ``.grad``
 messages     watches torch.distributed's point-to-point calls
-cuda         answers CUDA calls on the CPU
+buffers      the memory of messages: who touches it, and which of it graphs need
+cuda         answers CUDA calls on the CPU: devices and tensors
+torch_cuda   the same for torch.cuda: streams, events, memory, random states
+nccl         gloo in place of NCCL
 startup      installs all of that in a new process
 ranks        forks the ranks of a script
 ===========  ==========================================================================================

@@ -77,6 +77,7 @@ _PROVED = (
     "tests/record/test_functions.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
+    "tests/record/test_pipelines.py",
     *_CLI,
     "tests/ci",
 )
@@ -134,6 +135,7 @@ ROWS: dict[str, Row] = {
         ("tests/pictures", "tests/schedule", "tests/page"),
         (
             "tests/proofs/test_optimal.py",
+            "tests/proofs/theorems/test_lower_bound.py",
             "tests/proofs/theorems/test_times.py",
             *_CLI,
             "tests/ci",

@@ -50,12 +50,12 @@ class Schedule:
         bound applies.
     groups:
         The members of each group of collectives, by its number: ranks of the schedule, in any order.
-    observed:
-        What was observed when a program ran the schedule.  It takes no part in comparisons, so a recorded schedule is
-        equal to a written one with the same ops.
     failures:
         How ranks of a recorded program failed, the first one first.  A schedule with failures is never proved, so it is
         not equal to one without them.
+    observed:
+        What was observed when a program ran the schedule.  It takes no part in comparisons, so a recorded schedule is
+        equal to a written one with the same ops.
 
     Raises
     ------
@@ -71,8 +71,8 @@ class Schedule:
     programs: tuple[Program, ...]
     name: str
     groups: tuple[tuple[int, ...], ...]
-    observed: Observed = field(compare=False, repr=False)
     failures: tuple[Failure, ...]
+    observed: Observed = field(compare=False, repr=False)
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class Schedule:
         name: str = "",
         groups: Iterable[Iterable[int]] = (),
         *,
-        observed: Observed = NOTHING,
         failures: Iterable[tuple[int, str]] = (),
+        observed: Observed = NOTHING,
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
         object.__setattr__(self, "observed", observed)

@@ -65,17 +65,12 @@ def test_a_schedule_is_the_same_as_itself_with_or_without_its_peers_written(name
 
 def test_where_a_program_failed_the_failure_is_the_cause():
     crash, later = "raised IndexError at train.py:30 during 0B0>", "ended with exit code 1 in a later training step"
-    cut_short = RECORDED.replace(" 0B0>+0W0> 0RB1>@1 0B1>+0W1>", " 0B0>").replace(
-        "1SB0>@0 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0", ""
-    )
-    here = loads(cut_short + f"failure 0: {crash}\nfailure 1: {later}\n")
-    there = loads(RECORDED)
+    text = RECORDED.replace(" 0B0>+0W0> 0RB1>@1 0B1>+0W1>", " 0B0>").replace(" 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0", "")
+    here, there = loads(f"{text}failure 0: {crash}\nfailure 1: {later}\n"), loads(RECORDED)
     assert stories(here, there)[0][1] == f"the program of this rank ended there: rank 0 {crash}"
     assert stories(here, there)[1][1].startswith("did the rank stop there")
-    report = compare(here, there).as_json()
-    assert f"rank 0 {crash}" in [
-        each["meaning"].removeprefix("the program of this rank ended there: ") for each in report["departures"]
-    ]
+    shown = compare(here, there).as_json()["departures"]
+    assert f"the program of this rank ended there: rank 0 {crash}" in [each["meaning"] for each in shown]
 
 
 def test_an_unfed_store_shows_as_a_weight_gradient_that_the_other_schedule_defers():

@@ -89,7 +89,7 @@ events 1: post:1RF0>@0:1 wait:1RF0>@0:1 keep:1RF0>@0:1F0>:1
 
 def test_every_kind_of_line_is_read_and_printed_back():
     schedule = loads(WHOLE)
-    assert dumps(schedule) == WHOLE
+    assert dumps(schedule, observed=True) == WHOLE
     assert loads(dumps(schedule)) == schedule
     shuffled = loads("\n".join(reversed(WHOLE.splitlines())))
     assert (shuffled.failures[::-1], shuffled.observed.guesses) == (schedule.failures, schedule.observed.guesses)

@@ -15,7 +15,7 @@ gradient of the last stage's output is taken from the recorded step, since the l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison
 from dualpipe.record.events import ForwardId, RankLog
+from dualpipe.record.recording import Recording
 from dualpipe.schedule import Chunk, Lane, Task
 
 _MOST_NAMES = 3
@@ -32,6 +33,24 @@ _MOST_TRIED = 64
 
 Plainly = Mapping[str, Any]
 """What a rank's file has for one forward."""
+
+
+def add_comparison(recording: Recording, folder: Path, logs: Sequence[RankLog]) -> Recording:
+    """The recording with its comparison with the plain runs in a folder; ``logs`` are those of all ranks of the job.
+
+    One of several pipelines is not compared, since the job may sum their gradients.
+    """
+    tasks, routes = recording.tasks, recording.schedule.routes
+    if not recording.pipeline_ranks:
+        return replace(recording, comparison=compare(folder, logs, tasks, routes))
+    why = ("the job may sum the gradients of several pipelines, and each is recorded by itself",)
+    counts = recording.schedule.microbatches
+    chunks = [
+        ChunkComparison(Chunk(lane, stage), rank, counts[lane], (), why, ())
+        for lane, route in routes.items()
+        for stage, rank in enumerate(route)
+    ]
+    return replace(recording, comparison=Comparison(tuple(chunks), (), ()))
 
 
 def compare(

@@ -103,7 +103,7 @@ def record(
         if compare:
             from dualpipe.record.plain import compare as compare_files
 
-            compared = compare_files(folder / "plain", logs, recording.tasks, recording.schedule.routes)
+            compared = compare_files(folder / "plain" / str(session), logs, recording.tasks, recording.schedule.routes)
             recording = replace(recording, comparison=compared)
     if groups > 1:
         typer.echo(f"dualpipe: process group {session} of {groups}", err=True)

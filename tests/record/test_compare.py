@@ -5,6 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe.record.events import ForwardId, read
+from dualpipe.record.plain import compare
+from dualpipe.schedule import UP, Task
 from dualpipe.testing import record_ranks
 
 MICROBATCHES = 3
@@ -190,3 +193,61 @@ def test_replicas_that_are_never_summed_are_found_before_the_optimizers_step():
     assert all(not each.faults for each in comparison.chunks), "each lane's own gradients are right"
     assert comparison.replicas[0].startswith("the replicas of stage 0 on ranks 0 and 1 were not summed")
     assert comparison.as_json()["chunks"][0]["summed"] is False
+
+
+def one_forward(folder, content):
+    """The comparison of one rank with one forward; ``content`` is what its plain run saved, if it made one."""
+    if content is not None:
+        torch.save(content, folder / "0.pt")
+    begun = {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
+    events = [
+        begun | {"grad": True, "at": "x.py:1"},
+        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
+    ]
+    logs = [read(0, events)]
+    return compare(folder, logs, {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)})
+
+
+RAN = {
+    "took": [],
+    "returned": [torch.ones(1)],
+    "plainly": [torch.ones(1)],
+    "gradients": [None],
+    "input gradients": [],
+    "weights": {0: torch.full((2,), 3.0)},
+    "ran": True,
+}
+FILE = {"forwards": {0: RAN}, "names": ["w"], "before": {}, "seen": [0], "collected": [], "by_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "verdict", "says"),
+    [
+        (None, "unknown", "it made no plain run"),
+        ({"error": "the plain run had not ended after 5 s"}, "unknown", "had not ended after 5 s"),
+        (
+            FILE | {"forwards": {0: {"error": "ValueError: no peer"}}, "final": [None]},
+            "unknown",
+            "microbatch 0 cannot be run plainly: ValueError: no peer",
+        ),
+        (FILE | {"final": {0: torch.full((2,), 3.0)}}, "equal", "outputs and gradients equal"),
+        (FILE | {"final": {0: torch.full((2,), 1.5)}}, "equal", "divided by 2"),
+        (FILE | {"final": {0: torch.full((2,), 3.5)}}, "different", "w: the gradient differs by up to 0.5"),
+        (FILE | {"final": {0: torch.full((3,), 3.0)}}, "different", "w: the gradient has the shape [3] and not [2]"),
+        (
+            FILE | {"final": {0: torch.full((2,), 5.0)}, "before": {0: torch.full((2,), 2.0)}},
+            "equal",
+            "outputs and gradients equal",
+        ),
+        (
+            FILE | {"final": {0: torch.full((2,), 3.0)}, "forwards": {0: RAN | {"plainly": [torch.zeros(1)]}}},
+            "different",
+            "the output of microbatch 0 differs from the plain one",
+        ),
+    ],
+)
+def test_what_is_concluded_from_the_file_of_a_plain_run(tmp_path, content, verdict, says):
+    comparison = one_forward(tmp_path, content)
+    assert comparison.verdict == verdict
+    assert says in comparison.text()
+    assert comparison.as_json()["verdict"] == verdict

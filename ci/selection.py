@@ -133,6 +133,7 @@ ROWS: dict[str, Row] = {
         ("tests/pictures", "tests/schedule", "tests/page"),
         (
             "tests/proofs/test_optimal.py",
+            "tests/proofs/theorems/test_lower_bound.py",
             "tests/proofs/theorems/test_times.py",
             *_CLI,
             "tests/ci",

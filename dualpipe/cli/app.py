@@ -35,7 +35,7 @@ def dualpipe(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Print, simulate, prove, verify and record pipeline schedules.
+    """Print, simulate, compare, prove, verify and record pipeline schedules.
 
     A SCHEDULE is one of these:
     - dualpipe, dualpipev, 1f1b, zb1p, interleaved or zbv, made for -P ranks and -M microbatches

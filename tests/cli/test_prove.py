@@ -123,7 +123,7 @@ def test_all_sizes_of_one_family_proves_its_theorems_alone(run):
     assert result.code == 0
     *printed, total = result.out.splitlines()
     assert all(line.startswith("proved: zb1p: ") for line in printed if not line.startswith(" "))
-    assert total.startswith("10 theorems, ")
+    assert total.startswith("12 theorems, ")
 
 
 def test_all_sizes_can_name_dualpipe_although_it_is_the_default(run, monkeypatch):

@@ -100,8 +100,8 @@ def test_a_collective_that_waits_for_a_message_that_waits_for_it_is_a_wait_cycle
 def test_gradients_reduced_before_the_last_weight_gradient_are_out_of_order():
     text = V.replace("0B0>+0W0> 0RG>@0 1RG<@0", "0B0> 0RG>@0 1RG<@0 0W0>")
     assert refuted(text)["order"] == (
-        "rank 0 comes in slot 6 (0RG>@0) to the reduction of the gradients of stage 0 of lane > in group 0, but that "
-        "needs the weight gradient of microbatch 0 at stage 0 of lane > (0W0>), which comes only in slot 8 (0W0>)"
+        "rank 0 joins the reduction of the gradients of stage 0 of lane > in group 0 in slot 6 (0RG>@0), but this "
+        "needs the weight gradient of microbatch 0 at stage 0 of lane >, which it computes only in slot 8 (0W0>)"
     )
     assert "order" not in refuted(text.replace("0W0>\n", "0W0> 0RG>\n")), "only the last reduction counts"
 

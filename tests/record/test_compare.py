@@ -180,6 +180,7 @@ def two_lanes(summed):
     return body
 
 
+@pytest.mark.long
 def test_replicas_that_are_summed_agree_with_the_sum_over_both_lanes():
     comparison = record_ranks(2, two_lanes(True), compare=True).comparison
     assert comparison.verdict == "equal", comparison.text()

@@ -127,7 +127,8 @@ def record(
         if compare:
             from dualpipe.record.plain import add_comparison
 
-            recordings = [add_comparison(recording, folder / "plain", logs) for recording in recordings]
+            plain = folder / "plain" / str(session)
+            recordings = [add_comparison(recording, plain, logs) for recording in recordings]
     if groups > 1:
         typer.echo(f"dualpipe: process group {session} of {groups}", err=True)
     ending = [] if end.succeeded else end.describe().splitlines()

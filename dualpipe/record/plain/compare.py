@@ -36,39 +36,33 @@ Plainly = Mapping[str, Any]
 
 
 def add_comparison(recording: Recording, folder: Path, logs: Sequence[RankLog]) -> Recording:
-    """The recording with its comparison with the plain runs in a folder; ``logs`` are those of all ranks of the job.
+    """The recording with its comparison with the plain runs in the files ``RANK.pt`` of a folder.
 
-    One of several pipelines is not compared, since the job may sum their gradients.
+    ``logs`` are those of all ranks of the job, of which the recording may have one pipeline.
     """
-    tasks, routes = recording.tasks, recording.schedule.routes
-    if not recording.pipeline_ranks:
-        return replace(recording, comparison=compare(folder, logs, tasks, routes))
-    why = ("the job may sum the gradients of several pipelines, and each is recorded by itself",)
-    counts = recording.schedule.microbatches
-    chunks = [
-        ChunkComparison(Chunk(lane, stage), rank, counts[lane], (), why, ())
-        for lane, route in routes.items()
-        for stage, rank in enumerate(route)
-    ]
-    return replace(recording, comparison=Comparison(tuple(chunks), (), ()))
+    ranks = recording.pipeline_ranks or tuple(range(len(logs)))
+    files = {number: _load(folder / f"{rank}.pt") for number, rank in enumerate(ranks)}
+    own, routes = [logs[rank] for rank in ranks], recording.schedule.routes
+    others = len(logs) > len({rank for route in routes.values() for rank in route})
+    return replace(recording, comparison=compare(files, own, recording.tasks, routes, others))
 
 
 def compare(
-    folder: Path, logs: Sequence[RankLog], tasks: Mapping[ForwardId, Task], routes: Mapping[Lane, tuple[int, ...]]
+    plain: Mapping[int, Mapping[str, Any]],
+    logs: Sequence[RankLog],
+    tasks: Mapping[ForwardId, Task],
+    routes: Mapping[Lane, tuple[int, ...]],
+    others: bool,
 ) -> Comparison:
-    """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder."""
-    files = {rank: _load(folder / f"{rank}.pt") for rank in {rank for route in routes.values() for rank in route}}
+    """Compare the step of the ``logs`` with the plain run of each rank; ``others`` as for ``_Step``."""
+    files = {rank: plain[rank] for route in routes.values() for rank in route}
     forwards: dict[Task, Plainly] = {}
     for id, task in sorted(tasks.items()):
         found = files[id.rank].get("forwards", {}).get(logs[id.rank].find(id.number)) if id.rank in files else None
         if found is not None:
             forwards[task] = found
-    step = _Step(
-        files,
-        forwards,
-        routes,
-        {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes},
-    )
+    counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
+    step = _Step(files, forwards, routes, counts, others)
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
     return Comparison(chunks, tuple(_losses(files, logs, tasks, routes)), tuple(_replicas(chunks, files)))
 
@@ -86,6 +80,8 @@ class _Step:
     forwards: Mapping[Task, Plainly]
     routes: Mapping[Lane, tuple[int, ...]]
     microbatches: Mapping[Lane, int]
+    others: bool
+    """Whether there are ranks outside of these routes, as those of other data-parallel pipelines."""
 
     def chunk(self, chunk: Chunk) -> ChunkComparison:
         rank, count = self.routes[chunk.lane][chunk.stage], self.microbatches[chunk.lane]
@@ -106,12 +102,14 @@ class _Step:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
         notes, summed = [], None
         kept = self._gradients(chunk, rank)
-        if isinstance(kept, str):
+        if isinstance(kept, str) and self.others:
+            unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
+        elif isinstance(kept, str):
             faults.append(kept)
         else:
             summed, note = kept
             notes += [note] if note else []
-        return ChunkComparison(chunk, rank, count, _shown(faults), (), tuple(notes), summed)
+        return ChunkComparison(chunk, rank, count, _shown(faults), tuple(unknown), tuple(notes), summed)
 
     def _of_microbatch(self, task: Task, found: Plainly) -> Iterator[str]:
         """What differs for one microbatch: the links to the neighbour stages, and the outputs."""
@@ -133,11 +131,17 @@ class _Step:
         other = self._other(chunk)
         agree: set[tuple[str, bool | None]] = set()
         wrong: dict[str, list[str]] = {}
+        shared = self._shared(chunk)
         for number, own in sums.items():
+            if number in shared:
+                agree.add((f"{file['names'][number]} is used by another stage of the rank too, and not compared", None))
+                continue
             final = file["final"][number]
             name = file["names"][number]
             both = None if other is None else _added(own, other.get(name))
             found = _agreement(final, own, both, self._counts())
+            if found == "" and (tied := self._tied(chunk, number, final)):
+                found = tied, None
             if isinstance(found, tuple):
                 agree.add(found)
             else:
@@ -169,6 +173,30 @@ class _Step:
                 added = gradient if final is None else gradient.to(final.dtype)
                 sums[number] = _added(sums.get(number, file["before"].get(number)), added)
         return sums
+
+    def _shared(self, chunk: Chunk) -> set[int]:
+        """The parameters that another stage on the rank uses as well: in which order both add to them is not fixed."""
+        rank = self.routes[chunk.lane][chunk.stage]
+        users: dict[int, set[Chunk]] = {}
+        for task, found in self.forwards.items():
+            if self.routes[task.lane][task.stage] == rank:
+                for number in found.get("weights", {}):
+                    users.setdefault(number, set()).add(task.chunk)
+        return {number for number, chunks in users.items() if len(chunks) > 1}
+
+    def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> str:
+        """The parameter of another stage with which a gradient was summed, as those of tied embeddings are."""
+        own = self._sums(chunk)[number]
+        others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
+        for other in (each for each in others if each != chunk):
+            for at, total in self._sums(other).items():
+                if own is not None and total is not None and total.shape == own.shape and _equal(final, own + total):
+                    mine, theirs = self._name(chunk, number), self._name(other, at)
+                    return f"{mine} is summed with {theirs} of stage {other.stage}, to which it is tied"
+        return ""
+
+    def _name(self, chunk: Chunk, number: int) -> str:
+        return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
 
     def _other(self, chunk: Chunk) -> dict[str, Tensor | None] | None:
         """The sums of the same stage on the other lane, by the names of parameters."""

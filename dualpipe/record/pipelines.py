@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dualpipe.record.events import Event, Message, RankLog, RecordError, read
-from dualpipe.record.failures import Codes
+from dualpipe.record.failures import Codes, fails
 from dualpipe.record.lanes import Lanes
 from dualpipe.record.lineage import match
 from dualpipe.record.naming import uses
@@ -51,7 +51,12 @@ def assemble_all(
     found = [ranks] if ranks is not None else pipelines(logs) if lanes is None else []
     if len(found) < 2 and ranks is None:
         return [assemble(logs, name, step, lanes, codes)]
-    return [_assemble(logs, own, name, step, lanes, codes) for own in found]
+    recordings = [_assemble(logs, own, name, step, lanes, codes) for own in found]
+    outside = {log.rank for log in logs if fails(log, codes)} - {rank for own in found for rank in own}
+    if ranks is not None or not outside:
+        return recordings
+    caveat = f"ranks {' '.join(map(str, sorted(outside)))} of the job failed before they were part of a pipeline"
+    return [replace(recording, caveats=(*recording.caveats, caveat)) for recording in recordings]
 
 
 def assemble_one(

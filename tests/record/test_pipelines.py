@@ -31,10 +31,10 @@ def job(ranks: int, *pairs: tuple[int, int]) -> list[Rank]:
     return logs
 
 
-def assembled(logs: list[Rank], ranks=None):
+def assembled(logs: list[Rank], ranks=None, codes=()):
     for log in logs:
         log.end()
-    return assemble_all([read(number, log.events) for number, log in enumerate(logs)], ranks=ranks)
+    return assemble_all([read(number, log.events) for number, log in enumerate(logs)], ranks=ranks, codes=codes)
 
 
 def test_replicas_have_no_rank_in_common_and_lanes_do():
@@ -81,6 +81,15 @@ def test_a_message_to_another_pipeline_that_is_never_matched_is_a_caveat():
     )
     assert "1 messages with ranks of other pipelines are left out" in first.notes[1]
     assert second.caveats == ()
+
+
+def test_a_rank_that_fails_before_it_is_part_of_a_pipeline_is_a_caveat_of_all():
+    first, second = assembled(job(5, (0, 2), (1, 3)), codes=(0, 0, 0, 0, 1))
+    assert first.caveats == second.caveats == ("ranks 4 of the job failed before they were part of a pipeline",)
+    assert not first.schedule.failures
+    first, second = assembled(job(5, (0, 2), (1, 3)), codes=(0, 0, 0, 3, 0))
+    assert (first.schedule.failures, first.caveats) == ((), ())
+    assert str(second.schedule.failures[0]) == "rank 1 ended with exit code 3 after 1SB0>@0"
 
 
 def test_two_replicas_are_recorded_and_a_test_chooses_one():

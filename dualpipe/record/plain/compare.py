@@ -36,26 +36,27 @@ Plainly = Mapping[str, Any]
 
 
 def add_comparison(recording: Recording, folder: Path, logs: Sequence[RankLog]) -> Recording:
-    """The recording with its comparison with the plain runs in the files ``RANK.pt`` of a folder.
-
-    ``logs`` are those of all ranks of the job, of which the recording may have one pipeline.
-    """
-    ranks = recording.pipeline_ranks or tuple(range(len(logs)))
-    files = {number: _load(folder / f"{rank}.pt") for number, rank in enumerate(ranks)}
-    own, routes = [logs[rank] for rank in ranks], recording.schedule.routes
-    others = len(logs) > len({rank for route in routes.values() for rank in route})
-    return replace(recording, comparison=compare(files, own, recording.tasks, routes, others))
+    """The recording with its comparison; ``logs`` are those of all ranks of the job."""
+    compared = compare(folder, logs, recording.tasks, recording.schedule.routes, recording.pipeline_ranks)
+    return replace(recording, comparison=compared)
 
 
 def compare(
-    plain: Mapping[int, Mapping[str, Any]],
+    folder: Path,
     logs: Sequence[RankLog],
     tasks: Mapping[ForwardId, Task],
     routes: Mapping[Lane, tuple[int, ...]],
-    others: bool,
+    ranks: Sequence[int] = (),
 ) -> Comparison:
-    """Compare the step of the ``logs`` with the plain run of each rank; ``others`` as for ``_Step``."""
-    files = {rank: plain[rank] for route in routes.values() for rank in route}
+    """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder.
+
+    ``ranks`` are the ranks of the job that the recorded pipeline has, by their numbers in ``tasks`` and ``routes``; none
+    if it has all of them.
+    """
+    others = len(logs) > len({rank for route in routes.values() for rank in route})
+    ranks = ranks or range(len(logs))
+    logs = [logs[rank] for rank in ranks]
+    files = {rank: _load(folder / f"{ranks[rank]}.pt") for route in routes.values() for rank in route}
     forwards: dict[Task, Plainly] = {}
     for id, task in sorted(tasks.items()):
         found = files[id.rank].get("forwards", {}).get(logs[id.rank].find(id.number)) if id.rank in files else None

@@ -65,6 +65,7 @@ _PUBLIC = (
 _PROVED = (
     "tests/schedule/test_comparison.py",
     "tests/schedule/test_normalise.py",
+    "tests/schedule/test_torchcsv.py",
     "tests/page/test_browser.py",
     "tests/megatron/test_random_streams.py",
     "tests/megatron/test_replicas.py",
@@ -72,6 +73,8 @@ _PROVED = (
     "tests/record/test_buffers.py",
     "tests/record/test_conclusions.py",
     "tests/record/test_cut_short.py",
+    "tests/record/test_failures.py",
+    "tests/record/test_functions.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
     *_CLI,

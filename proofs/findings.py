@@ -41,6 +41,8 @@ class _Finding(ABC):
 
     check: ClassVar[str]
     fault: ClassVar[str]
+    ends_early: ClassVar[bool] = False
+    """Whether a rank that ends early is enough to cause it."""
 
     @abstractmethod
     def places(self) -> tuple[Place, ...]:
@@ -61,6 +63,8 @@ class _Finding(ABC):
 
 class _Absence(_Finding):
     """Something is missing, or not in the programs.  Only the whole schedule shows it."""
+
+    ends_early = True
 
     def shown_by(self) -> None:
         pass
@@ -283,6 +287,7 @@ class Unmatched(_Finding):
     ``possible`` is whether there is another rank at the other end.
     """
 
+    ends_early = True
     check = "deadlock"
     fault = "never met"
     model: Model
@@ -300,6 +305,7 @@ class Unmatched(_Finding):
 class NeverJoined(_Finding):
     """A collective at which a rank waits for ever: the member ``absent`` of its group joins only ``joined`` of them."""
 
+    ends_early = True
     check = "deadlock"
     fault = "never joined"
     model: Model
@@ -352,6 +358,7 @@ class TouchedInFlight(_Absence):
     that is never waited for has no ``waited``.
     """
 
+    ends_early = False  # what was touched was touched, whatever came later
     check = "buffers"
     fault = "touched in flight"
     message: Placed
@@ -373,6 +380,7 @@ class Overwritten(_Absence):
     program: where the graph was made, where the write was, and where the backward used what had been overwritten.
     """
 
+    ends_early = False  # what was touched was touched, whatever came later
     check = "buffers"
     fault = "overwritten"
     message: Placed

@@ -17,19 +17,19 @@ from itertools import count
 from typing import Any, assert_never
 
 from dualpipe.progress import Progress, silent
-from dualpipe.schedule import Schedule
+from dualpipe.schedule import Failure, Schedule
 from proofs import buffers_search, buffers_smt, deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
-from proofs.findings import Finding
+from proofs.findings import Finding, Missing
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import Prefix, smallest_prefix
 from proofs.remarks import remarks
 from proofs.solver import SHARED, Solver
 from proofs.story import live_lines, tell
-from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
+from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall, worst
 from proofs.waivers import WITHOUT, waived
 
 __all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
@@ -58,8 +58,9 @@ class Result:
     """One check's verdict, the seconds that each method took, and, if it fails, the smallest prefix that fails.
 
     ``remarks`` are on the messages of the finding: where the recorded program posted them, and which names are guesses.
-    For ``deadlock``, ``models`` has the result under each model of communication.  ``waived`` is empty, or what may be
-    the case because the check fails and does not count for the verdict of the whole.
+    For ``deadlock``, ``models`` has the result under each model of communication.  ``after`` is the failure of the
+    recorded program that a refutation may follow from.  ``waived`` is empty, or what may be the case because the check
+    fails and does not count for the verdict of the whole.
     """
 
     verdict: Verdict
@@ -67,6 +68,7 @@ class Result:
     prefix: Prefix | None = None
     remarks: tuple[str, ...] = ()
     models: Mapping[str, Result] = field(default_factory=dict)
+    after: Failure | None = None
     waived: str = ""
 
     @property
@@ -97,6 +99,8 @@ class Result:
                 pass
             case _:
                 assert_never(self.verdict)
+        if self.after is not None:
+            shown["may_follow_from"] = str(self.after)
         if self.waived:
             shown["waived"] = self.waived
         if self.prefix is not None:
@@ -108,17 +112,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of all checks of a schedule.  ``label`` names it; ``peaks_in_bytes`` is empty without sizes."""
+    """The results of all checks of a schedule.
+
+    ``label`` names it; ``peaks_in_bytes`` is empty without sizes.  With ``failures``, those of a recorded program, the
+    schedule is refuted whatever the checks find, since the program did not run through.
+    """
 
     label: str
     ranks: int
     checks: Mapping[str, Result]
     peak_activations: tuple[int, ...]
     peaks_in_bytes: tuple[PeakBytes, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
-        return overall(result.verdict for result in self.checks.values() if not result.waived)
+        code = overall(result.verdict for result in self.checks.values() if not result.waived)
+        return worst([code, ExitCode.REFUTED]) if self.failures else code
 
     @property
     def verdict(self) -> str:
@@ -136,9 +146,11 @@ class Report:
             "schedule": self.label,
             "ranks": self.ranks,
             "verdict": self.verdict,
-            "checks": {name: result.as_json() for name, result in self.checks.items()},
-            "peak_activations": list(self.peak_activations),
         }
+        if self.failures:
+            shown["failures"] = [failure._asdict() for failure in self.failures]
+        shown["checks"] = {name: result.as_json() for name, result in self.checks.items()}
+        shown["peak_activations"] = list(self.peak_activations)
         if self.waived:
             shown["waived"] = list(self.waived)
         if self.peaks_in_bytes:
@@ -146,10 +158,10 @@ class Report:
         return shown
 
     def text(self) -> str:
-        """The report for a terminal: a line for each check with its story below, then the peaks."""
+        """The report for a terminal: the failures, a line for each check with its story below, then the peaks."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         but = f" but for {' and '.join(self.waived)} (waived)" if self.waived else ""
-        lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}{but}"]
+        lines = [*map(str, self.failures), f"{self.label or 'schedule'} on {ranks}: {self.verdict}{but}"]
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
@@ -183,6 +195,9 @@ def _found(result: Result) -> list[str]:
             passed = [name for name, other in result.models.items() if isinstance(other.verdict, Proved)]
             if passed:
                 lines.append(f"proved with {' and '.join(passed)} messages")
+            if result.after is not None:
+                what = "hang" if result.after.is_hang else "failure"
+                lines.append(f"this may be a consequence of the {what}: rank {result.after.rank} ended early")
             return lines
         case _:
             assert_never(result.verdict)
@@ -233,7 +248,7 @@ def prove(
     RuleError
         For a name in ``waive`` that is no check.
     """
-    without = waived(waive, CHECKS)
+    without = waived(waive)
     bound = bound_of(schedule, max_activations)
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
@@ -263,12 +278,26 @@ def prove(
     if schedule.observed:
         search, problem = partial(buffers_search.buffers, schedule), partial(buffers_smt.buffers, schedule)
         checks[BUFFERS] = check(BUFFERS, search, problem)
-    for name in without:
+    checks = {name: after_failures(result, schedule.failures) for name, result in checks.items()}
+    for name in without & checks.keys():
         if isinstance(checks[name].verdict, Refuted | Unknown):
             checks[name] = replace(checks[name], waived=WITHOUT[name])
     peaks = peak_activations(schedule)
     begin(total, total, "")
-    return Report(schedule.name if label is None else label, schedule.ranks, checks, peaks, peaks_in_bytes)
+    name = schedule.name if label is None else label
+    return Report(name, schedule.ranks, checks, peaks, peaks_in_bytes, schedule.failures)
+
+
+def after_failures(result: Result, failures: Sequence[Failure]) -> Result:
+    """The result with the first failure that its refutation may follow from.
+
+    What a hang leaves unmatched is its cause and not its consequence; what the ranks never ran is its consequence.
+    """
+    finding = result.finding
+    if finding is None or not finding.ends_early:
+        return result
+    possible = (failure for failure in failures if not failure.is_hang or isinstance(finding, Missing))
+    return replace(result, after=next(possible, None))
 
 
 def run_check(

@@ -108,11 +108,26 @@ class Doubt(NamedTuple):
     step: int
 
 
+class Raised(NamedTuple):
+    """The error that ended a rank.
+
+    ``at`` is the line of the program and ``time`` in seconds since the epoch.  ``during`` is what the error left: a
+    forward (F), a backward (B) or a wait for messages (M), and its numbers.
+    """
+
+    error: str
+    text: str
+    at: str
+    time: float
+    during: tuple[str, list[int]] | None
+
+
 @dataclass
 class RankLog:
     """The events of one rank, and the modules, forwards and messages in them.
 
-    ``same`` maps a forward to the one that it turned out to be a part of; ``find`` resolves it.
+    ``same`` maps a forward to the one that it turned out to be a part of; ``find`` resolves it.  ``raised`` is the
+    error that ended the rank; ``waiting`` are the messages that it was waiting for at the end.
     """
 
     rank: int
@@ -124,6 +139,8 @@ class RankLog:
     steps: int
     same: dict[int, int]
     doubts: list[Doubt] = field(default_factory=list)
+    raised: Raised | None = None
+    waiting: list[int] = field(default_factory=list)
 
     def find(self, forward: int) -> int:
         while forward in self.same:
@@ -161,9 +178,12 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                         known.requested_at = event["at"]
             case "post":
                 _read_post(log, event)
+            case "wait":
+                log.waiting = [n for n in event["messages"] if not log.messages[n].completed]
             case "completed":
                 for number in event["messages"]:
                     log.messages[number].completed = True
+                    log.waiting = [n for n in log.waiting if n != number]
             case "any source":
                 raise RecordError(
                     "a receive names its source rank",
@@ -172,6 +192,9 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 )
             case "doubt":
                 log.doubts.append(Doubt(event["what"], log.find(event["forward"]), event["at"], log.steps))
+            case "raised":
+                during = event["during"] and tuple(event["during"])
+                log.raised = Raised(event["error"], event["text"], event["place"], event["time"], during)
             case "step":
                 log.steps += 1
             case "end":
@@ -221,9 +244,9 @@ def _read_post(log: RankLog, event: Event) -> None:
         for letter, number in posted["marks"]:
             if letter in content:
                 content[letter].append(ForwardId(log.rank, log.find(number)))
-        if event["inside"] and posted["real"]:
+        if event["inside"] not in ("", "backward") and posted["real"]:
             raise RecordError(
-                "a stage does not communicate inside its forward or backward",
+                "a stage does not communicate inside its forward",
                 f"rank {log.rank} {posted['kind']}s inside {event['inside']} at {event['at']}",
                 f"if that runs the whole pipeline, add --container {event['inside']}",
             )
@@ -243,10 +266,11 @@ def _read_post(log: RankLog, event: Event) -> None:
         )
 
 
-def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[RankLog], int]:
+def read_folder(folder: Path, ranks: int | None, session: int, succeeded: bool = True) -> tuple[list[RankLog], int]:
     """The logs of one process group of a recorded command, and how many groups there were.
 
-    Consecutive groups are distinguished by their number of ranks and by the order in which they were formed.
+    Consecutive groups are distinguished by their number of ranks and by the order in which they were formed.  If the
+    command failed, a rank that never joined the group has an empty log.
     """
     groups: dict[tuple[Any, ...], dict[int, list[Event]]] = {}
     for path in sorted(folder.glob("*.events"), key=lambda p: p.stat().st_mtime):
@@ -259,6 +283,8 @@ def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[Ran
         while head["rank"] in groups.get((size, number), {}):
             number += 1
         groups.setdefault((size, number), {})[head["rank"]] = events[1:]
+    if not groups and ranks is not None and not succeeded:
+        return [read(rank, []) for rank in range(ranks)], 0
     if not groups:
         raise RecordError(
             "a recorded program calls torch.distributed.init_process_group in Python",
@@ -272,10 +298,10 @@ def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[Ran
     chosen = fitting[session - 1]
     size = next(key[0] for key, group in groups.items() if group is chosen)
     missing = [rank for rank in range(size) if rank not in chosen]
-    if missing:
+    if missing and succeeded:
         raise RecordError(
             "every rank is recorded",
             f"rank {missing[0]} of {size} never joined the process group",
             "look at its output",
         )
-    return [read(rank, chosen[rank]) for rank in range(size)], len(groups)
+    return [read(rank, chosen.get(rank, [])) for rank in range(size)], len(groups)

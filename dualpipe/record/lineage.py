@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dualpipe.record.events import Forward, ForwardId, Message, MessageId, ModuleId, RankLog, RecordError
+from dualpipe.record.lanes import Holder, Lanes, chains_of
 from dualpipe.record.microbatches import drop_evaluations, number
 from dualpipe.schedule import Chunk, Lane, Task
 
@@ -62,9 +63,15 @@ def reordered(
 
 
 def trace(
-    logs: Sequence[RankLog], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
+    logs: Sequence[RankLog],
+    messages: Mapping[MessageId, Message],
+    partner: Mapping[MessageId, MessageId],
+    lanes: Lanes | None = None,
 ) -> Lineage:
-    """The stage, lane and microbatch of every forward.  Raises ``RecordError`` if the modules form no chains."""
+    """The stage, lane and microbatch of every forward.
+
+    Raises ``RecordError`` if the modules form no chains, unless ``lanes`` says which they form.
+    """
     forwards = {f.id: f for log in logs for f in log.forwards.values()}
     data = _find_data(forwards.values(), messages, partner)
     before: dict[ForwardId, ForwardId] = {}
@@ -89,13 +96,17 @@ def trace(
     for isolated in _isolated(forwards, module_of, used):
         del module_of[isolated]
     notes = [*_notes_on_data(data, messages, partner), *_notes_on_left_out(forwards, module_of)]
-    chains = _chains(forwards, module_of, votes, data)
-    routes = {lane: tuple(rank for rank, _ in chain) for lane, chain in zip(Lane, chains, strict=False)}
-    chunk_of = {
-        module: Chunk(lane, stage)
-        for lane, chain in zip(Lane, chains, strict=False)
-        for stage, module in enumerate(chain)
-    }
+    if lanes is None:
+        observed = _chains(forwards, module_of, votes, data)
+        lanes = {lane: tuple(Holder(rank) for rank, _ in chain) for lane, chain in zip(Lane, observed, strict=False)}
+        chains: list[list[ModuleId | None]] = [[*chain] for chain in observed]
+    else:
+        chains = chains_of(lanes, forwards, module_of, messages)
+    routes = {lane: tuple(rank for rank, _ in holders) for lane, holders in lanes.items()}
+    chunk_of: dict[ModuleId, Chunk] = {}
+    for lane, chain in zip(Lane, chains, strict=False):
+        chunk_of |= {module: Chunk(lane, stage) for stage, module in enumerate(chain) if module is not None}
+    module_of = {forward: module for forward, module in module_of.items() if module in chunk_of}
     tasks, on_order = number(forwards, module_of, chunk_of, chains, before)
     tasks, on_evaluations = drop_evaluations(forwards, module_of, tasks)
     return Lineage(routes, tasks, data, (*notes, *on_order, *on_evaluations))

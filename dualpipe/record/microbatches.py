@@ -13,7 +13,7 @@ def number(
     forwards: Mapping[ForwardId, Forward],
     module_of: Mapping[ForwardId, ModuleId],
     chunk_of: Mapping[ModuleId, Chunk],
-    chains: Sequence[Sequence[ModuleId]],
+    chains: Sequence[Sequence[ModuleId | None]],
     before: Mapping[ForwardId, ForwardId],
 ) -> tuple[dict[ForwardId, Task], list[str]]:
     """The task of every forward.  ``before`` gives the forward whose activation a forward takes.
@@ -25,6 +25,8 @@ def number(
     notes: list[str] = []
     for chain in chains:
         for stage, module in enumerate(chain):
+            if module is None:
+                continue
             lane = chunk_of[module].lane
             own = sorted(forward for forward, m in module_of.items() if m == module)
             broken = []

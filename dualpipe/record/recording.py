@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from dualpipe.record.events import Doubt, Event, Message, MessageId, RankLog, RecordError, read
+from dualpipe.record.comparison import Comparison
+from dualpipe.record.events import Doubt, Event, ForwardId, Message, MessageId, RankLog, RecordError, read
+from dualpipe.record.failures import Codes, fails
+from dualpipe.record.failures import failures as conclude_failures
+from dualpipe.record.lanes import Lanes, check_ranks, guess
 from dualpipe.record.lineage import Lineage, match, reordered, trace
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
 from dualpipe.record.observed import observe
-from dualpipe.record.routes import complete
+from dualpipe.record.routes import complete, is_whole
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
-from dualpipe.schedule import MESSAGES, Op, Schedule, ScheduleError, check_slot
+from dualpipe.schedule import MESSAGES, Lane, Op, Program, Schedule, ScheduleError, Task, check_slot
 from dualpipe.schedule.text import dumps
 
 
@@ -34,6 +39,10 @@ class Recording:
         Why a proof of the schedule does not cover the whole program; empty if it does.
     notes:
         What was left out, guessed or reinterpreted, one sentence each.
+    tasks:
+        The stage, lane and microbatch of every forward.
+    comparison:
+        How the step compares with a plain run of the same modules, if that was asked for.
     """
 
     schedule: Schedule
@@ -41,10 +50,13 @@ class Recording:
     ended: tuple[bool, ...]
     caveats: tuple[str, ...]
     notes: tuple[str, ...]
+    tasks: Mapping[ForwardId, Task] = field(default_factory=dict, repr=False, compare=False)
+    comparison: Comparison | None = None
 
     def text(self) -> str:
-        """The schedule file, with the notes as comments at the top."""
-        return "".join(f"# {note}\n" for note in self.notes) + dumps(self.schedule)
+        """The schedule file, with the notes and the caveats as comments at the top."""
+        caveats = [f"a proof of this file does not cover everything: {caveat}" for caveat in self.caveats]
+        return "".join(f"# {line}\n" for line in (*self.notes, *caveats)) + dumps(self.schedule)
 
     def summary(self) -> str:
         """Sizes and counts in one line."""
@@ -60,6 +72,7 @@ class Recording:
 
     def as_json(self) -> dict[str, Any]:
         """The recording as one JSON object."""
+        compared = {} if self.comparison is None else {"comparison": self.comparison.as_json()}
         return {
             "schedule": dumps(self.schedule),
             "ranks": self.schedule.ranks,
@@ -69,50 +82,151 @@ class Recording:
             "ended": list(self.ended),
             "caveats": list(self.caveats),
             "notes": list(self.notes),
+            **compared,
         }
 
 
-def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> Recording:
+def assemble(
+    logs: Sequence[RankLog], name: str = "recorded", step: int = 1, lanes: Lanes | None = None, codes: Codes = ()
+) -> Recording:
     """The recording of the logs of all ranks, in order of rank.
+
+    Parameters
+    ----------
+    lanes:
+        The ranks and modules of each lane, for a run whose messages do not show them.
+    codes:
+        The exit code of each rank, ``None`` for one that was ended; empty if they are not known.
 
     Raises
     ------
     RecordError
-        If an op cannot be named; the error gives the line of the program.
+        If an op cannot be named; the error gives the line of the program.  There is always a recording of a program
+        that failed: what cannot be named is left out, with a caveat.
     """
-    steps = computing_steps(logs)
+    if lanes is not None:
+        check_ranks(lanes, len(logs))
+    failed = any(fails(log, codes) for log in logs)
+    try:
+        steps = computing_steps(logs)
+    except RecordError:
+        if not failed:
+            raise
+        steps = [0]
     if not 1 <= step <= len(steps):
         got = f"got {step}, and there were {len(steps)}"
         raise RecordError("--step counts the training steps", got, "use one of them")
-    everything = {m.id: m for log in logs for m in log.messages.values()}
-    partner = match(list(everything.values()))
-    check_within_step(steps[step - 1], everything, partner, uses(logs))
-    notes = [f"step {step} of {len(steps)}"] if len(steps) > 1 else []
-    logs = select_step(logs, steps[step - 1])
-    messages = {m.id: m for log in logs for m in log.messages.values()}
-    tagged = sorted({m.at for m in messages.values() if m.tag})
-    if tagged:
-        notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file and NCCL have none")
-    lineage = complete(trace(logs, messages, partner), logs, messages.values(), partner)
-    named = name_messages(logs, messages, partner, lineage)
-    check_within_step(steps[step - 1], everything, partner, named.ops)
-    for message in reordered(messages, partner, named.ops):
-        logs[message.id.rank].doubts.append(Doubt("several groups", -1, message.at, message.step))
-    notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
-    notes += notes_on_doubts(logs, lineage)
-    _check(lineage, named.ops, messages)
-    made = programs(logs, named, messages, partner, lineage)
-    notes += made.notes
-    if made.early:
-        notes.append(
-            f"{made.early} computations began with messages still in flight; in the file a message is where it was "
-            "posted, and the blocking model waits for it there, though the program does not"
-        )
-    ended = tuple(log.ended for log in logs)
-    lost = sum(id not in partner and id not in messages for id in everything)
-    observed = observe(logs, made.placed, lineage, named.guesses)
-    schedule = Schedule(lineage.routes, made.of_rank, name, observed=observed)
-    return Recording(schedule, len(steps), ended, tuple(caveats(logs, lineage, named, lost)), tuple(notes))
+    run = _Run(logs, name, steps, step, lanes, codes)
+    try:
+        return run.recording()
+    except RecordError as error:
+        if not failed:
+            raise
+        return run.without_ops(error)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The logs of a program and what is known about it; ``step`` counts from 1 in ``steps``."""
+
+    logs: Sequence[RankLog]
+    name: str
+    steps: Sequence[int]
+    step: int
+    lanes: Lanes | None
+    codes: Codes
+
+    def recording(self) -> Recording:
+        """The recording.  Raises ``RecordError`` if an op cannot be named."""
+        number, steps = self.steps[self.step - 1], len(self.steps)
+        everything = {m.id: m for log in self.logs for m in log.messages.values()}
+        partner = match(list(everything.values()))
+        check_within_step(number, everything, partner, uses(self.logs))
+        notes = [f"step {self.step} of {steps}"] if steps > 1 else []
+        logs = select_step(self.logs, number)
+        messages = {m.id: m for log in logs for m in log.messages.values()}
+        tagged = sorted({m.at for m in messages.values() if m.tag})
+        if tagged:
+            notes.append(f"messages carry tags, as at {tagged[0]}; a schedule file and NCCL have none")
+        lineage, doubts = self.lineage(logs, messages, partner)
+        lost = [m for m in messages.values() if self.failed(logs) and not _has_boundary(m, partner, lineage)]
+        named_messages = {id: m for id, m in messages.items() if m not in lost}
+        named = name_messages(logs, named_messages, partner, lineage)
+        check_within_step(number, everything, partner, named.ops)
+        for message in reordered(messages, partner, named.ops):
+            logs[message.id.rank].doubts.append(Doubt("several groups", -1, message.at, message.step))
+        notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
+        notes += [*notes_on_doubts(logs, lineage), *map(_note_on_lost, lost)]
+        _check(lineage, named.ops, messages)
+        made = programs(logs, named, messages, partner, lineage)
+        notes += made.notes
+        if made.early:
+            notes.append(
+                f"{made.early} computations began with messages still in flight; in the file a message is where it was "
+                "posted, and the blocking model waits for it there, though the program does not"
+            )
+        failures, ranks = conclude_failures(logs, self.codes, named.ops, messages, lineage, made.of_rank)
+        elsewhere = sum(id not in partner and id not in messages for id in everything)
+        doubts += caveats(logs, lineage, named, elsewhere)
+        if lost:
+            doubts.append(f"{len(lost)} unmatched messages between ranks without neighbouring stages are left out")
+        observed = observe(logs, made.placed, lineage, named.guesses)
+        schedule = Schedule(lineage.routes, ranks, self.name, observed=observed, failures=failures)
+        return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes), lineage.tasks)
+
+    def lineage(
+        self,
+        logs: Sequence[RankLog],
+        messages: Mapping[MessageId, Message],
+        partner: Mapping[MessageId, MessageId],
+    ) -> tuple[Lineage, list[str]]:
+        """The lineage, with the given lanes, the observed ones or, of a program that failed, guessed ones; caveats."""
+        if self.lanes is not None:
+            return trace(logs, messages, partner, self.lanes), []
+        observed: Mapping[Lane, tuple[int, ...]] = {}
+        try:
+            lineage = complete(trace(logs, messages, partner), logs, messages.values(), partner)
+        except RecordError:
+            if not self.failed(logs):
+                raise
+        else:
+            observed = lineage.routes
+            if not self.failed(logs) or is_whole(lineage, logs):
+                return lineage, []
+        lanes = guess(observed, len(logs))
+        shown = " and ".join(f"{lane} {' '.join(str(rank) for rank, _ in held)}" for lane, held in lanes.items())
+        doubt = f"the ranks of the lanes are a guess ({shown}), because too few messages were received; give --lanes"
+        return trace(logs, messages, partner, lanes), [doubt]
+
+    def without_ops(self, error: RecordError) -> Recording:
+        """The recording of a program that failed and whose ops cannot be named: how it failed."""
+        lanes = self.lanes or guess({}, len(self.logs))
+        routes = {lane: tuple(rank for rank, _ in holders) for lane, holders in lanes.items()}
+        lineage = Lineage(routes, {}, frozenset(), ())
+        messages = {m.id: m for log in self.logs for m in log.messages.values()}
+        empty: tuple[Program, ...] = ((),) * len(self.logs)
+        failures, ranks = conclude_failures(self.logs, self.codes, {}, messages, lineage, empty)
+        schedule = Schedule(routes, ranks, self.name, failures=failures)
+        return Recording(schedule, len(self.steps), self.ended(), (f"no op is written: {error}",), ())
+
+    def failed(self, logs: Sequence[RankLog]) -> bool:
+        return any(fails(log, self.codes) for log in logs)
+
+    def ended(self) -> tuple[bool, ...]:
+        return tuple(log.ended for log in self.logs)
+
+
+def _has_boundary(message: Message, partner: Mapping[MessageId, MessageId], lineage: Lineage) -> bool:
+    """Whether a message is matched or is between the ranks of neighbouring stages."""
+    pair = {message.id.rank, message.peer}
+    return message.id in partner or any(
+        {one, other} == pair for route in lineage.routes.values() for one, other in pairwise(route)
+    )
+
+
+def _note_on_lost(message: Message) -> str:
+    what = "send to" if message.send else "receive from"
+    return f"rank {message.id.rank}: the {what} rank {message.peer} at {message.at} was never matched; it is left out"
 
 
 def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]) -> None:
@@ -135,6 +249,8 @@ def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[Mess
             ) from error
 
 
-def assemble_events(events: Mapping[int, Sequence[Event]], name: str = "recorded", step: int = 1) -> Recording:
+def assemble_events(
+    events: Mapping[int, Sequence[Event]], name: str = "recorded", step: int = 1, lanes: Lanes | None = None
+) -> Recording:
     """Like ``assemble``, from the events that each rank kept in memory."""
-    return assemble([read(rank, events[rank]) for rank in sorted(events)], name, step)
+    return assemble([read(rank, events[rank]) for rank in sorted(events)], name, step, lanes)

@@ -66,6 +66,24 @@ def complete(
     return replace(lineage, routes=routes, notes=(*lineage.notes, *notes))
 
 
+def is_whole(lineage: Lineage, logs: Sequence[RankLog]) -> bool:
+    """Whether all lanes are as long as each other and show their ends.
+
+    A lane shows its end by holding every rank, or by a backward of its last stage that began without a gradient from
+    another rank.
+    """
+    routes = lineage.routes
+    ended = {
+        task.lane
+        for forward, task in lineage.tasks.items()
+        if task.stage == len(routes[task.lane]) - 1
+        if (of := logs[forward.rank].forwards.get(forward.number)) is not None and of.backward_began
+        if not of.gradients
+    }
+    ended |= {lane for lane, route in routes.items() if len(set(route)) == len(logs)}
+    return len(set(map(len, routes.values()))) == 1 and ended == routes.keys()
+
+
 def _overlapped(one: Route, other: Route) -> Route | None:
     """The route that begins with one and ends with the other, if they have ranks in common and agree on those."""
     for common in range(min(len(one), len(other)), 0, -1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from dualpipe.record.events import Message, MessageId, RankLog, RecordError
 
@@ -40,7 +41,7 @@ def _select(log: RankLog, step: int) -> RankLog:
     forwards = {n: f for n, f in log.forwards.items() if f.step == step}
     messages = {n: m for n, m in log.messages.items() if m.step == step}
     doubts = [doubt for doubt in log.doubts if doubt.step == step]
-    return RankLog(log.rank, events, forwards, messages, log.modules, log.ended, log.steps, log.same, doubts)
+    return replace(log, events=events, forwards=forwards, messages=messages, doubts=doubts)
 
 
 def check_within_step(

@@ -3,6 +3,7 @@
 Everything here needs only the standard library.  This module exports the types that everything else uses.
 """
 
+from dualpipe.schedule.failure import Failure, printable
 from dualpipe.schedule.op import (
     COLLECTIVES,
     COMPUTE,
@@ -50,6 +51,7 @@ __all__ = [
     "B",
     "Chunk",
     "F",
+    "Failure",
     "Kind",
     "Lane",
     "Op",
@@ -66,5 +68,6 @@ __all__ = [
     "check_routes",
     "check_slot",
     "full_backwards",
+    "printable",
     "show_slot",
 ]

@@ -6,6 +6,7 @@
     schedule dualpipe
     lane > 0 1 2 3
     lane < 3 2 1 0
+    failure 2: raised IndexError at train.py:11 during 1F1>
     group 0: 0 3
     rank 0: 0F0> 0SF0> 0F1> 3SB0<+3RF1< ... 0RG>@0
 
@@ -22,6 +23,7 @@ from typing import Any, NoReturn, TypeVarTuple
 
 from dualpipe.files import read_whole
 from dualpipe.schedule import (
+    Failure,
     Kind,
     Lane,
     Op,
@@ -68,8 +70,9 @@ def dumps(schedule: Schedule) -> str:
     ]
     groups = [f"group {number}: {' '.join(map(str, members))}" for number, members in enumerate(schedule.groups)]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
+    failures = [f"failure {rank}: {what}" for rank, what in schedule.failures]
     observed = observed_text.lines_of(schedule.observed, schedule.programs)
-    return "\n".join([*head, *lanes, *groups, *ranks, *observed]) + "\n"
+    return "\n".join([*head, *failures, *lanes, *groups, *ranks, *observed]) + "\n"
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def as_json(schedule: Schedule) -> dict[str, Any]:
         "lanes": {str(lane): list(route) for lane, route in schedule.routes.items()},
         **groups,
         "programs": [[show_slot(slot) for slot in program] for program in schedule.programs],
+        **({"failures": [failure._asdict() for failure in schedule.failures]} if schedule.failures else {}),
     }
 
 
@@ -132,6 +136,7 @@ class _Parser:
         self.routes: dict[Lane, tuple[int, ...]] = {}
         self.lane_lines: dict[Lane, tuple[int, list[re.Match[str]]]] = {}
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
+        self.failures: list[tuple[int, Failure]] = []  # with the line of each
         self.observed_lines: list[observed_text.Line] = []
         self.group_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
         self.groups: tuple[tuple[int, ...], ...] = ()
@@ -154,7 +159,11 @@ class _Parser:
         self.check_groups(*end)
         programs = tuple(self.program(*self.rank_lines[rank]) for rank in range(len(self.rank_lines)))
         observed = observed_text.read(self.observed_lines, programs, self.op, self.fail)
-        return Schedule(self.routes, programs, self.name or "", self.groups, observed=observed)
+        for number, failure in self.failures:
+            if failure.rank >= len(programs):
+                self.fail(number, 1, f"rank {failure.rank}, which has no program", "a rank of the file")
+        failures = [failure for _, failure in self.failures]
+        return Schedule(self.routes, programs, self.name or "", self.groups, observed=observed, failures=failures)
 
     def check_groups(self, line: int, column: int) -> None:
         for number in range(len(self.group_lines)):
@@ -186,6 +195,8 @@ class _Parser:
                 self.lane_line(number, content, words)
             case "group" | "rank":
                 self.numbered_line(number, content, words[0].group())
+            case "failure":
+                self.failure_line(number, content)
             case word if word in observed_text.WORDS:
                 self.observed_lines.append((number, content))
             case other:
@@ -226,6 +237,15 @@ class _Parser:
         if rank in lines:
             self.fail(number, head.start(1) + 1, f"{word} {rank} a second time", f"each {word} once")
         lines[rank] = number, list(re.compile(r"\S+").finditer(content, head.end()))
+
+    def failure_line(self, number: int, content: str) -> None:
+        found = re.fullmatch(r"\s*failure\s+([0-9]{1,9})\s*:\s*(\S.*?)\s*", content)
+        if found is None:
+            self.fail(number, 1, repr(_short(content.strip())), "a rank and what happened to it: 'failure N: TEXT'")
+        what = found.group(2)
+        if not what.isprintable():
+            self.fail(number, found.start(2) + 1, repr(_short(what)), "printable text")
+        self.failures.append((number, Failure(int(found.group(1)), what)))
 
     def bad_numbered_line(self, number: int, content: str, word: str) -> NoReturn:
         """Fail where the line of a rank or a group departs from its form: at the number or where a colon should be."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualpipe.schedule import normalise
+from dualpipe.schedule.failure import Failure, check_failures
 from dualpipe.schedule.observed import NOTHING, Observed
 from dualpipe.schedule.op import (
     COLLECTIVES,
@@ -50,15 +51,20 @@ class Schedule:
     groups:
         The members of each group of collectives, by its number: ranks of the schedule, in any order.
     observed:
-        What was observed when a program ran the schedule.  It takes no part in comparisons.
+        What was observed when a program ran the schedule.  It takes no part in comparisons, so a recorded schedule is
+        equal to a written one with the same ops.
+    failures:
+        How ranks of a recorded program failed, the first one first.  A schedule with failures is never proved, so it is
+        not equal to one without them.
 
     Raises
     ------
     ScheduleError
         If a part has another type (a bool or a float as a number, a set or a text as a sequence), the name is not one
         word, a route names a rank without a program, an op a lane or stage that does not exist or a number that is
-        negative or above 999999999, a slot is empty or mixes compute, messages and collectives, or a group is empty,
-        names a rank without a program or one twice, or an op names a group that does not exist.
+        negative or above 999999999, a slot is empty or mixes compute, messages and collectives, a group is empty, names
+        a rank without a program or one twice, an op names a group that does not exist, or a failure names a rank
+        without a program or is not one printable line.
     """
 
     routes: Routes
@@ -66,6 +72,7 @@ class Schedule:
     name: str
     groups: tuple[tuple[int, ...], ...]
     observed: Observed = field(compare=False, repr=False)
+    failures: tuple[Failure, ...]
 
     def __init__(
         self,
@@ -75,6 +82,7 @@ class Schedule:
         groups: Iterable[Iterable[int]] = (),
         *,
         observed: Observed = NOTHING,
+        failures: Iterable[tuple[int, str]] = (),
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
         object.__setattr__(self, "observed", observed)
@@ -82,8 +90,10 @@ class Schedule:
         object.__setattr__(self, "programs", normalise.programs(programs))
         object.__setattr__(self, "groups", normalise.groups(groups))
         check_name(self.name)
+        object.__setattr__(self, "failures", tuple(Failure(*failure) for failure in failures))
         check_routes(self.routes, len(self.programs))
         check_groups(self.groups, len(self.programs))
+        check_failures(self.failures, len(self.programs))
         for program in self.programs:
             for slot in program:
                 check_slot(slot, self.routes, len(self.groups))

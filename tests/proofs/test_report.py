@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dualpipe.schedule import Op, Placed
+from dualpipe.schedule import Op, Placed, Schedule
 from dualpipe.schedule.generate import dualpipe, one_f_one_b, zb1p
 from dualpipe.schedule.text import loads
 from proofs.findings import Live, Mismatch
@@ -176,3 +176,39 @@ def test_both_methods_prove_64_ranks_and_256_microbatches():
     report = prove(dualpipe(64, 256))
     assert report.verdict == "proved"
     assert {tuple(result.seconds) for result in report.checks.values()} == {("graph", "z3")}
+
+
+def test_a_program_that_failed_is_refuted_whatever_the_checks_find():
+    schedule = Schedule(one_f_one_b(2, 4).routes, one_f_one_b(2, 4).programs, failures=[(1, "ended with exit code 3")])
+    report = prove(schedule, smt=False)
+    assert (report.verdict, report.exit_code) == ("refuted", ExitCode.REFUTED)
+    assert report.text().startswith(
+        "rank 1 ended with exit code 3\nschedule on 2 ranks: refuted\n  complete      proved"
+    )
+    assert report.as_json()["failures"] == [{"rank": 1, "what": "ended with exit code 3"}]
+
+
+@pytest.mark.parametrize(
+    ("failure", "check", "follows"),
+    [
+        ("raised IndexError", "complete", True),
+        ("raised IndexError", "messages", True),
+        ("raised IndexError", "deadlock", True),
+        ("waited for 0RB3>", "complete", True),
+        ("waited for 0RB3>", "messages", False),
+        ("waited for 0RB3>", "deadlock", False),
+    ],
+)
+def test_what_a_rank_left_out_may_follow_from_its_failure(failure, check, follows):
+    """What a hang leaves unmatched is its cause; what a crash leaves unmatched may be its consequence."""
+    schedule = one_f_one_b(2, 4)
+    programs = [program[: -2 * rank or None] for rank, program in enumerate(schedule.programs)]
+    found = prove(Schedule(schedule.routes, programs, failures=[(1, failure)]), smt=False).as_json()["checks"][check]
+    assert found["verdict"] == "refuted"
+    assert found.get("may_follow_from") == (f"rank 1 {failure}" if follows else None)
+
+
+def test_a_fault_that_is_no_absence_does_not_follow_from_a_failure():
+    schedule = two_sends_of_a_batch_swapped()
+    failed = Schedule(schedule.routes, schedule.programs, failures=[(1, "raised IndexError")])
+    assert "may_follow_from" not in prove(failed, smt=False).as_json()["checks"]["messages"]

@@ -123,40 +123,45 @@ class Residual(nn.Module):
         return x + self.layer(x)
 
 
+class Cut(nn.Module):
+    def forward(self, y):
+        return y.detach().requires_grad_()
+
+
 CUTS = {
     "detach": lambda y: (leaf := y.detach().requires_grad_(), leaf),
     "clone": lambda y: (leaf := y.detach().clone().requires_grad_(), leaf),
     "a view of the leaf": lambda y: (leaf := y.detach().requires_grad_(), leaf.view(SHAPE)),
     "a function of the leaf": lambda y: (leaf := y.detach().requires_grad_(), leaf * 2),
+    "a copy": lambda y: (leaf := torch.empty(SHAPE).copy_(y.detach()).requires_grad_(), leaf),
+    "a module": lambda y: (leaf := Cut()(y), leaf),
 }
 """How a stage's output becomes the input of the next one on the same rank: the leaf, and what the stage gets."""
 
 
-def residual_v(rank, cut) -> None:
-    """Rank 0 holds stages 0 and 3, rank 1 stages 1 and 2."""
-    first, last = Residual(), Residual()
+def residual_v(rank, cut, stages, call=lambda stage, x, *more: stage(x)) -> None:
+    """Rank 0 holds stages 0 and 3, rank 1 stages 1 and 2; ``call`` gets the input of stage 1 as well for stage 2."""
+    first, last = stages
     for _ in range(2):
         if rank == 0:
-            y = first(torch.randn(SHAPE))
+            y = call(first, torch.randn(SHAPE))
             dist.send(y.detach(), 1)
             x = receive(1).requires_grad_()
-            last(x).sum().backward()
+            call(last, x).sum().backward()
             dist.send(x.grad, 1)
             y.backward(receive(1))
         else:
             x = receive(0).requires_grad_()
-            y = first(x)
+            y = call(first, x)
             leaf, given = cut(y)
-            z = last(given)
+            z = call(last, given, x, y)
             dist.send(z.detach(), 0)
             z.backward(receive(0))
             y.backward(leaf.grad)
             dist.send(x.grad, 0)
 
 
-@pytest.mark.parametrize("how", CUTS)
-def test_two_residual_stages_back_to_back_on_one_rank_are_two(how):
-    recording = record_ranks(2, lambda rank: residual_v(rank, CUTS[how]))
+def assert_two_stages_each(recording) -> None:
     assert recording.schedule.routes == {">": (0, 1, 1, 0)}
     assert text(recording, 1).startswith(
         "1RF0>@0 1F0> 2F0> 2SF0>@0 2RB0>@0 2B0>+2W0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 2F1>"
@@ -165,25 +170,129 @@ def test_two_residual_stages_back_to_back_on_one_rank_are_two(how):
     assert (recording.notes, recording.caveats) == ((), ())
 
 
-def test_an_input_set_as_an_attribute_is_an_input_of_the_stage():
-    class Given(Residual):
-        given = None
+@pytest.mark.parametrize("how", CUTS)
+def test_two_residual_stages_back_to_back_on_one_rank_are_two(how):
+    assert_two_stages_each(record_ranks(2, lambda rank: residual_v(rank, CUTS[how], (Residual(), Residual()))))
 
-        def forward(self, tokens):
-            return self.layer(tokens if self.given is None else self.given)
 
+class Fed(nn.Module):
+    """Gets its input as an attribute; its forward has no arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.given = nn.Linear(4, 4), None
+
+    def forward(self):
+        return self.given + self.layer(self.given)
+
+
+class Skipping(Residual):
+    """Also takes the input of the stage before."""
+
+    def forward(self, x, skip=None):
+        return super().forward(x if skip is None else x + skip)
+
+
+def feed(stage, x, *more):
+    stage.given = x
+    return stage()
+
+
+def skip(stage, x, before=None, y=None):
+    return stage(x, None if before is None else before.detach())
+
+
+def log_both(stage, x, before=None, y=None):
+    z = stage(x)
+    if y is not None:
+        (y + z).mean()  # a function of both outputs, with a graph, for the log
+    return z
+
+
+CALLS = {"a setter": (Fed, feed), "a skip": (Skipping, skip), "a log of both outputs": (Residual, log_both)}
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_stages_with_other_tensors_between_them_are_two(how):
+    stage, call = CALLS[how]
+    recording = record_ranks(2, lambda rank: residual_v(rank, CUTS["detach"], (stage(), stage()), call))
+    assert_two_stages_each(recording)
+
+
+def test_microbatches_of_data_whose_outputs_are_logged_together_are_two():
     def body(rank):
-        stage = Given()
+        stage = nn.Linear(4, 4)
+        if rank == 0:
+            outputs = [stage(torch.randn(SHAPE)) for _ in range(2)]
+            sum(y.mean() for y in outputs)  # with a graph, for the log
+            for y in outputs:
+                dist.send(y.detach(), 1)
+            for y in outputs:
+                y.backward(receive(1))
+        else:
+            for x in [receive(0).requires_grad_() for _ in range(2)]:
+                stage(x).sum().backward()
+                dist.send(x.grad, 0)
+
+    assert text(record_ranks(2, body), 0).startswith("0F0> 0F1> 0SF0>@1 0SF1>@1 ")
+
+
+class Reading(nn.Module):
+    """Reads its input from ``box``, in one of several ways; ``how`` is applied to it."""
+
+    def __init__(self, box, how) -> None:
+        super().__init__()
+        self.weight, self.box, self.how = nn.Parameter(torch.randn(4, 4)), box, how
+
+    def forward(self, *arguments):
+        return self.how(self.box[0]) @ self.weight
+
+
+READ = {
+    "an operator": lambda x: x * 2,
+    "a copy into a buffer": lambda x: torch.zeros(SHAPE).copy_(x),
+    "an addition in place": lambda x: torch.zeros(SHAPE).add_(x),
+    "a view": lambda x: x.view(SHAPE),
+}
+
+
+@pytest.mark.parametrize("argument", ["nothing", "an object", "tokens"])
+@pytest.mark.parametrize("how", READ)
+def test_an_input_that_is_no_argument_is_an_input_of_the_stage(how, argument):
+    def body(rank):
+        box = [None]
+        stage = Reading(box, READ[how])
+        arguments = {"nothing": (), "an object": (object(),), "tokens": (torch.arange(3),)}[argument]
 
         def call(x):
-            stage.given = x if rank == 1 else None
-            return stage(torch.randn(SHAPE))
+            box[0] = x
+            return stage(*arguments)
 
         train(rank, call)
 
     recording = record_ranks(2, body)
     assert_plain(recording)
     assert (recording.notes, recording.caveats) == ((), ())
+
+
+def test_the_sum_of_three_microbatches_in_one_run_of_the_engine_has_an_order_of_its_own():
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        if rank == 0:
+            outputs = [stage(torch.randn(SHAPE)) for _ in range(3)]
+            for y in outputs:
+                dist.send(y.detach(), 1)
+            torch.autograd.backward(outputs, [receive(1) for _ in outputs])
+        else:
+            for x in [receive(0).requires_grad_() for _ in range(3)]:
+                stage(x).sum().backward()
+                dist.send(x.grad, 0)
+
+    recording = record_ranks(2, body)
+    assert text(recording, 0).endswith("0B0>+0B1>+0B2>+0W0>+0W1>+0W2>")
+    assert recording.caveats == (
+        "1 runs of the engine sum gradients of several microbatches in an order that could not be determined",
+    )
 
 
 DOUBTS = {

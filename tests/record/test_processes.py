@@ -140,9 +140,9 @@ def test_ranks_that_multiprocessing_forks_and_that_fork_loaders():
     assert (recorded["proof"]["verdict"], recorded["caveats"]) == ("proved", [])
 
 
-def test_a_proof_of_a_failed_program_has_a_caveat():
+def test_a_program_that_failed_is_refuted_whatever_its_schedule():
     result = command("--prove", *python("forks.py", "error"))
     assert result.returncode == 1, result.stderr
-    assert result.stdout.startswith(
-        "recorded on 2 ranks: proved as far as it was recorded: the program failed or was ended"
-    )
+    assert "raised LookupError at " in (first := result.stdout.splitlines()[0])
+    assert first.endswith(("forks.py:52 after 0B1>+0W1>: at the end", "forks.py:52 after 1SB1>@0: at the end"))
+    assert "\nrecorded on 2 ranks: refuted\n  complete      proved" in result.stdout

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe.schedule import DOWN, RB, RF, SB, SF, UP, B, F, Op, Schedule, ScheduleError, W
+from dualpipe.schedule import DOWN, RB, RF, SB, SF, UP, B, F, Op, Schedule, ScheduleError, W, printable
 from dualpipe.schedule.generate import NAMES, generate
-from dualpipe.schedule.text import ScheduleSyntaxError, digest, dumps, load, loads
+from dualpipe.schedule.text import ScheduleSyntaxError, as_json, digest, dumps, load, loads
 from tests.schedule.hostile import is_schedule_or_points_into, outcome
 from tests.strategies import schedules
 
@@ -56,6 +56,20 @@ def test_every_part_of_the_form_is_read():
     )
 
 
+def test_the_failures_of_a_recorded_program_are_read_and_printed():
+    text = "failure 1: raised IndexError at a b.py:11 during 1F1>: 2: x\nlane > 0 1\nrank 0: 0F0>\nrank 1:\n"
+    schedule = loads(text)
+    assert [str(failure) for failure in schedule.failures] == [
+        "rank 1 raised IndexError at a b.py:11 during 1F1>: 2: x"
+    ]
+    assert dumps(schedule) == text
+    assert as_json(schedule)["failures"] == [{"rank": 1, "what": "raised IndexError at a b.py:11 during 1F1>: 2: x"}]
+    assert schedule != loads(text.replace("2: x", "3: x"))
+    with pytest.raises(ScheduleError, match="one printable line without #"):
+        Schedule({UP: (0,)}, ((),), failures=[(0, "raised #")])
+    assert printable(" a # of\nthe " + "x" * 400) == "a of the " + "x" * 290 + "…"
+
+
 def test_line_ends_of_other_systems_are_read():
     assert loads("lane > 0\r\nrank 0: 0F0>\r\n") == loads("lane > 0\nrank 0: 0F0>\n")
 
@@ -73,6 +87,8 @@ def test_digest_tells_schedules_apart():
 
 
 BAD = {
+    "a failure without a text": ("lane > 0\nrank 0:\nfailure 0:", 3, 1, "'failure N: TEXT'"),
+    "a failure of no rank": ("lane > 0\nrank 0:\nfailure 1: raised", 3, 1, "rank 1, which has no program"),
     # what is wrong: (text, line, column, what the message says of it)
     "empty": ("", 1, 1, "no lane"),
     "only a comment": ("# lane > 0\n", 2, 1, "no lane"),

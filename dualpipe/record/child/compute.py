@@ -36,18 +36,16 @@ def _call(flow: Flow, original: Callable[..., Any], containers: frozenset[str]) 
         if flow.calling or flow.running or type(self).__qualname__ in containers:
             return original(self, *args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not tensors:
-            return original(self, *args, **kwargs)
-        made = None if any(map(_without_data, tensors)) else flow.call(self, tensors)
-        left = flow.within(made)
-        flow.calling, flow.caller = 1, type(self).__qualname__
+        call = flow.begin(self, None if not tensors else [] if any(map(_without_data, tensors)) else tensors)
         try:
             output = original(self, *args, **kwargs)
-        finally:
-            flow.calling = 0
-            flow.within(left)
-        if made is not None:
-            flow.called(made, output)
+        except BaseException as error:
+            flow.end(call)
+            flow.broke(error, "F", (number for _, number in call.made or ()))
+            raise
+        flow.end(call)
+        if call.made is not None:
+            flow.called(call.made, output)
         return output
 
     return __call__
@@ -80,11 +78,16 @@ class _Engine:
         left = flow.within(made)
         flow.running += 1
         try:
-            return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+            result = self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+        except BaseException as error:
+            flow.ran(completed=False)
+            flow.broke(error, "B", (number for _, number in made))
+            raise
         finally:
             flow.running -= 1
             flow.within(left)
-            flow.ran(made)
+        flow.ran(completed=True)
+        return result
 
 
 def _gradient(flow: Flow) -> property:

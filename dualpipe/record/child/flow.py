@@ -12,22 +12,27 @@ the events of all ranks.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.distributed import distributed_c10d as c10d
 from torch.utils._pytree import tree_leaves
 
 from . import graph
 from .buffers import Buffers
 from .forwards import Forwards, Trials
-from .log import Sink, call_path, program_line
-from .marks import NONE, Key, Marks, Table, key_of
+from .log import Sink, call_path, line_of, program_line
+from .marks import NONE, Key, Mark, Marks, Table, key_of
 from .parameters import Parameters, state_of
+from .runs import Runs
 
+_DURING = "_dualpipe_during"  # an attribute of an error
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
 
@@ -46,6 +51,24 @@ def marks(letter: str, numbers: Iterable[int]) -> Marks:
     return frozenset((letter, number) for number in numbers)
 
 
+@dataclass
+class Call:
+    """An outermost call of a module.
+
+    ``made`` are the marks of its results.  It is ``None`` for a call without tensors, which is no forward, until the
+    module reads a tensor that was received or detached for it, or a parameter of its own.
+    """
+
+    module: nn.Module
+    made: Marks | None = None
+    left: Marks | None = None
+    is_open: bool = False  # whether everything that happens belongs to it
+    communicates: bool = False
+
+    def holds(self, tensor: Tensor) -> bool:
+        return any(tensor is parameter for parameter in self.module._parameters.values())
+
+
 class Flow:
     """The state of one rank; every method handles one thing that the program does."""
 
@@ -56,14 +79,15 @@ class Flow:
         self._trials = Trials()
         self._parameters = Parameters()
         self._input_of: dict[int, int] = {}  # message -> the forward that takes its tensor
-        self._gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes its tensor
         self._next: dict[int, int] = {}  # forward -> the one on this rank that takes its detached output
         self._messages = 0
         self._posts = 0
+        self.posted: list[int] = []  # the messages of the last post
         self._post_of: dict[int, int] = {}  # message -> the call of ``post`` that it was in
         # (forward, module, with gradients) -> the inputs of its calls
-        self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
-        self._runs = 0
+        self._given: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
+        self._calls: list[Call] = []  # those that have not returned
+        self._engine_runs = Runs(self.write, self._table, self._forwards, self._parameters)
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
         self.running = 0  # depth of runs of the engine
@@ -79,6 +103,18 @@ class Flow:
         waiting_for = getattr(threading.current_thread(), "on_behalf_of", None)  # set by dualpipe's transport
         return (waiting_for or threading.get_ident()) == self._thread
 
+    def find(self, forward: int) -> int:
+        """The forward that one turned out to be a part of."""
+        return self._forwards.find(forward)
+
+    def forwards_of(self, tensor: Tensor) -> set[int]:
+        """The forwards that a tensor was computed by or from."""
+        return {self._forwards.find(number) for letter, number in self._table.get(tensor) if letter == "F"}
+
+    def carried(self, tensor: Tensor) -> Marks:
+        """The marks that a tensor passes on to results."""
+        return self._carried_by(tensor)
+
     def within(self, context: Marks | None) -> Marks | None:
         """Enter a context, whose marks every new tensor gets; returns the previous context."""
         left, self._context = self._context, context
@@ -90,6 +126,35 @@ class Flow:
         return self._context
 
     # module calls
+
+    def begin(self, module: nn.Module, inputs: Sequence[Tensor] | None) -> Call:
+        """A module is called outside of other calls: with ``inputs``, to infer shapes (``[]``) or without tensors."""
+        call = Call(module)
+        self._calls.append(call)
+        if inputs is not None:
+            self._open(call, inputs)
+        return call
+
+    def _open(self, call: Call, inputs: Sequence[Tensor]) -> None:
+        call.made = self.call(call.module, inputs) if inputs else None
+        call.left, call.is_open = self.within(call.made), True
+        self.calling, self.caller = 1, type(call.module).__qualname__
+
+    def _open_inside(self, inputs: Sequence[Tensor]) -> None:
+        """An operator runs in a module call without tensors, which may have its input as an attribute."""
+        call = self._calls[-1]
+        if call.is_open or call.communicates:
+            return
+        given = [tensor for tensor in inputs if tensor not in self._parameters]
+        if any(map(call.holds, inputs)) or any(letter in "MC" for t in given for letter, _ in self._carried_by(t)):
+            self._open(call, given or inputs)
+
+    def end(self, call: Call) -> None:
+        """The call has returned or raised."""
+        self._calls.pop()
+        if call.is_open:
+            self.calling = 0
+            self.within(call.left)
 
     def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> Marks:
         """An outermost module call begins; returns the marks of its results."""
@@ -114,6 +179,7 @@ class Flow:
                     if tensor.is_floating_point() and not self._is_joined_by_graph(tensor, n):
                         detached.add(find(n))
         continued |= {find(self._input_of[m]) for m in messages if m in self._input_of}
+        continued -= detached_from  # with a leaf from its output a new stage begins, whatever else it takes from there
         continued |= {find(self._next[c]) for c in detached_from if c in self._next}
         continued = self._join(continued)
         if len(continued) > 1:  # a module that reads several microbatches at once is not a stage
@@ -127,11 +193,11 @@ class Flow:
             self.write("forward", forward=forward, module=number, messages=fresh, after=after, **began)
         if detached and torch.is_grad_enabled() and self._parameters.trainable({number}):
             self.write("doubt", what="detached", forward=forward)
-        calls = self._calls.setdefault((forward, number, torch.is_grad_enabled()), set())
+        earlier = self._given.setdefault((forward, number, torch.is_grad_enabled()), set())
         given = tuple(map(key_of, inputs))
-        if given in calls:
+        if given in earlier:
             self.write("doubt", what="called again", forward=forward)
-        calls.add(given)
+        earlier.add(given)
         return marks("F", {forward})
 
     def _take(self, forward: int, messages: Iterable[int], detached_from: Iterable[int]) -> tuple[list[int], list[int]]:
@@ -140,6 +206,8 @@ class Flow:
         after = sorted(c for c in detached_from if c not in self._next and c != forward)
         self._input_of |= dict.fromkeys(fresh, forward)
         self._next |= dict.fromkeys(after, forward)
+        for earlier in after:
+            self._forwards.follows(forward, earlier)
         for message in fresh:
             self._forwards.takes(forward, self._post_of[message])
         return fresh, after
@@ -165,6 +233,7 @@ class Flow:
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     graph.mark(leaf.grad_fn, forward)
+                    leaf.grad_fn.register_prehook(partial(self._reach, forward))
                     self._forwards.put_in_graph(self._forwards.find(forward))
             roots = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             self.buffers.called(roots, self._forwards.find(forward))
@@ -178,66 +247,26 @@ class Flow:
 
     def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> Marks:
         """The engine is about to run from ``roots``; returns the marks of its results."""
-        self._runs += 1
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
-        made_by = [self._makers(root) for root in roots]
-        found = {forward for made in made_by for forward in made}
-        if found:
-            takes = self._gradients(made_by, grads)
-            fresh = sorted(found - self._forwards.backward_began)
-            if not (inputs and all(map(self._is_weight, inputs))):
-                if graph.has_run(roots):
-                    self.write("doubt", what="run again", forward=min(found))
-                if fresh:
-                    self._forwards.backward_began.update(fresh)
-                    untrainable = [f for f in fresh if not self._parameters.trainable(self._forwards.modules(f))]
-                    self.write("backward", forwards=fresh, run=self._runs, untrainable=untrainable)
-            if takes:
-                self.write("gradients", forwards=list(takes), messages=list(takes.values()))
-            if any(map(self._is_weight, inputs)):
-                self.write("weights requested", forwards=sorted(found), run=self._runs)
-        else:
-            found = self._owners(held, None)
+        found = self._engine_runs.begin(roots, grads, inputs, lambda: self._owners(held, None))
         self._forwards.interrupt()
-        self._parameters.listen()
         return marks("B", found)
 
-    def _gradients(self, made_by: Sequence[set[int]], grads: Sequence[Any]) -> dict[int, list[int]]:
-        """For each forward the messages with the gradient of one of its outputs that had no taker yet."""
-        takes: dict[int, list[int]] = {}
-        for made, gradient in zip(made_by, grads, strict=False):
-            if not made or not isinstance(gradient, Tensor):
-                continue
-            for message in sorted(n for letter, n in self._table.get(gradient) if letter == "M"):
-                if message not in self._gradient_of:
-                    self._gradient_of[message] = min(made)
-                    for forward in sorted(made):
-                        takes.setdefault(forward, []).append(message)
-        return takes
+    def ran(self, completed: bool) -> None:
+        """The engine has returned, or raised."""
+        self._engine_runs.end(completed)
 
-    def ran(self, made: Marks) -> None:
-        """The engine has returned."""
-        holders = self._parameters.holders_of_added()
-        changed = {f for _, f in made if any(self._forwards.calls_one_of(f, held) for held in holders)}
-        if changed:
-            self.write("weights", forwards=sorted(changed), run=self._runs)
-
-    def _makers(self, root: Tensor | GradientEdge) -> set[int]:
-        """The forwards that made a tensor: by its graph, because the memory of a sent tensor may have been freed."""
-        found = {self._forwards.find(number) for number in graph.marks_below(root)}
-        if found or isinstance(root, GradientEdge):
-            return found
-        return {self._forwards.find(n) for letter, n in self._table.get(root) if letter == "F"}
-
-    def _is_weight(self, target: Any) -> bool:
-        if isinstance(target, GradientEdge):
-            target = getattr(target.node, "variable", None)
-        return target in self._parameters
+    def _reach(self, forward: int, gradients: Sequence[Any]) -> None:
+        """The engine is about to run the node of an output of a forward."""
+        if self.running and (alone := self._engine_runs.reach(forward, gradients)):
+            self._context = marks("B", alone)
 
     # operators and gradients
 
     def operator(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """An operator has run: its results get the marks of the context, or else of its inputs."""
+        if self._calls and not self.calling and not self.running:
+            self._open_inside(inputs)
         mutable, name = func._schema.is_mutable, func._schema.name.rpartition("::")[2]
         memory = {key[0]: tensor for tensor in inputs if (key := key_of(tensor))}
         for output in outputs:
@@ -248,11 +277,14 @@ class Flow:
             if aliased is None:
                 found = NONE if _only_shaped_like(name) else self._carried(inputs)
                 self._take_inside(found)
-                self._table.put(output, found if self._context is None else self._context)
+                transit = self._engine_runs.in_transit()
+                received = frozenset(mark for mark in found if mark[0] == "M" and mark[1] in transit)
+                self._table.put(output, found if self._context is None else self._context | received)
             elif not mutable:
                 if not self._table.get(output):
                     self._table.put(output, self._carried_by(aliased))
             elif self._context is not None:
+                self._take_inside(self._carried(inputs))
                 self._table.put(output, self._context)
                 if self.running and (parameter := self._parameters.with_gradient_at(key)) is not None:
                     self._parameters.add_to(parameter)
@@ -321,13 +353,22 @@ class Flow:
         if forwards:
             self.write("weights", forwards=sorted(forwards), run=None)
 
+    def _content(self, mark: Mark) -> Mark:
+        """What a mark says about a tensor that is sent.  One computed from a leaf is of the forward that took it."""
+        letter, number = mark
+        if letter == "M":
+            return mark
+        if letter == "C":
+            letter, number = "F", self._next.get(number, number)
+        return letter, self._forwards.find(number)
+
     def _owners(self, found: Marks, holders: set[int] | None) -> set[int]:
         """The forwards of the marks among those of ``holders``: by gradients if possible, else by activations."""
         by_letter: dict[str, set[int]] = {"B": set(), "F": set()}
         for letter, number in found:
             if letter == "M":
-                if number in self._gradient_of:
-                    by_letter["B"].add(self._forwards.find(self._gradient_of[number]))
+                if number in self._engine_runs.gradient_of:
+                    by_letter["B"].add(self._forwards.find(self._engine_runs.gradient_of[number]))
                 elif number in self._input_of:
                     by_letter["F"].add(self._forwards.find(self._input_of[number]))
             elif letter == "C":
@@ -343,6 +384,25 @@ class Flow:
     def stop(self) -> None:
         """Take back what was changed in the program's objects."""
         self._parameters.stop_listening()
+
+    # errors
+
+    def broke(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
+        """An error has left a module call (F), a run of the engine (B) or a message (M)."""
+        if not hasattr(error, _DURING):
+            with suppress(AttributeError, TypeError):  # a class without attributes of its own
+                setattr(error, _DURING, (what, sorted(numbers)))
+
+    def raised(self, error: BaseException) -> None:
+        """The program ends by an error."""
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        if isinstance(error, SystemExit):  # as torch.multiprocessing ends a process after an error
+            error = next((other for other in chain[1:] if isinstance(other, Exception)), error)
+        during = next((found for other in chain if (found := getattr(other, _DURING, None)) is not None), None)
+        at = line_of(error)
+        self.write("raised", error=type(error).__name__, text=str(error), during=during, time=time.time(), place=at)
 
     # messages
 
@@ -365,10 +425,7 @@ class Flow:
                     "group": c10d.get_process_group_ranks(group),
                     "group_name": group.group_name,
                     "tag": tag,
-                    "marks": sorted(
-                        ("F" if letter == "C" else letter, n if letter == "M" else self._forwards.find(n))
-                        for letter, n in held
-                    ),
+                    "marks": sorted(set(map(self._content, held))),
                     "memory": key_of(tensor),
                     "form": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
                     "real": tensor.is_floating_point(),
@@ -377,6 +434,10 @@ class Flow:
             if kind == "receive":
                 self._table.put(tensor, frozenset({("M", number)}))
         self._forwards.interrupt()
+        self.posted = numbers
+        self._engine_runs.post(numbers)
+        for call in self._calls:
+            call.communicates = True
         inside = self.caller if self.calling else "backward" if self.running else ""
         self.write("post", messages=posted, inside=inside, at=call_path())
         return numbers

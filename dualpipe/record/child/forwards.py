@@ -20,6 +20,7 @@ class Forwards:
         self._began: list[int] = []  # forward -> the uninterrupted period of compute in which it began
         self._modules: list[set[int]] = []  # forward -> the modules that were called for it
         self._posts: list[set[int]] = []  # forward -> the posts of messages whose tensors it takes
+        self._after: list[set[int]] = []  # forward -> those of whose outputs it takes detached leaves
         self._period = 0
         self.backward_began: set[int] = set()
         self._in_graph: set[int] = set()  # forwards with an output in an autograd graph
@@ -35,6 +36,7 @@ class Forwards:
         self._began.append(self._period)
         self._modules.append(set())
         self._posts.append(set())
+        self._after.append(set())
         return number
 
     def find(self, forward: int) -> int:
@@ -48,6 +50,10 @@ class Forwards:
     def takes(self, forward: int, post: int) -> None:
         """The forward takes a tensor of a post, that is, of messages posted together."""
         self._posts[forward].add(post)
+
+    def follows(self, forward: int, earlier: int) -> None:
+        """The forward takes a leaf that was detached from the output of an earlier one."""
+        self._after[forward].add(earlier)
 
     def put_in_graph(self, forward: int) -> None:
         self._in_graph.add(forward)
@@ -65,7 +71,8 @@ class Forwards:
     def join(self, forwards: set[int]) -> Iterator[tuple[int, int]]:
         """Join forwards that began in the current period and now feed one computation; yields pairs (whole, part).
 
-        Calls of one module on messages of different posts are not joined: those are two microbatches.
+        Calls of one module are not joined, unless their messages were posted together: those are two microbatches.
+        Nor is a forward joined with one that it follows: those are two stages.
         """
         if len(forwards) > 1 and all(self._began[f] == self._period and f not in self.backward_began for f in forwards):
             first, *others = sorted(forwards)
@@ -75,13 +82,27 @@ class Forwards:
                 self._same[other] = first
                 self._modules[first] |= self._modules[other]
                 self._posts[first] |= self._posts[other]
+                self._after[first] |= self._after[other]
                 if other in self._in_graph:
                     self._in_graph.add(first)
                 yield first, other
 
     def _are_apart(self, one: int, other: int) -> bool:
-        posts = self._posts[one], self._posts[other]
-        return all(posts) and posts[0].isdisjoint(posts[1]) and self.calls_one_of(one, self._modules[other])
+        if self._comes_after(one, other) or self._comes_after(other, one):
+            return True
+        return self._posts[one].isdisjoint(self._posts[other]) and self.calls_one_of(one, self._modules[other])
+
+    def _comes_after(self, forward: int, earlier: int) -> bool:
+        """Whether a forward follows an earlier one, directly or through others."""
+        pending, seen = [forward], set()
+        while pending:
+            for before in map(self.find, self._after[pending.pop()]):
+                if before == earlier:
+                    return True
+                if before not in seen:
+                    seen.add(before)
+                    pending.append(before)
+        return False
 
 
 class Trials:

@@ -25,6 +25,9 @@ def watch(flow: Flow, patches: Patches) -> None:
         inside = True
         try:
             return function(*args, **kwargs)
+        except BaseException as error:
+            flow.broke(error, "M", flow.posted)
+            raise
         finally:
             inside = False
 
@@ -108,7 +111,11 @@ class _Work(dist.Work):
         if self._completed:
             return self._work.wait(*args, **kwargs)
         self._flow.write("wait", messages=self._numbers, own=self._flow.on_own_thread())
-        result = self._work.wait(*args, **kwargs)
+        try:
+            result = self._work.wait(*args, **kwargs)
+        except BaseException as error:
+            self._flow.broke(error, "M", self._numbers)
+            raise
         self._note_completed()
         return result
 

@@ -69,7 +69,8 @@ def _rank(rank: int, words: list[str]) -> NoReturn:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
+    except BaseException as error:
+        sys.last_value = error  # as the interpreter sets it
         traceback.print_exc()
     finally:
         atexit._run_exitfuncs()

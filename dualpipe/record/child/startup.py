@@ -68,6 +68,7 @@ def install(folder: str, settings: dict[str, Any]) -> None:
     cuda.answer(patches, devices).__enter__()  # type: ignore[no-untyped-call] # torch's own
     from torch.distributed import distributed_c10d as c10d
 
+    atexit.register(_note_early_error, folder)
     begin = c10d.init_process_group
     sessions = [0]
 
@@ -106,29 +107,57 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     from .log import to_file
     from .patches import Patches
 
-    global _WATCH
+    global _WATCH, _JOINED
     if _WATCH is not None:
         _stop()
+    _JOINED = True
     flow = Flow(to_file(str(Path(folder) / f"{os.getpid()}-{session}.events")))
     patches = Patches()
     mode = compute.watch(flow, patches, settings["together"], settings["containers"])
     messages.watch(flow, patches)
+    plain = None
+    if settings["plain_step"]:
+        from .plain import Plain
+
+        path = str(Path(folder) / "plain" / f"{dist.get_rank()}.pt")
+        plain = Plain(flow, path, settings["plain_step"], settings["plain_seconds"], settings["containers"])
+        plain.watch(patches)
     mode.__enter__()  # type: ignore[no-untyped-call] # torch's own
-    _WATCH = (flow, patches, mode)
+    _WATCH = (flow, patches, mode, plain)
     flow.write("rank", rank=dist.get_rank(), ranks=dist.get_world_size(), parent=os.getppid(), session=session)
     atexit.register(_stop)
     Finalize(None, _stop, exitpriority=0)  # a process forked by multiprocessing runs no atexit hooks
 
 
 _WATCH: Any = None
+_JOINED = False
+
+
+def _note_early_error(folder: str) -> None:
+    """At the end of a rank that never joined a process group: the error that ended it."""
+    error = getattr(sys, "last_value", None)
+    if _JOINED or error is None or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return
+    from .flow import Flow
+    from .log import to_file
+
+    flow = Flow(to_file(str(Path(folder) / f"{os.getpid()}-0.events")))
+    flow.write("rank", rank=int(os.environ["RANK"]), ranks=int(os.environ["WORLD_SIZE"]))
+    flow.raised(error)
 
 
 def _stop() -> None:
     global _WATCH
     if _WATCH is None:
         return
-    flow, patches, mode = _WATCH
+    flow, patches, mode, plain = _WATCH
     _WATCH = None
-    flow.write("end")
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)  # of a process that multiprocessing forked, and else
+    if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0)):
+        flow.raised(error)
+    else:
+        if plain is not None:
+            plain.end_step(False)
+        flow.write("end")
     mode.__exit__(None, None, None)
     patches.undo()

@@ -1,0 +1,112 @@
+"""How the ranks of a program failed, and during which op."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+
+from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
+from dualpipe.record.lineage import Lineage
+from dualpipe.schedule import MESSAGES, RF, B, F, Failure, Kind, Op, Program, printable
+
+_COMPUTE = {"F": F, "B": B}
+
+Codes = Sequence[int | None]
+"""The exit code of every rank, ``None`` for one that was ended; empty where only the command's own code is known."""
+
+
+def fails(log: RankLog, codes: Codes) -> bool:
+    """Whether the rank failed.  Its exit code is the last word: with 0 it did not, whatever was raised."""
+    if codes:
+        return codes[log.rank] != 0
+    return log.raised is not None or not log.ended
+
+
+def failures(
+    logs: Sequence[RankLog],
+    codes: Codes,
+    ops: Mapping[MessageId, Op],
+    messages: Mapping[MessageId, Message],
+    lineage: Lineage,
+    programs: Sequence[Program],
+) -> tuple[tuple[Failure, ...], tuple[Program, ...]]:
+    """The failures, first the errors in the order of time, and the programs.
+
+    A rank's program ends with the op during which the rank failed, also if that had not begun: a failure between the
+    receive of a tensor and the computation on it is during that computation.
+    """
+    found: list[tuple[tuple[int, float], Failure]] = []
+    ended = list(programs)
+    for log in logs:
+        if not fails(log, codes):
+            continue
+        op = _during(log, ops, messages, lineage)
+        if op is not None and op.kind in (F, B) and all(op not in slot for slot in ended[log.rank]):
+            ended[log.rank] = (*ended[log.rank], (op,))
+        where = f"during {op}" if op is not None else _after(ended[log.rank])
+        if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs)) != log.rank:
+            where += f", after rank {first} had failed"
+        order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages)
+        found.append((order, Failure(log.rank, printable(what))))
+    found.sort(key=lambda each: each[0])
+    return tuple(failure for _, failure in found), tuple(ended)
+
+
+def _first_to_fail(logs: Sequence[RankLog]) -> int:
+    """The rank that ended first, by an error or without any."""
+    return min(logs, key=lambda log: log.raised.time if log.raised is not None else float(log.ended) * 1e12).rank
+
+
+def _describe(
+    log: RankLog, code: int | None, where: str, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]
+) -> tuple[tuple[int, float], str]:
+    """The place of a failure in the order of all, and what happened."""
+    raised = log.raised
+    if raised is not None and raised.error != "SystemExit":
+        text = f": {raised.text}" if raised.text.strip() else ""
+        return (0, raised.time), f"raised {raised.error} at {raised.at} {where}{text}"
+    if code is not None and code < 0:
+        return (1, 0.0), f"was killed by signal {-code} ({signal.Signals(-code).name}) {where}"
+    if code is not None:
+        return (1, 0.0), f"ended with exit code {code} {where}"
+    if raised is not None:
+        return (1, raised.time), f"ended with exit code {raised.text} {where}"
+    waiting = [MessageId(log.rank, number) for number in log.waiting]
+    if waiting:
+        awaited = " and ".join(str(ops[id]) if id in ops else _unnamed(messages[id]) for id in waiting)
+        return (3, 0.0), f"waited for {awaited}, posted at {messages[waiting[0]].at}, until it was ended"
+    last = f", last seen at {log.events[-1]['at']}" if log.events else ""
+    return (2, 0.0), f"did not finish; it was ended {where}{last}"
+
+
+def _unnamed(message: Message) -> str:
+    return f"a message {'to' if message.send else 'from'} rank {message.peer}"
+
+
+def _after(program: Program) -> str:
+    return f"after {'+'.join(map(str, program[-1]))}" if program else "before its first op"
+
+
+def _during(
+    log: RankLog, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message], lineage: Lineage
+) -> Op | None:
+    """The op that the error left, or else the one whose received tensor was not used yet."""
+    if log.raised is not None and log.raised.during is not None:
+        what, numbers = log.raised.during
+        if what == "M":
+            return next((op for n in numbers if (op := ops.get(MessageId(log.rank, n))) is not None), None)
+        return next((op for n in numbers if (op := _of(_COMPUTE[what], log, n, lineage)) is not None), None)
+    if log.waiting:
+        return None
+    used = {id for forward in log.forwards.values() for id in (*forward.messages, *forward.gradients)}
+    for id in sorted((id for id in ops if id.rank == log.rank), reverse=True):
+        message = messages[id]
+        if not message.send and message.completed and id not in used:
+            op = ops[id]
+            return Op(F if op.kind is RF else B, *op.task)
+    return None
+
+
+def _of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | None:
+    task = lineage.tasks.get(ForwardId(log.rank, log.find(forward)))
+    return None if task is None else Op(kind, *task)

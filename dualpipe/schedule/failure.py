@@ -1,0 +1,39 @@
+"""How a rank of a recorded program failed, which is a part of what a recording says about the program."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dualpipe.schedule.op import ScheduleError
+
+
+class Failure(NamedTuple):
+    """A rank, and what happened to it: ``raised IndexError at train.py:11 during 2F0<``.  Printed as a sentence."""
+
+    rank: int
+    what: str
+
+    @property
+    def is_hang(self) -> bool:
+        """Whether the rank waited until it was ended, so that its failure may follow from the schedule itself."""
+        return self.what.startswith("waited ")
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.what}"
+
+
+def check_failures(failures: tuple[Failure, ...], ranks: int) -> None:
+    """Raise ``ScheduleError`` unless every failure is of a rank and its text is one printable line without ``#``."""
+    for failure in failures:
+        rank, what = failure
+        if type(rank) is not int or not 0 <= rank < ranks:
+            got = f"got rank {rank!r} of {ranks}"
+            raise ScheduleError("a failure names a rank that has a program", got, "correct the rank")
+        if not isinstance(what, str) or not what.isprintable() or "#" in what or what != what.strip() or not what:
+            raise ScheduleError("a failure is one printable line without #", f"got {what!r}", "see printable()")
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """A text as one printable line without ``#``, as the text of a failure has to be."""
+    words = " ".join("".join(c if c.isprintable() and c != "#" else " " for c in text).split())
+    return words if len(words) <= limit else words[: limit - 1] + "…"

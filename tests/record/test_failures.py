@@ -1,0 +1,204 @@
+"""Programs that crash, hang before any data crosses, or end with an exit code: there is always a recording."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dualpipe.record import RecordError, assemble
+from dualpipe.record.events import read
+from dualpipe.record.lanes import parse
+from dualpipe.schedule import DOWN, UP
+from dualpipe.schedule.text import dumps, loads
+from dualpipe.testing import record_ranks
+from proofs.prove import prove
+from tests.record.logs import Rank, lines
+from tests.record.run import command
+from tests.record.two_ranks import SHAPE, receive, text, train
+
+STALL = 0.3
+
+
+class Faulty(nn.Module):
+    """Raises in its forward, or in its backward, when it is called for the second time."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer, self.where, self.calls = nn.Linear(4, 4), where, 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.layer(x)
+        if self.calls == 2 and self.where == "the forward":
+            raise IndexError("a bug # of the\nprogram")
+        if self.calls == 2 and self.where == "the backward":
+            y.register_hook(self.fail)
+        return y
+
+    def fail(self, gradient):
+        raise IndexError("a bug")
+
+
+def first_failure(recording) -> str:
+    return str(recording.schedule.failures[0])
+
+
+@pytest.mark.parametrize(
+    ("where", "during", "ends"),
+    [("the forward", "1F1>", "1RF1>@0 1F1>"), ("the backward", "1B1>", "1RF1>@0 1F1> 1B1>")],
+)
+def test_an_error_is_the_first_thing_said_and_its_op_the_ranks_last(where, during, ends):
+    recording = record_ranks(2, lambda rank: train(rank, Faulty(where if rank else "")), check=False, stall=STALL)
+    assert first_failure(recording).startswith("rank 1 raised IndexError at ")
+    assert f" during {during}: a bug" in first_failure(recording)
+    assert text(recording, 1).endswith(ends)
+    assert loads(dumps(recording.schedule)) == recording.schedule
+    report = prove(recording.schedule, smt=False)
+    assert report.text().splitlines()[0] == first_failure(recording)
+    assert report.as_json()["failures"][0]["rank"] == 1
+    assert report.as_json()["checks"]["complete"]["may_follow_from"] == first_failure(recording)
+    assert "this may be a consequence of the failure: rank 1 ended early" in report.text()
+
+
+def test_an_error_of_a_rank_whose_peer_has_failed_says_so():
+    recording = record_ranks(2, lambda rank: train(rank, Faulty("the forward" if rank else "")), check=False)
+    assert "during 0RB1>@1, after rank 1 had failed" in str(recording.schedule.failures[1])
+
+
+def test_an_error_before_any_op_is_recorded():
+    def body(rank):
+        raise LookupError
+
+    recording = record_ranks(2, body, check=False)
+    assert [failure.rank for failure in recording.schedule.failures] in ([0, 1], [1, 0])
+    assert "raised LookupError at " in first_failure(recording)
+    assert first_failure(recording).endswith(" before its first op")
+    assert [text(recording, rank) for rank in range(2)] == ["", ""]
+    assert prove(recording.schedule, smt=False).verdict == "refuted"
+
+
+def test_a_program_that_cannot_be_named_is_recorded_if_it_failed():
+    """A stage that is no module: with a program that ends well this is an error."""
+
+    def body(rank):
+        weight = torch.randn(4, 4, requires_grad=True)
+        train(rank, (lambda x: x @ weight) if rank == 0 else nn.Linear(4, 4))
+        raise LookupError("at the end")
+
+    recording = record_ranks(2, body, check=False)
+    assert "raised LookupError at " in first_failure(recording)
+    assert recording.caveats[0].startswith("no op is written: a stage's activation is the output of a torch.nn.Module")
+
+
+def waits_first(rank: int) -> None:
+    """DualPipe on four ranks, each of which first waits for a message that its peer never sends."""
+    stages = nn.Linear(4, 4), nn.Linear(4, 4)
+    if rank in (0, 3):
+        stages[0](torch.randn(SHAPE))
+    receive({0: 1, 1: 0, 2: 3, 3: 2}[rank])
+
+
+def test_a_hang_before_any_data_has_crossed_is_recorded_with_the_given_lanes():
+    recording = record_ranks(4, waits_first, stall=STALL, lanes=["0 1 2 3", "3 2 1 0"])
+    assert recording.schedule.routes == {UP: (0, 1, 2, 3), DOWN: (3, 2, 1, 0)}
+    assert [text(recording, rank) for rank in (0, 3)] == ["0F0> 0RB0>@1", "0F0< 0RB0<@2"]
+    assert [len(recording.schedule.programs[rank]) for rank in (1, 2)] == [1, 1], "a receive that is named by a guess"
+    assert "guess" not in " ".join(recording.caveats)
+    assert first_failure(recording).startswith("rank 0 waited for 0RB0>@1, posted at ")
+    report = prove(recording.schedule, smt=False).as_json()
+    assert report["checks"]["deadlock"]["verdict"] == "refuted"
+    assert "may_follow_from" not in report["checks"]["deadlock"]
+    assert report["checks"]["complete"]["may_follow_from"] == first_failure(recording)
+
+
+def test_without_the_lanes_they_are_guessed_and_the_recording_says_so():
+    recording = record_ranks(4, waits_first, stall=STALL)
+    assert recording.schedule.routes == {UP: (0, 1, 2, 3), DOWN: (3, 2, 1, 0)}
+    assert "the ranks of the lanes are a guess (> 0 1 2 3 and < 3 2 1 0)" in recording.caveats[0]
+
+
+def both_stages(rank: int) -> tuple[Rank, Rank]:
+    """Two ranks that hold a stage of each lane; rank 0 calls that of lane < first, as rank 1 does that of lane >."""
+    ranks = Rank(0), Rank(1)
+    ranks[0].forward(module=rank)
+    ranks[0].receive(1)
+    ranks[1].receive(0)
+    return ranks
+
+
+@pytest.mark.parametrize(("given", "first"), [(("0.0 1", "1 0.1"), "0F0> 0RB0>"), (("0.1 1", "1 0.0"), "1F0< 0RB0>")])
+def test_the_module_of_a_stage_is_given_by_its_number(given, first):
+    logs = [read(number, rank.events) for number, rank in enumerate(both_stages(0))]
+    assert lines(assemble(logs, lanes=parse(given)))[0].startswith(first.split()[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (["0 1", "1 0", "0 1"], "for one lane or two"),
+        (["0 x"], "for one lane or two"),
+        (["0 1", "1"], "both lanes run the same model"),
+        (["0.1 0.1"], "two stages are two modules"),
+    ],
+)
+def test_lanes_that_are_none_are_refused(given, error):
+    with pytest.raises(RecordError, match=error):
+        parse(given)
+
+
+def test_a_lane_with_a_rank_that_does_not_exist_is_refused():
+    with pytest.raises(RecordError, match="rank 7 of 2"):
+        assemble([read(rank, []) for rank in range(2)], lanes=parse(["0 7"]))
+
+
+def test_exit_codes_are_the_last_word():
+    one, two = Rank(0), Rank(1)
+    f = one.forward()
+    one.send(1, "F", f)
+    two.forward(two.receive(0))
+    one.end()
+    logs = [read(number, rank.events) for number, rank in enumerate((one, two))]
+    said = {
+        codes: [str(f) for f in assemble(logs, codes=codes).schedule.failures] for codes in ((0, 0), (3, -9), (0, None))
+    }
+    assert said == {
+        (0, 0): [],
+        (3, -9): ["rank 0 ended with exit code 3 after 0SF0>@1", "rank 1 was killed by signal 9 (SIGKILL) after 1F0>"],
+        (0, None): ["rank 1 waited for 1RF0>@0, posted at rank1.py:0, until it was ended"],
+    }
+
+
+def test_a_rank_that_ends_without_a_word_is_recorded():
+    def body(rank):
+        train(rank, nn.Linear(4, 4))
+        dist.barrier()
+        if rank == 1:
+            sys.stdout.flush()
+            os._exit(0)
+
+    recording = record_ranks(2, body, check=False)
+    assert first_failure(recording).startswith("rank 1 did not finish; it was ended after 1SB1>@0, last seen at ")
+
+
+EARLY = """
+import os, torch, torch.distributed as dist
+if os.environ["RANK"] == "1":
+    raise KeyError("option")
+dist.init_process_group("gloo")
+"""
+
+
+@pytest.mark.long
+def test_the_command_records_an_error_before_a_rank_joined_the_process_group(tmp_path):
+    (tmp_path / "early.py").write_text(EARLY)
+    words = ["-P", 2, "--timeout", 30, "--lanes", "1 0", "--", sys.executable, tmp_path / "early.py"]
+    result = command(*words)
+    assert result.returncode == 1, result.stderr
+    recorded = loads(result.stdout)
+    assert str(recorded.failures[0]) == f"rank 1 raised KeyError at {tmp_path}/early.py:4 before its first op: 'option'"
+    assert str(recorded.failures[1]).startswith("rank 0 did not finish; it was ended before its first op")
+    assert recorded.routes == {UP: (1, 0)}
+    assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in result.stdout

@@ -56,12 +56,12 @@ def main(
     times = [(seconds(plain), seconds(faked), seconds(measured)) for _ in range(rounds)]
     size = f"P={ranks}, M={microbatches}, hidden {hidden}, sequence {sequence}"
     print(f"{schedule}, {size}; {rounds} rounds of {steps} steps")
-    print(f"oracle                {statistics.median(t[0] for t in times) / steps * 1e3:8.1f} ms a step")
+    print(f"oracle                {statistics.median(t[0] for t in times) / steps * 1e3:8.1f} ms per step")
     for name, column in (("fake ranks", 1), ("fake ranks, ledger", 2)):
         ratios = sorted(t[column] / t[0] for t in times)
         middle = statistics.median(t[column] for t in times) / steps * 1e3
         print(
-            f"{name:<20}  {middle:8.1f} ms a step, {statistics.median(ratios):.2f} times the oracle "
+            f"{name:<20}  {middle:8.1f} ms per step, {statistics.median(ratios):.2f} times the oracle "
             f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
         )
 

@@ -1,7 +1,7 @@
-"""The gate: shows what a change does to the schedules, and refuses a change that is not shown to be right.
+"""The gate: shows what a change does to the schedules, and refuses a change unless every check passes.
 
-The gate imports nothing of the tree that it checks.  It looks at that tree from other processes, each with a time
-limit, so that a broken tree cannot break the gate.
+The gate imports nothing of the tree that it checks.  It runs that tree in other processes, each with a time limit, so
+that a broken tree cannot break the gate.
 """
 
 

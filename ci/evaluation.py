@@ -21,7 +21,7 @@ from ci.plan import Options, Plan
 from ci.process import end_all
 from ci.repository import Base, Changed, Repository
 from ci.result import CheckResult, ExitCode, Finding, Verdict, exit_code
-from ci.selection import Selection, select
+from ci.selector import Selection, select
 
 _CHECKING = ("ci/", "tests/", "proofs/", "reference/", ".ci/", ".github/")
 """What checks the rest, and so cannot be relied on to check itself."""

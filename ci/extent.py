@@ -1,4 +1,4 @@
-"""How far a change of a Python file goes: layout only, only the phase tables, or code."""
+"""How far a change to a Python file goes: layout only, only the phase tables, or code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Extent(Enum):
-    """What a change of a source touches."""
+    """What a change to a source touches."""
 
     LAYOUT = "comments and layout"
     TABLES = "phase tables"

@@ -1,4 +1,4 @@
-"""``python -m ci.gate [--base REVISION]``: checks a change, and refuses it unless it is shown to be right.
+"""``python -m ci.gate [--base REVISION]``: checks a change, and refuses it unless every check passes.
 
 Exit code 0: passed.  1: refused.  2: bad input.  3: unknown, a check gave no answer.  70: an internal error.
 """
@@ -17,8 +17,8 @@ from ci import GateError
 from ci.command import at_least_one, command_line, run_as_command
 from ci.evaluation import evaluate
 from ci.plan import Options
-from ci.report.publish import prepare, publish, publish_complaint
-from ci.report.terminal import complaint, terminal
+from ci.report.publish import prepare, publish, publish_bad_input
+from ci.report.terminal import bad_input, terminal
 from ci.result import ExitCode
 
 
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str]) -> ExitCode:
         evaluation = evaluate(root, options.base, Options(options.jobs, options.first, options.all), progress)
     except (GateError, OSError) as error:
         print(f"gate: {error}", file=sys.stderr)
-        publish_complaint(error, options.output)
+        publish_bad_input(error, options.output)
         if options.json:
-            print(json.dumps(complaint(error)))
+            print(json.dumps(bad_input(error)))
         return ExitCode.BAD_INPUT
     problems = publish(evaluation, root, options.output, options.html)
     print(terminal(evaluation, options.json), end="")
@@ -67,7 +67,7 @@ def _resolved(root: Path) -> Path:
     try:
         return root.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError for a cycle of links
-        raise GateError("--root is a folder", str(error), "name another") from error
+        raise GateError("--root must be a folder", str(error), "name another") from error
 
 
 if __name__ == "__main__":

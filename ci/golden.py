@@ -27,7 +27,7 @@ EXPAND_LIMIT_S, THEOREMS_LIMIT_S = 60.0, 400.0
 
 
 class Count(NamedTuple):
-    """The obligations of a theorem, how many of them arise at some size, and the bound that it is proved with.
+    """The obligations of a theorem, how many of them arise at some size, and the bound that is proved.
 
     Only ``makespan`` has such a bound, in ranks P and microbatches M.
     """
@@ -98,7 +98,7 @@ def expansion(root: Path, tree: Path | None = None) -> Expansion:
         answer = None
     if answer is None:
         why = f"no answer within {EXPAND_LIMIT_S:g} s" if done.code is None else done.last_line
-        raise GateError("the named schedules can be expanded", why, "see dualpipe/schedule/generate.py")
+        raise GateError("the generator must expand every named schedule", why, "see dualpipe/schedule/generate.py")
     return Expansion(**answer)
 
 
@@ -113,7 +113,9 @@ def read_digests(text: str) -> dict[str, str]:
     for number, line in enumerate(text.splitlines(), start=1):
         name, space, value = line.partition(" ")
         if not space or len(value) != 64:
-            raise GateError("a line of the digests is NAME SHA256", f"{DIGESTS}:{number} is {line!r}", "make golden")
+            raise GateError(
+                "a line of the digests must be NAME SHA256", f"{DIGESTS}:{number} is {line!r}", "make golden"
+            )
         found[name] = value
     return found
 
@@ -127,7 +129,7 @@ def read_counts(text: str) -> dict[str, Count]:
         words = figures.split()
         if not name or len(words) != 2 or not all(word.isdigit() for word in words):
             raise GateError(
-                "a line of the counts is FAMILY: THEOREM  OBLIGATIONS ARISING, and the bound of a makespan after it",
+                "a line of the counts must be FAMILY: THEOREM  OBLIGATIONS ARISING, then the bound of a makespan",
                 f"{COUNTS}:{number} is {line!r}",
                 "make golden",
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 TABLES, THEOREMS = "dualpipe/schedule/generate.py", "proofs/theorems"
 BOUNDS = ("live", "memory", "pending")
-"""The theorems that say no more than that a family keeps the bound of this name."""
+"""The theorems that only claim a family's bound, which has the theorem's name."""
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,17 @@ from ci.history import counts_at
 from ci.location import Locator, bounds_in
 from ci.process import Completed
 from ci.repository import Repository
-from ci.selection import Selection
+from ci.selector import Selection
 
 TRAINED = ("dualpipe-P2-M4", "dualpipe-P4-M8", "dualpipev-P2-M4", "1f1b-P2-M4", "zb1p-P4-M8", "torch-zbv-4x8")
 """Schedules to train with when the runtime changes."""
 TRAINED_BLOCKING = ("dualpipe-P4-M8",)
 _FEW_RANKS, _MOST_RANKS = 4, 8
-"""Changed schedules of up to so many ranks are trained with, and up to so many if none of that name is smaller."""
+"""The most ranks of a changed schedule to train with; the second number if no schedule of that name has fewer."""
 _LARGE = 20_000
-"""Characters of a schedule that is proved apart, so that the others need not wait for it."""
+"""Schedules of more characters are proved in a process of their own, so that the others need not wait for them."""
 _FEW_FILES = 8
-"""So many files of tests run in one process: more processes take longer to import torch than they save."""
+"""Up to this many test files run in one process: more processes take longer to import torch than they save."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
         large = [name for name in changed if name not in to_prove]
         to_train = _to_train(changed, self.now.shown)
         too_large = [name for name in changed if name not in to_train]
-        note = f"of those that changed not tried: {_short(too_large)}" if too_large else ""
+        note = f"changed but too large to try: {_short(too_large)}" if too_large else ""
         new = f"{len(changed)} schedules changed" if changed else ""
         if "prove" in needed:
             to_prove = [*self.now.shown, *(name for name in to_prove if name not in self.now.shown)]
@@ -114,7 +114,8 @@ class Plan:
 def _to_train(changed: Mapping[str, str], shown: Collection[str]) -> list[str]:
     """Which of the changed schedules to train with, the smallest first.
 
-    The shown ones with few ranks; of a name that has none, the smallest, one rank last, as it sends nothing.
+    The shown ones with few ranks.  If a name has none, its smallest; one with a single rank, which sends nothing, only
+    if there is no other.
     """
     found = [name for name in changed if name in shown and _ranks(changed[name]) <= _FEW_RANKS]
     for name in sorted(changed, key=lambda name: _ranks(changed[name]) == 1):

@@ -96,7 +96,7 @@ def python(*arguments: str) -> tuple[str, ...]:
 
 
 def environment(tree: Path) -> Mapping[str, str]:
-    """The environment of every check: only this tree, one thread a process, no stale byte code, no colours."""
+    """The environment of every check: only this tree, one thread per process, no stale byte code, no colours."""
     return {
         "PYTHONPATH": str(tree),
         "OMP_NUM_THREADS": "1",

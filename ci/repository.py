@@ -45,7 +45,7 @@ class Changed:
 
     @property
     def extent(self) -> Extent:
-        """How far the change of a source goes; any other change counts as one of code."""
+        """How far the change to a source goes; a change to any other file counts as one to code."""
         if not self.path.endswith(".py") or self.before is None or self.after is None:
             return Extent.CODE
         return extent(self.before, self.after)
@@ -92,7 +92,7 @@ class Repository:
     def _given_base(self, given: str, head: str | None) -> Base:
         found = self._hash(given)
         if found is None:
-            raise GateError("--base is a revision of this repository", f"got {given}", "fetch it or correct it")
+            raise GateError("--base must be a revision of this repository", f"got {given}", "fetch it or correct it")
         left = self._left(given)
         self._require_history(left)
         if left in ("", head):  # no history in common, or none that HEAD has of its own

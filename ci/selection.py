@@ -1,21 +1,12 @@
-"""Which checks and tests a change needs: a table of path prefixes.
+"""The table of the gate: which checks and tests each path of the tree needs.
 
-The row with the longest prefix of a changed path decides.  A file without a row needs everything, as does a change of
-the gate itself, of the build, of a file's mode, and the deletion of a file.  tests/ci/test_selection.py checks that a
-row lists every test that imports its files, and that each planted fault still reaches the test that must refuse it.
+The row with the longest prefix of a path counts (``ci.selector``).  tests/ci/test_selection.py checks that a row lists
+every test that imports its files, and that each planted fault still reaches the test that must refuse it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
-from typing import assert_never
-
-from ci.extent import Extent
-from ci.faults.collection import PLANTED
-from ci.golden import COUNTS, is_golden_schedule
-from ci.repository import Changed
+from dataclasses import dataclass, replace
 
 CHECKS = ("prove", "trial", "trial, Megatron", "theorems")
 """The checks that a path can need, besides the tests and those that always run."""
@@ -34,11 +25,6 @@ class Row:
     far: tuple[str, ...] = ()
 
 
-ARCHITECTURE = "tests/test_architecture.py"
-"""Reads every source; needed by all of them and so not in the table."""
-FAULTS_FIT = "tests/ci/test_faults.py::test_a_planted_fault_finds_the_text_that_it_replaces_and_leaves_python"
-WITH_FAULTS = frozenset(edit.path for fault in PLANTED for edit in fault.plant.edits)
-"""Files in which faults are planted.  Each needs ``FAULTS_FIT``, even for a comment: the replaced text may have one."""
 _PAGES = "tests/docs/test_documentation.py"
 PAGE_TESTS = (
     f"{_PAGES}::test_the_commands_of_the_page_work[{{page}}]",
@@ -77,11 +63,14 @@ _PUBLIC = (
     "tests/production/test_faults.py",
 )
 _PROVED = (
+    "tests/schedule/test_comparison.py",
     "tests/schedule/test_normalise.py",
     "tests/page/test_browser.py",
     "tests/megatron/test_random_streams.py",
     "tests/megatron/test_replicas.py",
     "tests/megatron/test_schedule.py",
+    "tests/record/test_buffers.py",
+    "tests/record/test_conclusions.py",
     "tests/record/test_cut_short.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
@@ -106,7 +95,7 @@ TABLES = Row(
         "tests/megatron/test_iterators.py",
     ),
 )
-"""For a change of phase tables alone.
+"""For a change to phase tables alone.
 
 The changed schedules are proved and trained with anyway, so the tests of the runtime, which runs any schedule, and
 those of the command line are left out.
@@ -114,7 +103,9 @@ those of the command line are left out.
 
 # Modules of proofs that no theorem imports, and of reference that nothing on Megatron imports.
 _WITHOUT_THEOREMS = [
+    "against",
     "deadlock_smt",
+    "departure_story",
     "difference",
     "prefix",
     "prove",
@@ -122,6 +113,7 @@ _WITHOUT_THEOREMS = [
     "smt",
     "solver",
     "story",
+    "waivers",
     "z3child",
 ]
 _WITHOUT_MEGATRON = ["case", "fake", "fault", "ledger", "mailbox", "model", "production", "rank", "replica", "verify"]
@@ -221,15 +213,7 @@ ROWS: dict[str, Row] = {
     "tests/gpu/": Row((), ("tests/gpu",), ("tests/production/test_settings.py",)),
     "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py",)),
     "tests/megatron/test_groups.py": Row((), ("tests/megatron/test_groups.py", "tests/megatron/test_model.py")),
-    "tests/megatron/test_schedule.py": Row(
-        (),
-        (
-            "tests/megatron/test_schedule.py",
-            "tests/megatron/test_random_streams.py",
-            "tests/megatron/test_replicas.py",
-        ),
-    ),
-    "tests/page/": Row((), ("tests/page",)),
+    "tests/page/": Row((), ("tests/page",), ("tests/cli/test_compare.py",)),
     "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),
     "tests/production/": Row(
         (),
@@ -282,101 +266,3 @@ ROWS: dict[str, Row] = {
 
 OWN = ("ci/", "tests/ci/", ".ci/", "pyproject.toml", "constraints.txt", "tests/conftest.py", "tests/__init__.py")
 """The gate and the build: everything else runs on them."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The checks and tests to run.
-
-    Parameters
-    ----------
-    checks:
-        Names of ``CHECKS``, each with the reason.
-    tests:
-        Files of tests and single tests, in the order in which they run.
-    long:
-        Files of tests that changed themselves: their tests marked ``long`` run too.
-    everything:
-        Why everything runs; empty if not everything does.
-    """
-
-    checks: Mapping[str, str] = field(default_factory=dict)
-    tests: tuple[str, ...] = ()
-    long: tuple[str, ...] = ()
-    everything: str = ""
-
-
-def select(files: Sequence[str], changed: Sequence[Changed]) -> Selection:
-    """The checks and tests that a change needs, in a tree with these files."""
-    tests = tuple(filter(is_test, files))
-    remaining = (change for change in changed if is_test(change.path) and change.after is not None)
-    long = tuple(change.path for change in remaining if change.extent is not Extent.LAYOUT)
-    if everything := next(filter(None, map(_why_everything, changed)), ""):
-        return Selection(dict.fromkeys(CHECKS, everything), tests, long, everything)
-    checks: dict[str, str] = {}
-    near: list[str] = []
-    far: list[str] = []
-    for change in changed:
-        row = row_of(change)
-        checks |= {check: f"{change.path} changed" for check in row.checks if check not in checks}
-        near += [test for entry in row.near for test in _expanded(entry, change.path, tests)]
-        near += [FAULTS_FIT] * (change.path in WITH_FAULTS)
-        near += [ARCHITECTURE] * (change.path.endswith(".py") and row != Row())
-        far += [test for entry in row.far for test in _expanded(entry, change.path, tests)]
-    return Selection(checks, _distinct([*near, *far], tests), long)
-
-
-def row_of(change: Changed) -> Row:
-    """The row of a change.  Raises ``KeyError`` if its path has none."""
-    if change.path == COUNTS:
-        return Row(("theorems",))
-    if is_golden_schedule(change.path):
-        return Row((), ("tests/schedule",))
-    row = Row((), (change.path,)) if is_test(change.path) and change.path not in ROWS else row_of_path(change.path)
-    match change.extent:
-        case Extent.LAYOUT:
-            return Row()
-        case Extent.TABLES:
-            return TABLES
-        case Extent.CODE:
-            return row
-        case never:
-            assert_never(never)
-
-
-def row_of_path(path: str) -> Row:
-    """The row with the longest prefix of a path.  Raises ``KeyError`` if there is none."""
-    return ROWS[max((prefix for prefix in ROWS if path.startswith(prefix)), key=len, default="")]
-
-
-def is_test(path: str) -> bool:
-    return path.startswith("tests/") and PurePosixPath(path).name.startswith("test_") and path.endswith(".py")
-
-
-def _why_everything(change: Changed) -> str:
-    """Why a change needs everything; empty if it does not."""
-    if change.path.startswith(OWN):
-        return f"{change.path} is the gate's own, or decides what everything runs on"
-    if change.mode:
-        return f"{change.path} changes its mode, {change.mode}"
-    try:
-        row_of(change)
-    except KeyError:
-        return f"{change.path} has no row in ci/selection.py"
-    if change.after is None and not is_golden_schedule(change.path):
-        return f"{change.path} is deleted"
-    return ""
-
-
-def _expanded(entry: str, changed: str, tests: Sequence[str]) -> list[str]:
-    """The tests of an entry of a row; in a folder the test named like the changed file comes first."""
-    if entry.endswith(".py") or "::" in entry:
-        return [entry.format(page=changed)]
-    found = [path for path in tests if path.startswith(f"{entry}/")]
-    return sorted(found, key=lambda path: PurePosixPath(path).name != f"test_{PurePosixPath(changed).stem}.py")
-
-
-def _distinct(selected: Sequence[str], tests: Collection[str]) -> tuple[str, ...]:
-    """The selected tests that exist, each once, and without single tests of files that run as a whole."""
-    existing = dict.fromkeys(test for test in selected if test.partition("::")[0] in tests)
-    return tuple(test for test in existing if "::" not in test or test.partition("::")[0] not in existing)

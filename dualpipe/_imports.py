@@ -1,4 +1,4 @@
-"""Protects the command line's imports: its own and installed packages come before files of the user's.
+"""Protects the command line's imports: the user's files cannot replace its own or installed packages.
 
 Python puts the current directory (``python -m``) and ``PYTHONPATH`` before everything else, so that a user's
 ``json.py``, ``torch.py`` or ``reference.py`` would replace a module that a verdict depends on.  This module sorts the
@@ -8,7 +8,7 @@ import path into three parts, each of which keeps its order::
 
 It also makes ``dualpipe``, ``proofs`` and ``reference`` load from one folder, that of the running ``dualpipe``.
 
-``dualpipe`` imports this module first of all, so it imports only modules that Python has frozen or loaded already.
+``dualpipe`` imports this module before any other, so it imports only modules that Python has frozen or already loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def ordered(path: list[str]) -> list[str]:
 
 
 def own_path(path: list[str]) -> list[str]:
-    """The import path for a process that needs the standard library and this distribution: both come first."""
+    """The import path with the standard library and this distribution in front, for a process that needs only these."""
     library = [folder for folder in ordered(path) if _part(folder) == 0]
     return [*library, ROOT, *ordered(path)[len(library) :]]
 
@@ -54,7 +54,7 @@ def _part(folder: str) -> int:
 
 
 class _Own:
-    """A finder for ``sys.meta_path`` that finds this distribution's packages in ``ROOT`` alone."""
+    """A finder for ``sys.meta_path`` that looks for this distribution's packages only in ``ROOT``."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> object:

@@ -20,7 +20,7 @@ class RuleError(ValueError):
 
 
 class StageError(RuleError):
-    """A stage, criterion or data of the user's that cannot be trained on as it is."""
+    """The user's stage, criterion or data cannot be used for training as given."""
 
 
 class UndecidedError(RuntimeError):

@@ -42,7 +42,7 @@ def read_whole(path: Path) -> bytes:
             data = file.read(MOST_BYTES + 1)
             after = os.fstat(file.fileno())
         if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-            raise RuleError("a file stays as it is while it is read", f"{path} changed", "run the command again")
+            raise RuleError("a file must not change while it is read", f"{path} changed", "run the command again")
     else:
         data = _read_stream(path)
     _require_size(path, len(data))
@@ -51,7 +51,7 @@ def read_whole(path: Path) -> bytes:
 
 def _require_size(path: Path, size: int) -> None:
     if size > MOST_BYTES:
-        raise RuleError(f"a file has at most {MOST_BYTES >> 20} MiB", f"{path} has more", "is it the right one?")
+        raise RuleError(f"a file may have at most {MOST_BYTES >> 20} MiB", f"{path} has more", "is it the right one?")
 
 
 def _read_stream(path: Path) -> bytes:
@@ -63,7 +63,7 @@ def _read_stream(path: Path) -> bytes:
         while len(data) <= MOST_BYTES:
             if not ready.poll(SILENT_SECONDS * 1000):
                 silence = f"{path} gave nothing for {SILENT_SECONDS:g} s"
-                raise RuleError("input keeps arriving until it ends", silence, "close the writing side")
+                raise RuleError("input must not pause for long", silence, "close the writing side")
             with contextlib.suppress(BlockingIOError):
                 got = os.read(descriptor, 1 << 20)
                 if not got:
@@ -93,7 +93,7 @@ def write_whole(path: Path, data: bytes) -> None:
     final = Path(os.path.realpath(path))
     part = final.with_name(
         f".{secrets.token_hex(8)}.part"
-    )  # not from the file's name, which may have the longest length
+    )  # not derived from the file's name, which may already have the maximum length
     try:
         with open(part, "xb") as file:
             with contextlib.suppress(FileNotFoundError):

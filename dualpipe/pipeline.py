@@ -18,11 +18,11 @@ from dualpipe.runtime.replicas import Replicas
 from dualpipe.runtime.split_linear import split_linears
 from dualpipe.runtime.transport import MessageError, TensorSpec, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients
-from dualpipe.schedule import MESSAGES, Chunk, Lane, Schedule
+from dualpipe.schedule import COLLECTIVES, MESSAGES, Chunk, Lane, Schedule
 from dualpipe.schedule.text import digest
 
 _SUMMED: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
-"""The parameters whose gradients a pipeline has summed over the lanes since its last step on them."""
+"""The parameters whose ``.grad`` is already summed over the lanes: no step has added to it since."""
 
 __all__ = ["Feed", "Pipeline", "ProcessGroupTransport", "StepResult", "TensorSpec"]
 
@@ -57,7 +57,7 @@ class Pipeline:
     blocking:
         Wait for every message of a slot before going on, as a plain batch-and-wait program does.
     observe:
-        Called after every op with when it began and ended (see ``dualpipe.runtime.executor.Observer``).
+        Called after every op with its start and end times (see ``dualpipe.runtime.executor.Observer``).
     split_backward:
         Defer the weight gradients of linear layers to W.  If false every backward is full, and W does nothing.
     """
@@ -99,7 +99,7 @@ class Pipeline:
 
         Gradients are added to ``.grad``, and summed over the lanes after the last W.  To accumulate over several
         steps, pass ``reduce_gradients=False`` to all but the last, which sends fewer messages, or keep the default:
-        a gradient that is summed already is set aside until the next sum.  ``forward_only`` runs the forwards alone.
+        a gradient that is already summed is set aside until the next sum.  ``forward_only`` runs only the forwards.
 
         Raises ``DisagreementError`` at the first step if the ranks were set up differently, ``StepError`` when a
         message does not complete within the transport's timeout or the schedule cannot be run, and ``StageError`` for
@@ -175,7 +175,7 @@ class Pipeline:
                 raise StepError(self.transport.rank, -1, None, None, f"{doing}: {error}") from error
 
     def _agree(self) -> None:
-        """Before the first message of any kind: compare the ranks' set-ups."""
+        """Compare the ranks' set-ups before the first message of any kind."""
         if not self._agreed:
             self.transport.agree(self._record())
             self._agreed = True
@@ -212,7 +212,7 @@ def _require_stages(schedule: Schedule, rank: int, stages: Stages) -> None:
     placed = {Chunk(lane, s) for lane, route in schedule.routes.items() for s, on in enumerate(route) if on == rank}
     if placed != set(stages):
         raise RuleError(
-            f"rank {rank} holds the stages that the schedule places on it",
+            f"rank {rank} must hold the stages that the schedule places on it",
             f"it was given {_names(stages)}, and the schedule places {_names(placed)} there",
             "build those",
         )
@@ -226,7 +226,7 @@ def _require_no_weights(schedule: Schedule, criterion: Criterion | None, stages:
     own = [name for name, p in criterion.named_parameters() if p.requires_grad and id(p) not in known]
     if own:
         raise StageError(
-            "with two lanes a criterion has no weights of its own",
+            "with two lanes a criterion must have no weights of its own",
             f"got {type(criterion).__name__} with {', '.join(own[:3])}",
             "put them into the module of the last stage",
         )
@@ -235,12 +235,15 @@ def _require_no_weights(schedule: Schedule, criterion: Criterion | None, stages:
 def _require_own_ops(schedule: Schedule, rank: int) -> None:
     for slot in schedule.programs[rank]:
         for op in slot:
+            if op.kind in COLLECTIVES:
+                got = f"rank {rank} is to run the collective {op}"
+                raise RuleError("a pipeline runs computes and messages", got, "use schedule.only(COMPUTE | MESSAGES)")
             if schedule.rank_of(op) != rank:
-                got = f"rank {rank} is to run {op}, whose stage is on rank {schedule.rank_of(op)}"
-                raise RuleError("a rank runs the ops of its own stages", got, "move the op there")
+                got = f"rank {rank} has {op}, whose stage is on rank {schedule.rank_of(op)}"
+                raise RuleError("a rank may only run ops of its own stages", got, "move the op there")
             if op.kind in MESSAGES and schedule.neighbour(op) is None:
-                got = f"rank {rank} is to run {op}, where the lane ends"
-                raise RuleError("a message goes to the next stage or the previous one", got, "leave it out")
+                got = f"rank {rank} has {op}, but the lane ends there"
+                raise RuleError("a message must go to the next stage or the previous one", got, "remove it")
 
 
 def _names(chunks: Iterable[Chunk]) -> str:

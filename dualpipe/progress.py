@@ -1,4 +1,4 @@
-"""How long work reports its progress.  Whoever draws it (``dualpipe.cli``) and whoever makes it share this alone."""
+"""How long-running work reports its progress.  The work and whatever draws its progress share only this protocol."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with the number of steps done, the number of all steps, and a name.
+    """Called with the number of steps done, the total number of steps, and a name.
 
-    The name is that of the next step, or, where several implementations run side by side, of the one that takes the
-    steps.  The last call has all steps done and comes before anything is printed.
+    The name is that of the next step, or, if several implementations run side by side, of the implementation.  In the
+    last call all steps are done; it is made before anything is printed.
     """
 
     def __call__(self, done: int, total: int, name: str, /) -> None: ...

@@ -131,7 +131,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[list[nn.Modul
         params_dtype=config.params_dtype,
         use_distributed_optimizer=args.use_distributed_optimizer,
     )
-    if args.use_dualpipe:  # DualPipe 2 and 3: two chunks a rank, and an optimizer that counts each parameter once
+    if args.use_dualpipe:  # DualPipe 2 and 3: two chunks per rank, and an optimizer that counts each parameter once
         model = build_dualpipe_model(provider, ddp_config, timeout=60 * args.timeout_minutes)
         optimizer = build_dualpipe_optimizer(optimizer_config, model)
     else:

@@ -1,8 +1,9 @@
 """Deadlock by plain search: the ranks run as far as they can under a model of communication (``proofs.models``).
 
-The order in which ranks move makes no difference, since a move never takes another rank's away: the run ends or stops
-in one state, in linear time.  In that state every rank that is not done is blocked in a message slot, at a message
-whose partner is not posted.  Following the partners leads to one that does not exist, or around a wait cycle.
+The order in which ranks move makes no difference, since a move of one rank never prevents a move of another: the run
+ends or stops in one state, in linear time.  In that state every rank that is not done is blocked in a slot of messages,
+at one whose partner is not posted, or in a slot of collectives, at one that a member of its group has not joined.
+Following the partners leads to one that does not exist, or around a wait cycle.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dualpipe.schedule import COMPUTE, SENDS, Placed, Schedule, Slot
-from proofs.findings import Unmatched, Wait, WaitCycle
+from dualpipe.schedule import COLLECTIVES, COMPUTE, MESSAGES, SENDS, Placed, Schedule, Slot
+from proofs.findings import NeverJoined, Unmatched, Wait, WaitCycle
 from proofs.models import Model
 from proofs.verdict import Proved, Refuted, Verdict
 
@@ -25,7 +26,7 @@ Channels = dict[Pair, list[Placed]]
 
 @dataclass(frozen=True)
 class Thread:
-    """One rank's program cut into its computes and its message slots.
+    """One rank's program cut into its computes and its message slots, which include those of collectives.
 
     ``messages[m]`` is the number of a message slot; it is posted once ``after[m]`` computes are done.  Compute c starts
     once ``gates[c]`` message slots have completed.
@@ -41,7 +42,7 @@ class State:
     """How far a rank is: computes done, message slots completed, and what the posted message slot still waits for.
 
     ``pending`` is ``None`` while no message slot is posted.  Each of its messages has its number within its ordered
-    pair, or ``None`` where no other rank is at the other end.
+    pair, or ``None`` where no other rank is at the other end; a collective has its number within its rank and group.
     """
 
     computes: int = 0
@@ -59,6 +60,8 @@ class Run:
     states: list[State] = field(init=False)
     sent: dict[Pair, int] = field(default_factory=dict)
     received: dict[Pair, int] = field(default_factory=dict)
+    joined: dict[Pair, int] = field(default_factory=dict)
+    """How many collectives of a group a rank has posted, by rank and group."""
     astray: list[Placed] = field(default_factory=list)
     """Posted sends that no other rank can receive."""
 
@@ -96,6 +99,9 @@ class Run:
         numbered: list[tuple[Placed, int | None]] = []
         for position, op in enumerate(self.schedule.programs[rank][number]):
             placed = Placed(rank, number, position, op)
+            if op.kind in COLLECTIVES:
+                numbered.append((placed, self.join(placed, woken)))
+                continue
             peer = other_rank(self.schedule, placed)
             nth = None
             if peer is not None:
@@ -108,7 +114,26 @@ class Run:
             numbered.append((placed, nth))
         return numbered
 
+    def join(self, placed: Placed, woken: set[int]) -> int | None:
+        """Post a collective; its number within its rank and group, or ``None`` if it is of no group."""
+        group = placed.op.peer
+        if group is None:
+            return None
+        nth = self.joined.get((placed.rank, group), 0)
+        self.joined[placed.rank, group] = nth + 1
+        woken.update(rank for rank in self.schedule.groups[group] if rank != placed.rank)
+        return nth
+
+    def absent(self, placed: Placed, nth: int | None) -> list[int]:
+        """The members of its group that have not joined a collective of one of them."""
+        members = () if placed.op.peer is None else self.schedule.groups[placed.op.peer]
+        if nth is None or placed.rank not in members:
+            return []
+        return [rank for rank in members if self.joined.get((rank, placed.op.peer or 0), 0) <= nth]
+
     def has_completed(self, placed: Placed, nth: int | None) -> bool:
+        if placed.op.kind in COLLECTIVES:
+            return not self.absent(placed, nth)
         peer = other_rank(self.schedule, placed)
         if nth is None or peer is None:  # belongs to no pair, so a buffered send has a buffer to itself
             return placed.op.kind in SENDS and self.model.capacity > 0
@@ -118,7 +143,7 @@ class Run:
 
 
 def deadlock(schedule: Schedule, model: Model) -> Verdict:
-    """Every rank reaches its end and every message is received, whatever the compute times are."""
+    """Every rank reaches its end, every message is received and every collective joined, whatever computes take."""
     run = Run(schedule, model)
     stuck = [waiting for state in run.states for waiting in state.pending or ()]
     buffered = [pair for pair, count in run.sent.items() if run.received.get(pair, 0) < count]
@@ -127,6 +152,13 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
     sends, receives = channels(schedule)
     waits: dict[int, list[Wait]] = {}
     for placed, nth in stuck:
+        if placed.op.kind in COLLECTIVES:
+            rows = _joins(schedule, placed)
+            for absent in run.absent(placed, nth):
+                if nth is None or nth >= len(rows[absent]):
+                    return Refuted(NeverJoined(model, placed, absent, nth or 0, len(rows[absent])))
+                waits.setdefault(placed.rank, []).append(Wait(placed, rows[absent][nth]))
+            continue
         opposite = _opposite(schedule, sends, receives, placed)
         partner = _partner(model, opposite, placed, nth)
         if partner is None:
@@ -181,7 +213,7 @@ def channels(schedule: Schedule) -> tuple[Channels, Channels]:
     sends: Channels = {}
     receives: Channels = {}
     for placed in schedule:
-        if placed.op.kind in COMPUTE:
+        if placed.op.kind not in MESSAGES:
             continue
         peer = other_rank(schedule, placed)
         if peer is not None and placed.op.kind in SENDS:
@@ -192,10 +224,27 @@ def channels(schedule: Schedule) -> tuple[Channels, Channels]:
 
 
 def matched_pairs(schedule: Schedule) -> Iterator[tuple[Placed, Placed]]:
-    """Every send with the receive that it matches."""
+    """Every send with the receive that it matches, and every collective of a group's first member with the others'."""
     sends, receives = channels(schedule)
     for pair, row in sends.items():
         yield from zip(row, receives.get(pair, []), strict=False)
+    for number in range(len(schedule.groups)):
+        first, *others = _of_group(schedule, number).values()
+        for other in others:
+            yield from zip(first, other, strict=False)
+
+
+def _joins(schedule: Schedule, placed: Placed) -> dict[int, list[Placed]]:
+    """For each member of the group of a collective its collectives of that group."""
+    return {} if placed.op.peer is None else _of_group(schedule, placed.op.peer)
+
+
+def _of_group(schedule: Schedule, number: int) -> dict[int, list[Placed]]:
+    rows: dict[int, list[Placed]] = {rank: [] for rank in schedule.groups[number]}
+    for placed in schedule:
+        if placed.op.kind in COLLECTIVES and placed.op.peer == number and placed.rank in rows:
+            rows[placed.rank].append(placed)
+    return rows
 
 
 def _opposite(schedule: Schedule, sends: Channels, receives: Channels, placed: Placed) -> list[Placed]:

@@ -6,6 +6,7 @@ durations.  ``proofs.models`` defines what waits for what.  There is one variabl
 slot is posted (and, where computes overlap with messages, for the end of each compute and of each message slot)::
 
     blocking, eager     posted(slot) -> posted(next slot)       posted(partner) -> posted(next slot)
+    all                 posted(the k-th collective of another member) -> the end of a member's k-th collective
     stream              done(compute) -> posted(slot) -> completed(slot) -> posted(next slot)
                         completed(slot) -> done(compute that needs it)     posted(partner) -> completed(slot)
 """
@@ -13,9 +14,10 @@ slot is posted (and, where computes overlap with messages, for the end of each c
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dualpipe.schedule import COMPUTE, SENDS, Op, Placed, Schedule, Slot
+from dualpipe.schedule import COLLECTIVES, COMPUTE, MESSAGES, SENDS, Op, Placed, Schedule, Slot
 from proofs.difference import Link, Problem
 from proofs.models import Model
 
@@ -44,7 +46,31 @@ def deadlock(schedule: Schedule, model: Model) -> Problem:
         _match(problem, times, model, sends[pair], receives[pair])
         for unmatched in sends[pair][len(receives[pair]) :] + receives[pair][len(sends[pair]) :]:
             _never_ends(problem, times, never, unmatched)
+    for members in _members(schedule):
+        _gather(problem, times, never, members)
     return problem
+
+
+def _members(schedule: Schedule) -> Iterator[list[list[Placed]]]:
+    """For each group the collectives of each of its members."""
+    for number, ranks in enumerate(schedule.groups):
+        yield [[placed for placed in schedule if placed.rank == rank and _is_of(placed.op, number)] for rank in ranks]
+
+
+def _is_of(op: Op, group: int) -> bool:
+    return op.kind in COLLECTIVES and op.peer == group
+
+
+def _gather(problem: Problem, times: Times, never: int, members: list[list[Placed]]) -> None:
+    """A member's k-th collective ends after every member has reached its k-th one, and never without one of them."""
+    for row in members:
+        for nth, placed in enumerate(row):
+            for other in members:
+                if nth >= len(other):
+                    _never_ends(problem, times, never, placed)
+                    break
+                if other is not row:
+                    _holds_up(problem, times, other[nth], placed)
 
 
 def _channels(schedule: Schedule) -> tuple[dict[str, list[Placed]], dict[str, list[Placed]]]:
@@ -53,7 +79,7 @@ def _channels(schedule: Schedule) -> tuple[dict[str, list[Placed]], dict[str, li
     receives: dict[str, list[Placed]] = defaultdict(list)
     for placed in schedule:
         op, rank = placed.op, placed.rank
-        if op.kind in COMPUTE:
+        if op.kind not in MESSAGES:
             continue
         peer = schedule.peer(op)
         lost = peer is None or peer == rank or peer < 0 or peer >= schedule.ranks

@@ -17,9 +17,9 @@ Why = tuple[object, ...]
 
 
 class Link(str):
-    """The text of a fact that is one link of a chain: its last two arguments are where the link begins and ends.
+    """The text of a fact that is one link of a chain; its last two arguments are the two ends of the link.
 
-    ``joined`` makes one fact of several in a row.
+    ``joined`` merges consecutive links into one fact.
     """
 
 
@@ -70,7 +70,7 @@ def decide(problem: Problem, timeout_s: float | None = None, solver: Solver = SH
 
 
 def joined(cycle: tuple[Fact, ...]) -> tuple[Fact, ...]:
-    """The cycle with consecutive links of a chain joined into one fact, which makes it shorter to read."""
+    """The cycle with consecutive links of a chain merged into one fact, which is shorter to read."""
     start = next((index for index, fact in enumerate(cycle) if not isinstance(fact.why[0], Link)), 0)
     facts: list[Fact] = []
     for fact in cycle[start:] + cycle[:start]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from dualpipe.schedule import Kind, Lane, Op, Placed
+from dualpipe.schedule.observed import What
 from proofs.models import Model
 
 
@@ -48,7 +49,7 @@ class _Finding(ABC):
     def shown_by(self) -> tuple[Place | Placed, ...] | None:
         """The places up to which the programs show the fault; ``None`` where only the whole schedule does.
 
-        All places with their targets, unless a class knows better.
+        By default these are all places and their targets.
         """
         places = self.places()
         return *places, *(place.target for place in places if place.target is not None)
@@ -59,7 +60,7 @@ class _Finding(ABC):
 
 
 class _Absence(_Finding):
-    """Something is missing.  A beginning of the programs lacks more, so only the whole schedule shows it."""
+    """Something is missing, or not in the programs.  Only the whole schedule shows it."""
 
     def shown_by(self) -> None:
         pass
@@ -214,8 +215,46 @@ class SentTwice(_Pair):
 
 
 @dataclass(frozen=True)
+class NotMember(_Finding):
+    """A rank joins a collective of a group that it is no member of."""
+
+    check = "messages"
+    fault = "no member"
+    place: Placed
+    members: tuple[int, ...]
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place),)
+
+
+@dataclass(frozen=True)
+class Clash(_Pair):
+    """The ``nth`` (from 0) collective of a group is one thing for one member and another thing for another member."""
+
+    check = "messages"
+    fault = "clash"
+    nth: int
+
+
+@dataclass(frozen=True)
+class LeftAlone(_Absence):
+    """The ``nth`` (from 0) collective of a group, which the member ``absent`` never joins: it joins only ``joined``."""
+
+    check = "messages"
+    fault = "left alone"
+    place: Placed
+    absent: int
+    nth: int
+    joined: int
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.absent),)
+
+
+@dataclass(frozen=True)
 class Wait:
-    """A rank is blocked at ``place`` until the rank of ``partner``, the message that would match it, posts that one."""
+    """A rank is blocked at ``place`` until another rank posts ``partner``: the message that would let it go on, or the
+    same collective of its group."""
 
     place: Placed
     partner: Placed
@@ -241,7 +280,7 @@ class WaitCycle(_Finding):
 class Unmatched(_Finding):
     """A message without a partner: it is number ``nth`` (from 0) of its pair, and the other side posts ``posted``.
 
-    ``possible`` says whether another rank is at the other end at all.
+    ``possible`` is whether there is another rank at the other end.
     """
 
     check = "deadlock"
@@ -258,8 +297,24 @@ class Unmatched(_Finding):
 
 
 @dataclass(frozen=True)
+class NeverJoined(_Finding):
+    """A collective at which a rank waits for ever: the member ``absent`` of its group joins only ``joined`` of them."""
+
+    check = "deadlock"
+    fault = "never joined"
+    model: Model
+    place: Placed
+    absent: int
+    nth: int
+    joined: int
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.place, peer=self.absent),)
+
+
+@dataclass(frozen=True)
 class Live:
-    """A microbatch held at a stage, named by its F; ``until`` says what it waits for, B or W."""
+    """A microbatch held at a stage, named by its F; ``until`` is the op that it waits for, B or W."""
 
     op: Op
     until: Kind
@@ -267,7 +322,7 @@ class Live:
 
 @dataclass(frozen=True)
 class OverBound(_Finding):
-    """The first slot in which a rank holds more microbatches than its bound; ``source`` says whose bound it is."""
+    """The first slot in which a rank holds more microbatches than its bound; ``source`` describes the bound."""
 
     check = "memory"
     fault = "over the bound"
@@ -289,6 +344,48 @@ class OutOfOrder(_Pair):
     fault = "out of order"
 
 
+@dataclass(frozen=True)
+class TouchedInFlight(_Absence):
+    """The memory of a message is read, written or freed between its post and its wait.
+
+    ``by`` is the op that does it, if known.  ``posted``, ``touched`` and ``waited`` are lines of the program; a message
+    that is never waited for has no ``waited``.
+    """
+
+    check = "buffers"
+    fault = "touched in flight"
+    message: Placed
+    what: What
+    by: Op | None
+    posted: str
+    touched: str
+    waited: str | None
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.message),)
+
+
+@dataclass(frozen=True)
+class Overwritten(_Absence):
+    """The memory of a received tensor is written to while the graph of ``forward`` needs it.
+
+    ``by`` is the message that is received into it, if it is one.  ``kept``, ``written`` and ``used`` are lines of the
+    program: where the graph was made, where the write was, and where the backward used what had been overwritten.
+    """
+
+    check = "buffers"
+    fault = "overwritten"
+    message: Placed
+    forward: Op
+    by: Op | None
+    kept: str
+    written: str
+    used: str
+
+    def places(self) -> tuple[Place, ...]:
+        return (_place(self.message),)
+
+
 Finding = (
     Empty
     | Missing
@@ -300,10 +397,16 @@ Finding = (
     | Mismatch
     | LeftOver
     | SentTwice
+    | NotMember
+    | Clash
+    | LeftAlone
     | WaitCycle
     | Unmatched
+    | NeverJoined
     | OverBound
     | OutOfOrder
+    | TouchedInFlight
+    | Overwritten
 )
 """A fault in a schedule: ``check`` is the check that it refutes and ``fault`` its name.
 
@@ -315,7 +418,7 @@ def _plain(value: object) -> Any:
     match value:
         case Placed(rank, slot, _, op):
             return {"rank": rank, "slot": slot, "op": str(op)}
-        case Op() | Model() | Lane() | Kind():
+        case Op() | Model() | Lane() | Kind() | What():
             return str(value)
         case Live(op, until):
             return {"op": str(op), "until": str(until)}

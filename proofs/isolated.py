@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run by its path: this tree comes after the standard library and before installed packages
+if __name__ == "__main__":  # run by its path: search this tree after the standard library and before installed packages
     installed = (at for at, folder in enumerate(sys.path) if folder.endswith(("site-packages", "dist-packages")))
     sys.path.insert(next(installed, len(sys.path)), str(Path(__file__).parents[1]))
     sys.path += [folder for folder in json.loads(sys.argv[2]) if folder not in sys.path]

@@ -52,14 +52,25 @@ def _zb1p(schedule: Schedule) -> Iterator[int]:
     return (schedule.ranks for _ in range(schedule.ranks))
 
 
+def _interleaved(schedule: Schedule) -> Iterator[int]:
+    return (3 * schedule.ranks - 1 for _ in range(schedule.ranks))
+
+
+def _zbv(schedule: Schedule) -> Iterator[int]:
+    return (2 * schedule.ranks for _ in range(schedule.ranks))
+
+
 PUBLISHED: Mapping[str, tuple[str, Callable[[Schedule], Iterator[int]]]] = {
     "dualpipe": ("P+1", _dualpipe),
     "dualpipev": ("2P+1", _dualpipev),
     "1f1b": ("min(P-r, M)", _one_f_one_b),
     "zb1p": ("P", _zb1p),
+    "interleaved": ("3P-1", _interleaved),
+    "zbv": ("2P", _zbv),
 }
 """The bounds that were published with the schedules: those of DualPipe and DualPipeV in DeepSeek's README (2P stages
-over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1, the memory of 1F1B) in arXiv 2401.10241.
+over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1) and ZBV's, both the memory of 1F1B, in arXiv
+2401.10241, that of interleaved 1F1B in arXiv 2205.05198: 1 + (P-1)/(2P) times 1F1B's, whose P are 2P with half stages.
 Late W keeps the bound of its schedule."""
 
 
@@ -67,7 +78,7 @@ def bound_of(schedule: Schedule, max_activations: int | None = None) -> Bound | 
     """The bound given, else the published one for the schedule's name; only the name decides which."""
     if max_activations is not None:
         if max_activations < 0:
-            raise BoundError("a bound on activations is 0 or more", f"got {max_activations}", "give a count")
+            raise BoundError("a bound on activations must be 0 or more", f"got {max_activations}", "give a count")
         return Bound((max_activations,) * schedule.ranks, "given")
     name = schedule.name.partition("-late-")[0]
     if name not in PUBLISHED:
@@ -120,9 +131,9 @@ def _walk(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, dict[Task, 
 
 
 def full_backwards(slot: Iterable[tuple[Kind, T]]) -> set[T]:
-    """What has a full backward in a slot: B and W in one slot.
+    """The names whose B and W are both in a slot, which is a full backward.
 
-    The slot is given by kinds and names; a name may be a task (of a schedule) or a chunk (of a phase table).
+    The slot is given by kinds and names; a name is a task (of a schedule) or a chunk (of a phase table).
     """
     ops = tuple(slot)
     return {name for kind, name in ops if kind is BACKWARD} & {name for kind, name in ops if kind is WEIGHT}
@@ -189,9 +200,9 @@ def _require_sizes(schedule: Schedule, waiting_for_b: Sequence[int], waiting_for
     for name, sizes in (("waiting for B", waiting_for_b), ("waiting for W", waiting_for_w)):
         if len(sizes) != schedule.stages or min(sizes) < 0:
             raise BoundError(
-                f"bytes {name} are given for each of the {schedule.stages} stages, 0 or more",
+                f"bytes {name} must be given for each of the {schedule.stages} stages, 0 or more",
                 f"got {list(sizes)}",
-                "give one size a stage",
+                "give one size per stage",
             )
 
 

@@ -22,8 +22,8 @@ host posts without waiting, the message slots run one after the other on the com
 computes that were issued before it, and computes run meanwhile on a stream of their own.
 
 The other two only remove waits, so a schedule without deadlock under *blocking* has none under the others.  *stream*
-removes no wait that matters for deadlock: a message slot waits for the message slots before it in any case, and so for
-all that the computes in between would have waited for.  The checks rely on neither fact: each model is decided by
+removes no wait that matters for deadlock: a message slot waits in any case for the message slots before it, which are
+all that the computes in between wait for under *blocking*.  The checks rely on neither fact: each model is decided by
 itself.
 """
 
@@ -62,7 +62,7 @@ STREAM = Model("stream", overlaps=True)
 def eager(capacity: int = 1) -> Model:
     """The model with buffered sends: ``capacity`` messages, 1 or more, for each ordered pair of ranks."""
     if capacity < 1:
-        raise ModelError("an eager model buffers at least one message", f"got {capacity}", "use blocking for none")
+        raise ModelError("an eager model must buffer at least one message", f"got {capacity}", "use blocking for none")
     return Model("eager", capacity)
 
 
@@ -80,9 +80,9 @@ def parse_models(text: str) -> tuple[Model, ...]:
     found = re.fullmatch(r"eager:([0-9]{1,9})", text)
     if re.fullmatch(r"eager:[0-9]{10,}", text):
         raise ModelError(
-            "an eager model buffers at most 999999999 messages", f"got {text[:40]!r}", "name a smaller capacity"
+            "an eager model may buffer at most 999999999 messages", f"got {text[:40]!r}", "name a smaller capacity"
         )
     if found is None:
         fix = nearest(text, ["all", *(model.name for model in MODELS)], "name one")
-        raise ModelError("a model is all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", fix)
+        raise ModelError("a model must be all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", fix)
     return (eager(int(found.group(1))),)

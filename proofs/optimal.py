@@ -39,10 +39,10 @@ class OptimalSizeError(RuleError):
 
 
 SECONDS = 60.0
-"""Seconds for the whole search where nothing else is asked for."""
+"""The default time limit of the whole search."""
 
 MOST_BOOLEANS = 100_000
-"""The largest number of ops times slots of a question: building it must not take longer than answering it."""
+"""The most ops times slots of a question; a larger one would take longer to build than to answer."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def broken_rules(timetable: Timetable, microbatches: int) -> Iterator[str]:
             if op is None:
                 continue
             late = [need for need in needs(op, ranks) if done.get(need, now + 1) > now]
-            yield from (f"rank {rank} runs {op} in slot {now}, before {need} is over" for need in late)
+            yield from (f"rank {rank} runs {op} in slot {now}, before {need} has ended" for need in late)
             held += op.kind is F
             if held > ranks + 1:
                 yield f"rank {rank} holds {held} microbatches in slot {now}"

@@ -15,7 +15,7 @@ Prefix = tuple[int, ...]
 def cut(schedule: Schedule, prefix: Prefix) -> Schedule:
     """The first slots of each rank."""
     programs = tuple(program[:count] for program, count in zip(schedule.programs, prefix, strict=True))
-    return Schedule(schedule.routes, programs, schedule.name)
+    return Schedule(schedule.routes, programs, schedule.name, schedule.groups)
 
 
 def smallest_prefix(schedule: Schedule, finding: Finding) -> Prefix | None:

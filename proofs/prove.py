@@ -1,4 +1,4 @@
-"""The six checks for one schedule, each by two methods, and the report.
+"""The checks of one schedule, each by two methods, and the report.
 
 Plain search and Z3 share nothing but the schedule value.  If both decide and differ, the run crashes with both
 answers.  If Z3 gives up, a proof by plain search alone is reported as unknown, but a refutation counts, since its
@@ -10,7 +10,7 @@ gives a time limit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -18,7 +18,7 @@ from typing import Any, assert_never
 
 from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
-from proofs import deadlock_search, deadlock_smt
+from proofs import buffers_search, buffers_smt, deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
@@ -26,19 +26,23 @@ from proofs.findings import Finding
 from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import Prefix, smallest_prefix
+from proofs.remarks import remarks
 from proofs.solver import SHARED, Solver
 from proofs.story import live_lines, tell
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall
+from proofs.waivers import WITHOUT, waived
 
 __all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
 
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
+"""The checks of every schedule.  ``BUFFERS`` is one more, of schedules that were recorded."""
+BUFFERS = "buffers"
 
 SECOND_OPINION = 3_000
-"""Up to so many ops and stages Z3 also checks a refutation by plain search, and adds its core."""
+"""The most ops and stages of a schedule in which Z3 also checks a refutation by plain search, and adds its core."""
 
 MOST_FOR_Z3 = 200_000
-"""Up to so many ops and stages Z3 checks without a given time limit; more may take it minutes and gigabytes."""
+"""The most ops and stages that Z3 checks unless the caller gives a time limit: more take minutes and gigabytes."""
 
 
 class DisagreementError(AssertionError):
@@ -53,18 +57,26 @@ class DisagreementError(AssertionError):
 class Result:
     """One check's verdict, the seconds that each method took, and, if it fails, the smallest prefix that fails.
 
-    For ``deadlock``, ``models`` has the result under each model of communication.
+    ``remarks`` are on the messages of the finding: where the recorded program posted them, and which names are guesses.
+    For ``deadlock``, ``models`` has the result under each model of communication.  ``waived`` is empty, or what may be
+    the case because the check fails and does not count for the verdict of the whole.
     """
 
     verdict: Verdict
     seconds: Mapping[str, float]
     prefix: Prefix | None = None
+    remarks: tuple[str, ...] = ()
     models: Mapping[str, Result] = field(default_factory=dict)
+    waived: str = ""
 
     @property
     def finding(self) -> Finding | None:
         """What the check found, if it is refuted and more than the solver's core is known."""
         return self.verdict.finding if isinstance(self.verdict, Refuted) else None
+
+    def story(self, finding: Finding) -> str:
+        """The finding as text, with the remarks."""
+        return "\n".join([tell(finding), *self.remarks])
 
     def as_json(self) -> dict[str, Any]:
         seconds = {method: round(spent, 4) for method, spent in self.seconds.items()}
@@ -76,7 +88,7 @@ class Result:
         match self.verdict:
             case Refuted(finding, core):
                 if finding is not None:
-                    shown |= {"story": tell(finding), "finding": finding.as_json()}
+                    shown |= {"story": self.story(finding), "finding": finding.as_json()}
                 if core:
                     shown["core"] = list(core)
             case Unknown(reason) | Skipped(reason):
@@ -85,6 +97,8 @@ class Result:
                 pass
             case _:
                 assert_never(self.verdict)
+        if self.waived:
+            shown["waived"] = self.waived
         if self.prefix is not None:
             shown["prefix"] = list(self.prefix)
         if self.models:
@@ -104,12 +118,17 @@ class Report:
 
     @property
     def exit_code(self) -> ExitCode:
-        return overall(result.verdict for result in self.checks.values())
+        return overall(result.verdict for result in self.checks.values() if not result.waived)
 
     @property
     def verdict(self) -> str:
-        """``proved``, ``refuted`` or ``unknown``."""
+        """``proved``, ``refuted`` or ``unknown``; of the checks that are not waived."""
         return self.exit_code.name.lower()
+
+    @property
+    def waived(self) -> tuple[str, ...]:
+        """The checks that fail and are waived."""
+        return tuple(name for name, result in self.checks.items() if result.waived)
 
     def as_json(self) -> dict[str, Any]:
         """The object that ``dualpipe prove --json`` prints."""
@@ -120,6 +139,8 @@ class Report:
             "checks": {name: result.as_json() for name, result in self.checks.items()},
             "peak_activations": list(self.peak_activations),
         }
+        if self.waived:
+            shown["waived"] = list(self.waived)
         if self.peaks_in_bytes:
             shown["peak_bytes"] = [peak.as_json() for peak in self.peaks_in_bytes]
         return shown
@@ -127,7 +148,8 @@ class Report:
     def text(self) -> str:
         """The report for a terminal: a line for each check with its story below, then the peaks."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}"]
+        but = f" but for {' and '.join(self.waived)} (waived)" if self.waived else ""
+        lines = [f"{self.label or 'schedule'} on {ranks}: {self.verdict}{but}"]
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
@@ -141,7 +163,11 @@ class Report:
 
 
 def describe(result: Result) -> list[str]:
-    """The lines below a check in the report: the story and remarks, or the reason."""
+    """The lines below a check in the report: the story and remarks, or the reason, and what a waiver leaves open."""
+    return [*_found(result), *([f"waived: {result.waived}"] if result.waived else [])]
+
+
+def _found(result: Result) -> list[str]:
     match result.verdict:
         case Unknown(reason) | Skipped(reason):
             return [reason]
@@ -150,7 +176,7 @@ def describe(result: Result) -> list[str]:
         case Refuted(finding, _):
             if finding is None:
                 return []
-            lines = tell(finding).split("\n")
+            lines = result.story(finding).split("\n")
             if result.prefix is not None:
                 counts = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(result.prefix) if count)
                 lines.append(f"the first slots are enough to see it: {counts}")
@@ -172,8 +198,9 @@ def prove(
     label: str | None = None,
     begin: Progress = silent,
     solver: Solver = SHARED,
+    waive: Collection[str] = (),
 ) -> Report:
-    """Run the six checks of a schedule.  Any schedule value gives a report.
+    """Run the six checks of a schedule, and the seventh of a recorded one.  Any schedule value gives a report.
 
     Parameters
     ----------
@@ -184,8 +211,8 @@ def prove(
     smt:
         Whether Z3 checks as well; without it a proof rests on plain search alone.
     timeout_s:
-        Seconds until Z3 gives up on one question, once it has the question.  If not given, ``solver.SECONDS``, and Z3
-        does not check a schedule of more than ``MOST_FOR_Z3`` ops and stages, which is then refuted or unknown.
+        Seconds that Z3 may take for one question; by default ``solver.SECONDS``.  By default Z3 also does not check a
+        schedule of more than ``MOST_FOR_Z3`` ops and stages, whose checks are then refuted or unknown.
     bytes_per_stage:
         The bytes that a microbatch holds at each stage while it waits for its B and for its W (``memory.peak_bytes``).
     label:
@@ -194,6 +221,8 @@ def prove(
         Called before each check and each model of ``deadlock`` with its name, and at the end.
     solver:
         The process that runs Z3, with its memory limit.
+    waive:
+        Checks that do not count for the verdict of the whole; they are made all the same.
 
     Raises
     ------
@@ -201,11 +230,14 @@ def prove(
         If the two methods answer differently.
     BoundError
         For a negative bound or sizes that do not fit the stages.
+    RuleError
+        For a name in ``waive`` that is no check.
     """
+    without = waived(waive, CHECKS)
     bound = bound_of(schedule, max_activations)
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
-    done, total = count(), len(CHECKS) - 1 + len(models)
+    done, total = count(), len(CHECKS) - 1 + len(models) + bool(schedule.observed)
     if smt and (timeout_s is not None or _size(schedule) <= MOST_FOR_Z3):
         solver.start()
 
@@ -228,6 +260,12 @@ def prove(
             "accumulation", lambda: by_search.accumulation(schedule), lambda: by_smt.accumulation(schedule)
         ),
     }
+    if schedule.observed:
+        search, problem = partial(buffers_search.buffers, schedule), partial(buffers_smt.buffers, schedule)
+        checks[BUFFERS] = check(BUFFERS, search, problem)
+    for name in without:
+        if isinstance(checks[name].verdict, Refuted | Unknown):
+            checks[name] = replace(checks[name], waived=WITHOUT[name])
     peaks = peak_activations(schedule)
     begin(total, total, "")
     return Report(schedule.name if label is None else label, schedule.ranks, checks, peaks, peaks_in_bytes)
@@ -252,16 +290,18 @@ def run_check(
         by_z3: Verdict
         if timeout_s is None and size > MOST_FOR_Z3:
             by_z3 = Unknown(
-                f"Z3 is not asked about more than {MOST_FOR_Z3:,} ops and stages, and there are {size:,}: "
-                "a timeout for the solver (--solver-timeout) makes it try"
+                f"Z3 skips schedules of more than {MOST_FOR_Z3:,} ops and stages, and this one has {size:,}: "
+                "give a timeout for the solver (--solver-timeout) to let it try"
             )
         else:
             by_z3 = by_smt.verdict(problem(), timeout_s, solver)
         seconds["z3"] = time.perf_counter() - started
         verdict = settle(check, by_graph, by_z3)
     result = Result(verdict, seconds)
-    prefix = None if result.finding is None else smallest_prefix(schedule, result.finding)
-    return replace(result, prefix=prefix)
+    if result.finding is None:
+        return result
+    prefix = smallest_prefix(schedule, result.finding)
+    return replace(result, prefix=prefix, remarks=tuple(remarks(schedule, result.finding)))
 
 
 def _size(schedule: Schedule) -> int:
@@ -297,7 +337,7 @@ def under_all(results: Mapping[str, Result]) -> Result:
     if not by_type:
         return Result(Skipped("no model of communication was chosen"), seconds)
     worst = by_type.get(Refuted) or by_type.get(Unknown) or by_type[Proved]
-    return Result(worst.verdict, seconds, worst.prefix, results)
+    return Result(worst.verdict, seconds, worst.prefix, worst.remarks, results)
 
 
 def smtlib(schedule: Schedule, model: Model, max_activations: int | None = None) -> str:
@@ -314,4 +354,5 @@ def problems(schedule: Schedule, model: Model, max_activations: int | None = Non
     found = [by_smt.complete(schedule), by_smt.order(schedule), by_smt.messages(schedule)]
     found.append(deadlock_smt.deadlock(schedule, model))
     found += [by_smt.memory(schedule, bound)] if bound is not None else []
-    return [*found, by_smt.accumulation(schedule)]
+    found.append(by_smt.accumulation(schedule))
+    return [*found, buffers_smt.buffers(schedule)] if schedule.observed else found

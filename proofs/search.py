@@ -1,8 +1,9 @@
 """Plain search, the first of the two methods: one pass over the programs for each check, in linear time.
 
 ``complete`` counts, ``order`` keeps a set of the ops that each rank has done, ``messages`` pairs the sends of an
-ordered pair of ranks with its receives, ``accumulation`` remembers the last B and W of each stage.  ``deadlock`` is in
-``proofs.deadlock_search`` and ``memory`` in ``proofs.memory``.
+ordered pair of ranks with its receives and the collectives of a group's members with each other, ``accumulation``
+remembers the last B and W of each stage.  ``deadlock`` is in ``proofs.deadlock_search`` and ``memory`` in
+``proofs.memory``.
 """
 
 from __future__ import annotations
@@ -10,14 +11,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import assert_never
 
-from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, SF, B, Chunk, Kind, Lane, Op, Placed, Schedule, W
+from dualpipe.schedule import (
+    COLLECTIVES,
+    COMPUTE,
+    MESSAGES,
+    RECEIVES,
+    SENDS,
+    SF,
+    B,
+    Chunk,
+    Kind,
+    Lane,
+    Op,
+    Placed,
+    Schedule,
+    W,
+)
 from proofs.findings import (
+    Clash,
     Empty,
     Finding,
+    LeftAlone,
     LeftOver,
     Mismatch,
     Missing,
     NoPeer,
+    NotMember,
     NotNeighbour,
     OutOfOrder,
     Repeated,
@@ -67,7 +86,10 @@ def _incomplete(schedule: Schedule) -> Finding | None:
 
 
 def order(schedule: Schedule) -> Verdict:
-    """Every op comes after what it needs on its own rank; ops of one slot run in the order written."""
+    """Every op runs after what it needs on its own rank; ops of one slot run in the order written.
+
+    The last reduction of a stage's gradients needs every W of that stage that its rank runs.
+    """
     done: set[Op] = set()
     rank = -1
     early: list[tuple[Placed, Op]] = []
@@ -78,6 +100,7 @@ def order(schedule: Schedule) -> Verdict:
         if op.kind not in RECEIVES:  # a receive needs another rank's send, which `messages` and `deadlock` check
             early += ((placed, need) for need in schedule.needs(op) if need not in done)
         done.add(op.bare)
+    early += _reduced_early(schedule)
     if not early:
         return Proved()
     placed, need = min(early, key=lambda found: (found[0].slot, found[0].rank))
@@ -85,8 +108,23 @@ def order(schedule: Schedule) -> Verdict:
     return Refuted(TooEarly(placed, need, next(later, None)))
 
 
+def _reduced_early(schedule: Schedule) -> Iterator[tuple[Placed, Op]]:
+    """The last reduction of every stage on every rank with the first W after it, if there is one."""
+    last: dict[tuple[int, Chunk], tuple[Placed, Op | None]] = {}
+    for placed in schedule:
+        key = placed.rank, placed.op.chunk
+        if placed.op.kind is Kind.RG:
+            last[key] = placed, None
+        elif placed.op.kind is W and key in last and last[key][1] is None:
+            last[key] = last[key][0], placed.op
+    return ((reduction, late) for reduction, late in last.values() if late is not None)
+
+
 def messages(schedule: Schedule) -> Verdict:
-    """Peers are the lane's neighbours, and the k-th send of every ordered pair is what its k-th receive expects."""
+    """Peers are the lane's neighbours, and the k-th send of every ordered pair is what its k-th receive expects.
+
+    The k-th collective of a group is the same for all its members.
+    """
     sends: dict[tuple[int, int], list[Placed]] = {}
     receives: dict[tuple[int, int], list[Placed]] = {}
     for placed in schedule:
@@ -102,7 +140,36 @@ def messages(schedule: Schedule) -> Verdict:
             receives.setdefault((peer, placed.rank), []).append(placed)
     pairs = sorted(sends.keys() | receives.keys())
     found = [fault for pair in pairs for fault in _faults(pair, sends.get(pair, []), receives.get(pair, []))]
-    return _verdict(min(found, key=_urgency, default=None))
+    return _verdict(min(found, key=_urgency, default=None) or _wrong_collective(schedule))
+
+
+def _wrong_collective(schedule: Schedule) -> NotMember | Clash | LeftAlone | None:
+    """The first collective of a rank that is no member, of two members that disagree, or that a member never joins."""
+    rows: list[dict[int, list[Placed]]] = [{rank: [] for rank in members} for members in schedule.groups]
+    for placed in schedule:
+        if placed.op.kind in COLLECTIVES and placed.op.peer is not None:
+            row = rows[placed.op.peer].get(placed.rank)
+            if row is None:
+                return NotMember(placed, schedule.groups[placed.op.peer])
+            row.append(placed)
+    for by_rank in rows:
+        first, *others = by_rank.values()
+        for other in others:
+            for nth, (one, two) in enumerate(zip(first, other, strict=False)):
+                if _together(one.op) != _together(two.op):
+                    return Clash(one, two, nth)
+    for by_rank in rows:
+        least = min(by_rank, key=lambda rank: len(by_rank[rank]))
+        joined = len(by_rank[least])
+        for row in by_rank.values():
+            if len(row) > joined:
+                return LeftAlone(row[joined], least, joined, joined)
+    return None
+
+
+def _together(op: Op) -> tuple[Kind, int | None]:
+    """What the members of a group must agree on: the kind, and except for an all-reduce the stage."""
+    return op.kind, None if op.kind is Kind.AR else op.stage
 
 
 def _wrong_peer(schedule: Schedule, placed: Placed, peer: int | None) -> Finding | None:

@@ -24,7 +24,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
-from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, SENDS, Chunk, Kind, Lane, Op, Placed, Schedule, Task
+from dualpipe.schedule import (
+    COLLECTIVES,
+    COMPUTE,
+    MESSAGES,
+    RECEIVES,
+    SENDS,
+    Chunk,
+    Kind,
+    Lane,
+    Op,
+    Placed,
+    Schedule,
+    Task,
+)
 from proofs.difference import Contradiction, Link, Problem, decide, joined
 from proofs.memory import Bound
 from proofs.solver import SHARED, Solver
@@ -62,7 +75,7 @@ def complete(schedule: Schedule) -> Problem:
     def count(name: str, is_now: int, least: int, most: int | None, what: str) -> None:
         variable = problem.variable(name)
         problem.exactly(zero, variable, is_now, "{0}: there are {1}", what, is_now)
-        problem.later(zero, variable, "{0}: there have to be {1} or more", what, least, gap=least)
+        problem.later(zero, variable, "{0}: there must be {1} or more", what, least, gap=least)
         if most is not None:
             problem.later(variable, zero, "{0}: there may be {1} at most", what, most, gap=-most)
 
@@ -96,9 +109,25 @@ def order(schedule: Schedule) -> Problem:
             for need in schedule.needs(placed.op):
                 if need not in first:
                     first[need] = problem.variable(f"{need} r{placed.rank} never")
-                    problem.later(time, first[need], "{1} never comes on rank {0.rank}", placed, need)
+                    problem.later(time, first[need], "rank {0.rank} has no {1}", placed, need)
                 problem.later(first[need], time, WHERE + " needs {1}", placed, need)
+    _reductions(problem, schedule)
     return problem
+
+
+def _reductions(problem: Problem, schedule: Schedule) -> None:
+    """Every W of a stage comes before the last reduction of its gradients."""
+    rows: dict[tuple[int, Chunk], list[Placed]] = defaultdict(list)
+    for placed in schedule:
+        if placed.op.kind in (Kind.W, Kind.RG):
+            rows[placed.rank, placed.op.chunk].append(placed)
+    for row in rows.values():
+        reductions = [at for at, placed in enumerate(row) if placed.op.kind is Kind.RG]
+        if reductions:
+            times = list(_in_a_row(problem, row))
+            for at, placed in enumerate(row):
+                if placed.op.kind is Kind.W:
+                    problem.later(times[at], times[reductions[-1]], WHERE + " is reduced", placed)
 
 
 def accumulation(schedule: Schedule) -> Problem:
@@ -111,7 +140,7 @@ def accumulation(schedule: Schedule) -> Problem:
         times = list(_in_a_row(problem, row))
         by_microbatch = sorted(range(len(row)), key=lambda index: (row[index].op.mb, index))
         for one, other in pairwise(by_microbatch):
-            rule = "{1.op} is to be added after {0.op}"
+            rule = "{1.op} must be added after {0.op}"
             problem.later(times[one], times[other], rule, row[one], row[other])
     return problem
 
@@ -136,7 +165,33 @@ def messages(schedule: Schedule) -> Problem:
         _joins_neighbours(problem, zero, number, placed, peer, schedule)
     for pair in sorted(sends.keys() | receives.keys()):
         _same_order(problem, zero, schedule, pair, sends[pair], receives[pair])
+    for number, members in enumerate(schedule.groups):
+        _same_collectives(problem, zero, schedule, number, members)
     return problem
+
+
+def _same_collectives(problem: Problem, zero: int, schedule: Schedule, number: int, members: tuple[int, ...]) -> None:
+    """All members of a group have as many collectives, and the k-th ones are of one kind and stage."""
+    rows: dict[int, list[Placed]] = defaultdict(list)
+    for placed in schedule:
+        if placed.op.kind in COLLECTIVES and placed.op.peer == number:
+            rows[placed.rank].append(placed)
+    total = problem.variable(f"collectives of group {number}")
+    contents: dict[tuple[Kind, int], int] = {}
+    what: dict[int, int] = {}
+    for rank in members:
+        text = "rank {0} joins {1} collectives of group {2}"
+        problem.exactly(zero, total, len(rows[rank]), text, rank, len(rows[rank]), number)
+        for nth, placed in enumerate(rows[rank]):
+            if nth not in what:
+                what[nth] = problem.variable(f"collective {nth} of group {number}")
+            stage = -1 if placed.op.kind is Kind.AR else placed.op.stage
+            content = contents.setdefault((placed.op.kind, stage), len(contents))
+            problem.exactly(zero, what[nth], content, WHERE + " is collective {1} of group {2}", placed, nth, number)
+    for stranger in rows.keys() - set(members):
+        outside = problem.variable(f"rank {stranger} outside of group {number}")
+        problem.later(zero, outside, WHERE + " is of a group without its rank", rows[stranger][0])
+        problem.later(outside, zero, "only members join a collective", gap=0)
 
 
 def _joins_neighbours(

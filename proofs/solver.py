@@ -27,9 +27,9 @@ from proofs.verdict import Unknown
 
 CHILD = Path(__file__).with_name("z3child.py")
 SECONDS = 120.0
-"""Seconds for a question, unless the caller gives a number."""
+"""The default time limit of a question."""
 GRACE_SECONDS = 10.0
-"""How much later the process is killed if it has not given up: Z3 does not look at the clock while it reads."""
+"""Seconds after its time limit at which the process is killed: Z3 does not watch the limit while it reads facts."""
 MEMORY_BYTES = min(6 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 """The address space of the process: 6 GiB, or half of the machine's memory if that is less."""
 _START_SECONDS = 60.0
@@ -58,7 +58,7 @@ class Child:
             return
         self.close()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
-        # -I: no folder of the user's comes before the standard library and what is installed, where Z3 is as a rule
+        # -I: no folder of the user is searched before the standard library and installed packages, which include Z3
         command = [sys.executable, "-I", str(self.child), str(self.memory_bytes), json.dumps(sys.path)]
         self._process = subprocess.Popen(
             command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors

@@ -2,7 +2,7 @@
 
 Z3 ends its process if it runs out of memory, and nothing can interrupt it while it reads a formula.  So it runs in a
 process of its own, with a limit on its address space; ``proofs.solver`` starts the process and reports how it ends.
-This file is run by its path and imports the standard library and Z3 alone.
+This file is run by its path and imports only the standard library and Z3.
 
 A question is two numbers, the number of facts and the milliseconds until Z3 gives up, followed by three numbers for
 each fact, ``earlier``, ``later`` and ``gap``, meaning ``later - earlier >= gap``.  All are 64-bit integers.  The answer

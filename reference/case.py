@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import Lane, Schedule
+from dualpipe.schedule import COLLECTIVES, Lane, Schedule
 from reference.data import Steps, training_data
 from reference.model import ModelConfig, build_stage, criterion
 
@@ -20,7 +20,7 @@ _WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class SettingsError(RuleError):
-    """A setting with which two runs on a GPU may give different bits."""
+    """Settings under which two runs on a GPU may give different bits."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Case:
     """One verification.
 
     ``device``: where production and the oracle compute, ``cpu`` or ``cuda``.  ``staged``: messages go through host
-    memory.  ``blocking``: a slot of messages waits for all of them, as a plain batch-and-wait program does.
+    memory.  ``blocking``: a rank waits for all messages of a slot before it goes on, as after ``batch_isend_irecv``.
     ``timeout``: seconds to wait for a message before reporting a hang.  ``timed``: production records when its ops ran.
 
-    Raises ``RuleError`` for steps, a device or a timeout that make no sense.
+    Raises ``RuleError`` for a number of steps, a device or a timeout that is not valid.
     """
 
     schedule: Schedule
@@ -46,11 +46,17 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise RuleError("a verification trains for at least one step", f"got {self.steps}", "use 1 or more")
+            raise RuleError("a verification must train for at least one step", f"got {self.steps}", "use 1 or more")
+        together = next((placed for placed in self.schedule if placed.op.kind in COLLECTIVES), None)
+        if together is not None:
+            got = f"rank {together.rank} has the collective {together.op} in slot {together.slot}"
+            raise RuleError(
+                "a verification must have computes and messages alone", got, "use schedule.only(COMPUTE | MESSAGES)"
+            )
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise RuleError("the device is cpu or cuda", f"got {self.device}", "use one of them")
+            raise RuleError("the device must be cpu or cuda", f"got {self.device}", "use one of them")
         if not 0 < self.timeout < 1e6:
-            raise RuleError("the timeout is a positive number of seconds", f"got {self.timeout}", "use 60")
+            raise RuleError("the timeout must be a positive number of seconds", f"got {self.timeout}", "use 60")
 
     @property
     def on_gpu(self) -> bool:

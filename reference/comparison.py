@@ -19,7 +19,7 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not the oracle's: ``what`` of ``where``, at a step, and by how many units in the last place."""
+    """A tensor that differs from the oracle's: ``what`` of ``where`` at a step, by ``ulps`` units in the last place."""
 
     step: int
     what: str
@@ -75,7 +75,7 @@ def _between_replicas(schedule: Schedule, step: int, stage: int, found: StepTrac
 def compare(
     difference: Callable[[int | None, str], Difference], true: Tensor | None, found: Tensor | None
 ) -> Iterator[Difference]:
-    """At most one difference, which ``difference`` makes from the units in the last place and the detail."""
+    """At most one difference, built by ``difference`` from the units in the last place and the detail."""
     if true is None and found is None:
         return
     if true is None or found is None:

@@ -1,4 +1,4 @@
-"""Byte-level text that every machine has, the documentation of the standard library, cut into microbatches."""
+"""Text as bytes, cut into microbatches: the documentation of the standard library, which every machine has."""
 
 from __future__ import annotations
 

@@ -160,12 +160,14 @@ def _boundaries(stages: Sequence[nn.Module], steps: Steps) -> tuple[Layout, ...]
 def _check_fit(schedule: Schedule, stages: Sequence[nn.Module], steps: Steps) -> None:
     if len(stages) != schedule.stages:
         raise SetupError(
-            "the model has as many stages as the schedule", f"got {len(stages)} for {schedule.stages}", "split it anew"
+            "the model must have as many stages as the schedule",
+            f"got {len(stages)} for {schedule.stages}",
+            "split it again",
         )
     for number, data in enumerate(steps):
         if len(data) != len(schedule.lanes):
             raise SetupError(
-                "every step has data for each lane of the schedule",
+                "every step must have data for each lane of the schedule",
                 f"step {number} has {len(data)} for {len(schedule.lanes)}",
                 "divide the microbatches among the lanes",
             )

@@ -13,6 +13,7 @@ from typing import Any
 
 from dualpipe.schedule import COMPUTE, RECEIVES, SENDS, B, F, Op, Placed, Schedule, W, full_backwards
 from dualpipe.timeline import perfetto
+from dualpipe.timeline.measured_costs import MEASURED
 from dualpipe.timeline.perfetto import Scaled
 from dualpipe.timeline.run_log import Idle, RunLog, Work, simulated
 from dualpipe.timeline.simulate import simulate
@@ -25,7 +26,6 @@ from reference.verify import PROCESSES, Traced
 
 MICROSECONDS = 1e6
 """Microseconds in a second."""
-MEASURED = "measured"
 
 _WITH = "B and W are one call of autograd here: the time includes {}"
 _WITHIN = "part of {}: B and W are one call of autograd here, so this takes almost no time of its own"

@@ -50,15 +50,15 @@ class ModelConfig:
         for name in ("hidden", "heads", "sequence", "batch", "vocab", "blocks_per_stage"):
             size = getattr(self, name)
             if size < 1:
-                raise ModelError("a model's sizes are at least 1", f"got {name}={size}", f"use {name}=1 or more")
+                raise ModelError("a model's sizes must be at least 1", f"got {name}={size}", f"use {name}=1 or more")
         if self.hidden % self.heads:
             raise ModelError(
-                "the hidden size is a multiple of the heads",
+                "the hidden size must be a multiple of the heads",
                 f"got hidden={self.hidden} for {self.heads} heads",
                 f"use a multiple of {self.heads}",
             )
         if not self.dtype.is_floating_point:
-            raise ModelError("weights are floating-point numbers", f"got {self.dtype}", "use torch.float32")
+            raise ModelError("weights must be floating-point numbers", f"got {self.dtype}", "use torch.float32")
 
 
 class Embedding(nn.Module):
@@ -120,7 +120,7 @@ class Block(nn.Module):
 def build_stage(
     config: ModelConfig, stage: int, stages: int, seed: int, device: torch.device | str = "cpu"
 ) -> nn.Sequential:
-    """Stage ``stage`` of ``stages``.  Its weights depend on ``(seed, stage)`` alone, whichever process builds it.
+    """Stage ``stage`` of ``stages``.  Its weights depend only on ``(seed, stage)``, whichever process builds it.
 
     The first stage takes tokens, int64 ``[batch, sequence]``, and the last returns logits, ``[batch, sequence,
     vocab]``; between stages there are hidden states, ``[batch, sequence, hidden]``, in ``config.dtype``.  Weights are

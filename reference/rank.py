@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -129,10 +129,8 @@ class Rank:
             case Kind.W:
                 self._uses[op] -= 1
                 replica.weight(op.task, again=self._uses[op] > 0)
-            case Kind.SF | Kind.RF | Kind.SB | Kind.RB:
+            case _:
                 raise AssertionError(f"{op} is in a slot of computes")
-            case never:
-                assert_never(never)
         self._done.add(op)
         if replica.account is not None:
             replica.account.settle(op)
@@ -176,7 +174,7 @@ class Rank:
         return self._produced[send] if self._uses[send] else self._produced.pop(send)
 
     def _incoming(self, source: Op) -> Tensor:
-        """The tensor of a receive, or of the neighbour stage on this rank, whose F or B ``source`` then is."""
+        """The tensor that the op ``source`` gives: a receive, or the F or B of a neighbour stage on this rank."""
         if source.kind in RECEIVES:
             message = self._received[source][0]
             payload, message.payload = message.payload, None
@@ -196,7 +194,7 @@ class Rank:
             if need not in self._done and not self._received[need]:
                 raise self._misstep(
                     op,
-                    f"{op.kind} comes after what it needs on its rank",
+                    f"{op.kind} runs after what it needs on its rank",
                     f"{need} has not been {'posted' if need.kind in RECEIVES else 'run'}",
                     f"put {need} before it",
                 )

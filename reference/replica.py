@@ -8,7 +8,7 @@
     W   run each saved call again, F.linear(input, weight, bias), and take autograd's gradient of weight and bias
 
 The split of B and W is that of the zero-bubble paper (arXiv 2401.10241).  Linear layers are those whose class is
-exactly ``nn.Linear``, called as modules; every other parameter has its gradient after B.
+exactly ``nn.Linear``, called as modules; the gradient of every other parameter is complete after B.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _check_apart(module: nn.Module, weights: Set[Tensor]) -> None:
         for own, parameter in layer.named_parameters(recurse=False):
             if parameter in weights and type(layer) is not nn.Linear:
                 raise SetupError(
-                    "a linear layer shares its parameters only with linear layers of its stage",
+                    "a linear layer may share its parameters only with linear layers of its stage",
                     f"{name}.{own} of a {type(layer).__name__} is also a linear layer's",
                     "untie them",
                 )

@@ -28,7 +28,7 @@ def of_all_ranks(progress: Progress, name: str, ranks: int, steps: int) -> Calla
 class Comparison:
     """How one implementation compares with the reference: what differs, or why it did not finish.
 
-    ``alone``: it ran in one process, whose rank number means nothing.
+    ``alone``: it ran in one process, so failures are described without a rank.
     """
 
     name: str

@@ -88,15 +88,15 @@ def _check(case: Case) -> None:
         raise RuleError(
             "several ranks on one GPU cannot use NCCL, and gloo cannot send CUDA tensors",
             f"got the device {case.device} and direct messages",
-            "use staged messages here, and tests/gpu under torchrun for NCCL with one GPU a rank",
+            "use staged messages here, and tests/gpu under torchrun for NCCL with one GPU per rank",
         )
     if not any(case.schedule.microbatches.values()):
-        raise RuleError("a schedule to verify runs microbatches", "got one without ops", "add F, B and W")
+        raise RuleError("a schedule to verify must run microbatches", "got one without ops", "add F, B and W")
     for lane, count in case.schedule.microbatches.items():
         named = {placed.op.mb for placed in case.schedule if placed.op.lane == lane}
         if len(named) != count:
             raise RuleError(
-                "the microbatches of a lane are numbered from 0 without gaps",
+                "the microbatches of a lane must be numbered from 0 without gaps",
                 f"lane {lane} names {len(named)}, the largest being {count - 1}",
                 "renumber them",
             )

@@ -1,4 +1,4 @@
-"""For every test: one thread a process, as the bits of some sums change with the number of threads; Ctrl-C ends it."""
+"""For every test: one thread per process, as sums may depend on the number of threads; Ctrl-C ends the run."""
 
 import signal
 

@@ -35,7 +35,7 @@ def run_check(check: Check, root: Path) -> CheckResult:
         )
     try:
         verdict, summary, findings = check.read(done)
-    except Exception as error:  # an answer of any other form is none
+    except Exception as error:  # an answer of another form is no answer
         summary = f"{no_answer(done)[1]} ({type(error).__name__}: {error})"
         return CheckResult(check.name, Verdict.UNKNOWN, check.why, summary, (), done.seconds)
     return CheckResult(check.name, verdict, check.why, summary, findings, done.seconds)
@@ -52,7 +52,7 @@ def no_answer(done: Completed) -> Reading:
 
 
 def json_lines(done: Completed) -> list[dict[str, Any]]:
-    """The JSON objects that a command printed, one a line."""
+    """The JSON objects that a command printed, one per line."""
     return [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
 
 

@@ -49,7 +49,7 @@ def _check(
 
 
 def _differences(report: Mapping[str, Any], locator: Locator) -> list[Finding]:
-    """The findings of one report: complaints about the oracle, then the failure or first difference of each run."""
+    """The findings of one report: failed sanity checks of the oracle, then each run's failure or first difference."""
     name, path, line = report["name"], locator.cause.path, locator.cause.line
     if report["verdict"] == "bad input":
         return [Finding("schedule", f"{name}: {report['error']}", path, line, name)]

@@ -1,1 +1,1 @@
-"""What imports the tree that is checked: each module runs in a process of its own, and prints or writes its answer."""
+"""The code that imports the tree under test: each module runs in its own process, and prints or writes its answer."""

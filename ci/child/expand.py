@@ -6,7 +6,8 @@ Run as a script, with the tree first on the path, so that it can expand the tree
 
 The object has four maps, each by names such as ``dualpipe-P4-M8``.  ``shown`` has the text of the schedule.
 ``digested`` has it for the sizes of which tests/golden keeps only a digest.  ``failed`` has the error of a schedule
-that the tree's code cannot generate.  ``rows`` has the phase table row of each op, except for the large schedules:
+that the tree's code cannot generate.  ``rows`` has the phase table row of each op, except for the large schedules
+and for those without a table:
 ``rows[name]["rows"]`` lists ``[table, row]``, and ``rows[name]["ranks"][rank][slot]`` has one index into it per op.
 """
 
@@ -38,6 +39,7 @@ def expand(tree: Path) -> dict[str, Any]:
     if not Path(dualpipe.__file__).resolve().is_relative_to(tree.resolve()):
         raise ImportError(f"{tree} has no dualpipe")
     from dualpipe.schedule import COMPUTE
+    from dualpipe.schedule import generate as generator
     from dualpipe.schedule.generate import PLANS, SizeError, generate
     from dualpipe.schedule.lower import lower
     from dualpipe.schedule.text import dumps
@@ -58,10 +60,11 @@ def expand(tree: Path) -> dict[str, Any]:
         else:
             into[name] = made
 
-    for name in PLANS:
+    for name in getattr(generator, "NAMES", PLANS):  # an older tree has no others
         for into, sizes in ((shown, SHOWN), (digested, DIGESTED)):
             for size in sizes:
                 put(into, named(name, *size), lambda: dumps(generate(name, *size)))  # noqa: B023 - called at once
+    for name in PLANS:
         for size in (*SHOWN, *(size for size in DIGESTED if size[0] * size[1] <= LARGEST_TRACED)):
             put(rows, named(name, *size), lambda: rows_of(PLANS[name], *size))  # noqa: B023
         for size in LOWERED:

@@ -1,4 +1,4 @@
-"""Trains with schedules, on fake ranks and real processes, against an oracle; prints one JSON object a line.
+"""Trains with schedules, on fake ranks and real processes, against an oracle; prints one JSON object per line.
 
     python -m ci.child.verify [--blocking] [--first] FILE ...    schedule files, on a small model of plain modules
     python -m ci.child.verify --megatron [--first] NAME ...      DualPipe on Megatron, the cases of ``MEGATRON``

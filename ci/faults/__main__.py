@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = command_line("ci.faults", __doc__)
     parser.add_argument("--only", metavar="TEXT", help="a fault's number, or text of its title or file")
     parser.add_argument("--jobs", type=at_least_one, default=2, help="how many faults to try at a time")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     options = parser.parse_args(arguments)
     faults = chosen(options.only)
     if not faults:

@@ -29,7 +29,8 @@ class Fault(Generic[Given, Planted]):
     checks:
         The checks that must refuse it; a check of the gate with the rule of its finding, as ``tests/test``.
     says:
-        A regular expression that the message of the first check's finding matches; of a test its name comes first.
+        A regular expression that the message of the first check's finding matches; a test's message begins with its
+        name.
     """
 
     number: int
@@ -56,7 +57,7 @@ class Edit:
         count = text.count(self.old)
         if count != 1:
             got = f"{self.path} has it {count} times: {self.old!r}"
-            raise GateError("a planted fault replaces text that occurs once in its file", got, "update the record")
+            raise GateError("a planted fault must replace text that occurs once in its file", got, "update the record")
         return text.replace(self.old, self.new)
 
 

@@ -99,7 +99,7 @@ FAULTS = (
         "return ProcessGroupTransport(dist.group.WORLD, ",
         check="trial, Megatron",
         rule="run",
-        says="gpt-P4-data-parallel-2, DualPipe: .*a schedule runs on as many processes as it has ranks",
+        says="gpt-P4-data-parallel-2, DualPipe: .*a schedule must run on as many processes as it has ranks",
     ),
     fault(
         37,

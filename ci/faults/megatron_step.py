@@ -56,7 +56,7 @@ FAULTS = (
         "            output.data = output.data.new_empty(1)\n            return (output,)\n",
         check="trial, Megatron",
         rule="run",
-        says="gpt-P2, DualPipe: .*sends .1. float32 where the boundary was declared",
+        says="gpt-P2, DualPipe: .*sends .1. float32 where the boundary is ",
     ),
     fault(
         37,

@@ -6,6 +6,7 @@ EXECUTE, MODULES, REPLICAS, TRANSPORT = (
     f"dualpipe/runtime/{name}.py" for name in ("executor", "modules", "replicas", "process_group")
 )
 PIPELINE = "dualpipe/pipeline.py"
+BUFFERS = "dualpipe/record/child/buffers.py"
 
 FAULTS = (
     fault(
@@ -238,5 +239,15 @@ FAULTS = (
         check="trial",
         rule="run",
         says="differs between the lanes before the first update",
+    ),
+    fault(
+        0,
+        "the recorder does not hold the memory of a send in flight",
+        BUFFERS,
+        "            return tensor.detach().clone() if send else tensor.detach()",
+        "            return tensor",
+        check="tests",
+        rule="test",
+        says="test_a_sent_tensor_may_be_read_but_not_changed_before_its_wait",
     ),
 )

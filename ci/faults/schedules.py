@@ -77,7 +77,7 @@ FAULTS = (
         Edit(GENERATE, '"3 cooldown", P - r - 1, "RB0 B0+W0 SB0"', '"3 cooldown", M - 1, "RB0 B0+W0 SB0"'),
         check="prove",
         rule="memory",
-        says="1f1b-P1-M4: rank 0 holds 2 live activations in slot 1, and may hold 1 ",
+        says="1f1b-P1-M4: rank 0 holds 2 live activations in slot 1, but may hold only 1 ",
     ),
     fault(
         33,
@@ -185,6 +185,6 @@ FAULTS = (
         "((rank, (send,)), (made.rank, (receive,)))",
         check="prove",
         rule="order",
-        says="rank 1 comes in slot 0 .* but that needs the forward .* which never comes on rank 1",
+        says="rank 1 .* in slot 0 .* but this needs the forward .* which it never runs",
     ),
 )

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.output is not None and not options.output.absolute().parent.is_dir():
         got = f"there is no folder {options.output.parent}"
-        raise GateError("--output is a file that can be written", got, "make the folder, or name another file")
+        raise GateError("--output is a file that can be written", got, "create the folder, or name another file")
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
         tracked = copy_tree(Path.cwd(), folder)

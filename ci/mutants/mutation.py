@@ -1,4 +1,4 @@
-"""Changes of a source that change its meaning, and a random sample of them."""
+"""Changes to a source that change its meaning, and a random sample of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRESENTATION = (
     "dualpipe/timeline/picture.py",
     "dualpipe/timeline/terminal.py",
 )
-"""Modules that only draw: no test could say which sizes and colours there are right."""
+"""Modules that only draw: no test could decide which sizes and colours are right."""
 
 _TEXTS = frozenset({"__repr__", "__str__", "describe", "told"})
 """Functions that only write text for a reader."""
@@ -93,7 +93,7 @@ def sample(texts: Mapping[str, str], count: int, seed: int) -> list[Mutant]:
 
 
 def _positions(text: str) -> list[list[_Change]]:
-    """The possible changes of a source, by position."""
+    """The possible changes to a source, by position."""
     excluded = list(_excluded(text))
     found: dict[tuple[Position, Position], list[_Change]] = defaultdict(list)
     for change in [*_of_cosmic_ray(text), *_dropped(text)]:

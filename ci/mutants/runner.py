@@ -12,7 +12,7 @@ from ci import GateError
 from ci.mutants.mutation import Mutant
 from ci.process import Completed, python, run
 from ci.repository import Repository
-from ci.selection import row_of_path
+from ci.selector import row_of_path
 
 BASELINE_LIMIT_S = 1800.0
 LEAST_LIMIT_S = 60.0
@@ -96,7 +96,7 @@ class Runner:
             ended = self._pytest(tests, BASELINE_LIMIT_S)
             if ended.code != 0:
                 raise GateError(
-                    "the tests pass before anything is mutated",
+                    "the tests must pass before anything is mutated",
                     f"pytest {' '.join(tests)} ends with {ended.code}:\n{_end_of(ended)}",
                     "fix them first",
                 )

@@ -43,7 +43,7 @@ def markdown(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def complaint_in_markdown(error: Exception) -> str:
+def bad_input_in_markdown(error: Exception) -> str:
     """The page if there is no evaluation."""
     return f"# Schedule gate: ⚠️ Bad input\n\n{_cell(str(error))}\n"
 

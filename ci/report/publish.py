@@ -12,10 +12,10 @@ from ci import GateError
 from ci.evaluation import Evaluation
 from ci.process import python, run
 from ci.report.junit import junit
-from ci.report.markdown import complaint_in_markdown, markdown
+from ci.report.markdown import bad_input_in_markdown, markdown
 from ci.report.page import page
 from ci.report.sarif import sarif
-from ci.report.terminal import complaint, terminal
+from ci.report.terminal import bad_input, terminal
 
 PAGE_LIMIT_S = 120.0
 NAMES = ("gate.md", "gate.xml", "gate.sarif", "gate.json", "gate.html")
@@ -29,20 +29,20 @@ def prepare(output: Path | None, html: Path | None) -> None:
     It is called before the checks run.  Raises ``GateError`` for a report that could not be written.
     """
     if output is not None:
-        with _bad_input("--output is a folder for the reports"):
+        with _as_bad_input("--output must be a folder for the reports"):
             output.mkdir(parents=True, exist_ok=True)
             for name in NAMES:
                 _clear(output / name)
     if html is not None:
-        with _bad_input("--html is a file that can be written"):
+        with _as_bad_input("--html is a file that can be written"):
             _clear(html)
     if summary := os.environ.get(SUMMARY):
-        with _bad_input(f"{SUMMARY} names a file that can be written"), Path(summary).open("a"):
+        with _as_bad_input(f"{SUMMARY} names a file that can be written"), Path(summary).open("a"):
             pass
 
 
 @contextmanager
-def _bad_input(rule: str) -> Iterator[None]:
+def _as_bad_input(rule: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -71,12 +71,12 @@ def publish(evaluation: Evaluation, root: Path, output: Path | None, html: Path 
     return problems + _draw(evaluation, root, pages)
 
 
-def publish_complaint(error: Exception, output: Path | None) -> None:
+def publish_bad_input(error: Exception, output: Path | None) -> None:
     """Write an error into the Markdown page, the JSON file and the job's summary, in place of the evaluation.
 
     A file that cannot be written is skipped.
     """
-    _write_page_and_data(complaint_in_markdown(error), json.dumps(complaint(error)) + "\n", output)
+    _write_page_and_data(bad_input_in_markdown(error), json.dumps(bad_input(error)) + "\n", output)
 
 
 def _write_page_and_data(page: str, data: str, output: Path | None) -> list[str]:

@@ -45,7 +45,7 @@ def as_data(evaluation: Evaluation) -> dict[str, object]:
     }
 
 
-def complaint(error: Exception) -> dict[str, object]:
+def bad_input(error: Exception) -> dict[str, object]:
     """Bad input as plain data."""
     return {"verdict": ExitCode.BAD_INPUT.name.lower(), "error": str(error)}
 

@@ -1,4 +1,4 @@
-"""The command line.  It alone may import every package, and only when a command needs it.
+"""The command line.  Only this package may import every other one, and it does so only when a command needs it.
 
 Each command has a file; ``options`` has the options that several share.
 """
@@ -18,18 +18,18 @@ from typing import NoReturn
 import typer
 
 from dualpipe._imports import OwnFirst
-from dualpipe.cli import prove, record, show, simulate, verify
+from dualpipe.cli import compare, prove, record, show, simulate, verify
 from dualpipe.cli.app import app
 from dualpipe.cli.interrupt import leave, leaving_on_sigterm
 from dualpipe.errors import RuleError, UndecidedError
 
 FAULT = 70
-"""The exit code of an internal error, which is no verdict; EX_SOFTWARE of sysexits.h."""
+"""The exit code of an internal error, which is not a verdict; EX_SOFTWARE of sysexits.h."""
 
 UNREAD = 141
 """The exit code if the reader of the output is gone before its end; shells use it for SIGPIPE."""
 
-__all__ = ["app", "main", "prove", "record", "show", "simulate", "verify"]
+__all__ = ["app", "compare", "main", "prove", "record", "show", "simulate", "verify"]
 
 
 def main() -> NoReturn:
@@ -72,7 +72,7 @@ def _run() -> NoReturn:
     """Run the command and exit with its exit code."""
     try:
         if sys.stdout is None:  # output would be lost without an error
-            raise RuleError("standard output is open", "it is closed", "send it to /dev/null if nobody reads it")
+            raise RuleError("standard output must be open", "it is closed", "send it to /dev/null if nobody reads it")
         with OwnFirst(), leaving_on_sigterm():
             app(prog_name="dualpipe")
     except (RuleError, OSError) as error:
@@ -84,7 +84,7 @@ def _run() -> NoReturn:
     except KeyboardInterrupt:  # outside of any command
         leave(130)
     except SystemExit as end:
-        unread = isinstance(end.__context__, BrokenPipeError)  # typer ends with 1 then, which is a verdict
+        unread = isinstance(end.__context__, BrokenPipeError)  # typer would exit with 1, which means refuted
         leave(UNREAD if unread else _flushed(int(end.code or 0)))
     except Exception as error:
         traceback.print_exc()
@@ -111,7 +111,7 @@ def _of_output(error: OSError) -> OSError | RuleError:
     """The error for a standard output that cannot be written; any other error names its file."""
     if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return error
-    return RuleError("standard output can be written", f"{error.strerror}", "make room, or send it somewhere else")
+    return RuleError("standard output must be writable", f"{error.strerror}", "make room, or send it somewhere else")
 
 
 def _discard_output() -> None:

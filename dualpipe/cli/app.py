@@ -38,7 +38,7 @@ def dualpipe(
     """Print, simulate, prove, verify and record pipeline schedules.
 
     A SCHEDULE is one of these:
-    - dualpipe, dualpipev, 1f1b or zb1p, made for -P ranks and -M microbatches
+    - dualpipe, dualpipev, 1f1b, zb1p, interleaved or zbv, made for -P ranks and -M microbatches
     - a schedule file, in the format that show prints
     - a compute-only table of torch.distributed.pipelining (.csv)
     - module:function, a Python function that returns a Schedule or its text

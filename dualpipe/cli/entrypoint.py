@@ -79,10 +79,10 @@ def call(name: str, ranks: int | None, microbatches: int | None, limit: float = 
         code = _run(folder, name, sizes, limit)
         answer = folder / "answer"
         if not answer.exists():
-            raise RuleError("an entry point returns a schedule", *_ending(name, folder, code, limit))
+            raise RuleError("an entry point must return a schedule", *_ending(name, folder, code, limit))
         if answer.stat().st_size > MOST_BYTES:
             raise RuleError(
-                f"an entry point returns at most {MOST_BYTES >> 20} MiB of text", f"{name} returned more", "split it"
+                f"an entry point may return at most {MOST_BYTES >> 20} MiB of text", f"{name} returned more", "split it"
             )
         texts = _texts(name, answer)
     labels = [f"{name}[{at}]" for at in range(len(texts))] if len(texts) > 1 else [name]
@@ -164,7 +164,9 @@ def _texts(name: str, answer: Path) -> list[str]:
             raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RuleError(
-            "an entry point returns a schedule", f"{name} replaced the code that returns it", "leave dualpipe as it is"
+            "an entry point must return a schedule",
+            f"{name} replaced the code that returns it",
+            "leave dualpipe as it is",
         ) from error
     raise RuleError(rule, got, fix)
 

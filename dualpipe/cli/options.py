@@ -12,10 +12,12 @@ import typer
 from dualpipe.cli import entrypoint
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import PLANS, LateW, generate, with_late_w
+from dualpipe.schedule.generate import NAMES as SCHEDULES
+from dualpipe.schedule.generate import LateW, generate, with_late_w
 from dualpipe.schedule.text import load
 
-NAMES = ", ".join(PLANS)
+NAMES = ", ".join(name for name in SCHEDULES if "-late-" not in name)
+"""The named schedules; those with late W also follow from ``--late-w``."""
 MAX_SECONDS = 1_000_000
 MIN_GIBIBYTES, MAX_GIBIBYTES = 0.2, 100_000
 _MAX_NAME_BYTES = 255
@@ -24,7 +26,7 @@ _MAX_NAME_BYTES = 255
 
 def complete_schedule(incomplete: str) -> list[str]:
     """The names that a shell offers for a schedule; if none matches, the shell completes file names instead."""
-    return [name for name in PLANS if name.startswith(incomplete)]
+    return [name for name in SCHEDULES if name.startswith(incomplete)]
 
 
 def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
@@ -39,7 +41,9 @@ def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
 def gibibytes(option: typer.CallbackParam, value: float | None) -> float | None:
     """Reject memory limits in which Z3 cannot even start."""
     if value is not None and not MIN_GIBIBYTES <= value <= MAX_GIBIBYTES:
-        raise RuleError(f"{option.opts[-1]} is {MIN_GIBIBYTES} to {MAX_GIBIBYTES} GiB", f"got {value:g}", "correct it")
+        raise RuleError(
+            f"{option.opts[-1]} must be {MIN_GIBIBYTES} to {MAX_GIBIBYTES} GiB", f"got {value:g}", "correct it"
+        )
     return value
 
 
@@ -88,6 +92,13 @@ Cost = Annotated[
 EntryTimeout = Annotated[
     float, typer.Option("--entry-timeout", help="Seconds that module:function may take.", callback=seconds)
 ]
+Waive = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A check that does not count for the verdict, such as accumulation; it is made and reported all the same.",
+        metavar="CHECK",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -116,7 +127,7 @@ def choose(positional: str | None, named: str, late_w: LateW = LateW.none) -> st
 def find_schedule(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> Schedule:
-    """The schedule of a name that stands for exactly one; see ``find_schedules``."""
+    """The schedule of a name that must refer to exactly one; see ``find_schedules``."""
     found = find_schedules(name, ranks, microbatches, entry_timeout)
     if len(found) > 1:
         raise RuleError(
@@ -128,36 +139,36 @@ def find_schedule(
 def find_schedules(
     name: str, ranks: int | None, microbatches: int | None, entry_timeout: float = entrypoint.LIMIT_SECONDS
 ) -> list[Schedule]:
-    """The schedules that a name stands for.
+    """The schedules that a name refers to.
 
-    The name is one of ``PLANS``, which is generated for the given sizes; a file; or ``module:function``.
+    The name is one of the named ones, which is generated for the given sizes; a file; or ``module:function``.
     If ``ranks`` or ``microbatches`` are given, the schedules of a file or a function must have these sizes.
     The function may take ``entry_timeout`` seconds.
     """
-    if name in PLANS:
+    if name in SCHEDULES:
         size = 4 if ranks is None else ranks
         return [generate(name, size, 2 * size if microbatches is None else microbatches)]
     path = Path(name)
     if not name:
-        raise RuleError(f"a schedule is {NAMES}, or a file, or module:function", "got an empty name", "give a name")
+        raise RuleError(f"a schedule must be {NAMES}, a file or module:function", "got an empty name", "give a name")
     if path.name and len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
         raise RuleError(
-            f"the name of a file has at most {_MAX_NAME_BYTES} bytes",
+            f"the name of a file may have at most {_MAX_NAME_BYTES} bytes",
             f"got {len(os.fsencode(path.name))} bytes: {name[:40]}...",
             "name a file, not its content",
         )
     if path.is_dir():
         raise RuleError(
-            f"a schedule is {NAMES}, or a file, or module:function", f"{name} is a folder", "name a file in it"
+            f"a schedule must be {NAMES}, a file or module:function", f"{name} is a folder", "name a file in it"
         )
     if path.exists():
         found = [read_schedule(path)]
     elif entrypoint.is_entry_point(name):
         found = entrypoint.call(name, ranks, microbatches, entry_timeout)
     else:
-        near = [*PLANS, *(file.name for file in path.parent.glob("*") if path.parent == Path() and file.is_file())]
+        near = [*SCHEDULES, *(file.name for file in path.parent.glob("*") if path.parent == Path() and file.is_file())]
         raise RuleError(
-            f"a schedule is {NAMES}, or a file, or module:function",
+            f"a schedule must be {NAMES}, a file or module:function",
             f"got {name}, and no such file exists",
             nearest(name, near, "correct it"),
         )
@@ -187,7 +198,7 @@ def read_schedule(path: Path) -> Schedule:
         return load(path)
     except OSError as error:
         raise RuleError(
-            "a schedule is a file that can be read",
+            "a schedule must be a file that can be read",
             f"{path}: {error.strerror or error}",
             "name another file, or make it readable",
         ) from error

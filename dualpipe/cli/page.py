@@ -58,13 +58,10 @@ def comparison(report: Report, after: Schedule, before: Schedule | None = None, 
 
 def counterexamples(report: Report, schedule: Schedule) -> tuple[Counterexample, ...]:
     """The stories of the checks that fail, each with its marks."""
-    from proofs.story import tell
-
-    findings = ((name, result.finding) for name, result in report.checks.items())
     return tuple(
-        Counterexample(name, tell(finding), marks(finding, schedule))
-        for name, finding in findings
-        if finding is not None
+        Counterexample(name, result.story(result.finding), marks(result.finding, schedule))
+        for name, result in report.checks.items()
+        if result.finding is not None
     )
 
 
@@ -86,16 +83,15 @@ def verdicts(report: Report) -> Table:
 def _brief(result: Result) -> str:
     """The first line of the story and the remarks below it; the whole story has its own place on the page."""
     from proofs.prove import describe
-    from proofs.story import tell
 
     lines = describe(result)
     if result.finding is not None:
-        lines = [*lines[:1], *lines[len(tell(result.finding).split("\n")) :]]
+        lines = [*lines[:1], *lines[len(result.story(result.finding).split("\n")) :]]
     return "\n".join(lines)
 
 
 def marks(finding: Finding, schedule: Schedule) -> tuple[Mark, ...]:
-    """The places of a finding, each with its line of the story, then what else helps to see it."""
+    """The places of a finding, each with its line of the story, then other places that help to understand it."""
     from proofs.story import tell
 
     lines = tell(finding).split("\n")
@@ -133,6 +129,10 @@ def _context(finding: Finding, schedule: Schedule, sentence: str) -> Iterator[Ma
             for at in schedule:
                 if at.rank == rank and at.op in until and at.slot <= slot:
                     yield Mark(at.rank, at.slot, str(at.op), f"{at.op} is live, waiting for {until[at.op]}")
+        case findings.TouchedInFlight(message, _, by) | findings.Overwritten(message, _, by):
+            for at in schedule:
+                if by is not None and at.rank == message.rank and at.op == by:
+                    yield Mark(at.rank, at.slot, str(by), f"{by} touches the memory of {message.op}")
         case (
             findings.Empty()
             | findings.Repeated()
@@ -142,8 +142,12 @@ def _context(finding: Finding, schedule: Schedule, sentence: str) -> Iterator[Ma
             | findings.NotNeighbour()
             | findings.LeftOver()
             | findings.SentTwice()
+            | findings.NotMember()
+            | findings.Clash()
+            | findings.LeftAlone()
             | findings.WaitCycle()
             | findings.Unmatched()
+            | findings.NeverJoined()
             | findings.OutOfOrder()
         ):
             pass

@@ -10,7 +10,7 @@ from dualpipe.progress import Progress, silent
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show a bar on standard error if that is a terminal; yields the function that moves it.
+    """Show a bar on standard error if that is a terminal; yields the function that updates it.
 
     For work that forks no processes, since a thread updates the clock of the bar.
     """
@@ -43,7 +43,7 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def progress_bars(names: Sequence[str], steps: int, quiet: bool = False) -> Iterator[Progress]:
-    """Show a bar for each name on standard error if that is a terminal; yields the function that moves them.
+    """Show a bar for each name on standard error if that is a terminal; yields the function that updates them.
 
     For work that forks processes, so no thread updates the bars.
     """

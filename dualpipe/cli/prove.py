@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,8 @@ from dualpipe.cli.options import (
     Ranks,
     ScheduleArguments,
     ScheduleOption,
+    Waive,
+    complete_schedule,
     find_schedule,
     find_schedules,
     gibibytes,
@@ -27,7 +30,7 @@ from dualpipe.cli.progress import progress_bar
 from dualpipe.cli.targets import HTML, SMTLIB, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import LateW, with_late_w
+from dualpipe.schedule.generate import PLANS, LateW, with_late_w
 
 if TYPE_CHECKING:
     from dualpipe.cli.proving import Outcome, Source
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         "dualpipe prove -P 8 -M 20",
         "dualpipe prove mine.txt theirs.csv --json",
         "dualpipe prove -P 8 -M 16 my_package.schedules:build",
+        "dualpipe prove recorded.txt --against dualpipe",
         "dualpipe prove --all-sizes",
         "dualpipe prove --all-sizes --schedule 1f1b",
     )
@@ -95,6 +99,15 @@ def prove(
         ),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with timelines and counterexamples.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Also name the first op at which each rank departs from this schedule; -P and -M are then its size.",
+            metavar="SCHEDULE",
+            autocompletion=complete_schedule,
+        ),
+    ] = None,
+    waive: Waive = None,
     entry_timeout: EntryTimeout = entrypoint.LIMIT_SECONDS,
     as_json: Annotated[
         bool,
@@ -107,7 +120,7 @@ def prove(
 
     Each check is made twice, by plain search and by Z3.  Exit codes:
     0: proved
-    1: refuted; a story describes what goes wrong
+    1: refuted; a story describes what goes wrong; with --against, also if a rank departs from that schedule
     2: bad input
     3: unknown, because a solver gave up
     130: ended by Ctrl-C
@@ -124,6 +137,8 @@ def prove(
             "--bytes-for-w": bytes_for_w,
             "--smtlib": smtlib,
             "--html": html,
+            "--against": against,
+            "--waive": waive or None,
             "--model": None if model == "all" else model,
             "--late-w": late_w if optimal and late_w != LateW.none else None,
             "--entry-timeout": entry_timeout if _was_given(context, "entry_timeout") else None,
@@ -149,7 +164,7 @@ def prove(
     one_family = _was_given(context, "schedule") or late_w != LateW.none
     schedule = schedule if schedules else with_late_w(schedule, late_w)
     files = [*target("--smtlib", smtlib, SMTLIB), *target("--html", html, HTML)]
-    check_targets(files, schedules or [schedule])
+    check_targets(files, [*(schedules or [schedule]), *([] if against is None else [against])])
     with progress_bar() as begin:
         if all_sizes:
             family = schedule if one_family else None
@@ -164,11 +179,20 @@ def prove(
         options = proving.Options(
             model, max_activations, bytes_for_b, bytes_for_w, to_smtlib, solver_timeout, memory, as_json
         )
+        options = replace(options, waive=tuple(waive or ()))
+        if against is not None:
+            from dualpipe.cli.against import find_against
+
+            options = replace(options, against=find_against(against, ranks, microbatches, entry_timeout))
         sources: list[Source]
         if schedules:
-            sources = [source for name in schedules for source in _sources(name, ranks, microbatches, entry_timeout)]
+            sources = [
+                source
+                for name in schedules
+                for source in _sources(name, *_sizes(name, ranks, microbatches, against), entry_timeout)
+            ]
         else:
-            value = find_schedule(schedule, ranks, microbatches, entry_timeout)
+            value = find_schedule(schedule, *_sizes(schedule, ranks, microbatches, against), entry_timeout)
             sources = [(schedule, lambda: value)]
         outcomes: list[Outcome] = []
         code = interruptible(lambda: proving.prove_sources(sources, options, outcomes.append, begin))
@@ -177,6 +201,14 @@ def prove(
 
         page.write(proofs_page(outcomes))
     raise typer.Exit(code)
+
+
+def _sizes(
+    name: str, ranks: int | None, microbatches: int | None, against: str | None
+) -> tuple[int | None, int | None]:
+    """The sizes for a schedule: none for a file if they are those of the named schedule it is compared with."""
+    is_file = name not in PLANS and not (entrypoint.is_entry_point(name) and not Path(name).exists())
+    return (None, None) if is_file and against in PLANS else (ranks, microbatches)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

@@ -11,17 +11,28 @@ from dataclasses import dataclass
 from dualpipe.errors import RuleError, nearest
 from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Schedule
+from proofs import departure_story
+from proofs.against import compare
 from proofs.isolated import Isolated
 from proofs.models import parse_models
 from proofs.optimal import SECONDS
-from proofs.prove import Report, prove, smtlib
+from proofs.prove import CHECKS, Report, prove, smtlib
 from proofs.solver import MEMORY_BYTES, SHARED, Solver
 from proofs.theorems import families, prove_all
 from proofs.theorems.family import Family
 from proofs.verdict import ExitCode, overall, worst
+from proofs.waivers import waived
 
 Source = tuple[str, Callable[[], Schedule]]
 """A name for reports, and a function that returns the schedule; it may raise ``RuleError`` or ``OSError``."""
+
+
+@dataclass(frozen=True)
+class Against:
+    """The schedule of ``--against``: its name, and the schedule itself for one that is compared with it."""
+
+    name: str
+    of: Callable[[Schedule], Schedule]
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,8 @@ class Options:
     solver_timeout: float | None = None
     solver_memory: int = MEMORY_BYTES
     as_json: bool = False
+    against: Against | None = None
+    waive: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ def prove_sources(
     ``collect`` gets each outcome after it is printed; ``begin`` is called as by ``proofs.prove.prove``.
     """
     parse_models(options.model)
+    waived(options.waive, CHECKS)
     if options.smtlib is not None and len(sources) != 1:
         raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
     if options.solver_memory == SHARED.memory_bytes:
@@ -75,6 +89,8 @@ def _prove_each(
         begin(0, 1, f"{name}: reading")
         try:
             schedule = get()
+            against = options.against
+            other = None if against is None else compare(schedule, against.of(schedule), against.name)
             report = _prove(schedule, name, options, begin, solver)
         except (RuleError, OSError) as error:
             yield ExitCode.BAD_INPUT
@@ -83,11 +99,12 @@ def _prove_each(
                 print(json.dumps({"schedule": name, "source": name, "verdict": "bad input", "error": str(error)}))
             collect(Outcome(name, error=str(error)))
             continue
-        yield report.exit_code
+        yield report.exit_code if other is None else worst([report.exit_code, other.exit_code])
         if options.as_json:
-            print(json.dumps(report.as_json() | {"source": name}))
+            compared = {} if other is None else {"against": other.as_json()}
+            print(json.dumps(report.as_json() | compared | {"source": name}))
         else:
-            print(report.text(), end="")
+            print(report.text() + ("" if other is None else departure_story.text(other)), end="")
         collect(Outcome(name, schedule, report))
 
 
@@ -147,6 +164,7 @@ def _prove(schedule: Schedule, name: str, options: Options, begin: Progress, sol
         label=schedule.name or name,
         begin=lambda done, total, check: begin(done, total, f"{name}: {check}"),
         solver=solver,
+        waive=options.waive,
     )
 
 

@@ -13,7 +13,7 @@ import typer
 
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.interrupt import interruptible
-from dualpipe.cli.options import Json, seconds
+from dualpipe.cli.options import Json, Waive, seconds
 from dualpipe.cli.targets import RECORDING, check_targets, signed, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import check_name
@@ -55,6 +55,7 @@ def record(
         typer.Option(help="It counts as a hang if all ranks wait for this many seconds.", callback=seconds),
     ] = 10.0,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule.")] = False,
+    waive: Waive = None,
     as_json: Json = False,
 ) -> None:
     """Run a torch.distributed program on CPU and record the schedule that its ranks run.
@@ -71,6 +72,7 @@ def record(
     from dualpipe.record import Launch, assemble, read_folder, run
 
     check_name(name)
+    _check_waived(waive or (), prove)
     targets = target("--output", output, RECORDING)
     check_targets(targets)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
@@ -102,7 +104,7 @@ def record(
         from proofs.prove import prove as run_checks
         from proofs.verdict import ExitCode, worst
 
-        report = interruptible(lambda: run_checks(recording.schedule, label=name))
+        report = interruptible(lambda: run_checks(recording.schedule, label=name, waive=waive or ()))
         code = worst([ExitCode(code), report.exit_code])
         result["proof"] = report.as_json()
         if not as_json:
@@ -114,9 +116,21 @@ def record(
     raise typer.Exit(code)
 
 
+def _check_waived(waive: Sequence[str], prove: bool) -> None:
+    """Raise ``RuleError`` for a name that is no check, and for ``--waive`` without ``--prove``."""
+    if not waive:
+        return
+    from proofs.prove import CHECKS
+    from proofs.waivers import waived
+
+    waived(waive, CHECKS)
+    if not prove:
+        raise RuleError("--waive is for --prove", f"got --waive {waive[0]} alone", "add --prove")
+
+
 def _with_caveats(report: str, caveats: Sequence[str]) -> str:
     """The report, with the caveats at a verdict of ``proved``."""
     verdict, rest = report.split("\n", 1)
-    if caveats and verdict.endswith(": proved"):
+    if caveats and (verdict.endswith(": proved") or ": proved but for " in verdict):
         verdict += " as far as it was recorded: " + "; ".join(caveats)
     return f"{verdict}\n{rest}"

@@ -9,20 +9,9 @@ from typing import Annotated
 
 import typer
 
+from dualpipe.cli import options
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.entrypoint import LIMIT_SECONDS
-from dualpipe.cli.options import (
-    Cost,
-    EntryTimeout,
-    Json,
-    LateWOption,
-    Microbatches,
-    Ranks,
-    ScheduleArgument,
-    ScheduleOption,
-    choose,
-    find_schedule,
-)
 from dualpipe.cli.targets import PNG, SVG, Target, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
@@ -35,26 +24,26 @@ from dualpipe.schedule.text import dumps
     epilog=examples("dualpipe show -P 4 -M 8", "dualpipe show zb1p -P 3 -M 6 --timeline", "dualpipe show table.csv")
 )
 def show(
-    positional: ScheduleArgument = None,
-    ranks: Ranks = None,
-    microbatches: Microbatches = None,
-    schedule: ScheduleOption = "dualpipe",
-    late_w: LateWOption = LateW.none,
+    positional: options.ScheduleArgument = None,
+    ranks: options.Ranks = None,
+    microbatches: options.Microbatches = None,
+    schedule: options.ScheduleOption = "dualpipe",
+    late_w: options.LateWOption = LateW.none,
     timeline: Annotated[
         bool,
         typer.Option("--timeline", help="Draw a timeline instead, with one line per rank."),
     ] = False,
     svg: Annotated[Path | None, typer.Option(help="Write a picture of the timeline to this file instead.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the same picture as PNG.")] = None,
-    cost: Cost = None,
-    entry_timeout: EntryTimeout = LIMIT_SECONDS,
-    as_json: Json = False,
+    cost: options.Cost = None,
+    entry_timeout: options.EntryTimeout = LIMIT_SECONDS,
+    as_json: options.Json = False,
 ) -> None:
     """Print a schedule in the text form that every other command reads, or draw its timeline."""
-    name = choose(positional, schedule, late_w)
+    name = options.choose(positional, schedule, late_w)
     pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
     check_targets(pictures, [name])
-    value = find_schedule(name, ranks, microbatches, entry_timeout)
+    value = options.find_schedule(name, ranks, microbatches, entry_timeout)
     if timeline or pictures:
         if as_json:
             raise RuleError("--json cannot be combined with a drawing", "got both", "leave one of them out")

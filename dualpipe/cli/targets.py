@@ -20,7 +20,7 @@ from dualpipe.files import write_whole
 
 
 class Form(NamedTuple):
-    """A format of output: its name, and a test whether the content of a file was made by dualpipe."""
+    """A format of output: its name, and a function that recognises the content of a file that dualpipe wrote."""
 
     what: str
     is_ours: Callable[[bytes], bool]
@@ -68,23 +68,23 @@ class Target:
         """Raise ``RuleError`` if the file cannot be written, or exists and must not be replaced."""
         folder = Path(os.path.realpath(self.path)).parent
         if os.path.isdir(self.path):
-            self._fail("is a folder, which an empty name stands for too" if self.path == Path() else "is a folder")
+            self._fail("is a folder (an empty name means the current one)" if self.path == Path() else "is a folder")
         if self.path.parent.is_file():
-            self._fail(f"cannot be made: {self.path.parent} is a file, not a folder")
+            self._fail(f"cannot be created: {self.path.parent} is a file, not a folder")
         if not folder.is_dir():
             through_link = self.path.parent.is_dir()  # the path itself is a link into a folder that does not exist
             missing = folder if through_link else self.path.parent
             raise RuleError(
-                f"{self.option} is a file that can be written", f"there is no folder {missing}", "make the folder"
+                f"{self.option} is a file that can be written", f"there is no folder {missing}", "create the folder"
             )
         try:
             self.path.stat()
         except FileNotFoundError:
             if not os.access(folder, os.W_OK):
-                self._fail(f"cannot be made: {folder} is read-only")
+                self._fail(f"cannot be created: {folder} is read-only")
             return
         except OSError as error:
-            self._fail(f"cannot be made: {error.strerror}")
+            self._fail(f"cannot be created: {error.strerror}")
         regular = stat.S_ISREG(self.path.stat().st_mode)
         if not os.access(self.path, os.W_OK) or (regular and not _device(self.path) and not os.access(folder, os.W_OK)):
             self._fail("cannot be written")
@@ -101,7 +101,7 @@ class Target:
         raise RuleError(f"{self.option} is a file that can be written", f"{self.path} {got}", "name another file")
 
     def write(self, data: str | bytes) -> None:
-        """Check the file again, since the command's work may have taken long, and write it."""
+        """Check the file again, since it may have changed during the command's work, and write it."""
         self.check()
         sys.stdout.flush()  # keeps the order if the file is standard output
         try:

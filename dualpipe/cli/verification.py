@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reference.report import Comparison, Report
 
 MOST_SHOWN = 6
-"""At most this many complaints, and differences of each implementation, are printed."""
+"""The most failed sanity checks, and the most differences of one implementation, that are printed."""
 
 
 def watch_case(case: Case, quiet: bool = False) -> AbstractContextManager[Progress]:
@@ -55,7 +55,7 @@ def print_megatron_report(report: Report[MegatronCase, Normed]) -> None:
     case = report.case
     norms = ", ".join(f"{norm:.4f}" for norm in report.norms)
     notes = [
-        f"{comparison.name}: gradient norms differ by up to {comparison.norm_difference:.1g} of themselves; up to "
+        f"{comparison.name}: gradient norms differ by at most {comparison.norm_difference:.1g}, relatively; up to "
         f"{case.norm_rounding:.1g} is rounding, since squares are added in another order"
         for comparison in report.comparisons
         if comparison.norm_difference > 0
@@ -83,7 +83,7 @@ def print_report(report: Report[Any, Any], heading: str, reference: str, notes: 
         console.print(note, soft_wrap=True)
     if report.equal:
         names = " and ".join(comparison.name for comparison in report.comparisons)
-        equal = f"{report.tensors} tensors of {names} are bitwise those of {reference}"
+        equal = f"{report.tensors} tensors of {names} are bitwise equal to those of {reference}"
         console.print(f"EQUAL: {equal} ({report.seconds:.1f} s)", style="green", soft_wrap=True)
     else:
         console.print(f"NOT EQUAL ({report.seconds:.1f} s)", style="red")
@@ -100,6 +100,7 @@ def describe_megatron(case: MegatronCase) -> str:
         "recompute": case.recompute,
         "loss per token": case.per_token_loss,
         "expert bias": case.expert_bias,
+        f"late W {case.late_w}": case.late_w != "none",
         f"expert parallel {case.ep}": case.ep > 1,
         f"dropout {case.dropout}": case.dropout,
         f"clipping at {case.clip_norm}": case.clip_norm,
@@ -118,7 +119,7 @@ def _losses(report: Report[Any, Any]) -> str:
 
 
 def _table(report: Report[Any, Any]) -> Table:
-    """One row a stage: the ranks that hold it, its parameters and gradient, and how each implementation compares."""
+    """One row per stage: the ranks that hold it, its parameters and gradient, and how each implementation compares."""
     with_ranks = any(stage.ranks for stage in report.stages)
     names = [comparison.name for comparison in report.comparisons]
     table = Table(box=None, pad_edge=False)

@@ -10,24 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from dualpipe.cli import options
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.entrypoint import LIMIT_SECONDS
-from dualpipe.cli.options import (
-    Dtype,
-    EntryTimeout,
-    Json,
-    LateWOption,
-    Microbatches,
-    Ranks,
-    ScheduleArgument,
-    ScheduleOption,
-    choose,
-    find_schedule,
-)
 from dualpipe.cli.targets import TRACE, check_targets, target
 from dualpipe.errors import RuleError
-from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import LateW
+from dualpipe.schedule import COLLECTIVES, COMPUTE, MESSAGES, Schedule
+from dualpipe.schedule.generate import LateW, with_late_w
 
 _MEGATRON = "Megatron (--model gpt or moe)"
 
@@ -52,15 +41,15 @@ def _flag(name: str, text: str) -> Any:
     )
 )
 def verify(
-    positional: ScheduleArgument = None,
+    positional: options.ScheduleArgument = None,
     model: Annotated[
         Model, typer.Option(help="lm: a small language model; gpt, moe: Megatron's models, compared with its own 1F1B.")
     ] = Model.lm,
-    ranks: Ranks = None,
-    microbatches: Microbatches = None,
-    schedule: ScheduleOption = "dualpipe",
-    late_w: LateWOption = LateW.none,
-    dtype: Annotated[Dtype, typer.Option(help="Weights and activations.")] = Dtype.fp32,
+    ranks: options.Ranks = None,
+    microbatches: options.Microbatches = None,
+    schedule: options.ScheduleOption = "dualpipe",
+    late_w: options.LateWOption = LateW.none,
+    dtype: Annotated[options.Dtype, typer.Option(help="Weights and activations.")] = options.Dtype.fp32,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data and the fake ranks' interleaving.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -97,8 +86,8 @@ def verify(
         float | None,
         _flag("--clip", "Norm to clip gradients to; 0 turns clipping off.  [default: so small that every step clips]"),
     ] = None,
-    entry_timeout: EntryTimeout = LIMIT_SECONDS,
-    as_json: Json = False,
+    entry_timeout: options.EntryTimeout = LIMIT_SECONDS,
+    as_json: options.Json = False,
 ) -> None:
     """Train on real processes and on fake ranks, and compare both with plain PyTorch, bit by bit.
 
@@ -112,8 +101,9 @@ def verify(
     3: the oracle itself failed, so nothing can be compared
     130: ended by Ctrl-C
     """
-    chosen = choose(positional, schedule, late_w)
-    small = {f"the schedule {chosen}": chosen != "dualpipe", "--transport": transport != "direct"}
+    named = options.choose(positional, schedule)
+    chosen = with_late_w(named, late_w)
+    small = {f"the schedule {named}": named != "dualpipe", "--transport": transport != "direct"}
     small |= {"--device": device != "cpu", "--blocking": blocking, "--trace": trace is not None}
     large: dict[str, Any] = {
         "sequence_parallel": sequence_parallel,
@@ -134,6 +124,7 @@ def verify(
             "ep": ep,
             "microbatches": 2 * pp if microbatches is None else microbatches,
         }
+        large["late_w"] = late_w.value
         training = {"dtype": dtype.value, "clip": clip, "steps": steps, "seed": seed, "timeout": timeout}
         raise typer.Exit(_verify_megatron(model, as_json, **sizes, **large, **training))
     given = {f"--{name.replace('_', '-')}": value for name, value in large.items()}
@@ -142,12 +133,17 @@ def verify(
     into_folder = trace is not None and trace.is_dir()
     traces = [] if into_folder else target("--trace", trace, TRACE)
     check_targets(traces, [chosen])
-    value = find_schedule(chosen, ranks, microbatches, entry_timeout)
+    value = options.find_schedule(chosen, ranks, microbatches, entry_timeout)
+    if any(placed.op.kind in COLLECTIVES for placed in value):
+        typer.echo(
+            "dualpipe: the collectives of the schedule are left out; gradients are summed after the step", err=True
+        )
+        value = value.only(COMPUTE | MESSAGES)
     if into_folder and trace is not None:
         traces = target("--trace", trace / _trace_name(value), TRACE)
         check_targets(traces, [chosen])
     if transport not in ("direct", "staged"):
-        raise RuleError("--transport is direct or staged", f"got {transport}", "use one of them")
+        raise RuleError("--transport must be direct or staged", f"got {transport}", "use one of them")
     from dualpipe.cli.verification import print_case_report, watch_case
     from reference.case import DTYPES, Case
     from reference.model import ModelConfig
@@ -179,19 +175,19 @@ def _trace_name(schedule: Schedule) -> str:
     return f"{name}-P{schedule.ranks}-M{sum(schedule.microbatches.values())}.json"
 
 
-def _refuse(options: dict[str, Any], rule: str, fix: str) -> None:
-    given = [name for name, value in options.items() if value]
+def _refuse(settings: dict[str, Any], rule: str, fix: str) -> None:
+    given = [name for name, value in settings.items() if value]
     if given:
         raise RuleError(rule, f"got {', '.join(given)}", fix)
 
 
-def _verify_megatron(model: Model, as_json: bool, **options: Any) -> int:
+def _verify_megatron(model: Model, as_json: bool, **settings: Any) -> int:
     from dualpipe.cli.verification import print_megatron_report, watch_megatron
     from reference.megatron.case import Case
     from reference.megatron.case import Model as MegatronModel
     from reference.megatron.verify import verify as run
 
-    case = Case(MegatronModel(model.value), **options)
+    case = Case(MegatronModel(model.value), **settings)
     with watch_megatron(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)
     if as_json:

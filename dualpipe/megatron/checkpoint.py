@@ -79,7 +79,7 @@ def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: A
     """
     path = str(folder)
     if not dist_checkpointing.check_is_distributed_checkpoint(path):
-        raise RuleError("a checkpoint is a folder that save_checkpoint wrote", f"got {path}", "correct the path")
+        raise RuleError("a checkpoint must be a folder that save_checkpoint wrote", f"got {path}", "correct the path")
     wanted = sharded_state_dict(model, optimizer, is_loading=True)
     saved = _random(capture())
     found = load_sharded_metadata(path)

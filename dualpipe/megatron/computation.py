@@ -80,7 +80,7 @@ class MegatronComputation:
             return ()
         if not isinstance(output, Tensor) or output.numel() != 1:
             raise StageError(
-                "the loss function returns a scalar tensor",
+                "the loss function must return a scalar tensor",
                 f"at {op} it returned {describe(output)}",
                 "reduce it to the microbatch's loss",
             )

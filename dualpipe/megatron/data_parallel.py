@@ -87,7 +87,7 @@ def _require_functions(name: str, given: Any, chunks: int) -> None:
     if not isinstance(given, (list, tuple)) or len(given) != chunks or not all(map(callable, given)):
         got = f"{len(given)} of {given!r}" if isinstance(given, (list, tuple)) else repr(given)
         raise RuleError(
-            f"{name} is None, one function, or a list of {chunks}, one for each chunk of the rank",
+            f"{name} must be None, one function, or a list of {chunks}, one for each chunk of the rank",
             f"got {got}",
             f"set [chunk.{'no_sync' if name == 'no_sync_func' else 'start_' + name.removesuffix('_func')} "
             "for chunk in model]",
@@ -104,7 +104,7 @@ def _require_settings(config: Any, wrapper: StageDDP) -> None:
         )
     if config.grad_sync_func is not None and not wrapper.ddp_config.overlap_grad_reduce:
         raise RuleError(
-            "gradients are reduced once a step",
+            "gradients must be reduced once per step",
             "got grad_sync_func without overlap_grad_reduce, under which finalize_model_grads_func reduces them again",
             "leave grad_sync_func out, or set overlap_grad_reduce",
         )
@@ -116,7 +116,7 @@ def _require_reduced(wrapper: StageDDP) -> None:
     missing = [name for name, p in wrapper.module.named_parameters() if p.requires_grad and p not in known]
     if missing:
         raise RuleError(
-            "every trainable parameter existed and was trainable when build_dualpipe_model wrapped the model",
+            "every trainable parameter must have been there and trainable when build_dualpipe_model wrapped the model",
             f"{missing[0]} did not" + f", nor did {len(missing) - 1} more" * (len(missing) > 1),
             "add, replace and unfreeze parameters in the model provider",
         )
@@ -132,7 +132,7 @@ def reduced_once(model: Sequence[nn.Module], stages: Sequence[int]) -> Iterator[
         times = wrapper.reductions - count
         if times != 1:
             raise RuleError(
-                "finalize_model_grads_func reduces the gradients of each chunk once, by its finish_grad_sync()",
+                "finalize_model_grads_func must reduce the gradients of each chunk once, by its finish_grad_sync()",
                 f"those of stage {stage} were reduced {times} times, so its two replicas "
                 + ("have different gradients" if times == 0 else "have multiples of their gradients"),
                 "use megatron.core.distributed.finalize_model_grads, or call it in your own function",

@@ -51,7 +51,7 @@ class Position:
 
 @contextmanager
 def at_stage(stage: int) -> Iterator[None]:
-    """Within, ``parallel_state.get_pipeline_model_parallel_rank()`` returns ``stage``.
+    """Inside the block, ``parallel_state.get_pipeline_model_parallel_rank()`` returns ``stage``.
 
     Training code often asks ``parallel_state`` for the pipeline rank instead of reading the model's process groups:
     which layers of a block are dense or mixtures of experts, where a custom layout starts, whether this is a first

@@ -76,7 +76,9 @@ def setup_of(module: nn.Module) -> ChunkSetup:
         setup: ChunkSetup = get_attr_wrapped_model(module, "dualpipe_setup")
     except RuntimeError:
         raise RuleError(
-            "DualPipe runs the model that build_dualpipe_model made", f"got a {type(module).__name__}", "build it there"
+            "DualPipe runs only a model that build_dualpipe_model built",
+            f"got a {type(module).__name__}",
+            "build it there",
         ) from None
     return setup
 
@@ -89,7 +91,7 @@ def setups_of(model: Sequence[nn.Module]) -> list[ChunkSetup]:
     if len(models) != 1 or stages != [chunk.stage for chunk in setups[0].shared.groups.chunks]:
         got = f"stages {stages}" + f" of {len(models)} models" * (len(models) > 1)
         raise RuleError(
-            "the model is the list that build_dualpipe_model returned: both chunks of the rank, in order of stage, "
+            "the model must be the list from build_dualpipe_model: both chunks of the rank, in order of stage, "
             "which is the order of collectives",
             f"got {got}",
             "pass that list on unchanged",
@@ -186,7 +188,7 @@ def _provide(provider: Provider, chunk: Chunk, groups: Groups, options: dict[str
     parameters = inspect.signature(provider).parameters
     if "pg_collection" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise RuleError(
-            "the model provider takes pg_collection and passes it to the model, which numbers its layers by it",
+            "the model provider must take pg_collection and pass it to the model, which numbers its layers by it",
             f"got one that takes {', '.join(parameters)}",
             "add the parameter and pass it to GPTModel(..., pg_collection=pg_collection)",
         )
@@ -245,7 +247,7 @@ def _require_apart(built: Mapping[int, nn.Module]) -> None:
     both = [name for name, parameter in first.named_parameters() if id(parameter) in theirs]
     if both:
         raise RuleError(
-            "the two chunks of a rank have no parameter in common",
+            "the two chunks of a rank must have no parameter in common",
             f"the provider gave stages {low} and {high} the same {both[0]}" + " and more" * (len(both) > 1),
             "build new parameters at every call",
         )

@@ -13,8 +13,8 @@ are padded to a multiple of the number of replicas and of 128 (65,536 with ``pad
 bug shows if the number of replicas is not a power of two, or if a bucket does not end at such a multiple.
 
 Here each bucket is cut into its parameters as soon as it is gathered, so the layout of the whole buffer does not
-matter, and a Megatron without the bug works too.  A checkpoint written with the bug cannot be repaired: the values that
-belonged into the padding were never written.  Loading compares the optimizer's copy of each weight with the weight
+matter, and a Megatron without the bug works too.  A checkpoint written with the bug cannot be repaired: some values
+were never written.  Loading compares the optimizer's copy of each weight with the weight
 itself, and refuses the checkpoint if they differ.
 """
 
@@ -45,7 +45,7 @@ def distributed_parts(optimizer: Any) -> Iterator[Any]:
 
 @contextmanager
 def whole_parameters(optimizer: Any) -> Iterator[None]:
-    """Within, ``save_parameters`` applies to the optimizer, whoever built it."""
+    """Inside the block, ``save_parameters`` applies to the optimizer, whoever built it."""
     with ExitStack() as undo:
         for part in distributed_parts(optimizer):
             if "sharded_param_state_fully_reshardable" not in vars(part):
@@ -72,7 +72,7 @@ def save_parameters(part: Any) -> tuple[str, ...]:
 def refuse_format(kind: object) -> None:
     """Raise ``RuleError`` for a format in which a chunk of DualPipe cannot be saved."""
     raise RuleError(
-        "under DualPipe the distributed optimizer is saved parameter by parameter, gathered on all ranks of a stage",
+        "DualPipe's distributed optimizer must be saved parameter by parameter, gathered on all ranks of a stage",
         f"got {kind}",
         f"set metadata['distrib_optim_sharding_type'] to {SHARDING!r}; "
         "in Megatron-LM, --dist-ckpt-optim-fully-reshardable",

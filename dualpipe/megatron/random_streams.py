@@ -31,7 +31,7 @@ class RandomStream:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Within, random numbers come from this stream, which continues where it stopped."""
+        """Inside the block, random numbers come from this stream, which continues where it stopped."""
         outer = capture()
         restore(self.states)
         try:
@@ -42,7 +42,7 @@ class RandomStream:
 
 
 def follow_rerun(stream: RandomStream, pair: dist.ProcessGroup) -> None:
-    """Rewind lane < if Megatron's ``RerunStateMachine`` repeats a step, for which it rewound the process's generators.
+    """Rewind lane < if Megatron's ``RerunStateMachine`` repeats a step and has rewound the process's generators.
 
     It repeats a step on all ranks.  At the start of a step, lane < has the state of the same stage in lane >.
     """

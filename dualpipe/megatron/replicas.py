@@ -152,7 +152,7 @@ def raise_together(difference: str | None, group: dist.ProcessGroup | None) -> N
     everyone: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, difference, group=group)
     raise RuleError(
-        "the two replicas of a stage hold the same weights and buffers after each step",
+        "the two replicas of a stage must hold the same weights and buffers after each step",
         next(each for each in everyone if each is not None),
         "build the optimizer with build_dualpipe_optimizer over both chunks, reduce gradients with Megatron's "
         "finalize_model_grads, and leave out modules whose forward updates a buffer, such as BatchNorm",

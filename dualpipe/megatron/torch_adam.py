@@ -22,7 +22,7 @@ def allocate_state(optimizer: Any) -> None:
     for part in _parts(optimizer):
         if not any(group["params"] for group in part.optimizer.param_groups):
             raise RuleError(
-                "with torch's Adam, a distributed optimizer can be saved if each rank owns a part of some weight",
+                "with torch's Adam, a distributed optimizer can be saved only if each rank owns a part of some weight",
                 "the shards of this rank are only padding",
                 "use fewer replicas, leave out pad_buckets_for_high_nccl_busbw, or install Transformer Engine",
             )
@@ -35,7 +35,7 @@ def allocate_state(optimizer: Any) -> None:
 
 @contextmanager
 def loading(optimizer: Any) -> Iterator[None]:
-    """Within, ``optimizer.load_state_dict`` works; afterwards each parameter has its own step counter."""
+    """Inside the block, ``optimizer.load_state_dict`` works; afterwards each parameter has its own step counter."""
     parts = _parts(optimizer)
     for part in parts:
         part._set_main_param_and_optimizer_states = _with_step(part)

@@ -5,7 +5,19 @@ plain values, ``Counterexample`` and ``Table``.
 """
 
 from dualpipe.page.changes import Change, changes
-from dualpipe.page.model import Comparison, Counterexample, Mark, Page, Table
+from dualpipe.page.model import Comparison, Counterexample, Drawn, Gallery, Mark, Page, Steps, Table
 from dualpipe.page.render import render
 
-__all__ = ["Change", "Comparison", "Counterexample", "Mark", "Page", "Table", "changes", "render"]
+__all__ = [
+    "Change",
+    "Comparison",
+    "Counterexample",
+    "Drawn",
+    "Gallery",
+    "Mark",
+    "Page",
+    "Steps",
+    "Table",
+    "changes",
+    "render",
+]

@@ -1,4 +1,4 @@
-/* The counterexample over a timeline, as SVG: a numbered arrow from who waits to what it waits for. */
+/* The counterexample over a timeline, as SVG: numbered arrows from an op that waits to the op that it waits for. */
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -9,7 +9,7 @@ function shape(tag, attributes, ...children) {
   return made;
 }
 
-/* Draw the marks anew; `focused` is the number of the one that the reader points at, or null. */
+/* Redraw the marks; `focused` is the number of the mark that the reader points at, or null. */
 function drawArrows(svg, scene, marks, focused) {
   svg.replaceChildren(
     ...marks.map((_, index) => {

@@ -1,6 +1,6 @@
-"""The colours of a page's timelines as CSS, from the palette that pictures and the terminal have too.
+"""The colours of a page's timelines as CSS, from the palette that pictures and the terminal use too.
 
-Custom properties, each with an ink of its own, for every number of tones that the page's schedules have::
+For every number of tones that the page's schedules have, custom properties::
 
     --f-1-of-2, --f-1-of-2-ink       a cell: its kind, its tone, how many tones its schedule has
     --f-line, --b-line, --w-line     a thin line: a message that feeds the kind, or the frame of what is not reached
@@ -16,7 +16,7 @@ from dualpipe.timeline.palette import DARK, LIGHT, Colour, Scheme, colour, ink, 
 
 
 def style(counts: Iterable[int]) -> str:
-    """The properties for schedules with so many tones: light ones, and dark ones for a dark screen, not for paper."""
+    """The properties for schedules with these numbers of tones: light ones, and dark ones for dark screens alone."""
     numbers = sorted(set(counts))
     light, dark = (_declarations(scheme, numbers) for scheme in (LIGHT, DARK))
     return (

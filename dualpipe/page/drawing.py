@@ -4,15 +4,15 @@ The dependency rule stays in ``Schedule.needs``: the page gets each op's needs a
 
 ==========  =====================================================================================================
 programs    for each rank its slots in the text form; the lane ``<`` is written ``{``, which HTML leaves alone
-times       for each rank and slot two numbers: how long after the end of the slot before it starts, how long it takes
-reached     for each rank how many slots ended.  The next one lasts until ``line``; those behind, which are never
-            reached, are drawn after it in program order
-stuck       the time at which the last thing ended, or null for a schedule that gets to its end
-line        where the page draws the end of what is reached
+times       for each rank and slot two numbers: the pause between the slot before and this one, and how long it takes
+reached     for each rank how many slots ended.  The next one lasts until ``line``; the slots after that are never
+            reached, and are drawn after it in program order
+stuck       the time at which the last op ended, or null for a schedule that reaches its end
+line        the time at which the page draws the line behind which nothing is reached
 needs       for each op, ``;`` between: the needed ops, each as its distance back in the list of all ops, or as ``?``
             and its text where the schedule has no such op
-peers       for each message op the rank at the other end, or null
-meets       numbers of a send and of the receive that it met, one after the other
+peers       for each message op the rank at the other end, for each collective its group, or null
+meets       the numbers of a send and of the receive that it matches, for one message after the other
 waits       blocked ranks: the number of the op at which each is blocked, and the reason
 changed     for each rank the slots that the other schedule does not have
 tones       for each lane the tone of each stage, by number (``dualpipe.timeline.chart.Tone``); ``names`` has the tones'
@@ -35,14 +35,14 @@ from dualpipe.timeline.simulate import Costs, Stuck, Timeline, Wait, simulate
 
 @dataclass(frozen=True)
 class Run:
-    """A schedule as far as it gets; ``waits`` is empty where it ends."""
+    """A schedule's run, as far as it gets; ``waits`` is empty if the run reached the end."""
 
     timeline: Timeline
     waits: tuple[Wait, ...] = ()
 
 
 def run(schedule: Schedule, costs: Costs, blocking: bool) -> Run:
-    """Simulate a schedule; one that gets stuck gives what it reached and who waits."""
+    """Simulate a schedule; if it gets stuck, up to that point and with the ranks that wait."""
     try:
         return Run(simulate(schedule, costs, blocking=blocking))
     except Stuck as stuck:
@@ -68,7 +68,9 @@ def drawing(ran: Run, changed: Iterable[tuple[int, int]] = ()) -> dict[str, Any]
         "line": line if ran.waits else timeline.makespan,
         "costs": {str(kind): getattr(timeline.costs, kind) for kind in sorted(COMPUTE)},
         "needs": _needs(schedule, placed),
-        "peers": [schedule.peer(at.op) for at in placed if at.op.kind in MESSAGES],
+        "peers": [
+            schedule.peer(at.op) if at.op.kind in MESSAGES else at.op.peer for at in placed if at.op.kind not in COMPUTE
+        ],
         "meets": [numbers[at[:3]] for message in timeline.messages for at in (message.send, message.receive)],
         "waits": [[numbers[wait.at[:3]], str(wait)] for wait in ran.waits],
         "changed": highlighted,
@@ -140,7 +142,7 @@ def _times(timeline: Timeline, rank: int, line: float) -> list[float]:
 
 
 def _gap(costs: Costs) -> float:
-    """For how long a blocked rank is drawn after its last op ended."""
+    """How long a blocked rank is drawn to wait after its last op."""
     return max(costs.F, costs.B, costs.W)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dualpipe.schedule import Schedule
 from dualpipe.timeline.timeline import Costs
@@ -11,7 +12,7 @@ from dualpipe.timeline.timeline import Costs
 
 @dataclass(frozen=True)
 class Mark:
-    """One step of a counterexample: a place, and where there is one the place that it waits for or clashes with.
+    """One step of a counterexample: a place and, if there is one, the place that it waits for or clashes with.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A schedule, or what became of it.
+    """A schedule, or two versions of it.
 
     Parameters
     ----------
@@ -85,13 +86,54 @@ class Comparison:
     blocking: bool = False
 
 
+class Steps(NamedTuple):
+    """A level over time: from each time on, the level after it.  ``times`` and ``levels`` are of equal length."""
+
+    times: Sequence[float]
+    levels: Sequence[float]
+
+    @property
+    def peak(self) -> float:
+        return max(self.levels, default=0.0)
+
+    @property
+    def flat(self) -> list[float]:
+        """Times and levels in turn, rounded, without those that another level replaces at once."""
+        last = {round(time, 4): round(level, 4) for time, level in zip(self.times, self.levels, strict=True)}
+        return [number for step in last.items() for number in step]
+
+
+class Drawn(NamedTuple):
+    """A schedule of a gallery.
+
+    Its name, the caption of its timeline, the costs with which it is simulated, and the memory of each rank.
+    """
+
+    name: str
+    caption: str
+    schedule: Schedule
+    costs: Costs
+    memory: Sequence[Steps]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Timelines of several schedules, one above the other on one time axis; ``unit`` is that of their memory."""
+
+    name: str
+    drawn: Sequence[Drawn]
+    unit: str
+    source: str = ""
+    blocking: bool = False
+
+
 @dataclass(frozen=True)
 class Page:
-    """The whole page: a title, one verdict over all, a sentence or two, then the sections in order."""
+    """The whole page: a title, an overall verdict, a sentence or two, then the sections in order."""
 
     title: str
     verdict: str
-    sections: Sequence[Comparison | Table]
+    sections: Sequence[Comparison | Gallery | Table]
     lead: str = ""
 
 

@@ -10,9 +10,9 @@ from dualpipe.schedule import MESSAGES, SENDS
 
 
 def numbers(runs: Sequence[Run], compared: bool) -> Table:
-    """One column a run, and with ``compared`` a last one for what changed.
+    """One column per run, and with ``compared`` a last one for what changed.
 
-    A schedule that gets stuck has no makespan, bubble or peaks: its column has the messages alone.
+    A schedule that gets stuck has no makespan, bubble or peaks: its column has only the messages.
     """
     rows = [_row(name, [value(ran) for ran in runs], compared) for name, value in ROWS.items()]
     head = ["before", "after", "change"] if compared else ["value"]

@@ -4,7 +4,7 @@ const FONT = '"DejaVu Sans Mono", "Liberation Mono", ui-monospace, monospace';
 
 const HATCH = 7; // pixels between the lines of a bubble
 
-/* By the name of the custom property; faded is no colour but an opacity. */
+/* The colours, by the name of their custom property; `faded` is an opacity instead. */
 function readColours({ ops, names }) {
   const style = getComputedStyle(document.documentElement);
   const lines = "ground line text muted bubble hatch f-line b-line w-line fault changed need faded".split(" ");
@@ -150,7 +150,7 @@ function paintChanged(context, scene, ops) {
   if (width > 12 * ops.length) frame(context, scene.colours.changed, 1.5, box.left - 1, box.top - 1, width + 2, box.bottom - box.top + 3);
 }
 
-/* A message slot that blocks: a bar from when it was posted until everything in it has met. */
+/* A message slot that blocks: a bar from when it was posted until all its messages have completed. */
 function paintWaiting(context, { schedule, colours, x }, slot, top) {
   const y = top + schedule.sizes.compute + 2 + schedule.sizes.message / 2;
   context.strokeStyle = slot.reached ? colours.muted : colours.fault;
@@ -189,7 +189,7 @@ function paintStuck(context, { schedule, width, colours, x, view }) {
   if (view.to > schedule.line + schedule.unit) context.fillText("stuck here · never reached:", Math.max(at + 6, GUTTER + 6), 10);
 }
 
-/* What an op needs and what it meets, joined to it. */
+/* Lines from an op to the ops that it needs and to the other end of its message. */
 function paintNeeds(context, scene, op) {
   if (!op) return;
   const { colours } = scene;
@@ -246,7 +246,7 @@ function arch(context, scene, one, other, colour) {
   dot(context, other.middle, y1, colour);
 }
 
-/* A line with a rim of the ground's colour, for it crosses cells of every shade. */
+/* A line with a rim in the background's colour, since it crosses cells of every shade. */
 function strokeOverCells(context, { colours }, colour) {
   for (const [style, thick] of [[colours.ground, 4.4], [colour, 1.8]]) {
     context.strokeStyle = style;

@@ -19,12 +19,12 @@ from typing import Any
 from dualpipe.page import colours
 from dualpipe.page.changes import Change, changed_lanes, changes
 from dualpipe.page.drawing import Run, drawing, marked, run
-from dualpipe.page.model import VERDICTS, Comparison, Counterexample, Page, Table
+from dualpipe.page.model import VERDICTS, Comparison, Counterexample, Gallery, Page, Table
 from dualpipe.page.numbers import numbers
 from dualpipe.schedule import Schedule, show_slot
 from dualpipe.timeline.chart import tones
 
-_SCRIPTS = ("schedule", "layout", "view", "words", "paint", "arrows", "timeline", "section", "main")
+_SCRIPTS = ("schedule", "layout", "view", "words", "paint", "arrows", "timeline", "memory", "section", "main")
 _MOST_OPEN = 40
 """How many changed lines a section shows before they are folded away."""
 
@@ -37,24 +37,51 @@ def render(page: Page) -> str:
     RuleError
         If a mark points at something that its schedule does not have.
     """
-    comparisons = [section for section in page.sections if isinstance(section, Comparison)]
-    style, script = _style(comparisons), _script()
+    drawn = [section for section in page.sections if not isinstance(section, Table)]
+    style, script = _style(drawn), _script()
     numbered = iter(range(1, len(page.sections) + 1))
     sections = [
-        _table(section) if isinstance(section, Table) else _comparison(section, f"s{next(numbered)}")
+        _table(section) if isinstance(section, Table) else _section(section, f"s{next(numbered)}")
         for section in page.sections
     ]
     return Template(_read("page.html")).substitute(
         title=escape(page.title),
         verdict=_badge(page.verdict),
         lead=f'<p class="lead">{escape(page.lead)}</p>' if page.lead else "",
-        contents=_contents(comparisons) if len(comparisons) > 1 else "",
+        contents=_contents(drawn) if len(drawn) > 1 else "",
         sections="\n".join(sections),
         style=style,
         style_hash=_hash(style),
         script=script,
         script_hash=_hash(script),
     )
+
+
+def _section(section: Comparison | Gallery, anchor: str) -> str:
+    return _gallery(section, anchor) if isinstance(section, Gallery) else _comparison(section, anchor)
+
+
+def _gallery(section: Gallery, anchor: str) -> str:
+    most = max((steps.peak for each in section.drawn for steps in each.memory), default=0.0) or 1.0
+    drawings = [
+        {
+            "title": each.name,
+            "caption": each.caption,
+            "memory": {"levels": [steps.flat for steps in each.memory], "most": most, "unit": section.unit},
+            **drawing(run(each.schedule, each.costs, section.blocking)),
+        }
+        for each in section.drawn
+    ]
+    data = {"name": section.name, "drawings": drawings, "counterexamples": []}
+    parts = [
+        f'<section class="comparison" id="{anchor}" aria-labelledby="{anchor}-name">',
+        f'<header><h2 id="{anchor}-name">{escape(section.name)}</h2>',
+        f'<p class="source">{escape(section.source)}</p></header>',
+        '<div class="layout"><div class="board"></div></div>',
+        f'<script type="application/json" class="data">{_json(data)}</script>',
+        "</section>",
+    ]
+    return "\n".join(parts)
 
 
 def _comparison(section: Comparison, anchor: str) -> str:
@@ -88,7 +115,7 @@ def _data(
     for (word, _), ran in zip(shown, runs, strict=True):
         changed = [slot for change in found for slot in _slots(change, word)]
         title = word if len(shown) > 1 else ""
-        drawings.append({"title": title, **drawing(ran, changed)})
+        drawings.append({"title": title, "caption": title.capitalize(), **drawing(ran, changed)})
     last = section.after or section.before
     return {
         "name": section.name,
@@ -119,11 +146,12 @@ def _facts(section: Comparison) -> str:
     return " · ".join(filter(None, [section.source, size]))
 
 
-def _contents(comparisons: Sequence[Comparison]) -> str:
+def _contents(sections: Sequence[Comparison | Gallery]) -> str:
     rows = "".join(
-        f'<li><a href="#s{number}">{escape(section.name)}</a> {_badge(section.verdict)}'
+        f'<li><a href="#s{number}">{escape(section.name)}</a> '
+        f"{_badge(section.verdict) if isinstance(section, Comparison) else ''}"
         f"<small>{escape(section.source)}</small></li>"
-        for number, section in enumerate(comparisons, 1)
+        for number, section in enumerate(sections, 1)
     )
     return f'<nav aria-label="Schedules on this page"><ol class="contents">{rows}</ol></nav>'
 
@@ -195,10 +223,16 @@ def _read(name: str) -> str:
     return (files("dualpipe.page") / name).read_text(encoding="utf-8")
 
 
-def _style(comparisons: Sequence[Comparison]) -> str:
+def _style(sections: Sequence[Comparison | Gallery]) -> str:
     """The style of every page, after the colours that the schedules of this one need."""
-    schedules = [side for section in comparisons for side in (section.before, section.after) if side is not None]
+    schedules = [schedule for section in sections for schedule in _schedules(section)]
     return colours.style(len(tones(schedule)) for schedule in schedules) + _read("page.css")
+
+
+def _schedules(section: Comparison | Gallery) -> list[Schedule]:
+    if isinstance(section, Gallery):
+        return [each.schedule for each in section.drawn]
+    return [side for side in (section.before, section.after) if side is not None]
 
 
 @cache

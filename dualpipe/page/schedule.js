@@ -1,6 +1,7 @@
-/* A drawing's JSON, described in drawing.py, as ops that know their place, their time, their needs and their partner. */
+/* Reads a drawing's JSON, described in drawing.py, into ops with their place, time, needs and partner. */
 
-const OP = /^(\d+)(SF|RF|SB|RB|F|B|W)(\d+)([>{])(?:@(\d+))?$/;
+const OP = /^(\d+)(SF|RF|SB|RB|F|B|W|AA|AR|US|RS|RG)(\d*)([>{])(?:@(\d+))?$/;
+const COLLECTIVES = new Set(["AA", "AR", "US", "RS", "RG"]); // drawn like messages, in the hue of weights
 const isCompute = (op) => op.kind.length === 1;
 const isSend = (op) => op.kind[0] === "S";
 
@@ -20,8 +21,8 @@ function readSchedule(drawing) {
   drawing.changed.forEach((numbers, rank) => numbers.forEach((number) => (ranks[rank][number].changed = true)));
   joinNeeds(ops, drawing.needs);
   joinPartners(ops, drawing);
-  const { title, names, stuck, line, costs } = drawing;
-  return { title, names, ops, ranks, stuck, line, costs };
+  const { title, caption, memory, names, stuck, line, costs } = drawing;
+  return { title, caption, memory, names, ops, ranks, stuck, line, costs };
 }
 
 /* colour: the name of a custom property, from colours.py. */
@@ -30,7 +31,8 @@ function readOp(word, slot, ops, { tones, names }) {
   const op = { number: ops.length, text: word.replace("{", "<"), kind, stage: +stage, mb: +mb, slot };
   op.lane = lane === ">" ? ">" : "<";
   const shade = isCompute(op) ? `${tones[op.lane][op.stage] + 1}-of-${names.length}` : "line";
-  op.colour = `${kind[kind.length - 1].toLowerCase()}-${shade}`;
+  const hue = COLLECTIVES.has(kind) ? "w" : kind[kind.length - 1].toLowerCase();
+  op.colour = `${hue}-${shade}`;
   ops.push(op);
   return op;
 }
@@ -56,7 +58,7 @@ function joinPartners(ops, drawing) {
   drawing.waits.forEach(([number, reason]) => (ops[number].reason = reason));
 }
 
-/* Whether a message met another one than it is meant for. */
+/* Whether a message is matched with another one than it is meant for. */
 function isMismatched(op) {
   if (!op.partner) return false;
   const [send, receive] = isSend(op) ? [op, op.partner] : [op.partner, op];

@@ -18,7 +18,7 @@ function makeSection(node) {
     after.mark(section.shown && example ? example.marks : []);
   };
   section.aim = () => aim(section, after);
-  const figures = timelines.map((timeline, index) => figureOf(schedules[index], timeline));
+  const figures = timelines.map((timeline, index) => figureOf(schedules[index], timeline, view));
   const stage = element("div", { class: "stage" }, toolbarOf(section, schedules), ...figures, hint(), ...schedules.map(programOf));
   node.querySelector(".board").append(stage);
   const stories = node.querySelector(".stories");
@@ -34,9 +34,9 @@ function labelOf(name, schedule) {
   return `Timeline of ${name}${schedule.title && ` ${schedule.title}`}: ${schedule.ranks.length} ranks, ${schedule.ops.length} ops, ${end}. Arrow keys walk the ops.`;
 }
 
-function figureOf(schedule, timeline) {
-  const caption = schedule.title ? [element("figcaption", {}, schedule.title[0].toUpperCase() + schedule.title.slice(1))] : [];
-  return element("figure", { class: "timeline" }, ...caption, timeline.node);
+function figureOf(schedule, timeline, view) {
+  const caption = schedule.caption ? [element("figcaption", {}, schedule.caption)] : [];
+  return element("figure", { class: "timeline" }, ...caption, timeline.node, ...memoryOf(schedule, view));
 }
 
 /* Zoom to the marks of the counterexample, close enough to read. */
@@ -79,7 +79,7 @@ function toolbarOf(section, schedules) {
   return bar;
 }
 
-/* The words and colours of the key that pictures have, and what only a page shows. */
+/* The words and colours of the legend in pictures, and those of what only a page shows. */
 function legend(schedules, hasExamples) {
   const entry = (text, ...kinds) => element("li", {}, ...kinds.map((kind) => element("span", { class: `swatch ${kind}` })), text);
   const entries = [...new Map(schedules.map(({ names }) => [names.join(), names])).values()].flatMap(shadesOf);

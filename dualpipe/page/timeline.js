@@ -183,7 +183,7 @@ function listenToKeys(timeline) {
   });
 }
 
-/* The op so many places further in the program of the selected op's rank; the first one seen if none is selected. */
+/* The op `step` places further in the selected op's program; the first visible one if none is selected. */
 function neighbour({ scene }, step) {
   const { selected, schedule, view } = scene;
   if (!selected) return schedule.ops.find((op) => op.x1 > view.from) ?? schedule.ops[0];

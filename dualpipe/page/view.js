@@ -1,4 +1,4 @@
-/* The stretch of time that is seen.  The timelines of one section share it. */
+/* The visible stretch of time, which the timelines of one section share. */
 
 function makeView(end, closest) {
   const margin = Math.max(end * 0.008, 0.05 * closest);
@@ -20,14 +20,14 @@ function makeView(end, closest) {
     const start = Math.min(Math.max(view.from + time, first), last - width);
     view.show(start, start + width);
   };
-  /* Zoom in by a factor above 1; the time `at` stays where it is seen. */
+  /* Zoom in if the factor is above 1; the time `at` keeps its place on the screen. */
   view.zoom = (factor, at = (view.from + view.to) / 2) => {
     const width = Math.min(Math.max((view.to - view.from) / factor, Math.min(closest, last - first)), last - first);
     const share = (at - view.from) / (view.to - view.from);
     const start = Math.min(Math.max(at - share * width, first), last - width);
     view.show(start, start + width);
   };
-  /* Move as little as it takes to see a stretch of time. */
+  /* Move just far enough to show a stretch of time. */
   view.reveal = (from, to) => {
     const width = view.to - view.from;
     const room = 0.08 * width;

@@ -8,9 +8,15 @@ const MEANING = {
   RF: (op) => `receives the activation of microbatch ${op.mb} for stage ${op.stage} from ${peer(op)}`,
   SB: (op) => `sends the gradient of microbatch ${op.mb} from stage ${op.stage} to ${peer(op)}`,
   RB: (op) => `receives the gradient of microbatch ${op.mb} for stage ${op.stage} from ${peer(op)}`,
+  AA: (op) => `all-to-all for microbatch ${op.mb} at stage ${op.stage}, ${groupOf(op)}`,
+  AR: (op) => `all-reduce at stage ${op.stage}, ${groupOf(op)}`,
+  US: (op) => `unshards the weights of stage ${op.stage}, ${groupOf(op)}`,
+  RS: (op) => `reshards the weights of stage ${op.stage}`,
+  RG: (op) => `reduces the gradients of stage ${op.stage}, ${groupOf(op)}`,
 };
 
 const peer = (op) => (op.peer === null || op.peer === undefined ? "no rank" : `rank ${op.peer}`);
+const groupOf = (op) => (op.peer === null || op.peer === undefined ? "no group" : `group ${op.peer}`);
 const number = (time) => String(Math.round(time * 1000) / 1000);
 const place = (op) => `rank ${op.slot.rank}, slot ${op.slot.number}`;
 
@@ -31,7 +37,7 @@ function describe(op) {
   if (op.slot.changed) lines.push(["changed", "this slot is changed"]);
   if (op.partner) {
     const wrong = isMismatched(op);
-    lines.push([wrong ? "fault" : "where", `meets ${op.partner.text} of ${place(op.partner)}${wrong ? ": not its partner" : ""}`]);
+    lines.push([wrong ? "fault" : "where", `matched with ${op.partner.text} of ${place(op.partner)}${wrong ? ", which is not its partner" : ""}`]);
   }
   return lines;
 }

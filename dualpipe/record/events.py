@@ -88,6 +88,7 @@ class Message:
     send: bool
     peer: int
     channel: tuple[Any, ...]
+    group: str
     gradient_of: list[ForwardId]
     activation_of: list[ForwardId]
     form: str
@@ -230,7 +231,8 @@ def _read_post(log: RankLog, event: Event) -> None:
             MessageId(log.rank, posted["message"]),
             send,
             posted["peer"],
-            (*ends, tuple(posted["group"]), posted["tag"]),
+            (*ends, posted["group_name"], posted["tag"]),
+            posted["group_name"],
             content["B"],
             content["F"],
             posted["form"],
@@ -239,8 +241,6 @@ def _read_post(log: RankLog, event: Event) -> None:
             tag=posted["tag"],
             memory=None if posted["memory"] is None else tuple(posted["memory"]),
         )
-        if posted["group_number"]:
-            log.doubts.append(Doubt("several groups", -1, event["at"], log.steps))
 
 
 def read_folder(folder: Path, ranks: int | None, session: int) -> tuple[list[RankLog], int]:

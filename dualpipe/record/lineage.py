@@ -42,6 +42,25 @@ def match(messages: Sequence[Message]) -> dict[MessageId, MessageId]:
     return partner
 
 
+def reordered(
+    messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId], counted: Collection[MessageId]
+) -> list[Message]:
+    """The counted sends that, by the order of posting between their ranks, meet a receive of another process group.
+
+    A schedule file has one order between two ranks.  Each process group of a program has its own.
+    """
+    ends: dict[tuple[object, ...], tuple[list[MessageId], list[MessageId]]] = defaultdict(lambda: ([], []))
+    for id in sorted(counted):
+        sender, receiver, *_ = messages[id].channel
+        ends[sender, receiver][0 if messages[id].send else 1].append(id)
+    return [
+        messages[one]
+        for sends, receives in ends.values()
+        for one, other in zip(sends, receives, strict=False)
+        if partner.get(one) != other and messages[one].group != messages[other].group
+    ]
+
+
 def trace(
     logs: Sequence[RankLog], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
 ) -> Lineage:

@@ -14,8 +14,9 @@ from itertools import count
 
 from dualpipe.record.events import ForwardId, Message, MessageId, RankLog, RecordError
 from dualpipe.record.lineage import Lineage
-from dualpipe.schedule import RB, RF, SB, SENDS, SF, Kind, Op
+from dualpipe.schedule import RB, RF, SB, SENDS, SF, B, Chunk, F, Kind, Op
 
+_SERVES = {SF: F, RF: F, SB: B, RB: B}  # the compute on its own rank that a message end comes from or goes to
 _OTHER_END = {SF: RF, RF: SF, SB: RB, RB: SB}
 
 
@@ -24,10 +25,12 @@ class Named:
     """The ops of message ends, and which of them are uncertain.
 
     ``control`` counts the ends that were left out, ``unknown`` the sends whose tensor no observed computation made;
-    ``unused`` are the receives whose tensor no observed computation used.
+    ``unused`` are the receives whose tensor no observed computation used.  ``guesses`` has all ends that neither their
+    content nor their use names, with the other ops that each could be.
     """
 
     ops: Mapping[MessageId, Op]
+    guesses: Mapping[MessageId, tuple[Op, ...]]
     control: int
     unknown: int
     unused: frozenset[MessageId]
@@ -61,13 +64,16 @@ def name_messages(
             if _is_in_a_lane(op, lineage):
                 ops[id] = op
                 (unknown if message.send else unused).append(message)
+    guesses: dict[MessageId, tuple[Op, ...]] = {message.id: () for message in (*unknown, *unused)}
+    forms = _forms(ops, messages)
+    next_computes = {log.rank: _next_computes(log, lineage) for log in logs}
     for id, message in messages.items():
         if id not in ops and id not in partner:
-            ops[id] = _expected(message, ops, lineage)
-            notes.append(_note_on_unmatched(message, ops[id]))
+            ops[id], guesses[id] = _expected(message, ops, lineage, forms, next_computes[id.rank].get(id))
+            notes.append(_note_on_unmatched(message, ops[id], guesses[id]))
     left = [message for id, message in messages.items() if id not in ops]
     notes += [*_notes_on_unknown(unknown), *_notes_on_unused(unused, ops), *_notes_on_control(left)]
-    return Named(ops, len(left), len(unknown), frozenset(message.id for message in unused), tuple(notes))
+    return Named(ops, guesses, len(left), len(unknown), frozenset(message.id for message in unused), tuple(notes))
 
 
 def uses(logs: Sequence[RankLog]) -> dict[MessageId, tuple[Kind, ForwardId]]:
@@ -138,8 +144,47 @@ def _is_in_a_lane(op: Op, lineage: Lineage) -> bool:
     return 0 <= op.stage < len(lineage.routes[op.lane])
 
 
-def _expected(message: Message, ops: Mapping[MessageId, Op], lineage: Lineage) -> Op:
-    """For an unmatched end, the earliest op that its rank still lacks with that peer, or else one more than it has.
+def _forms(
+    ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]
+) -> dict[tuple[int, Kind, Chunk], set[str]]:
+    """For every rank, kind and chunk the types and shapes of its messages."""
+    forms: dict[tuple[int, Kind, Chunk], set[str]] = {}
+    for id, op in ops.items():
+        forms.setdefault((id.rank, op.kind, op.chunk), set()).add(messages[id].form)
+    return forms
+
+
+def _next_computes(log: RankLog, lineage: Lineage) -> dict[MessageId, Op]:
+    """For every message of a rank the forward or backward that began next after its post."""
+    found: dict[MessageId, Op] = {}
+    posted: list[MessageId] = []
+    for event in log.events:
+        if event["event"] == "post":
+            posted += [MessageId(log.rank, message["message"]) for message in event["messages"]]
+        elif event["event"] in ("forward", "backward"):
+            forwards = event["forwards"] if event["event"] == "backward" else [event["forward"]]
+            kind = B if event["event"] == "backward" else F
+            tasks = [lineage.tasks.get(ForwardId(log.rank, log.find(forward))) for forward in forwards]
+            begun = [Op(kind, *task) for task in tasks if task is not None]
+            if begun:
+                found |= dict.fromkeys(posted, begun[0])
+                posted = []
+    return found
+
+
+def _expected(
+    message: Message,
+    ops: Mapping[MessageId, Op],
+    lineage: Lineage,
+    forms: Mapping[tuple[int, Kind, Chunk], set[str]],
+    next_compute: Op | None,
+) -> tuple[Op, tuple[Op, ...]]:
+    """The name of an unmatched end, and the others that it could have.
+
+    For each stage boundary between the two ranks it can be the earliest op that its rank still lacks, or one more than
+    it has.  Of these, it is one with the type and shape of the end, if there is one; then one that the program has, and
+    not one more; then one that the next forward or backward of the rank needs or made; then a gradient for a forward
+    that ran; and then the one of the earliest microbatch.
 
     Raises ``RecordError`` if the two ranks do not hold neighbouring stages.
     """
@@ -154,9 +199,16 @@ def _expected(message: Message, ops: Mapping[MessageId, Op], lineage: Lineage) -
             "do not hold neighbouring stages",
             "correct the peer, or let the other rank post its end",
         )
-    due = [op for op in candidates if op.mb < _microbatches(op, lineage)] or candidates
-    ready = [op for op in due if op.kind is RB and op.task in ran]
-    return min(ready or due, key=lambda op: (op.mb, op.kind))._replace(peer=message.peer)
+
+    def rank(op: Op) -> tuple[bool | int | str, ...]:
+        known = forms.get((message.id.rank, op.kind, op.chunk), {message.form})
+        wanted = next_compute is not None and next_compute == Op(_SERVES[op.kind], *op.task)
+        is_due = op.mb < _microbatches(op, lineage)
+        return message.form not in known, not is_due, not wanted, not (op.kind is RB and op.task in ran), op.mb, op.kind
+
+    best, *others = sorted(candidates, key=rank)
+    possible = [op for op in others if rank(op)[:2] == rank(best)[:2]]
+    return best._replace(peer=message.peer), tuple(op._replace(peer=message.peer) for op in possible)
 
 
 def _boundaries(message: Message, lineage: Lineage) -> Iterator[Op]:
@@ -177,11 +229,13 @@ def _microbatches(op: Op, lineage: Lineage) -> int:
     return 1 + max((task.mb for task in lineage.tasks.values() if task.lane == op.lane), default=-1)
 
 
-def _note_on_unmatched(message: Message, op: Op) -> str:
+def _note_on_unmatched(message: Message, op: Op, others: Sequence[Op]) -> str:
     what, missing = ("send to", "receive") if message.send else ("receive from", "send")
+    name = f"{op}, the next op that its rank expects"
     return (
         f"rank {message.id.rank}: the {what} rank {message.peer} at {message.at} was matched by no {missing}; "
-        f"it is named {op}, the next op that its rank expects"
+        f"it is named {name}"
+        + (f"; this is a guess, and it could be {' or '.join(map(str, others))}" if others else "")
     )
 
 

@@ -25,9 +25,9 @@ _DOUBTS = {
         "{count} backwards ran more than once and are written once",
     ),
     "several groups": (
-        "it sends or receives at {at} in another process group of the same ranks; a schedule file has one order of "
-        "messages between two ranks",
-        "whether messages of different process groups overtake each other could not be determined",
+        "what it sends at {at} is received in another order than it was posted, in another process group; a schedule "
+        "file has one order of messages between two ranks",
+        "{count} messages overtake messages of another process group, which a schedule file cannot express",
     ),
 }
 """By the kind of doubt: the note on a line of the program, and the caveat for a verdict."""

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualpipe.record.events import Event, Message, MessageId, RankLog, RecordError, read
-from dualpipe.record.lineage import Lineage, match, trace
+from dualpipe.record.events import Doubt, Event, Message, MessageId, RankLog, RecordError, read
+from dualpipe.record.lineage import Lineage, match, reordered, trace
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
+from dualpipe.record.observed import observe
 from dualpipe.record.routes import complete
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
@@ -95,19 +96,22 @@ def assemble(logs: Sequence[RankLog], name: str = "recorded", step: int = 1) -> 
     lineage = complete(trace(logs, messages, partner), logs, messages.values(), partner)
     named = name_messages(logs, messages, partner, lineage)
     check_within_step(steps[step - 1], everything, partner, named.ops)
+    for message in reordered(messages, partner, named.ops):
+        logs[message.id.rank].doubts.append(Doubt("several groups", -1, message.at, message.step))
     notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
     notes += notes_on_doubts(logs, lineage)
     _check(lineage, named.ops, messages)
-    ranks, early, repeated = programs(logs, named, messages, partner, lineage)
-    notes += repeated
-    if early:
+    made = programs(logs, named, messages, partner, lineage)
+    notes += made.notes
+    if made.early:
         notes.append(
-            f"{early} computations began with messages still in flight; in the file a message is where it was posted, "
-            "and the blocking model waits for it there, though the program does not"
+            f"{made.early} computations began with messages still in flight; in the file a message is where it was "
+            "posted, and the blocking model waits for it there, though the program does not"
         )
     ended = tuple(log.ended for log in logs)
     lost = sum(id not in partner and id not in messages for id in everything)
-    schedule = Schedule(lineage.routes, ranks, name)
+    observed = observe(logs, made.placed, lineage, named.guesses)
+    schedule = Schedule(lineage.routes, made.of_rank, name, observed=observed)
     return Recording(schedule, len(steps), ended, tuple(caveats(logs, lineage, named, lost)), tuple(notes))
 
 

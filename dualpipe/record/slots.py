@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
 from dualpipe.record.lineage import Lineage
 from dualpipe.record.naming import Named
-from dualpipe.schedule import B, F, Kind, Op, Program, Slot, W
+from dualpipe.schedule import B, F, Kind, Op, Placed, Program, Slot, W
 
 _ORDER = {F: 0, B: 1, W: 2}
+Posted = tuple[Op, MessageId | None]
+"""An op, and of a message which end it is."""
+
+
+class Programs(NamedTuple):
+    """The programs of all ranks, and the place in them of every message end.
+
+    ``early`` counts the computations that began with messages in flight; ``notes`` are on repeated ops.
+    """
+
+    of_rank: tuple[Program, ...]
+    placed: Mapping[MessageId, Placed]
+    early: int
+    notes: list[str]
 
 
 def programs(
@@ -18,47 +33,72 @@ def programs(
     messages: Mapping[MessageId, Message],
     partner: Mapping[MessageId, MessageId],
     lineage: Lineage,
-) -> tuple[tuple[Program, ...], int, list[str]]:
-    """The slots of every rank, how many computations began with messages in flight, and notes on repeated ops.
+) -> Programs:
+    """The slots of every rank, and what does not show in them.
 
-    Several tensors of one stage boundary that are sent in one slot and received in one slot are one op at both ends.
-    This requires that the ends have the same names, that each tensor is received into memory of its own, and that a
-    tensor sent before is at least used.  Every other message has an op of its own, even if another op of its slot has
-    the same name.
+    Several tensors of one stage boundary are one op at both ends if at both ends they are in one slot or in slots that
+    follow each other.  This requires that the ends have the same names, that each tensor is received into memory of its
+    own, and that a tensor sent before or in another slot is at least used.  Every other message has an op of its own,
+    even if another op of its slot has the same name.
     """
     ops = named.ops
     ranks = [_program(log, ops, lineage) for log in logs]
-    slot_of = {
-        id: number for slots, _ in ranks for number, slot in enumerate(slots) for _, id in slot if id is not None
-    }
-    joined = _joined(named, messages, partner, slot_of)
-    made = tuple(
-        tuple(_sorted([op for op, id in slot if id not in joined]) for slot in slots if slot) for slots, _ in ranks
+    joined = _joined(
+        named, messages, partner, _Order({log.rank: slots for log, (slots, _) in zip(logs, ranks, strict=True)})
     )
-    return made, sum(early for _, early in ranks), _repeated(ops, messages, joined)
+    made: list[Program] = []
+    placed: dict[MessageId, Placed] = {}
+    for log, (slots, _) in zip(logs, ranks, strict=True):
+        kept = [(slot, _sorted([op for op, id in slot if id not in joined])) for slot in slots]
+        made.append(tuple(ops for _, ops in kept if ops))
+        for number, slot in enumerate(slot for slot, ops in kept if ops):
+            ends = [(op, id) for op, id in slot if id is not None and id not in joined]
+            placed |= {id: Placed(log.rank, number, at, op) for at, (op, id) in enumerate(ends)}
+    placed |= {id: placed[whole] for id, whole in joined.items() if whole in placed}
+    return Programs(tuple(made), placed, sum(early for _, early in ranks), _repeated(ops, messages, joined))
+
+
+class _Order:
+    """Which slot every message end is in, and what is between two of them."""
+
+    def __init__(self, slots: Mapping[int, Sequence[Sequence[Posted]]]) -> None:
+        self._slots = slots
+        self._slot_of = {
+            id: number for own in slots.values() for number, slot in enumerate(own) for _, id in slot if id is not None
+        }
+
+    def __contains__(self, id: MessageId) -> bool:
+        return id in self._slot_of
+
+    def share_a_slot(self, first: MessageId, later: MessageId) -> bool:
+        return self._slot_of[first] == self._slot_of[later]
+
+    def follow_each_other(self, first: MessageId, later: MessageId) -> bool:
+        """Whether two ends of one op share a slot, or nothing else is in their slots and between those."""
+        slots = self._slots[first.rank][self._slot_of[first] : self._slot_of[later] + 1]
+        return len(slots) == 1 or len({op for slot in slots for op, _ in slot}) == 1
 
 
 def _joined(
-    named: Named,
-    messages: Mapping[MessageId, Message],
-    partner: Mapping[MessageId, MessageId],
-    slot_of: Mapping[MessageId, int],
-) -> set[MessageId]:
-    """The message ends that belong to the op of an earlier one: further tensors of the same boundary."""
+    named: Named, messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId], order: _Order
+) -> dict[MessageId, MessageId]:
+    """The message ends that belong to the op of an earlier one, which is given: further tensors of its boundary."""
     ops = named.ops
-    memory: dict[tuple[object, ...], tuple[set[object], set[object]]] = {}  # sent from, and received into
-    joined: set[MessageId] = set()
+    earlier: dict[tuple[object, ...], list[tuple[MessageId, MessageId]]] = {}
+    joined: dict[MessageId, MessageId] = {}
     for id in ops:
         other = partner.get(id)
-        if not messages[id].send or other is None or other not in slot_of:
+        if not messages[id].send or other is None or other not in order:
             continue
-        key = (ops[id], id.rank, slot_of[id], ops[other], other.rank, slot_of[other])
-        sent, received = memory.setdefault(key, (set(), set()))
-        again = messages[other].memory in received or (messages[id].memory in sent and other in named.unused)
-        if received and not again:
-            joined |= {id, other}
-        sent.add(messages[id].memory)
-        received.add(messages[other].memory)
+        row = earlier.setdefault((ops[id], id.rank, ops[other], other.rank), [])
+        ends = list(zip(row[-1], (id, other), strict=True)) if row else []
+        if not all(order.follow_each_other(*end) for end in ends):
+            row.clear()
+        sent, received = ({messages[pair[end]].memory for pair in row} for end in (0, 1))
+        apart = messages[id].memory in sent or not all(order.share_a_slot(*end) for end in ends)
+        if row and messages[other].memory not in received and not (apart and other in named.unused):
+            joined |= {id: row[0][0], other: row[0][1]}
+        row.append((id, other))
     return joined
 
 
@@ -72,50 +112,49 @@ def _repeated(
             places.setdefault((id.rank, op), []).append(messages[id].at)
     return [
         f"rank {rank}: {op} occurs {len(at)} times, posted at {' and '.join(dict.fromkeys(at))}; messages are merged "
-        "only if they have different tensors of one stage boundary, are sent together and are received together"
+        "only if they have different tensors of one stage boundary, with nothing else between them at both ends"
         for (rank, op), at in places.items()
         if len(at) > 1
     ]
 
 
-def _program(
-    log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage
-) -> tuple[list[list[tuple[Op, MessageId | None]]], int]:
+def _program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tuple[list[list[Posted]], int]:
     """The slots of one rank, and how many computations began with messages in flight.
 
-    Messages that were posted with neither a wait nor a computation between them are one slot, because nothing
-    distinguishes them.  A backward and the weight gradients of the same run of the engine are one slot.  So are all
-    computations of a method that, by its name, overlaps a forward with a backward.
+    The messages of one call are one slot: those of a batch, or a single one.  NCCL runs the messages of a batch
+    together, and single ones of a communicator in the order in which they were posted.  A backward and the weight
+    gradients of the same run of the engine are one slot.  So are all computations of a method that, by its name,
+    overlaps a forward with a backward.
     """
     last_weight, only_weights = _last_weights(log), _weights_without_backward(log)
-    slots: list[list[tuple[Op, MessageId | None]]] = []
-    open_slot: str | None = None  # "messages" or "compute", if the next op may join the last slot
+    slots: list[list[Posted]] = []
+    joins = False  # whether the next computation may join the last slot
     of_run: dict[int, int] = {}  # run of the engine -> the slot of its ops
     together = False
     early = 0
     pending: set[int] = set()
 
     def compute(ops: list[Op | None], run: int | None = None) -> None:
-        nonlocal open_slot, early
-        named: list[tuple[Op, MessageId | None]] = [(op, None) for op in ops if op is not None]
+        nonlocal joins, early
+        named: list[Posted] = [(op, None) for op in ops if op is not None]
         if not named:
             return
         early += bool(pending) and named[0][0].kind is not W
         if run is not None and run in of_run:
             slots[of_run[run]] += named
             return
-        if slots and open_slot == "compute" and together:
+        if joins and together:
             slots[-1] += named
         else:
             slots.append(named)
-        open_slot = "compute"
+        joins = True
         if run is not None:
             of_run[run] = len(slots) - 1
 
     for index, event in enumerate(log.events):
         match event["event"]:
             case "together":
-                together, open_slot = event["begins"], None
+                together, joins = event["begins"], False
             case "forward" if event["first"] and log.find(event["forward"]) == event["forward"]:
                 compute([_op_of(F, log, event["forward"], lineage)])
             case "backward":
@@ -131,16 +170,13 @@ def _program(
                 compute([_op_of(W, log, forward, lineage) for forward in finished], event["run"])
             case "post":
                 ids = [MessageId(log.rank, posted["message"]) for posted in event["messages"]]
-                named = [(ops[id], id) for id in ids if id in ops]
+                named: list[Posted] = [(ops[id], id) for id in ids if id in ops]
                 pending |= {id.number for id in ids if id in ops}
-                if not named:
-                    continue
-                if open_slot != "messages":
-                    slots.append([])
-                    open_slot = "messages"
-                slots[-1] += named
+                if named:
+                    slots.append(named)
+                    joins = False
             case "wait":
-                open_slot = None if event["own"] else open_slot
+                joins = joins and not event["own"]
                 pending -= set(event["messages"])
     return slots, early
 

@@ -2,13 +2,16 @@
 
 The interface is that of https://github.com/deepseek-ai/DualPipe: ``DualPipe``, ``DualPipeV``, ``WeightGradStore``,
 ``set_p2p_tensor_shapes`` and ``set_p2p_tensor_dtype``.  It keeps module-wide state because theirs does; new programs
-use ``dualpipe.pipeline``.  As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock
-``nn.Linear`` layers are split into B and W as they are.  A module's ``overlapped_forward_backward`` is not called: an
-overlapped pair runs its forward, then its backward.
+use ``dualpipe.pipeline``.  ``late_w`` is an argument of ours, that of ``dualpipe.dualpipe``.
+
+As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock ``nn.Linear`` layers are split into
+B and W without changing the model.  A module's ``overlapped_forward_backward`` is not called: an overlapped pair runs
+its forward, then its backward.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +27,7 @@ from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
 from dualpipe.schedule import DOWN, UP, Lane
-from dualpipe.schedule.generate import generate
+from dualpipe.schedule.generate import generate, with_late_w
 
 _shapes: list[tuple[int, ...]] | None = None
 _dtype: torch.dtype | None = None
@@ -66,7 +69,7 @@ def run_backward(tensors: Sequence[Tensor], grad_tensors: Sequence[Tensor]) -> N
     torch.autograd.backward(list(tensors), list(grad_tensors))
 
 
-class _Stepper(nn.Module):
+class _Stepper(nn.Module, ABC):
     """The common base of ``DualPipe`` and ``DualPipeV``: two modules, one process group, ``step``."""
 
     name: str
@@ -78,6 +81,8 @@ class _Stepper(nn.Module):
         batch_dim: int = 0,
         process_group: dist.ProcessGroup | None = None,
         rank_mapping: Sequence[int] | None = None,
+        *,
+        late_w: str = "none",
     ) -> None:
         super().__init__()
         self.module = nn.ModuleList(modules)
@@ -87,10 +92,11 @@ class _Stepper(nn.Module):
         self._transport = ProcessGroupTransport(process_group, order, device)
         self._pipelines: dict[int, Pipeline] = {}
         self._criterion: Criterion | None = None
+        self._schedule = with_late_w(self.name, late_w)
 
+    @abstractmethod
     def held(self) -> dict[tuple[Lane, int], nn.Module]:
-        """The lane and stage of each module."""
-        raise NotImplementedError
+        """The module of each lane and stage that this rank holds."""
 
     def step(
         self,
@@ -128,18 +134,18 @@ class _Stepper(nn.Module):
         if microbatches not in self._pipelines:
             if _shapes is None or _dtype is None:
                 raise RuleError(
-                    "the shapes and dtype of messages are declared before a step",
+                    "the shapes and dtype of messages must be declared before a step",
                     "got none",
                     "call set_p2p_tensor_shapes and set_p2p_tensor_dtype",
                 )
-            schedule = generate(self.name, self._transport.ranks, microbatches)
+            schedule = generate(self._schedule, self._transport.ranks, microbatches)
             boundary = [TensorSpec(shape, _dtype) for shape in _shapes]
             self._pipelines[microbatches] = Pipeline(schedule, self.held(), self._loss, boundary, self._transport)
         return self._pipelines[microbatches]
 
     def _loss(self, *tensors: Tensor) -> Tensor:
         if self._criterion is None:
-            raise StageError("a rank where a lane ends has a criterion", "got none", "pass criterion= to step()")
+            raise StageError("a rank where a lane ends needs a criterion", "got none", "pass criterion= to step()")
         return self._criterion(*tensors)
 
 
@@ -179,8 +185,8 @@ def _cut(what: str, tensors: Sequence[Tensor | None], chunks: int, dim: int) -> 
     sizes = [tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else None for tensor in present]
     if None in sizes or len(set(sizes)) > 1 or (chunks and sizes[0] % chunks):  # type: ignore[operator] # None is first
         raise StageError(
-            f"the {what} are cut into microbatches along dimension {dim}, where all have the same size, a multiple "
-            "of the number of microbatches",
+            f"the {what} are cut into microbatches along dimension {dim}, where all must have the same size, "
+            "a multiple of the number of microbatches",
             f"got shapes {[list(tensor.shape) for tensor in present]} for {chunks} microbatches",
             "pad them; put data that does not belong to single samples into the module",
         )

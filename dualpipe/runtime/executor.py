@@ -281,7 +281,7 @@ class Executor:
         missing = [number for number, gradient in enumerate(gradients) if gradient is None]
         if missing and len(missing) == len(leaves):
             raise StageError(
-                "a stage passes a gradient on to the stage before it",
+                "a stage must pass a gradient on to the stage before it",
                 f"at {op} its output does not depend on its input (which is detached, or used without autograd)",
                 "leave the input in the graph, or train only the stages after it",
             )
@@ -321,7 +321,7 @@ def require_size(schedule: Schedule, transport: Transport) -> None:
     """Raise ``RuleError`` unless the schedule has as many ranks as the transport."""
     if transport.ranks != schedule.ranks:
         raise RuleError(
-            "a schedule runs on as many processes as it has ranks",
+            "a schedule must run on as many processes as it has ranks",
             f"the schedule has {schedule.ranks} and the process group {transport.ranks}",
             "generate it for the group's size",
         )
@@ -338,7 +338,7 @@ def _take(outputs: dict[Task, _Output], task: Task, op: Op, producer: Kind) -> T
         raise ProgramError(f"{op} needs {Op(producer, *task)}, which has not run or was used already")
     if tuple(tensor._version for tensor in output.tensors) != output.versions:
         raise StageError(
-            "a stage does not write to what it returned until that is used",
+            "a stage must not write to what it returned until that is used",
             f"{op} finds that the output of {Op(producer, *task)} was written to since",
             "return a new tensor for each microbatch, not a buffer that is used again",
         )
@@ -361,7 +361,7 @@ def _require_specs(op: Op, tensors: Tensors, specs: Sequence[TensorSpec]) -> Non
     found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
     if found != list(specs):
         raise StageError(
-            "a stage returns the tensors that its boundary declares",
+            "a stage must return the tensors that its boundary declares",
             f"{op} sends {', '.join(map(str, found))} where the boundary is {', '.join(map(str, specs))}",
             "declare the shapes and dtypes that the stage returns",
         )

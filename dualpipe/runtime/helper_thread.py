@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Any
 
 NO_TIMEOUT = timedelta(days=3650)
-"""For waits of a helper thread, which end when the message completes or its process group is torn down."""
+"""For the waits of a helper thread: they end when the message completes or its process group is torn down."""
 
 
 class Job:

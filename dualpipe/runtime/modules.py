@@ -88,13 +88,13 @@ class ModuleComputation:
         loss = self.criterion(*outputs, *_data(self.feed.labels, op))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"at {op} it returned {describe(loss)}"
-            raise StageError("the criterion returns a scalar tensor", got, "reduce it")
+            raise StageError("the criterion must return a scalar tensor", got, "reduce it")
         self.result.losses.setdefault(op.lane, {})[op.mb] = loss.detach()
         return (loss,)
 
 
 def _require_microbatches(what: str, lanes: Mapping[Lane, Sequence[Tensors | Tensor]], lane: Lane, count: int) -> None:
-    rule = f"the {what} of a lane are a sequence of as many microbatches as the schedule has"
+    rule = f"the {what} of a lane must be a sequence of as many microbatches as the schedule has"
     given = lanes.get(lane, ())
     if isinstance(given, Tensor):
         raise StageError(rule, f"lane {lane} has a tensor of shape {list(given.shape)}", f"cut it into {count}")
@@ -107,7 +107,7 @@ def _require_microbatches(what: str, lanes: Mapping[Lane, Sequence[Tensors | Ten
     for mb, batch in enumerate(given):
         if not isinstance(batch, (Tensor, tuple, list)):
             raise StageError(
-                "a microbatch is a tensor or a tuple of tensors",
+                "a microbatch must be a tensor or a tuple of tensors",
                 f"microbatch {mb} of lane {lane} has {what} of type {type(batch).__name__}",
                 "put the tensors in a tuple",
             )
@@ -122,9 +122,9 @@ def _tensors(returned: object, op: Op) -> Tensors:
     outputs = (returned,) if isinstance(returned, Tensor) else returned
     if not isinstance(outputs, (tuple, list)) or not all(isinstance(output, Tensor) for output in outputs):
         raise StageError(
-            "a stage returns a tensor or a tuple of tensors",
+            "a stage must return a tensor or a tuple of tensors",
             f"at {op} it returned {describe(returned)}",
-            "return tensors alone",
+            "return only tensors",
         )
     return tuple(outputs)
 

@@ -80,7 +80,7 @@ class ProcessGroupTransport:
         self.ranks = len(self.order)
         if sorted(self.order) != list(range(dist.get_world_size(self.group))):
             raise RuleError(
-                "order names each rank of the group once",
+                "order must name each rank of the group once",
                 f"got {self.order} for a group of {dist.get_world_size(self.group)}",
                 "give a permutation",
             )
@@ -166,7 +166,7 @@ class ProcessGroupTransport:
     def _require_usable(self) -> None:
         if os.getpid() != self._pid:
             raise RuleError(
-                "a pipeline runs in the process that made its transport",
+                "a pipeline must run in the process that made its transport",
                 f"it was made in process {self._pid} and is used in its child {os.getpid()}",
                 "use it in the parent, or initialise torch.distributed in the child and build it there",
             )
@@ -356,5 +356,5 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 def _require_timeout(seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, Real) or not math.isfinite(seconds) or seconds <= 0:
-        raise RuleError("a timeout is a positive number of seconds", f"got {seconds!r}", "give one, such as 600.0")
+        raise RuleError("a timeout must be a positive number of seconds", f"got {seconds!r}", "give one, such as 600.0")
     return float(seconds)

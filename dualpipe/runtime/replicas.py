@@ -35,9 +35,10 @@ class Replicas:
     def reduce_gradients(self) -> None:
         """Give every parameter the sum of its gradients over the lanes.
 
-        Each pair of replicas exchanges one message each way, and a rank posts all of its messages at once.  A parameter
-        with a gradient on one replica only gets that one; without any it keeps none.  Raises ``StageError`` if the
-        replicas differ in a weight before the first reduction, or in a buffer that has changed since the last one.
+        Each pair of replicas exchanges one message each way, and a rank posts all of its messages at once.  If only one
+        replica has a gradient for a parameter, both get it; if neither has one, ``.grad`` stays ``None``.  Raises
+        ``StageError`` if the replicas differ in a weight before the first reduction, or in a buffer that has changed
+        since the last one.
         """
         self._combine(self._pack_gradients, self._add_gradients)
 
@@ -96,7 +97,7 @@ class Replicas:
         return torch.cat([flags.to(device), digests.view(torch.uint8), *(_bytes(g).to(device) for g in gradients)])
 
     def _digest(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
-        """The digest of a tensor that was not compared yet, or of a buffer that has changed since; else ``None``.
+        """The digest of a tensor that was not compared yet, or of a buffer that was changed since then; else ``None``.
 
         An int64 scalar, computed on the tensor's device.  Parameters are compared once: later the optimizer changes
         them, in both replicas alike, as their gradients are equal.
@@ -135,12 +136,12 @@ class Replicas:
 def _differ(stage: int, name: str, weight: bool) -> StageError:
     if weight:
         return StageError(
-            "the replicas of a stage start from the same weights",
+            "the replicas of a stage must start from the same weights",
             f"{name} of stage {stage} differs between the lanes before the first update",
             "call copy_weights() on every rank before the first step; a forward must not change weights",
         )
     return StageError(
-        "the replicas of a stage have the same buffers",
+        "the replicas of a stage must have the same buffers",
         f"{name} of stage {stage} is changed by its forward, and each lane's replica has changed it in its own way",
         "use a layer without running statistics, or put that layer in eval() mode",
     )
@@ -150,13 +151,13 @@ def _require_gradients(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and parameter.grad.layout is not torch.strided:
             raise StageError(
-                "gradients that are summed over the lanes are dense tensors",
+                "gradients that are summed over the lanes must be dense tensors",
                 f"that of {name} is {parameter.grad.layout}",
                 "set sparse=False in its layer, or sum the gradients yourself (reduce_gradients=False)",
             )
         if parameter.grad is None and getattr(parameter, "main_grad", None) is not None:
             raise StageError(
-                "gradients that are summed over the lanes are in .grad",
+                "gradients that are summed over the lanes must be in .grad",
                 f"{name} has a main_grad and no .grad: a hook has moved it",
                 "leave it in .grad until after the step, or sum them yourself (reduce_gradients=False)",
             )

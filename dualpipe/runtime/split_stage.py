@@ -31,7 +31,7 @@ from dualpipe.runtime.weightgrad import DeferredGradients, Use, WeightGradError
 logger = logging.getLogger(__name__)
 _MODULE: Any = nn.modules.module
 _AUTOGRAD: Any = torch.autograd
-"""``_engine_run_backward`` in it, through which every backward that Python starts goes, is not exported."""
+"""``torch.autograd``; its ``_engine_run_backward``, which runs every backward that Python starts, is private."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SplitStage:
 
     @contextmanager
     def forward(self, key: Hashable, split: bool) -> Iterator[None]:
-        """Around the F of a microbatch whose W is ``key``.  ``split``: that W is apart from its B."""
+        """Around the F of a microbatch whose W is ``key``.  ``split``: that W is in a later slot than its B."""
         if not self.learned:
             self._watched.add(key)
         if self._first is None:

@@ -56,7 +56,7 @@ class Message:
             self.tensors, self.versions = (), ()
             if written:
                 raise StageError(
-                    "a stage does not write to what it returned until that is sent",
+                    "a stage must not write to what it returned until that is sent",
                     f"a tensor of {self.label} to rank {self.peer} was written to while it was sent",
                     "return a new tensor for each microbatch, not a buffer that is used again",
                 )

@@ -1,8 +1,9 @@
 """The queue between B and W: weight gradients that B defers to W.
 
 ``dualpipe.runtime.split_stage`` feeds it from linear layers.  It reproduces autograd's own sums.  Autograd adds up what
-one backward contributes to a parameter, in the order of the backward, then adds the sum to ``.grad`` once.  So a layer
-that a microbatch uses twice, or a weight that two layers share, has the bits of the full backward.
+one backward contributes to a parameter, in the order of the backward, then adds the sum to ``.grad`` once.  The queue
+does the same, so a layer that a microbatch uses twice, or a weight that two layers share, gets the gradient of the full
+backward, bit for bit.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Use(Protocol):
         """Those of weight and bias that required a gradient when the layer ran, in that order."""
 
     def unfit(self, x: Tensor) -> str | None:
-        """Why the products would not have the bits of the full backward; ``None`` if they have."""
+        """Why the products would differ in bits from those of the full backward; ``None`` if they are equal."""
 
     def output(self, x: Tensor) -> Tensor: ...
 
@@ -87,7 +88,7 @@ class _Deferred:
 class DeferredGradients:
     """The deferred weight gradients of one rank, by key.
 
-    A key stands for one W; the interpreter uses the op.  There is no global state: each pipeline owns its store.
+    A key identifies one W; the interpreter uses the op.  There is no global state: each pipeline owns its store.
     """
 
     def __init__(self) -> None:

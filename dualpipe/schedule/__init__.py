@@ -1,9 +1,10 @@
-"""The schedule as a value, and all that makes one: its text, tables of other tools, phase tables, lowering.
+"""The schedule as a value, and everything that makes one: its text, tables of other tools, phase tables, lowering.
 
-Everything here needs the standard library alone.  This module has the vocabulary that everything else consumes.
+Everything here needs only the standard library.  This module exports the types that everything else uses.
 """
 
 from dualpipe.schedule.op import (
+    COLLECTIVES,
     COMPUTE,
     DOWN,
     MESSAGES,
@@ -14,6 +15,7 @@ from dualpipe.schedule.op import (
     SENDS,
     SF,
     UP,
+    WHOLE,
     B,
     Chunk,
     F,
@@ -30,9 +32,10 @@ from dualpipe.schedule.op import (
     show_slot,
 )
 from dualpipe.schedule.routes import Routes, check_routes
-from dualpipe.schedule.value import Schedule, check_name, check_slot
+from dualpipe.schedule.value import Schedule, check_group, check_name, check_slot
 
 __all__ = [
+    "COLLECTIVES",
     "COMPUTE",
     "DOWN",
     "MESSAGES",
@@ -43,6 +46,7 @@ __all__ = [
     "SENDS",
     "SF",
     "UP",
+    "WHOLE",
     "B",
     "Chunk",
     "F",
@@ -57,6 +61,7 @@ __all__ = [
     "Slot",
     "Task",
     "W",
+    "check_group",
     "check_name",
     "check_routes",
     "check_slot",

@@ -1,8 +1,8 @@
 """The process that calls an entry point ``module:function`` and hands back the text of its schedules.
 
-It runs as a process of its own, so that nothing the foreign code does to its interpreter (exit, hang, change of
-directory, threads, replaced modules) stays there.  What goes back is one file, ``FOLDER/answer``, which appears
-complete or not at all::
+It runs as a process of its own, so that whatever the foreign code does to its interpreter (exit, hang, change of
+directory, threads, replaced modules) does not affect the caller.  The answer is one file, ``FOLDER/answer``, which
+appears complete or not at all::
 
     {"texts": ["lane > 0 ...", ...]}      or      {"error": [rule, got, fix]}
 
@@ -29,7 +29,7 @@ from dualpipe.schedule import Schedule
 from dualpipe.schedule.text import dumps
 
 MOST = 1000
-"""Schedules that one entry point may return; a generator that never ends is refused instead of being waited for."""
+"""The most schedules that one entry point may return, so that a generator that never ends is refused."""
 
 _SIZES = {"ranks": "-P", "microbatches": "-M"}
 
@@ -40,13 +40,13 @@ def serve(folder: str, name: str, sizes: dict[str, int | None], limit: float, pa
     Parameters
     ----------
     folder:
-        Where ``answer`` is written, and ``trace``: where the process was when it crashed or the time was up.
+        Where ``answer`` is written, and ``trace``, the traceback of a crash or of a process that ran out of time.
     sizes:
         ``ranks`` and ``microbatches``, passed by keyword where the function takes them and they are not ``None``.
     limit:
-        Seconds after which the process ends itself, should nobody else do so.
+        Seconds after which the process ends itself, in case its parent has not ended it.
     path:
-        The import path that the foreign code gets, the current directory in front of it.
+        The import path of the foreign code, without the current directory, which is added in front.
     """
     own = os.getpid()
     with open(os.path.join(folder, "trace"), "w") as trace:
@@ -56,7 +56,7 @@ def serve(folder: str, name: str, sizes: dict[str, int | None], limit: float, pa
         sys.argv[:] = [name]
         answer = json.dumps(_answer(name, sizes))
         faulthandler.cancel_dump_traceback_later()
-        if os.getpid() != own:  # a fork of the function's own, which returned as well
+        if os.getpid() != own:  # the function forked, and the child returned too
             os._exit(0)
         part = os.path.join(folder, "part")
         with open(part, "w") as file:
@@ -74,11 +74,11 @@ def _answer(name: str, sizes: dict[str, int | None]) -> dict[str, Any]:
             several = isinstance(made, Iterable) and not isinstance(made, Schedule | str | bytes | Mapping)
             items = list(islice(made, MOST + 1)) if several else [made]
         if not items:
-            raise RuleError("an entry point returns at least one schedule", f"{name} returned none", "return one")
+            raise RuleError("an entry point must return at least one schedule", f"{name} returned none", "return one")
         if len(items) > MOST:
             raise RuleError(
-                f"an entry point returns at most {MOST} schedules",
-                f"{name} goes on after that",
+                f"an entry point may return at most {MOST} schedules",
+                f"{name} returned more",
                 "split it up",
             )
         return {"texts": [_text(f"{name}[{at}]" if len(items) > 1 else name, item) for at, item in enumerate(items)]}
@@ -96,7 +96,7 @@ def _find(name: str) -> Callable[..., Any]:
         missing = error.__cause__
         if isinstance(missing, ModuleNotFoundError) and f"{module_name}.".startswith(f"{missing.name}."):
             raise RuleError(
-                "an entry point is module:function, with a module that can be imported from the current directory",
+                "an entry point must be module:function, with a module that can be imported from the current directory",
                 f"there is no module {missing.name}",
                 nearest(str(missing.name), _modules_here(), "correct the name, or run the command where the module is"),
             ) from None
@@ -109,7 +109,7 @@ def _find(name: str) -> Callable[..., Any]:
             members = getattr(found, "__dict__", {})
             functions = [other for other, value in members.items() if callable(value) and other[0] != "_"]
             raise RuleError(
-                "an entry point is module:function",
+                "an entry point must be module:function",
                 f"{reached} has no {attribute}",
                 nearest(attribute, functions, "correct the name"),
             )
@@ -117,9 +117,11 @@ def _find(name: str) -> Callable[..., Any]:
             found, reached = getattr(found, attribute), f"{reached}.{attribute}"
     if not callable(found):
         raise RuleError(
-            "an entry point is a function", f"{name} is of type {type(found).__name__}", "return it from a function"
+            "an entry point must be a function",
+            f"{name} is of type {type(found).__name__}",
+            "return it from a function",
         )
-    return found  # type: ignore[no-any-return] # callable is all that is asked
+    return found  # type: ignore[no-any-return] # it is only known to be callable
 
 
 def _modules_here() -> list[str]:
@@ -142,7 +144,7 @@ def _arguments(name: str, function: Callable[..., Any], sizes: dict[str, int | N
         if parameter.default is parameter.empty and parameter.kind not in variadic and parameter.name not in given:
             option = _SIZES.get(parameter.name)
             raise RuleError(
-                "an entry point is called without arguments, or with ranks= and microbatches=",
+                "an entry point must take no arguments, or ranks= and microbatches=",
                 f"{name} needs {parameter.name}",
                 f"give {option}" if option else "give it a default",
             )
@@ -156,7 +158,7 @@ def _reported(doing: str) -> Iterator[None]:
         yield
     except BaseException as error:
         raise RuleError(
-            "an entry point returns a schedule without an error",
+            "an entry point must return a schedule without an error",
             f"{doing} {type(error).__name__}: {_first_line(error)} ({_where(error)})",
             "correct it",
         ) from error
@@ -173,11 +175,11 @@ def _where(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """An error is reported on one line; the text of a foreign one may itself raise."""
+    """The first line of an error's text; getting the text of a foreign error may itself raise."""
     try:
         return next(iter(str(error).splitlines()), "")
     except BaseException:
-        return "(its text cannot be had)"
+        return "(its text raised an error)"
 
 
 def _text(label: str, item: Any) -> str:
@@ -190,12 +192,12 @@ def _text(label: str, item: Any) -> str:
         if isinstance(item, Coroutine):
             item.close()  # else Python warns that nobody awaited it
         raise RuleError(
-            "an entry point is a function that is not async",
+            "an entry point must be a function that is not async",
             f"{label} is async",
             "name a plain function, which may call asyncio.run",
         )
     raise RuleError(
-        "an entry point returns a Schedule, the text of one, or an iterable of these",
+        "an entry point must return a Schedule, the text of one, or an iterable of these",
         f"{label} is of type {type(item).__name__}",
         "use dualpipe.Schedule or dualpipe.loads",
     )

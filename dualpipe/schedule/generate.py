@@ -1,20 +1,23 @@
-"""The named schedules: DualPipe, DualPipeV, their variants with late W, 1F1B and ZB1P, each a phase table.
+"""The named schedules: DualPipe, DualPipeV, their variants with late W, 1F1B, ZB1P, interleaved 1F1B and ZBV.
 
 DualPipe's order is that of DeepSeek's ``step()`` (https://github.com/deepseek-ai/DualPipe, arXiv 2412.19437),
 batch by batch; DualPipeV is its fold in half (each rank holds both ends of the V).  1F1B is PipeDream-Flush as
-Megatron-LM runs it (arXiv 2104.04473), ZB1P the zero-bubble schedule ZB-H1 (arXiv 2401.10241).
+Megatron-LM runs it (arXiv 2104.04473), ZB1P the zero-bubble schedule ZB-H1 (arXiv 2401.10241).  Each of these is a
+phase table.  Interleaved 1F1B and ZBV, which no table says, are orders of ``dualpipe.schedule.orders``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
 
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import DOWN, UP, Chunk, Lane, Program, Schedule
+from dualpipe.schedule.lower import lower
+from dualpipe.schedule.orders import interleaved_order, zbv_order
 from dualpipe.schedule.phase_table import Row, Table, expand, symbol, vary
 
 
@@ -236,6 +239,26 @@ def zb1p(ranks: int, microbatches: int) -> Schedule:
     return generate("zb1p", ranks, microbatches)
 
 
+def interleaved(ranks: int, microbatches: int) -> Schedule:
+    """Interleaved 1F1B, two stages a rank: at least 2 ranks, and a multiple of ``ranks`` microbatches."""
+    _require(ranks >= 2, "interleaved needs at least two ranks", f"{ranks}", "use 2 or more, or 1f1b")
+    multiple = max(1, -(-microbatches // ranks)) * ranks
+    _require(
+        microbatches == multiple,
+        "interleaved needs a multiple of the ranks as microbatches, at least as many as ranks",
+        f"{microbatches} for {_ranks(ranks)}",
+        f"use {multiple}",
+    )
+    return replace(lower(interleaved_order(ranks, microbatches)), name="interleaved")
+
+
+def zbv(ranks: int, microbatches: int) -> Schedule:
+    """ZBV: one lane, ``2 * ranks`` stages in a V, B and W split; any number of ranks and microbatches."""
+    _require_rank("zbv", ranks)
+    _require(microbatches >= 1, "zbv needs at least one microbatch", f"{microbatches}", "use 1 or more")
+    return replace(lower(zbv_order(ranks, microbatches)), name="zbv")
+
+
 PLANS: Mapping[str, Planner] = {
     "dualpipe": plan_dualpipe,
     "dualpipev": plan_dualpipev,
@@ -246,6 +269,14 @@ PLANS: Mapping[str, Planner] = {
     "1f1b": plan_one_f_one_b,
     "zb1p": plan_zb1p,
 }
+
+"""The schedules that are phase tables, by name."""
+
+ORDERS: Mapping[str, Callable[[int, int], Schedule]] = {"interleaved": interleaved, "zbv": zbv}
+"""The schedules that are orders of computes with messages added, by name."""
+
+NAMES = (*PLANS, *ORDERS)
+"""The named schedules."""
 
 
 def with_late_w(name: str, late_w: str) -> str:
@@ -265,6 +296,8 @@ def with_late_w(name: str, late_w: str) -> str:
 
 def generate(name: str, ranks: int, microbatches: int) -> Schedule:
     """The named schedule for a size.  Raises ``SizeError`` for a size it cannot have, ``KeyError`` for the name."""
+    if name in ORDERS:
+        return ORDERS[name](ranks, microbatches)
     planner = PLANS[name]
     plans = [planner(ranks, microbatches, rank) for rank in range(max(ranks, 1))]
     return Schedule(plans[0].routes, tuple(plan.program() for plan in plans), name)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from dualpipe.schedule import COMPUTE, RECEIVES, Op, Placed, Schedule, ScheduleError, Slot
 
 _MOST_SHOWN = 8
-"""How many ranks an error lists."""
+"""The most ranks that an error lists."""
 
 
 class Blocked(NamedTuple):
@@ -56,8 +56,8 @@ def lower(schedule: Schedule) -> Schedule:
     Raises
     ------
     OrderError
-        If the order already has messages, runs a compute twice or on another rank than its stage's, or cannot be
-        run: computes that wait for each other, or for one that no rank runs.
+        If the order already has messages, runs a compute twice or on a rank that does not hold its stage, or cannot
+        be run because computes wait for each other, or for one that no rank runs.
     """
     homes = _homes(schedule)
     starts = _earliest_starts(schedule, homes)
@@ -122,7 +122,7 @@ def _homes(schedule: Schedule) -> dict[Op, Placed]:
             raise OrderError(
                 "messages are added to an order that has none",
                 f"slot {slot} of rank {rank} has {op}",
-                "take the messages out, or use the schedule as it is",
+                "remove the messages, or use the schedule as it is",
                 placed,
             )
         if rank != schedule.rank_of(op):
@@ -133,7 +133,7 @@ def _homes(schedule: Schedule) -> dict[Op, Placed]:
                 placed,
             )
         if op in homes:
-            raise OrderError("a compute runs once", f"rank {rank} runs {op} twice", "take one out", placed)
+            raise OrderError("a compute runs once", f"rank {rank} runs {op} twice", "remove one", placed)
         homes[op] = placed
     return homes
 
@@ -181,7 +181,7 @@ def _needs_of_slot(schedule: Schedule, slot: Slot) -> Iterator[tuple[int, Op]]:
 def _impossible(blocked: tuple[Blocked, ...], homes: dict[Op, Placed]) -> OrderError:
     stops = [_stop(at, homes.get(need), need) for at, need in blocked[:_MOST_SHOWN]]
     if len(blocked) > _MOST_SHOWN:
-        stops.append(f"and so do {len(blocked) - _MOST_SHOWN} ranks more")
+        stops.append(f"and so do {len(blocked) - _MOST_SHOWN} more ranks")
     return OrderError(
         "every compute runs after what it needs, on this rank or another",
         ", ".join(stops),
@@ -193,9 +193,9 @@ def _impossible(blocked: tuple[Blocked, ...], homes: dict[Op, Placed]) -> OrderE
 
 def _stop(at: Placed, home: Placed | None, need: Op) -> str:
     if home is None:
-        where = "run by no rank"
+        where = "which no rank runs"
     elif home.rank == at.rank:
-        where = f"later on it, in slot {home.slot}"
+        where = f"which it runs later, in slot {home.slot}"
     else:
-        where = f"slot {home.slot} of rank {home.rank}"
-    return f"rank {at.rank} stops in slot {at.slot} at {at.op} for want of {need} ({where})"
+        where = f"which is in slot {home.slot} of rank {home.rank}"
+    return f"rank {at.rank} stops in slot {at.slot}: {at.op} needs {need}, {where}"

@@ -1,4 +1,4 @@
-"""Values as callers give them, made plain: numpy's integers, kinds and lanes as text, lists for tuples.
+"""Converts what callers give to plain types: numpy's integers, kinds and lanes as text, lists instead of tuples.
 
 A ``Schedule`` holds ``int``, ``str``, ``Kind``, ``Lane``, ``Op`` and tuples of these, and nothing else.  Every function
 here raises ``ScheduleError`` for a value that cannot be converted.
@@ -24,13 +24,19 @@ def text(name: object) -> str:
 
 
 def programs(programs: object) -> tuple[Program, ...]:
-    """The programs as tuples of tuples of ``Op``; the very same object where that is what it is already."""
+    """The programs as tuples of tuples of ``Op``; programs that already are this are returned as they are."""
     if _is_plain(programs):
-        return programs  # type: ignore[return-value] # just seen
+        return programs  # type: ignore[return-value] # just checked
     return tuple(
         tuple(_slot(slot) for slot in items(program, "a program is a sequence of slots"))
         for program in items(programs, "programs are a sequence with one program for each rank")
     )
+
+
+def groups(given: object) -> tuple[tuple[int, ...], ...]:
+    """The members of every group as tuples of ``int``."""
+    rule = "groups are a sequence with the ranks of each group"
+    return tuple(tuple(number(rank, "a rank") for rank in items(members, rule)) for members in items(given, rule))
 
 
 def _is_plain(programs: object) -> bool:
@@ -90,7 +96,7 @@ def number(given: object, what: str) -> int:
     if type(given).__name__ in ("bool", "bool_"):
         raise ScheduleError(f"{what} is a whole number", f"got {seen(given)}", "give an int")
     try:
-        number = index(given)  # type: ignore[arg-type] # that is the question
+        number = index(given)  # type: ignore[arg-type] # int() decides
     except Exception as error:
         raise ScheduleError(f"{what} is a whole number", f"got {seen(given)}", "give an int") from error
     if abs(number) > LARGEST:
@@ -107,7 +113,7 @@ def member(kinds: type[_E], given: object) -> _E:
 
 
 def seen(given: object) -> str:
-    """A foreign value for an error: its type, and its text where that is short and can be had."""
+    """Describe any value for an error: its type, and its text if that is short and does not raise."""
     try:
         text = repr(given)
     except Exception:  # a number of more digits than Python prints, or a repr that raises

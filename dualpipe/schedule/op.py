@@ -16,7 +16,11 @@ from dualpipe.errors import RuleError
 
 
 class Kind(StrEnum):
-    """What an op does.  B is the backward for the input and W the one for the weights, as in the zero-bubble paper."""
+    """What an op does.  B is the backward for the input and W the one for the weights, as in the zero-bubble paper.
+
+    The last five are collectives of a stage: all-to-all (of experts), all-reduce (of anything else than the stage's own
+    gradients), unshard and reshard (of weights), and the reduction of gradients.
+    """
 
     F = "F"
     B = "B"
@@ -25,6 +29,11 @@ class Kind(StrEnum):
     RF = "RF"
     SB = "SB"
     RB = "RB"
+    AA = "AA"
+    AR = "AR"
+    US = "US"
+    RS = "RS"
+    RG = "RG"
 
     __hash__ = str.__hash__
 
@@ -38,16 +47,19 @@ class Lane(StrEnum):
     __hash__ = str.__hash__
 
 
-F, B, W, SF, RF, SB, RB = Kind
+F, B, W, SF, RF, SB, RB, *_ = Kind
 UP, DOWN = Lane
 COMPUTE = frozenset({F, B, W})
 SENDS = frozenset({SF, SB})
 RECEIVES = frozenset({RF, RB})
 MESSAGES = SENDS | RECEIVES
-
+COLLECTIVES = frozenset({Kind.AA, Kind.AR, Kind.US, Kind.RS, Kind.RG})
+"""What the members of a group do together; all but ``RS``, with which a rank drops weights by itself."""
+WHOLE = COLLECTIVES - {Kind.AA}
+"""The kinds of ops that are about a stage as a whole and name no microbatch: their ``mb`` is 0."""
 
 LARGEST = 999_999_999
-"""The largest number that an op may name, so that what reads a file never meets one that it cannot hold."""
+"""The largest number in an op or a route; it fits into 32 bits."""
 
 
 class ScheduleError(RuleError):
@@ -84,7 +96,8 @@ class Op(NamedTuple):
     """One thing that one rank does for one microbatch: ``Op(F, UP, stage=2, mb=3)``, printed ``2F3>``.
 
     ``peer`` is the rank at the other end of a message where a file names it; ``None`` means the neighbour that
-    follows from the lane (see ``Schedule.peer``).
+    follows from the lane (see ``Schedule.peer``).  Of a collective it is the number of the group, and ``None`` if the
+    group is unknown.
     """
 
     kind: Kind
@@ -95,21 +108,22 @@ class Op(NamedTuple):
 
     def __str__(self) -> str:
         peer = "" if self.peer is None else f"@{self.peer}"
-        return f"{self.stage}{self.kind}{self.mb}{self.lane}{peer}"
+        mb = "" if self.kind in WHOLE else self.mb
+        return f"{self.stage}{self.kind}{mb}{self.lane}{peer}"
 
     @property
     def bare(self) -> Op:
-        """The op without its peer: the name under which ``needs`` speaks of it."""
+        """The op without its peer, as ``needs`` returns it."""
         return self if self.peer is None else Op(self.kind, self.lane, self.stage, self.mb)
 
     @property
     def chunk(self) -> Chunk:
-        """The chunk that it is about; for a message, the one that sends or receives."""
+        """The chunk that it belongs to; for a message, the one that sends or receives."""
         return Chunk(self.lane, self.stage)
 
     @property
     def task(self) -> Task:
-        """The microbatch at a chunk that it is about."""
+        """The task that it belongs to."""
         return Task(self.lane, self.stage, self.mb)
 
 

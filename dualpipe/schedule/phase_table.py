@@ -86,7 +86,7 @@ def affine(value: Affine | int) -> Affine:
 
 
 def symbol(name: str) -> Affine:
-    """The expression that consists of this size alone."""
+    """The expression that consists only of this size."""
     return Affine({name: 1})
 
 

@@ -1,4 +1,4 @@
-"""Where the stages of a model are: ``Routes``, and what follows from them alone for any op.
+"""Where the stages of a model are: ``Routes``, and what they determine for every op.
 
 These are the questions that need no program: which rank holds a stage, which rank is its neighbour, what an op needs.
 """
@@ -14,8 +14,8 @@ from dualpipe.schedule.op import RB, RF, SB, SF, B, F, Kind, Lane, Op, ScheduleE
 class Routes(Mapping[Lane, tuple[int, ...]]):
     """For each lane the rank that holds stage 0, 1, 2, ...  An immutable mapping.
 
-    Raises ``ScheduleError`` for what is no mapping from lanes to sequences of whole numbers.  ``Schedule`` checks
-    whether the ranks exist, for it knows how many there are.
+    Raises ``ScheduleError`` for anything but a mapping from lanes to sequences of whole numbers.  Whether the ranks
+    exist is checked by ``Schedule``, which knows how many there are.
     """
 
     __slots__ = ("_of",)
@@ -25,7 +25,7 @@ class Routes(Mapping[Lane, tuple[int, ...]]):
             raise ScheduleError(
                 "routes are a mapping from lanes to the ranks of their stages",
                 f"got {normalise.seen(routes)}",
-                'give such as {">": (0, 1, 2, 3)}',
+                'give a mapping such as {">": (0, 1, 2, 3)}',
             )
         what = "a lane's route is a sequence of ranks"
         self._of = {
@@ -108,6 +108,8 @@ class Routes(Mapping[Lane, tuple[int, ...]]):
                 return (Op(SF, lane, stage - 1, mb),) if stage > 0 else ()
             case Kind.RB:
                 return () if self.is_last(op) else (Op(SB, lane, stage + 1, mb),)
+            case _:  # a collective, which waits for its group (see ``proofs.models``)
+                return ()
 
 
 def check_routes(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> None:

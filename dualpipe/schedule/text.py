@@ -6,7 +6,8 @@
     schedule dualpipe
     lane > 0 1 2 3
     lane < 3 2 1 0
-    rank 0: 0F0> 0SF0> 0F1> 3SB0<+3RF1< ...
+    group 0: 0 3
+    rank 0: 0F0> 0SF0> 0F1> 3SB0<+3RF1< ... 0RG>@0
 
 Any byte sequence gives a schedule or a ``ScheduleSyntaxError`` that names file, line and column.
 """
@@ -28,26 +29,28 @@ from dualpipe.schedule import (
     Schedule,
     ScheduleError,
     Slot,
+    check_group,
     check_name,
     check_routes,
     check_slot,
+    observed_text,
     show_slot,
 )
 
 BYTE_ORDER_MARK = "\ufeff"
-"""Some editors put it in front of UTF-8 text; readers skip it there."""
+"""The byte order mark that some editors write before UTF-8 text; readers skip it there."""
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_OP = re.compile(r"([0-9]{1,9})(F|B|W|SF|RF|SB|RB)([0-9]{1,9})([<>])(?:@([0-9]{1,9}))?")
+_OP = re.compile(r"([0-9]{1,9})(?:(F|B|W|SF|RF|SB|RB|AA)([0-9]{1,9})|(AR|US|RS|RG))([<>])(?:@([0-9]{1,9}))?")
 _OP_FORM = (
     "an op: stage, F B W SF RF SB or RB, microbatch, lane, and for a message optionally @rank, as in 2SF3>@3, "
-    "with numbers of at most 9 digits"
+    "or a collective such as 2AA3> or 2RG>, optionally with @group, with numbers of at most 9 digits"
 )
-_LINE_FORM = "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...' or 'rank N: SLOT ...'"
+_LINE_FORM = "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...', 'group N: RANK ...' or 'rank N: SLOT ...'"
 _Args = TypeVarTuple("_Args")
 
 
 class ScheduleSyntaxError(ScheduleError):
-    """A text that is no schedule file.  ``line`` and ``column`` count from 1."""
+    """A text that is not a schedule file.  ``line`` and ``column`` count from 1."""
 
     def __init__(self, source: str, line: int, column: int, found: str, expected: str) -> None:
         self.source, self.line, self.column, self.found, self.expected = source, line, column, found, expected
@@ -55,23 +58,30 @@ class ScheduleSyntaxError(ScheduleError):
 
 
 def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline.  Equal schedules of one name have the same text."""
+    """The schedule as text, ending in a newline.
+
+    Equal schedules with the same name have the same text, except for what was observed when a program ran them.
+    """
     head = [f"schedule {schedule.name}"] if schedule.name else []
     lanes = [
         f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)
     ]
+    groups = [f"group {number}: {' '.join(map(str, members))}" for number, members in enumerate(schedule.groups)]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
-    return "\n".join([*head, *lanes, *ranks]) + "\n"
+    observed = observed_text.lines_of(schedule.observed, schedule.programs)
+    return "\n".join([*head, *lanes, *groups, *ranks, *observed]) + "\n"
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:
     """The schedule as an object for JSON: the content of its text, each slot as the text writes it."""
+    groups = {"groups": list(map(list, schedule.groups))} if schedule.groups else {}
     return {
         "schedule": schedule.name,
         "ranks": schedule.ranks,
         "stages": schedule.stages,
         "microbatches": {str(lane): count for lane, count in schedule.microbatches.items()},
         "lanes": {str(lane): list(route) for lane, route in schedule.routes.items()},
+        **groups,
         "programs": [[show_slot(slot) for slot in program] for program in schedule.programs],
     }
 
@@ -101,7 +111,7 @@ def read_text(path: Path) -> str:
 def check_line(source: str, number: int, line: str) -> None:
     """Raise ``ScheduleSyntaxError`` for a carriage return within a line.
 
-    A file whose lines end in carriage returns alone would be one line, most of which may be a comment.
+    A file with only carriage returns between its lines would be one line, most of which may be a comment.
     """
     at = line.find("\r", 0, -1)
     if at >= 0:
@@ -122,6 +132,9 @@ class _Parser:
         self.routes: dict[Lane, tuple[int, ...]] = {}
         self.lane_lines: dict[Lane, tuple[int, list[re.Match[str]]]] = {}
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
+        self.observed_lines: list[observed_text.Line] = []
+        self.group_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
+        self.groups: tuple[tuple[int, ...], ...] = ()
 
     def parse(self, text: str) -> Schedule:
         lines = text.removeprefix(BYTE_ORDER_MARK).split("\n")
@@ -138,8 +151,23 @@ class _Parser:
             if rank not in self.rank_lines:
                 self.fail(*end, f"no 'rank {rank}:'", f"a line for each rank from 0 to {max(self.rank_lines)}")
         self.check_lanes()
+        self.check_groups(*end)
         programs = tuple(self.program(*self.rank_lines[rank]) for rank in range(len(self.rank_lines)))
-        return Schedule(self.routes, programs, self.name or "")
+        observed = observed_text.read(self.observed_lines, programs, self.op, self.fail)
+        return Schedule(self.routes, programs, self.name or "", self.groups, observed=observed)
+
+    def check_groups(self, line: int, column: int) -> None:
+        for number in range(len(self.group_lines)):
+            if number not in self.group_lines:
+                expected = f"a line for each group from 0 to {max(self.group_lines)}"
+                self.fail(line, column, f"no 'group {number}:'", expected)
+        groups = []
+        for number in range(len(self.group_lines)):
+            at, words = self.group_lines[number]
+            members = tuple(self.number(at, word) for word in words)
+            self.checked(at, words[0].start() + 1 if words else 1, check_group, number, members, len(self.rank_lines))
+            groups.append(members)
+        self.groups = tuple(groups)
 
     def check_lanes(self) -> None:
         ranks = len(self.rank_lines)
@@ -156,8 +184,10 @@ class _Parser:
                 self.schedule_line(number, content, words)
             case "lane":
                 self.lane_line(number, content, words)
-            case "rank":
-                self.rank_line(number, content)
+            case "group" | "rank":
+                self.numbered_line(number, content, words[0].group())
+            case word if word in observed_text.WORDS:
+                self.observed_lines.append((number, content))
             case other:
                 self.fail(number, words[0].start() + 1, repr(_short(other)), _LINE_FORM)
 
@@ -187,20 +217,21 @@ class _Parser:
         self.routes[lane] = tuple(self.number(number, word) for word in words[2:])
         self.lane_lines[lane] = number, words[2:]
 
-    def rank_line(self, number: int, content: str) -> None:
-        head = re.compile(r"\s*rank\s+([0-9]{1,9})\s*:").match(content)
+    def numbered_line(self, number: int, content: str, word: str) -> None:
+        head = re.compile(rf"\s*{word}\s+([0-9]{{1,9}})\s*:").match(content)
         if head is None:
-            self.bad_rank_line(number, content)
+            self.bad_numbered_line(number, content, word)
+        lines = self.rank_lines if word == "rank" else self.group_lines
         rank = int(head.group(1))
-        if rank in self.rank_lines:
-            self.fail(number, head.start(1) + 1, f"rank {rank} a second time", "each rank once")
-        self.rank_lines[rank] = number, list(re.compile(r"\S+").finditer(content, head.end()))
+        if rank in lines:
+            self.fail(number, head.start(1) + 1, f"{word} {rank} a second time", f"each {word} once")
+        lines[rank] = number, list(re.compile(r"\S+").finditer(content, head.end()))
 
-    def bad_rank_line(self, number: int, content: str) -> NoReturn:
-        """Fail where a rank line departs from its form: at the number or where the colon should be."""
-        match = re.match(r"\s*rank\s*([0-9]{1,9}(?![0-9])\s*)?", content)
+    def bad_numbered_line(self, number: int, content: str, word: str) -> NoReturn:
+        """Fail where the line of a rank or a group departs from its form: at the number or where a colon should be."""
+        match = re.match(rf"\s*{word}\s*([0-9]{{1,9}}(?![0-9])\s*)?", content)
         at = match.end() if match else 0
-        expected = "':' after the rank" if match and match.group(1) else "a rank's number below 1000000000"
+        expected = f"':' after the {word}" if match and match.group(1) else f"a {word}'s number below 1000000000"
         self.fail(number, at + 1, repr(_short(content[at:].strip())) if content[at:].strip() else "nothing", expected)
 
     def program(self, number: int, words: list[re.Match[str]]) -> Program:
@@ -209,19 +240,20 @@ class _Parser:
     def slot(self, number: int, word: re.Match[str]) -> Slot:
         ops = tuple(self.op(number, column, text) for column, text in _parts(word))
         try:
-            check_slot(ops, self.routes)
+            check_slot(ops, self.routes, len(self.groups))
         except ScheduleError:
             for op, (column, _) in zip(ops, _parts(word), strict=True):
-                self.checked(number, column, check_slot, (op,), self.routes)
-            self.checked(number, word.start() + 1, check_slot, ops, self.routes)
+                self.checked(number, column, check_slot, (op,), self.routes, len(self.groups))
+            self.checked(number, word.start() + 1, check_slot, ops, self.routes, len(self.groups))
         return ops
 
     def op(self, number: int, column: int, text: str) -> Op:
         found = _OP.fullmatch(text)
         if found is None:
             self.fail(number, column, repr(_short(text)) if text else "nothing", _OP_FORM)
-        stage, kind, mb, lane, peer = found.groups()
-        return Op(Kind(kind), Lane(lane), int(stage), int(mb), None if peer is None else int(peer))
+        stage, kind, mb, whole, lane, peer = found.groups()
+        other_end = None if peer is None else int(peer)
+        return Op(Kind(kind or whole), Lane(lane), int(stage), int(mb or 0), other_end)
 
     def number(self, line: int, word: re.Match[str]) -> int:
         if not _NUMBER.fullmatch(word.group()):

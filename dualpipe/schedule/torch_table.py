@@ -1,11 +1,11 @@
 """Reads the compute-only table of torch.distributed.pipelining, as its ``_dump_csv`` writes it.
 
-One row a rank, one cell a step::
+One row per rank, one cell per step::
 
     0F0,0F1,,1F0,(0F2;1B0)OVERLAP_F_B,1I1,1W1
 
 ``I`` is the backward for the input, our B; torch's ``B`` is the full backward, our ``B+W`` in one slot; an empty cell
-is a pause.  Which rank holds a stage follows from who runs it.  All stages are on one lane.
+is a pause.  A stage is held by the rank that runs it.  All stages are on one lane.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def loads_csv(text: str, source: str = "<string>") -> Schedule:
     Raises
     ------
     ScheduleSyntaxError
-        For a cell that is no action, a stage that no rank or two ranks run, a compute that is there twice, or an
-        order that cannot be run; with line and column.
+        With line and column, for a cell that is not an action, a stage that no rank or two ranks run, a repeated
+        compute, or an order that cannot be run.
     """
     return _Table(source).read(text)
 

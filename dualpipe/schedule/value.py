@@ -6,11 +6,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualpipe.schedule import normalise
-from dualpipe.schedule.op import COMPUTE, LARGEST, Kind, Lane, Op, Placed, Program, ScheduleError, Slot, show_slot
+from dualpipe.schedule.observed import NOTHING, Observed
+from dualpipe.schedule.op import (
+    COLLECTIVES,
+    COMPUTE,
+    LARGEST,
+    MESSAGES,
+    WHOLE,
+    Kind,
+    Lane,
+    Op,
+    Placed,
+    Program,
+    ScheduleError,
+    Slot,
+    show_slot,
+)
 from dualpipe.schedule.routes import Routes, check_routes
 
 
@@ -25,40 +40,53 @@ class Schedule:
     Parameters
     ----------
     routes:
-        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` of two lanes is the same layers, so two
+        For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` has the same layers on both lanes, so two
         lanes mean two replicas of each stage.
     programs:
         For each rank its slots.  The ops of a slot are issued together, slots run in order.
     name:
-        A label; it takes no part in what the schedule means, only in how it is printed and whether a published
-        memory bound applies.
+        A label.  It does not change what the schedule means, only how it is printed and whether a published memory
+        bound applies.
+    groups:
+        The members of each group of collectives, by its number: ranks of the schedule, in any order.
+    observed:
+        What was observed when a program ran the schedule.  It takes no part in comparisons.
 
     Raises
     ------
     ScheduleError
         If a part has another type (a bool or a float as a number, a set or a text as a sequence), the name is not one
         word, a route names a rank without a program, an op a lane or stage that does not exist or a number that is
-        negative or above 999999999, or a slot is empty or mixes compute with messages.
+        negative or above 999999999, a slot is empty or mixes compute, messages and collectives, or a group is empty,
+        names a rank without a program or one twice, or an op names a group that does not exist.
     """
 
     routes: Routes
     programs: tuple[Program, ...]
     name: str
+    groups: tuple[tuple[int, ...], ...]
+    observed: Observed = field(compare=False, repr=False)
 
     def __init__(
         self,
         routes: Mapping[Lane, Iterable[int]],
         programs: Iterable[Iterable[Iterable[Op]]],
         name: str = "",
+        groups: Iterable[Iterable[int]] = (),
+        *,
+        observed: Observed = NOTHING,
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
+        object.__setattr__(self, "observed", observed)
         object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
         object.__setattr__(self, "programs", normalise.programs(programs))
+        object.__setattr__(self, "groups", normalise.groups(groups))
         check_name(self.name)
         check_routes(self.routes, len(self.programs))
+        check_groups(self.groups, len(self.programs))
         for program in self.programs:
             for slot in program:
-                check_slot(slot, self.routes)
+                check_slot(slot, self.routes, len(self.groups))
 
     @property
     def ranks(self) -> int:
@@ -92,12 +120,12 @@ class Schedule:
                     yield Placed(rank, number, position, op)
 
     def only(self, kinds: frozenset[Kind]) -> Schedule:
-        """The schedule with the ops of these kinds alone, such as F, SF and RF for an evaluation."""
+        """The schedule with only the ops of these kinds, such as F, SF and RF for an evaluation."""
         programs = tuple(
             tuple(kept for slot in program if (kept := tuple(op for op in slot if op.kind in kinds)))
             for program in self.programs
         )
-        return Schedule(self.routes, programs, self.name)
+        return Schedule(self.routes, programs, self.name, self.groups)
 
     def rank_of(self, op: Op) -> int:
         """The rank that holds the op's stage."""
@@ -136,8 +164,28 @@ def check_name(name: str) -> None:
         )
 
 
-def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]]) -> None:
-    """Raise ``ScheduleError`` unless the slot holds ops of known lanes and stages, all compute or all messages."""
+def check_groups(groups: tuple[tuple[int, ...], ...], ranks: int) -> None:
+    """Raise ``ScheduleError`` unless every group has members, each a rank that has a program, and each once."""
+    for number, members in enumerate(groups):
+        check_group(number, members, ranks)
+
+
+def check_group(number: int, members: tuple[int, ...], ranks: int) -> None:
+    """``check_groups`` for one group."""
+    wrong = next((rank for rank in members if not 0 <= rank < ranks), None)
+    if wrong is not None:
+        got = f"group {number} has rank {wrong}, and there are {ranks} ranks, counted from 0"
+        raise ScheduleError("a group's members are ranks that have programs", got, "add the rank or leave it out")
+    if not members or len(set(members)) < len(members):
+        got = f"group {number} has {' '.join(map(str, members)) or 'none'}"
+        raise ScheduleError("a group has members, each named once", got, "correct it")
+
+
+def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]], groups: int = 0) -> None:
+    """Raise ``ScheduleError`` unless the slot has ops of known lanes, stages and groups, and of one sort.
+
+    ``groups`` is the number of groups.  The sorts are compute, messages and collectives.
+    """
     if not slot:
         raise ScheduleError("a slot holds at least one op", "a slot is empty", "leave it out")
     for op in slot:
@@ -154,7 +202,25 @@ def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]]) -> None:
             raise ScheduleError(f"microbatch and peer are numbers from 0 to {LARGEST}", f"there is {op}", "correct it")
         if op.peer is not None and op.kind in COMPUTE:
             raise ScheduleError("only a message has a peer", f"{op} is compute", f"leave out @{op.peer}")
-    if len(slot) > 1 and len({op.kind in COMPUTE for op in slot}) > 1:
+        if op.kind in COLLECTIVES:
+            _check_collective(op, groups)
+    if len(slot) > 1 and len({(op.kind in COMPUTE, op.kind in MESSAGES) for op in slot}) > 1:
         raise ScheduleError(
-            "a slot is all compute or all messages", f"{show_slot(slot)} mixes them", "put a space between them"
+            "a slot is all compute, all messages or all collectives",
+            f"{show_slot(slot)} mixes them",
+            "put a space between them",
         )
+
+
+def _check_collective(op: Op, groups: int) -> None:
+    if op.mb and op.kind in WHOLE:
+        raise ScheduleError(f"{op.kind} names no microbatch", f"there is microbatch {op.mb}", "give 0")
+    if op.peer is None:
+        return
+    if op.kind is Kind.RS:
+        raise ScheduleError(
+            "RS has no group, since a rank drops weights alone", f"there is {op}", "leave out the group"
+        )
+    if op.peer >= groups:
+        got = f"{op} names group {op.peer}, and there are {groups}, counted from 0"
+        raise ScheduleError("a collective names a group of the schedule", got, "declare it, or leave it out")

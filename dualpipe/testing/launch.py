@@ -37,12 +37,12 @@ TIME_UP = "TimeUp"
 """The ``kind`` of the failure of a rank that was still running and had to be killed."""
 _INTERRUPTS = frozenset({signal.SIGINT, signal.SIGTERM})
 _POLL = 0.05
-"""Seconds between two looks at ranks that report nothing."""
+"""Seconds between two checks of ranks that report nothing."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a rank is given: its number, the number of ranks, and how to report ``progress`` (a small value)."""
+    """A rank's number, the number of ranks, and the function with which it reports ``progress`` (a small value)."""
 
     rank: int
     ranks: int

@@ -34,9 +34,9 @@ def record_ranks(
     Parameters
     ----------
     timeout, stall:
-        Seconds until the ranks are killed: since the start, and since every rank has been waiting for messages that do
-        not arrive.  A body that hangs is not an error here: the recording contains what was done until then, and its
-        ``ended`` tells which ranks finished.
+        Seconds until the ranks are killed: after the start, and after all ranks began to wait for messages that do not
+        arrive.  A body that hangs is not an error here: the recording contains what was done until then, and its
+        ``ended`` shows which ranks finished.
     cuda_on_cpu:
         Answer CUDA calls on the CPU.
     together, containers:

@@ -34,9 +34,9 @@ class Stretch(NamedTuple):
 
 
 class Tone(NamedTuple):
-    """What has one shade: the ``chunk``-th stage of a lane on its rank.
+    """What is drawn in one shade: the ``chunk``-th stage of a lane on its rank.
 
-    DualPipe has two tones, one a lane; DualPipeV two of one lane, on the way down the V and on the way back.
+    DualPipe has two tones, one for each lane; DualPipeV has two on its one lane, for the way down the V and back up.
     """
 
     lane: Lane
@@ -70,7 +70,7 @@ class Chart:
 
 
 def chart(timeline: Timeline) -> Chart:
-    """The drawing of a timeline.  ``sum`` of the gaps of a rank is its bubble."""
+    """The chart of a timeline.  The gaps of a rank add up to its bubble."""
     cells: list[Cell] = []
     frames: list[Stretch] = []
     gaps: list[Stretch] = []
@@ -98,7 +98,7 @@ def divide(rank: int, span: Span, costs: Costs) -> list[Cell]:
 
 
 def share(op: Op, slot: Slot, costs: Costs) -> float:
-    """What an op costs within its slot; B and W of a full backward share its cost as B and W alone would."""
+    """What an op costs within its slot; the cost of a full backward is divided in the ratio of B to W."""
     alone = {F: costs.F, B: costs.B, W: costs.W}[op.kind]
     partner = op._replace(kind=W if op.kind is B else B)
     if op.kind is F or partner not in slot:

@@ -3,7 +3,7 @@
 Forward is blue, backward orange and weights grey, hues that differ under every kind of colour blindness.  The first
 tone is light and the last one dark, and within a tone forward is the darkest, so it is readable in black and white.
 
-Pictures and the terminal have the ``LIGHT`` scheme; the page on a dark screen has the hues of ``DARK``.
+Pictures and the terminal use the ``LIGHT`` scheme; the page uses ``DARK`` on a dark screen.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ Colour = str
 
 
 class Shades(NamedTuple):
-    """The ends between which the shades of a hue lie."""
+    """The lightest and the darkest shade of a hue."""
 
     light: Colour
     dark: Colour
 
 
 class Scheme(NamedTuple):
-    """What timelines on one ground are painted with.
+    """The colours of timelines on one background.
 
     Attributes
     ----------
     shades:
         The hue of each kind.
     faint, hatch:
-        Of a bubble and its hatching.
+        The colours of a bubble and of its hatching.
     line:
-        How far from light to dark thin lines lie, which a light or a dark end would hide.
+        Where between light (0) and dark (1) thin lines are; near one of the ends they would be hard to see.
     """
 
     shades: Mapping[Kind, Shades]
@@ -57,25 +57,25 @@ DARK = Scheme(
 )
 NAMES: Mapping[Kind, str] = {F: "forward", B: "backward", W: "weights"}
 INK, GROUND = "#1b1f24", "#ffffff"
-"""Of text and frames; of the picture, and of text on a dark shade."""
+"""The colour of text and frames; that of the background, and of text on a dark shade."""
 
 _BLACK = "#000000"
 _READABLE = 4.5
-"""The contrast that text needs (WCAG 2.2, 1.4.3)."""
+"""The least contrast of readable text (WCAG 2.2, 1.4.3)."""
 
 
 def colour(kind: Kind, tone: int, tones: int, scheme: Scheme = LIGHT) -> Colour:
-    """The shade of the ``tone``-th of so many tones; a schedule with one tone has the light one."""
+    """The shade of the ``tone``-th of ``tones`` tones; a schedule with one tone has the light one."""
     return _between(scheme.shades[kind], tone / (tones - 1) if tones > 1 else 0.0)
 
 
 def line(kind: Kind, scheme: Scheme = LIGHT) -> Colour:
-    """The colour of what is thin and of a kind, such as a message that feeds it."""
+    """The colour of a thin line that belongs to a kind, such as a message that feeds it."""
     return _between(scheme.shades[kind], scheme.line)
 
 
 def ink(ground: Colour) -> Colour:
-    """The colour of text on a ground.  Black is for the few shades in the middle on which the others cannot be read."""
+    """The colour of text on a background.  Black is for the few medium shades on which the other two are unreadable."""
     return next((text for text in (INK, GROUND) if contrast(text, ground) >= _READABLE), _BLACK)
 
 

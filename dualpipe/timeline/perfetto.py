@@ -84,7 +84,7 @@ def trace(parts: Sequence[Scaled], about: dict[str, Any]) -> dict[str, Any]:
         pid = 1 + names.index(part.run.name)
         events += [*_work(pid, part), *_idle(pid, part), *_messages(pid, part, arrows), *_counters(pid, part)]
         arrows += len(part.run.messages)
-    events.sort(key=lambda event: float(event["ts"]))  # stable: what encloses, or lasts no time, stays first
+    events.sort(key=lambda event: float(event["ts"]))  # stable: slices that enclose others or last no time stay first
     return {"traceEvents": [*heads, *events], "displayTimeUnit": "ms", "otherData": about}
 
 

@@ -10,13 +10,13 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dualpipe.schedule import COMPUTE, SENDS, Op, Placed, Schedule, ScheduleError, Slot
+from dualpipe.schedule import COLLECTIVES, COMPUTE, SENDS, Op, Placed, Schedule, ScheduleError, Slot
 from dualpipe.timeline.timeline import CostError, Costs, Message, Span, Timeline
 
 __all__ = ["CostError", "Costs", "Message", "Span", "Stuck", "Timeline", "Wait", "simulate"]
 
 _MOST_SHOWN = 8
-"""How many waits an error lists."""
+"""The most waits that an error lists."""
 
 
 class Wait(NamedTuple):
@@ -35,7 +35,7 @@ class Wait(NamedTuple):
         if op != self.need:
             return f"{place} cannot begin {op}: {self.need} has not run before it"
         if self.peer is None:
-            return f"{place} waits for {op} to meet its partner, and no such rank exists"
+            return f"{place} waits for the partner of {op}, and there is no rank at the other end"
         return f"{place} waits for rank {self.peer} to post the partner of {op}"
 
 
@@ -46,7 +46,7 @@ class Stuck(ScheduleError):  # noqa: N818 - the field says that a pipeline is st
         self.waits, self.reached = waits, reached
         more = [f"and {len(waits) - _MOST_SHOWN} more wait"] if len(waits) > _MOST_SHOWN else []
         super().__init__(
-            "every rank reaches its end and every message meets a partner",
+            "every rank reaches its end and every message has a partner",
             ", ".join([*map(str, waits[:_MOST_SHOWN]), *more]),
             "run `dualpipe prove` on the schedule for the reason",
         )
@@ -60,7 +60,8 @@ def simulate(
     Every rank runs its slots in order.  A message slot posts its messages and ends; a message completes
     ``latency`` after both sides have posted it, and a compute waits for the receives that it needs.  With ``blocking``
     a message slot ends only when all its messages have completed, as after ``batch_isend_irecv`` and ``wait``.  With
-    ``eager`` the latency begins when the send is posted, whether or not its receive has been posted.
+    ``eager`` the latency begins when the send is posted, whether or not its receive has been posted.  Collectives take
+    no time, and nothing waits for them.
 
     Raises
     ------
@@ -136,6 +137,9 @@ class _Run:
         state.wait = None
         while state.wait is None and len(state.spans) < len(program):
             slot = program[len(state.spans)]
+            if slot[0].kind in COLLECTIVES:  # takes no time: the costs say nothing about them
+                state.end_slot(slot, state.clock, state.clock)
+                continue
             step = self.compute if slot[0].kind in COMPUTE else self.communicate
             state.wait = step(state, [Placed(rank, len(state.spans), position, op) for position, op in enumerate(slot)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from dualpipe.errors import RuleError
@@ -25,7 +26,12 @@ class Summary(TypedDict):
 
 
 def parse_costs(text: str) -> Costs:
-    """``"F=1,B=1,W=1,FB=2.5"`` as costs; what is left out has its default.  Raises ``RuleError``."""
+    """``"F=1,B=1,W=1,FB=2.5"`` as costs, with defaults for the rest.  Raises ``RuleError``."""
+    return Costs(**parse_numbers("--cost", text, COSTS))
+
+
+def parse_numbers(option: str, text: str, names: Sequence[str]) -> dict[str, float]:
+    """The numbers of an option such as ``F=1,B=1``, by name.  Raises ``RuleError`` for any other text."""
     given: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -33,12 +39,14 @@ def parse_costs(text: str) -> Costs:
             number = float(value)
         except ValueError:
             equals = ""
-        if name not in COSTS or not equals:
-            raise RuleError("--cost is NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(COSTS)}")
+        if name not in names or not equals:
+            raise RuleError(f"{option} must be NAME=NUMBER,...", f"got {part!r}", f"names are {', '.join(names)}")
         if name in given:
-            raise RuleError("--cost gives each name once", f"got {name} twice in {text!r}", "leave one of them out")
+            raise RuleError(
+                f"{option} must give each name once", f"got {name} twice in {text!r}", "leave one of them out"
+            )
         given[name] = number
-    return Costs(**given)
+    return given
 
 
 def describe_costs(costs: Costs) -> str:

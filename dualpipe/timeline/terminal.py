@@ -1,4 +1,4 @@
-"""A timeline in a terminal: one line a rank, as wide as the terminal, continued below as music is.
+"""A timeline in a terminal: one line for each rank, wrapped to the terminal's width like lines of sheet music.
 
 ::
 
@@ -10,7 +10,7 @@
     rank 0  ···f2+B0+W0 b2+w2 ···
     rank 1  +W0 F3+b1+w1 f3+B1+W1
 
-The text is the same with and without colours; colours are added where there is a terminal to show them.
+The text is the same with and without colours, which are used only on a terminal.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from dualpipe.timeline.timeline import Timeline
 
 BUBBLE, JOINT = "·", "+"
 _LEAST = 20
-"""Columns that the rows have even where the terminal is narrower than that."""
+"""The least number of columns of a row, even on a narrower terminal."""
 _MOST = 10_000
-"""Columns that a drawing has at most, all bands together."""
+"""The most columns of a drawing, all bands together."""
 _APART = 6
-"""Columns between the numbers of the time line, at least."""
+"""The least number of columns between two numbers of the time line."""
 _BANDS = 3
-"""Into how many bands the rows may be broken for the sake of numbers in the cells."""
+"""The most bands into which rows are broken to make room for numbers in the cells."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How time is laid on columns.
+    """How time is mapped to columns.
 
-    ``label`` columns come before a row, then ``room`` of its own in each band; ``scale`` columns are one unit of time.
-    With ``numbers`` the cells have those of their microbatches; ``wanted`` columns are what a terminal needs for that.
+    A line has ``label`` columns for the rank's name and ``room`` columns of the row; ``scale`` columns are one unit of
+    time.  With ``numbers`` the cells show their microbatches, for which a terminal needs ``wanted`` columns.
     """
 
     label: int
@@ -60,16 +60,16 @@ class Grid:
 
 
 def lines(timeline: Timeline, width: int) -> list[Text]:
-    """The timeline: a title, bands of the time and a line a rank, the key, and what had no room.
+    """The timeline: a title, bands with the time and a line for each rank, the key, and what did not fit.
 
-    The ranks' lines have at most ``width`` columns, or 20 and their label where that is more.  Raises ``RuleError``
-    for more than 10,000 columns in all.
+    The ranks' lines have at most ``width`` columns, but no fewer than 20 and their label.  Raises ``RuleError`` for
+    more than 10,000 columns in all.
     """
     drawing = chart(timeline)
     grid = fit(drawing, width)
     if timeline.makespan * grid.scale > _MOST:
         raise RuleError(
-            f"a drawing of letters has at most {_MOST} columns",
+            f"a drawing of letters may have at most {_MOST} columns",
             f"this would have {timeline.makespan * grid.scale:.3g}, since most ops are so much shorter than the whole",
             "draw a picture instead (--svg FILE)",
         )
@@ -123,7 +123,7 @@ def _row(drawing: Chart, grid: Grid, rank: int) -> Text:
 
 
 def _cell(drawing: Chart, cell: Cell, columns: int, numbers: bool, joined: bool) -> str:
-    """An op in so many columns: ``F12``, or ``F`` where the number has no room, and ``+`` if its slot goes on."""
+    """An op in so many columns: ``F12``, or ``F`` if the number does not fit, and ``+`` if its slot goes on."""
     letter = _letter(cell.at.op.kind, _tone(drawing, cell))
     text = f"{letter}{cell.at.op.mb}" if numbers else letter
     text = text if len(text) <= columns else letter
@@ -179,7 +179,7 @@ def _key(drawing: Chart, joined: bool) -> Text:
 
 
 def _missing(drawing: Chart, grid: Grid, width: int) -> Iterator[Text]:
-    """What had no room, and where it can be seen."""
+    """What did not fit, and where it can be seen."""
     vanished = sum(grid.column(cell.start) == grid.column(cell.end) for cell in drawing.cells)
     if vanished:
         yield Text(f"{vanished} of {len(drawing.cells)} ops are too short to be seen")

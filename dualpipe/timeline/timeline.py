@@ -55,7 +55,7 @@ class Costs:
     def __post_init__(self) -> None:
         for name, cost in vars(self).items():
             if cost is not None and not 0 <= cost <= _MOST:
-                raise CostError(f"a cost is a number from 0 to {_MOST:g}", f"{name} is {cost}", "correct it")
+                raise CostError(f"a cost must be a number from 0 to {_MOST:g}", f"{name} is {cost}", "correct it")
         if self.FB is not None and self.F + self.backward == 0:
             raise CostError("FB needs computes that take time", f"FB is {self.FB}", "give F, B or W a cost")
 
@@ -63,6 +63,11 @@ class Costs:
     def backward(self) -> float:
         """What B and W of one microbatch take in one slot."""
         return self.B + self.W if self.BW is None else self.BW
+
+    def times(self, factor: float) -> Costs:
+        """The costs of a stage that is ``factor`` times as large; messages take as long."""
+        scaled = {name: None if cost is None else cost * factor for name, cost in vars(self).items()}
+        return Costs(**scaled | {"latency": self.latency})  # type: ignore[arg-type] # F, B and W are never None
 
     def slot(self, slot: Slot) -> float:
         """What a slot of computes takes."""

@@ -78,7 +78,9 @@ def whole(value: Affine) -> Affine:
     """
     numbers = (*value.terms.values(), value.constant)
     if any(number % value.divisor for number in numbers):
-        raise TableError("a repeat count is whole at every size", f"got {value}", "round it with the parity symbol")
+        raise TableError(
+            "a repeat count must be whole at every size", f"got {value}", "round it with the parity symbol"
+        )
     terms = {name: c // value.divisor for name, c in value.terms.items()}
     return Affine(terms, value.constant // value.divisor)
 

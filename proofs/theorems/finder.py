@@ -6,7 +6,7 @@
 
 A start that is affine in the sizes and the iteration is linear in its coefficients at every fixed size.  So the waits
 of a few sizes are linear constraints on whole coefficients, and an integer program finds the guess with the least
-bound on the makespan.  Nothing is believed of a guess: a wrong one fails to be proved.
+bound on the makespan.  A guess may be wrong: then Z3 cannot prove it.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from proofs.theorems.obligation import NOTHING, Discharge, discharge
 from proofs.theorems.sample import Compute, Sample, sample
 
 ROUNDS = 6
-"""How many guesses are made before the finder gives up."""
+"""The number of guesses before the finder gives up."""
 
 _MOST = 10_000
 """Ranks times microbatches of the largest size that is sampled."""
 
 _LARGEST = 40
-"""No coefficient of a time is larger; the costs of a phase table are far below."""
+"""The largest coefficient of a time; the coefficients for phase tables are far smaller."""
 
 _SECONDS = 100.0
-"""For one integer program, which takes seconds."""
+"""The time limit of one integer program, which takes a few seconds."""
 
 _INFEASIBLE = 2
 """The status of an integer program that has no solution."""
 
 _BOUND, _START = 1000.0, 0.01
-"""Prices of one unit of time in the objective: the bound decides.  Of equal ones the earliest starts are taken.
+"""Prices of one unit of time in the objective: the bound counts most, then early starts.
 
-These are the ones that go on at larger sizes.
+The earliest starts are those that also hold at larger sizes.
 """
 
 
@@ -59,7 +59,7 @@ class Guess(NamedTuple):
 
 @dataclass(frozen=True)
 class Timetable:
-    """Times that are proved for all sizes, and what became of the obligations about the waits and about the ends.
+    """Times that are proved for all sizes, and the outcome of the obligations about the waits and about the ends.
 
     ``slack`` is how far the bound is above the makespan at the sampled sizes, each with its ranks and microbatches.
     """
@@ -114,7 +114,7 @@ def timetable(family: Family, timeout: float, waiting: Waiting = Waiting.BLOCKIN
             return Untimed(f"the solver gave up on {failure.obligation.name}", proof=proof)
         sizes = [family.size_of(failure.values)]
         if prod(sizes[0]) > _MOST or sizes[0] in [one[:2] for one in samples]:
-            break  # too large to expand, or one that the guess was to fit: another round would not differ
+            break  # too large to expand, or already sampled: another round would not differ
     return Untimed(
         f"no affine times found; the guess after {len(samples)} sampled sizes fails",
         proof=proof,
@@ -249,7 +249,7 @@ def _key(compute: Compute) -> _Key:
 
 
 def _symbols(compute: Compute) -> dict[str, int]:
-    """What a start is made of: the symbols of the rank's kind, the iteration, and 1 under the empty name."""
+    """The terms of a start: the symbols of the rank's kind, the iteration, and 1 under the empty name."""
     return {**dict(compute.values), "i": compute.iteration, "": 1}
 
 
@@ -257,7 +257,7 @@ def _independent(names: list[str], values: list[tuple[int, ...]]) -> list[str]:
     """The symbols without those that are a whole combination of others at all the sampled places.
 
     On a middle rank N is 2e + odd + 1, in a row that runs once i is 0.  With them the same times could be written in
-    many ways, and most of these would not go on at larger sizes.
+    many ways, and most of these would fail at larger sizes.
     """
     table = np.array(values, dtype=float)
     kept = list(range(len(names)))

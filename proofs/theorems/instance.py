@@ -19,7 +19,7 @@ from proofs.theorems.symbolic import Rank
 
 
 def plans_at(family: Family, ranks: int, microbatches: int) -> list[Plan]:
-    """The plan of each rank before expansion, with the family's tables (which a mutant has changed)."""
+    """The plan of each rank before expansion, with the family's tables, which a test may have changed."""
     plans = [PLANS[family.name](ranks, microbatches, rank) for rank in range(ranks)]
     return [replace(plan, table=kind_of(family, plan).table) for plan in plans]
 
@@ -69,7 +69,7 @@ class World(NamedTuple):
 
 
 def _worlds(family: Family, scope: Rank | Link, plans: list[Plan]) -> list[World]:
-    """The values and ranks that a scope stands for at one size."""
+    """The values and ranks that a scope covers at one size."""
     found: dict[tuple[int, ...], World] = {}
     sides = (scope,) if isinstance(scope, Rank) else (scope.sender, scope.receiver)
     everyone = [(rank,) for rank in range(len(plans))]
@@ -94,7 +94,7 @@ def _neighbours(plans: list[Plan]) -> list[tuple[int, ...]]:
 def solutions(given: Constraints, values: dict[str, int]) -> Iterator[dict[str, int]]:
     """All values of the remaining symbols that satisfy the constraints.
 
-    Each symbol must be bounded on both sides by constraints on it alone, as the iterations of a row are.
+    Each symbol must be bounded on both sides by constraints on no other symbol, as the iterations of a row are.
     """
     ranges: dict[str, tuple[int, int]] = {}
     rest: list[Constraint] = []

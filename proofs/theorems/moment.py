@@ -1,7 +1,6 @@
 """The computes before and after a slot of messages, and when they run according to given times.
 
-Which compute comes next depends on the size where rows may be empty: each possibility is a ``Moment`` with the
-condition under which it is the one.
+If rows may be empty, it depends on the size which compute is next: each possibility is a ``Moment`` with its condition.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Times = Mapping[tuple[str, str, int], Affine]
 """When each compute starts: by kind of rank, row and number among the computes of the row's body.
 
 In the symbols of the kind (``Rank.symbols``) and ``i``, the iteration.  The row ``end`` is the end of the program.
-What is missing starts at time 0.
+A compute that is not listed starts at time 0.
 """
 
 END = "end"
@@ -25,7 +24,7 @@ END = "end"
 
 
 class Moment(NamedTuple):
-    """A compute slot: when it is the one meant, which one of the rank it is, when it starts and ends.
+    """A compute slot: the condition under which it is the one in question, its number on its rank, its start and end.
 
     The program's start and its end count as computes that take no time, numbers -1 and the number of computes.
     """
@@ -70,7 +69,7 @@ def first(rank: Rank, times: Times) -> Iterator[Moment]:
 
 
 def _is_possible(moment: Moment) -> bool:
-    """Not if a row of constant length would have to have another length."""
+    """False if a row of constant length would need another length."""
     return all(constraint.terms or constraint.holds({}) for constraint in moment.given)
 
 
@@ -115,7 +114,7 @@ def _first(rank: Rank, times: Times) -> Iterator[Moment]:
 def _if_not_empty(
     rank: Rank, row: int, end: int, given: Constraints, times: Times
 ) -> Generator[Moment, None, Constraints]:
-    """The row's first (``end`` 0) or last (-1) compute if it has one; what is given beyond it if not."""
+    """Yield the row's first (``end`` 0) or last (-1) compute, if any; return the conditions under which it has none."""
     the_row = rank.table[row]
     computes = computes_of(the_row.steps)
     if not computes:

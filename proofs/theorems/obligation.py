@@ -39,7 +39,7 @@ class Link:
 class Obligation(NamedTuple):
     """``given`` implies ``then``, for all values of the symbols in the scope's domain.
 
-    ``fact`` identifies the constraint of the expanded schedule that this is, for the coverage test.
+    ``fact`` identifies the corresponding constraint of the expanded schedule, for the coverage test.
     """
 
     scope: Rank | Link
@@ -84,7 +84,7 @@ class Discharge(NamedTuple):
 
 
 NOTHING = Discharge(0, 0, 0.0, ())
-"""No obligation was looked at."""
+"""The outcome without any obligation."""
 
 
 QUESTION_SECONDS = 10.0

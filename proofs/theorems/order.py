@@ -1,4 +1,4 @@
-"""Theorem ``order``: on its own rank every op comes after what it needs."""
+"""Theorem ``order``: on its own rank every op runs after what it needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from proofs.theorems.obligation import Obligation
 from proofs.theorems.symbolic import Rank, earlier, exactly
 
 NEEDS: Mapping[Kind, tuple[Kind, ...]] = {F: (RF,), B: (F, RB), W: (B,), SF: (F,), SB: (B,)}
-"""For each kind the kinds of its own chunk that it needs, if they exist (``Schedule.needs``, with which the coverage
-test compares)."""
+"""For each kind the kinds of its own chunk that it needs, if they exist.
+
+The coverage test compares this with ``Schedule.needs``.
+"""
 
 
 def order(family: Family) -> Iterator[Obligation]:

@@ -73,14 +73,14 @@ def _makespan_at_use(family: Family) -> Iterator[Obligation]:
 
 THEOREMS: Mapping[str, Theorem] = {
     "totals": Theorem(
-        "no phase is shorter than 0, each microbatch has F, B and each message once, and its W with its B or deferred",
+        "no phase has a negative length; each microbatch has F, B and each message once, its W with its B or deferred",
         totals,
         premises=(),
     ),
     "messages": Theorem(
-        "on every ordered pair of ranks the k-th send is the k-th receive's payload, and none is left over", messages
+        "on every ordered pair of ranks the k-th send is what the k-th receive expects, and none is left over", messages
     ),
-    "order": Theorem("on its rank every op comes after all that it needs there", order),
+    "order": Theorem("on its rank every op runs after all that it needs there", order),
     "queue": Theorem(
         "each deferred W runs once, after its B, first in first out; none is taken from an empty queue",
         queue,
@@ -127,7 +127,7 @@ OPTIMAL = ", which is optimal: no schedule with these assumptions is shorter"
 
 
 NOT_REACHED = ", not reached at the sampled sizes"
-"""What follows a bound that may be larger than it need be."""
+"""Added to a bound that may be larger than necessary."""
 
 
 Prover = Callable[[Family, str, set[str], float], TheoremResult]

@@ -51,7 +51,7 @@ class Cycle(NamedTuple):
     places: tuple[tuple[int, Compute], ...]
 
     def __str__(self) -> str:
-        """The wait between two ranks, of the lowest rank."""
+        """The wait of the lowest rank for another rank."""
         waits = list(zip(self.places, (self.places[-1], *self.places), strict=False))
         across = [(later, earlier) for later, earlier in waits if later[0] != earlier[0]]
         (rank, compute), (peer, other) = min(across or waits, key=lambda wait: wait[0][0])
@@ -149,7 +149,7 @@ def _channel(schedule: Schedule, rank: int, op: Op) -> tuple[int, int]:
 
 
 def _earliest(durations: Mapping[Node, int], waits: Sequence[tuple[Node, Node]]) -> int | list[Node]:
-    """The end where everything starts as early as it can, or a wait cycle, each node waiting for the one before."""
+    """The makespan if everything starts as early as it can, or a wait cycle: each node waits for the one before."""
     waits_for: dict[Node, list[Node]] = {node: [] for node in durations}
     following: dict[Node, list[Node]] = {node: [] for node in durations}
     for earlier, later in waits:

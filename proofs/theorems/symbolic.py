@@ -2,7 +2,7 @@
 
 A ``Position`` is one action of one step of one row, in an iteration that is itself a symbol.  So its microbatch, its
 number among the messages of a channel, and the number of computes before it are affine expressions.  Nothing here
-expands a table or writes one down again: the rows are those that ``dualpipe.schedule.generate`` expands.
+expands or repeats a table: the rows are those that ``dualpipe.schedule.generate`` expands.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Rank:
     sizes:
         The table's own symbols, in the symbols that the theorem quantifies over.
     domain:
-        The sizes, and the ranks at each, that the kind stands for.
+        The sizes, and the ranks at each size, that the kind covers.
     exists:
         The condition under which a message action exists: always if it is not listed, never if it has ``None``.
     suffix:
@@ -54,7 +54,7 @@ class Rank:
 
     @cached_property
     def symbols(self) -> dict[str, Affine]:
-        """The symbols of the kind, each as it is called here, where it may have the suffix."""
+        """The symbols of the kind, each under its name in the theorem, which may have the suffix."""
         names = sorted({name for size in self.sizes.values() for name in size.terms})
         return {name.removesuffix(self.suffix): symbol(name) for name in names}
 

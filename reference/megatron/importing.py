@@ -44,7 +44,7 @@ _EXPECTED = (
 
 @contextmanager
 def expected_warnings() -> Iterator[None]:
-    """Within, megatron-core's known warnings at import and in training are ignored.  Others are not affected."""
+    """Inside the block, megatron-core's known warnings at import and in training are ignored, and no others."""
     with warnings.catch_warnings():
         for text, category in _EXPECTED:
             warnings.filterwarnings("ignore", rf"\s*{text}", category)

@@ -33,7 +33,7 @@ Body = Callable[[Case, Context], list[StepTrace]]
 class Normed(Comparison):
     """A comparison that includes the gradient norms of the optimizer.
 
-    ``norm_difference``: their largest relative difference from the truth's; NaN if the party failed.  Under the
+    ``norm_difference``: their largest relative difference from the truth's; NaN if one failed.  Under the
     distributed optimizer, norms that differ by rounding count as equal, see ``Case.norm_rounding``.
     """
 
@@ -73,10 +73,10 @@ def verify(
         different = tuple(differences(case, true, found, kinds))
         return Normed(name, different, (), seconds, norm_difference=norm_difference(true, found))
 
-    parties = [compare(PRODUCTION, production_body, production.ranks(case))]
+    comparisons = [compare(PRODUCTION, production_body, production.ranks(case))]
     if case.has_oracle:
         kinds = KINDS[:2] if case.distributed_optimizer else KINDS  # the oracle shards nothing
-        parties.append(compare(ORACLE, oracle.run, 1, kinds))
+        comparisons.append(compare(ORACLE, oracle.run, 1, kinds))
     return Report(
         case,
         _facts(case),
@@ -84,7 +84,7 @@ def verify(
         tensors_compared(true),
         _stage_sizes(case, true[-1]),
         tuple(failed_sanity_checks(true)),
-        tuple(parties),
+        tuple(comparisons),
         time.monotonic() - started,
         tuple(next(iter(step.norms.values())) for step in true),
     )

@@ -166,7 +166,7 @@ def test_a_tree_that_does_not_parse_is_refused_and_not_a_crash(clone, kept):
 def test_a_base_that_does_not_exist_is_bad_input(clone):
     code, report, err = gate(clone, "--base", "nowhere")
     assert code == 2
-    assert err.splitlines()[-1].startswith("gate: --base is a revision of this repository: got nowhere")
+    assert err.splitlines()[-1].startswith("gate: --base must be a revision of this repository: got nowhere")
     assert report["verdict"] == "bad_input"
     assert report["error"] in err
 
@@ -191,17 +191,17 @@ LONG = "a" * 300
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--output", "{}/file"), "--output is a folder for the reports: "),
-        (("--output", "{}/file/below"), "--output is a folder for the reports: "),
-        (("--output", "{}/taken"), "--output is a folder for the reports: "),
-        (("--output", LONG), "--output is a folder for the reports: "),
+        (("--output", "{}/file"), "--output must be a folder for the reports: "),
+        (("--output", "{}/file/below"), "--output must be a folder for the reports: "),
+        (("--output", "{}/taken"), "--output must be a folder for the reports: "),
+        (("--output", LONG), "--output must be a folder for the reports: "),
         (("--html", "{}/nowhere/page.html"), "--html is a file that can be written: "),
         (("--html", "{}/file/page.html"), "--html is a file that can be written: "),
         (("--html", "{}"), "--html is a file that can be written: "),
         (("--html", "{}/circle"), "--html is a file that can be written: "),
         (("--html", LONG), "--html is a file that can be written: "),
-        (("--root", "{}/nowhere"), "--root is a folder: "),
-        (("--root", "{}/circle"), "--root is a folder: "),
+        (("--root", "{}/nowhere"), "--root must be a folder: "),
+        (("--root", "{}/circle"), "--root must be a folder: "),
         (("--root", "{}"), "the gate needs a git work tree: "),
     ],
 )

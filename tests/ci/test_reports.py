@@ -20,14 +20,14 @@ from ci.report.sarif import RULES, sarif
 from ci.report.terminal import terminal
 from ci.repository import Base, Changed
 from ci.result import CheckResult, Finding, Verdict
-from ci.selection import Selection
+from ci.selector import Selection
 from dualpipe.page.model import Table
 from tests.ci.conftest import ROOT
 
 TEXT = (ROOT / "tests" / "golden" / "1f1b-P2-M4.txt").read_text()
 LATER = TEXT.replace("0F1> 0SF1>+0RB0>", "0RB0> 0F1> 0SF1>", 1)
 BASE = Base("0" * 40, "where HEAD left main")
-STORY = "1f1b-P2-M4: rank 0 waits | for ever\nmade by row '2 last' of ONE_F_ONE_B"
+STORY = "1f1b-P2-M4: rank 0 waits | forever\nmade by row '2 last' of ONE_F_ONE_B"
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_summary_has_verdicts_stories_and_the_diff(refused):
     assert text.startswith("# Schedule gate: ❌ Refused\n")
     assert "| ❔ | theorems | unknown: no answer within 400 s | 400.0 | the phase tables changed |" in text
     assert "**deadlock** at `dualpipe/schedule/generate.py:42`" in text
-    assert "```text\n1f1b-P2-M4: rank 0 waits | for ever\n" in text
+    assert "```text\n1f1b-P2-M4: rank 0 waits | forever\n" in text
     assert "| 1f1b-P2-M4 | changed | cannot finish: every rank reaches its end: no |" in text
     assert "```diff\n-rank 0:" in text
 
@@ -86,7 +86,7 @@ def test_junit_counts_failures_errors_and_skipped_apart(refused):
     assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "1"]
     case = next(case for case in suite if case.find("failure") is not None)
     assert (case.get("file"), case.get("line")) == ("dualpipe/schedule/generate.py", "42")
-    assert case.find("failure").get("message") == "1f1b-P2-M4: rank 0 waits | for ever"
+    assert case.find("failure").get("message") == "1f1b-P2-M4: rank 0 waits | forever"
 
 
 def test_junit_holds_any_message():

@@ -145,7 +145,9 @@ def test_in_the_first_commit_every_file_is_new(scratch):
 
 def test_a_base_that_does_not_exist_is_bad_input(scratch):
     scratch.commit()
-    with pytest.raises(GateError, match="--base is a revision of this repository: got nowhere; fetch it or correct it"):
+    with pytest.raises(
+        GateError, match="--base must be a revision of this repository: got nowhere; fetch it or correct it"
+    ):
         scratch.repository.resolve("nowhere")
 
 

@@ -9,18 +9,8 @@ import pytest
 from ci.extent import Extent, extent
 from ci.faults.collection import FAULTS, HARMLESS
 from ci.repository import Changed, Repository
-from ci.selection import (
-    ARCHITECTURE,
-    CHECKS,
-    FAULTS_FIT,
-    PAGE_TESTS,
-    ROWS,
-    Row,
-    Selection,
-    is_test,
-    row_of_path,
-    select,
-)
+from ci.selection import CHECKS, PAGE_TESTS, ROWS, Row
+from ci.selector import ARCHITECTURE, FAULTS_FIT, Selection, is_test, row_of_path, select
 from tests.ci.conftest import ROOT
 from tests.docs.snippets import documents
 

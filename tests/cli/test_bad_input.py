@@ -108,6 +108,7 @@ def test_a_picture_or_trace_that_cannot_be_written_is_an_error(run, command, tmp
         ("--optimal", ("--smtlib", "a.smt2")),
         ("--optimal", ("--max-activations", "1")),
         ("--optimal", ("--model", "eager")),
+        ("--optimal", ("--late-w", "tail")),
         ("--all-sizes", ("--html", "a.html")),
         ("--all-sizes", ("-P", "4")),
         ("--all-sizes", ("--optimal",)),
@@ -225,16 +226,16 @@ LONG = "a" * 300
     [
         (("prove", ""), "or module:function: got an empty name; give a name"),
         (("prove", "."), "or module:function: . is a folder; name a file in it"),
-        (("prove", "/proc/self/mem"), "a schedule is a file that can be read: /proc/self/mem: "),
-        (("show", LONG), "the name of a file has at most 255 bytes: got 300 bytes: aaa"),
+        (("prove", "/proc/self/mem"), "a schedule must be a file that can be read: /proc/self/mem: "),
+        (("show", LONG), "the name of a file may have at most 255 bytes: got 300 bytes: aaa"),
         (
             ("show", "--svg", ""),
-            "--svg is a file that can be written: . is a folder, which an empty name stands for too;",
+            "--svg is a file that can be written: . is a folder (an empty name means the current one);",
         ),
-        (("show", "--svg", LONG), f"{LONG} cannot be made: File name too long; name another file"),
+        (("show", "--svg", LONG), f"{LONG} cannot be created: File name too long; name another file"),
         (
             ("show", "--svg", "ok.txt/x.svg"),
-            "ok.txt/x.svg cannot be made: ok.txt is a file, not a folder; name another",
+            "ok.txt/x.svg cannot be created: ok.txt is a file, not a folder; name another",
         ),
         (
             ("show", "--svg", "/dev/full"),
@@ -243,7 +244,7 @@ LONG = "a" * 300
         (("prove", "--bytes-for-b", "1"), "go together: got --bytes-for-b alone; add --bytes-for-w"),
         (("prove", "--bytes-for-w", "1"), "go together: got --bytes-for-w alone; add --bytes-for-b"),
         (("prove", "--bytes-for-b", "9" * 5000, "--bytes-for-w", "1", "ok.txt"), "of at most 18 digits: got 999"),
-        (("prove", "--model", "eager:" + "9" * 22), "buffers at most 999999999 messages: got 'eager:999"),
+        (("prove", "--model", "eager:" + "9" * 22), "may buffer at most 999999999 messages: got 'eager:999"),
         (("show", "depths.txt"), "lane > has 2 stages and lane < has 1 stage; expected"),
         (("show", "no.txt"), "got no.txt, and no such file exists; correct it"),
         (("show", "oky.txt"), "got oky.txt, and no such file exists; did you mean ok.txt?"),

@@ -163,7 +163,7 @@ def test_a_missing_member_is_bad_input(run, name):
 
 def test_an_error_of_the_function_is_reported_on_one_line(run):
     for name, message in (
-        ("mine:unreadable", "Unreadable: (its text cannot be had)"),
+        ("mine:unreadable", "Unreadable: (its text raised an error)"),
         ("mine:two_lines", "ValueError: one ("),
     ):
         result = run("show", name)

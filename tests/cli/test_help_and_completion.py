@@ -115,7 +115,7 @@ def test_commands_options_names_and_choices_are_completed():
     assert complete("sh") == ["show"]
     assert complete("prove", "--all") == ["--all-sizes"]
     assert complete("show", "--schedule", "dual") == [name for name in PLANS if name.startswith("dual")]
-    assert complete("prove", "z") == ["zb1p"]
+    assert complete("prove", "z") == ["zb1p", "zbv"]
     assert complete("verify", "--dtype", "f") == ["fp32", "fp64"]
 
 

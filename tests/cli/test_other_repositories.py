@@ -72,13 +72,13 @@ def test_the_workflow_rejects_a_broken_schedule_with_its_story(repository):
     assert code == 1
     assert "| `schedules/good.txt` | proved |" in summary
     assert re.search(r"\| `broken\.schedule` \| refuted \| .*deadlock.* \|", summary)
-    assert "rank 0 waits for ever" in summary
+    assert "rank 0 waits forever" in summary
 
 
 def test_the_workflow_keeps_a_page_that_draws_what_it_proved(repository):
     prove(repository, "schedules/good.txt\nbroken.schedule\n")
     page = (repository / "proofs.html").read_text()
-    assert "rank 0 waits for ever" in page
+    assert "rank 0 waits forever" in page
     kept = next(each["with"]["path"] for each in PROVE["jobs"]["prove"]["steps"] if "upload" in each.get("uses", ""))
     assert kept.split() == ["proofs.jsonl", "proofs.html"]
 
@@ -227,7 +227,7 @@ def test_the_hook_lets_a_good_schedule_through_and_refuses_a_broken_one(pre_comm
     assert "dualpipe on 2 ranks: proved" in passed.stdout
     refused = pre_commit("dualpipe-prove", "schedules/good.txt", "broken.schedule")
     assert refused.returncode == 1
-    assert "rank 0 waits for ever" in refused.stdout
+    assert "rank 0 waits forever" in refused.stdout
     assert "exit code: 1" in refused.stdout
 
 

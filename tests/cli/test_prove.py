@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dualpipe.cli.options import find_schedule
 from dualpipe.schedule import RF, UP, Op
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import ScheduleSyntaxError, dumps
 from proofs.prove import CHECKS, prove
 from tests.production.cases import without
@@ -32,7 +32,7 @@ def refuted_file(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_named_schedules_are_proved(run, name):
     result = run("prove", "-P", 4, "-M", 8, "--schedule", name)
     assert result.code == 0
@@ -52,10 +52,10 @@ def test_json_has_the_contract_keys(run, proved_file):
 def test_a_refuted_schedule_has_a_story_and_exits_with_1(run, refuted_file):
     result = run("prove", refuted_file)
     assert result.code == 1
-    assert "rank 1 comes in slot 4 (1F1>) to the forward of microbatch 1" in result.out
+    assert "rank 1 runs the forward of microbatch 1 at stage 1 of lane > in slot 4 (1F1>)" in result.out
     printed = json.loads(run("prove", refuted_file, "--json").out)
     assert printed["checks"]["deadlock"]["verdict"] == "refuted"
-    assert "rank 0 waits for ever" in printed["checks"]["deadlock"]["story"]
+    assert "rank 0 waits forever" in printed["checks"]["deadlock"]["story"]
 
 
 def test_each_file_gives_a_line_and_the_worst_gives_the_exit_code(run, proved_file, refuted_file, tmp_path):
@@ -143,6 +143,48 @@ def test_all_sizes_of_a_family_without_theorems_is_bad_input(run, proved_file):
         assert result.code == 2
         assert "there are theorems for 1f1b, zb1p, dualpipe, dualpipev" in " ".join(result.err.split())
         assert message in " ".join(result.err.split())
+
+
+def test_a_schedule_is_compared_with_a_named_one_of_its_size(run, tmp_path):
+    file = tmp_path / "eager.txt"
+    text = dumps(generate("dualpipe", 4, 8)).replace("schedule dualpipe\n", "")
+    file.write_text(text.replace(" 2W3<", "").replace("2B3<", "2B3<+2W3<"))
+    result = run("prove", file, "--against", "dualpipe", "--model", "blocking")
+    assert result.code == 1
+    assert f"{file} on 4 ranks: proved" in result.out, "every check holds"
+    assert "weights: rank 1 runs 2W3< in slot 22 before 1B3>" in result.out
+    against = json.loads(run("prove", file, "--against", "dualpipe", "--json").out)["against"]
+    assert (against["name"], against["verdict"]) == ("dualpipe", "departs")
+    (departure,) = [each for each in against["departures"] if each["rank"] == 1]
+    assert (departure["aspect"], departure["here"]) == ("weights", {"slot": 22, "op": "2W3<"})
+    assert departure["there"] == {"slot": 24, "op": "1B3>"}
+    assert "is the store for weight gradients fed?" in departure["meaning"]
+    assert run("prove", file, "--against", file).code == 0
+
+
+def test_a_check_can_be_waived_by_its_name(run, tmp_path):
+    file = tmp_path / "late.txt"
+    file.write_text(dumps(generate("zb1p", 2, 4)).replace("1W2> 1W3>", "1W3> 1W2>"))
+    assert run("prove", file, "--model", "blocking").code == 1
+    result = run("prove", file, "--model", "blocking", "--waive", "accumulation", "--waive", "memory")
+    assert result.code == 0
+    assert result.out.startswith("zb1p on 2 ranks: proved but for accumulation (waived)\n")
+    result = run("prove", file, "--waive", "acumulation")
+    assert result.code == 2
+    assert "did you mean accumulation?" in " ".join(result.err.split())
+
+
+def test_the_size_of_a_named_schedule_to_compare_with_can_be_given(run, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("lane > 0 1\nlane < 1 0\nrank 0: 0F0> 0SF0>\nrank 1: 0F0< 0SF0< 0F1< 0SF1<\n")
+    result = run("prove", file, "--against", "dualpipe")
+    assert result.code == 2
+    assert "it has 1 of lane > and 2 of lane <; say with -M" in " ".join(result.err.split())
+    result = run("prove", file, "--against", "dualpipe", "-M", 4, "--model", "blocking")
+    assert result.code == 1
+    assert "rank 0 never runs 1F0<" in result.out
+    assert run("prove", "zb1p", "-P", 2, "-M", 4, "--against", "1f1b", "--model", "blocking").code == 1
+    assert run("prove", "--all-sizes", "--against", "1f1b").code == 2
 
 
 WORDS = st.sampled_from(

@@ -30,7 +30,7 @@ def test_out_of_memory_is_unknown_with_the_reason():
         result = child.prove(families()[0], "totals", set(), 10.0)
         found = child.optimal(4, 8)
     assert result.verdict == reason
-    assert result.text.startswith("unknown: 1f1b: totals: for all P >= 1 and all M >= P, no phase is shorter than 0")
+    assert result.text.startswith("unknown: 1f1b: totals: for all P >= 1 and all M >= P, no phase has a negative")
     assert (found.verdict, found.least, found.impossible, found.dualpipe) == (reason, None, None, 26)
 
 

@@ -4,15 +4,29 @@ import json
 
 import pytest
 
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import dumps, loads
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_show_prints_the_schedule(run, name):
-    result = run("show", "-P", 4, "-M", 10, "--schedule", name)
+    result = run("show", "-P", 4, "-M", 12, "--schedule", name)
     assert (result.code, result.err) == (0, "")
-    assert loads(result.out) == generate(name, 4, 10)
+    assert loads(result.out) == generate(name, 4, 12)
+
+
+def test_late_w_chooses_the_variant_of_a_schedule_by_argument_and_by_option(run):
+    variant = dumps(generate("dualpipev-late-tail", 2, 4))
+    assert run("show", "dualpipev", "-P", 2, "-M", 4, "--late-w", "tail").out == variant
+    assert run("show", "--schedule", "dualpipev", "-P", 2, "-M", 4, "--late-w", "tail").out == variant
+    assert json.loads(run("simulate", "-P", 8, "-M", 32, "--late-w", "all", "--json").out)["makespan"] == 99
+
+
+@pytest.mark.parametrize("command", ["show", "simulate", "prove", "verify"])
+def test_late_w_of_a_schedule_that_has_no_such_variant_is_refused(run, command):
+    result = run(command, "zb1p", "--late-w", "tail")
+    assert (result.code, result.out) == (2, "")
+    assert "late W is an option of dualpipe, dualpipev: got tail with zb1p" in result.err
 
 
 def test_a_shown_file_is_read_again(run, tmp_path):
@@ -46,7 +60,7 @@ BAD = {
     "too few for 1f1b": (["-P", 4, "-M", 2, "--schedule", "1f1b"], "as many microbatches as ranks", "got 2", "use 4"),
     "no such file": (
         ["--schedule", "missing.txt"],
-        "dualpipe, dualpipev, 1f1b, zb1p, or a file",
+        "1f1b, zb1p, interleaved, zbv, a file or module:function",
         "missing.txt",
         "no such",
     ),
@@ -96,7 +110,7 @@ def test_an_invalid_cost_is_bad_input(run, cost):
 def test_a_cost_that_is_given_twice_is_bad_input(run, command):
     result = run(*command, "--cost", "F=1,B=2, F=2")
     assert (result.code, result.out) == (2, "")
-    assert "--cost gives each name once: got F twice in 'F=1,B=2, F=2'; leave one of them out" in result.err
+    assert "--cost must give each name once: got F twice in 'F=1,B=2, F=2'; leave one of them out" in result.err
 
 
 @pytest.mark.parametrize(("name", "text"), [("mine.txt", "lane > 0\nrank 0: 0F0>\n"), ("mine.csv", "0F0\n")])

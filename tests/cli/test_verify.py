@@ -78,7 +78,7 @@ def test_a_run_with_an_impossible_op_names_it_and_exits_with_1(run, tmp_path):
     result = run("verify", file, "--steps", 1, "--timeout", 3)
     assert result.code == 1
     assert "(1F1>): it needs 1RF1>, which has not been posted" in result.out
-    assert "fake ranks: Misstep: F comes after what it needs on its rank: rank 1, slot 4, 1F1>" in result.out
+    assert "fake ranks: Misstep: F runs after what it needs on its rank: rank 1, slot 4, 1F1>" in result.out
 
 
 def test_a_hung_run_ends_in_time_with_what_every_rank_waited_for_and_exits_with_1(run, tmp_path):

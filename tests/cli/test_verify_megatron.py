@@ -12,7 +12,7 @@ def test_an_equal_run_prints_a_row_per_stage_and_exits_with_0(run):
     rows = [line.split() for line in result.out.splitlines() if line.strip()[:1].isdigit()]
     assert [row[0] for row in rows] == ["0", "1"]
     assert all(row[-2:] == ["equal", "equal"] for row in rows)
-    assert "are bitwise those of Megatron's 1F1B" in result.out
+    assert "are bitwise equal to those of Megatron's 1F1B" in result.out
 
 
 def test_an_equal_run_in_json(run):

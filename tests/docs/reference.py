@@ -24,20 +24,20 @@ from tests.docs.snippets import ROOT
 FOLDER = ROOT / "docs" / "reference"
 
 MODULES: dict[str, tuple[str, str]] = {
-    "dualpipe": ("Schedules", "Needs the standard library alone, the names of DeepSeek's package aside."),
-    "dualpipe.lower": ("Messages for an order of computes", "Pure; needs the standard library alone."),
+    "dualpipe": ("Schedules", "Needs only the standard library, except for the names of DeepSeek's package."),
+    "dualpipe.lower": ("Messages for an order of computes", "Pure; needs only the standard library."),
     "dualpipe.torchcsv": (
         "Tables of torch.distributed.pipelining",
-        "Pure; needs the standard library alone.",
+        "Pure; needs only the standard library.",
     ),
-    "dualpipe.simulate": ("Simulation on ideal ranks", "Pure; needs the standard library alone."),
+    "dualpipe.simulate": ("Simulation on ideal ranks", "Pure; needs only the standard library."),
     "dualpipe.picture": ("Pictures", "Needs matplotlib."),
-    "dualpipe.page": ("The report page", "Pure; needs the standard library alone."),
+    "dualpipe.page": ("The report page", "Pure; needs only the standard library."),
     "dualpipe.pipeline": ("Running a schedule", "Needs torch."),
     "dualpipe.megatron": ("Megatron-core", "Needs megatron-core once a name is used."),
     "dualpipe.testing": ("Recording in tests", "Needs torch."),
     "dualpipe.errors": ("Errors", "Every error about input is a `RuleError`."),
-    "proofs.prove": ("Proving one schedule", "Needs z3 where the solver is asked."),
+    "proofs.prove": ("Proving one schedule", "Needs z3 if the solver is used."),
     "proofs.verdict": ("Verdicts", "Pure."),
     "proofs.story": ("Stories", "Pure."),
 }

@@ -23,7 +23,7 @@ needs_a_gpu = pytest.mark.skipif(
 )
 needs_torchrun = pytest.mark.skipif(
     WORLD < 2 or GPUS < WORLD,
-    reason=f"torchrun with one GPU a rank, 2 or more, is needed (have {WORLD} ranks, {GPUS} GPUs): would have shown "
+    reason=f"torchrun with one GPU per rank, 2 or more, is needed (have {WORLD} ranks, {GPUS} GPUs): would have shown "
     "that ranks over NCCL match the oracle bitwise",
 )
 once = pytest.mark.skipif(

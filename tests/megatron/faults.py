@@ -312,7 +312,7 @@ FAULTS = [
         28,
         "a message on the default group",
         messages_on_the_default_group,
-        "RuleError: a schedule runs on as many processes as it has ranks",
+        "RuleError: a schedule must run on as many processes as it has ranks",
         replace(BASE, dp=2, steps=1),
     ),
     fault(30, "a delayed weight gradient overwrites", delayed_gradient_overwrites, "gradient of .*weight"),

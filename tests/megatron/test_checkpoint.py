@@ -144,7 +144,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     def body(args):
         load_checkpoint(tmp_path, [])
 
-    with pytest.raises(RuntimeError, match="a checkpoint is a folder that save_checkpoint wrote"):
+    with pytest.raises(RuntimeError, match="a checkpoint must be a folder that save_checkpoint wrote"):
         in_ranks(1, "", body)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -10,11 +12,11 @@ from megatron.core.transformer import TransformerConfig
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.megatron.groups import at_stage
+from dualpipe.megatron.schedule import chunks_of, forward_backward_dualpipe
 from dualpipe.testing.launch import launch
 from reference.megatron import production
-from reference.megatron.case import Case
+from tests.megatron.ranks import CASE, on_each_rank
 
-CASE = Case(pp=2, steps=1, timeout=10)
 pipeline_rank = parallel_state.get_pipeline_model_parallel_rank
 
 
@@ -84,3 +86,17 @@ def kinds(stage):
 
 def test_a_layer_spec_that_reads_global_state_is_that_of_the_chunks_stage():
     assert [kinds(stage) for stage in range(4)] == [[False, False], [False, True], [True, True], [True, True]]
+
+
+def test_a_recomputed_layer_reads_its_stage_from_global_state():
+    def body(model, **keywords):
+        seen = []
+        for chunk, (_, stage) in zip(model, chunks_of(model), strict=True):
+            layer = chunk.module.decoder.layers[0]
+            layer.register_forward_pre_hook(lambda *_, stage=stage: seen.append(pipeline_rank() == stage))
+        forward_backward_dualpipe(model=model, **keywords)
+        return seen
+
+    for seen in on_each_rank(body, replace(CASE, recompute=True)):
+        assert len(seen) == 2 * CASE.count  # once in F, once in B
+        assert all(seen)

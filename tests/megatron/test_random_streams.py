@@ -8,7 +8,7 @@ import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.megatron.schedule import forward_backward_dualpipe as step
 from reference.megatron import data
 from reference.megatron.case import Case
-from tests.megatron.test_schedule import on_each_rank
+from tests.megatron.ranks import on_each_rank
 
 CASE = Case(pp=2, steps=1, microbatches=4, dropout=0.1, timeout=10)
 

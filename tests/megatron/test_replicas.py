@@ -20,7 +20,7 @@ from dualpipe.testing.launch import launch
 from reference.megatron import data, production
 from reference.megatron.case import Case
 from reference.megatron.training import forward_step
-from tests.megatron.test_schedule import on_each_rank
+from tests.megatron.ranks import on_each_rank
 
 CASE = Case(pp=2, steps=2, microbatches=4, timeout=10)
 
@@ -98,12 +98,12 @@ def test_mistakes_that_would_make_replicas_differ_are_refused_before_any_message
     assert first == second
     expected = {
         "no finalize": "training needs it: got None; use megatron.core.distributed.finalize_model_grads, and set it on",
-        "no_sync of three": "no_sync_func is None, one function, or a list of 2",
+        "no_sync of three": "no_sync_func must be None, one function, or a list of 2",
         "no_sync of none": "got 0 of []",
         "no_sync of strings": "set [chunk.no_sync for chunk in model]",
         "grad_sync of one": "set [chunk.start_grad_sync for chunk in model]",
         "param_sync of an int": "got 3; set [chunk.start_param_sync for chunk in model]",
-        "grad_sync without overlap": "gradients are reduced once a step",
+        "grad_sync without overlap": "gradients must be reduced once per step",
         "per token after building": "set it before building the model",
         "a flag after building": "variable_seq_lengths is True",
         "swapped": "got stages [1, 0]",

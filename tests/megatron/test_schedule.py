@@ -8,7 +8,6 @@ losses      0  1  2  3  4  5  ...      on the last rank, each once
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,14 +24,11 @@ from dualpipe.megatron.schedule import forward_backward_dualpipe as step
 from dualpipe.megatron.schedule import schedule_for
 from dualpipe.runtime.executor import StepError
 from dualpipe.schedule import DOWN, UP, Chunk, F, Op
-from dualpipe.testing.launch import launch
 from proofs.prove import prove
-from reference.megatron import data, production
-from reference.megatron.case import Case
+from reference.megatron import data
 from reference.megatron.data import Batch
 from reference.megatron.training import forward_step
-
-CASE = Case(pp=2, steps=1, timeout=10)
+from tests.megatron.ranks import CASE, on_each_rank
 
 
 class Collected(NamedTuple):
@@ -40,22 +36,6 @@ class Collected(NamedTuple):
 
     mean: torch.Tensor
     shapes: list[tuple[int, ...]]
-
-
-def on_each_rank(body: Callable[..., Any], case: Case = CASE) -> list[Any]:
-    """Run ``body(**keywords of the schedule)`` once on every rank, in place of a training step."""
-
-    def rank(context):
-        found: list[Any] = []
-
-        def instead(**keywords):
-            found.append(body(**keywords))
-            return []
-
-        production.run_rank(case, context, instead)
-        return found[0]
-
-    return launch(production.ranks(case), rank, case.limit).values()
 
 
 def numbers(returned: list[dict[str, torch.Tensor]]) -> list[tuple[int, int]]:
@@ -278,45 +258,6 @@ def test_a_step_that_fails_in_a_backward_leaves_no_weight_gradient_to_the_next_o
     for dropped, left in on_each_rank(body, replace(CASE, timeout=3)):
         assert dropped == [1]
         assert left == 0
-
-
-def test_a_recomputed_layer_reads_its_stage_from_global_state():
-    def body(model, **keywords):
-        from megatron.core import parallel_state
-
-        from dualpipe.megatron.schedule import chunks_of
-
-        seen = []
-        for chunk, (_, stage) in zip(model, chunks_of(model), strict=True):
-            layer = chunk.module.decoder.layers[0]
-            layer.register_forward_pre_hook(
-                lambda *_, stage=stage: seen.append(parallel_state.get_pipeline_model_parallel_rank() == stage)
-            )
-        step(model=model, **keywords)
-        return seen
-
-    for seen in on_each_rank(body, replace(CASE, recompute=True)):
-        assert len(seen) == 2 * CASE.count  # once in F, once in B
-        assert all(seen)
-
-
-def test_chunks_that_show_the_ranks_groups_still_cast_like_their_stage():
-    """The loop reads the rank's groups from the chunk; Float16Module reads those of its stage."""
-
-    def body(model, **keywords):
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.core.utils import get_attr_wrapped_model, unwrap_model
-
-        from dualpipe.megatron.training_loop import _show_groups_of_rank
-
-        for chunk in model:
-            _show_groups_of_rank(chunk)
-        own = ProcessGroupCollection.use_mpu_process_groups().pp
-        assert all(get_attr_wrapped_model(chunk, "pg_collection").pp is own for chunk in model)
-        assert all(unwrap_model(chunk).pg_collection.pp is own for chunk in model)
-        return len(step(model=model, **keywords))
-
-    assert on_each_rank(body, replace(CASE, dtype="bf16")) == [0, CASE.count]
 
 
 @pytest.mark.parametrize("place", ["loss of rank 1", "data of rank 0", "reduction of rank 0"])

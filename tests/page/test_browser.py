@@ -3,11 +3,12 @@
 import pytest
 
 from dualpipe.cli.page import comparison
-from dualpipe.page import Comparison, Counterexample, Mark, Page, render
+from dualpipe.page import Comparison, Counterexample, Drawn, Gallery, Mark, Page, Steps, render
 from dualpipe.schedule import B, F, Kind, Schedule, W
 from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.palette import DARK, LIGHT, NAMES, colour
+from dualpipe.timeline.timeline import Costs
 from proofs.prove import prove
 from tests.page.browser import Shown, chromium, missing
 from tests.pictures.cases import INTERLEAVED
@@ -51,6 +52,12 @@ def refuted(schedule, before=None):
     return comparison(prove(schedule, smt=False), schedule, before)
 
 
+COLLECTIVES = """\
+lane > 0 1
+group 0: 0 1
+rank 0: 0US> 0F0> 0AA0> 0SF0> 0RB0> 0B0>+0W0> 0RG>+0AR>@0 0RS>
+rank 1: 1US> 1RF0> 1F0> 1AA0> 1B0>+1W0> 1SB0> 1RG>+1AR>@0 1RS>
+"""
 HIT = """
   s.view.fit();
   const zoom = args[0], ops = t.scene.schedule.ops;
@@ -69,7 +76,9 @@ HIT = """
 
 
 @pytest.mark.parametrize(
-    "schedule", [dualpipe(4, 8), a_ring_sends_before_it_receives()], ids=["dualpipe", "a ring that is stuck"]
+    "schedule",
+    [dualpipe(4, 8), a_ring_sends_before_it_receives(), loads(COLLECTIVES)],
+    ids=["dualpipe", "a ring that is stuck", "collectives"],
 )
 def test_every_op_of_the_schedule_is_found_where_it_is_drawn(show, schedule):
     page = show(Comparison("x", after=schedule, blocking=True))
@@ -85,10 +94,29 @@ def test_cells_have_the_colour_of_their_kind_and_lane(show):
         assert page.pixel(op) == channels(colour(kind, tone, 2)), "as in a picture"
 
 
+def test_schedules_of_a_gallery_share_the_stretch_of_time_also_with_their_memory(show):
+    memory = [Steps((0, 1, 5), (1, 2, 0)), Steps((0, 2, 6), (0, 4, 0))]
+    drawn = [Drawn(name, name, one_f_one_b(2, 4), Costs(), memory) for name in ("one", "other")]
+    page = show(Gallery("x", drawn, "live"))
+    widths = """
+      s.view.show(...args);
+      const boxes = [...document.querySelectorAll(".memory svg")].map((svg) => svg.viewBox.baseVal);
+      return [s.timelines.length, boxes.map((box) => [box.x, box.width]), s.view.from, s.view.to - s.view.from];
+    """
+    for stretch in ((0, 8), (2, 5)):
+        count, boxes, start, width = page.run(widths, *stretch)
+        assert count == 2
+        assert boxes == [pytest.approx([start, width])] * 2
+    labels = page.run(
+        'return [...document.querySelectorAll(".memory svg")].map((svg) => svg.getAttribute("aria-label"));'
+    )
+    assert labels == ["Memory, live: rank 0 up to 2, rank 1 up to 4"] * 2
+
+
 @pytest.mark.parametrize(
     ("schedule", "ops"),
     [(dualpipev(4, 8), ["0F0>", "4F0>"]), (loads(INTERLEAVED), ["0B0>", "2B0>", "4B0>"])],
-    ids=["a V", "three chunks a rank"],
+    ids=["a V", "three chunks per rank"],
 )
 @pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
 def test_stages_of_one_lane_on_one_rank_differ_in_shade(show, schedule, ops, scheme):
@@ -176,7 +204,7 @@ def test_a_line_to_what_is_needed_in_the_same_row_leaves_the_names_between_alone
 def test_a_message_that_meets_another_says_so(show):
     page = show(refuted(two_sends_of_a_batch_swapped()))
     page.point_at("1RF3>")
-    assert "meets 3SB1< of rank 0, slot 13: not its partner" in page.tooltip()
+    assert "matched with 3SB1< of rank 0, slot 13, which is not its partner" in page.tooltip()
     page.point_at("1RF2>")
     assert "not its partner" not in page.tooltip()
 

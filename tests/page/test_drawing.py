@@ -6,7 +6,7 @@ from dualpipe.errors import RuleError
 from dualpipe.page import Mark
 from dualpipe.page.drawing import drawing, marked, run
 from dualpipe.schedule import RF, UP, F, Op, Schedule, show_slot
-from dualpipe.schedule.generate import PLANS, dualpipe, generate, one_f_one_b
+from dualpipe.schedule.generate import NAMES, dualpipe, generate, one_f_one_b
 from dualpipe.timeline.timeline import Costs
 from tests.mutations import drop
 from tests.page import reading
@@ -16,7 +16,7 @@ UNEVEN = Costs(F=1.1, B=1.37, W=0.71, FB=2.9, latency=0.05)
 
 
 @pytest.mark.parametrize("costs", [Costs(), UNEVEN], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_slots_and_times_are_those_of_the_simulation(name, costs):
     schedule = generate(name, 4, 8)
     ran = run(schedule, costs, blocking=False)

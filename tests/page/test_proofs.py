@@ -90,7 +90,7 @@ def test_prove_writes_the_page_of_one_schedule(run, files):
     reading.tree(text)
     (section,) = reading.data(text)
     printed = {one["title"]: one["story"] for one in section["counterexamples"]}
-    assert printed["order"].startswith("rank 1 comes in slot 4 (1F1>)")
+    assert printed["order"].startswith("rank 1 runs the forward of microbatch 1 at stage 1 of lane > in slot 4 (1F1>)")
     assert '<span class="badge refuted">refuted</span>' in text
 
 

@@ -20,7 +20,7 @@ TIMELINES: dict[str, Timeline] = {
     "zb1p": simulate(generate("zb1p", 3, 6)),
     "weights that cost nothing": simulate(generate("zb1p", 2, 4), parse_costs("W=0")),
     "nothing costs anything": simulate(generate("dualpipe", 2, 4), parse_costs("F=0,B=0,W=0")),
-    "three chunks a rank": simulate(loads(INTERLEAVED)),
+    "three chunks per rank": simulate(loads(INTERLEAVED)),
     "blocking": simulate(generate("dualpipe", 4, 8), parse_costs("latency=0.5"), blocking=True),
     "no ops": simulate(loads("lane > 0\nrank 0:\n")),
 }

@@ -86,7 +86,7 @@ def test_a_full_backward_joins_its_w_and_a_split_one_does_not():
 def test_two_lanes_are_two_tones_and_so_are_the_two_ways_of_a_v():
     assert chart(TIMELINES["dualpipe"]).tones == {Tone(UP, 0): (0, 1, 2, 3), Tone(DOWN, 0): (0, 1, 2, 3)}
     assert chart(TIMELINES["dualpipev"]).tones == {Tone(UP, 0): (0, 1, 2), Tone(UP, 1): (3, 4, 5)}
-    assert list(chart(TIMELINES["three chunks a rank"]).tones.values()) == [(0, 1), (2, 3), (4, 5)]
+    assert list(chart(TIMELINES["three chunks per rank"]).tones.values()) == [(0, 1), (2, 3), (4, 5)]
     assert list(chart(TIMELINES["zb1p"]).tones) == [Tone(UP, 0)]
 
 

@@ -133,7 +133,7 @@ def test_numbers_shrink_and_are_left_out_where_they_would_be_too_small():
     assert 4 <= max(sizes(small)) < 8.5
     none = draw(simulate(generate("1f1b", 2, 300)))
     assert sizes(none) == set()
-    assert "; 1800 numbers have no room" in words(none)[1]
+    assert "; 1800 numbers did not fit" in words(none)[1]
 
 
 def test_a_figure_is_as_wide_as_its_ops_need_within_limits():

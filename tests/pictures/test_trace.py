@@ -169,6 +169,6 @@ def test_a_wrong_trace_is_noticed(fault):
 
 
 def test_every_send_has_an_arrow():
-    timeline = TIMELINES["three chunks a rank"]
+    timeline = TIMELINES["three chunks per rank"]
     events = of_timeline(timeline)["traceEvents"]
     assert len(arrows(events, "s")) == sum(placed.op.kind in SENDS for placed in timeline.schedule) == 10

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dualpipe import DualPipe
 from dualpipe.testing.launch import launch
 
 HIDDEN, CHUNKS = 8, 8
@@ -80,8 +81,8 @@ def truth(stages, x, labels, chunks):
     return torch.stack(losses).detach(), torch.cat(outputs).detach(), model
 
 
-@pytest.mark.parametrize("mapping", [None, [1, 0]])
-def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping):
+@pytest.mark.parametrize(("mapping", "late_w"), [(None, "none"), ([1, 0], "tail")])
+def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping, late_w):
     import dualpipe
 
     def body(context):
@@ -89,7 +90,7 @@ def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping):
         dualpipe.set_p2p_tensor_dtype(torch.float32)
         rank = context.rank if mapping is None else mapping[context.rank]
         modules = nn.ModuleList([stage(rank), stage(1 - rank)])
-        model = dualpipe.DualPipe(modules, rank_mapping=mapping)
+        model = dualpipe.DualPipe(modules, rank_mapping=mapping, late_w=late_w)
         x, labels = data()
         mine, answers = half(x, rank), half(labels, 1 - rank)
         found, outputs = model.step(mine, num_chunks=CHUNKS, criterion=loss, labels=(answers,))
@@ -153,3 +154,9 @@ def test_putting_a_gradient_into_the_store_outside_a_split_backward_is_refused()
     assert dualpipe.WeightGradStore.enabled is False
     with pytest.raises(RuntimeError, match="enabled"):
         dualpipe.WeightGradStore.put(lambda: None)
+
+
+def test_only_a_pipeline_that_places_its_modules_can_be_built():
+    """Without the modules' places a step would end in an error without a text."""
+    with pytest.raises(TypeError, match="held"):
+        type("Unplaced", (DualPipe.__base__,), {})([nn.Linear(1, 1)])

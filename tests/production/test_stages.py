@@ -153,7 +153,7 @@ TRIALS = {
         lambda: (plain(), plain()), criterion=lambda y, t: mean(y, t).detach(), error="a loss with a gradient.*1F0>"
     ),
     "an output without its input": Trial(
-        lambda: (plain(), Stage(lambda s, x: s.a(x.detach()), a=linear())), error="passes a gradient on.*1B0>"
+        lambda: (plain(), Stage(lambda s, x: s.a(x.detach()), a=linear())), error="must pass a gradient on.*1B0>"
     ),
     "more microbatches than the schedule has": Trial(
         lambda: (plain(), plain()),
@@ -326,7 +326,7 @@ def test_a_criterion_with_weights_of_its_own_is_refused_on_two_lanes():
 
     def body(context):
         held = {(lane, route.index(context.rank)): plain() for lane, route in schedule.routes.items()}
-        with pytest.raises(RuleError, match="a criterion has no weights of its own"):
+        with pytest.raises(RuleError, match="a criterion must have no weights of its own"):
             Pipeline(schedule, held, linear(), [REAL], ProcessGroupTransport(timeout=10.0))
         return True
 

@@ -1,4 +1,4 @@
-"""What the transport does for a GPU, on tensors of the CPU: staged copies, and works that end in stream order."""
+"""The transport by itself: staged copies, works that end in stream order, peers that end first, and its set-up."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from dualpipe.errors import StageError
+from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.process_group import ProcessGroupTransport
-from dualpipe.runtime.transport import Message, SpoiledError
+from dualpipe.runtime.transport import DisagreementError, Message, SpoiledError, TensorSpec
 from dualpipe.testing.launch import launch
 
 
@@ -70,3 +71,60 @@ def test_only_the_first_failure_is_announced_and_closing_waits_for_every_thread_
 
     (found,) = launch(1, body, timeout=30).values()
     assert found == ("the first reason", 1, 2, [])
+
+
+def test_a_rank_that_has_ended_well_fails_no_send_to_it():
+    """Its connections close before a slower thread here has seen its last send complete."""
+
+    class Late:
+        def __init__(self, work, peers):
+            self.work, self.peers = work, peers
+
+        def wait(self, *arguments):
+            self.work.wait(*arguments)
+            self.peers.reason(1)  # until the connection is closed
+            raise RuntimeError("Connection closed by peer")
+
+    def body(context):
+        transport = ProcessGroupTransport(timeout=10.0)
+        with transport, transport.phase("step"):
+            spec = TensorSpec((2,), torch.float32)
+            message = Message("0SF0>", 1 - context.rank, context.rank == 0, [torch.ones(2)], [spec])
+            transport.post([message])
+            if context.rank == 0:
+                message.works[:] = [Late(work, transport._peers) for work in message.works]
+            transport.wait(message)
+        return True
+
+    assert all(launch(2, body, timeout=30).values())
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), "10", None, True])
+def test_a_timeout_that_is_not_positive_and_finite_is_refused(timeout):
+    def body(context):
+        with pytest.raises(RuleError, match="a timeout must be a positive number of seconds"):
+            ProcessGroupTransport(timeout=timeout)
+
+    launch(1, body, timeout=30).values()
+
+
+def test_set_ups_of_any_length_are_compared_and_a_rank_that_does_not_arrive_is_named():
+    def body(context):
+        same = "x" * 100_000
+        ProcessGroupTransport(timeout=10.0).agree({"shapes": same})
+        with pytest.raises(DisagreementError) as differing:
+            ProcessGroupTransport(timeout=10.0).agree({"shapes": same + str(context.rank) + same})
+        late = ProcessGroupTransport(timeout=0.5)
+        if context.rank == 1:
+            late.close()
+        with pytest.raises((DisagreementError, SpoiledError)) as missing:
+            late.agree({})
+        dist.barrier()
+        ProcessGroupTransport(timeout=10.0).agree({})
+        return str(differing.value), str(missing.value)
+
+    (differing, missing), _ = launch(2, body, timeout=60).values()
+    assert "rank 0 has ... x" in differing
+    assert "rank 1 has ... x" in differing
+    assert len(differing) < 1500
+    assert "rank 0 waited 0.5 s for all of them (rank 1 of the group did not arrive)" in missing

@@ -163,7 +163,7 @@ FAULTS = (
         "W taken from an empty queue",
         weight_gradient_of_an_empty_queue,
         ("order",),
-        "rank 2 comes in slot 5 .2W0>. to the weight gradient of microbatch 0",
+        "rank 2 computes the weight gradient of microbatch 0 at stage 2 of lane > in slot 5 .2W0>.",
     ),
     Fault(
         11,

@@ -8,6 +8,7 @@ import pytest
 
 from dualpipe.cli.page import marks
 from dualpipe.schedule import UP, Kind, Op, Placed
+from dualpipe.schedule.observed import What
 from dualpipe.schedule.text import loads
 from proofs import findings
 from proofs.findings import Finding, Live, Place, Wait
@@ -18,6 +19,8 @@ from proofs.story import tell
 SCHEDULE = loads("lane > 0 1\nrank 0: 0F0> 0SF0> 0RB0> 0B0>+0W0>\nrank 1: 1RF0> 1F0> 1B0>+1W0> 1SB0>\n")
 SEND, RECEIVE = Placed(0, 1, 0, Op(Kind.SF, UP, 0, 0)), Placed(1, 0, 0, Op(Kind.RF, UP, 1, 0))
 FORWARD, BACKWARD = Placed(0, 0, 0, Op(Kind.F, UP, 0, 0)), Placed(0, 3, 0, Op(Kind.B, UP, 0, 0))
+
+TOGETHER, REDUCTION = Placed(0, 0, 0, Op(Kind.AA, UP, 0, 0, 0)), Placed(1, 0, 0, Op(Kind.RG, UP, 1, 0, 0))
 
 # a finding, how many slots of each rank show it, and the rank and slot of each of its marks
 EXAMPLES = [
@@ -31,10 +34,16 @@ EXAMPLES = [
     (findings.Mismatch(SEND, RECEIVE, 0), (2, 1), [(1, 0), (1, 0)]),
     (findings.LeftOver(SEND, 1, 0, 0), None, [(0, 1)]),
     (findings.SentTwice(SEND, SEND), (2, 0), [(0, 1)]),
+    (findings.NotMember(TOGETHER, (1,)), (1, 0), [(0, 0)]),
+    (findings.Clash(TOGETHER, REDUCTION, 0), (1, 1), [(1, 0)]),
+    (findings.LeftAlone(TOGETHER, 1, 0, 0), None, [(0, 0)]),
     (findings.WaitCycle(BLOCKING, (Wait(SEND, RECEIVE), Wait(RECEIVE, SEND))), (2, 1), [(0, 1), (1, 0)]),
     (findings.Unmatched(BLOCKING, SEND, 1, 0, 0, True), (2, 1), [(0, 1)]),
+    (findings.NeverJoined(BLOCKING, TOGETHER, 1, 0, 0), (1, 0), [(0, 0)]),
     (findings.OverBound(0, 2, (Live(FORWARD.op, Kind.B),), 0, "given"), (3, 0), [(0, 2), (0, 0)]),
     (findings.OutOfOrder(FORWARD, BACKWARD), (4, 0), [(0, 3)]),
+    (findings.TouchedInFlight(SEND, What.FREE, FORWARD.op, "a:1", "a:2", None), None, [(0, 1), (0, 0)]),
+    (findings.Overwritten(RECEIVE, Op(Kind.F, UP, 1, 0), None, "a:1", "a:2", "a:3"), None, [(1, 0)]),
 ]
 
 

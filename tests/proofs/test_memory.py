@@ -3,7 +3,7 @@
 import pytest
 
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.generate import dualpipe, dualpipev, generate, interleaved, one_f_one_b, zb1p, zbv
 from dualpipe.schedule.text import loads
 from proofs import smt
 from proofs.memory import Bound, BoundError, bound_of, peak_activations, peak_bytes, settled_bytes, within
@@ -30,6 +30,15 @@ def test_every_rank_of_dualpipev_holds_one_more_than_there_are_stages(ranks):
 def test_the_ranks_of_1f1b_hold_fewer_towards_the_end_and_those_of_zb1p_all_as_many():
     assert peak_activations(one_f_one_b(4, 8)) == (4, 3, 2, 1)
     assert peak_activations(zb1p(4, 8)) == (4, 4, 4, 4)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
+def test_zbv_and_interleaved_1f1b_reach_their_published_bounds_and_no_more(ranks):
+    assert peak_activations(zbv(ranks, 3 * ranks)) == (2 * ranks,) * ranks
+    peaks = peak_activations(interleaved(ranks, 3 * ranks))
+    assert peaks == tuple(3 * ranks - 1 - 2 * rank for rank in range(ranks))
+    for schedule in (zbv(ranks, 3 * ranks), interleaved(ranks, 3 * ranks)):
+        assert max(peak_activations(schedule)) == max(bound_of(schedule).per_rank)
 
 
 def test_only_the_name_decides_the_published_bound():
@@ -81,7 +90,7 @@ def test_without_a_bound_the_peak_is_only_reported():
 def test_the_story_lists_the_live_microbatches():
     verdict = prove(zb1p(2, 4), max_activations=1).checks["memory"].verdict
     assert tell(verdict.finding).split("\n") == [
-        "rank 0 holds 2 live activations in slot 2, and may hold 1 (given); live then:",
+        "rank 0 holds 2 live activations in slot 2, but may hold only 1 (given); live in that slot:",
         "  stage 0 of lane >, waiting for B: microbatches 0, 1",
     ]
 

@@ -5,13 +5,14 @@ import json
 import pytest
 
 from dualpipe.schedule import Op, Placed
-from dualpipe.schedule.generate import dualpipe, one_f_one_b
+from dualpipe.schedule.generate import dualpipe, one_f_one_b, zb1p
 from dualpipe.schedule.text import loads
 from proofs.findings import Live, Mismatch
 from proofs.prefix import closed, cut
 from proofs.prove import CHECKS, prove
 from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, overall, worst
-from tests.mutations import drop
+from proofs.waivers import WITHOUT
+from tests.mutations import drop, swap
 from tests.proofs.faults import both_sides_send_first, two_sends_of_a_batch_swapped
 
 
@@ -45,18 +46,47 @@ def test_the_story_of_a_mismatch():
     assert lines_below(two_sends_of_a_batch_swapped(), "messages") == [
         "rank 1 expects the activation of microbatch 3 of lane > (stage 0 to stage 1) in slot 13 (1RF3>), but the next "
         "message from rank 0 is the gradient of microbatch 1 of lane < (stage 3 to stage 2), sent in slot 13 (3SB1<)",
-        "messages carry no tag, so it takes the one for the other: the run would hang, or finish with wrong gradients",
+        "messages carry no tag, so the rank cannot tell them apart: the run would hang, or finish with wrong gradients",
         "the first slots are enough to see it: 14 of rank 0, 14 of rank 1",
     ]
 
 
 def test_the_story_of_too_much_memory():
     assert lines_below(dualpipe(4, 8), "memory", max_activations=4) == [
-        "rank 1 holds 5 live activations in slot 8, and may hold 4 (given); live then:",
+        "rank 1 holds 5 live activations in slot 8, but may hold only 4 (given); live in that slot:",
         "  stage 1 of lane >, waiting for B: microbatches 0, 1, 2",
         "  stage 2 of lane <, waiting for B: microbatches 0, 1",
         "the first slots are enough to see it: 9 of rank 1",
     ]
+
+
+def out_of_microbatch_order():
+    """ZB1P whose last rank runs its last two weight gradients the other way round."""
+    return swap(zb1p(2, 4), 1, 15)
+
+
+def test_a_waived_check_is_made_and_does_not_count_and_the_verdict_says_so():
+    report = prove(out_of_microbatch_order(), waive=["accumulation"])
+    assert (report.verdict, report.exit_code) == ("proved", ExitCode.PROVED)
+    assert report.text().startswith("zb1p on 2 ranks: proved but for accumulation (waived)\n")
+    assert "waived: gradients are not added in microbatch order, so they are not bitwise those of the plain loop" in (
+        report.text()
+    )
+    shown = report.as_json()
+    assert (shown["verdict"], shown["waived"]) == ("proved", ["accumulation"])
+    assert shown["checks"]["accumulation"]["verdict"] == "refuted"
+    assert "waived" not in shown["checks"]["order"]
+
+
+def test_a_waiver_leaves_every_other_check_and_a_check_that_holds_alone():
+    assert prove(out_of_microbatch_order(), waive=["memory"]).verdict == "refuted"
+    holds = prove(zb1p(2, 4), waive=CHECKS)
+    assert holds.as_json() | {"checks": {}} == prove(zb1p(2, 4)).as_json() | {"checks": {}}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_check_has_words_for_what_is_open_without_it(check):
+    assert WITHOUT[check]
 
 
 def test_the_finding_is_in_the_json_beside_its_story():

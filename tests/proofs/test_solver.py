@@ -100,7 +100,7 @@ def test_a_schedule_too_large_for_z3_is_unknown_unless_a_time_limit_is_given(mon
     monkeypatch.setattr("proofs.prove.MOST_FOR_Z3", 10)
     report = prove(dualpipe(2, 4))
     assert report.exit_code == 3
-    assert "Z3 is not asked about more than 10 ops and stages, and there are 44: a timeout" in report.text()
+    assert "Z3 skips schedules of more than 10 ops and stages, and this one has 44: give a timeout" in report.text()
     refuted = prove(dualpipe(2, 4), max_activations=1)
     assert refuted.exit_code == 1
     assert prove(dualpipe(2, 4), timeout_s=60.0).exit_code == 0

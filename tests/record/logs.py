@@ -32,7 +32,13 @@ class Rank:
         if weights:
             self._write("weights", forwards=[forward], run=self._runs)
 
-    def post(self, *messages: tuple[str, int, str, int | None], wait: bool = True) -> list[int]:
+    def post(
+        self,
+        *messages: tuple[str, int, str, int | None],
+        wait: bool = True,
+        form: str = "float32[2, 4]",
+        group: str = "0",
+    ) -> list[int]:
         """Post messages together: send or receive, the peer, and for a send its content, such as ("F", 3)."""
         posted = []
         for kind, peer, letter, forward in messages:
@@ -44,10 +50,10 @@ class Rank:
                     "kind": kind,
                     "peer": peer,
                     "group": list(range(self._ranks)),
-                    "group_number": 0,
+                    "group_name": group,
                     "tag": 0,
                     "marks": marks,
-                    "form": "float32[2, 4]",
+                    "form": form,
                     "real": True,
                     "memory": (number, 0),
                 }
@@ -61,8 +67,8 @@ class Rank:
     def send(self, peer: int, letter: str = "", forward: int | None = None, wait: bool = True) -> int:
         return self.post(("send", peer, letter, forward), wait=wait)[0]
 
-    def receive(self, peer: int, wait: bool = True) -> int:
-        return self.post(("receive", peer, "", None), wait=wait)[0]
+    def receive(self, peer: int, wait: bool = True, form: str = "float32[2, 4]") -> int:
+        return self.post(("receive", peer, "", None), wait=wait, form=form)[0]
 
     def step(self) -> None:
         self._write("step")

@@ -26,6 +26,8 @@ def record(*words):
         (["--timeout", "nan"], "--timeout is more than 0"),
         (["--stall", "0"], "--stall is more than 0"),
         (["--step", "0"], "--step"),
+        (["--waive", "memory"], "--waive is for --prove: got --waive memory alone; add --prove"),
+        (["--prove", "--waive", "memori"], "did you mean memory?"),
         (["--session", "0"], "--session"),
     ],
 )
@@ -52,5 +54,8 @@ def test_caveats_are_printed_with_the_verdict():
     assert _with_caveats("a on 2 ranks: proved\n  order\n", ["4 ends"]).splitlines() == [
         "a on 2 ranks: proved as far as it was recorded: 4 ends",
         "  order",
+    ]
+    assert _with_caveats("a on 2 ranks: proved but for memory (waived)\n", ["4 ends"]).splitlines() == [
+        "a on 2 ranks: proved but for memory (waived) as far as it was recorded: 4 ends",
     ]
     assert _with_caveats("a on 2 ranks: refuted\n", ["4 ends"]) == "a on 2 ranks: refuted\n"

@@ -3,6 +3,7 @@
 import pytest
 
 from dualpipe.record import RecordError
+from proofs.prove import prove
 from tests.record.logs import Rank, lines, recorded
 
 
@@ -158,20 +159,27 @@ def test_a_send_of_unknown_origin_is_named_by_its_use_and_noted():
     assert recording.notes[0].endswith("it is named by what uses it (1 times)")
 
 
-def test_several_tensors_of_one_boundary_are_one_message_if_they_were_sent_together():
-    def sent(together: bool) -> list[str]:
+def test_several_tensors_of_one_boundary_are_one_message_if_nothing_is_between_them():
+    def sent(*between: str, together: bool = False) -> list[str]:
         one, two = Rank(0), Rank(1)
         f = one.forward()
+        first, second = ("send", 1, "F", f), ("send", 1, "F", f)
         if together:
-            one.post(("send", 1, "F", f), ("send", 1, "F", f))
+            one.post(first, second)
         else:
-            one.send(1, "F", f)
-            one.send(1, "F", f)
-        two.forward(*two.post(("receive", 0, "", None), ("receive", 0, "", None)))
+            one.post(first)
+            for _ in between:
+                one.send(1, "F", one.forward())
+            one.post(second)
+        received = two.post(*[("receive", 0, "", None)] * (2 + len(between)))
+        two.forward(received[0], received[-1])
+        for message in received[1:-1]:
+            two.forward(message)
         return lines(recorded(one, two))
 
     assert sent(together=True) == ["0F0> 0SF0>", "1RF0> 1F0>"]
-    assert sent(together=False) == ["0F0> 0SF0> 0SF0>", "1RF0>+1RF0> 1F0>"]
+    assert sent() == ["0F0> 0SF0>", "1RF0> 1F0>"]
+    assert sent("another") == ["0F0> 0SF0> 0F1> 0SF1> 0SF0>", "1RF0>+1RF1>+1RF0> 1F0> 1F1>"]
 
 
 def test_a_loss_for_the_log_is_counted_as_control_data():
@@ -238,3 +246,65 @@ def test_an_op_that_a_lane_still_lacks_is_expected_before_an_extra_one():
         two.forward(module=0)
     one.receive(1)
     assert unmatched(recorded(one, two, end=False)) == ["rank 0 1RF2<@1"]
+
+
+def guessed(one: Rank, two: Rank) -> dict[str, list[str]]:
+    """The messages of rank 0 whose names are guesses, and what each could be."""
+    recording = recorded(one, two, end=False)
+    guesses = recording.schedule.observed.guesses
+    return {str(message.op): [str(op) for op in others] for message, others in guesses.items()}
+
+
+def test_a_guessed_name_is_in_the_file_with_what_else_it_could_be():
+    one, two = crossing(down=1)
+    two.forward(module=0)
+    one.receive(1)
+    assert guessed(one, two) == {"0RB1>@1": ["1RF1<@1"]}
+    assert recorded(one, two, end=False).notes[-1].endswith("; this is a guess, and it could be 1RF1<@1")
+
+
+def test_what_the_rank_computes_next_names_an_unmatched_receive():
+    one, two = crossing(down=1)
+    two.forward(module=0)
+    one.receive(1)
+    one.forward(module=1)
+    assert guessed(one, two) == {"1RF1<@1": ["0RB1>@1"]}
+
+
+def test_the_shape_names_an_unmatched_receive():
+    one, two = Rank(0), Rank(1)
+    for _ in range(2):
+        f = one.forward(module=0)
+        one.send(1, "F", f)
+        two.forward(two.receive(0), module=1)
+        f = two.forward(module=0)
+        two.send(0, "F", f)
+        one.forward(one.receive(1, form="float32[8]"), module=1)
+    two.backward(0)
+    two.send(0, "B", 0)
+    one.backward(0, one.receive(1))
+    two.forward(module=0)
+    one.receive(1, form="float32[8]")
+    assert guessed(one, two) == {"1RF2<@1": []}
+
+
+def test_the_story_names_a_receive_too_many_and_where_it_was_posted():
+    """Rank 0 posts two receives for its second gradient: the third gradient takes the place of the second."""
+    one, two = Rank(0), Rank(1)
+    for _ in range(3):
+        one.send(1, "F", one.forward())
+        two.forward(two.receive(0))
+    for forward in range(3):
+        two.backward(forward)
+        two.send(0, "B", forward)
+    one.backward(0, one.receive(1))
+    _, gradient = one.post(("receive", 1, "", None), ("receive", 1, "", None))
+    one.backward(1, gradient)
+    one.receive(1)
+    checks = prove(recorded(one, two, end=False).schedule).as_json()["checks"]
+    for check in ("messages", "deadlock"):
+        story = checks[check]["story"]
+        assert "rank 0 receives 0RB1> more than once, and nothing uses what it receives in slot 8 as message 1" in story
+        assert "0RB1>@1 in slot 8, message 1 of it, of rank 0 was posted at rank0.py:" in story
+        assert "that it is 0RB1>@1 is a guess by order, since no observed forward or backward uses what is" in story
+    assert checks["buffers"]["verdict"] == "proved"

@@ -1,5 +1,7 @@
 """Programs that hang or fail: every unmatched message is in the file, however early it was posted."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,6 +33,22 @@ def test_an_extra_receive_at_the_end_is_in_the_file():
     assert recording.caveats == ("rank 1 did not finish",)
 
 
+def test_the_place_of_a_message_includes_the_callers_of_the_helpers_that_post_it():
+    def fetch():
+        return receive(0)
+
+    def body(rank):
+        train(rank, nn.Linear(4, 4), microbatches=1)
+        if rank == 1:
+            fetch()
+
+    (note,) = record_ranks(2, body, check=False).notes
+    lines = {f.__name__: f.__code__.co_firstlineno for f in (receive, fetch, body)}
+    helper, here = "two_ranks.py", "test_cut_short.py"
+    path = f"{helper}:{lines['receive'] + 2} (called at {here}:{lines['fetch'] + 1}, {here}:{lines['body'] + 3})"
+    assert path in re.sub(r"/\S*/", "", note)
+
+
 def test_a_send_that_no_rank_receives_is_in_the_file():
     def body(rank):
         train(rank, nn.Linear(4, 4))
@@ -55,7 +73,7 @@ def test_a_tensor_sent_twice_in_a_row_is_two_messages():
         train(rank, nn.Linear(4, 4), microbatches=1, send=send)
 
     recording = record_ranks(2, body)
-    assert text(recording, 1) == "1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0+1SB0>@0"
+    assert text(recording, 1) == "1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0 1SB0>@0"
     assert "messages" in refuted(recording)
 
 

@@ -41,6 +41,16 @@ def test_one_f_one_b_is_recorded_as_it_is_written():
     assert recording.notes == ()
 
 
+def test_messages_posted_one_by_one_would_hang_on_nccl_although_gloo_delivers_them():
+    """Every rank posts its send before its receive; the recorded run ends, and NCCL would run neither."""
+    recording = forked(3, "one_f_one_b.py", 4, "one by one")
+    assert text(recording.schedule, 0).startswith("0F0> 0SF0>@1 0F1> 0SF1>@1 0F2> 0SF2>@1 0RB0>@1 0B0>+0W0>")
+    assert recording.ended == (True, True, True)
+    models = prove(recording.schedule).checks["deadlock"].models
+    found = {name: result.verdict.word for name, result in models.items()}
+    assert found == {"blocking": "refuted", "eager": "proved", "stream": "refuted"}
+
+
 def test_weight_gradients_deferred_to_the_end_of_a_gpipe_are_recorded_there():
     schedule = forked(3, "gpipe.py", 3, 1).schedule
     assert text(schedule, 1) == (

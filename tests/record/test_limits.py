@@ -94,6 +94,21 @@ def test_messages_of_two_tensors_are_one_message_of_the_schedule(record_ranks):
     assert_plain(record_ranks(2, body))
 
 
+def test_a_module_whose_attributes_hide_methods_of_its_base_class(record_ranks):
+    """As Megatron's ``DistributedDataParallel``, whose ``buffers`` is a list."""
+
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.buffers, self.parameters, self.modules = [], [], []
+
+        def forward(self, x):
+            return self.layer(x)
+
+    assert_plain(record_ranks(2, lambda rank: train(rank, Hiding())))
+
+
 def test_metrics_and_clipping_afterwards_change_nothing(record_ranks):
     def body(rank):
         stage = nn.Linear(4, 4)
@@ -118,7 +133,7 @@ def test_a_module_that_runs_the_pipeline_has_to_be_named(record_ranks):
     def body(rank):
         Engine()(torch.tensor(rank))
 
-    with pytest.raises(RecordError, match=r"inside .*Engine at .*two_ranks.py:\d+; .* add --container .*Engine"):
+    with pytest.raises(RecordError, match=r"inside .*Engine at .*two_ranks.py:\d+ .*; .* add --container .*Engine"):
         record_ranks(2, body, check=False)
     name = Engine.__qualname__
     assert_plain(record_ranks(2, body, containers=[name]))
@@ -130,7 +145,7 @@ def test_a_stage_that_is_not_a_module_is_an_error(record_ranks):
         train(rank, (lambda x: x @ weight) if rank == 0 else nn.Linear(4, 4))
 
     with pytest.raises(
-        RecordError, match=r"from what rank 0 sends at .*two_ranks.py:\d+, which is the output of no module call"
+        RecordError, match=r"from what rank 0 sends at .*two_ranks.py:\d+ .*, which is the output of no module call"
     ):
         record_ranks(2, body)
 

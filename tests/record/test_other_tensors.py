@@ -231,3 +231,59 @@ def test_a_backward_that_changes_no_weight_gradient_is_noted():
     (note,) = recording.notes
     assert note.startswith("rank 1: a backward from the forward at ")
     assert note.endswith("changed no .grad: it has no W (2 times)")
+
+
+def keep_elsewhere(parameter, how: str) -> object:
+    """Move every gradient of the parameter to another tensor while the engine runs, as Megatron's DDP does."""
+    parameter.main_grad = torch.zeros_like(parameter)
+    own = torch.zeros_like(parameter)
+
+    def move(*_):
+        (own if how == "a tensor of its own" else parameter.main_grad).add_(parameter.grad)
+        parameter.grad = None
+
+    if how == "fused":
+        return own
+    if how == "a hook of the parameter":
+        parameter.register_post_accumulate_grad_hook(move)
+        return own
+    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+    node.register_hook(move)
+    return node
+
+
+class FusedLinear(torch.autograd.Function):
+    """Adds the weight gradient to ``main_grad`` in its backward, and gives the engine none."""
+
+    @staticmethod
+    def forward(context, x, weight):
+        context.kept = x.detach(), weight
+        return x @ weight
+
+    @staticmethod
+    def backward(context, gradient):
+        x, weight = context.kept
+        weight.main_grad.add_(x.T @ gradient)
+        return gradient @ weight.T, None
+
+
+class Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return FusedLinear.apply(x, self.weight)
+
+
+@pytest.mark.parametrize("how", ["a hook of the node", "a hook of the parameter", "a tensor of its own", "fused"])
+def test_weight_gradients_that_are_moved_while_the_engine_runs_are_w(how):
+    def body(rank):
+        stage = Fused() if how == "fused" else nn.Linear(4, 4)
+        kept = [keep_elsewhere(parameter, how) for parameter in stage.parameters()]
+        train(rank, stage)
+        del kept
+
+    recording = record_ranks(2, body)
+    assert_plain(recording)
+    assert (recording.notes, recording.caveats) == ((), ())

@@ -13,6 +13,7 @@ from reference.ledger import Ledger
 from tests.reference.trials import SGD, Trial, change_slot, decoder, matches, toy
 
 SIZES = [(name, ranks) for name in PLANS for ranks in (2, 4)] + [("1f1b", 3), ("zb1p", 3)]
+SIZES += [("interleaved", 2), ("zbv", 2), ("zbv", 3)]
 TRIALS = [(name, ranks, torch.float32) for name, ranks in SIZES] + [(name, 2, torch.bfloat16) for name in PLANS]
 
 

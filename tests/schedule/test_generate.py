@@ -8,14 +8,16 @@ import pytest
 from dualpipe.errors import RuleError
 from dualpipe.schedule import COMPUTE, DOWN, UP, Kind, Schedule, W
 from dualpipe.schedule.generate import (
-    PLANS,
+    NAMES,
     SizeError,
     dualpipe,
     dualpipev,
     generate,
+    interleaved,
     one_f_one_b,
     with_late_w,
     zb1p,
+    zbv,
 )
 from dualpipe.schedule.text import dumps, load
 
@@ -28,7 +30,7 @@ def computes(schedule: Schedule, rank: int) -> str:
     return " ".join("+".join(f"{op.kind}{op.mb}{op.lane}" for op in slot) for slot in slots)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_order_is_the_golden_one(name):
     path = GOLDEN / f"{name}-P4-M8.txt"
     assert dumps(generate(name, 4, 8)) == path.read_text()
@@ -84,7 +86,29 @@ def test_zb1p_runs_each_w_as_many_microbatches_late_as_its_rank():
     assert computes(schedule, 2).replace(">", "") == "F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3"
 
 
-@pytest.mark.parametrize("make", [dualpipev, one_f_one_b, zb1p])
+def staged(schedule: Schedule, rank: int) -> str:
+    """A rank's computes, the second of its two stages in small letters, as papers shade it."""
+    second = schedule.routes[UP][rank + 1 :].index(rank) + rank + 1
+    slots = schedule.only(COMPUTE).programs[rank]
+    texts = (("+".join(f"{op.kind}{op.mb}" for op in slot), slot[0].stage == second) for slot in slots)
+    return " ".join(text.lower() if late else text for text, late in texts)
+
+
+def test_interleaved_1f1b_changes_its_chunk_after_as_many_microbatches_as_ranks():
+    schedule = interleaved(2, 4)
+    assert schedule.routes == {UP: (0, 1, 0, 1)}
+    assert staged(schedule, 0) == ("F0 F1 f0 f1 F2 b0+w0 F3 b1+w1 f2 B0+W0 f3 B1+W1 b2+w2 b3+w3 B2+W2 B3+W3")
+    assert staged(schedule, 1) == ("F0 F1 f0 b0+w0 f1 b1+w1 F2 B0+W0 F3 B1+W1 f2 b2+w2 f3 b3+w3 B2+W2 B3+W3")
+
+
+def test_zbv_runs_the_w_that_it_deferred_chunk_by_chunk():
+    schedule = zbv(2, 4)
+    assert schedule.routes == {UP: (0, 1, 1, 0)}
+    assert staged(schedule, 0) == "F0 F1 F2 f0 b0 w0 f1 b1 w1 F3 B0 W0 f2 b2 w2 B1 W1 f3 b3 w3 B2 W2 B3 W3"
+    assert staged(schedule, 1) == ("F0 f0 F1 f1 b0 w0 F2 B0 W0 f2 b1 w1 F3 B1 W1 f3 b2 w2 B2 b3 B3 W2 w3 W3")
+
+
+@pytest.mark.parametrize("make", [dualpipev, one_f_one_b, zb1p, zbv])
 def test_one_rank_sends_nothing(make):
     schedule = make(1, 4)
     assert schedule.only(COMPUTE) == schedule
@@ -104,6 +128,13 @@ REFUSED = {
     ("dualpipev", 1, 1): "dualpipev needs at least two microbatches per rank: got 1 for 1 rank; use 2 or more, or 1f1b",
     ("1f1b", -1, 8): "1f1b needs at least one rank: got -1; use 1 or more",
     ("1f1b", 4, 3): "1f1b needs at least as many microbatches as ranks: got 3 for 4 ranks; use 4 or more",
+    ("interleaved", 1, 4): "interleaved needs at least two ranks: got 1; use 2 or more, or 1f1b",
+    ("interleaved", 4, 6): "interleaved needs a multiple of the ranks as microbatches, at least as many as ranks: "
+    "got 6 for 4 ranks; use 8",
+    ("interleaved", 4, 0): "interleaved needs a multiple of the ranks as microbatches, at least as many as ranks: "
+    "got 0 for 4 ranks; use 4",
+    ("zbv", 0, 4): "zbv needs at least one rank: got 0; use 1 or more",
+    ("zbv", 2, 0): "zbv needs at least one microbatch: got 0; use 1 or more",
     ("zb1p", 4, -8): "zb1p needs at least as many microbatches as ranks: got -8 for 4 ranks; use 4 or more",
 }
 
@@ -115,7 +146,7 @@ def test_a_size_that_cannot_be_is_refused_with_a_remedy(size):
     assert str(error.value) == REFUSED[size]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_size_is_generated_or_refused(name):
     for ranks in range(-1, 6):
         for microbatches in range(-1, 13):

@@ -138,21 +138,21 @@ def test_two_messages_swapped_are_seen(name):
 IMPOSSIBLE = {
     "later on the same rank": (
         "lane > 0 1\nrank 0: 0B0> 0F0>\nrank 1: 1F0> 1B0>",
-        "rank 0 stops in slot 0 at 0B0> for want of 0F0> (later on it, in slot 1), "
-        "rank 1 stops in slot 0 at 1F0> for want of 0F0> (slot 1 of rank 0)",
+        "rank 0 stops in slot 0: 0B0> needs 0F0>, which it runs later, in slot 1, "
+        "rank 1 stops in slot 0: 1F0> needs 0F0>, which is in slot 1 of rank 0",
     ),
     "nobody runs it": (
         "lane > 0 1\nrank 0: 0F0> 0B0>\nrank 1: 1F0>",
-        "rank 0 stops in slot 1 at 0B0> for want of 1B0> (run by no rank)",
+        "rank 0 stops in slot 1: 0B0> needs 1B0>, which no rank runs",
     ),
     "two ranks wait for each other": (
         "lane > 0 1\nlane < 1 0\nrank 0: 1F0< 0F0>\nrank 1: 1F0> 0F0<",
-        "rank 0 stops in slot 0 at 1F0< for want of 0F0< (slot 1 of rank 1), "
-        "rank 1 stops in slot 0 at 1F0> for want of 0F0> (slot 1 of rank 0)",
+        "rank 0 stops in slot 0: 1F0< needs 0F0<, which is in slot 1 of rank 1, "
+        "rank 1 stops in slot 0: 1F0> needs 0F0>, which is in slot 1 of rank 0",
     ),
     "the wrong way round within a slot": (
         "lane > 0\nrank 0: 0F0> 0W0>+0B0>",
-        "rank 0 stops in slot 1 at 0W0> for want of 0B0> (later on it, in slot 1)",
+        "rank 0 stops in slot 1: 0W0> needs 0B0>, which it runs later, in slot 1",
     ),
 }
 
@@ -169,7 +169,7 @@ def test_an_order_that_cannot_be_run_names_where_each_rank_stops(what):
 def test_of_many_ranks_that_stop_a_few_are_told():
     ranks = range(20)
     text = f"lane > {' '.join(map(str, ranks))}\n" + "\n".join(f"rank {r}: {r}F0>" if r else "rank 0:" for r in ranks)
-    with pytest.raises(OrderError, match=r"rank 8 stops in slot 0 at 8F0> .*, and so do 11 ranks more;") as error:
+    with pytest.raises(OrderError, match=r"rank 8 stops in slot 0: 8F0> .*, and so do 11 more ranks;") as error:
         lower(loads(text))
     assert len(error.value.blocked) == 19
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from dualpipe.schedule import DOWN, MESSAGES, RB, RECEIVES, RF, SB, SENDS, SF, UP, B, F, Op, Schedule, W
-from dualpipe.schedule.generate import PLANS, generate
+from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import loads
 from tests.strategies import schedules
 
@@ -96,9 +96,9 @@ def test_a_need_is_on_the_ops_own_rank_except_where_a_message_crosses(schedule):
             assert (need.lane, need.mb, need.peer) == (placed.op.lane, placed.op.mb, None)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_whatever_a_named_schedule_needs_is_in_it_once_and_every_message_is_needed(name):
-    schedule = generate(name, 4, 10)
+    schedule = generate(name, 4, 12)
     ops = [placed.op for placed in schedule]
     needed = {need for op in ops for need in schedule.needs(op)}
     assert len(set(ops)) == len(ops)
@@ -106,11 +106,11 @@ def test_whatever_a_named_schedule_needs_is_in_it_once_and_every_message_is_need
     assert {op for op in ops if op.kind in MESSAGES} <= needed
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_stage_runs_every_microbatch(name):
-    schedule = generate(name, 4, 10)
+    schedule = generate(name, 4, 12)
     for lane, route in schedule.routes.items():
-        count = 10 // len(schedule.routes)
+        count = 12 // len(schedule.routes)
         assert schedule.microbatches[lane] == count
         for kind in (F, B, W):
             ran = {(p.op.stage, p.op.mb) for p in schedule if p.op.kind is kind and p.op.lane is lane}

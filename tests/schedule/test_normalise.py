@@ -105,7 +105,12 @@ def test_what_is_no_number_of_a_schedule_is_refused(number):
         ({UP: (0,)}, "0F0>", "", "one program for each rank: got '0F0>' of type str"),
         ({UP: (0,)}, ((("0F0>",),),), "", "an op is Op"),
         ({UP: (0,)}, (((("F", UP, 0),),),), "", "an op has a kind, lane, stage, mb"),
-        ({UP: (0,)}, ((((1, UP, 0, 0),),),), "", "a kind is one of F B W SF RF SB RB: got 1 of type int"),
+        (
+            {UP: (0,)},
+            ((((1, UP, 0, 0),),),),
+            "",
+            "a kind is one of F B W SF RF SB RB AA AR US RS RG: got 1 of type int",
+        ),
         ({UP: (0,)}, (((("X", UP, 0, 0),),),), "", "a kind is one of"),
         ({UP: (0,)}, (((("F", "^", 0, 0),),),), "", "a lane is one of > <"),
         ({"up": (0,)}, ((),), "", "a lane is one of > <"),

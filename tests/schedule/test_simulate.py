@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualpipe.schedule import COMPUTE, Schedule, show_slot
-from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.generate import NAMES, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.simulate import CostError, Costs, Stuck, Timeline, simulate
 from tests.strategies import schedules
@@ -174,7 +174,7 @@ def test_inside_a_slot_what_is_allocated_counts_before_what_is_released():
 
 
 @given(
-    st.sampled_from([generate(name, 4, 8) for name in PLANS]),
+    st.sampled_from([generate(name, 4, 8) for name in NAMES]),
     st.builds(Costs, *[st.floats(0, 10)] * 3, st.none() | st.floats(0, 10), st.none(), st.floats(0, 3)),
     st.booleans(),
 )
@@ -227,7 +227,7 @@ def test_an_overlapped_slot_has_its_credit_also_where_w_is_left_for_later():
     "bad", [{"F": -1}, {"W": math.nan}, {"latency": math.inf}, {"F": 1e308}, {"F": 0, "B": 0, "W": 0, "FB": 1}]
 )
 def test_a_cost_that_cannot_be_is_refused(bad):
-    with pytest.raises(CostError, match=r"a cost is a number from 0 to 1e\+100|FB needs computes that take time"):
+    with pytest.raises(CostError, match=r"a cost must be a number from 0 to 1e\+100|FB needs computes that take time"):
         Costs(**bad)
 
 
@@ -258,11 +258,11 @@ STUCK = {
     ),
     "a message beyond the lane": (
         "lane > 0\nrank 0: 0F0> 0SF0>",
-        "rank 0 in slot 1 waits for 0SF0> to meet its partner, and no such rank exists",
+        "rank 0 in slot 1 waits for the partner of 0SF0>, and there is no rank at the other end",
     ),
     "a message to a rank that is not there": (
         "lane > 0 1\nrank 0: 0F0> 0SF0>@9\nrank 1:",
-        "rank 0 in slot 1 waits for 0SF0>@9 to meet its partner, and no such rank exists",
+        "rank 0 in slot 1 waits for the partner of 0SF0>@9, and there is no rank at the other end",
     ),
     "a compute before its receive": (
         "lane > 0 1\nrank 0: 0F0> 0SF0>\nrank 1: 1F0> 1RF0>",

@@ -59,7 +59,7 @@ BAD = {
     "a stage on none": ("0F0\n2F0", 2, 1, "no stage 1 anywhere"),
     "a stage far away": ("0F0,999999999F0", 1, 1, "no stage 1 anywhere"),
     "a compute twice": ("0F0,0F1,,0F0", 1, 10, "rank 0 runs 0F0> twice"),
-    "what cannot be run": ("0F0,0B0\n1B0,1F0", 1, 5, "rank 0 stops in slot 1 at 0B0> for want of 1B0>"),
+    "what cannot be run": ("0F0,0B0\n1B0,1F0", 1, 5, "rank 0 stops in slot 1: 0B0> needs 1B0>"),
 }
 
 

@@ -144,10 +144,12 @@ STOPS = (Ending.HUNG, Ending.REFUSED)
 
 CLAIMS = (
     Claim("all checks but memory proved: equal, blocking or not", lambda o: o.proved(*CHECKS), _always(Ending.EQUAL)),
-    Claim("a run hangs or is refused, and never breaks", _any, _never(Ending.BROKEN)),
-    Claim("plain search alone says what both methods say", _any, lambda o: o.by_graph == o.verdicts),
     Claim(
-        "a run that hangs has its deadlock refuted",
+        "a run that does not finish hangs or is refused, and never raises another error", _any, _never(Ending.BROKEN)
+    ),
+    Claim("plain search alone gives the verdicts of both methods", _any, lambda o: o.by_graph == o.verdicts),
+    Claim(
+        "the run hangs: deadlock is refuted",
         _any,
         _both(lambda o, b: o.fakes[b].ending is not Ending.HUNG or o.refuted(o.deadlock(b))),
     ),
@@ -157,24 +159,24 @@ CLAIMS = (
         _both(lambda o, b: o.fakes[b].ending in STOPS or o.proved(o.deadlock(b))),
     ),
     Claim(
-        "complete, order and messages proved: the run hangs exactly where deadlock is refuted",
+        "complete, order and messages proved: the run hangs exactly if deadlock is refuted",
         lambda o: o.well_formed,
         _both(lambda o, b: (o.fakes[b].ending is Ending.HUNG) == o.refuted(o.deadlock(b))),
     ),
     Claim(
-        "free of deadlock when blocking: free of it in every model",
+        "no deadlock when blocking: none in any model",
         lambda o: o.proved("deadlock, blocking"),
         lambda o: o.proved("deadlock", "deadlock, eager", "deadlock, stream", f"deadlock, {AHEAD}"),
     ),
     Claim("order refuted: the run hangs or is refused", lambda o: o.refuted("order"), _always(*STOPS)),
     Claim("complete refuted: never equal", lambda o: o.refuted("complete"), _never(Ending.EQUAL)),
     Claim(
-        "messages refuted, and not for a repetition alone: never equal",
+        "messages refuted, not only by a repetition: never equal",
         lambda o: o.refuted("messages") and not o.repeats,
         _never(Ending.EQUAL),
     ),
     Claim(
-        "a run is refused only where complete, order or messages is refuted",
+        "a run is refused only if complete, order or messages is refuted",
         lambda o: o.well_formed,
         _never(Ending.REFUSED),
     ),
@@ -184,22 +186,22 @@ CLAIMS = (
         _never(Ending.DIFFERENT),
     ),
     Claim(
-        "accumulation alone refuted: every loss is right",
+        "only accumulation refuted: every loss is right",
         lambda o: o.refutes_only_accumulation,
         lambda o: all(run.ending in (Ending.EQUAL, Ending.DIFFERENT) and "loss" not in run.what for run in _runs(o)),
     ),
     Claim(
-        "accumulation alone refuted: equal exactly where no sum but one's first two addends changed places",
+        "only accumulation refuted: equal exactly if no addends but the first two of a sum are swapped",
         lambda o: o.refutes_only_accumulation,
         lambda o: all((run.ending is Ending.EQUAL) == commutes(o.mutant.schedule) for run in _runs(o)),
     ),
     Claim(
-        "processes are equal exactly where fake ranks are, a repeated message aside",
+        "processes are equal exactly if fake ranks are, except for repeated messages",
         lambda o: bool(o.processes) and not o.repeats,
         lambda o: all((o.fakes[b].ending is Ending.EQUAL) == (run.ending is Ending.EQUAL) for b, run in _ran(o)),
     ),
     Claim(
-        "processes fail where fake ranks hang or are refused",
+        "processes fail if fake ranks hang or are refused",
         lambda o: bool(o.processes),
         lambda o: all(run.ending is Ending.FAILED for b, run in _ran(o) if o.fakes[b].ending in STOPS),
     ),

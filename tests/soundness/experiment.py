@@ -135,7 +135,7 @@ def _claims(found: Sequence[Observation]) -> str:
     rows = [
         [claim.text, sum(map(claim.applies, found)), sum(claim in contradictions(o) for o in found)] for claim in CLAIMS
     ]
-    return _table(["claim", "spoken of", "contradicted"], rows)
+    return _table(["claim", "cases", "contradicted"], rows)
 
 
 def _refuted(o: Observation) -> tuple[str, ...]:

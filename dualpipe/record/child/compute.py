@@ -22,8 +22,11 @@ def watch(flow: Flow, patches: Patches, together: Collection[str], containers: C
     patches.put(nn.Module, "__call__", _call(flow, nn.Module.__call__, frozenset(containers)))
     patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))
     patches.put(torch.Tensor, "grad", _gradient(flow))
+    patches.put(torch.Tensor, "data", _data(flow))
+    patches.put(torch.UntypedStorage, "resize_", _resize(flow, torch.UntypedStorage.resize_))
     _watch_together(flow, patches, frozenset(together))
     patches.later(register_optimizer_step_post_hook(lambda *args: flow.write("step")).remove)
+    patches.later(flow.stop)
     return _Operators(flow)
 
 
@@ -73,7 +76,7 @@ class _Engine:
         if flow.running or flow.calling:
             return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
         inputs = args[2] if len(args) > 2 else kwargs.get("inputs", ())
-        made, before = flow.run(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
+        made = flow.run(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
         left = flow.within(made)
         flow.running += 1
         try:
@@ -81,7 +84,7 @@ class _Engine:
         finally:
             flow.running -= 1
             flow.within(left)
-            flow.ran(made, before)
+            flow.ran(made)
 
 
 def _gradient(flow: Flow) -> property:
@@ -94,6 +97,25 @@ def _gradient(flow: Flow) -> property:
     return property(original.__get__, put, original.__delete__)
 
 
+def _data(flow: Flow) -> property:
+    original: Any = torch.Tensor.data
+
+    def put(self: Tensor, value: Tensor) -> None:
+        flow.buffers.replaced(self, flow.context)
+        original.__set__(self, value)
+
+    return property(original.__get__, put, original.__delete__)
+
+
+def _resize(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def resize_(self: torch.UntypedStorage, size: int) -> Any:
+        in_flight = flow.buffers.resized(self._cdata, flow.context)
+        return self if in_flight else original(self, size)
+
+    return resize_
+
+
 class _Operators(TorchDispatchMode):
     """Watches every operator, including those that the autograd engine runs."""
 
@@ -103,6 +125,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._flow.buffers.operator(func, args, kwargs, self._flow.context)
         output = func(*args, **kwargs)
         outputs = list(_tensors((output,)))
         if outputs:

@@ -22,10 +22,11 @@ from torch.distributed import distributed_c10d as c10d
 from torch.utils._pytree import tree_leaves
 
 from . import graph
+from .buffers import Buffers
 from .forwards import Forwards, Trials
-from .log import Sink, program_line
+from .log import Sink, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
-from .parameters import Parameters
+from .parameters import Parameters, state_of
 
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
@@ -62,16 +63,16 @@ class Flow:
         self._post_of: dict[int, int] = {}  # message -> the call of ``post`` that it was in
         # (forward, module, with gradients) -> the inputs of its calls
         self._calls: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
-        self._groups: dict[tuple[int, ...], list[Any]] = {}  # ranks -> their groups in the order of first use
         self._runs = 0
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
         self.running = 0  # depth of runs of the engine
         self._thread = threading.get_ident()
+        self.buffers = Buffers(self.write)
         self.caller = ""  # the class of the module that is being called
 
     def write(self, event: str, **fields: Any) -> None:
-        self._sink({"event": event, **fields, "at": program_line()})
+        self._sink({"event": event, "at": program_line(), **fields})
 
     def on_own_thread(self) -> bool:
         """Whether this is the thread that computes, or a helper thread that waits on its behalf."""
@@ -83,6 +84,11 @@ class Flow:
         left, self._context = self._context, context
         return left
 
+    @property
+    def context(self) -> Marks | None:
+        """The marks of the module call or the run of the engine that is in progress."""
+        return self._context
+
     # module calls
 
     def call(self, module: nn.Module, inputs: Sequence[Tensor]) -> Marks:
@@ -90,7 +96,7 @@ class Flow:
         number, held = self._parameters.number(module)
         if held is not None:
             self.write("module", module=number, name=type(module).__qualname__, holds=held)
-            for tensor in (*module.parameters(), *module.buffers()):  # received weights are not input data
+            for tensor in state_of(module):  # received weights are not input data
                 self._table.put(tensor, NONE)
         continued: set[int] = set()
         messages: set[int] = set()
@@ -160,6 +166,8 @@ class Flow:
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     graph.mark(leaf.grad_fn, forward)
                     self._forwards.put_in_graph(self._forwards.find(forward))
+            roots = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            self.buffers.called(roots, self._forwards.find(forward))
 
     def _join(self, forwards: set[int]) -> set[int]:
         for first, part in list(self._forwards.join(forwards)):
@@ -168,8 +176,8 @@ class Flow:
 
     # runs of the autograd engine
 
-    def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> tuple[Marks, dict[int, Any]]:
-        """The engine is about to run from ``roots``; returns the marks of its results, and all gradients' versions."""
+    def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> Marks:
+        """The engine is about to run from ``roots``; returns the marks of its results."""
         self._runs += 1
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
         made_by = [self._makers(root) for root in roots]
@@ -191,7 +199,8 @@ class Flow:
         else:
             found = self._owners(held, None)
         self._forwards.interrupt()
-        return marks("B", found), self._parameters.versions()
+        self._parameters.listen()
+        return marks("B", found)
 
     def _gradients(self, made_by: Sequence[set[int]], grads: Sequence[Any]) -> dict[int, list[int]]:
         """For each forward the messages with the gradient of one of its outputs that had no taker yet."""
@@ -206,9 +215,9 @@ class Flow:
                         takes.setdefault(forward, []).append(message)
         return takes
 
-    def ran(self, made: Marks, before: dict[int, Any]) -> None:
+    def ran(self, made: Marks) -> None:
         """The engine has returned."""
-        holders = self._parameters.changed(before)
+        holders = self._parameters.holders_of_added()
         changed = {f for _, f in made if any(self._forwards.calls_one_of(f, held) for held in holders)}
         if changed:
             self.write("weights", forwards=sorted(changed), run=self._runs)
@@ -245,6 +254,8 @@ class Flow:
                     self._table.put(output, self._carried_by(aliased))
             elif self._context is not None:
                 self._table.put(output, self._context)
+                if self.running and (parameter := self._parameters.with_gradient_at(key)) is not None:
+                    self._parameters.add_to(parameter)
             else:
                 self._written(name, output, inputs)
 
@@ -300,7 +311,9 @@ class Flow:
             return  # the second half of `p.grad += g`
         found = self._table.get(gradient)
         self._parameters.note_gradient(parameter)
-        if self.running == 0:
+        if self.running:
+            self._parameters.add_to(id(parameter))
+        else:
             self._weights(id(parameter), found)
 
     def _weights(self, parameter: int, found: Marks) -> None:
@@ -327,6 +340,10 @@ class Flow:
                 return kept
         return set()
 
+    def stop(self) -> None:
+        """Take back what was changed in the program's objects."""
+        self._parameters.stop_listening()
+
     # messages
 
     def post(self, messages: list[tuple[str, Tensor, int, Any, int]]) -> list[int]:
@@ -337,7 +354,7 @@ class Flow:
             number = self._messages
             self._messages += 1
             self._post_of[number] = self._posts
-            ranks, group_number = self._group(group)
+            group = group or c10d._get_default_group()
             numbers.append(number)
             held = self._table.get(tensor) if kind == "send" else NONE
             posted.append(
@@ -345,8 +362,8 @@ class Flow:
                     "message": number,
                     "kind": kind,
                     "peer": peer,
-                    "group": ranks,
-                    "group_number": group_number,
+                    "group": c10d.get_process_group_ranks(group),
+                    "group_name": group.group_name,
                     "tag": tag,
                     "marks": sorted(
                         ("F" if letter == "C" else letter, n if letter == "M" else self._forwards.find(n))
@@ -361,14 +378,5 @@ class Flow:
                 self._table.put(tensor, frozenset({("M", number)}))
         self._forwards.interrupt()
         inside = self.caller if self.calling else "backward" if self.running else ""
-        self.write("post", messages=posted, inside=inside)
+        self.write("post", messages=posted, inside=inside, at=call_path())
         return numbers
-
-    def _group(self, group: Any) -> tuple[list[int], int]:
-        """The ranks of a process group, and its index among this rank's groups of the same ranks."""
-        group = group or c10d._get_default_group()
-        ranks = c10d.get_process_group_ranks(group)
-        known = self._groups.setdefault(tuple(ranks), [])
-        if not any(other is group for other in known):
-            known.append(group)
-        return ranks, next(n for n, other in enumerate(known) if other is group)

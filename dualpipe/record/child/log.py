@@ -6,14 +6,17 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
 
 _OURS = str(Path(__file__).parent)
+_CALLERS = 3  # lines, besides that of the call itself
 _LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 
 
@@ -34,16 +37,38 @@ def to_file(path: str) -> Sink:
 
 def program_line() -> str:
     """The current line of the program: the innermost frame outside of torch, the standard library and this package."""
-    frame = sys._getframe(1)
-    seen = ""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_OURS, "<")):
-            seen = seen or f"{name}:{frame.f_lineno}"
-            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if package != "torch" and not name.startswith(_LIBRARIES):
-                return f"{name}:{frame.f_lineno}"
-            if package != "torch" and "site-packages" in name:
-                return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment] # None ends the loop
-    return seen
+    return next(_program_lines(sys._getframe(1)), "") or _innermost(sys._getframe(1))
+
+
+def call_path() -> str:
+    """The current line of the program, and the lines from which it called its function: ``a.py:7 (called at b.py:3)``.
+
+    A message is often posted by a helper, whose line is the same for all messages.
+    """
+    line, *callers = [*islice(_program_lines(sys._getframe(1)), 1 + _CALLERS)] or [_innermost(sys._getframe(1))]
+    return f"{line} (called at {', '.join(callers)})" if callers else line
+
+
+def _program_lines(frame: FrameType | None) -> Iterator[str]:
+    """The lines of the program in the frames from the innermost one outwards, each once."""
+    last = ""
+    while frame is not None and not _is_launcher(name := str(frame.f_globals.get("__name__", ""))):
+        file, package = frame.f_code.co_filename, name.partition(".")[0]
+        line = f"{file}:{frame.f_lineno}"
+        of_library = package == "torch" or (file.startswith(_LIBRARIES) and "site-packages" not in file)
+        if line != last and not of_library and not file.startswith((_OURS, "<")):
+            yield line
+            last = line
+        frame = frame.f_back
+
+
+def _is_launcher(module: str) -> bool:
+    """Whether a module runs programs, so that its callers are no part of the program."""
+    return module.startswith(("dualpipe.testing.", "_pytest.", "pluggy."))
+
+
+def _innermost(frame: FrameType | None) -> str:
+    """The innermost line in a file outside of this package."""
+    while frame is not None and frame.f_code.co_filename.startswith((_OURS, "<")):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

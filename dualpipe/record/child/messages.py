@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from .flow import Flow
+from .log import call_path
 from .patches import Patches
 
 
@@ -43,11 +44,14 @@ def watch(flow: Flow, patches: Patches) -> None:
                 return original(tensor, **passed)
             ranks = c10d.get_process_group_ranks(group or c10d._get_default_group())
             if peer is None and group_peer is None:
-                flow.write("any source")
+                flow.write("any source", at=call_path())
                 return unwatched(original, tensor, **passed)
             other = ranks[group_peer] if peer is None and group_peer is not None else peer
             numbers = flow.post([(kind, tensor, int(other or 0), group, tag)])
-            return _watched(flow, unwatched(original, tensor, **passed), numbers)
+            held = flow.buffers.hold(kind == "send", tensor)
+            work = unwatched(original, held, **passed)
+            flow.buffers.posted(numbers[0], kind == "send", tensor, held, flow.context)
+            return _watched(flow, work, numbers)
 
         return call
 
@@ -66,7 +70,17 @@ def watch(flow: Flow, patches: Patches) -> None:
                 for op in p2p_op_list
             ]
             numbers = flow.post(posted)
-            works = unwatched(original, p2p_op_list)
+            given = [op.tensor for op in p2p_op_list]
+            held = [flow.buffers.hold(kind == "send", tensor) for kind, tensor, *_ in posted]
+            try:
+                for op, tensor in zip(p2p_op_list, held, strict=True):
+                    op.tensor = tensor
+                works = unwatched(original, p2p_op_list)
+            finally:
+                for op, tensor in zip(p2p_op_list, given, strict=True):
+                    op.tensor = tensor
+            for number, (kind, tensor, *_), alias in zip(numbers, posted, held, strict=True):
+                flow.buffers.posted(number, kind == "send", tensor, alias, flow.context)
             if len(works) == len(numbers):
                 return [_watched(flow, work, [number]) for work, number in zip(works, numbers, strict=True)]
             return [_watched(flow, work, numbers) for work in works]
@@ -107,7 +121,8 @@ class _Work(dist.Work):
     def _note_completed(self) -> None:
         if not self._completed:
             self._completed = True
-            self._flow.write("completed", messages=self._numbers)
+            self._flow.buffers.completed(self._numbers)
+            self._flow.write("completed", messages=self._numbers, at=call_path())
 
     def __getattribute__(self, name: str) -> Any:
         if name in _OWN or name.startswith("__"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from .marks import Key, key_of, weak_storage
 
-Version = tuple[Key | None, int] | None
-"""The memory of a gradient and how often it was written to; ``None`` if there is no gradient."""
+
+def state_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module, of which a subclass may have an attribute, as Megatron's DDP has."""
+    yield from nn.Module.parameters(module)
+    yield from nn.Module.buffers(module)
 
 
 class Parameters:
@@ -20,6 +23,8 @@ class Parameters:
         self._modules: dict[int, tuple[nn.Module, int]] = {}  # id -> module, kept alive, and its number
         self._parameters: dict[int, tuple[nn.Parameter, set[int]]] = {}  # id -> parameter and the modules that hold it
         self._gradients: dict[Key, tuple[Any, int]] = {}  # memory -> the storage (weak), and the parameter's id
+        self._hooks: dict[int, Any] = {}  # parameter's id -> the handle of its hook
+        self._added: set[int] = set()  # ids of parameters
 
     def number(self, module: nn.Module) -> tuple[int, list[int] | None]:
         """The number of a module and, if the module is new, the numbers of the modules in it."""
@@ -28,8 +33,8 @@ class Parameters:
             return known[1], None
         number = len(self._modules)
         self._modules[id(module)] = (module, number)
-        held = [self.number(child)[0] for child in module.modules() if child is not module]
-        for parameter in module.parameters():
+        held = [self.number(child)[0] for child in nn.Module.modules(module) if child is not module]
+        for parameter in nn.Module.parameters(module):
             self._parameters.setdefault(id(parameter), (parameter, set()))[1].add(number)
             self.note_gradient(parameter)
         return number, held
@@ -60,17 +65,27 @@ class Parameters:
             return None
         return entry[1]
 
-    def versions(self) -> dict[int, Version]:
-        """The version of every gradient, which changes when it is set or written to."""
-        return {
-            key: None if (gradient := parameter.grad) is None else (key_of(gradient), gradient._version)
-            for key, (parameter, _) in self._parameters.items()
-        }
+    def listen(self) -> None:
+        """From now on note which parameters get a gradient, wherever hooks of the program move it to."""
+        self._added.clear()
+        for key, (parameter, _) in self._parameters.items():
+            self.note_gradient(parameter)
+            if key not in self._hooks and parameter.requires_grad and parameter.is_leaf:
+                listen = parameter.register_post_accumulate_grad_hook
+                self._hooks[key] = listen(self._accumulated)  # type: ignore[no-untyped-call] # torch's own
 
-    def changed(self, before: dict[int, Version]) -> list[set[int]]:
-        """For every parameter whose gradient changed since ``before``, the modules that hold it."""
-        after = self.versions()
-        found = [key for key in after if after[key] != before.get(key)]
-        for key in found:
-            self.note_gradient(self._parameters[key][0])
-        return [self.holders(key) for key in found]
+    def _accumulated(self, parameter: Tensor) -> None:
+        self.add_to(id(parameter))
+        self.note_gradient(parameter)
+
+    def add_to(self, parameter: int) -> None:
+        """A gradient of this parameter has been set or added to."""
+        self._added.add(parameter)
+
+    def holders_of_added(self) -> list[set[int]]:
+        """For every parameter that got a gradient since ``listen``, the modules that hold it."""
+        return [self.holders(key) for key in self._added]
+
+    def stop_listening(self) -> None:
+        while self._hooks:
+            self._hooks.popitem()[1].remove()

@@ -276,7 +276,7 @@ def test_a_guess_that_a_larger_size_refutes_is_made_again_with_that_size(monkeyp
 
 
 def test_a_size_that_is_too_large_is_not_sampled(monkeypatch):
-    """Nor is one where the guess was to fit, which would come back for ever."""
+    """Nor is one where the guess was to fit, which would come back forever."""
     monkeypatch.setattr(finder, "sampled_sizes", lambda family: iter([(1, 1)]))
     monkeypatch.setattr(finder, "_MOST", 1)
     found = timetable(one_f_one_b(), QUESTION_SECONDS)

@@ -1,10 +1,11 @@
-"""A hand-written 1F1B over all ranks with isend and irecv.  Usage: one_f_one_b.py MICROBATCHES [FAULT].
+"""A hand-written 1F1B over all ranks with isend, irecv and batches.  Usage: one_f_one_b.py MICROBATCHES [FAULT].
 
-An ordinary program for GPUs and NCCL without any recorder.  In the steady state an activation is in flight while the
-gradient in the opposite direction is received.
+An ordinary program for GPUs and NCCL without any recorder.  In the steady state an activation is sent and the gradient
+in the opposite direction is received in one batch.
 
-Faults: ``wait first`` waits for the activation first; ``swapped`` sends rank 0's first two activations in the
-wrong order; ``mute`` does not send rank 1's last gradient, and ``deaf`` does not receive it.
+Faults: ``wait first`` waits for the activation first; ``one by one`` posts the two without a batch; ``swapped`` sends
+rank 0's first two activations in the wrong order; ``mute`` does not send rank 1's last gradient, and ``deaf`` does not
+receive it.
 """
 
 import os
@@ -30,6 +31,20 @@ def receive(peer):
     buffer = torch.empty(SHAPE, device="cuda")
     dist.irecv(buffer, peer).wait()
     return buffer
+
+
+def exchange(output, peer):
+    gradient = torch.empty(SHAPE, device="cuda")
+    if FAULT in ("wait first", "one by one"):
+        works = [dist.isend(output, peer)]
+        if FAULT == "wait first":
+            works.pop().wait()
+        works.append(dist.irecv(gradient, peer))
+    else:
+        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, output, peer), dist.P2POp(dist.irecv, gradient, peer)])
+    for work in works:
+        work.wait()
+    return gradient
 
 
 def forward(number):
@@ -59,12 +74,7 @@ for number in range(warm, MICROBATCHES):
     if rank == ranks - 1:
         backward(None)
     else:
-        work = dist.isend(y.detach(), rank + 1)
-        if FAULT == "wait first":
-            work.wait()
-        gradient = receive(rank + 1)
-        work.wait()
-        backward(gradient)
+        backward(exchange(y.detach(), rank + 1))
 for number in range(warm):
     deaf = FAULT == "deaf" and rank == 0 and number == warm - 1
     backward(torch.ones(SHAPE) if deaf else receive(rank + 1))

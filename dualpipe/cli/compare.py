@@ -1,0 +1,214 @@
+"""``dualpipe compare``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dualpipe.cli.app import app, examples
+from dualpipe.cli.entrypoint import LIMIT_SECONDS
+from dualpipe.cli.options import (
+    Blocking,
+    Cost,
+    EntryTimeout,
+    Json,
+    Microbatches,
+    Ranks,
+    ScheduleArguments,
+    find_schedules,
+)
+from dualpipe.cli.targets import HTML, PNG, SVG, check_targets, target
+from dualpipe.errors import RuleError
+from dualpipe.schedule import Schedule
+from dualpipe.schedule.generate import NAMES, SizeError, generate
+
+if TYPE_CHECKING:
+    from dualpipe.timeline.comparison import Absent, Candidate, Ranking, Sizes
+    from dualpipe.timeline.timeline import Costs
+
+
+@app.command(
+    epilog=examples(
+        "dualpipe compare -P 8 -M 32",
+        "dualpipe compare -P 8 -M 32 --cost F=1,B=1.1,W=0.8 --latency 0.3 --overlap 0.9 --png compare.png",
+        "dualpipe compare zbv dualpipe-late-tail mine.txt",
+        "dualpipe compare -P 8 -M 32 --cost-from trace.json --max-activations 8",
+    )
+)
+def compare(
+    schedules: ScheduleArguments = None,
+    ranks: Ranks = None,
+    microbatches: Microbatches = None,
+    cost: Cost = None,
+    cost_from: Annotated[
+        Path | None,
+        typer.Option(help="Take the costs, in seconds, from a trace that `dualpipe verify --trace` measured."),
+    ] = None,
+    latency: Annotated[float | None, typer.Option(help="Time that a message takes, as latency= in --cost.")] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="What an overlapped pair takes, relative to F, B and W one after the other, as in 0.85."),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            "--bytes",
+            help="Bytes that a microbatch keeps from F to B and from B to W, and those of the weights; see below.",
+            metavar="B=NUMBER,W=NUMBER[,weights=NUMBER]",
+        ),
+    ] = None,
+    max_activations: Annotated[
+        float | None, typer.Option(help="Live microbatches that a rank may hold; see below for their size.")
+    ] = None,
+    max_bytes: Annotated[
+        float | None, typer.Option(help="Bytes that a rank may hold, activations and weights together.")
+    ] = None,
+    blocking: Blocking = False,
+    svg: Annotated[Path | None, typer.Option(help="Also write a picture: timelines and memory on one axis.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write the same picture as PNG.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with the table and the timelines.")] = None,
+    entry_timeout: EntryTimeout = LIMIT_SECONDS,
+    as_json: Json = False,
+) -> None:
+    """Simulate schedules side by side, and name the best one under given costs and memory.
+
+    All named schedules are compared, or those among the arguments; files and functions come in addition.
+
+    Costs and bytes are those of a rank's share of the model, 1/P of its layers.
+    A V or an interleaved schedule has 2P stages, each half a share; DualPipe has P whole ones.
+    So activations, pending W and parameters are counted in shares: DualPipe's rank holds 2 of parameters, others 1.
+
+    Exit codes:
+    0: a best schedule is named
+    1: none fits the given memory
+    2: bad input
+    """
+    from dualpipe.timeline.comparison import Limits, describe, describe_sizes, parse_sizes, rank
+    from dualpipe.timeline.summary import describe_costs
+
+    given = schedules or []
+    pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
+    pages = target("--html", html, HTML)
+    inputs = [*given, *([str(cost_from)] if cost_from else [])]
+    check_targets([*pictures, *pages], inputs)
+    costs = _costs(cost, cost_from, latency, overlap)
+    memory = None if sizes is None else parse_sizes(sizes)
+    limits = Limits(_limit("--max-activations", max_activations), _limit("--max-bytes", max_bytes))
+    others = [
+        (name if len(found) == 1 else f"{name}[{number}]", schedule)
+        for name in given
+        if name not in NAMES
+        for found in [find_schedules(name, ranks, microbatches, entry_timeout)]
+        for number, schedule in enumerate(found)
+    ]
+    size = _size(ranks, microbatches, others)
+    names = [name for name in NAMES if name in given] or list(NAMES)
+    ranking = rank(_candidates(names, others, size, costs, memory, blocking), limits)
+    heading = f"{size[0]} ranks, {size[1]} microbatches"
+    note = f"costs {describe_costs(costs)}" + (f"; bytes {describe_sizes(memory)}" if memory else "")
+    note += f", of 1/{size[0]} of the model; a schedule with {2 * size[0]} stages has half of that in each"
+    if as_json:
+        about: dict[str, Any] = {"ranks": size[0], "microbatches": size[1], "costs": vars(costs)}
+        about |= {"bytes": vars(memory) if memory else None, "limits": vars(limits)}
+        typer.echo(json.dumps(about | ranking.as_json()))
+    else:
+        typer.echo(f"{heading}; {note}\n{describe(ranking)}")
+    if pictures:
+        from dualpipe.timeline.picture import render
+        from dualpipe.timeline.side_by_side import draw
+
+        figure = draw(ranking, heading, note)
+        for picture in pictures:
+            picture.write(render(figure, "svg" if picture.form is SVG else "png"))
+    for page in pages:
+        page.write(_page(ranking, heading, note, blocking))
+    raise typer.Exit(0 if ranking.best else 1)
+
+
+def _size(ranks: int | None, microbatches: int | None, others: Sequence[tuple[str, Schedule]]) -> tuple[int, int]:
+    """The size of all schedules: the one asked for, else that of the files, which must agree."""
+    sizes = {(schedule.ranks, sum(schedule.microbatches.values())): name for name, schedule in others}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{name} has {p} ranks and {m} microbatches" for (p, m), name in sizes.items())
+        raise RuleError("schedules that are compared have one size", shown, "compare those of one size")
+    for size in sizes:
+        return size
+    chosen = 4 if ranks is None else ranks
+    return chosen, 2 * chosen if microbatches is None else microbatches
+
+
+def _candidates(
+    names: Sequence[str],
+    others: Sequence[tuple[str, Schedule]],
+    size: tuple[int, int],
+    costs: Costs,
+    sizes: Sizes | None,
+    blocking: bool,
+) -> list[Candidate | Absent]:
+    from dualpipe.timeline.comparison import Absent, candidate
+
+    found: list[Candidate | Absent] = []
+    for name in names:
+        try:
+            schedule = generate(name, *size)
+        except SizeError as error:
+            found.append(Absent(name, str(error)))
+        else:
+            found.append(candidate(name, schedule, costs, sizes, blocking=blocking))
+    return found + [candidate(name, schedule, costs, sizes, blocking=blocking) for name, schedule in others]
+
+
+def _costs(text: str | None, trace: Path | None, latency: float | None, overlap: float | None) -> Costs:
+    """The costs of a share from the options, each of which may be given once."""
+    from dualpipe.timeline.summary import parse_costs
+
+    if trace is not None and text is not None:
+        raise RuleError("costs are given or measured", "got --cost and --cost-from", "leave one of them out")
+    if trace is not None:
+        from dualpipe.timeline.measured_costs import describe, read
+
+        measured = read(trace)
+        typer.echo(describe(measured), err=True)
+        costs = measured.costs
+    else:
+        costs = parse_costs(text or "")
+    if latency is not None:
+        if "latency" in (text or ""):
+            raise RuleError("the latency is given once", "got --latency and latency= in --cost", "leave one out")
+        costs = replace(costs, latency=latency)
+    if overlap is not None:
+        if costs.FB is not None:
+            raise RuleError("an overlapped pair has one cost", "got --overlap and FB= in --cost", "leave one out")
+        if not 0 < overlap <= 2:
+            raise RuleError("--overlap is more than 0 and at most 2", f"got {overlap:g}", "correct it")
+        costs = replace(costs, FB=overlap * (costs.F + costs.backward))
+    return costs
+
+
+def _limit(option: str, value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= 1e100:
+        raise RuleError(f"{option} is a number from 0 to 1e100", f"got {value:g}", "correct it")
+    return value
+
+
+def _page(ranking: Ranking, heading: str, note: str, blocking: bool) -> str:
+    from dualpipe.page import Drawn, Gallery, Page, Steps, Table, render
+    from dualpipe.timeline.comparison import caption, left_out, table, verdict
+
+    drawn = []
+    for each in ranking.candidates:
+        timeline = each.timeline
+        memory = [Steps(*zip(*each.memory(rank), strict=True)) for rank in range(len(timeline.spans))]
+        drawn.append(Drawn(each.name, caption(ranking, each), timeline.schedule, timeline.costs, memory))
+    head, *rows = table(ranking)
+    sections: list[Gallery | Table] = [Table("Schedules", head, rows)]
+    if absent := left_out(ranking):
+        sections.append(Table("Left out", ("schedule and reason",), [(line,) for line in absent]))
+    unit = "bytes" if any(each.sizes for each in ranking.candidates) else "live"
+    sections.append(Gallery("Side by side", drawn, unit, note, blocking))
+    return render(Page(heading, "", sections, verdict(ranking)))

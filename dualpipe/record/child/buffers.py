@@ -1,0 +1,204 @@
+"""The memory of messages: who touches it while a message is in flight, and which received tensors a graph needs.
+
+NCCL reads a sent tensor, and writes a received one, at any time between the post and the wait.  So the program may not
+read a tensor that is being received, nor write, free or resize one that is being sent.  gloo would often deliver such a
+message as if nothing had happened, or not at all.  Here a send takes the values at its post, and a receive keeps its
+memory until the wait, so that the run does not depend on the time at which gloo moves the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+
+from .log import call_path
+from .marks import Marks, weak_storage
+
+Write = Callable[..., None]
+_RESIZES = ("aten::resize_", "aten::set_")
+_WALKED = "dualpipe.record.walked"  # in a node's metadata: its saved tensors have been looked at
+
+
+class Span(NamedTuple):
+    """A range of bytes in a storage."""
+
+    storage: int
+    start: int
+    end: int
+
+    def overlaps(self, other: Span) -> bool:
+        return self.storage == other.storage and self.start < other.end and other.start < self.end
+
+
+class Flight(NamedTuple):
+    """A message in flight: its tensor, what is held for it, and the kinds of access that were written down."""
+
+    send: bool
+    span: Span
+    tensor: Tensor
+    held: Tensor
+    noted: set[str]
+
+
+def span_of(tensor: Tensor) -> Span | None:
+    """The memory of a tensor, or ``None`` if it has none."""
+    try:
+        size, start = tensor.element_size(), int(tensor.storage_offset())
+        last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        end = start + last + 1 if tensor.numel() else start
+        return Span(tensor.untyped_storage()._cdata, start * size, end * size)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+class Buffers:
+    """The messages in flight of one rank, and the memory of those that it has received."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._flights: dict[int, Flight] = {}
+        self._received: dict[int, tuple[Any, Span]] = {}  # message -> its storage (weak), and its memory
+        self._kept: set[int] = set()  # messages whose memory a graph needs, or needed
+        self._hooked: set[int] = set()  # messages that were read while saved tensors were packed by hooks
+
+    # messages
+
+    def hold(self, send: bool, tensor: Tensor) -> Tensor:
+        """The tensor to post in place of the program's."""
+        with no_dispatch():
+            return tensor.detach().clone() if send else tensor.detach()
+
+    def posted(self, number: int, send: bool, tensor: Tensor, held: Tensor, by: Marks | None) -> None:
+        """A message has been posted.  A receive into memory in use writes to it, a send from it reads it."""
+        span = span_of(tensor)
+        if span is None:
+            return
+        self._touch(span, "read" if send else "write", number, by)
+        if not send:
+            for other in [n for n, (_, received) in self._received.items() if received.overlaps(span)]:
+                if other in self._kept:
+                    self._write("access", what="write", message=other, posted=number, by=[], at=call_path())
+                del self._received[other]
+        self._flights[number] = Flight(send, span, tensor, held, set())
+
+    def completed(self, numbers: Iterable[int]) -> None:
+        """The program has waited for these messages."""
+        for number in numbers:
+            flight = self._flights.pop(number, None)
+            if flight is not None and not flight.send:
+                self._received[number] = weak_storage(flight.held), flight.span
+        for number in [n for n, (storage, _) in self._received.items() if storage.expired()]:
+            del self._received[number]
+
+    # what the program does to memory
+
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], by: Marks | None) -> None:
+        """An operator is about to run."""
+        if not (self._flights or self._received) or func.namespace == "c10d":
+            return
+        spans = [(span, writes) for tensor, writes in _accesses(func, args, kwargs) if (span := span_of(tensor))]
+        for span, _ in spans if _packed_by_hooks() else ():
+            self._hooked |= {number for number, (_, received) in self._received.items() if received.overlaps(span)}
+        reads = not _only_looks(func)
+        for span, writes in spans:
+            if writes:
+                self._touch(span, "free" if func._schema.name in _RESIZES else "write", None, by)
+            elif reads:
+                self._touch(span, "read", None, by)
+
+    def replaced(self, tensor: Tensor, by: Marks | None) -> None:
+        """The program is about to give a tensor another storage, which frees the old one."""
+        for number, flight in self._flights.items():
+            if flight.tensor is tensor:
+                self._note(number, flight, "free", None, by)
+
+    def resized(self, storage: int, by: Marks | None) -> bool:
+        """The program is about to resize a storage; returns whether a message in flight uses it."""
+        found = [(number, flight) for number, flight in self._flights.items() if flight.span.storage == storage]
+        for number, flight in found:
+            self._note(number, flight, "free", None, by)
+        return bool(found)
+
+    def _touch(self, span: Span, what: str, posted: int | None, by: Marks | None) -> None:
+        for number, flight in self._flights.items():
+            if flight.span.overlaps(span) and not (flight.send and what == "read"):
+                self._note(number, flight, what, posted, by)
+
+    def _note(self, number: int, flight: Flight, what: str, posted: int | None, by: Marks | None) -> None:
+        if what not in flight.noted:  # one of each kind is enough to refute, and a forward has many operators
+            flight.noted.add(what)
+            self._write("access", what=what, message=number, posted=posted, by=sorted(by or ()), at=call_path())
+
+    # graphs
+
+    def called(self, roots: Iterable[Any], forward: int) -> None:
+        """A module call has returned: which received tensors its graph needs for the backward."""
+        if not self._received:
+            return
+        found = self._hooked & self._received.keys()
+        if not self._hooked:  # looking at a tensor that hooks have packed would unpack it
+            saved = {span for node in _new_nodes(roots) for tensor in _saved(node) if (span := span_of(tensor))}
+            for number, (_, span) in self._received.items():
+                if any(span.overlaps(other) for other in saved):
+                    found.add(number)
+        for number in sorted(found - self._kept):
+            self._write("keep", message=number, forward=forward)
+        self._kept |= found
+        self._hooked.clear()
+
+
+def _packed_by_hooks() -> bool:
+    """Whether the tensors that operators save now are packed by hooks, as activation checkpointing does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _accesses(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+    """The tensors that an operator gets, and whether it writes to them."""
+    for position, argument in enumerate(func._schema.arguments):
+        given = args[position] if position < len(args) else kwargs.get(argument.name)
+        for value in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(value, Tensor):
+                yield value, argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _only_looks(func: Any) -> bool:
+    """Whether an operator reads no values: it makes a view or uses shapes."""
+    name = func._schema.name.rpartition("::")[2]
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return views or name.endswith("_like") or name.startswith("new_")
+
+
+def _new_nodes(roots: Iterable[Any]) -> Iterator[Any]:
+    """The nodes of a graph that were not looked at before."""
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node is not None and _WALKED not in node.metadata:
+            node.metadata[_WALKED] = True
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
+
+
+_NAMES: dict[type, list[str]] = {}
+
+
+def _saved(node: Any) -> Iterator[Tensor]:
+    """The tensors that a node holds for its backward; none if it was freed."""
+    kind = type(node)
+    if kind not in _NAMES:
+        _NAMES[kind] = [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
+    for name in _NAMES[kind]:
+        try:
+            values = getattr(node, name)
+        except RuntimeError:
+            continue
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            if isinstance(value, Tensor):
+                yield value
+    for value in getattr(node, "__dict__", {}).values():  # attributes of the context of a torch.autograd.Function
+        if isinstance(value, Tensor):
+            yield value

@@ -1,0 +1,309 @@
+"""Schedules side by side: simulated on the same model, with their memory, and which one is best.
+
+Costs and sizes are those of a *share*, 1/P of the model's layers, on P ranks.  A stage of DualPipe, 1F1B or ZB1P is one
+share.  A schedule with 2P stages has half shares: two on each rank where DualPipe has two whole ones, which are twice
+the parameters.  All microbatches are of one size, whatever their lane, so each schedule does the same work::
+
+    DualPipe     rank 0  stage 0 of >, stage 3 of <      2 shares      F of a stage: 1
+    1F1B         rank 0  stage 0                         1 share       F of a stage: 1
+    ZBV          rank 0  stages 0 and 7 of 8             1 share       F of a stage: 1/2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from dualpipe.errors import RuleError
+from dualpipe.schedule import COMPUTE, SENDS, B, F, Schedule, Slot, W, full_backwards
+from dualpipe.timeline.simulate import Stuck, simulate
+from dualpipe.timeline.summary import parse_numbers
+from dualpipe.timeline.timeline import Costs, Timeline
+
+SIZES = ("B", "W", "weights")
+_SAME = 1e-9
+"""The relative difference up to which two makespans are equal."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one share of the model.
+
+    Parameters
+    ----------
+    B, W:
+        What one microbatch keeps from F to the end of B, and from B to the end of a W that is deferred.
+    weights:
+        Parameters with their gradients and, where they are on the device, the states of the optimizer.
+    """
+
+    B: float
+    W: float
+    weights: float = 0.0
+
+
+def parse_sizes(text: str) -> Sizes:
+    """``"B=8e9,W=3e9,weights=2e10"`` as sizes; ``weights`` is 0 if left out.  Raises ``RuleError``."""
+    given = parse_numbers("--bytes", text, SIZES)
+    if not {"B", "W"} <= given.keys() or not all(0 <= size <= 1e100 for size in given.values()):
+        raise RuleError(
+            "--bytes gives B and W, and may give weights, each 0 or more", f"got {text!r}", "use such as B=8e9,W=3e9"
+        )
+    return Sizes(**given)
+
+
+def describe_sizes(sizes: Sizes) -> str:
+    """Sizes as ``parse_sizes`` reads them."""
+    return ",".join(f"{name}={getattr(sizes, name):g}" for name in SIZES)
+
+
+class Level(NamedTuple):
+    """How much a rank holds from a time on."""
+
+    time: float
+    level: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that was simulated.  Microbatches, W and parameters are counted in shares of the model.
+
+    Attributes
+    ----------
+    timeline:
+        With the costs of the schedule's own stages.
+    share:
+        What a stage is of a share: 1, or 1/2 for a schedule with 2P stages.
+    """
+
+    name: str
+    timeline: Timeline
+    share: float
+    sizes: Sizes | None = None
+
+    @cached_property
+    def activations(self) -> tuple[float, ...]:
+        """For each rank the most microbatches that are live at once."""
+        return tuple(self.share * peak for peak in self.timeline.peak_activations)
+
+    @cached_property
+    def pending_w(self) -> tuple[float, ...]:
+        """For each rank the most W that are deferred at once."""
+        return tuple(self.share * peak for peak in self.timeline.peak_pending_w)
+
+    @cached_property
+    def parameters(self) -> tuple[float, ...]:
+        """For each rank the shares of the model that it holds."""
+        routes = self.timeline.schedule.routes.values()
+        return tuple(self.share * sum(route.count(rank) for route in routes) for rank in range(len(self.activations)))
+
+    @cached_property
+    def messages(self) -> int:
+        """The messages of all ranks."""
+        return sum(at.op.kind in SENDS for at in self.timeline.schedule)
+
+    @cached_property
+    def activation_bytes(self) -> tuple[float, ...] | None:
+        """For each rank the most bytes that its microbatches keep, or ``None`` without sizes."""
+        if self.sizes is None:
+            return None
+        return tuple(max(level for _, level in self.memory(rank)) for rank in range(len(self.activations)))
+
+    @cached_property
+    def bytes(self) -> tuple[float, ...] | None:
+        """For each rank the peak of its activations and its weights together."""
+        if self.sizes is None or self.activation_bytes is None:
+            return None
+        weights = self.sizes.weights
+        return tuple(a + weights * p for a, p in zip(self.activation_bytes, self.parameters, strict=True))
+
+    def memory(self, rank: int) -> list[Level]:
+        """The memory of a rank's activations over time: bytes if there are sizes, else live microbatches in shares.
+
+        A slot first allocates, at its start, and releases at its end.
+        """
+        levels, level = [Level(0.0, 0.0)], 0.0
+        for span in self.timeline.spans[rank]:
+            if span.ops[0].kind not in COMPUTE:
+                continue
+            gained, lost = _microbatches(span.ops) if self.sizes is None else _bytes(span.ops, self.sizes)
+            levels.append(Level(span.start, level + self.share * gained))
+            level += self.share * (gained - lost)
+            levels.append(Level(span.end, level))
+        return levels
+
+
+def _microbatches(slot: Slot) -> tuple[float, float]:
+    kinds = [op.kind for op in slot]
+    return kinds.count(F), kinds.count(W)
+
+
+def _bytes(slot: Slot, sizes: Sizes) -> tuple[float, float]:
+    kinds, full = [op.kind for op in slot], len(full_backwards(slot))
+    gained = kinds.count(F) * sizes.B + (kinds.count(B) - full) * sizes.W
+    return gained, kinds.count(B) * sizes.B + (kinds.count(W) - full) * sizes.W
+
+
+class Absent(NamedTuple):
+    """A schedule that cannot take part, and why."""
+
+    name: str
+    reason: str
+
+
+def candidate(
+    name: str, schedule: Schedule, costs: Costs, sizes: Sizes | None = None, *, blocking: bool = False
+) -> Candidate | Absent:
+    """Simulate a schedule on the costs of a share; a schedule that gets stuck is absent."""
+    share = schedule.ranks / schedule.stages
+    try:
+        timeline = simulate(schedule, costs.times(share), blocking=blocking)
+    except Stuck as stuck:
+        return Absent(name, str(stuck))
+    return Candidate(name, timeline, share, sizes)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rank may hold: live microbatches in shares, and bytes of activations and weights together."""
+
+    activations: float | None = None
+    bytes: float | None = None
+
+    def excess(self, each: Candidate) -> str:
+        """Why a candidate does not fit; empty if it fits."""
+        most = max(each.activations)
+        if self.activations is not None and most > self.activations:
+            return f"holds {most:g} microbatches, and {self.activations:g} are allowed"
+        if self.bytes is not None and each.bytes is not None and max(each.bytes) > self.bytes:
+            return f"holds {max(each.bytes):g} bytes, and {self.bytes:g} are allowed"
+        return ""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates from the shortest makespan to the longest, those that are absent, and the limits of memory.
+
+    Of equal makespans the one that holds least comes first: bytes if they are known, else parameters, then live
+    microbatches; of those that hold as much, the one that was given first.
+    """
+
+    candidates: tuple[Candidate, ...]
+    absent: tuple[Absent, ...]
+    limits: Limits
+
+    @property
+    def best(self) -> tuple[Candidate, ...]:
+        """The fastest that fits, and those that fit and are as fast; empty if none fits."""
+        fitting = [each for each in self.candidates if not self.limits.excess(each)]
+        return tuple(each for each in fitting if _equal(each, fitting[0]))
+
+    def as_json(self) -> dict[str, Any]:
+        absent = [{"schedule": name, "reason": reason} for name, reason in self.absent]
+        return {
+            "schedules": [*map(self._candidate, self.candidates), *absent],
+            "best": [each.name for each in self.best],
+        }
+
+    def _candidate(self, each: Candidate) -> dict[str, Any]:
+        timeline = each.timeline
+        return {
+            "schedule": each.name,
+            "makespan": timeline.makespan,
+            "bubble_share": timeline.bubble_share,
+            "bubble": list(timeline.bubble),
+            "peak_activations": list(each.activations),
+            "peak_activation_bytes": None if each.activation_bytes is None else list(each.activation_bytes),
+            "peak_bytes": None if each.bytes is None else list(each.bytes),
+            "peak_pending_w": list(each.pending_w),
+            "parameters": list(each.parameters),
+            "messages": each.messages,
+            "fits": not self.limits.excess(each),
+            "reason": self.limits.excess(each) or None,
+        }
+
+
+def rank(found: Iterable[Candidate | Absent], limits: Limits) -> Ranking:
+    """The ranking of what was found.  Raises ``RuleError`` for a limit on bytes without sizes."""
+    every = list(found)
+    candidates = [each for each in every if isinstance(each, Candidate)]
+    if limits.bytes is not None and any(each.bytes is None for each in candidates):
+        raise RuleError("--max-bytes needs the sizes", "got no --bytes", "add --bytes B=...,W=...,weights=...")
+    first = {id(each): number for number, each in enumerate(candidates)}
+    groups = _groups(sorted(candidates, key=lambda each: each.timeline.makespan))
+    order = [each for group in groups for each in sorted(group, key=lambda each: (_holds(each), first[id(each)]))]
+    return Ranking(tuple(order), tuple(each for each in every if isinstance(each, Absent)), limits)
+
+
+def _groups(by_time: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Candidates of equal makespan together."""
+    groups: list[list[Candidate]] = []
+    for each in by_time:
+        if groups and _equal(groups[-1][0], each):
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    return groups
+
+
+def _equal(one: Candidate, other: Candidate) -> bool:
+    first, second = one.timeline.makespan, other.timeline.makespan
+    return abs(first - second) <= _SAME * max(first, second)
+
+
+def _holds(each: Candidate) -> tuple[float, ...]:
+    if each.bytes is not None:
+        return (max(each.bytes),)
+    return (max(each.parameters), max(each.activations), max(each.pending_w))
+
+
+def table(ranking: Ranking) -> list[list[str]]:
+    """The figures of the candidates as rows of text below a head; peaks are those of the rank that holds most."""
+    with_bytes = any(each.bytes is not None for each in ranking.candidates)
+    head = ["schedule", "makespan", "bubble", "activations", "pending W", "parameters", "messages"]
+    rows = [head + ["activation bytes", "bytes"] * with_bytes]
+    for each in ranking.candidates:
+        peaks = (each.activations, each.pending_w, each.parameters)
+        row = [each.name, f"{each.timeline.makespan:g}", f"{each.timeline.bubble_share:.1%}"]
+        row += [*(f"{max(values):g}" for values in peaks), f"{each.messages}"]
+        row += [f"{max(values):g}" for values in (each.activation_bytes, each.bytes) if values is not None]
+        rows.append(row)
+    return rows
+
+
+def left_out(ranking: Ranking) -> list[str]:
+    """A line for each schedule that does not fit or cannot take part."""
+    excess = {each.name: ranking.limits.excess(each) for each in ranking.candidates}
+    absent = (f"{name}: {reason}" for name, reason in ranking.absent)
+    return [*(f"{name} {reason}" for name, reason in excess.items() if reason), *absent]
+
+
+def describe(ranking: Ranking) -> str:
+    """The ranking as aligned lines, with its verdict as the last one."""
+    rows = table(ranking)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([*lines, *left_out(ranking), verdict(ranking)])
+
+
+def caption(ranking: Ranking, each: Candidate) -> str:
+    """What stands over the timeline of a candidate."""
+    parts = [f"{each.name}: makespan {each.timeline.makespan:g}", f"bubble {each.timeline.bubble_share:.1%}"]
+    parts.append(f"parameters {max(each.parameters):g}")
+    if each in ranking.best:
+        parts.append("best" if each is ranking.best[0] else "as fast")
+    return ", ".join(filter(None, [*parts, ranking.limits.excess(each)]))
+
+
+def verdict(ranking: Ranking) -> str:
+    """The best schedule in one line."""
+    if not ranking.best:
+        return "best: none" + (" of them fits" if ranking.candidates else "")
+    first, *others = ranking.best
+    as_fast = f"; as fast: {', '.join(each.name for each in others)}" if others else ""
+    return f"best: {first.name}, makespan {first.timeline.makespan:g}{as_fast}"

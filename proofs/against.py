@@ -1,0 +1,287 @@
+"""Where a schedule departs from another one, rank by rank: what ``dualpipe prove --against`` reports.
+
+Four aspects are compared, each by itself, and of each rank only the first departure in an aspect is reported.
+
+=========  ====================================================================================================
+order      the F and B of the rank, one after the other
+weights    where its W are among them, up to the first departure in the order
+messages   for each peer, what is sent to it and what is received from it, in the order posted
+slots      what is issued together, and where the messages are among the computes
+=========  ====================================================================================================
+
+Ops of one slot are issued together, so in the first three aspects their order within the slot does not count: ``F+B+W``
+is the same as ``F`` and ``B+W`` in two slots.  The first three change what a rank computes, holds or exchanges.  Slots
+alone change neither, and are reported without being counted as a departure.
+
+What follows the first departure in the order of a rank is not compared, since it would be another report of the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from dualpipe.errors import RuleError
+from dualpipe.schedule import MESSAGES, SENDS, B, F, Kind, Lane, Op, Placed, Schedule, W
+from proofs.verdict import ExitCode
+
+
+class Aspect(StrEnum):
+    """What is compared."""
+
+    ORDER = "order"
+    WEIGHTS = "weights"
+    MESSAGES = "messages"
+    SLOTS = "slots"
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first op at which a rank departs from the other schedule in an aspect.
+
+    Attributes
+    ----------
+    here, there:
+        What this schedule has at that point, and what the other one has; ``None`` after the last op.
+    later:
+        Where the other schedule has the op of ``here`` on this rank; ``None`` if it never has.
+    found:
+        Where this schedule has the op of ``there`` on this rank; ``None`` if it never has.
+    """
+
+    aspect: Aspect
+    rank: int
+    here: Placed | None
+    there: Placed | None
+    later: Placed | None
+    found: Placed | None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the schedules are different ones for it."""
+        return self.aspect is not Aspect.SLOTS
+
+
+@dataclass(frozen=True)
+class Misplaced:
+    """A stage that the two schedules have on different ranks; ``None`` where a schedule has no such stage."""
+
+    lane: Lane
+    stage: int
+    here: int | None
+    there: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A schedule compared with another one.
+
+    ``misplaced`` are the stages on different ranks; if there are any, nothing else was compared.  ``departures`` are
+    ordered by rank and aspect.
+    """
+
+    here: Schedule
+    there: Schedule
+    name: str
+    misplaced: tuple[Misplaced, ...]
+    departures: tuple[Departure, ...]
+
+    @property
+    def sizes(self) -> tuple[Lane, ...]:
+        """The lanes that have different numbers of microbatches."""
+        one, other = self.here.microbatches, self.there.microbatches
+        return tuple(lane for lane in Lane if lane in one and lane in other and one[lane] != other[lane])
+
+    @property
+    def departs(self) -> bool:
+        return bool(self.misplaced) or any(departure.counts for departure in self.departures)
+
+    @property
+    def verdict(self) -> str:
+        """``departs``, ``same but for slots`` or ``same``."""
+        if self.departs:
+            return "departs"
+        return "same but for slots" if self.departures else "same"
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode.REFUTED if self.departs else ExitCode.PROVED
+
+    def as_json(self) -> dict[str, Any]:
+        """The object under ``against`` in the output of ``dualpipe prove --json``."""
+        from proofs.departure_story import meaning, tell
+
+        return {
+            "name": self.name,
+            "verdict": self.verdict,
+            "misplaced": [
+                {"lane": str(each.lane), "stage": each.stage, "here": each.here, "there": each.there}
+                for each in self.misplaced
+            ],
+            "departures": [
+                {
+                    "aspect": str(each.aspect),
+                    "rank": each.rank,
+                    "here": _plain(each.here),
+                    "there": _plain(each.there),
+                    "story": tell(each, self),
+                    "meaning": meaning(each, self),
+                }
+                for each in self.departures
+            ],
+        }
+
+
+def _plain(placed: Placed | None) -> dict[str, Any] | None:
+    return None if placed is None else {"slot": placed.slot, "op": str(placed.op)}
+
+
+def compare(here: Schedule, there: Schedule, name: str = "") -> Comparison:
+    """Compare a schedule with another one; ``name`` is what reports call the other.
+
+    Raises ``RuleError`` if they have different numbers of ranks.
+    """
+    name = name or there.name or "the other schedule"
+    if here.ranks != there.ranks:
+        raise RuleError(
+            "--against compares schedules of as many ranks",
+            f"the schedule has {here.ranks} and {name} has {there.ranks}",
+            "name one of the same size",
+        )
+    misplaced = tuple(_misplaced(here, there))
+    departures = () if misplaced else tuple(each for rank in range(here.ranks) for each in _of_rank(here, there, rank))
+    return Comparison(here, there, name, misplaced, departures)
+
+
+def _misplaced(here: Schedule, there: Schedule) -> Iterator[Misplaced]:
+    for lane in Lane:
+        one, other = here.routes.get(lane, ()), there.routes.get(lane, ())
+        for stage in range(max(len(one), len(other))):
+            ranks = [route[stage] if stage < len(route) else None for route in (one, other)]
+            if ranks[0] != ranks[1]:
+                yield Misplaced(lane, stage, *ranks)
+
+
+Group = tuple[Placed, ...]
+"""Ops that are issued together."""
+
+
+def _of_rank(here: Schedule, there: Schedule, rank: int) -> Iterator[Departure]:
+    order = _first(Aspect.ORDER, here, there, rank, frozenset({F, B}))
+    weights = _first(Aspect.WEIGHTS, here, there, rank, frozenset({F, B, W}))
+    messages, slots = _in_messages(here, there, rank), _in_slots(here, there, rank)
+    found = [] if order is None else [order]
+    if weights is not None and W in {placed.op.kind for placed in (weights.here, weights.there) if placed is not None}:
+        found.append(weights)
+    if messages is not None and (order is None or _slot(messages) < _slot(order)):
+        found.append(messages)
+    if slots is not None and all(_slot(slots) < _slot(other) for other in found):
+        found.append(slots)
+    return iter(found)
+
+
+def _slot(departure: Departure) -> float:
+    """The slot of this schedule in which it departs."""
+    return float("inf") if departure.here is None else departure.here.slot
+
+
+def _first(aspect: Aspect, here: Schedule, there: Schedule, rank: int, kinds: frozenset[Kind]) -> Departure | None:
+    """The first difference between the ops of these kinds."""
+    one, other = (_groups(schedule, rank, kinds) for schedule in (here, there))
+    return _departure(aspect, here, there, rank, *_difference(one, other))
+
+
+def _groups(schedule: Schedule, rank: int, kinds: frozenset[Kind]) -> Iterator[Group]:
+    for number, slot in enumerate(schedule.programs[rank]):
+        group = tuple(Placed(rank, number, position, op) for position, op in enumerate(slot) if op.kind in kinds)
+        if group:
+            yield group
+
+
+def _difference(one: Iterable[Group], other: Iterable[Group]) -> tuple[Placed | None, Placed | None]:
+    """The first ops at which two sequences of groups differ, both ``None`` if they do not.
+
+    A group of one may be several groups of the other, and ops within a group have no order.
+    """
+    rest = iter(one), iter(other)
+    open_ones: tuple[list[Placed], list[Placed]] = [], []
+    while True:
+        for groups, current in zip(rest, open_ones, strict=True):
+            if not current:
+                current.extend(next(groups, ()))
+        ours, theirs = open_ones
+        if not ours or not theirs:
+            return (ours[0] if ours else None), (theirs[0] if theirs else None)
+        common = {placed.op.bare for placed in ours} & {placed.op.bare for placed in theirs}
+        if not common:
+            return ours[0], theirs[0]
+        for current in open_ones:
+            for op in common:
+                current.remove(next(placed for placed in current if placed.op.bare == op))
+
+
+def _departure(
+    aspect: Aspect, here: Schedule, there: Schedule, rank: int, one: Placed | None, other: Placed | None
+) -> Departure | None:
+    if one is None and other is None:
+        return None
+    later = None if one is None else _next(there, rank, one.op, 0 if other is None else other.slot)
+    found = None if other is None else _next(here, rank, other.op, 0 if one is None else one.slot)
+    return Departure(aspect, rank, one, other, later, found)
+
+
+def _next(schedule: Schedule, rank: int, op: Op, start: int) -> Placed | None:
+    """Where a rank has an op: the first place from a slot on, or else the last one before it."""
+    places = [placed for placed in _placed(schedule, rank) if placed.op.bare == op.bare]
+    return next((placed for placed in places if placed.slot >= start), places[-1] if places else None)
+
+
+def _placed(schedule: Schedule, rank: int) -> Iterator[Placed]:
+    for number, slot in enumerate(schedule.programs[rank]):
+        for position, op in enumerate(slot):
+            yield Placed(rank, number, position, op)
+
+
+def _in_messages(here: Schedule, there: Schedule, rank: int) -> Departure | None:
+    """The first difference in what the rank sends to a peer or receives from one."""
+    one, other = _by_peer(here, rank), _by_peer(there, rank)
+    found = []
+    for key in one.keys() | other.keys():
+        groups = (((placed,) for placed in side.get(key, ())) for side in (one, other))
+        departure = _departure(Aspect.MESSAGES, here, there, rank, *_difference(*groups))
+        if departure is not None:
+            found.append(departure)
+    return min(found, key=lambda each: _position(each, len(here.programs[rank])), default=None)
+
+
+def _position(departure: Departure, end: int) -> tuple[int, int, int]:
+    here, there = departure.here, departure.there
+    own = (end, 0) if here is None else (here.slot, here.position)
+    return (*own, 0 if there is None else there.slot)
+
+
+def _by_peer(schedule: Schedule, rank: int) -> Mapping[tuple[int | None, bool], list[Placed]]:
+    """The messages of a rank by the rank at the other end, and whether they are sends."""
+    found: dict[tuple[int | None, bool], list[Placed]] = {}
+    for placed in _placed(schedule, rank):
+        if placed.op.kind in MESSAGES:
+            found.setdefault((schedule.peer(placed.op), placed.op.kind in SENDS), []).append(placed)
+    return found
+
+
+def _in_slots(here: Schedule, there: Schedule, rank: int) -> Departure | None:
+    for number, (one, other) in enumerate(zip(here.programs[rank], there.programs[rank], strict=False)):
+        if {op.bare for op in one} != {op.bare for op in other}:
+            alone = next((at for at, op in enumerate(one) if op.bare not in {o.bare for o in other}), 0)
+            missing = next((at for at, op in enumerate(other) if op.bare not in {o.bare for o in one}), 0)
+            return _departure(
+                Aspect.SLOTS,
+                here,
+                there,
+                rank,
+                Placed(rank, number, alone, one[alone]),
+                Placed(rank, number, missing, other[missing]),
+            )
+    return None

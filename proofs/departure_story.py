@@ -1,0 +1,185 @@
+"""Puts a departure from another schedule into words: what each does there, and what usually causes it."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from dualpipe.schedule import RECEIVES, SENDS, B, F, Lane, Op, Placed, W, show_slot
+from proofs.against import Aspect, Comparison, Departure, Misplaced
+
+
+def text(comparison: Comparison) -> str:
+    """The comparison for a terminal: a verdict, then a story and its usual cause for each departure."""
+    name, verdict = comparison.name, comparison.verdict
+    heads = {"same": "the same schedule", "same but for slots": "the same order and messages, in other slots"}
+    lines = [f"  against {name}: {heads.get(verdict, verdict)}"]
+    lines += [f"      {_size(comparison, lane)}" for lane in comparison.sizes]
+    lines += [f"      {_misplaced(each, name)}" for each in comparison.misplaced]
+    if comparison.misplaced:
+        lines.append("      the orders of the ranks were not compared, since their stages are different ones")
+    for departure in comparison.departures:
+        lines.append(f"      {departure.aspect}: {tell(departure, comparison)}")
+        lines.append(f"        {meaning(departure, comparison)}")
+    return "\n".join(lines) + "\n"
+
+
+def _size(comparison: Comparison, lane: Lane) -> str:
+    counts = (schedule.microbatches[lane] for schedule in (comparison.here, comparison.there))
+    return f"lane {lane} has {next(counts)} microbatches, and in {comparison.name} {next(counts)}"
+
+
+def _misplaced(found: Misplaced, name: str) -> str:
+    stage = f"stage {found.stage} of lane {found.lane}"
+    if found.here is None:
+        return f"there is no {stage}, which {name} has on rank {found.there}"
+    if found.there is None:
+        return f"{stage} is on rank {found.here}, and {name} has no such stage"
+    return f"{stage} is on rank {found.here}, and in {name} on rank {found.there}"
+
+
+def tell(departure: Departure, comparison: Comparison) -> str:
+    """What each schedule does where a rank departs."""
+    name, rank, here, there = comparison.name, departure.rank, departure.here, departure.there
+    if departure.aspect is Aspect.SLOTS and here is not None and there is not None:
+        ours = show_slot(comparison.here.programs[rank][here.slot])
+        theirs = show_slot(comparison.there.programs[rank][there.slot])
+        return f"rank {rank} has {ours} as its slot {here.slot}, and {name} has {theirs}"
+    if here is None:
+        return f"rank {rank} {_lacks(departure, name)}"
+    does = f"rank {rank} {_verb(here.op)} {here.op} in slot {here.slot}"
+    if _is_repeated(departure, comparison):
+        return f"{does} once more than {name}"
+    if departure.later is not None and departure.aspect is Aspect.MESSAGES:
+        peers = comparison.here.peer(here.op), comparison.there.peer(departure.later.op)
+        if peers[0] != peers[1]:
+            direction = "to" if here.op.kind in SENDS else "from"
+            return f"{does} {direction} rank {peers[0]}, and {name} {direction} rank {peers[1]}"
+    if there is not None and departure.aspect is Aspect.WEIGHTS and here.op.kind is not there.op.kind:
+        return does + _deferred(departure, here, there, name)
+    verb = _verb(here.op)
+    also = f"never {verb} on this rank" if departure.later is None else f"{verb} in its slot {departure.later.slot}"
+    if there is None:
+        return f"{does}, which {name} {also}"
+    where = "" if departure.found is None else f", which this rank {_verb(there.op)} in slot {departure.found.slot}"
+    return f"{does}, which {name} {also}; there {name} {_verb(there.op)} {there.op}{where}"
+
+
+def _lacks(departure: Departure, name: str) -> str:
+    there, found = departure.there, departure.found
+    if there is None:
+        raise AssertionError("a departure has an op on one side at least")
+    often = "never" if found is None else "once less"
+    return f"{often} {_verb(there.op)} {there.op}, which {name} {_verb(there.op)} in its slot {there.slot}"
+
+
+def _deferred(departure: Departure, here: Placed, there: Placed, name: str) -> str:
+    """The words for a W that one of them runs before what the other runs first."""
+    if here.op.kind is W:
+        later = departure.later
+        when = f"never runs {here.op}" if later is None else f"defers {here.op} to its slot {later.slot}"
+        return f" before {there.op}, which {name} runs first: {name} {when}"
+    when = "never runs it" if departure.found is None else f"defers it to slot {departure.found.slot}"
+    return f" before {there.op}, which {name} runs first, in its slot {there.slot}: this rank {when}"
+
+
+def _is_repeated(departure: Departure, comparison: Comparison) -> bool:
+    """Whether this schedule has had the op before, which the other one has once."""
+    here = departure.here
+    if here is None:
+        return False
+    program = comparison.here.programs[departure.rank]
+    before = [*(op for slot in program[: here.slot] for op in slot), *program[here.slot][: here.position]]
+    return here.op.bare in {op.bare for op in before}
+
+
+def _verb(op: Op) -> str:
+    if op.kind in SENDS:
+        return "sends"
+    return "receives" if op.kind in RECEIVES else "runs"
+
+
+def meaning(departure: Departure, comparison: Comparison) -> str:
+    """What usually causes such a departure, as a question or a place to look at."""
+    match departure.aspect:
+        case Aspect.ORDER:
+            return _of_order(departure, comparison)
+        case Aspect.WEIGHTS:
+            return _of_weights(departure)
+        case Aspect.MESSAGES:
+            return _of_messages(departure, comparison)
+        case Aspect.SLOTS:
+            return _of_slots(departure, comparison)
+        case _:
+            assert_never(departure.aspect)
+
+
+def _of_order(departure: Departure, comparison: Comparison) -> str:
+    here, there, rank = departure.here, departure.there, departure.rank
+    if here is None:
+        return "did the rank stop there, by an error or a wait for a message, or is a loop one iteration short?"
+    if there is None or _is_repeated(departure, comparison):
+        return "does a loop run one iteration too many, or is an op issued twice?"
+    one, other = here.op, there.op
+    if one.mb >= comparison.there.microbatches[one.lane]:
+        return "has the program more microbatches than the schedule that it is compared with?"
+    if one.kind is not other.kind:
+        warm_up = not any(op.kind is B for slot in comparison.here.programs[rank][: here.slot] for op in slot)
+        phase = "before its first backward" if warm_up else "in this phase"
+        few = "many" if one.kind is F else "few"
+        return f"does the rank run too {few} forwards {phase}: is their count that of another rank or size?"
+    if one.chunk != other.chunk and departure.later is None:
+        return "does this rank hold that stage: is the chunk chosen by the lane alone, and not by the rank's half too?"
+    if one.chunk != other.chunk:
+        return "are the two chunks of the rank exchanged: is the phase swapped on the second half of the ranks?"
+    return "is the microbatch's number counted for each chunk apart, and increased after each use?"
+
+
+def _of_weights(departure: Departure) -> str:
+    here, there = departure.here, departure.there
+    if here is None:
+        return "are the weight gradients taken from their store often enough, at the end as well?"
+    if there is None:
+        return "is a weight gradient run once for each microbatch?"
+    if there.op.kind is W and departure.found is None:
+        return "is the weight gradient stored and never run?"
+    if here.op.kind is W and there.op.kind is W:
+        return "is the store for weight gradients a queue, which gives the oldest first?"
+    if here.op.kind is W:
+        return "is the store for weight gradients fed? A backward that adds them at once leaves nothing to defer."
+    return "is the weight gradient deferred that should run with its backward, or taken from the store too late?"
+
+
+def _of_messages(departure: Departure, comparison: Comparison) -> str:
+    here, there, later = departure.here, departure.there, departure.later
+    if here is None:
+        return "is a send or a receive left out, or did the rank stop before it?"
+    if _is_repeated(departure, comparison) or (there is None and later is None):
+        return "is a message posted once too often, as a receive that nobody consumes?"
+    if later is None or comparison.here.peer(here.op) != comparison.there.peer(later.op):
+        return "is the peer the rank that holds the next or the previous stage of this lane?"
+    if there is not None and departure.found is None:
+        return f"is {there.op} left out?"
+    return "are the messages added to their batch in another order? They carry no tag, so both sides must agree on it."
+
+
+_MESSAGE = SENDS | RECEIVES
+
+
+def _of_slots(departure: Departure, comparison: Comparison) -> str:
+    if departure.here is None or departure.there is None:
+        raise AssertionError("slots are compared one by one")
+    one = comparison.here.programs[departure.rank][departure.here.slot]
+    other = comparison.there.programs[departure.rank][departure.there.slot]
+    ours, theirs = ({op.bare for op in slot} for slot in (one, other))
+    messages = one[0].kind in _MESSAGE, other[0].kind in _MESSAGE
+    if messages == (True, True) and ours < theirs:
+        return "are messages posted one by one, which another order at the peer can block, and not as one batch?"
+    if messages == (True, True):
+        return "are messages of two steps posted as one batch, or with no wait between them?"
+    if messages == (False, False):
+        if {op.kind for op in ours ^ theirs} == {W}:
+            return "are B and W run by one call of the engine in one of the two, and by two in the other?"
+        if ours < theirs:
+            return "does an overlapped pair run one after the other? Name a method that overlaps them with --together."
+        return "are computes joined that should run apart?"
+    return "is a batch of messages posted earlier or later?"

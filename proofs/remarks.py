@@ -1,0 +1,73 @@
+"""What a story adds about the messages of a finding: superfluous ones, where they were posted, and guessed names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from dualpipe.schedule import MESSAGES, SENDS, Op, Placed, Schedule
+from proofs.findings import Finding, LeftOver, Mismatch, Overwritten, TouchedInFlight, Unmatched, Wait
+
+
+def remarks(schedule: Schedule, finding: Finding) -> Iterator[str]:
+    """One line for each remark."""
+    if isinstance(finding, TouchedInFlight | Overwritten):
+        return  # their stories have the lines of the program
+    found = list(_messages(finding))
+    if isinstance(finding, Mismatch | LeftOver | Unmatched):
+        extras = [extra for placed in found for extra in _superfluous(schedule, placed)]
+        yield from dict.fromkeys(_on_superfluous(schedule, extra) for extra in extras)
+        found += extras
+    for placed in dict.fromkeys(found):
+        yield from _on_place(schedule, placed)
+
+
+def _messages(finding: Finding) -> Iterator[Placed]:
+    """The messages that a finding names."""
+    for field in fields(finding):
+        value = getattr(finding, field.name)
+        waits = [item for item in value if isinstance(item, Wait)] if isinstance(value, tuple) else []
+        for placed in [value, *(end for wait in waits for end in (wait.place, wait.partner))]:
+            if isinstance(placed, Placed) and placed.op.kind in MESSAGES:
+                yield placed
+
+
+def _superfluous(schedule: Schedule, placed: Placed) -> list[Placed]:
+    """Messages up to this one, of the same rank, peer and direction, that repeat another one.
+
+    Of two with the same name it is the one whose name is a guess, because nothing uses it; else the second one.
+    """
+    peer, sends = schedule.peer(placed.op), placed.op.kind in SENDS
+    same: dict[Op, list[Placed]] = {}
+    for other in schedule:
+        op = other.op
+        of_pair = other.rank == placed.rank and op.kind in MESSAGES and schedule.peer(op) == peer
+        if of_pair and (op.kind in SENDS) == sends and other[:3] <= placed[:3]:
+            same.setdefault(op.bare, []).append(other)
+    guesses = schedule.observed.guesses
+    repeated = [group for group in same.values() if len(group) > 1]
+    return [next((one for one in group if one in guesses), group[1]) for group in repeated]
+
+
+def _on_superfluous(schedule: Schedule, extra: Placed) -> str:
+    sends = extra.op.kind in SENDS
+    verb, noun, other = ("sends", "send", "receives") if sends else ("receives", "receive", "sends")
+    what = f"rank {extra.rank} {verb} {extra.op.bare} more than once"
+    if extra in schedule.observed.guesses and not sends:
+        what += f", and nothing uses what it receives in slot {extra.slot} as message {extra.position + 1} of that slot"
+    else:
+        what += f", again in slot {extra.slot}"
+    return f"{what}: this is one {noun} too many, or rank {schedule.peer(extra.op)} {other} one too few"
+
+
+def _on_place(schedule: Schedule, placed: Placed) -> Iterator[str]:
+    """Where a recorded message was posted, and whether its name is a guess."""
+    observed, op, slot = schedule.observed, placed.op, schedule.programs[placed.rank][placed.slot]
+    nth = f", message {placed.position + 1} of it," if slot.count(op) > 1 else ""
+    if place := observed.place(placed):
+        yield f"{op} in slot {placed.slot}{nth} of rank {placed.rank} was posted at {place}"
+    others = observed.guesses.get(placed)
+    if others is not None:
+        shows = "made what is sent" if op.kind in SENDS else "uses what is received"
+        also = f"; it could also be {' or '.join(map(str, others))}" if others else ""
+        yield f"that it is {op} is a guess by order, since no observed forward or backward {shows}{also}"

@@ -1,0 +1,32 @@
+"""Checks that a caller waives, and what a schedule is without them.
+
+A waived check is made as always.  If it is refuted or unknown, it does not count for the verdict of the whole, which
+then says what is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from dualpipe.errors import RuleError, nearest
+
+WITHOUT: Mapping[str, str] = {
+    "complete": "an op may be missing or repeated, so losses and gradients need not be those of every microbatch",
+    "order": "an op may run before what it needs",
+    "messages": "a rank may take one message for another, and compute a wrong result from it",
+    "deadlock": "the run may hang",
+    "memory": "a rank may hold more activations than its bound",
+    "accumulation": "gradients are not added in microbatch order, so they are not bitwise those of the plain loop",
+    "buffers": "a tensor may be read before it has arrived, or overwritten while it is sent",
+}
+"""For each check what may be the case where it is waived."""
+
+
+def waived(names: Iterable[str], checks: Iterable[str]) -> frozenset[str]:
+    """The checks of these names.  Raises ``RuleError`` for a name that is no check."""
+    known = tuple(checks)
+    for name in names:
+        if name not in known:
+            fix = nearest(name, known, "name one of them")
+            raise RuleError(f"a check that can be waived is one of {', '.join(known)}", f"got {name!r}", fix)
+    return frozenset(names)

@@ -1,0 +1,100 @@
+"""``dualpipe compare``: the table and its verdict, JSON, pictures, the page, and errors for bad input."""
+
+import json
+
+import pytest
+
+from dualpipe.schedule.generate import NAMES, generate
+from dualpipe.schedule.text import dumps
+from tests.page import reading
+
+
+def test_the_table_has_every_named_schedule_and_the_best(run):
+    result = run("compare", "-P", 4, "-M", 16)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0].startswith("4 ranks, 16 microbatches; costs F=1,B=1,W=1, of 1/4 of the model; ")
+    assert {line.split()[0] for line in lines[2:-1]} == set(NAMES)
+    assert lines[2].split() == ["dualpipe-late-tail", "49", "2.0%", "5", "2", "2", "96"]
+    assert lines[-1] == "best: dualpipe-late-tail, makespan 49; as fast: dualpipe-late-all"
+
+
+def test_a_size_that_a_schedule_cannot_have_is_listed_with_the_reason(run):
+    result = run("compare", "-P", 3, "-M", 4)
+    assert result.code == 0
+    assert "dualpipe: dualpipe needs an even number of ranks, 2 or more: got 3; use 4" in result.out
+    assert "interleaved: interleaved needs a multiple of the ranks" in result.out
+    assert "dualpipev: dualpipev needs at least two microbatches per rank" in result.out
+    assert result.out.splitlines()[-1].startswith("best: zbv")
+
+
+def test_names_choose_among_the_named_schedules_and_files_come_in_addition(run, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text(dumps(generate("zb1p", 3, 7)))
+    printed = json.loads(run("compare", file, "zbv", "1f1b", "--json").out)
+    assert (printed["ranks"], printed["microbatches"]) == (3, 7)
+    assert [each["schedule"] for each in printed["schedules"]] == ["zbv", str(file), "1f1b"]
+    assert printed["best"] == ["zbv"]
+    assert len(json.loads(run("compare", file, "--json").out)["schedules"]) == len(NAMES) + 1
+
+
+def test_costs_latency_overlap_and_bytes_reach_the_simulation(run):
+    options = ["--cost", "F=1,B=2,W=0.5", "--latency", 0.25, "--overlap", 0.8, "--bytes", "B=8,W=2,weights=100"]
+    printed = json.loads(run("compare", "-P", 2, "-M", 8, *options, "--max-bytes", 130, "--json").out)
+    assert printed["costs"] == {"F": 1, "B": 2, "W": 0.5, "BW": None, "FB": 0.8 * 3.5, "latency": 0.25}
+    assert printed["bytes"] == {"B": 8, "W": 2, "weights": 100}
+    by_name = {each["schedule"]: each for each in printed["schedules"]}
+    assert by_name["1f1b"]["peak_bytes"] == [116, 108]
+    assert by_name["dualpipe"]["fits"] is False
+    assert by_name["dualpipe"]["reason"] == "holds 224 bytes, and 130 are allowed"
+    assert by_name["dualpipe"]["parameters"] == [2, 2]
+
+
+def test_none_that_fits_is_a_refusal(run):
+    result = run("compare", "-P", 4, "-M", 8, "--max-activations", 1)
+    assert result.code == 1
+    assert result.out.endswith("best: none of them fits\n")
+
+
+def test_pictures_and_the_page_show_every_schedule(run, tmp_path):
+    svg, png, html = (tmp_path / f"c.{form}" for form in ("svg", "png", "html"))
+    options = ["zbv", "dualpipe-late-tail", "interleaved", "--svg", svg, "--png", png, "--html", html]
+    assert run("compare", "-P", 2, "-M", 4, *options, "--max-activations", 3).code == 0
+    drawn = svg.read_text()
+    for name in ("zbv", "dualpipe-late-tail", "interleaved"):
+        assert f"{name}: makespan" in drawn
+    assert drawn.count('id="rank 1"') == 3
+    assert drawn.count('id="limit"') == 3
+    assert png.read_bytes().startswith(b"\x89PNG")
+    text = html.read_text()
+    assert "best: dualpipe-late-tail" in text
+    (data,) = reading.data(text)
+    assert [one["title"] for one in data["drawings"]] == ["dualpipe-late-tail", "zbv", "interleaved"]
+    assert data["drawings"][1]["caption"].startswith("zbv: makespan 12.5, bubble 4.0%, parameters 1")
+
+
+BAD = {
+    "two costs": (["--cost", "F=1", "--cost-from", "x.json"], "got --cost and --cost-from"),
+    "no trace": (["--cost-from", "x.json"], "x.json: No such file or directory"),
+    "two latencies": (["--cost", "latency=1", "--latency", 2], "got --latency and latency= in --cost"),
+    "two overlaps": (["--cost", "FB=1", "--overlap", 0.8], "got --overlap and FB= in --cost"),
+    "an overlap of nothing": (["--overlap", 0], "--overlap is more than 0 and at most 2: got 0"),
+    "a negative latency": (["--latency", -1], "latency is -1"),
+    "a negative limit": (["--max-activations", -1], "--max-activations is a number from 0"),
+    "a limit on unknown bytes": (["--max-bytes", 5], "--max-bytes needs the sizes"),
+    "sizes of another name": (["--bytes", "B=1,V=2"], "got 'V=2'; names are B, W, weights"),
+    "another size than the file's": (["{file}", "-P", 4], "{file} has 3, -P asks for 4"),
+    "files of two sizes": (["{file}", "{other}"], "schedules that are compared have one size"),
+    "the picture over the file": (["{file}", "--svg", "{file}"], "is a schedule that the command reads"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(run, tmp_path, case):
+    files = {"file": tmp_path / "mine.txt", "other": tmp_path / "other.txt"}
+    files["file"].write_text(dumps(generate("zb1p", 3, 7)))
+    files["other"].write_text(dumps(generate("zb1p", 3, 8)))
+    arguments, says = BAD[case]
+    result = run("compare", *(str(argument).format(**files) for argument in arguments))
+    assert result.code == 2
+    assert says.format(**files) in result.err

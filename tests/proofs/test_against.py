@@ -1,0 +1,193 @@
+"""Where a schedule departs from another one: the first op of each rank, what the other does there, and why."""
+
+import pytest
+
+from dualpipe.errors import RuleError
+from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, UP, B, F, Op, Schedule, W
+from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.text import loads
+from proofs.against import Aspect, compare
+from proofs.departure_story import meaning, tell, text
+from tests.mutations import drop, duplicate, insert, redirect, reorder, split_all, swap
+
+GPIPE = """\
+lane > 0 1
+rank 0: 0F0> 0SF0> 0F1> 0SF1> 0RB0> 0B0>+0W0> 0RB1> 0B1>+0W1>
+rank 1: 1RF0> 1F0> 1RF1> 1F1> 1B0>+1W0> 1SB0> 1B1>+1W1> 1SB1>
+"""
+
+
+def stories(here, there, aspect=None):
+    """Story and usual cause of the first departure of each rank, of those that count or of one aspect."""
+    found = compare(here, there)
+    chosen = [each for each in found.departures if (each.counts if aspect is None else each.aspect is aspect)]
+    return {each.rank: (tell(each, found), meaning(each, found)) for each in reversed(chosen)}
+
+
+def with_weights_at_once(schedule):
+    """Every W in the slot of its B, as when the store for weight gradients is never fed."""
+    programs = []
+    for program in schedule.programs:
+        slots = (tuple(op for op in slot if op.kind is not W) for slot in program)
+        programs.append(
+            tuple(
+                tuple(each for op in slot for each in ((op, Op(W, *op.task)) if op.kind is B else (op,)))
+                for slot in slots
+                if slot
+            )
+        )
+    return Schedule(schedule.routes, programs, schedule.name)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_schedule_is_the_same_as_itself_with_or_without_its_peers_written(name):
+    schedule = generate(name, 4, 8)
+    named = Schedule(
+        schedule.routes,
+        [
+            [[op._replace(peer=schedule.peer(op)) if op.kind in MESSAGES else op for op in slot] for slot in program]
+            for program in schedule.programs
+        ],
+    )
+    assert compare(named, schedule).verdict == "same"
+
+
+def test_an_unfed_store_shows_as_a_weight_gradient_that_the_other_schedule_defers():
+    found = stories(with_weights_at_once(dualpipe(4, 8)), dualpipe(4, 8), Aspect.WEIGHTS)
+    assert found[1] == (
+        "rank 1 runs 2W3< in slot 22 before 1B3>, which dualpipe runs first: dualpipe defers 2W3< to its slot 26",
+        "is the store for weight gradients fed? A backward that adds them at once leaves nothing to defer.",
+    )
+    assert sorted(found) == [1, 2]
+
+
+def test_ops_issued_together_have_no_order_so_that_an_overlapped_pair_may_run_one_after_the_other():
+    schedule = dualpipe(4, 8)
+    split = [[part for slot in program for part in _forward_apart(slot)] for program in schedule.programs]
+    apart = Schedule(schedule.routes, split)
+    found = compare(apart, dualpipe(4, 8))
+    assert found.verdict == "same but for slots"
+    assert {each.aspect for each in found.departures} == {Aspect.SLOTS}
+    assert "--together" in text(found)
+    assert compare(dualpipe(4, 8), apart).verdict == "same but for slots"
+
+
+def _forward_apart(slot):
+    forwards = tuple(op for op in slot if op.kind is F)
+    return [part for part in (tuple(op for op in slot if op not in forwards), forwards) if part]
+
+
+def test_messages_posted_one_by_one_are_no_departure_but_are_reported():
+    found = compare(split_all(dualpipe(4, 8), key=lambda op: op.kind in RECEIVES), dualpipe(4, 8))
+    assert (found.verdict, found.exit_code) == ("same but for slots", 0)
+    assert "rank 0 has 3SB0< as its slot 9, and dualpipe has 3SB0<+3RF1<" in text(found)
+    assert "one by one" in text(found)
+
+
+def order_of_gpipe(*slots):
+    return loads(GPIPE.replace("0F0> 0SF0> 0F1> 0SF1> 0RB0> 0B0>+0W0> 0RB1> 0B1>+0W1>", " ".join(slots)))
+
+
+PLANTED = {
+    "a warm-up too long": (
+        lambda: (loads(GPIPE), one_f_one_b(2, 2)),
+        (
+            1,
+            "rank 1 runs 1F1> in slot 3, which 1f1b runs in its slot 4; there 1f1b runs 1B0>",
+        ),
+        "too many forwards before its first backward",
+    ),
+    "a warm-up too short": (
+        lambda: (one_f_one_b(2, 2), loads(GPIPE)),
+        (
+            1,
+            "rank 1 runs 1B0> in slot 2, which the other schedule runs in its slot 4; there ",
+        ),
+        "too few forwards",
+    ),
+    "a loop one iteration short": (
+        lambda: (order_of_gpipe("0F0>", "0SF0>", "0F1>", "0SF1>", "0RB0>", "0B0>+0W0>", "0RB1>"), loads(GPIPE)),
+        (0, "rank 0 never runs 0B1>, which the other schedule runs in its slot 7"),
+        "one iteration short",
+    ),
+    "an op issued twice": (
+        lambda: (duplicate(zb1p(4, 8), 1, 1, 0), zb1p(4, 8)),
+        (1, "rank 1 runs 1F0> in slot 1 once more than zb1p"),
+        "issued twice",
+    ),
+    "the two chunks of a rank exchanged": (
+        lambda: (swap(dualpipe(4, 8).only(COMPUTE), 1, 2), dualpipe(4, 8).only(COMPUTE)),
+        (1, "rank 1 runs 2F1< in slot 2, which dualpipe runs in its slot 3; there dualpipe runs 1F1>"),
+        "chunks of the rank exchanged",
+    ),
+    "a microbatch too early": (
+        lambda: (swap(one_f_one_b(4, 8).only(COMPUTE), 0, 0), one_f_one_b(4, 8).only(COMPUTE)),
+        (0, "rank 0 runs 0F1> in slot 0"),
+        "counted for each chunk apart",
+    ),
+    "a weight gradient never run": (
+        lambda: (drop(zb1p(2, 4), 1, 15, 0), zb1p(2, 4)),
+        (1, "rank 1 runs 1W3> in slot 15, which zb1p runs in its slot 16; there zb1p runs 1W2>"),
+        "never run",
+    ),
+    "a message to another rank": (
+        lambda: (redirect(dualpipe(4, 8), 1, 2, 0, 3), dualpipe(4, 8)),
+        (1, "rank 1 sends 1SF0>@3 in slot 2 to rank 3, and dualpipe to rank 2"),
+        "holds the next or the previous stage",
+    ),
+    "a send left out": (
+        lambda: (drop(dualpipe(4, 8), 0, 1, 0), dualpipe(4, 8)),
+        (0, "rank 0 sends 0SF1> in slot 2, which dualpipe sends in its slot 3; there dualpipe sends 0SF0>"),
+        "is 0SF0> left out?",
+    ),
+    "a receive too many": (
+        lambda: (duplicate(dualpipe(4, 8), 1, 0, 0), dualpipe(4, 8)),
+        (1, "rank 1 receives 1RF0> in slot 0 once more than dualpipe"),
+        "once too often",
+    ),
+    "a receive too many at the end": (
+        lambda: (insert(one_f_one_b(2, 2), 1, 8, (Op("RF", UP, 1, 2),)), one_f_one_b(2, 2)),
+        (1, "rank 1 receives 1RF2> in slot 7, which 1f1b never receives on this rank"),
+        "once too often",
+    ),
+    "two sends of a batch swapped": (
+        lambda: (reorder(dualpipe(4, 8), 0, 13, 1, 0), dualpipe(4, 8)),
+        (0, "rank 0 sends 3SB1< in slot 13, which dualpipe sends in its slot 13; there dualpipe sends 0SF3>"),
+        "in another order",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_fault_departs_at_its_op_with_its_usual_cause(what):
+    plant, story, cause = PLANTED[what]
+    found = stories(*plant())
+    rank, says = story
+    assert found[rank][0].startswith(says)
+    assert cause in found[rank][1]
+
+
+def test_what_follows_a_departure_in_the_order_is_not_reported_again():
+    gpipe, other = loads(GPIPE), one_f_one_b(2, 2)
+    aspects = [(each.rank, each.aspect) for each in compare(gpipe, other).departures]
+    assert (1, Aspect.ORDER) in aspects
+    assert (1, Aspect.MESSAGES) not in aspects
+
+
+def test_stages_on_other_ranks_are_all_that_is_reported():
+    found = compare(one_f_one_b(4, 8), dualpipe(4, 8))
+    assert (found.verdict, found.departures) == ("departs", ())
+    assert "stage 0 of lane < is on rank 3" not in text(found)
+    assert "there is no stage 0 of lane <, which dualpipe has on rank 3" in text(found)
+    assert "the orders of the ranks were not compared" in text(found)
+
+
+def test_another_size_is_named_first_and_explains_the_ops_that_are_too_many():
+    found = compare(one_f_one_b(2, 4), one_f_one_b(2, 2))
+    assert "lane > has 4 microbatches, and in 1f1b 2" in text(found)
+    assert "more microbatches than the schedule that it is compared with" in text(found)
+
+
+def test_schedules_of_different_numbers_of_ranks_are_not_compared():
+    with pytest.raises(RuleError, match="the schedule has 2 and dualpipev has 4"):
+        compare(one_f_one_b(2, 4), dualpipev(4, 8))

@@ -1,0 +1,164 @@
+"""What a recorded program does to the memory of its messages: read, written, freed or used again too early."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dualpipe.testing import record_ranks
+from proofs.buffers_search import buffers, faults
+from proofs.story import tell
+from proofs.verdict import Proved, Refuted
+from tests.record.two_ranks import SHAPE, assert_plain, receive, train
+
+
+def stories(recording, rank: int) -> dict[int, str]:
+    """The story of the first fault of every microbatch whose messages are touched too early."""
+    found = {
+        fault.message.op.mb: tell(fault) for fault in reversed(list(faults(recording.schedule.observed.events[rank])))
+    }
+    assert isinstance(buffers(recording.schedule), Refuted if found else Proved)
+    return found
+
+
+SENDS = {
+    "replaced": (lambda y: setattr(y, "data", torch.empty(1)), "frees or resizes"),
+    "resized": (lambda y: y.untyped_storage().resize_(0), "frees or resizes"),
+    "set": (lambda y: y.set_(torch.empty(1)), "frees or resizes"),
+    "written": (lambda y: y.fill_(7.0), "writes to"),
+    "written through a view": (lambda y: torch.mul(y[0], 7, out=y[1]), "writes to"),
+    "read": (lambda y: float(y.sum()), "proved"),
+    "viewed": (lambda y: y.detach().view(-1), "proved"),
+}
+"""What is done to the tensor in flight; what arrives is what was sent."""
+
+
+def test_a_sent_tensor_may_be_read_but_not_changed_before_its_wait():
+    def body(rank):
+        touches = [touch for touch, _ in SENDS.values()]
+
+        def send(tensor, peer):
+            tensor = tensor.clone()
+            work = dist.isend(tensor, peer)
+            if rank == 0:
+                touches.pop(0)(tensor)
+            work.wait()
+
+        def stage(x):
+            assert rank == 0 or bool((x != 7).all() and x.isfinite().all()), x
+            return module(x)
+
+        module = nn.Linear(4, 4)
+        train(rank, stage, microbatches=len(SENDS), send=send)
+
+    found = stories(record_ranks(2, body), 0)
+    for mb, (how, (_, says)) in enumerate(SENDS.items()):
+        assert (mb in found) == (says != "proved"), how
+        if mb in found:
+            first, posted, touched, waited, _ = found[mb].splitlines()
+            assert first.startswith(f"rank 0 {says} the tensor of the activation of microbatch {mb} of lane >"), how
+            assert all("test_buffers.py:" in line for line in (posted, touched, waited))
+            assert waited.startswith("waited for at ")
+
+
+def exchange(rank) -> None:
+    """GPipe of two microbatches for each of ``RECEIVES``, which makes rank 1's input from a buffer."""
+    stage = nn.Linear(4, 4)
+    for prepare in RECEIVES:
+        buffer, kept = torch.zeros(SHAPE), []
+        for _ in range(2):
+            if rank == 0:
+                y = stage(torch.randn(SHAPE))
+                dist.send(y.detach(), 1)
+                kept.append((None, y))
+            else:
+                x, run = prepare(buffer, dist.irecv)
+                kept.append((x, run(stage)))
+        for x, y in kept:
+            if rank == 0:
+                y.backward(receive(1))
+            else:
+                y.sum().backward()
+                dist.send(x.grad, 0)
+
+
+def unwaited(buffer, post):
+    x = torch.zeros(SHAPE)
+    work = post(x, 0)
+    x.requires_grad_()
+
+    def run(stage):
+        y = stage(x)
+        work.wait()
+        return y
+
+    return x, run
+
+
+def one_buffer(buffer, post):
+    post(buffer, 0).wait()
+    x = buffer.detach().requires_grad_()
+    return x, lambda stage: stage(x)
+
+
+def copied(buffer, post):
+    post(buffer, 0).wait()
+    x = buffer.clone().requires_grad_()
+    return x, lambda stage: stage(x)
+
+
+def recomputed(buffer, post):
+    post(buffer, 0).wait()
+    x = buffer.detach().requires_grad_()
+    return x, lambda stage: torch.utils.checkpoint.checkpoint(stage, x, use_reentrant=False)
+
+
+def polled(buffer, post):
+    x = torch.zeros(SHAPE)
+    work = post(x, 0)
+    while not work.is_completed():
+        pass
+    x.requires_grad_()
+    return x, lambda stage: stage(x)
+
+
+RECEIVES = {
+    unwaited: "in 1F0> while the message in slot ",
+    one_buffer: "receives the activation of microbatch 3 of lane > (stage 0 to stage 1) (1RF3>@0) into the memory",
+    recomputed: "\nthe graph of 1F4>, made at ",
+    copied: "",
+    polled: "",
+}
+"""The story of the first of two microbatches that are received in that way."""
+
+
+def test_a_received_tensor_is_read_after_its_wait_and_kept_until_its_backward():
+    found = stories(record_ranks(2, exchange), 1)
+    assert sorted(found) == [0, 1, 2, 4]
+    for mb, (prepare, says) in zip(range(0, 10, 2), RECEIVES.items(), strict=True):
+        assert says in found.get(mb, ""), prepare
+
+
+def test_a_buffer_may_be_used_again_after_the_backward():
+    def body(rank):
+        buffer = torch.empty(SHAPE)
+
+        def into_the_buffer(peer):
+            dist.recv(buffer, peer)
+            return buffer.detach()
+
+        stage = nn.Linear(4, 4)
+        for _ in range(2):
+            if rank == 0:
+                y = stage(torch.randn(SHAPE))
+                dist.send(y.detach(), 1)
+                y.backward(into_the_buffer(1))
+            else:
+                x = into_the_buffer(0).requires_grad_()
+                stage(x).square().sum().backward()
+                dist.send(x.grad, 0)
+
+    recording = record_ranks(2, body)
+    assert_plain(recording)
+    assert stories(recording, 1) == {}
+    touched = [event.what for event in recording.schedule.observed.events[1] if event.message.op.mb == 0]
+    assert touched == ["post", "wait", "keep", "drop", "post", "wait", "write"]

@@ -110,10 +110,14 @@ def compare(
     names = [name for name in NAMES if name in given] or list(NAMES)
     ranking = rank(_candidates(names, others, size, costs, memory, blocking), limits)
     heading = f"{size[0]} ranks, {size[1]} microbatches"
-    note = f"costs {describe_costs(costs)}" + (f"; bytes {describe_sizes(memory)}" if memory else "")
+    note = f"costs {describe_costs(costs)}"
+    note += f" (means of {len(costs.stages)} stages)" if costs.stages else ""
+    note += f"; bytes {describe_sizes(memory)}" if memory else ""
     note += f", of 1/{size[0]} of the model; a schedule with {2 * size[0]} stages has half of that in each"
     if as_json:
-        about: dict[str, Any] = {"ranks": size[0], "microbatches": size[1], "costs": vars(costs)}
+        about: dict[str, Any] = {"ranks": size[0], "microbatches": size[1], "costs": costs.numbers}
+        if costs.stages:
+            about["slices"] = [each.numbers for each in costs.stages]
         about |= {"bytes": vars(memory) if memory else None, "limits": vars(limits)}
         typer.echo(json.dumps(about | ranking.as_json()))
     else:

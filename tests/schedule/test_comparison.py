@@ -130,6 +130,16 @@ def test_a_stage_is_its_part_of_a_share_whatever_their_number():
     assert found.timeline.costs.latency == 7
 
 
+def test_slices_of_the_model_are_dealt_to_stages_by_their_depth():
+    """Two slices, the second three times as heavy: rank 1 of 1F1B has it, each rank of a V has half of both."""
+    slices = (Costs(1, 1, 1), Costs(3, 3, 3))
+    costs = Costs(2, 2, 2, stages=slices)
+    busy = {name: candidate(name, generate(name, 2, 4), costs).timeline.busy for name in ("1f1b", "zbv", "interleaved")}
+    assert busy == {"1f1b": (4 * 3, 4 * 9), "zbv": (4 * 6, 4 * 6), "interleaved": (4 * 6, 4 * 6)}
+    three = candidate("1f1b", generate("1f1b", 3, 3), costs)
+    assert [stage.F for stage in three.timeline.costs.stages] == pytest.approx([1, 2, 3])
+
+
 @pytest.mark.parametrize("text", ["B=1", "W=1", "B=-1,W=1", "B=1,W=nan", "B=1,W=1,weights=inf"])
 def test_sizes_without_b_or_w_or_out_of_range_are_refused(text):
     with pytest.raises(RuleError, match="--bytes gives B and W"):

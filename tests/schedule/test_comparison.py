@@ -9,6 +9,8 @@ zb1p                 1 whole stage           3M + P - 1     = 51
 1f1b                 1 whole stage           3(M + P - 1)   = 57
 """
 
+from functools import cache
+
 import pytest
 
 from dualpipe.errors import RuleError
@@ -22,6 +24,7 @@ P, M = 4, 16
 SIZES = Sizes(B=8, W=3, weights=100)
 
 
+@cache
 def candidates(costs=None, sizes=None):
     return [candidate(name, generate(name, P, M), costs or Costs(), sizes) for name in NAMES]
 

@@ -49,7 +49,9 @@ def compare(
         Path | None,
         typer.Option(help="Take the costs, in seconds, from a trace that `dualpipe verify --trace` measured."),
     ] = None,
-    latency: Annotated[float | None, typer.Option(help="Time that a message takes, as latency= in --cost.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Time of a message from when it is sent, as latency= in --cost.")
+    ] = None,
     overlap: Annotated[
         float | None,
         typer.Option(help="What an overlapped pair takes, relative to F, B and W one after the other, as in 0.85."),
@@ -130,7 +132,7 @@ def compare(
         for picture in pictures:
             picture.write(render(figure, "svg" if picture.form is SVG else "png"))
     for page in pages:
-        page.write(_page(ranking, heading, note, blocking))
+        page.write(_page(ranking, heading, note))
     raise typer.Exit(0 if ranking.best else 1)
 
 
@@ -200,7 +202,7 @@ def _limit(option: str, value: float | None) -> float | None:
     return value
 
 
-def _page(ranking: Ranking, heading: str, note: str, blocking: bool) -> str:
+def _page(ranking: Ranking, heading: str, note: str) -> str:
     from dualpipe.page import Drawn, Gallery, Page, Steps, Table, render
     from dualpipe.timeline.comparison import caption, left_out, table, verdict
 
@@ -208,11 +210,11 @@ def _page(ranking: Ranking, heading: str, note: str, blocking: bool) -> str:
     for each in ranking.candidates:
         timeline = each.timeline
         memory = [Steps(*zip(*each.memory(rank), strict=True)) for rank in range(len(timeline.spans))]
-        drawn.append(Drawn(each.name, caption(ranking, each), timeline.schedule, timeline.costs, memory))
+        drawn.append(Drawn(each.name, caption(ranking, each), timeline, memory))
     head, *rows = table(ranking)
     sections: list[Gallery | Table] = [Table("Schedules", head, rows)]
     if absent := left_out(ranking):
         sections.append(Table("Left out", ("schedule and reason",), [(line,) for line in absent]))
     unit = "bytes" if any(each.sizes for each in ranking.candidates) else "live"
-    sections.append(Gallery("Side by side", drawn, unit, note, blocking))
+    sections.append(Gallery("Side by side", drawn, unit, note))
     return render(Page(heading, "", sections, verdict(ranking)))

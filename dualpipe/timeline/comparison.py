@@ -158,13 +158,16 @@ def candidate(
 ) -> Candidate | Absent:
     """Simulate a schedule on the costs of a share; a schedule that gets stuck is absent.
 
+    A message takes its latency from when it is sent.  When its receive is posted is the runtime's affair, and in a
+    schedule whose messages were added by ``lower`` that of ``lower``, so it is not held against the schedule.
+
     ``costs.stages`` are those of equal slices of the model, in order of depth and of any number, each as if a whole
     share were like it.  A stage that has parts of several slices has the mean of these.
     """
     share = schedule.ranks / schedule.stages
     of_depth = replace(costs, stages=_sliced(costs.stages, schedule.stages))
     try:
-        timeline = simulate(schedule, of_depth.times(share), blocking=blocking)
+        timeline = simulate(schedule, of_depth.times(share), blocking=blocking, eager=True)
     except Stuck as stuck:
         return Absent(name, str(stuck))
     return Candidate(name, timeline, share, sizes)

@@ -133,6 +133,11 @@ def test_a_stage_is_its_part_of_a_share_whatever_their_number():
     assert found.timeline.costs.latency == 7
 
 
+def test_a_message_takes_its_latency_from_when_it_is_sent():
+    busy = loads("lane > 0 1\nlane < 1 0\nrank 0: 0F0> 0SF0>\nrank 1: 0F0< 0F1< 0F2< 1RF0> 1F0>\n")
+    assert candidate("busy", busy, Costs(latency=3)).timeline.makespan == 4 + 1
+
+
 def test_slices_of_the_model_are_dealt_to_stages_by_their_depth():
     """Two slices, the second three times as heavy: rank 1 of 1F1B has it, each rank of a V has half of both."""
     slices = (Costs(1, 1, 1), Costs(3, 3, 3))

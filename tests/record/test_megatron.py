@@ -1,7 +1,10 @@
 """Recordings of Megatron-core as it is: its own schedules in its own order, with its DDP, and DualPipe within it."""
 
+import importlib.util
 import os
 import shlex
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -12,7 +15,7 @@ from proofs.prove import prove
 from reference.megatron.importing import expected_warnings
 from reference.megatron.standins import install_cpu_standins
 from tests.megatron.example import SMALL, example
-from tests.record.megatron import get_schedule_table, train
+from tests.record.megatron import get_schedule_table, p2p_communication, train
 
 
 def record(ranks, chunks=1, microbatches=4, **options):
@@ -75,11 +78,40 @@ def test_megatrons_interleaved_schedule_is_recorded_in_the_order_of_its_table(ra
 
 @pytest.mark.long
 def test_the_interleaved_schedule_on_two_ranks_with_batches_is_refuted():
-    """Megatron-LM refuses it: a batch would have several messages between the same two ranks, in different orders."""
+    """Issue 1450 of Megatron-LM, in Megatron-core as it is: the previous and the next rank are one, so messages mix.
+
+    Megatron-LM's own training loop refuses this setting.
+    """
     recording = record(2, 2, 4, batched=True)
     checks = prove(recording.schedule, smt=False).as_json()["checks"]
     assert checks["messages"]["verdict"] == "refuted"
     assert "rank 1 expects the activation of microbatch 2 of lane > (stage 0 to stage 1)" in checks["messages"]["story"]
+
+
+@pytest.mark.long
+def test_a_copy_of_megatron_whose_ranks_all_send_first_is_refuted(tmp_path):
+    """Issue 5100 of Megatron-LM: an exchange around a ring in one order on all ranks; odd ranks should receive first.
+
+    Over gloo the program ends.  On NCCL every rank's send can block the receive behind it.
+    """
+    even = "    if group.rank() % 2 == 0:\n"
+    source = Path(p2p_communication.__file__).read_text()
+    assert source.count(even) == 1
+    copy = tmp_path / "p2p_communication.py"
+    copy.write_text(source.replace(even, "    if True:\n"))
+    spec = importlib.util.spec_from_file_location(p2p_communication.__name__, copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with mock.patch.object(p2p_communication, "_p2p_ops", module._p2p_ops):
+        recording = record(4, 2, 8)
+    check = prove(recording.schedule, smt=False).as_json()["checks"]["deadlock"]
+    assert {name: model["verdict"] for name, model in check["models"].items()} == {
+        "blocking": "refuted",
+        "eager": "proved",
+        "stream": "refuted",
+    }
+    assert "wait for each other and none of them can go on" in check["story"]
+    assert f"{copy}:" in prove(recording.schedule, smt=False).text()
 
 
 @pytest.mark.long

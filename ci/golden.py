@@ -29,7 +29,7 @@ EXPAND_LIMIT_S, THEOREMS_LIMIT_S = 60.0, 400.0
 class Count(NamedTuple):
     """The obligations of a theorem, how many of them arise at some size, and the bound that is proved.
 
-    Only ``makespan`` has such a bound, in ranks P and microbatches M.
+    Only the makespans and ``lower bound`` have such a bound, in ranks P and microbatches M.
     """
 
     obligations: int

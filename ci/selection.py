@@ -65,6 +65,7 @@ _PUBLIC = (
 _PROVED = (
     "tests/schedule/test_comparison.py",
     "tests/schedule/test_normalise.py",
+    "tests/schedule/test_torchcsv.py",
     "tests/page/test_browser.py",
     "tests/megatron/test_random_streams.py",
     "tests/megatron/test_replicas.py",
@@ -133,6 +134,7 @@ ROWS: dict[str, Row] = {
         ("tests/pictures", "tests/schedule", "tests/page"),
         (
             "tests/proofs/test_optimal.py",
+            "tests/proofs/theorems/test_lower_bound.py",
             "tests/proofs/theorems/test_times.py",
             *_CLI,
             "tests/ci",

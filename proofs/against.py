@@ -111,7 +111,7 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """The object under ``against`` in the output of ``dualpipe prove --json``."""
-        from proofs.departure_story import meaning, tell
+        from proofs.departure_story import meaning, place, tell
 
         return {
             "name": self.name,
@@ -128,6 +128,7 @@ class Comparison:
                     "there": _plain(each.there),
                     "story": tell(each, self),
                     "meaning": meaning(each, self),
+                    "place": place(each, self),
                 }
                 for each in self.departures
             ],

@@ -19,7 +19,8 @@ def text(comparison: Comparison) -> str:
         lines.append("      the orders of the ranks were not compared, since their stages are different ones")
     for departure in comparison.departures:
         lines.append(f"      {departure.aspect}: {tell(departure, comparison)}")
-        lines.append(f"        {meaning(departure, comparison)}")
+        where = place(departure, comparison)
+        lines += [f"        {line}" for line in (where, meaning(departure, comparison)) if line]
     return "\n".join(lines) + "\n"
 
 
@@ -96,6 +97,18 @@ def _verb(op: Op) -> str:
     if op.kind in SENDS:
         return "sends"
     return "receives" if op.kind in RECEIVES else "runs"
+
+
+def place(departure: Departure, comparison: Comparison) -> str:
+    """Where in the source a recorded program is when it departs: at that message, or else after the last one before."""
+    here, observed = departure.here, comparison.here.observed
+    if here is None:
+        return ""
+    before = [placed for placed in comparison.here if placed.rank == here.rank and placed[:3] <= here[:3]]
+    for placed in reversed(before):
+        if at := observed.place(placed):
+            return f"at {at}" if placed == here else f"after {placed.op}, which is posted at {at}"
+    return ""
 
 
 def meaning(departure: Departure, comparison: Comparison) -> str:

@@ -305,6 +305,7 @@ class Unmatched(_Finding):
 class NeverJoined(_Finding):
     """A collective at which a rank waits for ever: the member ``absent`` of its group joins only ``joined`` of them."""
 
+    ends_early = True
     check = "deadlock"
     fault = "never joined"
     model: Model
@@ -357,6 +358,7 @@ class TouchedInFlight(_Absence):
     that is never waited for has no ``waited``.
     """
 
+    ends_early = False  # what was touched was touched, whatever came later
     check = "buffers"
     fault = "touched in flight"
     message: Placed
@@ -378,6 +380,7 @@ class Overwritten(_Absence):
     program: where the graph was made, where the write was, and where the backward used what had been overwritten.
     """
 
+    ends_early = False  # what was touched was touched, whatever came later
     check = "buffers"
     fault = "overwritten"
     message: Placed

@@ -58,9 +58,9 @@ class Result:
     """One check's verdict, the seconds that each method took, and, if it fails, the smallest prefix that fails.
 
     ``remarks`` are on the messages of the finding: where the recorded program posted them, and which names are guesses.
-    For ``deadlock``, ``models`` has the result under each model of communication.  ``waived`` is empty, or what may be
-    the case because the check fails and does not count for the verdict of the whole.  ``after`` is the failure of the
-    recorded program that a refutation may follow from.
+    For ``deadlock``, ``models`` has the result under each model of communication.  ``after`` is the failure of the
+    recorded program that a refutation may follow from.  ``waived`` is empty, or what may be the case because the check
+    fails and does not count for the verdict of the whole.
     """
 
     verdict: Verdict
@@ -68,8 +68,8 @@ class Result:
     prefix: Prefix | None = None
     remarks: tuple[str, ...] = ()
     models: Mapping[str, Result] = field(default_factory=dict)
-    waived: str = ""
     after: Failure | None = None
+    waived: str = ""
 
     @property
     def finding(self) -> Finding | None:
@@ -99,10 +99,10 @@ class Result:
                 pass
             case _:
                 assert_never(self.verdict)
-        if self.waived:
-            shown["waived"] = self.waived
         if self.after is not None:
             shown["may_follow_from"] = str(self.after)
+        if self.waived:
+            shown["waived"] = self.waived
         if self.prefix is not None:
             shown["prefix"] = list(self.prefix)
         if self.models:
@@ -146,13 +146,13 @@ class Report:
             "schedule": self.label,
             "ranks": self.ranks,
             "verdict": self.verdict,
-            "checks": {name: result.as_json() for name, result in self.checks.items()},
-            "peak_activations": list(self.peak_activations),
         }
-        if self.waived:
-            shown["waived"] = list(self.waived)
         if self.failures:
             shown["failures"] = [failure._asdict() for failure in self.failures]
+        shown["checks"] = {name: result.as_json() for name, result in self.checks.items()}
+        shown["peak_activations"] = list(self.peak_activations)
+        if self.waived:
+            shown["waived"] = list(self.waived)
         if self.peaks_in_bytes:
             shown["peak_bytes"] = [peak.as_json() for peak in self.peaks_in_bytes]
         return shown
@@ -248,7 +248,7 @@ def prove(
     RuleError
         For a name in ``waive`` that is no check.
     """
-    without = waived(waive, CHECKS)
+    without = waived(waive)
     bound = bound_of(schedule, max_activations)
     peaks_in_bytes = peak_bytes(schedule, *bytes_per_stage) if bytes_per_stage is not None else ()
 
@@ -278,10 +278,10 @@ def prove(
     if schedule.observed:
         search, problem = partial(buffers_search.buffers, schedule), partial(buffers_smt.buffers, schedule)
         checks[BUFFERS] = check(BUFFERS, search, problem)
-    for name in without:
+    checks = {name: after_failures(result, schedule.failures) for name, result in checks.items()}
+    for name in without & checks.keys():
         if isinstance(checks[name].verdict, Refuted | Unknown):
             checks[name] = replace(checks[name], waived=WITHOUT[name])
-    checks = {name: after_failures(result, schedule.failures) for name, result in checks.items()}
     peaks = peak_activations(schedule)
     begin(total, total, "")
     name = schedule.name if label is None else label

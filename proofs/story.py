@@ -180,7 +180,7 @@ def _slot(place: Placed) -> str:
 
 def _too_early(finding: TooEarly) -> str:
     place, need, later = finding.place, finding.need, finding.later
-    gets = "receives" if need.kind in MESSAGES else "runs"
+    gets = "receives" if need.kind in MESSAGES else "computes" if need.kind is Kind.W else "runs"
     if later is None:
         when = f"never {gets} ({need})"
     elif later.slot == place.slot:

@@ -22,11 +22,10 @@ WITHOUT: Mapping[str, str] = {
 """For each check what may be the case where it is waived."""
 
 
-def waived(names: Iterable[str], checks: Iterable[str]) -> frozenset[str]:
+def waived(names: Iterable[str]) -> frozenset[str]:
     """The checks of these names.  Raises ``RuleError`` for a name that is no check."""
-    known = tuple(checks)
-    for name in names:
-        if name not in known:
-            fix = nearest(name, known, "name one of them")
-            raise RuleError(f"a check that can be waived is one of {', '.join(known)}", f"got {name!r}", fix)
-    return frozenset(names)
+    chosen = frozenset(names)
+    for name in sorted(chosen - WITHOUT.keys()):
+        fix = nearest(name, WITHOUT, "name one of them")
+        raise RuleError(f"a check that can be waived is one of {', '.join(WITHOUT)}", f"got {name!r}", fix)
+    return chosen

@@ -66,6 +66,32 @@ def test_a_campaign_of_faults_is_run(capsys):
     assert "rank 3: 0 of 4 steps wrong" in out
 
 
+def test_the_bubbles_of_executors_are_measured_and_their_results_checked(capsys):
+    main = script("bubble.py")["main"]
+    main(sizes="2/4", unit=2.0, weights="1", delays="0,0.5", every=False, repeats=1, executors="tail,zbv")
+    out = capsys.readouterr().out
+    assert "P=2 M=4, F=B=2 ms, W=1 F, delay 0.5 F, 1 steps" in out
+    assert "torch zbv" in out
+    assert "1.208" in out, "the simulated figure of ZBV with the delay"
+    assert out.endswith("every step had the losses and gradients of the plain loop\n")
+
+
+@pytest.mark.parametrize("spoiled", ["loss", "gradient", "microbatch"])
+def test_an_executor_with_other_results_than_the_plain_loop_is_refused(spoiled):
+    check, case = (script("bubble.py")[name] for name in ("check", "Case"))
+    truth = script("bubble.py")["truth"](case(2, 4, 0, 0, 0, 0))
+    losses, gradients = dict(enumerate(truth[0])), dict(truth[1])
+    check("mine", [(0, 1, losses, list(gradients.items()))], truth)
+    if spoiled == "loss":
+        losses[1] = losses[1] * 1.001
+    elif spoiled == "gradient":
+        gradients[2] = gradients[2] * 1.001
+    else:
+        del losses[3]
+    with pytest.raises(RuntimeError, match="mine has other losses or gradients"):
+        check("mine", [(0, 1, losses, list(gradients.items()))], truth)
+
+
 def test_every_script_has_a_test():
     source = Path(__file__).read_text()
     assert [file.name for file in BENCH.glob("*.py") if f'script("{file.name}")' not in source] == []

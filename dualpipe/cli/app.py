@@ -35,12 +35,12 @@ def dualpipe(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Print, simulate, prove, verify and record pipeline schedules.
+    """Print, simulate, compare, prove, verify and record pipeline schedules.
 
     A SCHEDULE is one of these:
     - dualpipe, dualpipev, 1f1b, zb1p, interleaved or zbv, made for -P ranks and -M microbatches
     - a schedule file, in the format that show prints
-    - a compute-only table of torch.distributed.pipelining (.csv)
+    - a table of torch.distributed.pipelining (.csv)
     - module:function, a Python function that returns a Schedule or its text
 
     Exit codes of every command:

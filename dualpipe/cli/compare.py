@@ -49,7 +49,9 @@ def compare(
         Path | None,
         typer.Option(help="Take the costs, in seconds, from a trace that `dualpipe verify --trace` measured."),
     ] = None,
-    latency: Annotated[float | None, typer.Option(help="Time that a message takes, as latency= in --cost.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Time of a message from when it is sent, as latency= in --cost.")
+    ] = None,
     overlap: Annotated[
         float | None,
         typer.Option(help="What an overlapped pair takes, relative to F, B and W one after the other, as in 0.85."),
@@ -110,10 +112,14 @@ def compare(
     names = [name for name in NAMES if name in given] or list(NAMES)
     ranking = rank(_candidates(names, others, size, costs, memory, blocking), limits)
     heading = f"{size[0]} ranks, {size[1]} microbatches"
-    note = f"costs {describe_costs(costs)}" + (f"; bytes {describe_sizes(memory)}" if memory else "")
+    note = f"costs {describe_costs(costs)}"
+    note += f" (means of {len(costs.stages)} stages)" if costs.stages else ""
+    note += f"; bytes {describe_sizes(memory)}" if memory else ""
     note += f", of 1/{size[0]} of the model; a schedule with {2 * size[0]} stages has half of that in each"
     if as_json:
-        about: dict[str, Any] = {"ranks": size[0], "microbatches": size[1], "costs": vars(costs)}
+        about: dict[str, Any] = {"ranks": size[0], "microbatches": size[1], "costs": costs.numbers}
+        if costs.stages:
+            about["slices"] = [each.numbers for each in costs.stages]
         about |= {"bytes": vars(memory) if memory else None, "limits": vars(limits)}
         typer.echo(json.dumps(about | ranking.as_json()))
     else:
@@ -126,7 +132,7 @@ def compare(
         for picture in pictures:
             picture.write(render(figure, "svg" if picture.form is SVG else "png"))
     for page in pages:
-        page.write(_page(ranking, heading, note, blocking))
+        page.write(_page(ranking, heading, note))
     raise typer.Exit(0 if ranking.best else 1)
 
 
@@ -196,7 +202,7 @@ def _limit(option: str, value: float | None) -> float | None:
     return value
 
 
-def _page(ranking: Ranking, heading: str, note: str, blocking: bool) -> str:
+def _page(ranking: Ranking, heading: str, note: str) -> str:
     from dualpipe.page import Drawn, Gallery, Page, Steps, Table, render
     from dualpipe.timeline.comparison import caption, left_out, table, verdict
 
@@ -204,11 +210,11 @@ def _page(ranking: Ranking, heading: str, note: str, blocking: bool) -> str:
     for each in ranking.candidates:
         timeline = each.timeline
         memory = [Steps(*zip(*each.memory(rank), strict=True)) for rank in range(len(timeline.spans))]
-        drawn.append(Drawn(each.name, caption(ranking, each), timeline.schedule, timeline.costs, memory))
+        drawn.append(Drawn(each.name, caption(ranking, each), timeline, memory))
     head, *rows = table(ranking)
     sections: list[Gallery | Table] = [Table("Schedules", head, rows)]
     if absent := left_out(ranking):
         sections.append(Table("Left out", ("schedule and reason",), [(line,) for line in absent]))
     unit = "bytes" if any(each.sizes for each in ranking.candidates) else "live"
-    sections.append(Gallery("Side by side", drawn, unit, note, blocking))
+    sections.append(Gallery("Side by side", drawn, unit, note))
     return render(Page(heading, "", sections, verdict(ranking)))

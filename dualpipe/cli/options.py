@@ -189,7 +189,7 @@ def _check_sizes(name: str, schedule: Schedule, ranks: int | None, microbatches:
 
 
 def read_schedule(path: Path) -> Schedule:
-    """Read a schedule file, or, if the name ends in ``.csv``, a compute-only table of torch.distributed.pipelining."""
+    """Read a schedule file, or, if the name ends in ``.csv``, a table of torch.distributed.pipelining."""
     try:
         if path.suffix == ".csv":
             from dualpipe.schedule.torch_table import load_csv

@@ -16,7 +16,7 @@ from proofs.against import compare
 from proofs.isolated import Isolated
 from proofs.models import parse_models
 from proofs.optimal import SECONDS
-from proofs.prove import CHECKS, Report, prove, smtlib
+from proofs.prove import Report, prove, smtlib
 from proofs.solver import MEMORY_BYTES, SHARED, Solver
 from proofs.theorems import families, prove_all
 from proofs.theorems.family import Family
@@ -72,7 +72,7 @@ def prove_sources(
     ``collect`` gets each outcome after it is printed; ``begin`` is called as by ``proofs.prove.prove``.
     """
     parse_models(options.model)
-    waived(options.waive, CHECKS)
+    waived(options.waive)
     if options.smtlib is not None and len(sources) != 1:
         raise RuleError("--smtlib writes the obligations of one schedule", f"got {len(sources)}", "name one file")
     if options.solver_memory == SHARED.memory_bytes:

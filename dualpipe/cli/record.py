@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +64,13 @@ def record(
         float,
         typer.Option(help="It counts as a hang if all ranks wait for this many seconds.", callback=seconds),
     ] = 10.0,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also run the same modules plainly, without the schedule, and compare gradients and losses.",
+        ),
+    ] = False,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule.")] = False,
     waive: Waive = None,
     as_json: Json = False,
@@ -72,32 +80,43 @@ def record(
     With -P the command is started once for each rank, as torchrun does; without -P it launches its ranks itself.
 
     Exit codes:
-    0: recorded; with --prove, also proved
-    1: recorded, but the program failed or hung, or --prove refuted the schedule
+    0: recorded; with --prove, also proved; with --compare, also equal
+    1: recorded, but the program failed or hung, --prove refuted the schedule, or --compare found a difference
     2: bad input, or an op could not be named
-    3: with --prove, unknown, because a solver gave up
+    3: unknown: with --prove a solver gave up, or with --compare something could not be run plainly
     130: ended by Ctrl-C
     """
     from dualpipe.record import Launch, assemble, read_folder, run
     from dualpipe.record.lanes import LANE, parse
 
     check_name(name)
+    _check_waived(waive or (), prove)
     more = takewhile(LANE.fullmatch, command) if lanes else ()
     given = [*(lanes or []), *more]
     routes, command = (parse(given), command[len(given) - len(lanes or []) :]) if lanes else (None, command)
     if not command:
-        raise RuleError("what follows -- is a command", "got none", "add it")
-    _check_waived(waive or (), prove)
+        raise RuleError("what follows -- must be a command", "got none", "add it")
     targets = target("--output", output, RECORDING)
     check_targets(targets)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
         launch = Launch(
-            tuple(command), ranks, timeout, stall, together=tuple(together or ()), containers=tuple(container or ())
+            tuple(command),
+            ranks,
+            timeout,
+            stall,
+            together=tuple(together or ()),
+            containers=tuple(container or ()),
+            plain_step=step if compare else None,
         )
         end = run(launch, folder, output=2)
         logs, groups = read_folder(folder, ranks, session, end.succeeded)
-    recording = assemble(logs, name, step, routes, end.codes if ranks is not None else ())
+        recording = assemble(logs, name, step, routes, end.codes if ranks is not None else ())
+        if compare:
+            from dualpipe.record.plain import compare as compare_files
+
+            compared = compare_files(folder / "plain", logs, recording.tasks, recording.schedule.routes)
+            recording = replace(recording, comparison=compared)
     for failure in (*recording.schedule.failures, *([] if end.succeeded else end.describe().splitlines())):
         typer.echo(f"dualpipe: {failure}", err=True)
     if groups > 1:
@@ -123,21 +142,30 @@ def record(
         result["proof"] = report.as_json()
         if not as_json:
             sys.stdout.write(_with_caveats(report.text(), caveats))
+    if recording.comparison is not None:
+        code = worst_of(code, recording.comparison.verdict)
+        if not as_json:
+            sys.stdout.write(recording.comparison.text())
     if as_json:
         print(json.dumps(result))
-    elif output is None and not prove:
+    elif output is None and not prove and not compare:
         sys.stdout.write(recording.text())
     raise typer.Exit(code)
+
+
+def worst_of(code: int, comparison: str) -> int:
+    """The exit code with that of a comparison: 1 if it is different, 3 if it is unknown and nothing else is wrong."""
+    of_comparison = {"equal": 0, "different": 1, "unknown": 3}[comparison]
+    return code if code in (1, 2) or of_comparison == 0 else of_comparison
 
 
 def _check_waived(waive: Sequence[str], prove: bool) -> None:
     """Raise ``RuleError`` for a name that is no check, and for ``--waive`` without ``--prove``."""
     if not waive:
         return
-    from proofs.prove import CHECKS
     from proofs.waivers import waived
 
-    waived(waive, CHECKS)
+    waived(waive)
     if not prove:
         raise RuleError("--waive is for --prove", f"got --waive {waive[0]} alone", "add --prove")
 

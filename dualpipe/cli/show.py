@@ -18,10 +18,16 @@ from dualpipe.schedule import Schedule
 from dualpipe.schedule.generate import LateW
 from dualpipe.schedule.text import as_json as schedule_as_json
 from dualpipe.schedule.text import dumps
+from dualpipe.schedule.torch_table import dumps_csv
 
 
 @app.command(
-    epilog=examples("dualpipe show -P 4 -M 8", "dualpipe show zb1p -P 3 -M 6 --timeline", "dualpipe show table.csv")
+    epilog=examples(
+        "dualpipe show -P 4 -M 8",
+        "dualpipe show zb1p -P 3 -M 6 --timeline",
+        "dualpipe show table.csv",
+        "dualpipe show dualpipev --csv",
+    )
 )
 def show(
     positional: options.ScheduleArgument = None,
@@ -35,6 +41,12 @@ def show(
     ] = False,
     svg: Annotated[Path | None, typer.Option(help="Write a picture of the timeline to this file instead.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the same picture as PNG.")] = None,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print a table of torch.distributed.pipelining (compute_comms) instead.")
+    ] = False,
+    compute_only: Annotated[
+        bool, typer.Option("--compute-only", help="With --csv: computes alone, to which torch adds messages itself.")
+    ] = False,
     cost: options.Cost = None,
     entry_timeout: options.EntryTimeout = LIMIT_SECONDS,
     as_json: options.Json = False,
@@ -44,6 +56,14 @@ def show(
     pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
     check_targets(pictures, [name])
     value = options.find_schedule(name, ranks, microbatches, entry_timeout)
+    if compute_only and not csv:
+        raise RuleError("--compute-only is for --csv", "got --compute-only alone", "add --csv")
+    if csv:
+        given = {"--timeline": timeline, "--svg": svg, "--png": png, "--json": as_json, "--cost": cost}
+        if clash := [option for option, value in given.items() if value]:
+            raise RuleError(f"--csv cannot be combined with {', '.join(clash)}", "got both", "leave one of them out")
+        sys.stdout.write(dumps_csv(value, compute_only))
+        return
     if timeline or pictures:
         if as_json:
             raise RuleError("--json cannot be combined with a drawing", "got both", "leave one of them out")

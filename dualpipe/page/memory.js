@@ -13,9 +13,9 @@ function memoryOf(schedule, view) {
   return [element("div", { class: "memory" }, element("span", {}, `${unit}, to ${number(most)}`), svg)];
 }
 
-/* Steps in time; `place` from 0, the first rank, to 1 chooses the hue. */
+/* Steps in time; `place` from 0, the first rank, to 1 chooses hue and width, so that what is below shows at the edge. */
 function lineOf(steps, most, place) {
   let path = `M${steps[0]} ${most - steps[1]}`;
   for (let index = 2; index < steps.length; index += 2) path += `H${steps[index]}V${most - steps[index + 1]}`;
-  return shape("path", { d: path, stroke: `hsl(${270 - 210 * place} 65% 48%)` });
+  return shape("path", { d: path, stroke: `hsl(${270 - 210 * place} 65% 48%)`, "stroke-width": 3 - 2 * place });
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dualpipe.schedule import Schedule
-from dualpipe.timeline.timeline import Costs
+from dualpipe.timeline.timeline import Costs, Timeline
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,12 @@ class Steps(NamedTuple):
 class Drawn(NamedTuple):
     """A schedule of a gallery.
 
-    Its name, the caption of its timeline, the costs with which it is simulated, and the memory of each rank.
+    Its name, the caption of its timeline, the timeline, and the memory of each rank.
     """
 
     name: str
     caption: str
-    schedule: Schedule
-    costs: Costs
+    timeline: Timeline
     memory: Sequence[Steps]
 
 
@@ -124,7 +123,6 @@ class Gallery:
     drawn: Sequence[Drawn]
     unit: str
     source: str = ""
-    blocking: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def _gallery(section: Gallery, anchor: str) -> str:
             "title": each.name,
             "caption": each.caption,
             "memory": {"levels": [steps.flat for steps in each.memory], "most": most, "unit": section.unit},
-            **drawing(run(each.schedule, each.costs, section.blocking)),
+            **drawing(Run(each.timeline)),
         }
         for each in section.drawn
     ]
@@ -231,7 +231,7 @@ def _style(sections: Sequence[Comparison | Gallery]) -> str:
 
 def _schedules(section: Comparison | Gallery) -> list[Schedule]:
     if isinstance(section, Gallery):
-        return [each.schedule for each in section.drawn]
+        return [each.timeline.schedule for each in section.drawn]
     return [side for side in (section.before, section.after) if side is not None]
 
 

@@ -49,7 +49,8 @@ class Launch:
 
     ``together`` names methods that overlap a forward with a backward, ``containers`` module classes whose call is not
     the forward of a stage.  Seconds until the program is ended: ``timeout`` since the start, ``stall`` since every rank
-    has been waiting for messages, ``grace`` since a rank failed.
+    has been waiting for messages, ``grace`` since a rank failed.  ``plain_step`` is the training step to run plainly as
+    well, if there is one.
     """
 
     command: tuple[str, ...]
@@ -59,6 +60,7 @@ class Launch:
     grace: float = 10.0
     together: tuple[str, ...] = ()
     containers: tuple[str, ...] = ()
+    plain_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def _prepare(launch: Launch, folder: Path) -> None:
         "store": str(folder / "store") if launch.ranks else None,
         "together": [*TOGETHER, *launch.together],
         "containers": list(launch.containers),
+        "plain_step": launch.plain_step,
+        "plain_seconds": launch.timeout,
     }
     (folder / "settings.json").write_text(json.dumps(settings))
 

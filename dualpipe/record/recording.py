@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from dualpipe.record.events import Doubt, Event, Message, MessageId, RankLog, RecordError, read
+from dualpipe.record.comparison import Comparison
+from dualpipe.record.events import Doubt, Event, ForwardId, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.failures import Codes, fails
 from dualpipe.record.failures import failures as conclude_failures
 from dualpipe.record.lanes import Lanes, check_ranks, guess
@@ -18,7 +19,7 @@ from dualpipe.record.observed import observe
 from dualpipe.record.routes import complete, is_whole
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
-from dualpipe.schedule import MESSAGES, Lane, Op, Program, Schedule, ScheduleError, check_slot
+from dualpipe.schedule import MESSAGES, Lane, Op, Program, Schedule, ScheduleError, Task, check_slot
 from dualpipe.schedule.text import dumps
 
 
@@ -38,6 +39,10 @@ class Recording:
         Why a proof of the schedule does not cover the whole program; empty if it does.
     notes:
         What was left out, guessed or reinterpreted, one sentence each.
+    tasks:
+        The stage, lane and microbatch of every forward.
+    comparison:
+        How the step compares with a plain run of the same modules, if that was asked for.
     """
 
     schedule: Schedule
@@ -45,6 +50,8 @@ class Recording:
     ended: tuple[bool, ...]
     caveats: tuple[str, ...]
     notes: tuple[str, ...]
+    tasks: Mapping[ForwardId, Task] = field(default_factory=dict, repr=False, compare=False)
+    comparison: Comparison | None = None
 
     def text(self) -> str:
         """The schedule file, with the notes and the caveats as comments at the top."""
@@ -65,6 +72,7 @@ class Recording:
 
     def as_json(self) -> dict[str, Any]:
         """The recording as one JSON object."""
+        compared = {} if self.comparison is None else {"comparison": self.comparison.as_json()}
         return {
             "schedule": dumps(self.schedule),
             "ranks": self.schedule.ranks,
@@ -74,6 +82,7 @@ class Recording:
             "ended": list(self.ended),
             "caveats": list(self.caveats),
             "notes": list(self.notes),
+            **compared,
         }
 
 
@@ -163,7 +172,7 @@ class _Run:
             doubts.append(f"{len(lost)} unmatched messages between ranks without neighbouring stages are left out")
         observed = observe(logs, made.placed, lineage, named.guesses)
         schedule = Schedule(lineage.routes, ranks, self.name, observed=observed, failures=failures)
-        return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes))
+        return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes), lineage.tasks)
 
     def lineage(
         self,

@@ -6,9 +6,9 @@
     schedule dualpipe
     lane > 0 1 2 3
     lane < 3 2 1 0
+    failure 2: raised IndexError at train.py:11 during 1F1>
     group 0: 0 3
     rank 0: 0F0> 0SF0> 0F1> 3SB0<+3RF1< ... 0RG>@0
-    failure 2: raised IndexError at train.py:11 during 1F1>
 
 Any byte sequence gives a schedule or a ``ScheduleSyntaxError`` that names file, line and column.
 """
@@ -47,10 +47,7 @@ _OP_FORM = (
     "an op: stage, F B W SF RF SB or RB, microbatch, lane, and for a message optionally @rank, as in 2SF3>@3, "
     "or a collective such as 2AA3> or 2RG>, optionally with @group, with numbers of at most 9 digits"
 )
-_LINE_FORM = (
-    "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...', 'group N: RANK ...', 'failure N: TEXT' "
-    "or 'rank N: SLOT ...'"
-)
+_LINE_FORM = "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...', 'group N: RANK ...' or 'rank N: SLOT ...'"
 _Args = TypeVarTuple("_Args")
 
 

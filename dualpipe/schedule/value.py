@@ -51,18 +51,20 @@ class Schedule:
     groups:
         The members of each group of collectives, by its number: ranks of the schedule, in any order.
     observed:
-        What was observed when a program ran the schedule.  It takes no part in comparisons.
+        What was observed when a program ran the schedule.  It takes no part in comparisons, so a recorded schedule is
+        equal to a written one with the same ops.
     failures:
-        Of a recording, how ranks of the program failed, the first one first.  A schedule with failures is never proved.
+        How ranks of a recorded program failed, the first one first.  A schedule with failures is never proved, so it is
+        not equal to one without them.
 
     Raises
     ------
     ScheduleError
         If a part has another type (a bool or a float as a number, a set or a text as a sequence), the name is not one
         word, a route names a rank without a program, an op a lane or stage that does not exist or a number that is
-        negative or above 999999999, a slot is empty or mixes compute, messages and collectives, a group is empty,
-        names a rank without a program or one twice, an op names a group that does not exist, or a failure is no
-        printable line.
+        negative or above 999999999, a slot is empty or mixes compute, messages and collectives, a group is empty, names
+        a rank without a program or one twice, an op names a group that does not exist, or a failure names a rank
+        without a program or is not one printable line.
     """
 
     routes: Routes

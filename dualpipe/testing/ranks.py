@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from dualpipe.record.child import cuda
@@ -13,6 +14,7 @@ from dualpipe.record.child.log import to_file
 from dualpipe.record.child.patches import Patches
 from dualpipe.record.events import read_folder
 from dualpipe.record.lanes import parse
+from dualpipe.record.plain import compare as compare_files
 from dualpipe.record.processes import Watchdog
 from dualpipe.record.recording import Recording, assemble
 from dualpipe.testing.launch import TIME_UP, Context, launch
@@ -30,6 +32,7 @@ def record_ranks(
     check: bool = True,
     step: int = 1,
     lanes: Sequence[str] = (),
+    compare: bool = False,
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
 
@@ -49,6 +52,8 @@ def record_ranks(
         Which training step to return, counted from 1; each ends with an optimizer's step.
     lanes:
         The ranks of each lane's stages, such as ``"0 1 2 3"``, for a run that ends before its messages show them.
+    compare:
+        Also run the step plainly, and compare: ``comparison`` of the recording.
 
     Raises
     ------
@@ -68,7 +73,8 @@ def record_ranks(
                     patches = Patches()
                     stack.callback(patches.undo)
                     stack.enter_context(cuda.answer(patches, ranks))
-                stack.enter_context(record(together, containers, sink))
+                plain = (str(folder / "plain" / f"{context.rank}.pt"), step, timeout) if compare else None
+                stack.enter_context(record(together, containers, sink, plain))
                 _call(body, context.rank)
 
         watchdog = Watchdog(folder, stall)
@@ -79,7 +85,11 @@ def record_ranks(
                 "\n".join(f"rank {failure.rank}: {failure.trace or failure.text}" for failure in failures)
             )
         logs, _ = read_folder(folder, ranks, 1, succeeded=not outcome.failures)
-        return assemble(logs, step=step, lanes=parse(lanes) if lanes else None)
+        recording = assemble(logs, step=step, lanes=parse(lanes) if lanes else None)
+        if compare:
+            compared = compare_files(folder / "plain", logs, recording.tasks, recording.schedule.routes)
+            recording = replace(recording, comparison=compared)
+        return recording
 
 
 def _call(body: Callable[[int], None], rank: int) -> None:

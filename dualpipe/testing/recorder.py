@@ -12,6 +12,7 @@ from dualpipe.record.child import compute, messages
 from dualpipe.record.child.flow import Flow
 from dualpipe.record.child.log import Event, Sink
 from dualpipe.record.child.patches import Patches
+from dualpipe.record.child.plain import Plain
 from dualpipe.record.launch import TOGETHER
 from dualpipe.record.recording import Recording, assemble_events
 
@@ -38,7 +39,10 @@ class LiveRecording:
 
 @contextmanager
 def record(
-    together: Collection[str] = (), containers: Collection[str] = (), sink: Sink | None = None
+    together: Collection[str] = (),
+    containers: Collection[str] = (),
+    sink: Sink | None = None,
+    plain: tuple[str, int, float] | None = None,
 ) -> Iterator[LiveRecording]:
     """Record what this rank computes and sends inside the ``with``.
 
@@ -50,6 +54,9 @@ def record(
         Names of module classes whose call runs the pipeline and is not the forward of a stage.
     sink:
         Also called with every event as it happens.
+    plain:
+        A file for a plain run of one training step, the step (from 1), and the seconds that the plain run may take: see
+        ``dualpipe.record.plain``.
 
     Raises ``RuntimeError`` inside another recording of the same process.
     """
@@ -68,10 +75,15 @@ def record(
         stack.callback(patches.undo)
         operators = compute.watch(flow, patches, (*TOGETHER, *together), containers)
         messages.watch(flow, patches)
+        again = None if plain is None else Plain(flow, *plain, containers)
+        if again is not None:
+            again.watch(patches)
         _active = True
         try:
             with operators:
                 yield recording
+                if again is not None:
+                    again.end_step(False)
             flow.write("end")
         except BaseException as error:
             flow.raised(error)

@@ -99,6 +99,7 @@ def divide(rank: int, span: Span, costs: Costs) -> list[Cell]:
 
 def share(op: Op, slot: Slot, costs: Costs) -> float:
     """What an op costs within its slot; the cost of a full backward is divided in the ratio of B to W."""
+    costs = costs.of(op)
     alone = {F: costs.F, B: costs.B, W: costs.W}[op.kind]
     partner = op._replace(kind=W if op.kind is B else B)
     if op.kind is F or partner not in slot:

@@ -12,7 +12,7 @@ the parameters.  All microbatches are of one size, whatever their lane, so each 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -156,13 +156,35 @@ class Absent(NamedTuple):
 def candidate(
     name: str, schedule: Schedule, costs: Costs, sizes: Sizes | None = None, *, blocking: bool = False
 ) -> Candidate | Absent:
-    """Simulate a schedule on the costs of a share; a schedule that gets stuck is absent."""
+    """Simulate a schedule on the costs of a share; a schedule that gets stuck is absent.
+
+    A message takes its latency from when it is sent.  When its receive is posted is the runtime's affair, and in a
+    schedule whose messages were added by ``lower`` that of ``lower``, so it is not held against the schedule.
+
+    ``costs.stages`` are those of equal slices of the model, in order of depth and of any number, each as if a whole
+    share were like it.  A stage that has parts of several slices has the mean of these.
+    """
     share = schedule.ranks / schedule.stages
+    of_depth = replace(costs, stages=_sliced(costs.stages, schedule.stages))
     try:
-        timeline = simulate(schedule, costs.times(share), blocking=blocking)
+        timeline = simulate(schedule, of_depth.times(share), blocking=blocking, eager=True)
     except Stuck as stuck:
         return Absent(name, str(stuck))
     return Candidate(name, timeline, share, sizes)
+
+
+def _sliced(slices: Sequence[Costs], stages: int) -> tuple[Costs, ...]:
+    """The costs of so many slices of the same model: means over the parts of the given ones that each has."""
+    return tuple(_mean(slices, stage / stages, (stage + 1) / stages) for stage in range(stages)) if slices else ()
+
+
+def _mean(slices: Sequence[Costs], start: float, end: float) -> Costs:
+    parts = [
+        (max(0.0, min(end, (number + 1) / len(slices)) - max(start, number / len(slices))) / (end - start), each)
+        for number, each in enumerate(slices)
+    ]
+    mean = {name: sum(part * getattr(each, name) for part, each in parts) for name in ("F", "B", "W", "backward")}
+    return Costs(mean["F"], mean["B"], mean["W"], BW=mean["backward"])
 
 
 @dataclass(frozen=True)

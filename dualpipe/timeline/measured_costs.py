@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 from dualpipe.errors import RuleError
@@ -52,20 +52,30 @@ class Measured:
 
     @property
     def costs(self) -> Costs:
-        """The costs of a share, 1/P of the model: the sum over all stages, divided by the number of ranks.
+        """The costs of a share, 1/P of the model: the mean over the depth, and each measured stage as ``stages``.
 
-        B and W get half of a full backward each where no backward was split.
+        B and W get half of a full backward each where no backward was split, and a stage without a kind of op has the
+        mean of the others.
         """
-        found = {kind: self._share(kind) for kind in StageTimes._fields}
-        whole = found["BW"]
-        half = None if whole is None else whole / 2
-        forward, backward, weights = (found[kind] if found[kind] is not None else half for kind in "FBW")
-        return Costs(forward or 0.0, backward or 0.0, weights or 0.0, BW=whole, latency=self.latency or 0.0)
+        share = len(self.stages) / self.ranks  # measured stages that a share has
+        slices = [self._slice(times).times(share) for times in self.stages.values()]
+        F, B, W, BW = (mean(getattr(each, name) for each in slices) for name in ("F", "B", "W", "backward"))  # noqa: N806
+        return Costs(F, B, W, BW=BW, latency=self.latency or 0.0, stages=tuple(slices))
 
-    def _share(self, kind: str) -> float | None:
-        """Of stages without this kind, the mean of the others is taken."""
-        times = [time for stage in self.stages.values() if (time := getattr(stage, kind)) is not None]
-        return sum(times) / len(times) * len(self.stages) / self.ranks if times else None
+    def _slice(self, times: StageTimes) -> Costs:
+        whole = self._or_mean("BW", times.BW)
+        half = (whole or 0.0) / 2
+        given = {"F": times.F, "B": times.B, "W": times.W}
+        found = {kind: self._or_mean(kind, time) for kind, time in given.items()}
+        forward, backward, weights = (half if time is None else time for time in found.values())
+        return Costs(forward, backward, weights, BW=whole)
+
+    def _or_mean(self, kind: str, time: float | None) -> float | None:
+        """The time of a stage, or if it has none the mean of the others."""
+        if time is not None:
+            return time
+        others = [getattr(stage, kind) for stage in self.stages.values()]
+        return mean(each for each in others if each is not None) if any(others) else None
 
 
 def read(path: Path) -> Measured:

@@ -28,7 +28,7 @@ from dualpipe.files import write_whole
 from dualpipe.schedule import B, F, W
 from dualpipe.timeline.chart import Chart, chart, named
 from dualpipe.timeline.palette import GROUND, INK, LIGHT, NAMES
-from dualpipe.timeline.rows import FRAME, POINTS, Look, paint, scale, shade
+from dualpipe.timeline.rows import FRAME, POINTS, Look, legend, paint, scale, shade
 from dualpipe.timeline.summary import describe_costs, headline
 from dualpipe.timeline.timeline import Timeline
 
@@ -125,19 +125,4 @@ def _legend(figure: Figure, drawing: Chart, whole: tuple[float, float]) -> None:
         marks.append(Patch(facecolor="none", edgecolor=INK, linewidth=FRAME, label="F and B overlap"))
     columns = 3 + -(-len(marks) // rows)
     blanks = [Patch(visible=False, label=" ")] * (columns * rows - len(handles) - len(marks))
-    figure.legend(
-        handles=[*handles, *marks, *blanks],
-        ncols=columns,
-        loc="lower left",
-        bbox_to_anchor=((_LEFT - 0.06) / whole[0], _FOOT / whole[1]),
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.4,
-        handleheight=0.9,
-        handletextpad=0.5,
-        columnspacing=1.6,
-        labelspacing=0.45,
-    )
+    legend(figure, [*handles, *marks, *blanks], columns, ((_LEFT - 0.06) / whole[0], _FOOT / whole[1]), 8)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from dualpipe.schedule import B, F, Kind, W
@@ -129,6 +133,28 @@ def scale(axes: Axes, ranks: int, makespan: float) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(LIGHT.hatch)
+
+
+def legend(
+    figure: Figure, handles: Sequence[Patch | Line2D], columns: int, corner: tuple[float, float], size: float
+) -> None:
+    """A legend without a frame, in letters of ``size`` points; its lower left corner is at a part of the figure."""
+    figure.legend(
+        handles=handles,
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=corner,
+        frameon=False,
+        fontsize=size,
+        labelcolor=INK,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.4,
+        handleheight=0.9,
+        handletextpad=0.5,
+        columnspacing=1.6,
+        labelspacing=0.45,
+    )
 
 
 def _look(drawing: Chart, cell: Cell) -> Look:

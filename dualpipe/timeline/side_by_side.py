@@ -25,14 +25,17 @@ from dualpipe.timeline.chart import chart
 from dualpipe.timeline.comparison import Candidate, Ranking, caption
 from dualpipe.timeline.palette import GROUND, INK, LIGHT, NAMES, colour
 from dualpipe.timeline.picture import styled
-from dualpipe.timeline.rows import FRAME, POINTS, paint, scale
+from dualpipe.timeline.rows import FRAME, POINTS, legend, paint, scale
 
 _CELL, _NARROWEST, _WIDEST = 0.17, 8.0, 26.0
 """Inches: what the median op gets where the figure's width allows, and the limits of the rows' width."""
 _ROW, _MEMORY, _TITLE, _BETWEEN = 0.2, 0.55, 0.3, 0.16
 """Inches: a rank's row; the curves of memory; the title of a schedule; what stays free below it."""
-_LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND_ROW, _FOOT = 0.85, 0.2, 0.62, 0.42, 0.2, 0.12
+_LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND_ROW, _FOOT = 0.85, 0.2, 0.62, 0.34, 0.17, 0.1
 """Inches: the margins around all schedules, what the legend has for a row, and what stays free below it."""
+_WIDE, _THIN = 2.4, 0.8
+"""Points: the curves of the first and the last rank, so that one shows below another that covers it."""
+_LEGEND_ROWS = 3
 _RANKS_NAMED = 16
 """Ranks that the legend names; of more, only the first and the last."""
 
@@ -53,11 +56,11 @@ def _figure(ranking: Ranking, heading: str, note: str) -> Figure:
     lengths = [cell.end - cell.start for drawing in drawings for cell in drawing.cells if cell.end > cell.start]
     width = min(max(longest / median(lengths or [longest]) * _CELL, _NARROWEST), _WIDEST)
     heights = [len(each.timeline.spans) * _ROW for each in ranking.candidates]
-    rows, tones = 3, max((len(drawing.tones) for drawing in drawings), default=1)
+    tones = max((len(drawing.tones) for drawing in drawings), default=1)
     block = _TITLE + _MEMORY + _BETWEEN
     whole = (
         _LEFT + width + _RIGHT,
-        _TOP + sum(heights) + block * len(heights) + _BOTTOM + rows * _LEGEND_ROW + _FOOT,
+        _TOP + sum(heights) + block * len(heights) + _BOTTOM + _LEGEND_ROWS * _LEGEND_ROW + _FOOT,
     )
     figure = Figure(figsize=whole, facecolor=GROUND)
     top = whole[1] - _TOP
@@ -99,15 +102,12 @@ def _memory(axes: Axes, each: Candidate, longest: float, most: float, limit: flo
     """A curve for each rank."""
     ranks = len(each.timeline.spans)
     for rank in range(ranks):
-        curve = dict(each.memory(rank))  # of the levels at one time the last: what is released and held again at once
-        axes.plot(
-            list(curve),
-            list(curve.values()),
-            drawstyle="steps-post",
-            color=_of_rank(rank, ranks),
-            linewidth=0.9,
-            gid=f"rank {rank}",
-        )
+        curve = dict(
+            each.memory(rank)
+        )  # the last level of each time: a release and the allocation after it are one step
+        place = rank / max(ranks - 1, 1)
+        (line,) = axes.plot(list(curve), list(curve.values()), drawstyle="steps-post", gid=f"rank {rank}")
+        line.set(color=_of_rank(rank, ranks), linewidth=_WIDE + (_THIN - _WIDE) * place)
     if limit is not None and each.sizes is None:
         axes.axhline(limit, color=INK, linewidth=0.8, linestyle="--", gid="limit")
     axes.set_xlim(0, longest)
@@ -150,20 +150,7 @@ def _legend(
     ranks = len(candidates[0].timeline.spans) if candidates else 0
     shown = range(ranks) if ranks <= _RANKS_NAMED else (0, ranks - 1)
     lines = [Line2D([], [], color=_of_rank(rank, ranks), label=f"rank {rank}") for rank in shown]
-    rows = 3
-    figure.legend(
-        handles=[*handles, *marks, *[Patch(visible=False, label=" ")] * (-(len(handles) + len(marks)) % rows), *lines],
-        ncols=-(-(len(handles) + rows + len(lines)) // rows),
-        loc="lower left",
-        bbox_to_anchor=((_LEFT - 0.06) / whole[0], _FOOT / whole[1]),
-        frameon=False,
-        fontsize=7.5,
-        labelcolor=INK,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.4,
-        handleheight=0.9,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        labelspacing=0.4,
-    )
+    blanks = [Patch(visible=False, label=" ")] * (-(len(handles) + len(marks)) % _LEGEND_ROWS)
+    every = [*handles, *marks, *blanks, *lines]
+    corner = ((_LEFT - 0.06) / whole[0], _FOOT / whole[1])
+    legend(figure, every, -(-len(every) // _LEGEND_ROWS), corner, 7.5)

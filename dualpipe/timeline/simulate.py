@@ -68,8 +68,17 @@ def simulate(
     Stuck
         If a rank cannot reach its end: an op runs before what it needs on its own rank, or a message (needed or not) is
         never matched.
+    CostError
+        If costs are given for single stages, and not for each stage of the schedule.
     """
-    return _Run(schedule, Costs() if costs is None else costs, blocking, eager).finish()
+    costs = Costs() if costs is None else costs
+    if costs.stages and len(costs.stages) != schedule.stages:
+        raise CostError(
+            "costs of single stages are given for each stage",
+            f"got {len(costs.stages)} for {schedule.stages} stages",
+            "give one for each",
+        )
+    return _Run(schedule, costs, blocking, eager).finish()
 
 
 @dataclass

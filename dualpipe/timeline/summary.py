@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypedDict
 
 from dualpipe.errors import RuleError
@@ -27,7 +28,8 @@ class Summary(TypedDict):
 
 def parse_costs(text: str) -> Costs:
     """``"F=1,B=1,W=1,FB=2.5"`` as costs, with defaults for the rest.  Raises ``RuleError``."""
-    return Costs(**parse_numbers("--cost", text, COSTS))
+    given = parse_numbers("--cost", text, COSTS)
+    return replace(Costs(), **given)  # type: ignore[arg-type] # stages is not one of COSTS
 
 
 def parse_numbers(option: str, text: str, names: Sequence[str]) -> dict[str, float]:

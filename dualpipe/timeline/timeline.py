@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COMPUTE, B, F, Placed, Schedule, Slot, W, full_backwards
+from dualpipe.schedule import COMPUTE, B, F, Op, Placed, Schedule, Slot, W, full_backwards
 
 _MOST = 1e100
 
@@ -35,6 +35,9 @@ class Costs:
         leaves W for later gets the same credit in proportion: it takes ``(F + B) * FB / (F + BW)``.
     latency:
         The time from when both sides have posted a message to its completion.
+    stages:
+        For each stage its own F, B, W and BW, where stages differ; F to BW above are then those of a typical stage.
+        FB is a credit for all: a slot takes ``FB / (F + BW)`` times the sum of its ops.
 
     The model in which one full backward costs 2 however it is split is ``Costs(B=2, BW=2)``; an overlapped pair then
     costs 3.
@@ -51,13 +54,23 @@ class Costs:
     BW: float | None = None
     FB: float | None = None
     latency: float = 0.0
+    stages: tuple[Costs, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, cost in vars(self).items():
+        for name, cost in self.numbers.items():
             if cost is not None and not 0 <= cost <= _MOST:
                 raise CostError(f"a cost must be a number from 0 to {_MOST:g}", f"{name} is {cost}", "correct it")
         if self.FB is not None and self.F + self.backward == 0:
             raise CostError("FB needs computes that take time", f"FB is {self.FB}", "give F, B or W a cost")
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """The costs by name, without those of single stages."""
+        return {name: cost for name, cost in vars(self).items() if name != "stages"}
+
+    def of(self, op: Op) -> Costs:
+        """The costs of the op's stage."""
+        return self.stages[op.stage] if self.stages else self
 
     @property
     def backward(self) -> float:
@@ -66,18 +79,24 @@ class Costs:
 
     def times(self, factor: float) -> Costs:
         """The costs of a stage that is ``factor`` times as large; messages take as long."""
-        scaled = {name: None if cost is None else cost * factor for name, cost in vars(self).items()}
-        return Costs(**scaled | {"latency": self.latency})  # type: ignore[arg-type] # F, B and W are never None
+        scaled = {name: None if cost is None else cost * factor for name, cost in self.numbers.items()}
+        stages = tuple(stage.times(factor) for stage in self.stages)
+        return Costs(**scaled | {"latency": self.latency}, stages=stages)  # type: ignore[arg-type] # F, B, W: no None
 
     def slot(self, slot: Slot) -> float:
         """What a slot of computes takes."""
-        kinds = [op.kind for op in slot]
-        full = len(full_backwards(slot))
-        forwards, backwards, weights = kinds.count(F), kinds.count(B), kinds.count(W)
-        total = forwards * self.F + (backwards - full) * self.B + (weights - full) * self.W + full * self.backward
-        if self.FB is None or not (forwards and backwards):
+        full = full_backwards(slot)
+        total = sum(self._op(op, op.task in full) for op in slot)
+        if self.FB is None or not {F, B} <= {op.kind for op in slot}:
             return total
         return total / (self.F + self.backward) * self.FB
+
+    def _op(self, op: Op, full: bool) -> float:
+        """What an op takes; of a full backward B takes the time of both."""
+        costs = self.of(op)
+        if full and op.kind is not F:
+            return costs.backward if op.kind is B else 0.0
+        return {F: costs.F, B: costs.B, W: costs.W}[op.kind]
 
 
 class Span(NamedTuple):

@@ -1,4 +1,4 @@
-"""Linear constraints over integers, in which all theorems are written.
+"""Linear constraints, over integers but for points in time, in which all theorems are written.
 
 A constraint is data: Z3 gets it for all sizes, and plain Python evaluates it for one size.  The coverage test and
 every counterexample rely on the second.
@@ -13,9 +13,14 @@ from typing import NamedTuple
 import z3
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule.phase_table import Affine, affine
+from dualpipe.schedule.phase_table import Affine, affine, symbol
 
 Values = Mapping[str, int]
+
+TIME, TIME_AFTER = symbol("t"), symbol("t'")
+"""Points in time: any real numbers.  All other symbols are integers."""
+
+_REAL = frozenset({*TIME.terms, *TIME_AFTER.terms})
 
 
 class TableError(RuleError):
@@ -89,9 +94,19 @@ def substitute(value: Affine | int, sizes: Mapping[str, Affine]) -> Affine:
     return whole(Affine(total.terms, total.constant, value.divisor))
 
 
+def variable(name: str) -> z3.ArithRef:
+    """A symbol for Z3."""
+    return z3.Real(name) if name in _REAL else z3.Int(name)
+
+
+def is_whole(name: str) -> z3.BoolRef:
+    """That a symbol has an integer value, for Z3."""
+    return z3.IsInt(z3.Real(name)) if name in _REAL else z3.BoolVal(True)
+
+
 @cache
 def formula(constraint: Constraint) -> z3.BoolRef:
-    """The constraint for Z3, over free integers named as the symbols."""
-    total = z3.Sum([c * z3.Int(name) for name, c in constraint.terms]) + constraint.constant
+    """The constraint for Z3, over free variables named as the symbols."""
+    total = z3.Sum([c * variable(name) for name, c in constraint.terms]) + constraint.constant
     result: z3.BoolRef = total == 0 if constraint.zero else total >= 0
     return result

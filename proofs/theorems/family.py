@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from dualpipe.schedule.phase_table import Action, Affine
 from proofs.theorems.constraint import Values
@@ -21,8 +22,10 @@ class Family:
         The schedule's name in ``dualpipe.schedule.generate.PLANS``, and its sizes in words.
     ranks, links:
         Together they must cover all ranks and all ordered pairs that exchange messages (the coverage test checks).
-    chunks:
-        The numbers of the table's chunks.
+    deepest:
+        The ranks that no microbatch reaches sooner than any other; at every size there is one of them.
+    chunks, stages:
+        The numbers of the table's chunks, and the stage of each in the table's symbols.
     each:
         The number of microbatches of each chunk.
     bounds:
@@ -39,7 +42,9 @@ class Family:
     sizes: str
     ranks: tuple[Rank, ...]
     links: tuple[Link, ...]
+    deepest: tuple[Rank, ...]
     chunks: tuple[int, ...]
+    stages: tuple[Affine, ...]
     each: Affine
     bounds: Bounds
     values: Callable[[Mapping[str, int], str], dict[str, int]]
@@ -51,16 +56,32 @@ class Family:
         ranks, microbatches = self.world
         return ranks.at(values), microbatches.at(values)
 
+    def in_words(self, bound: Affine) -> str:
+        """A bound in ranks P and microbatches M: ``"3M + P/2 - 1"``."""
+        parts = [(Fraction(bound.constant), "")]
+        for expression, letter in zip(self.world, "PM", strict=True):
+            ((name, factor),) = expression.terms.items()
+            parts.insert(0, (Fraction(bound.terms.get(name, 0), factor), letter))
+        text = ""
+        for value, letter in parts:
+            if value:
+                sign = ("-" if value < 0 else "") if not text else (" - " if value < 0 else " + ")
+                number = str(abs(value.numerator)) if abs(value.numerator) != 1 or not letter else ""
+                text += sign + number + letter + (f"/{value.denominator}" if value.denominator != 1 else "")
+        return text or "0"
+
 
 @dataclass(frozen=True)
 class Bounds:
     """The figures that are claimed, in the table's symbols (so that they may differ from rank to rank).
 
     ``live`` counts for each chunk the microbatches between F and the end of B, ``memory`` those of all chunks between F
-    and the end of W, ``pending`` the deferred W (``None`` if there are none).  ``words`` has the figures as text.
+    and the end of W, ``pending`` the deferred W (``None`` if there are none).  ``least`` is the time before which no
+    schedule whose microbatches go the same way can end.  ``words`` has the figures as text, and that way.
     """
 
     live: tuple[Affine, ...]
     memory: Affine
     pending: Affine | None
+    least: Affine
     words: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Finds the times that the theorems ``deadlock`` and ``makespan`` rest on.
+"""Finds the times that the theorems ``deadlock``, ``makespan`` and ``makespan at use`` rest on.
 
     small sizes -> integer program -> guess -> Z3, for all sizes -> proved
          ^                                       |
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from itertools import count, islice
 from math import prod
@@ -23,7 +22,7 @@ import numpy as np
 
 from dualpipe.schedule.generate import PLANS, SizeError
 from dualpipe.schedule.phase_table import Affine
-from proofs.theorems.deadlock import deadlock, makespan
+from proofs.theorems.deadlock import Waiting, ends, waits
 from proofs.theorems.family import Family
 from proofs.theorems.moment import Times
 from proofs.theorems.obligation import NOTHING, Discharge, discharge
@@ -60,14 +59,14 @@ class Guess(NamedTuple):
 
 @dataclass(frozen=True)
 class Timetable:
-    """Times that are proved for all sizes, and the outcome of the obligations of ``deadlock`` and ``makespan``.
+    """Times that are proved for all sizes, and the outcome of the obligations about the waits and about the ends.
 
     ``slack`` is how far the bound is above the makespan at the sampled sizes, each with its ranks and microbatches.
     """
 
     guess: Guess
-    deadlock: Discharge
-    makespan: Discharge
+    waits: Discharge
+    ends: Discharge
     slack: Mapping[tuple[int, int], int]
 
     @property
@@ -89,7 +88,7 @@ class Untimed:
 
 
 @lru_cache(maxsize=64)
-def timetable(family: Family, timeout: float) -> Timetable | Untimed:
+def timetable(family: Family, timeout: float, waiting: Waiting = Waiting.BLOCKING) -> Timetable | Untimed:
     """Times for a family, proved for all sizes; ``timeout`` in seconds for each question to Z3."""
     samples: list[Sample] = []
     sizes = list(sampled_sizes(family))
@@ -97,7 +96,7 @@ def timetable(family: Family, timeout: float) -> Timetable | Untimed:
     for _ in range(ROUNDS):
         for size in sizes:
             try:
-                samples.append(sample(family, *size))
+                samples.append(sample(family, *size, waiting))
             except IndexError as error:
                 return Untimed(f"the table has no schedule for {_size(*size)}: {error}")
             if samples[-1].cycle:
@@ -105,9 +104,9 @@ def timetable(family: Family, timeout: float) -> Timetable | Untimed:
         guess = fit(family, samples)
         if isinstance(guess, Untimed):
             return guess
-        in_time = proof = discharge(deadlock(family, guess.times), timeout)
+        in_time = proof = discharge(waits(family, guess.times, waiting), timeout)
         if not proof.failures:
-            proof = discharge(makespan(family, *guess), timeout)
+            proof = discharge(ends(family, *guess), timeout)
         if not proof.failures:
             return Timetable(guess, in_time, proof, {one[:2]: _slack(family, guess.bound, one) for one in samples})
         failure = proof.failures[0]
@@ -154,21 +153,6 @@ def _symbols_of_size(family: Family, one: Sample) -> dict[str, int]:
         ((name, factor),) = expression.terms.items()
         found[name] = value // factor
     return found
-
-
-def in_words(family: Family, bound: Affine) -> str:
-    """A bound in ranks P and microbatches M: ``"3M + P/2 - 1"``."""
-    parts = [(Fraction(bound.constant), "")]
-    for expression, letter in zip(family.world, "PM", strict=True):
-        ((name, factor),) = expression.terms.items()
-        parts.insert(0, (Fraction(bound.terms.get(name, 0), factor), letter))
-    text = ""
-    for value, letter in parts:
-        if value:
-            sign = ("-" if value < 0 else "") if not text else (" - " if value < 0 else " + ")
-            number = str(abs(value.numerator)) if abs(value.numerator) != 1 or not letter else ""
-            text += sign + number + letter + (f"/{value.denominator}" if value.denominator != 1 else "")
-    return text or "0"
 
 
 _Key = tuple[str, str, int]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import z3
 
 from dualpipe.schedule.phase_table import Action, Affine
-from proofs.theorems.constraint import Constraints, Values, formula
+from proofs.theorems.constraint import Constraints, Values, formula, is_whole, variable
 from proofs.theorems.symbolic import Rank
 
 Fact = tuple[str | Affine, ...]
@@ -37,7 +37,7 @@ class Link:
 
 
 class Obligation(NamedTuple):
-    """``given`` implies ``then``, for all integers in the scope's domain.
+    """``given`` implies ``then``, for all values of the symbols in the scope's domain.
 
     ``fact`` identifies the corresponding constraint of the expanded schedule, for the coverage test.
     """
@@ -76,6 +76,11 @@ class Discharge(NamedTuple):
     non_vacuous: int
     seconds: float
     failures: tuple[Failure, ...]
+
+    def followed_by(self, other: Discharge) -> Discharge:
+        """The outcome of both."""
+        counts = (self.obligations + other.obligations, self.non_vacuous + other.non_vacuous)
+        return Discharge(*counts, self.seconds + other.seconds, self.failures + other.failures)
 
 
 NOTHING = Discharge(0, 0, 0.0, ())
@@ -137,17 +142,21 @@ def _ask(solver: z3.Solver, obligation: Obligation) -> tuple[bool, Failure | Non
             return True, None
         if wrong == z3.unknown:
             return True, Failure(obligation, None)
-        return True, Failure(obligation, _values(_small_model(solver, obligation), obligation))
+        model = _small_model(solver, obligation)
+        return True, Failure(obligation, model and _values(model, obligation))
     finally:
         solver.pop()
 
 
-def _small_model(solver: z3.Solver, obligation: Obligation) -> z3.ModelRef:
-    """A model with small numbers, which a person can read."""
+def _small_model(solver: z3.Solver, obligation: Obligation) -> z3.ModelRef | None:
+    """A model with small whole numbers, which a person can read, or at least with whole ones."""
+    solver.add(*map(is_whole, _symbols(obligation)))
+    if solver.check() != z3.sat:
+        return None
     model = solver.model()
     for most in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
         solver.push()
-        solver.add(*(z3.Int(name) <= most for name in _symbols(obligation)))
+        solver.add(*(variable(name) <= most for name in _symbols(obligation)))
         small = solver.check() == z3.sat
         model = solver.model() if small else model
         solver.pop()
@@ -162,7 +171,8 @@ def _symbols(obligation: Obligation) -> list[str]:
 
 
 def _values(model: z3.ModelRef, obligation: Obligation) -> dict[str, int]:
-    values = {n: model.eval(z3.Int(n), model_completion=True).as_long() for n in _symbols(obligation)}
+    found = {name: model.eval(variable(name), model_completion=True) for name in _symbols(obligation)}
+    values = {name: int(str(value)) for name, value in found.items()}
     if obligation.holds(values):
         raise AssertionError(f"Z3 and plain arithmetic disagree about {obligation.name} at {values}")
     return values

@@ -7,6 +7,7 @@ up     rank r + 1 -> rank r   gradients
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dualpipe.schedule import RB, RF, SB, SF
 from dualpipe.schedule.generate import ONE_F_ONE_B, ZB1P
@@ -18,6 +19,9 @@ from proofs.theorems.symbolic import Rank
 
 P, M, r = symbol("P"), symbol("M"), symbol("r")
 
+LEAST = 3 * M + P - 1
+WAY = "every microbatch passes the P ranks one after the other"
+
 
 def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
     """1F1B: at most P - r microbatches in flight on rank r."""
@@ -25,7 +29,8 @@ def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:
         live=(P - r,),
         memory=P - r,
         pending=None,
-        words={"live": "P - r on rank r", "memory": "P - r on rank r"},
+        least=LEAST,
+        words={"live": "P - r on rank r", "memory": "P - r on rank r", "way": WAY},
     )
     return _one_lane("1f1b", table, bounds)
 
@@ -36,10 +41,12 @@ def zb1p(table: Table = ZB1P) -> Family:
         live=(P - r,),
         memory=P,
         pending=r + 1,
+        least=LEAST,
         words={
             "live": "P - r on rank r",
             "memory": "P on every rank",
             "pending": "r + 1 on rank r",
+            "way": WAY,
         },
     )
     return _one_lane("zb1p", table, bounds)
@@ -56,7 +63,9 @@ def _one_lane(name: str, table: Table, bounds: Bounds) -> Family:
             Link("down", here, next_one, {Action(SF, 0): Action(RF, 0)}, tie),
             Link("up", next_one, here, {Action(SB, 0): Action(RB, 0)}, tie),
         ),
+        deepest=(replace(here, domain=(*here.domain, equal(r, P - 1))),),
         chunks=(0,),
+        stages=(r,),
         each=M,
         bounds=bounds,
         values=_values,

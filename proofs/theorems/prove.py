@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 from dualpipe.errors import RuleError
@@ -13,10 +14,11 @@ from dualpipe.progress import Progress, silent
 from dualpipe.schedule.generate import LateW
 from proofs import deadlock_search
 from proofs.models import BLOCKING
-from proofs.theorems.deadlock import deadlock, makespan
+from proofs.theorems.deadlock import Waiting, ends, waits
 from proofs.theorems.family import Family
-from proofs.theorems.finder import Timetable, Untimed, in_words, timetable
+from proofs.theorems.finder import Timetable, Untimed, timetable
 from proofs.theorems.instance import schedule_at
+from proofs.theorems.lower_bound import lower_bound
 from proofs.theorems.memory import live, memory
 from proofs.theorems.messages import messages
 from proofs.theorems.obligation import NOTHING, QUESTION_SECONDS, Discharge, Failure, Obligation, discharge
@@ -49,19 +51,24 @@ class Theorem:
     premises: tuple[str, ...] = ("totals",)
 
 
-def _timed(family: Family) -> Timetable:
-    found = timetable(family, QUESTION_SECONDS)
+def _timed(family: Family, waiting: Waiting) -> Timetable:
+    found = timetable(family, QUESTION_SECONDS, waiting)
     if isinstance(found, Untimed):
         raise RuleError("the theorem needs times for every compute", found.reason, "see its verdict")
     return found
 
 
 def _deadlock(family: Family) -> Iterator[Obligation]:
-    return deadlock(family, _timed(family).guess.times)
+    return waits(family, _timed(family, Waiting.BLOCKING).guess.times, Waiting.BLOCKING)
 
 
 def _makespan(family: Family) -> Iterator[Obligation]:
-    return makespan(family, *_timed(family).guess)
+    return ends(family, *_timed(family, Waiting.BLOCKING).guess)
+
+
+def _makespan_at_use(family: Family) -> Iterator[Obligation]:
+    guess = _timed(family, Waiting.AT_USE).guess
+    return chain(waits(family, guess.times, Waiting.AT_USE), ends(family, *guess))
 
 
 THEOREMS: Mapping[str, Theorem] = {
@@ -82,10 +89,22 @@ THEOREMS: Mapping[str, Theorem] = {
         "every rank reaches its end, whatever the compute times are (blocking messages, hence any weaker ones)",
         _deadlock,
     ),
+    "lower bound": Theorem(
+        "if {way}, and a rank runs one op at a time, then with F, B and W of one unit each no schedule ends before "
+        "{least}, in whatever order and with whatever memory",
+        lower_bound,
+        premises=(),
+    ),
     "makespan": Theorem(
-        "with F, B and W of one unit each and instant messages the step ends by {makespan}",
+        "with F, B and W of one unit each and instant messages that block the step ends by {makespan}",
         _makespan,
         premises=("totals", "deadlock"),
+    ),
+    "makespan at use": Theorem(
+        "with F, B and W of one unit each and instant messages, awaited by what needs them, the step ends by "
+        "{makespan}",
+        _makespan_at_use,
+        premises=("totals", "messages", "order"),
     ),
     "live": Theorem("microbatches between F and the end of B: at most {live}", live),
     "memory": Theorem("live activations, deferred W included: at most {memory}", memory, premises=("totals", "queue")),
@@ -96,8 +115,15 @@ THEOREMS: Mapping[str, Theorem] = {
 }
 
 
-TIMED = ("deadlock", "makespan")
+TIMED: Mapping[str, Waiting] = {
+    "deadlock": Waiting.BLOCKING,
+    "makespan": Waiting.BLOCKING,
+    "makespan at use": Waiting.AT_USE,
+}
 """Theorems whose obligations are about times: a case that fails shows that the times are wrong, not the claim."""
+
+OPTIMAL = ", which is optimal: no schedule with these assumptions is shorter"
+"""What follows a makespan that is the lower bound."""
 
 
 NOT_REACHED = ", not reached at the sampled sizes"
@@ -152,14 +178,14 @@ def prove_all(
 
 def statement(family: Family, name: str, bound: str = "") -> str:
     """The claim of a theorem about a family, in words; ``bound`` is that of the makespan, if one is found."""
-    bound = bound or "a bound that is affine in P and M"
-    return f"for {family.sizes}, {THEOREMS[name].claim.format_map({**family.bounds.words, 'makespan': bound})}"
+    found = {"makespan": bound or "a bound that is affine in P and M", "least": family.in_words(family.bounds.least)}
+    return f"for {family.sizes}, {THEOREMS[name].claim.format_map({**family.bounds.words, **found})}"
 
 
 def prove(family: Family, name: str, proved: set[str], timeout: float = QUESTION_SECONDS) -> TheoremResult:
     """Prove one theorem of a family, given the names of those that are ``proved`` already.
 
-    ``deadlock`` and ``makespan`` are proved by times that are found first.  If the finder meets a size with a wait
+    The theorems about times are proved by times that are found first.  If the finder meets a size with a wait
     cycle, the schedule is run at that size: if it really deadlocks, ``deadlock`` is refuted.  If it finds no times, the
     theorem is unknown.
 
@@ -172,15 +198,18 @@ def prove(family: Family, name: str, proved: set[str], timeout: float = QUESTION
         found = _Found(NOTHING, lacking) if lacking else _by_times(family, name, timeout)
     else:
         found = _by_cases(family, name, lacking, timeout)
+    is_optimal = "lower bound" in proved and found.bound == family.in_words(family.bounds.least)
+    bound = family.in_words(family.bounds.least) if name == "lower bound" else found.bound
     return TheoremResult(
         name=f"{family.name}: {name}",
-        statement=statement(family, name, found.bound),
+        statement=statement(family, name, bound) + OPTIMAL * is_optimal,
         obligations=found.done.obligations,
         non_vacuous=found.done.non_vacuous,
         seconds=time.monotonic() - start,
         verdict=found.verdict,
         counterexample=found.counterexample,
-        bound=found.bound,
+        bound=bound,
+        optimal=is_optimal,
     )
 
 
@@ -204,15 +233,16 @@ def _by_cases(family: Family, name: str, lacking: Unknown | None, timeout: float
 
 
 def _by_times(family: Family, name: str, timeout: float) -> _Found:
-    times = timetable(family, timeout)
+    times = timetable(family, timeout, TIMED[name])
     if isinstance(times, Untimed):
         if times.deadlocked is not None:
             return _stuck(family, times.deadlocked)
         return _Found(times.proof, Unknown(times.reason), _wrong(family, times.proof)[1])
     if name == "deadlock":
-        return _Found(times.deadlock, Proved())
-    bound = in_words(family, times.guess.bound) + ("" if times.reached else NOT_REACHED)
-    return _Found(times.makespan, Proved(), bound=bound)
+        return _Found(times.waits, Proved())
+    bound = family.in_words(times.guess.bound) + ("" if times.reached else NOT_REACHED)
+    rests_on_deadlock = "deadlock" in THEOREMS[name].premises
+    return _Found(times.ends if rests_on_deadlock else times.waits.followed_by(times.ends), Proved(), bound=bound)
 
 
 def _wrong(family: Family, done: Discharge) -> tuple[Failure, Counterexample] | tuple[None, None]:

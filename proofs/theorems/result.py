@@ -43,7 +43,8 @@ class Counterexample:
 class TheoremResult:
     """A theorem and its verdict.
 
-    ``bound`` is the makespan that is proved, in ranks P and microbatches M; empty for other theorems.
+    ``bound`` is the makespan that is proved as an upper or lower bound, in ranks P and microbatches M; empty for other
+    theorems.  It is ``optimal`` if it is an upper bound and the lower bound at once.
     ``obligations`` counts all cases, ``non_vacuous`` those that arise at some size.  ``Refuted`` means that the
     statement is false at the size ``counterexample``.  ``Unknown`` may have one too: then the proof fails there (a time
     does not fit), and the statement may still hold.
@@ -57,6 +58,7 @@ class TheoremResult:
     verdict: Proved | Refuted | Unknown
     counterexample: Counterexample | None = None
     bound: str = ""
+    optimal: bool = False
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -69,6 +71,7 @@ class TheoremResult:
             "reason": self.reason,
             "counterexample": self.counterexample and self.counterexample.as_json(),
             "bound": self.bound or None,
+            "optimal": self.optimal,
         }
 
     @property

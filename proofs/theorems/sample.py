@@ -1,4 +1,4 @@
-"""One size of a family: its computes, and which of them waits for which where messages block.
+"""One size of a family: its computes, and which of them waits for which.
 
 Read off the expanded table, with the row and the iteration of each compute.  The finder of times fits its guesses to
 these waits.  No proof rests on them.
@@ -7,10 +7,12 @@ these waits.  No proof rests on them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import NamedTuple
 
-from dualpipe.schedule import MESSAGES, SENDS, Op, Schedule
+from dualpipe.schedule import MESSAGES, RECEIVES, SENDS, Op, Schedule
 from dualpipe.schedule.generate import Plan
+from proofs.theorems.deadlock import Waiting
 from proofs.theorems.family import Family
 from proofs.theorems.instance import kind_of, plans_at
 from proofs.theorems.moment import END
@@ -75,13 +77,15 @@ Node = tuple[int, int]
 """A rank and the number of a compute in its program."""
 
 
-def sample(family: Family, ranks: int, microbatches: int) -> Sample:
+def sample(family: Family, ranks: int, microbatches: int, waiting: Waiting = Waiting.BLOCKING) -> Sample:
     """The family at one size.  Raises ``IndexError`` where a table runs a W and none is deferred."""
     plans = plans_at(family, ranks, microbatches)
     schedule = Schedule(plans[0].routes, tuple(plan.program() for plan in plans), family.name)
     rows = [list(_computes(family, plan)) for plan in plans]
     nodes = {(rank, number): compute for rank, row in enumerate(rows) for number, compute in enumerate(row)}
-    graph = list(dict.fromkeys(_waits(schedule)))
+    own = ((before, after) for before, after in pairwise(nodes) if before[0] == after[0])
+    across = _partners(schedule) if waiting is Waiting.BLOCKING else _uses(schedule)
+    graph = list(dict.fromkeys(chain(own, across)))
     waits = dict.fromkeys(Wait(None, row[0]) for row in rows)
     waits |= dict.fromkeys(Wait(nodes[earlier], nodes[later]) for earlier, later in graph)
     ends = dict.fromkeys(row[-1] for row in rows)
@@ -103,8 +107,8 @@ def _computes(family: Family, plan: Plan) -> Iterator[Compute]:
     yield Compute(kind, END, 0, 0, END, 0, values)
 
 
-def _waits(schedule: Schedule) -> Iterator[tuple[Node, Node]]:
-    """Each compute waits for the one before it on its rank, and over every message for the partner's."""
+def _partners(schedule: Schedule) -> Iterator[tuple[Node, Node]]:
+    """The compute after each side of a message waits for the one before the other side."""
     channels: dict[tuple[int, int], tuple[list[Node], list[Node]]] = {}
     for rank, program in enumerate(schedule.programs):
         following = 0
@@ -115,12 +119,27 @@ def _waits(schedule: Schedule) -> Iterator[tuple[Node, Node]]:
                     (sends if op.kind in SENDS else receives).append((rank, following))
             else:
                 following += 1
-                yield (rank, following - 1), (rank, following)
     for sends, receives in channels.values():
         for send, receive in zip(sends, receives, strict=False):
             for (rank, following), partner in ((send, receive), (receive, send)):
                 if following > 0:
                     yield (rank, following - 1), partner
+
+
+def _uses(schedule: Schedule) -> Iterator[tuple[Node, Node]]:
+    """Each compute waits for the one before the sends of the messages that it needs."""
+    sent: dict[Op, Node] = {}
+    used: list[tuple[Op, Node]] = []
+    for rank, program in enumerate(schedule.programs):
+        following = 0
+        for slot in program:
+            if slot[0].kind in MESSAGES:
+                sent |= {op: (rank, following - 1) for op in slot if op.kind in SENDS and following > 0}
+                continue
+            received = (need for op in slot for need in schedule.needs(op) if need.kind in RECEIVES)
+            used += [(send, (rank, following)) for need in received for send in schedule.needs(need)]
+            following += 1
+    yield from ((sent[send], use) for send, use in used if send in sent)
 
 
 def _channel(schedule: Schedule, rank: int, op: Op) -> tuple[int, int]:

@@ -35,6 +35,7 @@ def dualpipe(outer: Table | None = None, middle: Table | None = None, late_w: La
             "live": "P - h on the lane that enters at the nearer end, h + 1 on the other (h = min(r, P - 1 - r))",
             "memory": "P + 1 on every rank",
             "pending": "min(r, P - 1 - r) + 1 on rank r",
+            "way": "every microbatch enters at either end and passes the P ranks one after the other",
         },
     )
 
@@ -49,6 +50,7 @@ def dualpipev(outer: Table | None = None, middle: Table | None = None, late_w: L
             "live": "2P - r in the lane's first half, r + 1 in its second on rank r",
             "memory": "2P + 1 on every rank",
             "pending": "r + 1 on rank r",
+            "way": "every microbatch passes the P ranks one after the other and then all the way back",
         },
     )
 
@@ -66,12 +68,15 @@ def _two_way(name: str, sizes: str, ranks: Ranks, words: Mapping[str, str]) -> F
         sizes=sizes,
         ranks=tuple(kinds.values()),
         links=(*_rows(ranks), *(() if folded else _mirrors(ranks))),
+        deepest=(kinds["middle"], kinds["lone"]),
         chunks=(0, 1),
+        stages=(h, 2 * N - 1 - h),
         each=H,
         bounds=Bounds(
             live=(2 * N - h, h + 1),
             memory=2 * N + 1,
             pending=h + 1,
+            least=6 * H + N - 1,
             words=words,
         ),
         values=_values,

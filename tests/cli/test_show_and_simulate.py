@@ -35,6 +35,18 @@ def test_a_shown_file_is_read_again(run, tmp_path):
     assert run("show", "--schedule", file).out == file.read_text()
 
 
+def test_a_table_of_torch_is_printed_and_read_again(run, tmp_path):
+    file = tmp_path / "table.csv"
+    printed = run("show", "dualpipev", "-P", 2, "-M", 4, "--csv")
+    assert printed.code == 0
+    file.write_text(printed.out)
+    assert run("show", file, "--csv").out == printed.out
+    assert "SEND" not in run("show", file, "--csv", "--compute-only").out
+    assert run("show", "dualpipe", "-P", 2, "-M", 4, "--csv").code == 2, "a table has one lane"
+    assert run("show", file, "--csv", "--json").code == 2
+    assert run("show", file, "--compute-only").code == 2
+
+
 def test_simulate_prints_the_makespan_the_bubble_and_the_peaks(run):
     result = run("simulate", "-P", 8, "-M", 32)
     assert result.code == 0

@@ -8,7 +8,7 @@ from dualpipe.schedule import B, F, Kind, Schedule, W
 from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.palette import DARK, LIGHT, NAMES, colour
-from dualpipe.timeline.timeline import Costs
+from dualpipe.timeline.simulate import simulate
 from proofs.prove import prove
 from tests.page.browser import Shown, chromium, missing
 from tests.pictures.cases import INTERLEAVED
@@ -96,7 +96,7 @@ def test_cells_have_the_colour_of_their_kind_and_lane(show):
 
 def test_schedules_of_a_gallery_share_the_stretch_of_time_also_with_their_memory(show):
     memory = [Steps((0, 1, 5), (1, 2, 0)), Steps((0, 2, 6), (0, 4, 0))]
-    drawn = [Drawn(name, name, one_f_one_b(2, 4), Costs(), memory) for name in ("one", "other")]
+    drawn = [Drawn(name, name, simulate(one_f_one_b(2, 4)), memory) for name in ("one", "other")]
     page = show(Gallery("x", drawn, "live"))
     widths = """
       s.view.show(...args);

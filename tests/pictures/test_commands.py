@@ -92,6 +92,16 @@ def test_the_picture_of_the_documentation_is_up_to_date(drawn):
     assert len(contents(drawn)) > 2 * 3 * 4 * 10
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("late-w-P4-M10", ()), ("late-w-links-P4-M10", ("dualpipe-late-all", "--latency", 0.5))],
+)
+def test_the_pictures_of_late_w_are_up_to_date(run, tmp_path, name, options):
+    """To renew them: the commands in docs/explanation/late-w.md"""
+    run("compare", "-P", 4, "-M", 10, "dualpipe", "dualpipe-late-tail", *options, "--svg", tmp_path / "now.svg")
+    assert contents(README_PICTURE.with_name(f"{name}.svg").read_text()) == contents((tmp_path / "now.svg").read_text())
+
+
 def test_the_picture_of_the_documentation_is_small_and_brings_its_own_ground():
     svg = README_PICTURE.read_text()
     assert len(svg) < 64_000

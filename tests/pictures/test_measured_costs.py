@@ -28,11 +28,17 @@ def run_of(schedule, costs, name=MEASURED):
 def test_the_costs_of_a_run_are_read_back(tmp_path):
     costs = Costs(F=2, B=3, W=1, latency=0.5)
     found = read(written(tmp_path, run_of(zb1p(4, 8), costs), run_of(zb1p(4, 8), Costs(F=9), "simulated")))
-    assert vars(found.costs) == pytest.approx(
-        {"F": 2e-3, "B": 3e-3, "W": 1e-3, "BW": None, "FB": None, "latency": 5e-4}
-    )
+    expected = {"F": 2e-3, "B": 3e-3, "W": 1e-3, "BW": 4e-3, "FB": None, "latency": 5e-4}
+    assert found.costs.numbers == pytest.approx(expected)
     assert found.ranks == 4
     assert all(times.BW is None and pytest.approx(2e-3) == times.F for times in found.stages.values())
+
+
+def test_stages_that_differ_keep_their_times(tmp_path):
+    stages = (Costs(1, 2, 3), Costs(4, 4, 4), Costs(1, 1, 1), Costs(2, 5, 1))
+    found = read(written(tmp_path, run_of(zb1p(4, 8), Costs(2, 3, 2.25, stages=stages)))).costs
+    assert pytest.approx((2e-3, 3e-3, 2.25e-3)) == (found.F, found.B, found.W)
+    assert [each.numbers["B"] for each in found.stages] == pytest.approx([2e-3, 4e-3, 1e-3, 5e-3])
 
 
 def test_half_stages_count_twice(tmp_path):
@@ -51,7 +57,7 @@ def test_a_full_backward_has_the_time_of_b_and_w(tmp_path):
 
     work = tuple(noted.get(w.at.op.kind, lambda w: w)(w) for w in run.work)
     found = read(written(tmp_path, replace(run, work=work)))
-    assert vars(found.costs) == pytest.approx({"F": 1e-3, "B": 1e-3, "W": 1e-3, "BW": 2e-3, "FB": None, "latency": 0})
+    assert found.costs.numbers == pytest.approx({"F": 1e-3, "B": 1e-3, "W": 1e-3, "BW": 2e-3, "FB": None, "latency": 0})
 
 
 def test_without_a_waiting_receiver_there_is_no_latency(tmp_path):

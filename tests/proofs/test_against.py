@@ -7,13 +7,24 @@ from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, UP, B, F, Op, Schedul
 from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule.text import loads
 from proofs.against import Aspect, compare
-from proofs.departure_story import meaning, tell, text
+from proofs.departure_story import meaning, place, tell, text
 from tests.mutations import drop, duplicate, insert, redirect, reorder, split_all, swap
 
 GPIPE = """\
 lane > 0 1
 rank 0: 0F0> 0SF0> 0F1> 0SF1> 0RB0> 0B0>+0W0> 0RB1> 0B1>+0W1>
 rank 1: 1RF0> 1F0> 1RF1> 1F1> 1B0>+1W0> 1SB0> 1B1>+1W1> 1SB1>
+"""
+
+
+RECORDED = """\
+lane > 0 1
+rank 0: 0F0> 0F1> 0SF1>@1 0SF0>@1 0RB0>@1 0B0>+0W0> 0RB1>@1 0B1>+0W1>
+rank 1: 1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0
+place 1 train.py:12
+place 2 train.py:20
+events 0: post:0SF1>@1:1
+events 1: post:1RF0>@0:2
 """
 
 
@@ -191,3 +202,14 @@ def test_another_size_is_named_first_and_explains_the_ops_that_are_too_many():
 def test_schedules_of_different_numbers_of_ranks_are_not_compared():
     with pytest.raises(RuleError, match="the schedule has 2 and dualpipev has 4"):
         compare(one_f_one_b(2, 4), dualpipev(4, 8))
+
+
+def test_a_recorded_program_is_shown_where_it_departs():
+    recorded = loads(RECORDED)
+    found = compare(recorded, loads(GPIPE))
+    places = {each.aspect: place(each, found) for each in found.departures if each.rank == 0}
+    assert places[Aspect.MESSAGES] == "at train.py:12"
+    assert "at train.py:12" in text(found)
+    (order,) = [each for each in found.departures if each.rank == 1]
+    assert place(order, found) == "after 1RF0>@0, which is posted at train.py:20"
+    assert place(compare(loads(GPIPE), one_f_one_b(2, 2)).departures[0], compare(loads(GPIPE), recorded)) == ""

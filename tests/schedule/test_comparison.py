@@ -9,6 +9,8 @@ zb1p                 1 whole stage           3M + P - 1     = 51
 1f1b                 1 whole stage           3(M + P - 1)   = 57
 """
 
+from functools import cache
+
 import pytest
 
 from dualpipe.errors import RuleError
@@ -22,6 +24,7 @@ P, M = 4, 16
 SIZES = Sizes(B=8, W=3, weights=100)
 
 
+@cache
 def candidates(costs=None, sizes=None):
     return [candidate(name, generate(name, P, M), costs or Costs(), sizes) for name in NAMES]
 
@@ -128,6 +131,21 @@ def test_a_stage_is_its_part_of_a_share_whatever_their_number():
     assert isinstance(found, Candidate)
     assert (found.timeline.makespan, found.parameters, found.activations) == (9, (1,), (1,))
     assert found.timeline.costs.latency == 7
+
+
+def test_a_message_takes_its_latency_from_when_it_is_sent():
+    busy = loads("lane > 0 1\nlane < 1 0\nrank 0: 0F0> 0SF0>\nrank 1: 0F0< 0F1< 0F2< 1RF0> 1F0>\n")
+    assert candidate("busy", busy, Costs(latency=3)).timeline.makespan == 4 + 1
+
+
+def test_slices_of_the_model_are_dealt_to_stages_by_their_depth():
+    """Two slices, the second three times as heavy: rank 1 of 1F1B has it, each rank of a V has half of both."""
+    slices = (Costs(1, 1, 1), Costs(3, 3, 3))
+    costs = Costs(2, 2, 2, stages=slices)
+    busy = {name: candidate(name, generate(name, 2, 4), costs).timeline.busy for name in ("1f1b", "zbv", "interleaved")}
+    assert busy == {"1f1b": (4 * 3, 4 * 9), "zbv": (4 * 6, 4 * 6), "interleaved": (4 * 6, 4 * 6)}
+    three = candidate("1f1b", generate("1f1b", 3, 3), costs)
+    assert [stage.F for stage in three.timeline.costs.stages] == pytest.approx([1, 2, 3])
 
 
 @pytest.mark.parametrize("text", ["B=1", "W=1", "B=-1,W=1", "B=1,W=nan", "B=1,W=1,weights=inf"])

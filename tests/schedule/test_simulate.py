@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe.schedule import COMPUTE, Schedule, show_slot
+from dualpipe.schedule import COMPUTE, UP, F, Op, Schedule, show_slot
 from dualpipe.schedule.generate import NAMES, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.simulate import CostError, Costs, Stuck, Timeline, simulate
@@ -221,6 +221,22 @@ def test_an_overlapped_slot_has_its_credit_also_where_w_is_left_for_later():
     assert slot_cost(costs, "0F0<+0B0>+0W0>") == 3
     assert slot_cost(costs, "0F0<+0B0>") == 1.5
     assert slot_cost(costs, "0B0>+0W0>") == 3
+
+
+def test_each_stage_may_have_costs_of_its_own():
+    costs = Costs(stages=(Costs(1, 2, 3), Costs(10, 20, 30, BW=40)), FB=2.4, latency=0.5)
+    schedule = loads("lane > 0 1\nrank 0: 0F0> 0SF0>+0RB0> 0B0> 0W0>\nrank 1: 1RF0> 1F0> 1B0>+1W0> 1SB0>")
+    timeline = simulate(schedule, costs)
+    assert timeline.busy == (1 + 2 + 3, 10 + 40)
+    assert timeline.makespan == 1 + 0.5 + 10 + 40 + 0.5 + 2 + 3
+    assert costs.times(2).of(Op(F, UP, 1, 0)).backward == 80
+    overlapped = loads("lane > 0 0\nrank 0: 0F0> 1F0> 1B0>+1W0>+0F1>").programs[0][-1]
+    assert costs.slot(overlapped) == (40 + 1) * 2.4 / 3
+
+
+def test_costs_of_single_stages_are_given_for_each_stage():
+    with pytest.raises(CostError, match=r"given for each stage: got 1 for 4 stages; give one for each"):
+        simulate(one_f_one_b(4, 8), Costs(stages=(Costs(),)))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ parameters   the modules and parameters of the rank, and where gradients are kep
 flow         turns module calls, backwards, changes of gradients and messages into events, by the marks
 compute      watches torch: module calls, the autograd engine, every operator, ``.grad``
 messages     watches torch.distributed's point-to-point calls
+plain        runs the modules of a step once more, plainly, to compare with
 cuda         answers CUDA calls on the CPU
 startup      installs all of that in a new process
 ranks        forks the ranks of a script

@@ -103,6 +103,18 @@ class Flow:
         waiting_for = getattr(threading.current_thread(), "on_behalf_of", None)  # set by dualpipe's transport
         return (waiting_for or threading.get_ident()) == self._thread
 
+    def find(self, forward: int) -> int:
+        """The forward that one turned out to be a part of."""
+        return self._forwards.find(forward)
+
+    def forwards_of(self, tensor: Tensor) -> set[int]:
+        """The forwards that a tensor was computed by or from."""
+        return {self._forwards.find(number) for letter, number in self._table.get(tensor) if letter == "F"}
+
+    def carried(self, tensor: Tensor) -> Marks:
+        """The marks that a tensor passes on to results."""
+        return self._carried_by(tensor)
+
     def within(self, context: Marks | None) -> Marks | None:
         """Enter a context, whose marks every new tensor gets; returns the previous context."""
         left, self._context = self._context, context

@@ -6,15 +6,16 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from traceback import walk_tb
+from traceback import walk_stack, walk_tb
 from types import FrameType
 from typing import Any
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
+_Step = tuple[FrameType, int]  # a frame and the line that it is at
 
 _OURS = str(Path(__file__).parent)
 _CALLERS = 3  # lines, besides that of the call itself
@@ -38,7 +39,8 @@ def to_file(path: str) -> Sink:
 
 def program_line() -> str:
     """The current line of the program: the innermost frame outside of torch, the standard library and this package."""
-    return next(_program_lines(sys._getframe(1)), "") or _innermost(sys._getframe(1))
+    frame = sys._getframe(1)
+    return next(_program_lines(walk_stack(frame)), "") or _innermost(walk_stack(frame))
 
 
 def call_path() -> str:
@@ -46,19 +48,31 @@ def call_path() -> str:
 
     A message is often posted by a helper, whose line is the same for all messages.
     """
-    line, *callers = [*islice(_program_lines(sys._getframe(1)), 1 + _CALLERS)] or [_innermost(sys._getframe(1))]
+    frame = sys._getframe(1)
+    line, *callers = [*islice(_program_lines(walk_stack(frame)), 1 + _CALLERS)] or [_innermost(walk_stack(frame))]
     return f"{line} (called at {', '.join(callers)})" if callers else line
 
 
-def _program_lines(frame: FrameType | None) -> Iterator[str]:
-    """The lines of the program in the frames from the innermost one outwards, each once."""
+def line_of(error: BaseException) -> str:
+    """The innermost line of the program that an error has passed."""
+    passed = [*walk_tb(error.__traceback__)][::-1]
+    return next(_program_lines(passed), "") or _innermost(passed)
+
+
+def _program_lines(frames: Iterable[_Step]) -> Iterator[str]:
+    """The lines of the program in frames from the innermost one outwards; one that repeats the last is left out."""
     last = ""
-    while frame is not None and not _is_launcher(str(frame.f_globals.get("__name__", ""))):
-        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        if line != last and _is_of_program(frame):
+    for frame, number in frames:
+        file, module = frame.f_code.co_filename, str(frame.f_globals.get("__name__", ""))
+        if _is_launcher(module):
+            return
+        of_library = module.partition(".")[0] == "torch" or (
+            file.startswith(_LIBRARIES) and "site-packages" not in file
+        )
+        line = f"{file}:{number}"
+        if line != last and not of_library and not file.startswith((_OURS, "<")):
             yield line
             last = line
-        frame = frame.f_back
 
 
 def _is_launcher(module: str) -> bool:
@@ -66,20 +80,7 @@ def _is_launcher(module: str) -> bool:
     return module.startswith(("dualpipe.testing.", "_pytest.", "pluggy."))
 
 
-def _innermost(frame: FrameType | None) -> str:
-    """The innermost line in a file outside of this package."""
-    while frame is not None and frame.f_code.co_filename.startswith((_OURS, "<")):
-        frame = frame.f_back
-    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def line_of(error: BaseException) -> str:
-    """The innermost line of the program that an error has passed."""
-    passed = [(frame, f"{frame.f_code.co_filename}:{line}") for frame, line in walk_tb(error.__traceback__)]
-    return next((line for frame, line in reversed(passed) if _is_of_program(frame)), passed[-1][1] if passed else "")
-
-
-def _is_of_program(frame: FrameType) -> bool:
-    file, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    of_library = package == "torch" or (file.startswith(_LIBRARIES) and "site-packages" not in file)
-    return not of_library and not file.startswith((_OURS, "<"))
+def _innermost(frames: Iterable[_Step]) -> str:
+    """The innermost line in a file outside of this package, or an empty text."""
+    found = ((frame.f_code.co_filename, number) for frame, number in frames)
+    return next((f"{file}:{number}" for file, number in found if not file.startswith((_OURS, "<"))), "")

@@ -115,8 +115,15 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     patches = Patches()
     mode = compute.watch(flow, patches, settings["together"], settings["containers"])
     messages.watch(flow, patches)
+    plain = None
+    if settings["plain_step"]:
+        from .plain import Plain
+
+        path = str(Path(folder) / "plain" / f"{dist.get_rank()}.pt")
+        plain = Plain(flow, path, settings["plain_step"], settings["plain_seconds"], settings["containers"])
+        plain.watch(patches)
     mode.__enter__()  # type: ignore[no-untyped-call] # torch's own
-    _WATCH = (flow, patches, mode)
+    _WATCH = (flow, patches, mode, plain)
     flow.write("rank", rank=dist.get_rank(), ranks=dist.get_world_size(), parent=os.getppid(), session=session)
     atexit.register(_stop)
     Finalize(None, _stop, exitpriority=0)  # a process forked by multiprocessing runs no atexit hooks
@@ -143,12 +150,14 @@ def _stop() -> None:
     global _WATCH
     if _WATCH is None:
         return
-    flow, patches, mode = _WATCH
+    flow, patches, mode, plain = _WATCH
     _WATCH = None
     error = sys.exc_info()[1] or getattr(sys, "last_value", None)  # of a process that multiprocessing forked, and else
     if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0)):
         flow.raised(error)
     else:
+        if plain is not None:
+            plain.end_step(False)
         flow.write("end")
     mode.__exit__(None, None, None)
     patches.undo()

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from dualpipe.schedule import COMPUTE, MESSAGES, SENDS, B, F, Op, Schedule, W
+from dualpipe.schedule import COMPUTE, MESSAGES, SB, SENDS, B, F, Op, Schedule, W
 from dualpipe.schedule.generate import PLANS, generate
 
 Facts = Counter  # of (ranks, fact)
@@ -132,6 +132,29 @@ def accumulation(world: World) -> Facts:
             ran = [op.mb for slot in program for op in slot if op.kind is W and (op.lane, op.stage) == chunk]
             for first, second in zip(sorted(ran), sorted(ran)[1:], strict=False):
                 facts[(rank,), (f"W{number}", first, second)] += 1
+    return facts
+
+
+def makespan_at_use(world: World) -> Facts:
+    """Which compute waits for which: on a rank the previous one, and over a message the one that needs it."""
+    facts = Facts()
+    before: dict[Op, int] = {}
+    needs: dict[Op, int] = {}
+    for rank, program in world.programs():
+        computes = 0
+        for slot in program:
+            if slot[0].kind in COMPUTE:
+                needs |= dict.fromkeys(slot, computes)
+                computes += 1
+            before |= {op: computes - 1 for op in slot if op.kind in SENDS}
+        for number in range(-1, computes):
+            facts[(rank,), ("own", "own", number, number + 1)] = 1
+    for pair, sends, _ in world.channels():
+        for _, send in sends:
+            there = send._replace(kind=F, stage=send.stage + 1)
+            if send.kind is SB:
+                there = send._replace(kind=B, stage=send.stage - 1)
+            facts[pair, ("sender", "use", before[send], needs[there])] += 1
     return facts
 
 

@@ -1,0 +1,1 @@
+"""The parts of bench/bubble.py: a model that sleeps, its executors, and links that take their time."""

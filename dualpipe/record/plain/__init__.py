@@ -1,0 +1,5 @@
+"""The comparison of a recorded step with a plain run of its modules.  It needs torch, unlike the folder above."""
+
+from dualpipe.record.plain.compare import compare
+
+__all__ = ["compare"]

@@ -195,7 +195,7 @@ def test_a_failure_after_the_recorded_step_says_so_and_explains_nothing_in_it():
     first, second = assemble(logs, codes=(None, 3)), assemble(logs, step=2, codes=(None, 3))
     assert [str(failure) for failure in first.schedule.failures] == [
         "rank 1 ended with exit code 3 in a later training step",
-        "rank 0 waited for a message from rank 1, posted at rank0.py:11 in a later training step, until it was ended",
+        "rank 0 waited for a message from rank 1, posted at rank0.py:13 in a later training step, until it was ended",
     ]
     assert lines(first) == ["0F0> 0SF0> 0RB0> 0B0>+0W0>", "1RF0> 1F0> 1B0>+1W0> 1SB0>"]
     assert str(second.schedule.failures[0]) == "rank 1 ended with exit code 3 after 1RF0>@0"

@@ -66,6 +66,7 @@ _PROVED = (
     "tests/schedule/test_comparison.py",
     "tests/schedule/test_normalise.py",
     "tests/schedule/test_torchcsv.py",
+    "tests/schedule/test_zero_bubble.py",
     "tests/page/test_browser.py",
     "tests/megatron/test_random_streams.py",
     "tests/megatron/test_replicas.py",
@@ -77,6 +78,7 @@ _PROVED = (
     "tests/record/test_functions.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
+    "tests/record/test_pipelines.py",
     *_CLI,
     "tests/ci",
 )

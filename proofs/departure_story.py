@@ -112,7 +112,9 @@ def place(departure: Departure, comparison: Comparison) -> str:
 
 
 def meaning(departure: Departure, comparison: Comparison) -> str:
-    """What usually causes such a departure, as a question or a place to look at."""
+    """What usually causes such a departure, as a question or a place to look at; or how the program failed there."""
+    if departure.here is None and (failed := _failure(departure.rank, comparison)):
+        return failed
     match departure.aspect:
         case Aspect.ORDER:
             return _of_order(departure, comparison)
@@ -124,6 +126,12 @@ def meaning(departure: Departure, comparison: Comparison) -> str:
             return _of_slots(departure, comparison)
         case _:
             assert_never(departure.aspect)
+
+
+def _failure(rank: int, comparison: Comparison) -> str:
+    """How the recorded program failed on a rank whose program ends early, if it did."""
+    own = [failure for failure in comparison.here.failures if failure.rank == rank and not failure.is_later]
+    return f"the program of this rank ended there: {own[0]}" if own else ""
 
 
 def _of_order(departure: Departure, comparison: Comparison) -> str:

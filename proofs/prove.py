@@ -160,8 +160,12 @@ class Report:
     def text(self) -> str:
         """The report for a terminal: the failures, a line for each check with its story below, then the peaks."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        but = f" but for {' and '.join(self.waived)} (waived)" if self.waived else ""
-        lines = [*map(str, self.failures), f"{self.label or 'schedule'} on {ranks}: {self.verdict}{but}"]
+        names = " and ".join(self.waived)
+        but = f" but for {names} (waived)" if self.exit_code is ExitCode.PROVED else f", with {names} waived"
+        lines = [
+            *map(str, self.failures),
+            f"{self.label or 'schedule'} on {ranks}: {self.verdict}{but if names else ''}",
+        ]
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
             lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
@@ -292,11 +296,13 @@ def after_failures(result: Result, failures: Sequence[Failure]) -> Result:
     """The result with the first failure that its refutation may follow from.
 
     What a hang leaves unmatched is its cause and not its consequence; what the ranks never ran is its consequence.
+    Nothing follows from a failure after the recorded step.
     """
     finding = result.finding
     if finding is None or not finding.ends_early:
         return result
-    possible = (failure for failure in failures if not failure.is_hang or isinstance(finding, Missing))
+    within = (failure for failure in failures if not failure.is_later)
+    possible = (failure for failure in within if not failure.is_hang or isinstance(finding, Missing))
     return replace(result, after=next(possible, None))
 
 

@@ -51,7 +51,7 @@ def comparison(report: Report, after: Schedule, before: Schedule | None = None, 
         verdict=report.verdict,
         source=source,
         counterexamples=counterexamples(report, after),
-        tables=(verdicts(report),),
+        tables=(*failures(report), verdicts(report)),
         blocking=isinstance(report.checks["deadlock"].verdict, Refuted),
     )
 
@@ -63,6 +63,12 @@ def counterexamples(report: Report, schedule: Schedule) -> tuple[Counterexample,
         for name, result in report.checks.items()
         if result.finding is not None
     )
+
+
+def failures(report: Report) -> tuple[Table, ...]:
+    """How the recorded program failed, if it did."""
+    rows = tuple((str(rank), what) for rank, what in report.failures)
+    return (Table("How the program failed", ("rank", "what happened"), rows),) if rows else ()
 
 
 def verdicts(report: Report) -> Table:

@@ -6,10 +6,10 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from dualpipe.cli.options import Json, Waive, seconds
 from dualpipe.cli.targets import RECORDING, check_targets, signed, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import check_name
+
+if TYPE_CHECKING:
+    from dualpipe.record import Recording
 
 
 @app.command(
@@ -59,6 +62,13 @@ def record(
             show_default="from the messages",
         ),
     ] = None,
+    pipeline_ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="The ranks of one pipeline, such as '0 2', if the job runs several, as with data parallelism.",
+            show_default="every pipeline",
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.", callback=seconds)] = 120.0,
     stall: Annotated[
         float,
@@ -78,6 +88,7 @@ def record(
     """Run a torch.distributed program on CPU and record the schedule that its ranks run.
 
     With -P the command is started once for each rank, as torchrun does; without -P it launches its ranks itself.
+    If the job runs several pipelines, each is recorded: the second one in FILE-2, the third one in FILE-3, and so on.
 
     Exit codes:
     0: recorded; with --prove, also proved; with --compare, also equal
@@ -86,7 +97,7 @@ def record(
     3: unknown: with --prove a solver gave up, or with --compare something could not be run plainly
     130: ended by Ctrl-C
     """
-    from dualpipe.record import Launch, assemble, read_folder, run
+    from dualpipe.record import Launch, assemble_all, pipelines, read_folder, run
     from dualpipe.record.lanes import LANE, parse
 
     check_name(name)
@@ -96,6 +107,7 @@ def record(
     routes, command = (parse(given), command[len(given) - len(lanes or []) :]) if lanes else (None, command)
     if not command:
         raise RuleError("what follows -- must be a command", "got none", "add it")
+    chosen = None if pipeline_ranks is None else pipelines.parse(pipeline_ranks)
     targets = target("--output", output, RECORDING)
     check_targets(targets)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
@@ -111,52 +123,75 @@ def record(
         )
         end = run(launch, folder, output=2)
         logs, groups = read_folder(folder, ranks, session, end.succeeded)
-        recording = assemble(logs, name, step, routes, end.codes if ranks is not None else ())
+        recordings = assemble_all(logs, name, step, routes, end.codes if ranks is not None else (), chosen)
         if compare:
-            from dualpipe.record.plain import compare as compare_files
+            from dualpipe.record.plain import add_comparison
 
-            compared = compare_files(folder / "plain", logs, recording.tasks, recording.schedule.routes)
-            recording = replace(recording, comparison=compared)
-    for failure in (*recording.schedule.failures, *([] if end.succeeded else end.describe().splitlines())):
-        typer.echo(f"dualpipe: {failure}", err=True)
+            plain = folder / "plain" / str(session)
+            recordings = [add_comparison(recording, plain, logs) for recording in recordings]
     if groups > 1:
         typer.echo(f"dualpipe: process group {session} of {groups}", err=True)
-    for note in recording.notes:
-        typer.echo(f"dualpipe: {note}", err=True)
-    typer.echo(f"dualpipe: {recording.summary()}, in {end.seconds:.1f} s", err=True)
-    for each in targets:
-        try:
-            each.write(signed(recording.text()))
-        except (RuleError, OSError):
-            typer.echo(recording.text(), nl=False)  # do not lose the result of a long run
-            raise
-    code = 0 if end.succeeded else 1
-    caveats = [*([] if end.succeeded else ["the program failed or was ended"]), *recording.caveats]
-    result = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
-    if prove:
-        from proofs.prove import prove as run_checks
-        from proofs.verdict import ExitCode, worst
+    ending = [] if end.succeeded else end.describe().splitlines()
+    results, codes = [], [0 if end.succeeded else 1]
+    for number, recording in enumerate(recordings, start=1):
+        _report(recording, ending if number == 1 else (), end.seconds)
+        _write(recording, _numbered(output, number))
+        caveats = [*([] if end.succeeded else ["the program failed or was ended"]), *recording.caveats]
+        result = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
+        if prove:
+            from proofs.prove import prove as run_checks
 
-        report = interruptible(lambda: run_checks(recording.schedule, label=name, waive=waive or ()))
-        code = worst([ExitCode(code), report.exit_code])
-        result["proof"] = report.as_json()
-        if not as_json:
-            sys.stdout.write(_with_caveats(report.text(), caveats))
-    if recording.comparison is not None:
-        code = worst_of(code, recording.comparison.verdict)
-        if not as_json:
-            sys.stdout.write(recording.comparison.text())
+            of_ranks = f", ranks {' '.join(map(str, recording.pipeline_ranks))}" if len(recordings) > 1 else ""
+            label = name + of_ranks
+            report = interruptible(partial(run_checks, recording.schedule, label=label, waive=waive or ()))
+            codes.append(report.exit_code)
+            result["proof"] = report.as_json()
+            if not as_json:
+                sys.stdout.write(_with_caveats(report.text(), caveats))
+        if recording.comparison is not None:
+            codes.append(_OF_COMPARISON[recording.comparison.verdict])
+            if not as_json:
+                sys.stdout.write(recording.comparison.text())
+        if output is None and not (prove or compare or as_json):
+            sys.stdout.write(recording.text())
+        results.append(result)
     if as_json:
-        print(json.dumps(result))
-    elif output is None and not prove and not compare:
-        sys.stdout.write(recording.text())
-    raise typer.Exit(code)
+        print(json.dumps({**results[0], **({"pipelines": results} if len(results) > 1 else {})}))
+    raise typer.Exit(_worst(codes))
 
 
-def worst_of(code: int, comparison: str) -> int:
-    """The exit code with that of a comparison: 1 if it is different, 3 if it is unknown and nothing else is wrong."""
-    of_comparison = {"equal": 0, "different": 1, "unknown": 3}[comparison]
-    return code if code in (1, 2) or of_comparison == 0 else of_comparison
+_OF_COMPARISON = {"equal": 0, "different": 1, "unknown": 3}
+"""The exit code for each verdict of a comparison."""
+
+
+def _worst(codes: Sequence[int]) -> int:
+    from proofs.verdict import ExitCode, worst
+
+    return worst(map(ExitCode, codes))
+
+
+def _report(recording: Recording, ending: Sequence[str], seconds: float) -> None:
+    """Print how the program failed, the notes and the sizes."""
+    for line in (*map(str, recording.schedule.failures), *ending, *recording.notes):
+        typer.echo(f"dualpipe: {line}", err=True)
+    typer.echo(f"dualpipe: {recording.summary()}, in {seconds:.1f} s", err=True)
+
+
+def _numbered(output: Path | None, number: int) -> Path | None:
+    """The file of a pipeline: ``theirs.txt`` for the first one, ``theirs-2.txt`` for the second one."""
+    return output if output is None or number == 1 else output.with_name(f"{output.stem}-{number}{output.suffix}")
+
+
+def _write(recording: Recording, output: Path | None) -> None:
+    """Write the file; if that fails, print its text, so that the result of a long run is not lost."""
+    try:
+        targets = target("--output", output, RECORDING)
+        check_targets(targets)
+        for each in targets:
+            each.write(signed(recording.text()))
+    except (RuleError, OSError):
+        typer.echo(recording.text(), nl=False)
+        raise
 
 
 def _check_waived(waive: Sequence[str], prove: bool) -> None:

@@ -10,6 +10,17 @@ ranks.
 
 from dualpipe.record.events import RecordError, read_folder
 from dualpipe.record.launch import End, Launch, run
+from dualpipe.record.pipelines import assemble_all
 from dualpipe.record.recording import Recording, assemble, assemble_events
 
-__all__ = ["End", "Launch", "RecordError", "Recording", "assemble", "assemble_events", "read_folder", "run"]
+__all__ = [
+    "End",
+    "Launch",
+    "RecordError",
+    "Recording",
+    "assemble",
+    "assemble_all",
+    "assemble_events",
+    "read_folder",
+    "run",
+]

@@ -67,7 +67,7 @@ class LossComparison:
             kept = "none is" if self.seen == 0 else f"only {self.seen} are"
             found.append(
                 f"{self.computed} were computed and collected, and {kept} kept or read by the end of the step: is "
-                "their list cleared before it is returned, or read on another rank?"
+                "their list cleared before it is returned, read on another rank, or thrown away?"
             )
         return tuple(found)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
 from dualpipe.record.lineage import Lineage
 from dualpipe.schedule import MESSAGES, RF, B, F, Failure, Kind, Op, Program, printable
+from dualpipe.schedule.failure import LATER
 
 _COMPUTE = {"F": F, "B": B}
 
@@ -29,9 +30,12 @@ def failures(
     messages: Mapping[MessageId, Message],
     lineage: Lineage,
     programs: Sequence[Program],
+    step: int,
 ) -> tuple[tuple[Failure, ...], tuple[Program, ...]]:
     """The failures, first the errors in the order of time, and the programs.
 
+    ``logs`` and ``messages`` are those of all training steps, ``ops`` and ``programs`` those of one, whose number is
+    ``step``.
     A rank's program ends with the op during which the rank failed, also if that had not begun: a failure between the
     receive of a tensor and the computation on it is during that computation.
     """
@@ -40,13 +44,14 @@ def failures(
     for log in logs:
         if not fails(log, codes):
             continue
-        op = _during(log, ops, messages, lineage)
+        is_later = any(each.step > step for each in (*log.forwards.values(), *log.messages.values()))
+        op = None if is_later else _during(log, ops, messages, lineage)
         if op is not None and op.kind in (F, B) and all(op not in slot for slot in ended[log.rank]):
             ended[log.rank] = (*ended[log.rank], (op,))
-        where = f"during {op}" if op is not None else _after(ended[log.rank])
+        where = LATER if is_later else f"during {op}" if op is not None else _after(ended[log.rank])
         if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs)) != log.rank:
             where += f", after rank {first} had failed"
-        order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages)
+        order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages, is_later)
         found.append((order, Failure(log.rank, printable(what))))
     found.sort(key=lambda each: each[0])
     return tuple(failure for _, failure in found), tuple(ended)
@@ -58,7 +63,12 @@ def _first_to_fail(logs: Sequence[RankLog]) -> int:
 
 
 def _describe(
-    log: RankLog, code: int | None, where: str, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]
+    log: RankLog,
+    code: int | None,
+    where: str,
+    ops: Mapping[MessageId, Op],
+    messages: Mapping[MessageId, Message],
+    is_later: bool,
 ) -> tuple[tuple[int, float], str]:
     """The place of a failure in the order of all, and what happened."""
     raised = log.raised
@@ -74,7 +84,8 @@ def _describe(
     waiting = [MessageId(log.rank, number) for number in log.waiting]
     if waiting:
         awaited = " and ".join(str(ops[id]) if id in ops else _unnamed(messages[id]) for id in waiting)
-        return (3, 0.0), f"waited for {awaited}, posted at {messages[waiting[0]].at}, until it was ended"
+        place = f"posted at {messages[waiting[0]].at}" + (f" {LATER}" if is_later else "")
+        return (3, 0.0), f"waited for {awaited}, {place}, until it was ended"
     last = f", last seen at {log.events[-1]['at']}" if log.events else ""
     return (2, 0.0), f"did not finish; it was ended {where}{last}"
 

@@ -279,7 +279,7 @@ def _chains(
         raise RecordError(
             "a schedule has one lane or two",
             f"data enters at {len(chains)} places: {starts}",
-            "record one pipeline alone, without data parallelism",
+            "give the ranks of one pipeline with --pipeline-ranks",
         )
     return sorted(chains, key=lambda chain: chain[0])
 

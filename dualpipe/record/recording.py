@@ -20,6 +20,7 @@ from dualpipe.record.routes import complete, is_whole
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
 from dualpipe.schedule import MESSAGES, Lane, Op, Program, Schedule, ScheduleError, Task, check_slot
+from dualpipe.schedule.observed_text import lines_of
 from dualpipe.schedule.text import dumps
 
 
@@ -39,6 +40,8 @@ class Recording:
         Why a proof of the schedule does not cover the whole program; empty if it does.
     notes:
         What was left out, guessed or reinterpreted, one sentence each.
+    pipeline_ranks:
+        If the job has several pipelines, the ranks of the job that this one has, in the order of the schedule's ranks.
     tasks:
         The stage, lane and microbatch of every forward.
     comparison:
@@ -50,13 +53,14 @@ class Recording:
     ended: tuple[bool, ...]
     caveats: tuple[str, ...]
     notes: tuple[str, ...]
+    pipeline_ranks: tuple[int, ...] = ()
     tasks: Mapping[ForwardId, Task] = field(default_factory=dict, repr=False, compare=False)
     comparison: Comparison | None = None
 
     def text(self) -> str:
-        """The schedule file, with the notes and the caveats as comments at the top."""
+        """The schedule file, with the notes and the caveats as comments at the top and what was observed at the end."""
         caveats = [f"a proof of this file does not cover everything: {caveat}" for caveat in self.caveats]
-        return "".join(f"# {line}\n" for line in (*self.notes, *caveats)) + dumps(self.schedule)
+        return "".join(f"# {line}\n" for line in (*self.notes, *caveats)) + dumps(self.schedule, observed=True)
 
     def summary(self) -> str:
         """Sizes and counts in one line."""
@@ -73,6 +77,8 @@ class Recording:
     def as_json(self) -> dict[str, Any]:
         """The recording as one JSON object."""
         compared = {} if self.comparison is None else {"comparison": self.comparison.as_json()}
+        failed = [failure._asdict() for failure in self.schedule.failures]
+        failures = {"failures": failed} if failed else {}
         return {
             "schedule": dumps(self.schedule),
             "ranks": self.schedule.ranks,
@@ -82,6 +88,9 @@ class Recording:
             "ended": list(self.ended),
             "caveats": list(self.caveats),
             "notes": list(self.notes),
+            "observed": lines_of(self.schedule.observed, self.schedule.programs),
+            **({"pipeline_ranks": list(self.pipeline_ranks)} if self.pipeline_ranks else {}),
+            **failures,
             **compared,
         }
 
@@ -165,14 +174,14 @@ class _Run:
                 f"{made.early} computations began with messages still in flight; in the file a message is where it was "
                 "posted, and the blocking model waits for it there, though the program does not"
             )
-        failures, ranks = conclude_failures(logs, self.codes, named.ops, messages, lineage, made.of_rank)
+        failures, ranks = conclude_failures(self.logs, self.codes, named.ops, everything, lineage, made.of_rank, number)
         elsewhere = sum(id not in partner and id not in messages for id in everything)
         doubts += caveats(logs, lineage, named, elsewhere)
         if lost:
             doubts.append(f"{len(lost)} unmatched messages between ranks without neighbouring stages are left out")
         observed = observe(logs, made.placed, lineage, named.guesses)
-        schedule = Schedule(lineage.routes, ranks, self.name, observed=observed, failures=failures)
-        return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes), lineage.tasks)
+        schedule = Schedule(lineage.routes, ranks, self.name, failures=failures, observed=observed)
+        return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes), tasks=lineage.tasks)
 
     def lineage(
         self,
@@ -205,7 +214,8 @@ class _Run:
         lineage = Lineage(routes, {}, frozenset(), ())
         messages = {m.id: m for log in self.logs for m in log.messages.values()}
         empty: tuple[Program, ...] = ((),) * len(self.logs)
-        failures, ranks = conclude_failures(self.logs, self.codes, {}, messages, lineage, empty)
+        number = self.steps[self.step - 1]
+        failures, ranks = conclude_failures(self.logs, self.codes, {}, messages, lineage, empty, number)
         schedule = Schedule(routes, ranks, self.name, failures=failures)
         return Recording(schedule, len(self.steps), self.ended(), (f"no op is written: {error}",), ())
 

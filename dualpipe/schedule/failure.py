@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from dualpipe.schedule.op import ScheduleError
 
+LATER = "in a later training step"
+"""What the text of a failure says if the rank got beyond the training step that the schedule is."""
+
 
 class Failure(NamedTuple):
     """A rank, and what happened to it: ``raised IndexError at train.py:11 during 2F0<``.  Printed as a sentence."""
@@ -17,6 +20,11 @@ class Failure(NamedTuple):
     def is_hang(self) -> bool:
         """Whether the rank waited until it was ended, so that its failure may follow from the schedule itself."""
         return self.what.startswith("waited ")
+
+    @property
+    def is_later(self) -> bool:
+        """Whether the rank got beyond the recorded step, so that nothing in the schedule follows from its failure."""
+        return f" {LATER}" in self.what
 
     def __str__(self) -> str:
         return f"rank {self.rank} {self.what}"

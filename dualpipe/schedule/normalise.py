@@ -11,6 +11,7 @@ from contextlib import suppress
 from operator import index
 from typing import Any, TypeVar
 
+from dualpipe.schedule.failure import Failure
 from dualpipe.schedule.op import LARGEST, Kind, Lane, Op, Program, ScheduleError, Slot
 
 _E = TypeVar("_E", Kind, Lane)
@@ -37,6 +38,18 @@ def groups(given: object) -> tuple[tuple[int, ...], ...]:
     """The members of every group as tuples of ``int``."""
     rule = "groups are a sequence with the ranks of each group"
     return tuple(tuple(number(rank, "a rank") for rank in items(members, rule)) for members in items(given, rule))
+
+
+def failures(given: object) -> tuple[Failure, ...]:
+    """The failures, each of a rank and a text."""
+    rule = "failures are a sequence of pairs: a rank and what happened to it"
+    found = []
+    for failure in items(given, rule):
+        fields = items(failure, rule)
+        if len(fields) != 2 or not isinstance(fields[1], str):
+            raise ScheduleError(rule, f"got {seen(failure)}", 'write (1, "raised IndexError")')
+        found.append(Failure(number(fields[0], "a rank"), str.__str__(fields[1])))
+    return tuple(found)
 
 
 def _is_plain(programs: object) -> bool:

@@ -4,9 +4,9 @@
 
     # a comment; blank lines are ignored
     schedule dualpipe
+    failure 2: raised IndexError at train.py:11 during 1F1>
     lane > 0 1 2 3
     lane < 3 2 1 0
-    failure 2: raised IndexError at train.py:11 during 1F1>
     group 0: 0 3
     rank 0: 0F0> 0SF0> 0F1> 3SB0<+3RF1< ... 0RG>@0
 
@@ -47,7 +47,10 @@ _OP_FORM = (
     "an op: stage, F B W SF RF SB or RB, microbatch, lane, and for a message optionally @rank, as in 2SF3>@3, "
     "or a collective such as 2AA3> or 2RG>, optionally with @group, with numbers of at most 9 digits"
 )
-_LINE_FORM = "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...', 'group N: RANK ...' or 'rank N: SLOT ...'"
+_LINE_FORM = (
+    "'schedule NAME', 'lane > RANK ...', 'lane < RANK ...', 'group N: RANK ...', 'failure N: TEXT' or "
+    "'rank N: SLOT ...'"
+)
 _Args = TypeVarTuple("_Args")
 
 
@@ -59,10 +62,10 @@ class ScheduleSyntaxError(ScheduleError):
         super().__init__(f"{source}:{line}:{column}", f"found {found}", f"expected {expected}")
 
 
-def dumps(schedule: Schedule) -> str:
-    """The schedule as text, ending in a newline.
+def dumps(schedule: Schedule, observed: bool = False) -> str:
+    """The schedule as text, ending in a newline.  Equal schedules with the same name have the same text.
 
-    Equal schedules with the same name have the same text, except for what was observed when a program ran them.
+    With ``observed`` the lines for what was observed when a program ran it follow.
     """
     head = [f"schedule {schedule.name}"] if schedule.name else []
     lanes = [
@@ -70,9 +73,9 @@ def dumps(schedule: Schedule) -> str:
     ]
     groups = [f"group {number}: {' '.join(map(str, members))}" for number, members in enumerate(schedule.groups)]
     ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
+    lines = observed_text.lines_of(schedule.observed, schedule.programs) if observed else []
     failures = [f"failure {rank}: {what}" for rank, what in schedule.failures]
-    observed = observed_text.lines_of(schedule.observed, schedule.programs)
-    return "\n".join([*head, *failures, *lanes, *groups, *ranks, *observed]) + "\n"
+    return "\n".join([*head, *failures, *lanes, *groups, *ranks, *lines]) + "\n"
 
 
 def as_json(schedule: Schedule) -> dict[str, Any]:
@@ -136,10 +139,10 @@ class _Parser:
         self.routes: dict[Lane, tuple[int, ...]] = {}
         self.lane_lines: dict[Lane, tuple[int, list[re.Match[str]]]] = {}
         self.rank_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
-        self.failures: list[tuple[int, Failure]] = []  # with the line of each
         self.observed_lines: list[observed_text.Line] = []
         self.group_lines: dict[int, tuple[int, list[re.Match[str]]]] = {}
         self.groups: tuple[tuple[int, ...], ...] = ()
+        self.failures: list[tuple[int, Failure]] = []  # with the line of each
 
     def parse(self, text: str) -> Schedule:
         lines = text.removeprefix(BYTE_ORDER_MARK).split("\n")
@@ -163,7 +166,7 @@ class _Parser:
             if failure.rank >= len(programs):
                 self.fail(number, 1, f"rank {failure.rank}, which has no program", "a rank of the file")
         failures = [failure for _, failure in self.failures]
-        return Schedule(self.routes, programs, self.name or "", self.groups, observed=observed, failures=failures)
+        return Schedule(self.routes, programs, self.name or "", self.groups, failures=failures, observed=observed)
 
     def check_groups(self, line: int, column: int) -> None:
         for number in range(len(self.group_lines)):
@@ -195,10 +198,10 @@ class _Parser:
                 self.lane_line(number, content, words)
             case "group" | "rank":
                 self.numbered_line(number, content, words[0].group())
-            case "failure":
-                self.failure_line(number, content)
             case word if word in observed_text.WORDS:
                 self.observed_lines.append((number, content))
+            case "failure":
+                self.failure_line(number, content)
             case other:
                 self.fail(number, words[0].start() + 1, repr(_short(other)), _LINE_FORM)
 

@@ -50,12 +50,12 @@ class Schedule:
         bound applies.
     groups:
         The members of each group of collectives, by its number: ranks of the schedule, in any order.
-    observed:
-        What was observed when a program ran the schedule.  It takes no part in comparisons, so a recorded schedule is
-        equal to a written one with the same ops.
     failures:
         How ranks of a recorded program failed, the first one first.  A schedule with failures is never proved, so it is
         not equal to one without them.
+    observed:
+        What was observed when a program ran the schedule.  It takes no part in comparisons, so a recorded schedule is
+        equal to a written one with the same ops.
 
     Raises
     ------
@@ -71,8 +71,8 @@ class Schedule:
     programs: tuple[Program, ...]
     name: str
     groups: tuple[tuple[int, ...], ...]
-    observed: Observed = field(compare=False, repr=False)
     failures: tuple[Failure, ...]
+    observed: Observed = field(compare=False, repr=False)
 
     def __init__(
         self,
@@ -81,16 +81,16 @@ class Schedule:
         name: str = "",
         groups: Iterable[Iterable[int]] = (),
         *,
-        observed: Observed = NOTHING,
         failures: Iterable[tuple[int, str]] = (),
+        observed: Observed = NOTHING,
     ) -> None:
         object.__setattr__(self, "name", normalise.text(name))
         object.__setattr__(self, "observed", observed)
         object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
         object.__setattr__(self, "programs", normalise.programs(programs))
         object.__setattr__(self, "groups", normalise.groups(groups))
+        object.__setattr__(self, "failures", normalise.failures(failures))
         check_name(self.name)
-        object.__setattr__(self, "failures", tuple(Failure(*failure) for failure in failures))
         check_routes(self.routes, len(self.programs))
         check_groups(self.groups, len(self.programs))
         check_failures(self.failures, len(self.programs))
@@ -135,7 +135,7 @@ class Schedule:
             tuple(kept for slot in program if (kept := tuple(op for op in slot if op.kind in kinds)))
             for program in self.programs
         )
-        return Schedule(self.routes, programs, self.name, self.groups)
+        return Schedule(self.routes, programs, self.name, self.groups, failures=self.failures)
 
     def rank_of(self, op: Op) -> int:
         """The rank that holds the op's stage."""

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from dualpipe.record.child import cuda
@@ -14,9 +13,10 @@ from dualpipe.record.child.log import to_file
 from dualpipe.record.child.patches import Patches
 from dualpipe.record.events import read_folder
 from dualpipe.record.lanes import parse
-from dualpipe.record.plain import compare as compare_files
+from dualpipe.record.pipelines import assemble_one
+from dualpipe.record.plain import add_comparison
 from dualpipe.record.processes import Watchdog
-from dualpipe.record.recording import Recording, assemble
+from dualpipe.record.recording import Recording
 from dualpipe.testing.launch import TIME_UP, Context, launch
 from dualpipe.testing.recorder import record
 
@@ -33,6 +33,7 @@ def record_ranks(
     step: int = 1,
     lanes: Sequence[str] = (),
     compare: bool = False,
+    pipeline_ranks: Sequence[int] | None = None,
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
 
@@ -54,13 +55,15 @@ def record_ranks(
         The ranks of each lane's stages, such as ``"0 1 2 3"``, for a run that ends before its messages show them.
     compare:
         Also run the step plainly, and compare: ``comparison`` of the recording.
+    pipeline_ranks:
+        The ranks of one pipeline, if the ranks run several, as with data parallelism.
 
     Raises
     ------
     RuntimeError
         If ``check`` is set and ``body`` raised on a rank (with that rank's traceback) or ended its process.
     RecordError
-        If an op cannot be named.
+        If an op cannot be named, or the ranks run several pipelines and none was chosen.
     """
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
@@ -85,11 +88,8 @@ def record_ranks(
                 "\n".join(f"rank {failure.rank}: {failure.trace or failure.text}" for failure in failures)
             )
         logs, _ = read_folder(folder, ranks, 1, succeeded=not outcome.failures)
-        recording = assemble(logs, step=step, lanes=parse(lanes) if lanes else None)
-        if compare:
-            compared = compare_files(folder / "plain", logs, recording.tasks, recording.schedule.routes)
-            recording = replace(recording, comparison=compared)
-        return recording
+        recording = assemble_one(logs, step, parse(lanes) if lanes else None, ranks=pipeline_ranks)
+        return add_comparison(recording, folder / "plain", logs) if compare else recording
 
 
 def _call(body: Callable[[int], None], rank: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from dualpipe.cli.page import comparison, counterexamples
 from dualpipe.page import Page, render
-from dualpipe.schedule import RF, UP, Op
+from dualpipe.schedule import RF, UP, Op, Schedule
 from dualpipe.schedule.generate import dualpipe, one_f_one_b
 from dualpipe.schedule.text import dumps
 from proofs.prove import prove
@@ -36,6 +36,15 @@ def test_every_refuted_check_points_into_the_timeline(fault):
     assert [one.title for one in section.counterexamples] == refuted
     assert all(one.marks for one in section.counterexamples)
     reading.tree(render(Page("faults", "refuted", (section,))))
+
+
+def test_how_a_program_failed_is_the_first_table():
+    schedule = one_f_one_b(2, 4)
+    failed = Schedule(schedule.routes, schedule.programs, failures=[(1, "raised IndexError at a.py:3")])
+    section = comparison(prove(failed, smt=False), failed)
+    assert (section.verdict, section.tables[0].rows) == ("refuted", (("1", "raised IndexError at a.py:3"),))
+    assert "raised IndexError at a.py:3" in render(Page("failed", "refuted", (section,)))
+    assert len(comparison(prove(schedule, smt=False), schedule).tables) == 1
 
 
 def test_a_circle_has_an_arrow_for_each_wait():

@@ -63,6 +63,16 @@ def test_a_schedule_is_the_same_as_itself_with_or_without_its_peers_written(name
     assert compare(named, schedule).verdict == "same"
 
 
+def test_where_a_program_failed_the_failure_is_the_cause():
+    crash, later = "raised IndexError at train.py:30 during 0B0>", "ended with exit code 1 in a later training step"
+    text = RECORDED.replace(" 0B0>+0W0> 0RB1>@1 0B1>+0W1>", " 0B0>").replace(" 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0", "")
+    here, there = loads(f"{text}failure 0: {crash}\nfailure 1: {later}\n"), loads(RECORDED)
+    assert stories(here, there)[0][1] == f"the program of this rank ended there: rank 0 {crash}"
+    assert stories(here, there)[1][1].startswith("did the rank stop there")
+    shown = compare(here, there).as_json()["departures"]
+    assert f"the program of this rank ended there: rank 0 {crash}" in [each["meaning"] for each in shown]
+
+
 def test_an_unfed_store_shows_as_a_weight_gradient_that_the_other_schedule_defers():
     found = stories(with_weights_at_once(dualpipe(4, 8)), dualpipe(4, 8), Aspect.WEIGHTS)
     assert found[1] == (

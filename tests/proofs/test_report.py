@@ -208,6 +208,50 @@ def test_what_a_rank_left_out_may_follow_from_its_failure(failure, check, follow
     assert found.get("may_follow_from") == (f"rank 1 {failure}" if follows else None)
 
 
+def test_nothing_follows_from_a_failure_after_the_recorded_step():
+    schedule = one_f_one_b(2, 4)
+    failed = [(1, "raised IndexError at a.py:1 in a later training step")]
+    report = prove(Schedule(schedule.routes, [schedule.programs[0], ()], failures=failed), smt=False)
+    assert report.verdict == "refuted"
+    assert not any("may_follow_from" in check for check in report.as_json()["checks"].values())
+
+
+@pytest.mark.parametrize("check", ["messages", "deadlock"])
+def test_a_collective_that_is_never_joined_may_follow_from_a_failure(check):
+    text = "failure 1: raised\nlane > 0 1\ngroup 0: 0 1\nrank 0: 0F0> 0SF0> 0AR>@0\nrank 1: 1RF0> 1F0>"
+    assert prove(loads(text), smt=False).as_json()["checks"][check]["may_follow_from"] == "rank 1 raised"
+
+
+CRASHED = """\
+failure 1: raised IndexError at train.py:3 during 1B0>
+lane > 0 1
+rank 0: 0F0> 0SF0> 0RB0> 0B0>+0W0>
+rank 1: 1RF0> 1F0> 1B0>
+place 1 train.py:1
+place 2 train.py:2
+events 1: post:1RF0>:1 read:1RF0>:1F0>:2
+"""
+"""Reads a tensor that it never waits for, then fails."""
+
+
+def test_memory_that_was_touched_too_early_is_refuted_beside_a_failure_and_does_not_follow_from_it():
+    report = prove(loads(CRASHED), waive=["deadlock"])
+    checks = report.as_json()["checks"]
+    assert checks["buffers"]["finding"]["fault"] == "touched in flight"
+    follow = [name for name, check in checks.items() if "may_follow_from" in check]
+    assert follow == ["complete", "messages", "deadlock"]
+    assert list(report.as_json())[:4] == ["schedule", "ranks", "verdict", "failures"]
+    first, second, *_ = report.text().splitlines()
+    assert first == "rank 1 raised IndexError at train.py:3 during 1B0>"
+    assert second == "schedule on 2 ranks: refuted, with deadlock waived"
+
+
+def test_a_failure_counts_though_every_check_that_fails_is_waived():
+    report = prove(loads(CRASHED), smt=False, waive=[*CHECKS, "buffers"])
+    assert (report.verdict, report.exit_code) == ("refuted", ExitCode.REFUTED)
+    assert report.as_json()["waived"] == ["complete", "messages", "deadlock", "buffers"]
+
+
 def test_a_fault_that_is_no_absence_does_not_follow_from_a_failure():
     schedule = two_sends_of_a_batch_swapped()
     failed = Schedule(schedule.routes, schedule.programs, failures=[(1, "raised IndexError")])

@@ -11,13 +11,13 @@ with expected_warnings():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.pipeline_parallel import get_forward_backward_func, p2p_communication
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
     from megatron.core.utils import get_attr_wrapped_model
 
-__all__ = ["get_schedule_table", "train"]
+__all__ = ["get_schedule_table", "p2p_communication", "train"]
 VOCABULARY, LENGTH = 64, 8
 
 

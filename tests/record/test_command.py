@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dualpipe.cli import app
-from dualpipe.cli.record import _with_caveats, worst_of
+from dualpipe.cli.record import _with_caveats
 from dualpipe.errors import RuleError
 
 
@@ -59,11 +59,3 @@ def test_caveats_are_printed_with_the_verdict():
         "a on 2 ranks: proved but for memory (waived) as far as it was recorded: 4 ends",
     ]
     assert _with_caveats("a on 2 ranks: refuted\n", ["4 ends"]) == "a on 2 ranks: refuted\n"
-
-
-@pytest.mark.parametrize(
-    ("code", "comparison", "both"),
-    [(0, "equal", 0), (3, "equal", 3), (0, "unknown", 3), (3, "different", 1), (1, "unknown", 1)],
-)
-def test_the_exit_code_is_the_worse_of_proof_and_comparison(code, comparison, both):
-    assert worst_of(code, comparison) == both

@@ -5,6 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe.record.events import ForwardId, read
+from dualpipe.record.plain import compare
+from dualpipe.schedule import UP, Task
 from dualpipe.testing import record_ranks
 
 MICROBATCHES = 3
@@ -177,6 +180,7 @@ def two_lanes(summed):
     return body
 
 
+@pytest.mark.long
 def test_replicas_that_are_summed_agree_with_the_sum_over_both_lanes():
     comparison = record_ranks(2, two_lanes(True), compare=True).comparison
     assert comparison.verdict == "equal", comparison.text()
@@ -190,3 +194,102 @@ def test_replicas_that_are_never_summed_are_found_before_the_optimizers_step():
     assert all(not each.faults for each in comparison.chunks), "each lane's own gradients are right"
     assert comparison.replicas[0].startswith("the replicas of stage 0 on ranks 0 and 1 were not summed")
     assert comparison.as_json()["chunks"][0]["summed"] is False
+
+
+def two_forwards(folder, finals, shared=False):
+    """The comparison of two stages with one parameter each, on two ranks or sharing it on one."""
+    ran = [RAN | {"weights": {0: torch.full((2,), value)}} for value in (3.0, 4.0)]
+    begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
+    events = [begun | {"forward": n, "at": "x.py:1"} for n in range(2)]
+    events += [{"event": "backward", "forwards": [n], "untrainable": [], "run": n} for n in range(2)]
+    if shared:
+        torch.save(FILE | {"forwards": dict(enumerate(ran)), "final": finals}, folder / "0.pt")
+        tasks = {ForwardId(0, stage): Task(UP, stage, 0) for stage in range(2)}
+        return compare(folder, [read(0, events)], tasks, {UP: (0, 0)})
+    for rank in range(2):
+        torch.save(FILE | {"forwards": {0: ran[rank]}, "final": finals[rank : rank + 1]}, folder / f"{rank}.pt")
+    tasks = {ForwardId(rank, 0): Task(UP, rank, 0) for rank in range(2)}
+    return compare(folder, [read(rank, events) for rank in range(2)], tasks, {UP: (0, 1)})
+
+
+def one_forward(folder, content):
+    """The comparison of one rank with one forward; ``content`` is what its plain run saved, if it made one."""
+    if content is not None:
+        torch.save(content, folder / "0.pt")
+    begun = {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
+    events = [
+        begun | {"grad": True, "at": "x.py:1"},
+        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
+    ]
+    logs = [read(0, events)]
+    return compare(folder, logs, {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)})
+
+
+RAN = {
+    "took": [],
+    "returned": [torch.ones(1)],
+    "plainly": [torch.ones(1)],
+    "gradients": [None],
+    "input gradients": [],
+    "weights": {0: torch.full((2,), 3.0)},
+    "ran": True,
+}
+FILE = {"forwards": {0: RAN}, "names": ["w"], "before": {}, "seen": [0], "collected": [], "by_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "verdict", "says"),
+    [
+        (None, "unknown", "it made no plain run"),
+        ({"error": "the plain run had not ended after 5 s"}, "unknown", "had not ended after 5 s"),
+        (
+            FILE | {"forwards": {0: {"error": "ValueError: no peer"}}, "final": [None]},
+            "unknown",
+            "microbatch 0 cannot be run plainly: ValueError: no peer",
+        ),
+        (FILE | {"final": {0: torch.full((2,), 3.0)}}, "equal", "outputs and gradients equal"),
+        (FILE | {"final": {0: torch.full((2,), 1.5)}}, "equal", "divided by 2"),
+        (FILE | {"final": {0: torch.full((2,), 3.5)}}, "different", "w: the gradient differs by up to 0.5"),
+        (FILE | {"final": {0: torch.full((3,), 3.0)}}, "different", "w: the gradient has the shape [3] and not [2]"),
+        (
+            FILE | {"final": {0: torch.full((2,), 5.0)}, "before": {0: torch.full((2,), 2.0)}},
+            "equal",
+            "outputs and gradients equal",
+        ),
+        (
+            FILE | {"final": {0: torch.full((2,), 3.0)}, "forwards": {0: RAN | {"plainly": [torch.zeros(1)]}}},
+            "different",
+            "the output of microbatch 0 differs from the plain one",
+        ),
+    ],
+)
+def test_what_is_concluded_from_the_file_of_a_plain_run(tmp_path, content, verdict, says):
+    comparison = one_forward(tmp_path, content)
+    assert comparison.verdict == verdict
+    assert says in comparison.text()
+    assert comparison.as_json()["verdict"] == verdict
+
+
+def test_weights_that_are_tied_over_stages_agree_with_the_sum_of_both(tmp_path):
+    comparison = two_forwards(tmp_path, [torch.full((2,), 7.0), torch.full((2,), 7.0)])
+    assert "w is summed with w of stage 1, to which it is tied" in comparison.text()
+    assert not any(each.faults for each in comparison.chunks)
+
+
+def test_a_weight_that_two_stages_of_a_rank_share_is_not_compared(tmp_path):
+    comparison = two_forwards(tmp_path, [torch.full((2,), 5.0)], shared=True)
+    assert "w is used by another stage of the rank too, and not compared" in comparison.text()
+    assert not any(each.faults for each in comparison.chunks)
+
+
+def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):
+    torch.save(FILE | {"final": {0: torch.full((2,), 3.5)}}, tmp_path / "0.pt")
+    events = [
+        {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
+        | {"grad": True, "at": "x.py:1"},
+        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
+    ]
+    logs = [read(rank, events) for rank in range(2)]
+    comparison = compare(tmp_path, logs, {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)})
+    assert comparison.verdict == "unknown"
+    assert "may be the sum over pipelines that are not in the file" in comparison.text()

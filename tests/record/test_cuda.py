@@ -1,13 +1,18 @@
 """CUDA calls are answered on the CPU."""
 
+import warnings
 from contextlib import contextmanager
 from types import FunctionType
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from dualpipe.record.child import cuda
+from dualpipe.record.child import cuda, torch_cuda
 from dualpipe.record.child.patches import Patches
+from dualpipe.testing import record_ranks
+from tests.record.two_ranks import train
 
 
 @contextmanager
@@ -58,13 +63,144 @@ CALLS = {
     "synchronize": lambda tmp_path: torch.accelerator.synchronize() is None,
     "tensor on it": lambda tmp_path: torch.ones(2, device=torch.accelerator.current_accelerator()).sum() == 2,
     "initialized": lambda tmp_path: torch.cuda.is_initialized(),
+    "type of a tensor": lambda tmp_path: torch.ones(2, device="cuda").type() == "torch.cuda.FloatTensor",
+    "type of a half tensor": lambda tmp_path: torch.ones(2).half().type() == "torch.cuda.HalfTensor",
+    "conversion by type": lambda tmp_path: torch.ones(2).type("torch.cuda.IntTensor").dtype == torch.int32,
+    "conversion by class": lambda tmp_path: torch.ones(2).type(torch.cuda.LongTensor).dtype == torch.int64,
+    "tensor of a class": lambda tmp_path: torch.cuda.FloatTensor([1, 2]).sum() == 3,
+    "random state of a fork": lambda tmp_path: forked_random_state(),
+    "random state by generator": lambda tmp_path: random_state_by_generator(),
+    "random state by name": lambda tmp_path: torch.cuda.random.get_rng_state("cuda:0").dtype == torch.uint8,
+    "fork_rng": lambda tmp_path: unchanged_by(torch.random.fork_rng(devices=[0]), lambda: torch.cuda.manual_seed(5)),
+    "module of a device": lambda tmp_path: torch.get_device_module("cuda:0") is torch.cuda,
+    "current stream": lambda tmp_path: streams_in_turn(),
+    "events": lambda tmp_path: timed() >= 0,
+    "memory of a device": lambda tmp_path: torch.cuda.mem_get_info()[1] > 0,
+    "statistics of memory": lambda tmp_path: torch.cuda.memory_stats()["allocated_bytes.all.peak"] == 0,
+    "memory by module": lambda tmp_path: torch.cuda.memory.max_memory_reserved() == 0,
+    "snapshots": lambda tmp_path: torch.cuda.memory._record_memory_history(max_entries=1) is None,
+    "pinned memory": lambda tmp_path: torch.ones(2).pin_memory().is_pinned() and not torch.ones(2).is_pinned(),
+    "made in pinned memory": lambda tmp_path: torch.empty(2, pin_memory=True).is_pinned(),
+    "factories": lambda tmp_path: all(make(device="cuda").device.type == "cpu" for make in FACTORIES),
+    "default type": lambda tmp_path: default_type(),
+    "profiler ranges": lambda tmp_path: in_a_range(torch.cuda.nvtx.range("x")),
+    "profiler": lambda tmp_path: torch.cuda.cudart().cudaProfilerStart() is not None,
+    "capture": lambda tmp_path: torch.cuda.is_current_stream_capturing() is False,
+    "deterministic": lambda tmp_path: setattr(torch.backends.cudnn, "deterministic", True) is None,
 }
+
+FACTORIES = [
+    lambda device: torch.zeros(2, device=device),
+    lambda device: torch.arange(3, device=f"{device}:1"),
+    lambda device: torch.tensor([1.0], device=torch.device(device, 0)),
+    lambda device: torch.ones(1).new_empty(2, device=device),
+    lambda device: torch.randn_like(torch.ones(1), device=device),
+    lambda device: torch.nn.Linear(2, 2, device=device).weight,
+    lambda device: torch.ones(1).to(device, non_blocking=True),
+    lambda device: torch.empty(2, device=0),
+]
+
+
+def forked_random_state() -> bool:
+    """As Megatron does with the random states of its model parallel ranks."""
+    from torch.cuda import _lazy_call
+
+    before = torch.cuda.get_rng_state()
+    torch.cuda.manual_seed(7)
+    first = torch.rand(2, device="cuda")
+    kept = torch.cuda.get_rng_state()
+    _lazy_call(lambda: torch.cuda.default_generators[torch.cuda.current_device()].set_state(before))
+    torch.cuda.set_rng_state(kept)
+    second = torch.rand(2, device="cuda")
+    torch.cuda.manual_seed(7)
+    return torch.equal(torch.rand(4, device="cuda"), torch.cat([first, second]))
+
+
+def random_state_by_generator() -> bool:
+    state = torch.cuda.default_generators[1].get_state()
+    drawn = torch.rand(2, device="cuda:1")
+    torch.cuda.set_rng_state(state, device="cuda:1")
+    return torch.equal(drawn, torch.rand(2, device="cuda:1"))
+
+
+def unchanged_by(context, change) -> bool:
+    before = torch.cuda.get_rng_state()
+    with context:
+        change()
+    return torch.equal(before, torch.cuda.get_rng_state())
+
+
+def streams_in_turn() -> bool:
+    outer, inner = torch.cuda.current_stream(), torch.cuda.Stream(priority=-1)
+    with torch.cuda.stream(inner):
+        within = torch.cuda.current_stream()
+        with torch.cuda.stream(None):
+            again = torch.cuda.current_stream()
+    return (within, again, torch.cuda.current_stream()) == (inner, inner, outer) and not isinstance(
+        inner, torch.cuda.Event
+    )
+
+
+def timed() -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.cuda.current_stream().record_event(end)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def default_type() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that this function is old
+        torch.set_default_tensor_type("torch.cuda.FloatTensor")
+    return torch.ones(1).dtype == torch.float32
+
+
+def in_a_range(context) -> bool:
+    with context:
+        return context(default_type) is default_type
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_the_call_is_answered_on_the_cpu(call, tmp_path):
     with answered():
         assert CALLS[call](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("CUDAGraph", lambda: torch.cuda.CUDAGraph()),
+        ("graph_pool_handle", lambda: torch.cuda.graph_pool_handle()),
+        ("current_blas_handle", lambda: torch.cuda.current_blas_handle()),
+    ],
+)
+def test_what_is_not_answered_is_named_with_the_line_of_the_program(name, call):
+    with (
+        answered(),
+        pytest.raises(RuntimeError, match=rf"calls torch.cuda.{name} at \S*test_cuda.py:\d+, which it does"),
+    ):
+        call()
+
+
+def test_a_batch_has_one_work_if_the_program_requested_nccl():
+    """gloo returns a work for every message, NCCL one for the batch."""
+
+    def body(rank):
+        for backend, count in (("nccl", 1), ("gloo", 2), ("cpu:gloo,cuda:nccl", 1)):
+            group = dist.new_group([0, 1], backend=backend)
+            received = torch.zeros(2)
+            ops = [(dist.isend, torch.full((2,), rank + 1.0)), (dist.irecv, received)]
+            works = dist.batch_isend_irecv([dist.P2POp(op, tensor, 1 - rank, group) for op, tensor in ops])
+            for work in works:
+                work.wait()
+            assert len(works) == count, backend
+            assert works[0].is_completed()
+            assert received.tolist() == [2.0 - rank] * 2
+        train(rank, nn.Linear(4, 4))
+
+    recording = record_ranks(2, body, cuda_on_cpu=True)
+    assert recording.caveats == ("12 message ends are left out as control data",)
 
 
 def test_undo_restores_torch():
@@ -79,7 +215,7 @@ def test_every_answer_is_a_separate_function():
     with answered():
         for module in (torch.cuda, torch.accelerator):
             answers = [
-                v for v in vars(module).values() if isinstance(v, FunctionType) and v.__module__ == cuda.__name__
+                v for v in vars(module).values() if isinstance(v, FunctionType) and v.__module__ == torch_cuda.__name__
             ]
             assert len(answers) > 5
             assert len(set(map(id, answers))) == len(answers)

@@ -171,6 +171,76 @@ def test_exit_codes_are_the_last_word():
     }
 
 
+def two_steps() -> tuple[Rank, Rank]:
+    """A step that ends well, and the beginning of another one, in which rank 0 waits for a gradient."""
+    one, two = Rank(0), Rank(1)
+    for last in (False, True):
+        f = one.forward()
+        one.send(1, "F", f)
+        received = two.receive(0)
+        if not last:
+            g = two.forward(received)
+            two.backward(g)
+            two.send(0, "B", g)
+        gradient = one.receive(1)
+        if not last:
+            one.backward(f, gradient)
+            one.step()
+            two.step()
+    return one, two
+
+
+def test_a_failure_after_the_recorded_step_says_so_and_explains_nothing_in_it():
+    logs = [read(number, rank.events) for number, rank in enumerate(two_steps())]
+    first, second = assemble(logs, codes=(None, 3)), assemble(logs, step=2, codes=(None, 3))
+    assert [str(failure) for failure in first.schedule.failures] == [
+        "rank 1 ended with exit code 3 in a later training step",
+        "rank 0 waited for a message from rank 1, posted at rank0.py:11 in a later training step, until it was ended",
+    ]
+    assert lines(first) == ["0F0> 0SF0> 0RB0> 0B0>+0W0>", "1RF0> 1F0> 1B0>+1W0> 1SB0>"]
+    assert str(second.schedule.failures[0]) == "rank 1 ended with exit code 3 after 1RF0>@0"
+    assert first.as_json()["failures"][0] == {"rank": 1, "what": "ended with exit code 3 in a later training step"}
+    checks = prove(first.schedule, smt=False).as_json()["checks"]
+    assert {check["verdict"] for check in checks.values()} <= {"proved", "skipped"}
+
+
+def test_a_tensor_read_too_early_is_found_although_the_program_fails_later():
+    """And a plain run is not made of a rank that failed."""
+
+    def body(rank):
+        stage = Faulty("the backward" if rank else "")
+        for _ in range(2):
+            x = torch.zeros(SHAPE, requires_grad=rank == 0)
+            if rank:
+                work = dist.irecv(x, 0)
+                y = stage(x.requires_grad_())
+                work.wait()
+                y.sum().backward()
+                dist.send(x.grad, 0)
+            else:
+                y = stage(x)
+                dist.send(y.detach(), 1)
+                y.backward(receive(1))
+
+    recording = record_ranks(2, body, check=False, compare=True)
+    assert " during 1B1>: a bug" in first_failure(recording)
+    report = prove(recording.schedule, smt=False).as_json()["checks"]
+    assert "reads the tensor of the activation of microbatch 0" in report["buffers"]["story"]
+    assert "may_follow_from" not in report["buffers"]
+    assert recording.comparison.chunks[1].unknown == (
+        "it made no plain run: no forward was observed, or the rank did not end its step",
+    )
+    assert recording.comparison.verdict != "equal"
+
+
+def test_a_comparison_without_any_op_is_not_equal():
+    def body(rank):
+        raise LookupError
+
+    recording = record_ranks(2, body, check=False, compare=True)
+    assert recording.comparison.verdict == "unknown"
+
+
 def test_a_rank_that_ends_without_a_word_is_recorded():
     def body(rank):
         train(rank, nn.Linear(4, 4))

@@ -1,7 +1,10 @@
 """Recordings of Megatron-core as it is: its own schedules in its own order, with its DDP, and DualPipe within it."""
 
+import importlib.util
 import os
 import shlex
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -12,7 +15,7 @@ from proofs.prove import prove
 from reference.megatron.importing import expected_warnings
 from reference.megatron.standins import install_cpu_standins
 from tests.megatron.example import SMALL, example
-from tests.record.megatron import get_schedule_table, train
+from tests.record.megatron import get_schedule_table, p2p_communication, train
 
 
 def record(ranks, chunks=1, microbatches=4, **options):
@@ -29,6 +32,11 @@ def order(schedule, kind, rank):
     ops = [op for slot in schedule.only(frozenset({kind})).programs[rank] for op in slot]
     chunk = {op: op.stage // schedule.ranks for op in ops}
     return [(op.mb, chunk[op] if kind is F else chunks - 1 - chunk[op]) for op in ops]
+
+
+def flat(programs):
+    """The ops of each rank in order, without slots and peers."""
+    return [[op.bare for slot in program for op in slot] for program in programs]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,7 @@ def test_megatrons_1f1b_is_recorded_as_1f1b(ranks, microbatches, options):
     [
         (4, 8, {"overlapped": True}),
         pytest.param(2, 4, {}, marks=pytest.mark.long),
-        pytest.param(2, 4, {"overlapped": True, "freed": True, "reduced_early": True}, marks=pytest.mark.long),
+        pytest.param(2, 4, {"overlapped": True, "reduced_early": True}, marks=pytest.mark.long),
         pytest.param(4, 8, {"freed": True}, marks=pytest.mark.long),
         pytest.param(4, 8, {"batched": True}, marks=pytest.mark.long),
     ],
@@ -70,16 +78,53 @@ def test_megatrons_interleaved_schedule_is_recorded_in_the_order_of_its_table(ra
 
 @pytest.mark.long
 def test_the_interleaved_schedule_on_two_ranks_with_batches_is_refuted():
-    """Megatron-LM refuses it: a batch would have several messages between the same two ranks, in different orders."""
+    """Issue 1450 of Megatron-LM, in Megatron-core as it is: the previous and the next rank are one, so messages mix.
+
+    Megatron-LM's own training loop refuses this setting.
+    """
     recording = record(2, 2, 4, batched=True)
     checks = prove(recording.schedule, smt=False).as_json()["checks"]
     assert checks["messages"]["verdict"] == "refuted"
     assert "rank 1 expects the activation of microbatch 2 of lane > (stage 0 to stage 1)" in checks["messages"]["story"]
 
 
+@pytest.mark.long
+def test_a_copy_of_megatron_whose_ranks_all_send_first_is_refuted(tmp_path):
+    """Issue 5100 of Megatron-LM: an exchange around a ring in one order on all ranks; odd ranks should receive first.
+
+    Over gloo the program ends.  On NCCL every rank's send can block the receive behind it.
+    """
+    even = "    if group.rank() % 2 == 0:\n"
+    source = Path(p2p_communication.__file__).read_text()
+    assert source.count(even) == 1
+    copy = tmp_path / "p2p_communication.py"
+    copy.write_text(source.replace(even, "    if True:\n"))
+    spec = importlib.util.spec_from_file_location(p2p_communication.__name__, copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with mock.patch.object(p2p_communication, "_p2p_ops", module._p2p_ops):
+        recording = record(4, 2, 8)
+    check = prove(recording.schedule, smt=False).as_json()["checks"]["deadlock"]
+    assert {name: model["verdict"] for name, model in check["models"].items()} == {
+        "blocking": "refuted",
+        "eager": "proved",
+        "stream": "refuted",
+    }
+    assert "wait for each other and none of them can go on" in check["story"]
+    assert f"{copy}:" in prove(recording.schedule, smt=False).text()
+
+
+@pytest.mark.long
+def test_the_interleaved_schedule_frees_outputs_whose_send_it_has_not_waited_for():
+    """With overlap_p2p_comm and deallocate_pipeline_outputs: freed before the next forward, waited for after it."""
+    checks = prove(record(2, 2, 4, overlapped=True, freed=True).schedule, smt=False).as_json()["checks"]
+    assert [name for name, check in checks.items() if check["verdict"] == "refuted"] == ["buffers"]
+    assert checks["buffers"]["story"].startswith("rank 0 frees or resizes the tensor of the activation of microbatch 2")
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_dualpipe_in_megatron_is_recorded_as_dualpipe(ranks):
-    """Of an overlapped pair the forward runs first, so the file has two slots for it."""
+    """Op by op; Megatron's messages are posted one by one, and of an overlapped pair the forward runs first."""
 
     def body(rank):
         os.environ["WORLD_SIZE"] = str(ranks)
@@ -90,13 +135,8 @@ def test_dualpipe_in_megatron_is_recorded_as_dualpipe(ranks):
 
     recording = record_ranks(ranks, body, timeout=100, stall=20)
     expected = dualpipe(ranks, 8)
-    for kind in (F, B):
-        assert [
-            [op for slot in program for op in slot] for program in recording.schedule.only(frozenset({kind})).programs
-        ] == [[op for slot in program for op in slot] for program in expected.only(frozenset({kind})).programs]
-    messages = recording.schedule.only(MESSAGES).programs
-    assert [[[op.bare for op in slot] for slot in program] for program in messages] == [
-        [list(slot) for slot in program] for program in expected.only(MESSAGES).programs
-    ]
+    for kinds in ({F}, {B}, MESSAGES):
+        recorded, planned = (of.only(frozenset(kinds)).programs for of in (recording.schedule, expected))
+        assert flat(recorded) == flat(planned)
     assert prove(recording.schedule, smt=False).verdict == "proved"
     assert recording.caveats == ("4 message ends are left out as control data",)

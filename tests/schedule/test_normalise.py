@@ -125,6 +125,15 @@ def test_another_type_is_refused_with_what_was_given(routes, programs, name, mes
         Schedule(routes, programs, name)
 
 
+def test_failures_are_pairs_of_a_rank_and_a_text():
+    schedule = Schedule({UP: (0,)}, ((),), failures=[[numpy.int64(0), "raised"]])
+    assert schedule.failures == ((0, "raised"),)
+    assert type(schedule.failures[0].rank) is int
+    for wrong in ([0], [(0,)], [(0, 1)], {0: "raised"}, [("0", "raised")], [(True, "raised")], [(1, "raised")], None):
+        with pytest.raises(ScheduleError):
+            Schedule({UP: (0,)}, ((),), failures=wrong)
+
+
 def disguised(schedule, draw):
     """The schedule's parts, some of them of another type, now and then a wrong one."""
     odd = st.sampled_from([*ZERO, *NO_NUMBER, "F", ">", (), {}])

@@ -70,6 +70,40 @@ def test_the_failures_of_a_recorded_program_are_read_and_printed():
     assert printable(" a # of\nthe " + "x" * 400) == "a of the " + "x" * 290 + "…"
 
 
+WHOLE = """\
+schedule recorded
+failure 1: raised IndexError at train.py:11 during 1B0>: list index out of range
+failure 0: waited for 0RB0>@1, posted at train.py:8, until it was ended
+lane > 0 1
+lane < 1 0
+group 0: 0 1
+rank 0: 0F0> 0SF0>@1 0RB0>@1 0RG>@0
+rank 1: 1RF0>@0 1F0> 1B0>
+place 1 train.py:8 (called at train.py:20)
+events 0: post:0SF0>@1:1 wait:0SF0>@1:1 post:0RB0>@1:1
+guesses 0: 0RB0>@1:1RF0<@1
+events 1: post:1RF0>@0:1 wait:1RF0>@0:1 keep:1RF0>@0:1F0>:1
+"""
+"""A file of a recorded program that failed, with every kind of line."""
+
+
+def test_every_kind_of_line_is_read_and_printed_back():
+    schedule = loads(WHOLE)
+    assert dumps(schedule, observed=True) == WHOLE
+    assert loads(dumps(schedule)) == schedule
+    shuffled = loads("\n".join(reversed(WHOLE.splitlines())))
+    assert (shuffled.failures[::-1], shuffled.observed.guesses) == (schedule.failures, schedule.observed.guesses)
+    assert as_json(schedule)["groups"] == [[0, 1]]
+    assert [failure["rank"] for failure in as_json(schedule)["failures"]] == [1, 0]
+
+
+def test_a_schedule_with_failures_is_another_one_and_stays_one_that_failed():
+    schedule = loads(WHOLE)
+    ended_well = Schedule(schedule.routes, schedule.programs, schedule.name, schedule.groups)
+    assert schedule != ended_well
+    assert schedule.only(frozenset({F})).failures == schedule.failures
+
+
 def test_line_ends_of_other_systems_are_read():
     assert loads("lane > 0\r\nrank 0: 0F0>\r\n") == loads("lane > 0\nrank 0: 0F0>\n")
 
@@ -87,9 +121,9 @@ def test_digest_tells_schedules_apart():
 
 
 BAD = {
+    # what is wrong: (text, line, column, what the message says of it)
     "a failure without a text": ("lane > 0\nrank 0:\nfailure 0:", 3, 1, "'failure N: TEXT'"),
     "a failure of no rank": ("lane > 0\nrank 0:\nfailure 1: raised", 3, 1, "rank 1, which has no program"),
-    # what is wrong: (text, line, column, what the message says of it)
     "empty": ("", 1, 1, "no lane"),
     "only a comment": ("# lane > 0\n", 2, 1, "no lane"),
     "unknown line": ("lane > 0\nrnak 0: 0F0>", 2, 1, "'rnak'"),

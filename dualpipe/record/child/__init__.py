@@ -14,7 +14,10 @@ flow         turns module calls, backwards, changes of gradients and messages in
 compute      watches torch: module calls, the autograd engine, every operator, ``.grad``
 messages     watches torch.distributed's point-to-point calls
 plain        runs the modules of a step once more, plainly, to compare with
-cuda         answers CUDA calls on the CPU
+buffers      the memory of messages: who touches it, and which of it graphs need
+cuda         answers CUDA calls on the CPU: devices and tensors
+torch_cuda   the same for torch.cuda: streams, events, memory, random states
+nccl         gloo in place of NCCL
 startup      installs all of that in a new process
 ranks        forks the ranks of a script
 ===========  ==========================================================================================

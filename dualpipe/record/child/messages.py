@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from . import nccl
 from .flow import Flow
 from .log import call_path
 from .patches import Patches
@@ -84,6 +85,8 @@ def watch(flow: Flow, patches: Patches) -> None:
                     op.tensor = tensor
             for number, (kind, tensor, *_), alias in zip(numbers, posted, held, strict=True):
                 flow.buffers.posted(number, kind == "send", tensor, alias, flow.context)
+            if nccl.stands_for_nccl(p2p_op_list[0].group):
+                return [_watched(flow, nccl.OneWork(works), numbers)]
             if len(works) == len(numbers):
                 return [_watched(flow, work, [number]) for work, number in zip(works, numbers, strict=True)]
             return [_watched(flow, work, numbers) for work in works]

@@ -64,6 +64,7 @@ class _Call:
     needs_grad: list[bool]
     arrived: list[int]
     held: list[tuple[nn.Module, str, Tensor]]
+    buffers: dict[str, Tensor]
     random: Tensor
     grad: bool
     outputs: list[Tensor] = field(default_factory=list)
@@ -156,6 +157,7 @@ class Plain:
                 [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves],
                 [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and self._has_arrived(leaf)],
                 [(sub, name, t.detach().clone()) for sub, name, t in _held(module) if self._has_arrived(t)],
+                {name: buffer.detach().clone() for name, buffer in module.named_buffers()},
                 torch.get_rng_state(),
                 torch.is_grad_enabled(),
             )
@@ -253,7 +255,7 @@ class Plain:
         returned: list[tuple[_Call, int, Tensor]] = []
         taken: set[Leaf] = set()
         for call in calls:
-            names = {}
+            names = {name: buffer.clone() for name, buffer in call.buffers.items()}
             for name, parameter in call.module.named_parameters(remove_duplicate=False):
                 number = self._numbers[id(parameter)]
                 if number not in weights:

@@ -119,7 +119,7 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     if settings["plain_step"]:
         from .plain import Plain
 
-        path = str(Path(folder) / "plain" / f"{dist.get_rank()}.pt")
+        path = str(Path(folder) / "plain" / str(session) / f"{dist.get_rank()}.pt")
         plain = Plain(flow, path, settings["plain_step"], settings["plain_seconds"], settings["containers"])
         plain.watch(patches)
     mode.__enter__()  # type: ignore[no-untyped-call] # torch's own

@@ -15,7 +15,7 @@ gradient of the last stage's output is taken from the recorded step, since the l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison
 from dualpipe.record.events import ForwardId, RankLog
+from dualpipe.record.recording import Recording
 from dualpipe.schedule import Chunk, Lane, Task
 
 _MOST_NAMES = 3
@@ -34,22 +35,35 @@ Plainly = Mapping[str, Any]
 """What a rank's file has for one forward."""
 
 
+def add_comparison(recording: Recording, folder: Path, logs: Sequence[RankLog]) -> Recording:
+    """The recording with its comparison; ``logs`` are those of all ranks of the job."""
+    compared = compare(folder, logs, recording.tasks, recording.schedule.routes, recording.pipeline_ranks)
+    return replace(recording, comparison=compared)
+
+
 def compare(
-    folder: Path, logs: Sequence[RankLog], tasks: Mapping[ForwardId, Task], routes: Mapping[Lane, tuple[int, ...]]
+    folder: Path,
+    logs: Sequence[RankLog],
+    tasks: Mapping[ForwardId, Task],
+    routes: Mapping[Lane, tuple[int, ...]],
+    ranks: Sequence[int] = (),
 ) -> Comparison:
-    """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder."""
-    files = {rank: _load(folder / f"{rank}.pt") for rank in {rank for route in routes.values() for rank in route}}
+    """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder.
+
+    ``ranks`` are the ranks of the job that the recorded pipeline has, by their numbers in ``tasks`` and ``routes``; none
+    if it has all of them.
+    """
+    others = len(logs) > len({rank for route in routes.values() for rank in route})
+    ranks = ranks or range(len(logs))
+    logs = [logs[rank] for rank in ranks]
+    files = {rank: _load(folder / f"{ranks[rank]}.pt") for route in routes.values() for rank in route}
     forwards: dict[Task, Plainly] = {}
     for id, task in sorted(tasks.items()):
         found = files[id.rank].get("forwards", {}).get(logs[id.rank].find(id.number)) if id.rank in files else None
         if found is not None:
             forwards[task] = found
-    step = _Step(
-        files,
-        forwards,
-        routes,
-        {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes},
-    )
+    counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
+    step = _Step(files, forwards, routes, counts, others)
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
     return Comparison(chunks, tuple(_losses(files, logs, tasks, routes)), tuple(_replicas(chunks, files)))
 
@@ -67,6 +81,8 @@ class _Step:
     forwards: Mapping[Task, Plainly]
     routes: Mapping[Lane, tuple[int, ...]]
     microbatches: Mapping[Lane, int]
+    others: bool
+    """Whether there are ranks outside of these routes, as those of other data-parallel pipelines."""
 
     def chunk(self, chunk: Chunk) -> ChunkComparison:
         rank, count = self.routes[chunk.lane][chunk.stage], self.microbatches[chunk.lane]
@@ -74,7 +90,7 @@ class _Step:
         if "error" in file:
             return ChunkComparison(chunk, rank, count, (), (str(file["error"]),), ())
         faults: list[str] = []
-        unknown: list[str] = []
+        unknown: list[str] = [] if count else ["no microbatch was recorded"]
         for mb in range(count):
             found = self.forwards.get(Task(*chunk, mb))
             if found is None:
@@ -87,12 +103,14 @@ class _Step:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
         notes, summed = [], None
         kept = self._gradients(chunk, rank)
-        if isinstance(kept, str):
+        if isinstance(kept, str) and self.others:
+            unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
+        elif isinstance(kept, str):
             faults.append(kept)
         else:
             summed, note = kept
             notes += [note] if note else []
-        return ChunkComparison(chunk, rank, count, _shown(faults), (), tuple(notes), summed)
+        return ChunkComparison(chunk, rank, count, _shown(faults), tuple(unknown), tuple(notes), summed)
 
     def _of_microbatch(self, task: Task, found: Plainly) -> Iterator[str]:
         """What differs for one microbatch: the links to the neighbour stages, and the outputs."""
@@ -114,11 +132,17 @@ class _Step:
         other = self._other(chunk)
         agree: set[tuple[str, bool | None]] = set()
         wrong: dict[str, list[str]] = {}
+        shared = self._shared(chunk)
         for number, own in sums.items():
+            if number in shared:
+                agree.add((f"{file['names'][number]} is used by another stage of the rank too, and not compared", None))
+                continue
             final = file["final"][number]
             name = file["names"][number]
             both = None if other is None else _added(own, other.get(name))
             found = _agreement(final, own, both, self._counts())
+            if found == "" and (tied := self._tied(chunk, number, final)):
+                found = tied, None
             if isinstance(found, tuple):
                 agree.add(found)
             else:
@@ -150,6 +174,30 @@ class _Step:
                 added = gradient if final is None else gradient.to(final.dtype)
                 sums[number] = _added(sums.get(number, file["before"].get(number)), added)
         return sums
+
+    def _shared(self, chunk: Chunk) -> set[int]:
+        """The parameters that another stage on the rank uses as well: in which order both add to them is not fixed."""
+        rank = self.routes[chunk.lane][chunk.stage]
+        users: dict[int, set[Chunk]] = {}
+        for task, found in self.forwards.items():
+            if self.routes[task.lane][task.stage] == rank:
+                for number in found.get("weights", {}):
+                    users.setdefault(number, set()).add(task.chunk)
+        return {number for number, chunks in users.items() if len(chunks) > 1}
+
+    def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> str:
+        """The parameter of another stage with which a gradient was summed, as those of tied embeddings are."""
+        own = self._sums(chunk)[number]
+        others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
+        for other in (each for each in others if each != chunk):
+            for at, total in self._sums(other).items():
+                if own is not None and total is not None and total.shape == own.shape and _equal(final, own + total):
+                    mine, theirs = self._name(chunk, number), self._name(other, at)
+                    return f"{mine} is summed with {theirs} of stage {other.stage}, to which it is tied"
+        return ""
+
+    def _name(self, chunk: Chunk, number: int) -> str:
+        return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
 
     def _other(self, chunk: Chunk) -> dict[str, Tensor | None] | None:
         """The sums of the same stage on the other lane, by the names of parameters."""

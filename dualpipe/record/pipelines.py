@@ -1,0 +1,158 @@
+"""The pipelines of a job: ranks that exchange no activations and gradients with each other are in different ones.
+
+The replicas of data parallelism, and the ranks of tensor parallelism, run a pipeline each.  The two lanes of one
+bidirectional pipeline have their ranks in common, so they stay together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from dualpipe.record.events import Event, Message, RankLog, RecordError, read
+from dualpipe.record.failures import Codes, fails
+from dualpipe.record.lanes import Lanes
+from dualpipe.record.lineage import match
+from dualpipe.record.naming import uses
+from dualpipe.record.recording import Recording, assemble
+
+Ranks = tuple[int, ...]
+
+
+def parse(text: str) -> Ranks:
+    """The ranks of ``--pipeline-ranks``, such as ``0 2``.  Raises ``RecordError`` for anything else."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) < len(words):
+        raise RecordError("--pipeline-ranks are different ranks of one pipeline", f"got {text!r}", "give such as '0 2'")
+    return tuple(map(int, words))
+
+
+def assemble_all(
+    logs: Sequence[RankLog],
+    name: str = "recorded",
+    step: int = 1,
+    lanes: Lanes | None = None,
+    codes: Codes = (),
+    ranks: Ranks | None = None,
+) -> list[Recording]:
+    """The recording of every pipeline of a job, or of the one with these ``ranks``, as ``assemble`` makes it.
+
+    The ranks of a pipeline are numbered from 0 in its recording, in the order of ``ranks`` or of the job.  With
+    ``lanes`` all ranks are one pipeline unless ``ranks`` chooses some.
+
+    Raises
+    ------
+    RecordError
+        As ``assemble``; and for ``ranks`` that the job does not have.
+    """
+    if ranks is not None and max(ranks) >= len(logs):
+        got = f"got {max(ranks)}, and the job has the ranks 0 to {len(logs) - 1}"
+        raise RecordError("--pipeline-ranks are ranks of the job", got, "correct them")
+    found = [ranks] if ranks is not None else pipelines(logs) if lanes is None else []
+    if len(found) < 2 and ranks is None:
+        return [assemble(logs, name, step, lanes, codes)]
+    recordings = [_assemble(logs, own, name, step, lanes, codes) for own in found]
+    outside = {log.rank for log in logs if fails(log, codes)} - {rank for own in found for rank in own}
+    if ranks is not None or not outside:
+        return recordings
+    caveat = f"ranks {' '.join(map(str, sorted(outside)))} of the job failed before they were part of a pipeline"
+    return [replace(recording, caveats=(*recording.caveats, caveat)) for recording in recordings]
+
+
+def assemble_one(
+    logs: Sequence[RankLog], step: int = 1, lanes: Lanes | None = None, ranks: Sequence[int] | None = None
+) -> Recording:
+    """The recording of the only pipeline, or of the one with these ranks.  Raises ``RecordError`` for several."""
+    found = assemble_all(logs, step=step, lanes=lanes, ranks=None if ranks is None else tuple(ranks))
+    if len(found) > 1:
+        shown = " and ".join(" ".join(map(str, recording.pipeline_ranks)) for recording in found)
+        raise RecordError("a recording is of one pipeline", f"got those of ranks {shown}", "choose with pipeline_ranks")
+    return found[0]
+
+
+def _assemble(
+    logs: Sequence[RankLog], ranks: Ranks, name: str, step: int, lanes: Lanes | None, codes: Codes
+) -> Recording:
+    recording = assemble(select(logs, ranks), name, step, lanes, [codes[rank] for rank in ranks] if codes else ())
+    notes = [
+        f"ranks 0 to {len(ranks) - 1} of this file are the ranks {' '.join(map(str, ranks))} of the job, in this order"
+    ]
+    left = [message for rank in ranks for message in logs[rank].messages.values() if message.peer not in ranks]
+    matched = match([message for log in logs for message in log.messages.values()])
+    lost = [message for message in left if message.id not in matched]
+    if left:
+        notes.append(f"{len(left)} messages with ranks of other pipelines are left out, as at {left[0].at}")
+    caveats = [_caveat(message) for message in lost]
+    return replace(
+        recording, notes=(*notes, *recording.notes), caveats=(*recording.caveats, *caveats), pipeline_ranks=ranks
+    )
+
+
+def _caveat(message: Message) -> str:
+    what = "send to" if message.send else "receive from"
+    return (
+        f"rank {message.id.rank} of the job has a {what} rank {message.peer}, of another pipeline, at {message.at} "
+        "that was never matched"
+    )
+
+
+def pipelines(logs: Sequence[RankLog]) -> list[Ranks]:
+    """The ranks of every pipeline, if there are several; each has two ranks or more.
+
+    Ranks are together if one sends an activation or a gradient that the other uses, or if they exchange tensors in a
+    process group that is not of all ranks.  A rank with neither, as after an early hang, is with the ranks that it
+    exchanges any other messages with.
+    """
+    messages = {m.id: m for log in logs for m in log.messages.values()}
+    partner, used = match(list(messages.values())), uses(logs)
+    with_rank = {log.rank: {log.rank} for log in logs}
+
+    def join(*ranks: int) -> None:
+        whole = set().union(*(with_rank[rank] for rank in ranks if rank in with_rank))
+        with_rank.update(dict.fromkeys(whole, whole))
+
+    for id, message in messages.items():
+        if message.send and (message.activation_of or message.gradient_of) and partner.get(id) in used:
+            join(id.rank, message.peer)
+    for members in _small_groups(logs):
+        join(*members)
+    for id, message in messages.items():
+        if min(len(with_rank[rank]) for rank in (id.rank, message.peer)) == 1:
+            join(id.rank, message.peer)
+    found = sorted({tuple(sorted(ranks)) for ranks in with_rank.values() if len(ranks) > 1})
+    return found if len(found) > 1 else []
+
+
+def _small_groups(logs: Sequence[RankLog]) -> Iterator[Sequence[int]]:
+    """The process groups, without those of all ranks, in which activations or gradients may be exchanged."""
+    for log in logs:
+        for event in log.events:
+            if event["event"] == "post":
+                yield from (m["group"] for m in event["messages"] if m["real"] and 1 < len(m["group"]) < len(logs))
+
+
+def select(logs: Sequence[RankLog], ranks: Ranks) -> list[RankLog]:
+    """The logs of some ranks, numbered from 0, without their messages with other ranks."""
+    number = {rank: count for count, rank in enumerate(ranks)}
+    return [read(count, [*_renumbered(logs[rank], number)]) for rank, count in number.items()]
+
+
+def _renumbered(log: RankLog, number: Mapping[int, int]) -> Iterator[Event]:
+    gone = {id for id, message in log.messages.items() if message.peer not in number}
+
+    def kept(messages: Sequence[int]) -> list[int]:
+        return [message for message in messages if message not in gone]
+
+    for event in log.events:
+        match event["event"]:
+            case "post":
+                posted = [m | {"peer": number[m["peer"]]} for m in event["messages"] if m["message"] not in gone]
+                yield {**event, "messages": posted}
+            case "wait" | "completed" | "forward":
+                yield {**event, "messages": kept(event["messages"])}
+            case "gradients":
+                yield {**event, "messages": [kept(messages) for messages in event["messages"]]}
+            case "access" | "keep" if event["message"] in gone or event.get("posted") in gone:
+                pass
+            case _:
+                yield event

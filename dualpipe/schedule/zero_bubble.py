@@ -1,0 +1,129 @@
+"""Reads the schedules of sail-sg's zero-bubble-pipeline-parallelism: for each rank its list of ``ScheduledNode``.
+
+Their scheduler (``zerobubble/scheduler``) makes such lists, and their runtime walks through them.  Nothing of theirs is
+imported: a node is anything with the attributes
+
+====================  ========================================================================================
+type                  an enum or a text: F, B, W, BW, SEND_FORWARD, RECV_FORWARD, SEND_BACKWARD, RECV_BACKWARD
+microbatch            as ours
+layer_group_idx       our stage
+seq_split_idx         0, or absent
+comm_peer_stage       of a message, the rank at the other end
+comm_direction        of a message, an enum or a text: NEXT or PREV
+====================  ========================================================================================
+
+``stage`` and ``chunk`` are the rank and the number of the chunk on it, and follow from the rest.  Nodes of the
+optimizer's post validation (``POST_VALIDATION``, ``SEND_POST_VALIDATION``, ``RECV_POST_VALIDATION``) carry scalars and
+are left out.  Lists without messages, as before their communication passes, get them from ``lower``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from dualpipe.schedule.lower import lower
+from dualpipe.schedule.op import COMPUTE, RB, RF, SB, SENDS, SF, UP, B, F, Kind, Op, ScheduleError, Slot, W
+from dualpipe.schedule.value import Schedule
+
+_KINDS: dict[str, tuple[Kind, ...]] = {
+    "F": (F,),
+    "B": (B,),
+    "W": (W,),
+    "BW": (B, W),
+    "SEND_FORWARD": (SF,),
+    "RECV_FORWARD": (RF,),
+    "SEND_BACKWARD": (SB,),
+    "RECV_BACKWARD": (RB,),
+}
+_OF_THE_OPTIMIZER = frozenset({"POST_VALIDATION", "SEND_POST_VALIDATION", "RECV_POST_VALIDATION"})
+_BATCH = (("SEND", "PREV"), ("RECV", "PREV"), ("SEND", "NEXT"), ("RECV", "NEXT"))
+"""The order in which their runtime puts the messages of a batch."""
+_CONSUMER = {RF: F, RB: B}
+
+
+def from_nodes(order: Sequence[Iterable[Any]], name: str = "") -> Schedule:
+    """The schedule of their nodes, one lane; ``order`` has the nodes of each rank.
+
+    Messages are in batches as their runtime posts them: those between two computes, except that a batch ends with a
+    receive that the next compute takes.
+
+    Raises
+    ------
+    ScheduleError
+        For a node of another type (those of vocabulary parallelism, say), one that splits a sequence, a stage that no
+        rank or two ranks run, and as ``lower`` for an order of computes that cannot be run.
+    """
+    ranks = [[node for node in nodes if _type_of(node) not in _OF_THE_OPTIMIZER] for nodes in order]
+    for rank, nodes in enumerate(ranks):
+        for node in nodes:
+            _check(rank, node)
+    programs = [list(_slots(nodes)) for nodes in ranks]
+    schedule = Schedule({UP: _route(programs)}, programs, name)
+    has_messages = any(slot[0].kind not in COMPUTE for program in programs for slot in program)
+    return schedule if has_messages else lower(schedule)
+
+
+def _type_of(node: Any) -> str:
+    return str(getattr(node.type, "value", node.type))
+
+
+def _check(rank: int, node: Any) -> None:
+    if _type_of(node) not in _KINDS:
+        raise ScheduleError(
+            f"a node's type is one of {', '.join(_KINDS)}",
+            f"rank {rank} has {_type_of(node)}",
+            "make the schedule without vocabulary parallelism",
+        )
+    if getattr(node, "seq_split_idx", 0) or node.layer_group_idx is None:
+        got = f"rank {rank} has {_type_of(node)} of microbatch {node.microbatch} with "
+        got += f"seq_split_idx {getattr(node, 'seq_split_idx', 0)} and layer_group_idx {node.layer_group_idx}"
+        raise ScheduleError("a node is a whole microbatch at a layer group", got, "make it without sequence splits")
+
+
+def _slots(nodes: Sequence[Any]) -> Iterator[Slot]:
+    batch: list[Any] = []
+    for at, node in enumerate(nodes):
+        ops = _ops(node)
+        if ops[0].kind in COMPUTE:
+            yield ops
+            continue
+        batch.append(node)
+        following = next((op for other in nodes[at + 1 :] if (op := _ops(other)[0]).kind in COMPUTE), None)
+        last = at + 1 == len(nodes) or _ops(nodes[at + 1])[0].kind in COMPUTE
+        if last or (following is not None and _takes(following, ops[0])):
+            yield tuple(_ops(message)[0] for message in sorted(batch, key=_place_in_batch))
+            batch.clear()
+
+
+def _ops(node: Any) -> Slot:
+    peer = getattr(node, "comm_peer_stage", None)
+    kinds = _KINDS[_type_of(node)]
+    named = None if kinds[0] in COMPUTE else peer
+    return tuple(Op(kind, UP, node.layer_group_idx, node.microbatch, named) for kind in kinds)
+
+
+def _takes(compute: Op, receive: Op) -> bool:
+    return _CONSUMER.get(receive.kind) is compute.kind and compute.task == receive.task
+
+
+def _place_in_batch(node: Any) -> int:
+    direction = getattr(node, "comm_direction", None)
+    if direction is None:
+        return 0
+    kind = "SEND" if _KINDS[_type_of(node)][0] in SENDS else "RECV"
+    return _BATCH.index((kind, str(getattr(direction, "name", direction))))
+
+
+def _route(programs: Sequence[Sequence[Slot]]) -> tuple[int, ...]:
+    """The rank that runs each stage."""
+    holders: dict[int, int] = {}
+    for rank, program in enumerate(programs):
+        for op in (op for slot in program for op in slot if op.kind in COMPUTE):
+            if holders.setdefault(op.stage, rank) != rank:
+                got = f"ranks {holders[op.stage]} and {rank} run layer group {op.stage}"
+                raise ScheduleError("each layer group is on one rank", got, "correct the order")
+    if not holders or sorted(holders) != list(range(len(holders))):
+        got = f"there are {', '.join(map(str, sorted(holders))) or 'none'}"
+        raise ScheduleError("layer groups are numbered from 0 without gaps", got, "give the nodes of every rank")
+    return tuple(holders[stage] for stage in range(len(holders)))

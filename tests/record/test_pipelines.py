@@ -1,0 +1,116 @@
+"""A job of several pipelines: each is recorded by itself, and all are judged."""
+
+import json
+
+import pytest
+
+from dualpipe.record import RecordError, assemble_all
+from dualpipe.record.events import read
+from dualpipe.record.pipelines import parse, pipelines
+from proofs.prove import prove
+from tests.record.logs import Rank, lines
+from tests.record.run import command, forked, python
+
+PLAIN = [
+    "0F0> 0F1> 0SF0> 0SF1> 0RB0> 0B0>+0W0> 0RB1> 0B1>+0W1>",
+    "1RF0> 1F0> 1B0>+1W0> 1RF1> 1F1> 1B1>+1W1> 1SB0> 1SB1>",
+]
+
+
+def job(ranks: int, *pairs: tuple[int, int]) -> list[Rank]:
+    """Pairs of ranks that train one microbatch each; a rank of two pairs is the first in one and the last in one."""
+    logs = [Rank(rank, ranks) for rank in range(ranks)]
+    for first, last in pairs:
+        one, two = logs[first], logs[last]
+        f = one.forward(module=0)
+        one.send(last, "F", f)
+        g = two.forward(two.receive(first), module=1)
+        two.backward(g)
+        two.send(first, "B", g)
+        one.backward(f, one.receive(last))
+    return logs
+
+
+def assembled(logs: list[Rank], ranks=None, codes=()):
+    for log in logs:
+        log.end()
+    return assemble_all([read(number, log.events) for number, log in enumerate(logs)], ranks=ranks, codes=codes)
+
+
+def test_replicas_have_no_rank_in_common_and_lanes_do():
+    replicas = assembled(job(4, (0, 2), (1, 3)))
+    assert [recording.pipeline_ranks for recording in replicas] == [(0, 2), (1, 3)]
+    for recording in replicas:
+        assert recording.schedule.routes == {">": (0, 1)}
+        assert lines(recording) == ["0F0> 0SF0> 0RB0> 0B0>+0W0>", "1RF0> 1F0> 1B0>+1W0> 1SB0>"]
+        assert recording.notes[0].startswith("ranks 0 to 1 of this file are the ranks ")
+    (lanes,) = assembled(job(2, (0, 1), (1, 0)))
+    assert lanes.schedule.routes == {">": (0, 1), "<": (1, 0)}
+    assert (lanes.pipeline_ranks, lanes.notes) == ((), ())
+
+
+def test_the_chosen_pipeline_is_recorded_alone():
+    (recording,) = assembled(job(4, (0, 2), (1, 3)), ranks=parse("1,3"))
+    assert recording.pipeline_ranks == (1, 3)
+    assert recording.as_json()["pipeline_ranks"] == [1, 3]
+    for text, error in (
+        ("0 4", "the job has the ranks 0 to 3"),
+        ("0 0", "got '0 0'"),
+        ("", "got ''"),
+        ("a", "got 'a'"),
+    ):
+        with pytest.raises(RecordError, match=error):
+            assembled(job(4, (0, 2), (1, 3)), ranks=parse(text))
+
+
+def test_before_any_message_has_arrived_the_process_groups_show_the_pipelines():
+    logs = [Rank(rank, 4) for rank in range(4)]
+    for rank, log in enumerate(logs):
+        log.receive((rank + 2) % 4)
+        log.events[-2]["messages"][0]["group"] = [rank % 2, rank % 2 + 2]
+    assert pipelines([read(number, log.events) for number, log in enumerate(logs)]) == [(0, 2), (1, 3)]
+
+
+def test_a_message_to_another_pipeline_that_is_never_matched_is_a_caveat():
+    logs = job(4, (0, 2), (1, 3))
+    logs[0].receive(3)
+    first, second = assembled(logs)
+    assert first.caveats == (
+        f"rank 0 of the job has a receive from rank 3, of another pipeline, at rank0.py:{len(logs[0].events) - 3} "
+        "that was never matched",
+    )
+    assert "1 messages with ranks of other pipelines are left out" in first.notes[1]
+    assert second.caveats == ()
+
+
+def test_a_rank_that_fails_before_it_is_part_of_a_pipeline_is_a_caveat_of_all():
+    first, second = assembled(job(5, (0, 2), (1, 3)), codes=(0, 0, 0, 0, 1))
+    assert first.caveats == second.caveats == ("ranks 4 of the job failed before they were part of a pipeline",)
+    assert not first.schedule.failures
+    first, second = assembled(job(5, (0, 2), (1, 3)), codes=(0, 0, 0, 3, 0))
+    assert (first.schedule.failures, first.caveats) == ((), ())
+    assert str(second.schedule.failures[0]) == "rank 1 ended with exit code 3 after 1SB0>@0"
+
+
+def test_two_replicas_are_recorded_and_a_test_chooses_one():
+    with pytest.raises(RecordError, match="a recording is of one pipeline: got those of ranks 0 2 and 1 3; choose"):
+        forked(4, "data_parallel.py")
+    recording = forked(4, "data_parallel.py", "swapped", pipeline_ranks=(0, 2))
+    assert lines(recording) == PLAIN
+    assert prove(recording.schedule).verdict == "proved"
+
+
+@pytest.mark.long
+def test_the_command_records_and_judges_every_pipeline(tmp_path):
+    file = tmp_path / "theirs.txt"
+    words = ["-P", 4, "--prove", "-o", file, *python("data_parallel.py", "swapped")]
+    result = command(*words)
+    assert result.returncode == 1, result.stderr
+    assert "recorded, ranks 0 2 on 2 ranks: proved" in result.stdout
+    assert "recorded, ranks 1 3 on 2 ranks: refuted" in result.stdout
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["theirs-2.txt", "theirs.txt"]
+    result = command("-P", 4, "--prove", "--json", *python("data_parallel.py", "swapped"))
+    shown = json.loads(result.stdout)
+    assert [each["pipeline_ranks"] for each in shown["pipelines"]] == [[0, 2], [1, 3]]
+    assert [each["proof"]["verdict"] for each in shown["pipelines"]] == ["proved", "refuted"]
+    assert shown["proof"] == shown["pipelines"][0]["proof"]

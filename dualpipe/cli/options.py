@@ -16,7 +16,8 @@ from dualpipe.schedule.generate import NAMES as SCHEDULES
 from dualpipe.schedule.generate import LateW, generate, with_late_w
 from dualpipe.schedule.text import load
 
-NAMES = ", ".join(SCHEDULES)
+NAMES = ", ".join(name for name in SCHEDULES if "-late-" not in name)
+"""The named schedules; those with late W also follow from ``--late-w``."""
 MAX_SECONDS = 1_000_000
 MIN_GIBIBYTES, MAX_GIBIBYTES = 0.2, 100_000
 _MAX_NAME_BYTES = 255

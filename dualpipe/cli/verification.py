@@ -100,6 +100,7 @@ def describe_megatron(case: MegatronCase) -> str:
         "recompute": case.recompute,
         "loss per token": case.per_token_loss,
         "expert bias": case.expert_bias,
+        f"late W {case.late_w}": case.late_w != "none",
         f"expert parallel {case.ep}": case.ep > 1,
         f"dropout {case.dropout}": case.dropout,
         f"clipping at {case.clip_norm}": case.clip_norm,

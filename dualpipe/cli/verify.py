@@ -27,7 +27,7 @@ from dualpipe.cli.options import (
 from dualpipe.cli.targets import TRACE, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import LateW
+from dualpipe.schedule.generate import LateW, with_late_w
 
 _MEGATRON = "Megatron (--model gpt or moe)"
 
@@ -112,8 +112,9 @@ def verify(
     3: the oracle itself failed, so nothing can be compared
     130: ended by Ctrl-C
     """
-    chosen = choose(positional, schedule, late_w)
-    small = {f"the schedule {chosen}": chosen != "dualpipe", "--transport": transport != "direct"}
+    named = choose(positional, schedule)
+    chosen = with_late_w(named, late_w)
+    small = {f"the schedule {named}": named != "dualpipe", "--transport": transport != "direct"}
     small |= {"--device": device != "cpu", "--blocking": blocking, "--trace": trace is not None}
     large: dict[str, Any] = {
         "sequence_parallel": sequence_parallel,
@@ -134,6 +135,7 @@ def verify(
             "ep": ep,
             "microbatches": 2 * pp if microbatches is None else microbatches,
         }
+        large["late_w"] = late_w.value
         training = {"dtype": dtype.value, "clip": clip, "steps": steps, "seed": seed, "timeout": timeout}
         raise typer.Exit(_verify_megatron(model, as_json, **sizes, **large, **training))
     given = {f"--{name.replace('_', '-')}": value for name, value in large.items()}

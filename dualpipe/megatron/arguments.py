@@ -6,21 +6,33 @@ import argparse
 from typing import Any, TypeVar
 
 from dualpipe.megatron.rules import SettingsError, violations
+from dualpipe.schedule.generate import LateW
 
-FLAG = "--use-dualpipe"
+FLAG, LATE_W = "--use-dualpipe", "--dualpipe-late-w"
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
 
 def add_dualpipe_args(parser: Parser) -> Parser:
-    """Add ``--use-dualpipe`` to a parser and return the parser, as Megatron-LM's ``extra_args_provider`` requires.
+    """Add ``--use-dualpipe`` and ``--dualpipe-late-w`` to a parser and return it.
 
-    A parser that already has the flag, like FlagScale's, is not changed.
+    Megatron-LM's ``extra_args_provider`` requires that.  A flag that the parser already has, as FlagScale's has the
+    first, stays as it is.
     """
-    if FLAG not in parser._option_string_actions:  # argparse has no public way to ask
-        parser.add_argument_group("dualpipe", "bidirectional pipeline").add_argument(
+    group = parser.add_argument_group("dualpipe", "bidirectional pipeline")
+    present = parser._option_string_actions  # argparse has no public way to ask
+    if FLAG not in present:
+        group.add_argument(
             FLAG,
             action="store_true",
             help="run the pipeline in both directions at once (DualPipe); each rank then holds two stages",
+        )
+    if LATE_W not in present:
+        group.add_argument(
+            LATE_W,
+            choices=[each.value for each in LateW],
+            default=LateW.none.value,
+            help="with --use-dualpipe, run weight gradients after the messages of their backward, in the last phases "
+            "(tail) or always (all); the gradients stay the same bit for bit",
         )
     return parser
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from dualpipe.megatron import training_loop
 from dualpipe.megatron.training_loop import Function, StandIn, Switch
+from dualpipe.schedule.generate import LateW
 
 _OWN_PACKAGE = "dualpipe."
 _installed: list[tuple[Function, Function]] = []  # Megatron's functions with their stand-ins, in this process
@@ -37,12 +38,16 @@ _source: Callable[[], Any] = lambda: None  # noqa: E731 - returns the arguments 
 def get_forward_backward_func(config_or_args: Any, *args: Any, **kwargs: Any) -> Function:
     """``forward_backward_dualpipe`` if ``config_or_args.use_dualpipe`` is set, else Megatron's own schedule.
 
-    The other arguments are passed to Megatron's selector, whose result is returned unchanged.
+    ``config_or_args.dualpipe_late_w``, if there is one, becomes its ``late_w``.  The other arguments are passed to
+    Megatron's selector, whose result is returned unchanged.
     """
     if getattr(config_or_args, "use_dualpipe", False):
         from dualpipe.megatron.schedule import forward_backward_dualpipe
 
-        return forward_backward_dualpipe
+        late_w = getattr(config_or_args, "dualpipe_late_w", None) or LateW.none
+        if late_w == LateW.none:
+            return forward_backward_dualpipe
+        return functools.partial(forward_backward_dualpipe, late_w=late_w)
     selected: Function = _original_selector()(*args, **kwargs)
     return selected
 

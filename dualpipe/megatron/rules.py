@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dualpipe.errors import RuleError
 from dualpipe.megatron.microbatches import batch_problem
+from dualpipe.schedule.generate import LateW
 
 Check = Callable[[Any], "str | None"]
 """Describes the setting that breaks a rule, or returns ``None``."""
@@ -151,6 +152,12 @@ RULES: tuple[Rule, ...] = (
         "half go each way, and each way fills the pipeline",
         batch_problem,
         "change --global-batch-size, --rampup-batch-size or --micro-batch-size",
+    ),
+    Rule(
+        f"dualpipe_late_w is {', '.join(LateW)}",
+        "these are the variants of the schedule",
+        _first(lambda value: bool(value) and value not in tuple(LateW), "dualpipe_late_w"),
+        "correct --dualpipe-late-w",
     ),
     # The model
     Rule(

@@ -23,7 +23,7 @@ from dualpipe.megatron.random_streams import follow_rerun
 from dualpipe.runtime.executor import Executor
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import DOWN, RF, SF, UP, Chunk, F, Schedule
-from dualpipe.schedule.generate import generate
+from dualpipe.schedule.generate import dualpipe
 from dualpipe.schedule.text import digest
 
 
@@ -43,13 +43,15 @@ def forward_backward_dualpipe(
     p2p_communicator: Any = None,
     pg_collection: ProcessGroupCollection | None = None,
     force_all_reduce: bool = False,
+    late_w: str = "none",
 ) -> list[Any]:
     """Run the forwards and backwards of a step in DualPipe's order.
 
-    The keywords are those of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later); ``model`` is the list
-    that ``build_dualpipe_model`` returned.  ``num_microbatches`` counts both lanes: item 2k of the data is microbatch k
-    of lane >, item 2k+1 microbatch k of lane <.  Each lane is a data-parallel replica, so losses are scaled by half of
-    ``num_microbatches`` and gradients are averaged over twice the data-parallel ranks.
+    The keywords are those of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later), and ``late_w``, which is
+    that of ``dualpipe.dualpipe``; ``model`` is the list that ``build_dualpipe_model`` returned.  ``num_microbatches``
+    counts both lanes: item 2k of the data is microbatch k of lane >, item 2k+1 microbatch k of lane <.  Each lane is a
+    data-parallel replica, so losses are scaled by half of ``num_microbatches`` and gradients are averaged over twice
+    the data-parallel ranks.
 
     On the last pipeline rank, returns the results of the loss function for every microbatch of both lanes, in the order
     of the data; elsewhere an empty list.
@@ -82,7 +84,7 @@ def forward_backward_dualpipe(
         cp_group=groups.cp,
     )
     boundary = [TensorSpec(tuple(shape), config.pipeline_dtype or config.params_dtype) for shape in shapes]
-    schedule = schedule_for(shared.groups.size, num_microbatches, forward_only)
+    schedule = schedule_for(shared.groups.size, num_microbatches, forward_only, late_w)
     _agree(shared, schedule, boundary)
     data = split_data_iterator(data_iterator)
     if not forward_only:
@@ -122,17 +124,17 @@ def forward_backward_dualpipe(
 
 
 @lru_cache(maxsize=8)
-def schedule_for(ranks: int, microbatches: int, forward_only: bool = False) -> Schedule:
+def schedule_for(ranks: int, microbatches: int, forward_only: bool = False, late_w: str = "none") -> Schedule:
     """DualPipe's schedule; for an evaluation its forwards, cut to the given number of microbatches.
 
     The same microbatches are left out on every rank, so sends and receives still match and keep their order.
     """
     if not forward_only:
-        return generate("dualpipe", ranks, microbatches)
+        return dualpipe(ranks, microbatches, late_w)
     if microbatches < 1:
         raise RuleError("an evaluation has at least one microbatch", f"got {microbatches}", "raise the batch size")
     share = {UP: (microbatches + 1) // 2, DOWN: microbatches // 2}
-    whole = generate("dualpipe", ranks, max(2 * share[UP], 2 * ranks)).only(frozenset({F, SF, RF}))
+    whole = dualpipe(ranks, max(2 * share[UP], 2 * ranks)).only(frozenset({F, SF, RF}))
     programs = (
         tuple(kept for slot in program if (kept := tuple(op for op in slot if op.mb < share[op.lane])))
         for program in whole.programs
@@ -143,7 +145,7 @@ def schedule_for(ranks: int, microbatches: int, forward_only: bool = False) -> S
 def _agree(shared: Shared, schedule: Schedule, boundary: Sequence[TensorSpec]) -> None:
     """Before the first step of a kind, check that all ranks are about to run the same schedule and shapes."""
     setup = {
-        "schedule": f"dualpipe of {schedule.ranks} ranks, microbatches "
+        "schedule": f"{schedule.name} of {schedule.ranks} ranks, microbatches "
         f"{'+'.join(str(schedule.microbatches[lane]) for lane in schedule.lanes)}, digest {digest(schedule)[:16]}",
         "boundary between stages": ", ".join(map(str, boundary)),
     }

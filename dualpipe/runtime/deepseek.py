@@ -2,9 +2,11 @@
 
 The interface is that of https://github.com/deepseek-ai/DualPipe: ``DualPipe``, ``DualPipeV``, ``WeightGradStore``,
 ``set_p2p_tensor_shapes`` and ``set_p2p_tensor_dtype``.  It keeps module-wide state because theirs does; new programs
-use ``dualpipe.pipeline``.  As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock
-``nn.Linear`` layers are split into B and W as they are.  A module's ``overlapped_forward_backward`` is not called: an
-overlapped pair runs its forward, then its backward.
+use ``dualpipe.pipeline``.  ``late_w`` is an argument of ours, that of ``dualpipe.dualpipe``.
+
+As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock ``nn.Linear`` layers are split into
+B and W as they are.  A module's ``overlapped_forward_backward`` is not called: an overlapped pair runs its forward,
+then its backward.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
 from dualpipe.schedule import DOWN, UP, Lane
-from dualpipe.schedule.generate import generate
+from dualpipe.schedule.generate import generate, with_late_w
 
 _shapes: list[tuple[int, ...]] | None = None
 _dtype: torch.dtype | None = None
@@ -78,6 +80,8 @@ class _Stepper(nn.Module):
         batch_dim: int = 0,
         process_group: dist.ProcessGroup | None = None,
         rank_mapping: Sequence[int] | None = None,
+        *,
+        late_w: str = "none",
     ) -> None:
         super().__init__()
         self.module = nn.ModuleList(modules)
@@ -87,6 +91,7 @@ class _Stepper(nn.Module):
         self._transport = ProcessGroupTransport(process_group, order, device)
         self._pipelines: dict[int, Pipeline] = {}
         self._criterion: Criterion | None = None
+        self._schedule = with_late_w(self.name, late_w)
 
     def held(self) -> dict[tuple[Lane, int], nn.Module]:
         """The lane and stage of each module."""
@@ -132,7 +137,7 @@ class _Stepper(nn.Module):
                     "got none",
                     "call set_p2p_tensor_shapes and set_p2p_tensor_dtype",
                 )
-            schedule = generate(self.name, self._transport.ranks, microbatches)
+            schedule = generate(self._schedule, self._transport.ranks, microbatches)
             boundary = [TensorSpec(shape, _dtype) for shape in _shapes]
             self._pipelines[microbatches] = Pipeline(schedule, self.held(), self._loss, boundary, self._transport)
         return self._pipelines[microbatches]

@@ -29,7 +29,8 @@ class Case:
     ``pp`` ranks in a pipeline, ``dp`` pipelines, ``tp`` ranks that share a layer; ``microbatches`` for each
     pipeline, half of them for each lane.  A lane is a data-parallel replica, so the ground truth, Megatron's 1F1B, has
     2 x ``dp`` replicas with ``microbatches`` / 2 each.  ``clip`` is the norm to which gradients are clipped, 0 for no
-    clipping; by default small enough to clip at every step, or 0 under the distributed optimizer.  ``timeout``: seconds
+    clipping; by default small enough to clip at every step, or 0 under the distributed optimizer.  ``late_w``: that of
+    ``dualpipe.dualpipe``.  ``timeout``: seconds
     to wait for a message before reporting a hang.
     """
 
@@ -48,6 +49,7 @@ class Case:
     dropout: float = 0.0
     per_token_loss: bool = False
     expert_bias: bool = False
+    late_w: str = "none"
     steps: int = 3
     seed: int = 1234
     timeout: float = 60.0

@@ -53,7 +53,12 @@ def run_rank(
         Shard(data.replica_of(case, 0 if lane is UP else 1, pipeline), stage, tp) for lane, stage in chunks_of(model)
     ]
     schedule = partial(
-        step, model=model, num_microbatches=case.count, seq_length=case.sequence, micro_batch_size=case.batch
+        step,
+        model=model,
+        num_microbatches=case.count,
+        seq_length=case.sequence,
+        micro_batch_size=case.batch,
+        late_w=case.late_w,
     )
     return train(
         case,

@@ -259,11 +259,15 @@ B: Table = vary(
     Row("2", N - 1, "B0"),
 )
 C = 3
+D: Table = (Row("1", 1, "W"),)
+E: Table = vary(B, *D)
 """
 
 
 def test_a_row_of_a_variant_has_the_line_of_the_table_it_comes_from():
-    assert lines_of_rows(SOURCE) == {("A", "1"): 2, ("A", "2"): 3, ("B", "1"): 2, ("B", "2"): 7}
+    assert lines_of_rows(SOURCE) == {("A", "1"): 2, ("A", "2"): 3, ("B", "1"): 2, ("B", "2"): 7} | {
+        ("D", "1"): 10, ("E", "1"): 10, ("E", "2"): 7,
+    }  # fmt: skip
 
 
 def test_a_finding_is_located_at_a_changed_row_else_at_its_first_row_else_at_the_cause():

@@ -108,6 +108,7 @@ def test_a_picture_or_trace_that_cannot_be_written_is_an_error(run, command, tmp
         ("--optimal", ("--smtlib", "a.smt2")),
         ("--optimal", ("--max-activations", "1")),
         ("--optimal", ("--model", "eager")),
+        ("--optimal", ("--late-w", "tail")),
         ("--all-sizes", ("--html", "a.html")),
         ("--all-sizes", ("-P", "4")),
         ("--all-sizes", ("--optimal",)),

@@ -15,6 +15,20 @@ def test_show_prints_the_schedule(run, name):
     assert loads(result.out) == generate(name, 4, 12)
 
 
+def test_late_w_chooses_the_variant_of_a_schedule_by_argument_and_by_option(run):
+    variant = dumps(generate("dualpipev-late-tail", 2, 4))
+    assert run("show", "dualpipev", "-P", 2, "-M", 4, "--late-w", "tail").out == variant
+    assert run("show", "--schedule", "dualpipev", "-P", 2, "-M", 4, "--late-w", "tail").out == variant
+    assert json.loads(run("simulate", "-P", 8, "-M", 32, "--late-w", "all", "--json").out)["makespan"] == 99
+
+
+@pytest.mark.parametrize("command", ["show", "simulate", "prove", "verify"])
+def test_late_w_of_a_schedule_that_has_no_such_variant_is_refused(run, command):
+    result = run(command, "zb1p", "--late-w", "tail")
+    assert (result.code, result.out) == (2, "")
+    assert "late W is an option of dualpipe, dualpipev: got tail with zb1p" in result.err
+
+
 def test_a_shown_file_is_read_again(run, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text(dumps(generate("zb1p", 3, 5)))

@@ -50,6 +50,7 @@ PLANTED = [
     ("no virtual", {"virtual_pipeline_model_parallel_size": 1}, "is 1"),
     ("no virtual", {"num_layers_per_virtual_pipeline_stage": 1}, "num_layers_per_virtual"),
     ("no virtual", {"num_virtual_stages_per_pipeline_rank": 2}, "num_virtual_stages"),
+    ("dualpipe_late_w is none, tail, all", {"dualpipe_late_w": "tial"}, "dualpipe_late_w is 'tial'"),
     ("DualPipe and DualPipeV", {"use_dualpipev": True}, "use_dualpipev is True"),
     ("DualPipe and DualPipeV", {"moe_fb_overlap": True}, "moe_fb_overlap is True"),
     ("no initialization on the meta", {"init_model_with_meta_device": True}, "init_model_with_meta_device"),
@@ -235,6 +236,15 @@ def test_the_flag_is_off_unless_given():
     parser = add_dualpipe_args(argparse.ArgumentParser())
     assert parser.parse_args([]).use_dualpipe is False
     assert parser.parse_args(["--use-dualpipe"]).use_dualpipe is True
+
+
+def test_late_w_has_a_flag_of_its_own():
+    parser = add_dualpipe_args(argparse.ArgumentParser())
+    assert parser.parse_args([]).dualpipe_late_w == "none"
+    assert parser.parse_args(["--use-dualpipe", "--dualpipe-late-w", "all"]).dualpipe_late_w == "all"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dualpipe-late-w", "tial"])
+    validate_dualpipe_args(given(dualpipe_late_w="tail"))
 
 
 def test_a_parser_that_already_has_the_flag_is_not_changed():

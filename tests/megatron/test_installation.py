@@ -72,6 +72,13 @@ def test_with_the_flag_dualpipe_is_selected():
     assert installation.get_forward_backward_func(ON, pp_size=4, vp_size=None) is forward_backward_dualpipe
 
 
+def test_late_w_of_the_arguments_is_passed_to_dualpipe():
+    plain = SimpleNamespace(use_dualpipe=True, dualpipe_late_w="none")
+    assert installation.get_forward_backward_func(plain) is forward_backward_dualpipe
+    chosen = installation.get_forward_backward_func(SimpleNamespace(use_dualpipe=True, dualpipe_late_w="tail"))
+    assert (chosen.func, chosen.keywords) == (forward_backward_dualpipe, {"late_w": "tail"})
+
+
 @pytest.mark.parametrize("settings", [OFF, SimpleNamespace(), None])
 def test_without_the_flag_megatrons_own_function_is_selected(settings):
     chosen = installation.get_forward_backward_func(settings, pp_size=4)

@@ -15,9 +15,11 @@ SAMPLE = {
     "two pipelines": Case(dp=2, steps=2, per_token_loss=True),
     "moe, bf16, overlapped": Case(Model.MOE, dtype="bf16", overlap_grad_reduce=True, steps=2),
     "distributed optimizer": Case(pp=4, distributed_optimizer=True, overlap_grad_reduce=True, steps=2),
-    "dropout, recompute": Case(dropout=0.1, recompute=True, steps=2),
+    "dropout, recompute, late W in the tail": Case(dropout=0.1, recompute=True, steps=2, late_w="tail"),
     "moe, tensor and sequence parallel": Case(Model.MOE, tp=2, sequence_parallel=True, steps=2),
-    "moe, expert parallel, routers with a bias": Case(Model.MOE, dp=2, ep=2, expert_bias=True, steps=2),
+    "moe, expert parallel, routers with a bias, late W": Case(
+        Model.MOE, dp=2, ep=2, expert_bias=True, steps=2, late_w="all"
+    ),
 }
 
 

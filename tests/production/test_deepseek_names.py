@@ -80,8 +80,8 @@ def truth(stages, x, labels, chunks):
     return torch.stack(losses).detach(), torch.cat(outputs).detach(), model
 
 
-@pytest.mark.parametrize("mapping", [None, [1, 0]])
-def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping):
+@pytest.mark.parametrize(("mapping", "late_w"), [(None, "none"), ([1, 0], "tail")])
+def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping, late_w):
     import dualpipe
 
     def body(context):
@@ -89,7 +89,7 @@ def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping):
         dualpipe.set_p2p_tensor_dtype(torch.float32)
         rank = context.rank if mapping is None else mapping[context.rank]
         modules = nn.ModuleList([stage(rank), stage(1 - rank)])
-        model = dualpipe.DualPipe(modules, rank_mapping=mapping)
+        model = dualpipe.DualPipe(modules, rank_mapping=mapping, late_w=late_w)
         x, labels = data()
         mine, answers = half(x, rank), half(labels, 1 - rank)
         found, outputs = model.step(mine, num_chunks=CHUNKS, criterion=loss, labels=(answers,))

@@ -20,9 +20,10 @@ from reference.verify import verify
 from tests.production.cases import TINY, processes, tiny
 
 SIZES = [("dualpipe", 2, 4), ("dualpipe", 4, 8), ("dualpipev", 2, 5), ("1f1b", 3, 4), ("zb1p", 3, 4)]
+SIZES += [("dualpipe-late-tail", 4, 8), ("dualpipev-late-tail", 2, 5), ("dualpipe-late-all", 2, 4)]
 
 
-BLOCKING = [("dualpipe", 4, 8), ("zb1p", 3, 4)]
+BLOCKING = [("dualpipe-late-all", 4, 8), ("zb1p", 3, 4)]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ the parameters.  All microbatches are of one size, whatever their lane, so each 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COMPUTE, SENDS, B, F, Schedule, Slot, W, full_backwards
+from dualpipe.schedule import COMPUTE, SENDS, B, F, Op, Schedule, Slot, W, full_backwards
 from dualpipe.timeline.simulate import Stuck, simulate
 from dualpipe.timeline.summary import parse_numbers
 from dualpipe.timeline.timeline import Costs, Timeline
@@ -156,7 +157,7 @@ class Absent(NamedTuple):
 def candidate(
     name: str, schedule: Schedule, costs: Costs, sizes: Sizes | None = None, *, blocking: bool = False
 ) -> Candidate | Absent:
-    """Simulate a schedule on the costs of a share; a schedule that gets stuck is absent.
+    """Simulate a schedule on the costs of a share; one that gets stuck, or does less or more than its work, is absent.
 
     A message takes its latency from when it is sent.  When its receive is posted is the runtime's affair, and in a
     schedule whose messages were added by ``lower`` that of ``lower``, so it is not held against the schedule.
@@ -164,6 +165,8 @@ def candidate(
     ``costs.stages`` are those of equal slices of the model, in order of depth and of any number, each as if a whole
     share were like it.  A stage that has parts of several slices has the mean of these.
     """
+    if (missing := _missing(schedule)) is not None:
+        return Absent(name, f"it does not run {missing} exactly once, so it is not compared (see `dualpipe prove`)")
     share = schedule.ranks / schedule.stages
     of_depth = replace(costs, stages=_sliced(costs.stages, schedule.stages))
     try:
@@ -171,6 +174,19 @@ def candidate(
     except Stuck as stuck:
         return Absent(name, str(stuck))
     return Candidate(name, timeline, share, sizes)
+
+
+def _missing(schedule: Schedule) -> Op | None:
+    """The first F, B or W of a microbatch at a stage that the schedule does not run exactly once."""
+    runs = Counter(at.op for at in schedule if at.op.kind in COMPUTE)
+    every = (
+        Op(kind, lane, stage, mb)
+        for lane, count in schedule.microbatches.items()
+        for stage in range(schedule.stages)
+        for mb in range(count)
+        for kind in (F, B, W)
+    )
+    return next((op for op in every if runs[op] != 1), None)
 
 
 def _sliced(slices: Sequence[Costs], stages: int) -> tuple[Costs, ...]:

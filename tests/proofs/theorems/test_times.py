@@ -91,7 +91,7 @@ VARIED = [
 ]
 W_LAST_IN_COOLDOWN = vary(OUTER, Row("7 cooldown", N - h - 1, "RB0 B0 SB0 W"))
 NO_OVERLAP_AT_THE_END = vary(OUTER, Row("5 forwards end", N - h - 1, "B1+W1 SB1 RF1 RB0 F1 SF1 B0+W0 SB0 RB1"))
-W_BEFORE_ITS_GRADIENT = vary(OUTER_TAIL, Row("5 forwards end", N - h - 1, "B1 W SB1 RF1 RB0 F1+B0 SF1 SB0 RB1 W"))
+FULL_BACKWARDS = vary(OUTER_TAIL, Row("5 forwards end", N - h - 1, "B1+W1 SB1 RF1 RB0 F1+B0 SF1 SB0 RB1 W"))
 APART = Row("4 overlapped", H - 2 * N + h, "F1 SF1 B0 SB0 RF0 RB1 W F0 SF0 B1 SB1 RF1 RB0 W")
 TWO_WAY = [
     Varied("dualpipe: W last in the cooldown", dualpipe(outer=W_LAST_IN_COOLDOWN), "3M + P - 1", "3M + P - 1"),
@@ -103,8 +103,8 @@ TWO_WAY = [
         "3M + P/2",
     ),
     Varied(  # the lower bound also where messages block, which late W as it is does not reach
-        "dualpipe-late-tail: W before its gradient is sent, where the forwards end",
-        dualpipe(outer=W_BEFORE_ITS_GRADIENT, late_w=LateW.tail),
+        "dualpipe-late-tail: B1 and W1 together where the forwards end",
+        dualpipe(outer=FULL_BACKWARDS, late_w=LateW.tail),
         "3M + P/2 - 1",
         "3M + P/2 - 1",
     ),

@@ -73,6 +73,7 @@ _PROVED = (
     "tests/record/test_conclusions.py",
     "tests/record/test_cut_short.py",
     "tests/record/test_failures.py",
+    "tests/record/test_functions.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
     "tests/record/test_pipelines.py",

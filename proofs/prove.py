@@ -59,8 +59,8 @@ class Result:
 
     ``remarks`` are on the messages of the finding: where the recorded program posted them, and which names are guesses.
     For ``deadlock``, ``models`` has the result under each model of communication.  ``waived`` is empty, or what may be
-    the case because the check fails and does not count for the verdict of the whole.  ``after`` is the
-    failure of the recorded program that a refutation may follow from.
+    the case because the check fails and does not count for the verdict of the whole.  ``after`` is the failure of the
+    recorded program that a refutation may follow from.
     """
 
     verdict: Verdict

@@ -94,13 +94,13 @@ def record(
     from dualpipe.record.lanes import LANE, parse
 
     check_name(name)
-    _check_waived(waive or (), prove)
     more = takewhile(LANE.fullmatch, command) if lanes else ()
     given = [*(lanes or []), *more]
     routes, command = (parse(given), command[len(given) - len(lanes or []) :]) if lanes else (None, command)
     if not command:
         raise RuleError("what follows -- is a command", "got none", "add it")
     chosen = None if pipeline_ranks is None else pipelines.parse(pipeline_ranks)
+    _check_waived(waive or (), prove)
     targets = target("--output", output, RECORDING)
     check_targets(targets)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:

@@ -244,9 +244,9 @@ def _read_post(log: RankLog, event: Event) -> None:
         for letter, number in posted["marks"]:
             if letter in content:
                 content[letter].append(ForwardId(log.rank, log.find(number)))
-        if event["inside"] and posted["real"]:
+        if event["inside"] not in ("", "backward") and posted["real"]:
             raise RecordError(
-                "a stage does not communicate inside its forward or backward",
+                "a stage does not communicate inside its forward",
                 f"rank {log.rank} {posted['kind']}s inside {event['inside']} at {event['at']}",
                 f"if that runs the whole pipeline, add --container {event['inside']}",
             )

@@ -24,6 +24,11 @@ _DOUBTS = {
         "the engine ran at {at} from a tensor of {op} from which it had run before; the file has that backward once",
         "{count} backwards ran more than once and are written once",
     ),
+    "summed": (
+        "the engine runs the backwards of more than two microbatches together at {at} and sums their gradients in its "
+        "own order; the file has them in the order of microbatches",
+        "{count} runs of the engine sum gradients of several microbatches in an order that could not be determined",
+    ),
     "several groups": (
         "what it sends at {at} is received in another order than it was posted, in another process group; a schedule "
         "file has one order of messages between two ranks",

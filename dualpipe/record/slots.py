@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
 from dualpipe.record.lineage import Lineage
 from dualpipe.record.naming import Named
-from dualpipe.schedule import B, F, Kind, Op, Placed, Program, Slot, W
+from dualpipe.schedule import B, F, Kind, Op, Placed, Program, Slot, Task, W
 
 _ORDER = {F: 0, B: 1, W: 2}
 Posted = tuple[Op, MessageId | None]
@@ -129,7 +129,8 @@ def _program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tup
     last_weight, only_weights = _last_weights(log), _weights_without_backward(log)
     slots: list[list[Posted]] = []
     joins = False  # whether the next computation may join the last slot
-    of_run: dict[int, int] = {}  # run of the engine -> the slot of its ops
+    of_run: dict[int, int] = {}  # run of the engine -> the slot of its ops since the last message in it
+    backward_at: dict[tuple[int | None, Task], int] = {}  # run of the engine and task -> the slot of the B
     together = False
     early = 0
     pending: set[int] = set()
@@ -140,8 +141,15 @@ def _program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tup
         if not named:
             return
         early += bool(pending) and named[0][0].kind is not W
+        for each in [pair for pair in named if pair[0].kind is W and (run, pair[0].task) in backward_at]:
+            slots[backward_at[run, each[0].task]].append(each)  # even if messages were posted since the B
+            named.remove(each)
+        if not named:
+            return
         if run is not None and run in of_run:
             slots[of_run[run]] += named
+            slots[of_run[run]].sort(key=lambda pair: (_ORDER[pair[0].kind], pair[0].mb))  # one run: all of it together
+            backward_at.update({(run, op.task): of_run[run] for op, _ in named if op.kind is B})
             return
         if joins and together:
             slots[-1] += named
@@ -150,6 +158,7 @@ def _program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tup
         joins = True
         if run is not None:
             of_run[run] = len(slots) - 1
+            backward_at.update({(run, op.task): len(slots) - 1 for op, _ in named if op.kind is B})
 
     for index, event in enumerate(log.events):
         match event["event"]:
@@ -175,6 +184,7 @@ def _program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tup
                 if named:
                     slots.append(named)
                     joins = False
+                    of_run.clear()
             case "wait":
                 joins = joins and not event["own"]
                 pending -= set(event["messages"])

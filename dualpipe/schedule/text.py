@@ -198,10 +198,10 @@ class _Parser:
                 self.lane_line(number, content, words)
             case "group" | "rank":
                 self.numbered_line(number, content, words[0].group())
-            case word if word in observed_text.WORDS:
-                self.observed_lines.append((number, content))
             case "failure":
                 self.failure_line(number, content)
+            case word if word in observed_text.WORDS:
+                self.observed_lines.append((number, content))
             case other:
                 self.fail(number, words[0].start() + 1, repr(_short(other)), _LINE_FORM)
 

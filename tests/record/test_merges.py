@@ -275,6 +275,26 @@ def test_an_input_that_is_no_argument_is_an_input_of_the_stage(how, argument):
     assert (recording.notes, recording.caveats) == ((), ())
 
 
+def test_the_sum_of_three_microbatches_in_one_run_of_the_engine_has_an_order_of_its_own():
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        if rank == 0:
+            outputs = [stage(torch.randn(SHAPE)) for _ in range(3)]
+            for y in outputs:
+                dist.send(y.detach(), 1)
+            torch.autograd.backward(outputs, [receive(1) for _ in outputs])
+        else:
+            for x in [receive(0).requires_grad_() for _ in range(3)]:
+                stage(x).sum().backward()
+                dist.send(x.grad, 0)
+
+    recording = record_ranks(2, body)
+    assert text(recording, 0).endswith("0B0>+0B1>+0B2>+0W0>+0W1>+0W2>")
+    assert recording.caveats == (
+        "1 runs of the engine sum gradients of several microbatches in an order that could not be determined",
+    )
+
+
 DOUBTS = {
     "a stage that takes a detached tensor": (
         lambda first, second, x: second(first(x).detach()).sum().backward(),

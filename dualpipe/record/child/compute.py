@@ -80,12 +80,13 @@ class _Engine:
         try:
             result = self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
         except BaseException as error:
+            flow.ran(completed=False)
             flow.broke(error, "B", (number for _, number in made))
             raise
         finally:
             flow.running -= 1
             flow.within(left)
-        flow.ran(made)
+        flow.ran(completed=True)
         return result
 
 

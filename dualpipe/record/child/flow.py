@@ -16,11 +16,11 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.distributed import distributed_c10d as c10d
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +30,7 @@ from .forwards import Forwards, Trials
 from .log import Sink, call_path, line_of, program_line
 from .marks import NONE, Key, Mark, Marks, Table, key_of
 from .parameters import Parameters, state_of
+from .runs import Runs
 
 _DURING = "_dualpipe_during"  # an attribute of an error
 _REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
@@ -78,7 +79,6 @@ class Flow:
         self._trials = Trials()
         self._parameters = Parameters()
         self._input_of: dict[int, int] = {}  # message -> the forward that takes its tensor
-        self._gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes its tensor
         self._next: dict[int, int] = {}  # forward -> the one on this rank that takes its detached output
         self._messages = 0
         self._posts = 0
@@ -87,7 +87,7 @@ class Flow:
         # (forward, module, with gradients) -> the inputs of its calls
         self._given: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
         self._calls: list[Call] = []  # those that have not returned
-        self._runs = 0
+        self._engine_runs = Runs(self.write, self._table, self._forwards, self._parameters)
         self._context: Marks | None = None
         self.calling = 0  # depth of module calls
         self.running = 0  # depth of runs of the engine
@@ -221,6 +221,7 @@ class Flow:
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     graph.mark(leaf.grad_fn, forward)
+                    leaf.grad_fn.register_prehook(partial(self._reach, forward))
                     self._forwards.put_in_graph(self._forwards.find(forward))
             roots = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             self.buffers.called(roots, self._forwards.find(forward))
@@ -234,61 +235,19 @@ class Flow:
 
     def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> Marks:
         """The engine is about to run from ``roots``; returns the marks of its results."""
-        self._runs += 1
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
-        made_by = [self._makers(root) for root in roots]
-        found = {forward for made in made_by for forward in made}
-        if found:
-            takes = self._gradients(made_by, grads)
-            fresh = sorted(found - self._forwards.backward_began)
-            if not (inputs and all(map(self._is_weight, inputs))):
-                if graph.has_run(roots):
-                    self.write("doubt", what="run again", forward=min(found))
-                if fresh:
-                    self._forwards.backward_began.update(fresh)
-                    untrainable = [f for f in fresh if not self._parameters.trainable(self._forwards.modules(f))]
-                    self.write("backward", forwards=fresh, run=self._runs, untrainable=untrainable)
-            if takes:
-                self.write("gradients", forwards=list(takes), messages=list(takes.values()))
-            if any(map(self._is_weight, inputs)):
-                self.write("weights requested", forwards=sorted(found), run=self._runs)
-        else:
-            found = self._owners(held, None)
+        found = self._engine_runs.begin(roots, grads, inputs, lambda: self._owners(held, None))
         self._forwards.interrupt()
-        self._parameters.listen()
         return marks("B", found)
 
-    def _gradients(self, made_by: Sequence[set[int]], grads: Sequence[Any]) -> dict[int, list[int]]:
-        """For each forward the messages with the gradient of one of its outputs that had no taker yet."""
-        takes: dict[int, list[int]] = {}
-        for made, gradient in zip(made_by, grads, strict=False):
-            if not made or not isinstance(gradient, Tensor):
-                continue
-            for message in sorted(n for letter, n in self._table.get(gradient) if letter == "M"):
-                if message not in self._gradient_of:
-                    self._gradient_of[message] = min(made)
-                    for forward in sorted(made):
-                        takes.setdefault(forward, []).append(message)
-        return takes
+    def ran(self, completed: bool) -> None:
+        """The engine has returned, or raised."""
+        self._engine_runs.end(completed)
 
-    def ran(self, made: Marks) -> None:
-        """The engine has returned."""
-        holders = self._parameters.holders_of_added()
-        changed = {f for _, f in made if any(self._forwards.calls_one_of(f, held) for held in holders)}
-        if changed:
-            self.write("weights", forwards=sorted(changed), run=self._runs)
-
-    def _makers(self, root: Tensor | GradientEdge) -> set[int]:
-        """The forwards that made a tensor: by its graph, because the memory of a sent tensor may have been freed."""
-        found = {self._forwards.find(number) for number in graph.marks_below(root)}
-        if found or isinstance(root, GradientEdge):
-            return found
-        return {self._forwards.find(n) for letter, n in self._table.get(root) if letter == "F"}
-
-    def _is_weight(self, target: Any) -> bool:
-        if isinstance(target, GradientEdge):
-            target = getattr(target.node, "variable", None)
-        return target in self._parameters
+    def _reach(self, forward: int, gradients: Sequence[Any]) -> None:
+        """The engine is about to run the node of an output of a forward."""
+        if self.running and (alone := self._engine_runs.reach(forward, gradients)):
+            self._context = marks("B", alone)
 
     # operators and gradients
 
@@ -306,7 +265,9 @@ class Flow:
             if aliased is None:
                 found = NONE if _only_shaped_like(name) else self._carried(inputs)
                 self._take_inside(found)
-                self._table.put(output, found if self._context is None else self._context)
+                transit = self._engine_runs.in_transit()
+                received = frozenset(mark for mark in found if mark[0] == "M" and mark[1] in transit)
+                self._table.put(output, found if self._context is None else self._context | received)
             elif not mutable:
                 if not self._table.get(output):
                     self._table.put(output, self._carried_by(aliased))
@@ -394,8 +355,8 @@ class Flow:
         by_letter: dict[str, set[int]] = {"B": set(), "F": set()}
         for letter, number in found:
             if letter == "M":
-                if number in self._gradient_of:
-                    by_letter["B"].add(self._forwards.find(self._gradient_of[number]))
+                if number in self._engine_runs.gradient_of:
+                    by_letter["B"].add(self._forwards.find(self._engine_runs.gradient_of[number]))
                 elif number in self._input_of:
                     by_letter["F"].add(self._forwards.find(self._input_of[number]))
             elif letter == "C":
@@ -462,6 +423,7 @@ class Flow:
                 self._table.put(tensor, frozenset({("M", number)}))
         self._forwards.interrupt()
         self.posted = numbers
+        self._engine_runs.post(numbers)
         for call in self._calls:
             call.communicates = True
         inside = self.caller if self.calling else "backward" if self.running else ""

@@ -80,6 +80,6 @@ def line_of(error: BaseException) -> str:
 
 
 def _is_of_program(frame: FrameType) -> bool:
-    name, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    of_library = package == "torch" or (name.startswith(_LIBRARIES) and "site-packages" not in name)
-    return not of_library and not name.startswith((_OURS, "<"))
+    file, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    of_library = package == "torch" or (file.startswith(_LIBRARIES) and "site-packages" not in file)
+    return not of_library and not file.startswith((_OURS, "<"))

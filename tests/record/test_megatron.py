@@ -1,0 +1,110 @@
+"""Recordings of Megatron-core as it is: its own schedules in its own order, with its DDP, and DualPipe within it."""
+
+import os
+import shlex
+
+import pytest
+
+from dualpipe.schedule import MESSAGES, B, F
+from dualpipe.schedule.generate import dualpipe, one_f_one_b
+from dualpipe.testing import record_ranks
+from proofs.prove import prove
+from reference.megatron.importing import expected_warnings
+from reference.megatron.standins import install_cpu_standins
+from tests.megatron.example import SMALL, example
+from tests.record.megatron import get_schedule_table, train
+
+
+def record(ranks, chunks=1, microbatches=4, **options):
+    def body(rank):
+        with expected_warnings():
+            train(ranks, chunks, microbatches, **options)
+
+    return record_ranks(ranks, body, timeout=100, stall=20)
+
+
+def order(schedule, kind, rank):
+    """The microbatches and chunks of a rank's forwards or backwards, as Megatron's table counts them."""
+    chunks = schedule.stages // schedule.ranks
+    ops = [op for slot in schedule.only(frozenset({kind})).programs[rank] for op in slot]
+    chunk = {op: op.stage // schedule.ranks for op in ops}
+    return [(op.mb, chunk[op] if kind is F else chunks - 1 - chunk[op]) for op in ops]
+
+
+def flat(programs):
+    """The ops of each rank in order, without slots and peers."""
+    return [[op.bare for slot in program for op in slot] for program in programs]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "options"),
+    [
+        (2, 4, {"freed": True, "reduced_early": True}),
+        pytest.param(4, 6, {}, marks=pytest.mark.long),
+        pytest.param(4, 6, {"batched": True}, marks=pytest.mark.long),
+    ],
+)
+def test_megatrons_1f1b_is_recorded_as_1f1b(ranks, microbatches, options):
+    recording = record(ranks, 1, microbatches, **options)
+    expected = one_f_one_b(ranks, microbatches).only(frozenset({F, B}))
+    assert recording.schedule.only(frozenset({F, B})).programs == expected.programs
+    assert prove(recording.schedule, smt=False).verdict == "proved"
+    assert (recording.notes, recording.caveats) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "options"),
+    [
+        (4, 8, {"overlapped": True}),
+        pytest.param(2, 4, {}, marks=pytest.mark.long),
+        pytest.param(2, 4, {"overlapped": True, "reduced_early": True}, marks=pytest.mark.long),
+        pytest.param(4, 8, {"freed": True}, marks=pytest.mark.long),
+        pytest.param(4, 8, {"batched": True}, marks=pytest.mark.long),
+    ],
+)
+def test_megatrons_interleaved_schedule_is_recorded_in_the_order_of_its_table(ranks, microbatches, options):
+    recording = record(ranks, 2, microbatches, **options)
+    table = [tuple(place) for place in get_schedule_table(microbatches, 2, ranks)]
+    for rank in range(ranks):
+        assert order(recording.schedule, F, rank) == table
+        assert order(recording.schedule, B, rank) == table
+    assert recording.schedule.routes == {">": (*range(ranks), *range(ranks))}
+    assert prove(recording.schedule, smt=False).verdict == "proved"
+    assert recording.caveats == ()
+
+
+@pytest.mark.long
+def test_the_interleaved_schedule_on_two_ranks_with_batches_is_refuted():
+    """Megatron-LM refuses it: a batch would have several messages between the same two ranks, in different orders."""
+    recording = record(2, 2, 4, batched=True)
+    checks = prove(recording.schedule, smt=False).as_json()["checks"]
+    assert checks["messages"]["verdict"] == "refuted"
+    assert "rank 1 expects the activation of microbatch 2 of lane > (stage 0 to stage 1)" in checks["messages"]["story"]
+
+
+@pytest.mark.long
+def test_the_interleaved_schedule_frees_outputs_whose_send_it_has_not_waited_for():
+    """With overlap_p2p_comm and deallocate_pipeline_outputs: freed before the next forward, waited for after it."""
+    checks = prove(record(2, 2, 4, overlapped=True, freed=True).schedule, smt=False).as_json()["checks"]
+    assert [name for name, check in checks.items() if check["verdict"] == "refuted"] == ["buffers"]
+    assert checks["buffers"]["story"].startswith("rank 0 frees or resizes the tensor of the activation of microbatch 2")
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_dualpipe_in_megatron_is_recorded_as_dualpipe(ranks):
+    """Op by op; Megatron's messages are posted one by one, and of an overlapped pair the forward runs first."""
+
+    def body(rank):
+        os.environ["WORLD_SIZE"] = str(ranks)
+        install_cpu_standins()
+        options = f"{SMALL} --train-iters 1 --use-dualpipe --pipeline-model-parallel-size {ranks}"
+        with expected_warnings():
+            example.pretrain(example.parse_arguments(shlex.split(options)))
+
+    recording = record_ranks(ranks, body, timeout=100, stall=20)
+    expected = dualpipe(ranks, 8)
+    for kinds in ({F}, {B}, MESSAGES):
+        recorded, planned = (of.only(frozenset(kinds)).programs for of in (recording.schedule, expected))
+        assert flat(recorded) == flat(planned)
+    assert prove(recording.schedule, smt=False).verdict == "proved"
+    assert recording.caveats == ("4 message ends are left out as control data",)

@@ -44,7 +44,8 @@ def failures(
     for log in logs:
         if not fails(log, codes):
             continue
-        is_later = any(each.step > step for each in (*log.forwards.values(), *log.messages.values()))
+        reached = [f.step for f in log.forwards.values()] + [m.step for m in log.messages.values()]
+        is_later = max(reached, default=step) > step
         op = None if is_later else _during(log, ops, messages, lineage)
         if op is not None and op.kind in (F, B) and all(op not in slot for slot in ended[log.rank]):
             ended[log.rank] = (*ended[log.rank], (op,))

@@ -171,6 +171,19 @@ def test_exit_codes_are_the_last_word():
     }
 
 
+@pytest.mark.parametrize(("code", "says"), [(None, ""), (-9, ", after rank 1 had failed")])
+def test_a_rank_that_still_ran_had_not_failed_before_another_one(code, says):
+    one, two = Rank(0), Rank(1)
+    one.send(1, "F", one.forward())
+    one.receive(1)
+    two.forward(two.receive(0))
+    two.receive(0)
+    raised = {"error": "RuntimeError", "text": "", "during": ["M", [1]], "time": 5.0, "place": "a.py:1", "at": "a.py:1"}
+    one.events.append({"event": "raised", **raised})
+    failures = assemble([read(number, rank.events) for number, rank in enumerate((one, two))], codes=(1, code))
+    assert str(failures.schedule.failures[0]) == f"rank 0 raised RuntimeError at a.py:1 during 0RB0>@1{says}"
+
+
 def two_steps() -> tuple[Rank, Rank]:
     """A step that ends well, and the beginning of another one, in which rank 0 waits for a gradient."""
     one, two = Rank(0), Rank(1)

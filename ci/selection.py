@@ -76,6 +76,7 @@ _PROVED = (
     "tests/record/test_cut_short.py",
     "tests/record/test_failures.py",
     "tests/record/test_functions.py",
+    "tests/record/test_megatron.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
     "tests/record/test_pipelines.py",
@@ -152,7 +153,9 @@ ROWS: dict[str, Row] = {
         ("dualpipe/pipeline.py", "dualpipe/runtime/replicas.py"),
         Row(("trial",), ("tests/production",), ("tests/soundness", *_CLI)),
     ),
-    "dualpipe/megatron/": Row(("trial, Megatron",), ("tests/megatron",), ("tests/gpu", *_CLI)),
+    "dualpipe/megatron/": Row(
+        ("trial, Megatron",), ("tests/megatron",), ("tests/record/test_megatron.py", "tests/gpu", *_CLI)
+    ),
     "dualpipe/record/": Row((), ("tests/record",), _CLI),
     "dualpipe/testing/": Row((), ("tests/record",), ("tests/docs/test_reference.py",)),
     **dict.fromkeys(
@@ -196,9 +199,15 @@ ROWS: dict[str, Row] = {
         ("tests/production", "tests/soundness", "tests/megatron", *_CLI),
     ),
     "reference/megatron/": Row(
-        ("trial, Megatron",), ("tests/megatron", "tests/cli/test_verify_megatron.py"), ("tests/gpu", *_CLI)
+        ("trial, Megatron",),
+        ("tests/megatron", "tests/cli/test_verify_megatron.py"),
+        ("tests/record/test_megatron.py", "tests/gpu", *_CLI),
     ),
-    "examples/": Row((), ("tests/megatron/test_example.py", "tests/megatron/test_checkpoint.py"), ("tests/gpu",)),
+    "examples/": Row(
+        (),
+        ("tests/megatron/test_example.py", "tests/megatron/test_checkpoint.py"),
+        ("tests/record/test_megatron.py", "tests/gpu"),
+    ),
     "bench/": Row((), ("tests/test_bench.py",)),
     "tests/cli/": Row(
         (),
@@ -216,7 +225,7 @@ ROWS: dict[str, Row] = {
         ),
     ),
     "tests/gpu/": Row((), ("tests/gpu",), ("tests/production/test_settings.py",)),
-    "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py",)),
+    "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py", "tests/record/test_megatron.py")),
     "tests/megatron/test_groups.py": Row((), ("tests/megatron/test_groups.py", "tests/megatron/test_model.py")),
     "tests/page/": Row((), ("tests/page",), ("tests/cli/test_compare.py",)),
     "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),

@@ -44,12 +44,13 @@ def failures(
     for log in logs:
         if not fails(log, codes):
             continue
-        is_later = any(each.step > step for each in (*log.forwards.values(), *log.messages.values()))
+        reached = [f.step for f in log.forwards.values()] + [m.step for m in log.messages.values()]
+        is_later = max(reached, default=step) > step
         op = None if is_later else _during(log, ops, messages, lineage)
         if op is not None and op.kind in (F, B) and all(op not in slot for slot in ended[log.rank]):
             ended[log.rank] = (*ended[log.rank], (op,))
         where = LATER if is_later else f"during {op}" if op is not None else _after(ended[log.rank])
-        if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs)) != log.rank:
+        if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs, codes)) != log.rank:
             where += f", after rank {first} had failed"
         order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages, is_later)
         found.append((order, Failure(log.rank, printable(what))))
@@ -57,9 +58,16 @@ def failures(
     return tuple(failure for _, failure in found), tuple(ended)
 
 
-def _first_to_fail(logs: Sequence[RankLog]) -> int:
-    """The rank that ended first, by an error or without any."""
-    return min(logs, key=lambda log: log.raised.time if log.raised is not None else float(log.ended) * 1e12).rank
+def _first_to_fail(logs: Sequence[RankLog], codes: Codes) -> int:
+    """The rank that ended first, by an error or without any; not one that still ran when it was ended."""
+
+    def time(log: RankLog) -> float:
+        if log.raised is not None:
+            return log.raised.time
+        still_ran = codes[log.rank] is None if codes else bool(log.waiting)
+        return float("inf") if log.ended or still_ran else 0.0
+
+    return min(logs, key=time).rank
 
 
 def _describe(

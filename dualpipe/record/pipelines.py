@@ -101,7 +101,7 @@ def pipelines(logs: Sequence[RankLog]) -> list[Ranks]:
 
     Ranks are together if one sends an activation or a gradient that the other uses, or if they exchange tensors in a
     process group that is not of all ranks.  A rank with neither, as after an early hang, is with the ranks that it
-    exchanges any other messages with.
+    exchanges any other messages with.  If no rank has either, nothing shows several pipelines.
     """
     messages = {m.id: m for log in logs for m in log.messages.values()}
     partner, used = match(list(messages.values())), uses(logs)
@@ -116,8 +116,11 @@ def pipelines(logs: Sequence[RankLog]) -> list[Ranks]:
             join(id.rank, message.peer)
     for members in _small_groups(logs):
         join(*members)
+    alone = {rank for rank, together in with_rank.items() if len(together) == 1}
+    if len(alone) == len(logs):
+        return []
     for id, message in messages.items():
-        if min(len(with_rank[rank]) for rank in (id.rank, message.peer)) == 1:
+        if not alone.isdisjoint((id.rank, message.peer)):
             join(id.rank, message.peer)
     found = sorted({tuple(sorted(ranks)) for ranks in with_rank.values() if len(ranks) > 1})
     return found if len(found) > 1 else []

@@ -171,6 +171,19 @@ def test_exit_codes_are_the_last_word():
     }
 
 
+@pytest.mark.parametrize(("code", "says"), [(None, ""), (-9, ", after rank 1 had failed")])
+def test_a_rank_that_still_ran_had_not_failed_before_another_one(code, says):
+    one, two = Rank(0), Rank(1)
+    one.send(1, "F", one.forward())
+    one.receive(1)
+    two.forward(two.receive(0))
+    two.receive(0)
+    raised = {"error": "RuntimeError", "text": "", "during": ["M", [1]], "time": 5.0, "place": "a.py:1", "at": "a.py:1"}
+    one.events.append({"event": "raised", **raised})
+    failures = assemble([read(number, rank.events) for number, rank in enumerate((one, two))], codes=(1, code))
+    assert str(failures.schedule.failures[0]) == f"rank 0 raised RuntimeError at a.py:1 during 0RB0>@1{says}"
+
+
 def two_steps() -> tuple[Rank, Rank]:
     """A step that ends well, and the beginning of another one, in which rank 0 waits for a gradient."""
     one, two = Rank(0), Rank(1)
@@ -195,7 +208,7 @@ def test_a_failure_after_the_recorded_step_says_so_and_explains_nothing_in_it():
     first, second = assemble(logs, codes=(None, 3)), assemble(logs, step=2, codes=(None, 3))
     assert [str(failure) for failure in first.schedule.failures] == [
         "rank 1 ended with exit code 3 in a later training step",
-        "rank 0 waited for a message from rank 1, posted at rank0.py:11 in a later training step, until it was ended",
+        "rank 0 waited for a message from rank 1, posted at rank0.py:13 in a later training step, until it was ended",
     ]
     assert lines(first) == ["0F0> 0SF0> 0RB0> 0B0>+0W0>", "1RF0> 1F0> 1B0>+1W0> 1SB0>"]
     assert str(second.schedule.failures[0]) == "rank 1 ended with exit code 3 after 1RF0>@0"

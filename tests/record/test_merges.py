@@ -256,8 +256,10 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("argument", ["nothing", "an object", "tokens"])
-@pytest.mark.parametrize("how", READ)
+@pytest.mark.parametrize(
+    ("how", "argument"),
+    [*((how, "nothing") for how in READ), ("a copy into a buffer", "an object"), ("a copy into a buffer", "tokens")],
+)
 def test_an_input_that_is_no_argument_is_an_input_of_the_stage(how, argument):
     def body(rank):
         box = [None]

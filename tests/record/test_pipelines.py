@@ -71,6 +71,18 @@ def test_before_any_message_has_arrived_the_process_groups_show_the_pipelines():
     assert pipelines([read(number, log.events) for number, log in enumerate(logs)]) == [(0, 2), (1, 3)]
 
 
+def test_ranks_that_hang_early_are_with_those_that_they_wait_for():
+    logs = job(4, (2, 3))
+    logs[0].receive(1)
+    logs[1].receive(0)
+    logs[1].receive(2)
+    assert pipelines([read(number, log.events) for number, log in enumerate(logs)]) == []
+    logs = job(4)
+    for rank, peer in enumerate((1, 0, 3, 2)):
+        logs[rank].receive(peer)
+    assert pipelines([read(number, log.events) for number, log in enumerate(logs)]) == []
+
+
 def test_a_message_to_another_pipeline_that_is_never_matched_is_a_caveat():
     logs = job(4, (0, 2), (1, 3))
     logs[0].receive(3)

@@ -50,8 +50,7 @@ def compare(
 ) -> Comparison:
     """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder.
 
-    ``ranks`` are the ranks of the job that the recorded pipeline has, by their numbers in ``tasks`` and ``routes``; none
-    if it has all of them.
+    ``ranks`` are the ranks of the job that the recorded pipeline has, in the order of its own; none if it has all.
     """
     others = len(logs) > len({rank for route in routes.values() for rank in route})
     ranks = ranks or range(len(logs))

@@ -8,7 +8,7 @@ from dualpipe.testing import record_ranks
 from proofs.buffers_search import buffers, faults
 from proofs.story import tell
 from proofs.verdict import Proved, Refuted
-from tests.record.two_ranks import SHAPE, assert_plain, receive, train
+from tests.record.two_ranks import SHAPE, assert_plain, receive
 
 
 def stories(recording, rank: int) -> dict[int, str]:
@@ -33,22 +33,25 @@ SENDS = {
 
 
 def test_a_sent_tensor_may_be_read_but_not_changed_before_its_wait():
+    """Rank 1 posts its receive only when the tensor has been touched, so gloo moves the data after that."""
+
     def body(rank):
-        touches = [touch for touch, _ in SENDS.values()]
-
-        def send(tensor, peer):
-            tensor = tensor.clone()
-            work = dist.isend(tensor, peer)
+        stage = nn.Linear(4, 4)
+        for touch, _ in SENDS.values():
             if rank == 0:
-                touches.pop(0)(tensor)
-            work.wait()
-
-        def stage(x):
-            assert rank == 0 or bool((x != 7).all() and x.isfinite().all()), x
-            return module(x)
-
-        module = nn.Linear(4, 4)
-        train(rank, stage, microbatches=len(SENDS), send=send)
+                y = stage(torch.randn(SHAPE))
+                sent = y.detach().clone()
+                work = dist.isend(sent, 1)
+                touch(sent)
+                dist.barrier()
+                work.wait()
+                y.backward(receive(1))
+            else:
+                dist.barrier()
+                x = receive(0)
+                assert bool((x != 7).all() and x.isfinite().all() and x.count_nonzero()), x
+                stage(x.requires_grad_()).square().sum().backward()
+                dist.send(x.grad, 0)
 
     found = stories(record_ranks(2, body), 0)
     for mb, (how, (_, says)) in enumerate(SENDS.items()):

@@ -6,11 +6,12 @@ import signal
 from collections.abc import Mapping, Sequence
 
 from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
-from dualpipe.record.lineage import Lineage
+from dualpipe.record.lineage import Lineage, match
 from dualpipe.schedule import MESSAGES, RF, B, F, Failure, Kind, Op, Program, printable
 from dualpipe.schedule.failure import LATER
 
 _COMPUTE = {"F": F, "B": B}
+_OF_TRANSPORT = frozenset({"RuntimeError", "DistBackendError", "DistNetworkError"})  # not of wrong arguments
 
 Codes = Sequence[int | None]
 """The exit code of every rank, ``None`` for one that was ended; empty where only the command's own code is known."""
@@ -41,6 +42,7 @@ def failures(
     """
     found: list[tuple[tuple[int, float], Failure]] = []
     ended = list(programs)
+    alone = sum(fails(log, codes) for log in logs) == 1
     for log in logs:
         if not fails(log, codes):
             continue
@@ -52,10 +54,28 @@ def failures(
         where = LATER if is_later else f"during {op}" if op is not None else _after(ended[log.rank])
         if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs, codes)) != log.rank:
             where += f", after rank {first} had failed"
-        order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages, is_later)
+        if alone and (lost := _left_waiting(log, messages)) is not None:
+            name = ops[lost.id] if lost.id in ops else _unnamed(lost)
+            place = f"posted at {lost.at}" + (f" {LATER}" if is_later else "")
+            order, what = (3, 0.0), f"waited for {name}, {place}, until rank {lost.peer} had ended"
+        else:
+            order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages, is_later)
         found.append((order, Failure(log.rank, printable(what))))
     found.sort(key=lambda each: each[0])
     return tuple(failure for _, failure in found), tuple(ended)
+
+
+def _left_waiting(log: RankLog, messages: Mapping[MessageId, Message]) -> Message | None:
+    """The message without a partner during which a rank failed, while its peer did not fail.
+
+    It is a hang: gloo raises an error once the peer has ended, where NCCL would wait.
+    """
+    raised = log.raised
+    if raised is None or raised.error not in _OF_TRANSPORT or raised.during is None or raised.during[0] != "M":
+        return None
+    partner = match(list(messages.values()))
+    ids = (MessageId(log.rank, number) for number in raised.during[1])
+    return next((messages[id] for id in ids if id in messages and id not in partner), None)
 
 
 def _first_to_fail(logs: Sequence[RankLog], codes: Codes) -> int:

@@ -98,8 +98,12 @@ def dumps_csv(schedule: Schedule, compute_only: bool = False) -> str:
     Raises
     ------
     ScheduleError
-        For what torch's tables cannot say: two lanes, a peer that is not the neighbour, an all-to-all or all-reduce.
+        For what torch's tables cannot say: two lanes, a peer that is not the neighbour, an all-to-all or all-reduce, a
+        program that failed.
     """
+    if schedule.failures:
+        got = str(schedule.failures[0])
+        raise ScheduleError("a table of torch is of a program that did not fail", got, "print it as text")
     if tuple(schedule.routes) != (UP,):
         got = " and ".join(f"lane {lane}" for lane in schedule.routes)
         raise ScheduleError("a table of torch has the one lane >", f"there is {got}", "print it as text")

@@ -68,6 +68,21 @@ def test_an_error_of_a_rank_whose_peer_has_failed_says_so():
     assert "during 0RB1>@1, after rank 1 had failed" in str(recording.schedule.failures[1])
 
 
+def test_an_error_because_the_peer_has_ended_is_a_hang():
+    """gloo closes the connection; on NCCL the rank would wait."""
+
+    def body(rank):
+        train(rank, nn.Linear(4, 4))
+        if rank == 0:
+            receive(1)
+
+    recording = record_ranks(2, body, check=False, timeout=20)
+    (failure,) = recording.schedule.failures
+    assert str(failure).startswith("rank 0 waited for 0RB2>@1, posted at ")
+    assert failure.is_hang
+    assert "may_follow_from" not in prove(recording.schedule, smt=False).as_json()["checks"]["messages"]
+
+
 def test_an_error_before_any_op_is_recorded():
     def body(rank):
         raise LookupError

@@ -218,8 +218,10 @@ def _require(holds: bool, rule: str, got: str, fix: str) -> None:
 def dualpipe(ranks: int, microbatches: int, late_w: str = "none") -> Schedule:
     """DualPipe over ``ranks`` (even) and ``microbatches`` in all (even, at least ``2 * ranks``), half on each lane.
 
-    With ``late_w="tail"`` the W of the last phases come after the messages of their B, with ``"all"`` every W does; the
-    bubble is then the smallest possible.  Gradients and memory stay the same.
+    With ``late_w="tail"`` the W of the last phases run after the messages of their B, with ``"all"`` every W does.
+    Gradients keep their bits, and as many microbatches are live.  With F, B and W of one unit each, messages that take
+    no time and a runtime that waits for a message only where it is used, no schedule with one stage per lane on each
+    rank is shorter.
     """
     return generate(with_late_w("dualpipe", late_w), ranks, microbatches)
 
@@ -284,7 +286,8 @@ def with_late_w(name: str, late_w: str) -> str:
     if late_w == LateW.none:
         return name
     if late_w not in tuple(LateW):
-        raise RuleError(f"late_w is {', '.join(LateW)}", f"got {late_w!r}", nearest(late_w, list(LateW), "correct it"))
+        fix = nearest(str(late_w), list(LateW), "correct it")
+        raise RuleError(f"late_w must be {', '.join(LateW)}", f"got {late_w!r}", fix)
     variant = f"{name}-late-{late_w}"
     if variant not in PLANS:
         of = ", ".join(dict.fromkeys(each.partition("-late-")[0] for each in PLANS if "-late-" in each))

@@ -20,7 +20,7 @@ from proofs.theorems.symbolic import Rank
 P, M, r = symbol("P"), symbol("M"), symbol("r")
 
 LEAST = 3 * M + P - 1
-WAY = "every microbatch passes the P ranks one after the other"
+WAY = "every microbatch passes the P ranks in their order, one stage on each"
 
 
 def one_f_one_b(table: Table = ONE_F_ONE_B) -> Family:

@@ -35,7 +35,7 @@ def dualpipe(outer: Table | None = None, middle: Table | None = None, late_w: La
             "live": "P - h on the lane that enters at the nearer end, h + 1 on the other (h = min(r, P - 1 - r))",
             "memory": "P + 1 on every rank",
             "pending": "min(r, P - 1 - r) + 1 on rank r",
-            "way": "every microbatch enters at either end and passes the P ranks one after the other",
+            "way": "every microbatch enters at either end and passes the P ranks in their order, one stage on each",
         },
     )
 
@@ -50,7 +50,7 @@ def dualpipev(outer: Table | None = None, middle: Table | None = None, late_w: L
             "live": "2P - r in the lane's first half, r + 1 in its second on rank r",
             "memory": "2P + 1 on every rank",
             "pending": "r + 1 on rank r",
-            "way": "every microbatch passes the P ranks one after the other and then all the way back",
+            "way": "every microbatch passes the P ranks in their order and then all the way back, one stage on each",
         },
     )
 

@@ -192,7 +192,8 @@ def test_late_w_runs_after_the_messages_of_its_b():
     [
         ("zb1p", "tail", "late W is an option of dualpipe, dualpipev: got tail with zb1p"),
         ("mine.txt", "all", "late W is an option of dualpipe, dualpipev: got all with mine.txt"),
-        ("dualpipe", "tial", "late_w is none, tail, all: got 'tial'; did you mean tail?"),
+        ("dualpipe", None, "late_w must be none, tail, all: got None; did you mean none?"),
+        ("dualpipe", "tial", "late_w must be none, tail, all: got 'tial'; did you mean tail?"),
     ],
 )
 def test_late_w_of_other_schedules_is_refused(name, late, error):

@@ -99,9 +99,10 @@ def _caveat(message: Message) -> str:
 def pipelines(logs: Sequence[RankLog]) -> list[Ranks]:
     """The ranks of every pipeline, if there are several; each has two ranks or more.
 
-    Ranks are together if one sends an activation or a gradient that the other uses, or if they exchange tensors in a
-    process group that is not of all ranks.  A rank with neither, as after an early hang, is with the ranks that it
-    exchanges any other messages with.  If no rank has either, nothing shows several pipelines.
+    Ranks are together if one sends an activation or a gradient that the other uses, or did not get to use before it
+    failed, or if they exchange tensors in a process group that is not of all ranks.  If no ranks do, nothing shows
+    several pipelines.  A rank that does not, as after an early hang, is with the ranks that it exchanges any other
+    messages with; so is one that did not end with the ranks whose messages it waited for.
     """
     messages = {m.id: m for log in logs for m in log.messages.values()}
     partner, used = match(list(messages.values())), uses(logs)
@@ -112,7 +113,8 @@ def pipelines(logs: Sequence[RankLog]) -> list[Ranks]:
         with_rank.update(dict.fromkeys(whole, whole))
 
     for id, message in messages.items():
-        if message.send and (message.activation_of or message.gradient_of) and partner.get(id) in used:
+        carries = message.send and (message.activation_of or message.gradient_of)
+        if carries and (partner.get(id) in used or not logs[message.peer].ended):
             join(id.rank, message.peer)
     for members in _small_groups(logs):
         join(*members)
@@ -120,7 +122,8 @@ def pipelines(logs: Sequence[RankLog]) -> list[Ranks]:
     if len(alone) == len(logs):
         return []
     for id, message in messages.items():
-        if not alone.isdisjoint((id.rank, message.peer)):
+        waited = id not in partner and not logs[id.rank].ended
+        if waited or not alone.isdisjoint((id.rank, message.peer)):
             join(id.rank, message.peer)
     found = sorted({tuple(sorted(ranks)) for ranks in with_rank.values() if len(ranks) > 1})
     return found if len(found) > 1 else []

@@ -173,7 +173,7 @@ def test_a_message_with_tensors_of_two_microbatches_is_an_error(record_ranks):
         record_ranks(2, body)
 
 
-def test_data_parallel_pipelines_are_an_error(record_ranks):
+def test_more_than_two_places_where_data_enters_one_pipeline_are_an_error(record_ranks):
     def body(rank):
         stage = nn.Linear(4, 4)
         pair, place = divmod(rank, 2)
@@ -185,7 +185,7 @@ def test_data_parallel_pipelines_are_an_error(record_ranks):
                 stage(receive(other))
 
     with pytest.raises(RecordError, match="data enters at 3 places"):
-        record_ranks(6, body)
+        record_ranks(6, body, pipeline_ranks=range(6))
 
 
 def test_an_error_on_a_rank_is_raised_with_its_traceback(record_ranks):

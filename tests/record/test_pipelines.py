@@ -77,6 +77,10 @@ def test_ranks_that_hang_early_are_with_those_that_they_wait_for():
     logs[1].receive(0)
     logs[1].receive(2)
     assert pipelines([read(number, log.events) for number, log in enumerate(logs)]) == []
+    logs = job(4, (0, 1), (3, 2))
+    for rank, peer in ((1, 2), (2, 1)):
+        logs[rank].receive(peer)
+    assert pipelines([read(number, log.events) for number, log in enumerate(logs)]) == []
     logs = job(4)
     for rank, peer in enumerate((1, 0, 3, 2)):
         logs[rank].receive(peer)

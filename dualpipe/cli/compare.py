@@ -28,7 +28,7 @@ from dualpipe.cli.progress import progress_bar
 from dualpipe.cli.targets import HTML, PNG, SVG, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import NAMES, SizeError, generate, with_late_w
+from dualpipe.schedule.generate import NAMES, LateW, SizeError, generate, with_late_w
 
 if TYPE_CHECKING:
     from dualpipe.timeline.comparison import Absent, Candidate, Ranking
@@ -78,7 +78,10 @@ def compare(
     ] = None,
     blocking: Blocking = False,
     waive: Waive = None,
-    late_w: Annotated[str | None, typer.Option("--late-w", hidden=True)] = None,
+    late_w: Annotated[
+        str | None,
+        typer.Option("--late-w", help="Not for this command: name a schedule with late W, such as dualpipe-late-tail."),
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="Also write a picture: timelines and memory on one axis.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also write the same picture as PNG.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with the table and the timelines.")] = None,
@@ -103,10 +106,12 @@ def compare(
     from dualpipe.timeline.comparison import Limits, candidate, describe_sizes, parse_sizes, rank
     from dualpipe.timeline.ranking_text import describe, without_full_backward
     from dualpipe.timeline.summary import describe_costs
+    from proofs.waivers import waived
 
     given = _once(schedules or [])
     _check_late_w(given, late_w)
     _check_size(ranks, microbatches)
+    waived(waive or [])
     pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
     pages = target("--html", html, HTML)
     inputs = [*given, *([str(cost_from)] if cost_from else [])]
@@ -210,7 +215,7 @@ def _once(names: Sequence[str]) -> list[str]:
 
 def _check_late_w(names: Sequence[str], late_w: str | None) -> None:
     """``--late-w`` belongs to the commands that take one schedule.  Raises ``RuleError`` where it asks for one here."""
-    if late_w is None:
+    if late_w in (None, LateW.none):
         return
     asked = [with_late_w(name, late_w) for name in names if name.startswith("dualpipe")]
     fix = " ".join(asked) or " or ".join(with_late_w(name, late_w) for name in ("dualpipe", "dualpipev"))

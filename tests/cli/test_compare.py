@@ -6,6 +6,12 @@ import pytest
 
 from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import dumps
+from dualpipe.timeline.measured_costs import MEASURED
+from dualpipe.timeline.perfetto import Scaled, trace
+from dualpipe.timeline.perfetto import dumps as dumps_trace
+from dualpipe.timeline.run_log import simulated
+from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.timeline import Costs
 from tests.page import reading
 
 
@@ -48,6 +54,16 @@ def test_costs_latency_overlap_and_bytes_reach_the_simulation(run):
     assert by_name["dualpipe"]["fits"] is False
     assert by_name["dualpipe"]["reason"] == "holds 224 bytes, and 130 are allowed"
     assert by_name["dualpipe"]["parameters"] == [2, 2]
+
+
+def test_measured_costs_are_in_seconds_and_an_overridden_latency_is_printed(run, tmp_path):
+    file = tmp_path / "trace.json"
+    measured = simulated(simulate(generate("zb1p", 2, 4), Costs(latency=0.5)), MEASURED)
+    file.write_text(dumps_trace(trace([Scaled(measured, 1e3)], {})))  # its unit is a millisecond
+    result = run("compare", "zbv", "-P", 2, "-M", 4, "--cost-from", file, "--latency", 0.25)
+    heading = result.out.splitlines()[0]
+    assert "costs F=0.001,B=0.001,W=0.001,BW=0.002,latency=0.25 (means of 2 stages), times in seconds" in heading
+    assert result.err.endswith(" s; --latency overrides it: 0.25 s\n")
 
 
 def test_none_that_fits_is_a_refusal(run):
@@ -139,6 +155,7 @@ BAD = {
     "late W of a schedule": (["dualpipev", "zbv", "--late-w", "all"], "got --late-w all; use dualpipev-late-all"),
     "late W twice": (["dualpipe-late-tail", "--late-w", "all"], "got all with dualpipe-late-tail"),
     "no such late W": (["--late-w", "some"], "late_w is none, tail, all"),
+    "no such check": (["--waive", "speed"], "a check that can be waived is one of complete, order"),
     "no such schedule": (["dualpipe-late"], "dualpipe, dualpipev (both also with -late-tail, -late-all), 1f1b"),
     "two costs": (["--cost", "F=1", "--cost-from", "x.json"], "got --cost and --cost-from"),
     "no trace": (["--cost-from", "x.json"], "x.json: No such file or directory"),

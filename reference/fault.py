@@ -52,7 +52,7 @@ class Deadlock(RuleError):  # noqa: N818 - the field's term
     def __init__(self, waiting: Sequence[Waiting]) -> None:
         self.waiting = tuple(waiting)
         super().__init__(
-            "every rank reaches its end",
+            "every rank must reach its end",
             "the remaining ranks wait\n  " + "\n  ".join(map(str, waiting)),
             "give each of these messages its partner, in the order in which the other rank posts",
         )

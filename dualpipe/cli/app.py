@@ -38,7 +38,8 @@ def dualpipe(
     """Print, simulate, compare, prove, verify and record pipeline schedules.
 
     A SCHEDULE is one of these:
-    - dualpipe, dualpipev, 1f1b, zb1p, interleaved or zbv, made for -P ranks and -M microbatches
+    - dualpipe, dualpipev, 1f1b, zb1p, interleaved or zbv, made for -P ranks and -M microbatches;
+      dualpipe and dualpipev also with late W: dualpipe-late-tail, dualpipe-late-all and so on
     - a schedule file, in the format that show prints
     - a table of torch.distributed.pipelining (.csv)
     - module:function, a Python function that returns a Schedule or its text

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,16 +21,21 @@ from dualpipe.cli.options import (
     Microbatches,
     Ranks,
     ScheduleArguments,
+    Waive,
     find_schedules,
 )
+from dualpipe.cli.progress import progress_bar
 from dualpipe.cli.targets import HTML, PNG, SVG, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import NAMES, SizeError, generate
+from dualpipe.schedule.generate import NAMES, LateW, SizeError, generate, with_late_w
 
 if TYPE_CHECKING:
-    from dualpipe.timeline.comparison import Absent, Candidate, Ranking, Sizes
+    from dualpipe.timeline.comparison import Absent, Candidate, Ranking
     from dualpipe.timeline.timeline import Costs
+
+MOST_RANKS, MOST_TASKS = 1024, 65_536
+"""The most ranks, and the most ranks times microbatches; ten schedules of that size take minutes."""
 
 
 @app.command(
@@ -71,6 +77,11 @@ def compare(
         float | None, typer.Option(help="Bytes that a rank may hold, activations and weights together.")
     ] = None,
     blocking: Blocking = False,
+    waive: Waive = None,
+    late_w: Annotated[
+        str | None,
+        typer.Option("--late-w", help="Not for this command: name a schedule with late W, such as dualpipe-late-tail."),
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="Also write a picture: timelines and memory on one axis.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also write the same picture as PNG.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with the table and the timelines.")] = None,
@@ -80,6 +91,8 @@ def compare(
     """Simulate schedules side by side, and name the best one under given costs and memory.
 
     All named schedules are compared, or those among the arguments; files and functions come in addition.
+    DualPipe and DualPipeV with late W are schedules of their own, such as dualpipe-late-tail and dualpipev-late-all.
+    A file or function that plain search refutes, as in `dualpipe prove`, is listed with the reason and never best.
 
     Costs and bytes are those of a rank's share of the model, 1/P of its layers.
     A V or an interleaved schedule has 2P stages, each half a share; DualPipe has P whole ones.
@@ -87,13 +100,18 @@ def compare(
 
     Exit codes:
     0: a best schedule is named
-    1: none fits the given memory
+    1: there is none: each is refuted, cannot have the size, or does not fit the memory
     2: bad input
     """
-    from dualpipe.timeline.comparison import Limits, describe, describe_sizes, parse_sizes, rank
+    from dualpipe.timeline.comparison import Limits, candidate, describe_sizes, parse_sizes, rank
+    from dualpipe.timeline.ranking_text import describe, without_full_backward
     from dualpipe.timeline.summary import describe_costs
+    from proofs.waivers import waived
 
-    given = schedules or []
+    given = _once(schedules or [])
+    _check_late_w(given, late_w)
+    _check_size(ranks, microbatches)
+    waived(waive or [])
     pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
     pages = target("--html", html, HTML)
     inputs = [*given, *([str(cost_from)] if cost_from else [])]
@@ -109,11 +127,13 @@ def compare(
         for number, schedule in enumerate(found)
     ]
     size = _size(ranks, microbatches, others)
+    _check_size(*size)
     names = [name for name in NAMES if name in given] or list(NAMES)
-    ranking = rank(_candidates(names, others, size, costs, memory, blocking), limits)
-    heading = f"{size[0]} ranks, {size[1]} microbatches"
+    simulated = partial(candidate, costs=costs, sizes=memory, blocking=blocking)
+    ranking = rank(_candidates(names, others, size, simulated, waive or []), limits)
+    heading = f"{_counted(size[0], 'rank')}, {_counted(size[1], 'microbatch', 'microbatches')}"
     note = f"costs {describe_costs(costs)}"
-    note += f" (means of {len(costs.stages)} stages)" if costs.stages else ""
+    note += f" (means of {len(costs.stages)} stages), times in seconds" if costs.stages else ""
     note += f"; bytes {describe_sizes(memory)}" if memory else ""
     note += f", of 1/{size[0]} of the model; a schedule with {2 * size[0]} stages has half of that in each"
     if as_json:
@@ -123,7 +143,14 @@ def compare(
         about |= {"bytes": vars(memory) if memory else None, "limits": vars(limits)}
         typer.echo(json.dumps(about | ranking.as_json()))
     else:
-        typer.echo(f"{heading}; {note}\n{describe(ranking)}")
+        typer.echo(f"{heading}; {note}")
+        if costs.BW is not None and (split := without_full_backward(ranking)):
+            typer.echo(f"BW does not apply to {', '.join(split)}, which run each B and W apart")
+        typer.echo(describe(ranking))
+    if not ranking.candidates:
+        for path in filter(None, (svg, png, html)):
+            typer.echo(f"{path} is not written: no schedule was simulated", err=True)
+        raise typer.Exit(1)
     if pictures:
         from dualpipe.timeline.picture import render
         from dualpipe.timeline.side_by_side import draw
@@ -152,21 +179,68 @@ def _candidates(
     names: Sequence[str],
     others: Sequence[tuple[str, Schedule]],
     size: tuple[int, int],
-    costs: Costs,
-    sizes: Sizes | None,
-    blocking: bool,
+    simulated: Callable[[str, Schedule], Candidate | Absent],
+    waive: Sequence[str],
 ) -> list[Candidate | Absent]:
-    from dualpipe.timeline.comparison import Absent, candidate
+    """The named schedules, which are proved for every size, and the others, each of which is checked first."""
+    from dualpipe.cli.refutation import refutation
+    from dualpipe.timeline.comparison import Absent
 
     found: list[Candidate | Absent] = []
+    total = len(names) + len(others)
+    with progress_bar() as begin:
+        for name in names:
+            begin(len(found), total, name)
+            try:
+                schedule = generate(name, *size)
+            except SizeError as error:
+                found.append(Absent(name, str(error)))
+            else:
+                found.append(simulated(name, schedule))
+        for name, schedule in others:
+            begin(len(found), total, name)
+            found.append(refutation(name, schedule, waive) or simulated(name, schedule))
+        begin(total, total, "")
+    return found
+
+
+def _once(names: Sequence[str]) -> list[str]:
+    """The names without those that name the same schedule or file once more."""
+    first: dict[str | Path, str] = {}
     for name in names:
-        try:
-            schedule = generate(name, *size)
-        except SizeError as error:
-            found.append(Absent(name, str(error)))
-        else:
-            found.append(candidate(name, schedule, costs, sizes, blocking=blocking))
-    return found + [candidate(name, schedule, costs, sizes, blocking=blocking) for name, schedule in others]
+        is_file = name and name not in NAMES and Path(name).is_file()
+        first.setdefault(Path(name).resolve() if is_file else name, name)
+    return list(first.values())
+
+
+def _check_late_w(names: Sequence[str], late_w: str | None) -> None:
+    """``--late-w`` belongs to the commands that take one schedule.  Raises ``RuleError`` where it asks for one here."""
+    if late_w in (None, LateW.none):
+        return
+    asked = [with_late_w(name, late_w) for name in names if name.startswith("dualpipe")]
+    fix = " ".join(asked) or " or ".join(with_late_w(name, late_w) for name in ("dualpipe", "dualpipev"))
+    raise RuleError(
+        "`dualpipe compare` takes schedules with late W by their names", f"got --late-w {late_w}", f"use {fix}"
+    )
+
+
+def _check_size(ranks: int | None, microbatches: int | None) -> None:
+    """Raises ``RuleError`` for a size that no schedule has, or that would take hours."""
+    for option, number in (("-P", ranks), ("-M", microbatches)):
+        if number is not None and number < 1:
+            raise RuleError(f"{option} is 1 or more", f"got {number}", "correct it")
+    if ranks is not None and ranks > MOST_RANKS:
+        raise RuleError(f"a comparison has at most {MOST_RANKS:,} ranks", f"got {ranks:,}", "compare a smaller size")
+    if (ranks or 1) * (microbatches or 1) > MOST_TASKS:
+        raise RuleError(
+            f"ranks times microbatches is at most {MOST_TASKS:,}",
+            f"got {ranks or 1:,} times {microbatches or 1:,}",
+            "compare a smaller size",
+        )
+
+
+def _counted(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _costs(text: str | None, trace: Path | None, latency: float | None, overlap: float | None) -> Costs:
@@ -179,7 +253,7 @@ def _costs(text: str | None, trace: Path | None, latency: float | None, overlap:
         from dualpipe.timeline.measured_costs import describe, read
 
         measured = read(trace)
-        typer.echo(describe(measured), err=True)
+        typer.echo(describe(measured, latency), err=True)
         costs = measured.costs
     else:
         costs = parse_costs(text or "")
@@ -204,7 +278,7 @@ def _limit(option: str, value: float | None) -> float | None:
 
 def _page(ranking: Ranking, heading: str, note: str) -> str:
     from dualpipe.page import Drawn, Gallery, Page, Steps, Table, render
-    from dualpipe.timeline.comparison import caption, left_out, table, verdict
+    from dualpipe.timeline.ranking_text import caption, left_out, table, verdict
 
     drawn = []
     for each in ranking.candidates:

@@ -16,7 +16,9 @@ from dualpipe.schedule.generate import NAMES as SCHEDULES
 from dualpipe.schedule.generate import LateW, generate, with_late_w
 from dualpipe.schedule.text import load
 
-NAMES = ", ".join(name for name in SCHEDULES if "-late-" not in name)
+NAMES = "dualpipe, dualpipev (both also with -late-tail, -late-all), " + ", ".join(
+    name for name in SCHEDULES if not name.startswith("dualpipe")
+)
 """The named schedules; those with late W also follow from ``--late-w``."""
 MAX_SECONDS = 1_000_000
 MIN_GIBIBYTES, MAX_GIBIBYTES = 0.2, 100_000

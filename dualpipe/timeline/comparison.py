@@ -148,10 +148,11 @@ def _bytes(slot: Slot, sizes: Sizes) -> tuple[float, float]:
 
 
 class Absent(NamedTuple):
-    """A schedule that cannot take part, and why."""
+    """A schedule that cannot take part, and why: in a line, and in ``story`` the whole text if that is longer."""
 
     name: str
     reason: str
+    story: str = ""
 
 
 def candidate(
@@ -172,7 +173,9 @@ def candidate(
     try:
         timeline = simulate(schedule, of_depth.times(share), blocking=blocking, eager=True)
     except Stuck as stuck:
-        return Absent(name, str(stuck))
+        first, *others = stuck.waits
+        more = f", and {len(others)} more" if others else ""
+        return Absent(name, f"it gets stuck: {first}{more}", str(stuck))
     return Candidate(name, timeline, share, sizes)
 
 
@@ -239,9 +242,8 @@ class Ranking:
         return tuple(each for each in fitting if _equal(each, fitting[0]))
 
     def as_json(self) -> dict[str, Any]:
-        absent = [{"schedule": name, "reason": reason} for name, reason in self.absent]
         return {
-            "schedules": [*map(self._candidate, self.candidates), *absent],
+            "schedules": [*map(self._candidate, self.candidates), *map(_absent, self.absent)],
             "best": [each.name for each in self.best],
         }
 
@@ -261,6 +263,26 @@ class Ranking:
             "fits": not self.limits.excess(each),
             "reason": self.limits.excess(each) or None,
         }
+
+
+_FIGURES = (
+    "makespan",
+    "bubble_share",
+    "bubble",
+    "peak_activations",
+    "peak_activation_bytes",
+    "peak_bytes",
+    "peak_pending_w",
+    "parameters",
+    "messages",
+)
+"""The keys of a candidate's figures in JSON."""
+
+
+def _absent(each: Absent) -> dict[str, Any]:
+    """The keys of a candidate, with no figures."""
+    figures = dict.fromkeys(_FIGURES)
+    return {"schedule": each.name, **figures, "fits": False, "reason": each.story or each.reason}
 
 
 def rank(found: Iterable[Candidate | Absent], limits: Limits) -> Ranking:
@@ -295,53 +317,3 @@ def _holds(each: Candidate) -> tuple[float, ...]:
     if each.bytes is not None:
         return (max(each.bytes),)
     return (max(each.parameters), max(each.activations), max(each.pending_w))
-
-
-def table(ranking: Ranking) -> list[list[str]]:
-    """The figures of the candidates as rows of text below a head; peaks are those of the rank that holds most."""
-    with_bytes = any(each.bytes is not None for each in ranking.candidates)
-    head = ["schedule", "makespan", "bubble", "activations", "pending W", "parameters", "messages"]
-    rows = [head + ["activation bytes", "bytes"] * with_bytes]
-    for each in ranking.candidates:
-        peaks = (each.activations, each.pending_w, each.parameters)
-        row = [each.name, f"{each.timeline.makespan:g}", f"{each.timeline.bubble_share:.1%}"]
-        row += [*(f"{max(values):g}" for values in peaks), f"{each.messages}"]
-        row += [f"{max(values):g}" for values in (each.activation_bytes, each.bytes) if values is not None]
-        rows.append(row)
-    return rows
-
-
-def left_out(ranking: Ranking) -> list[str]:
-    """A line for each schedule that does not fit or cannot take part."""
-    excess = {each.name: ranking.limits.excess(each) for each in ranking.candidates}
-    absent = (f"{name}: {reason}" for name, reason in ranking.absent)
-    return [*(f"{name} {reason}" for name, reason in excess.items() if reason), *absent]
-
-
-def describe(ranking: Ranking) -> str:
-    """The ranking as aligned lines, with its verdict as the last one."""
-    rows = table(ranking)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([*lines, *left_out(ranking), verdict(ranking)])
-
-
-def caption(ranking: Ranking, each: Candidate) -> str:
-    """What stands over the timeline of a candidate."""
-    parts = [f"{each.name}: makespan {each.timeline.makespan:g}", f"bubble {each.timeline.bubble_share:.1%}"]
-    parts.append(f"parameters {max(each.parameters):g}")
-    if each in ranking.best:
-        parts.append("best" if each is ranking.best[0] else "as fast")
-    return ", ".join(filter(None, [*parts, ranking.limits.excess(each)]))
-
-
-def verdict(ranking: Ranking) -> str:
-    """The best schedule in one line."""
-    if not ranking.best:
-        return "best: none" + (" of them fits" if ranking.candidates else "")
-    first, *others = ranking.best
-    as_fast = f"; as fast: {', '.join(each.name for each in others)}" if others else ""
-    return f"best: {first.name}, makespan {first.timeline.makespan:g}{as_fast}"

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, quantiles
 from typing import Any, NamedTuple
 
 from dualpipe.errors import RuleError
@@ -25,13 +25,36 @@ _MICROSECOND = 1e-6
 Event = Mapping[str, Any]
 
 
-class StageTimes(NamedTuple):
-    """Medians in seconds; ``None`` for what was not measured.  ``BW`` is a full backward."""
+class Times(NamedTuple):
+    """What was measured of one kind of op or message: seconds, with the quartiles below and above the median."""
 
-    F: float | None
-    B: float | None
-    W: float | None
-    BW: float | None
+    median: float
+    lower: float
+    upper: float
+    samples: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} ({self.lower:.4g} to {self.upper:.4g}, {self.samples})"
+
+
+def _times(samples: list[float]) -> Times | None:
+    """``None`` without samples."""
+    if not samples:
+        return None
+    lower, _, upper = quantiles(samples * 2 if len(samples) == 1 else samples, n=4, method="inclusive")
+    return Times(median(samples), lower, upper, len(samples))
+
+
+class StageTimes(NamedTuple):
+    """The times of a stage; ``None`` for what was not measured.  ``BW`` is a full backward."""
+
+    F: Times | None
+    B: Times | None
+    W: Times | None
+    BW: Times | None
+
+    def medians(self) -> tuple[float | None, ...]:
+        return tuple(None if each is None else each.median for each in self)
 
 
 @dataclass(frozen=True)
@@ -43,39 +66,72 @@ class Measured:
     stages:
         The times of each stage, by number.
     latency:
-        Median seconds of a message, or ``None`` if no receiver was waiting for one when it was sent.
+        The times of messages, or ``None`` if no receiver was waiting for one when it was sent.
     """
 
     ranks: int
     stages: Mapping[int, StageTimes]
-    latency: float | None
+    latency: Times | None
 
     @property
     def costs(self) -> Costs:
         """The costs of a share, 1/P of the model: the mean over the depth, and each measured stage as ``stages``.
 
-        B and W get half of a full backward each where no backward was split, and a stage without a kind of op has the
-        mean of the others.
+        A stage without a split backward has its own full backward, of which B and W get the parts that they have at
+        the stages that were measured with both, or half each if there are none.  A stage without a full backward has
+        the sum of its B and W.  A stage without F, or without any backward, has the mean of the others.
         """
         share = len(self.stages) / self.ranks  # measured stages that a share has
         slices = [self._slice(times).times(share) for times in self.stages.values()]
         F, B, W, BW = (mean(getattr(each, name) for each in slices) for name in ("F", "B", "W", "backward"))  # noqa: N806
-        return Costs(F, B, W, BW=BW, latency=self.latency or 0.0, stages=tuple(slices))
+        latency = 0.0 if self.latency is None else self.latency.median
+        return Costs(F, B, W, BW=BW, latency=latency, stages=tuple(slices))
 
     def _slice(self, times: StageTimes) -> Costs:
-        whole = self._or_mean("BW", times.BW)
-        half = (whole or 0.0) / 2
-        given = {"F": times.F, "B": times.B, "W": times.W}
-        found = {kind: self._or_mean(kind, time) for kind, time in given.items()}
-        forward, backward, weights = (half if time is None else time for time in found.values())
+        forward, backward, weights, whole = times.medians()
+        forward = self._forward() if forward is None else forward
+        if backward is None or weights is None:
+            if whole is None:
+                whole = self._whole()
+            b, w = self._split() or (0.0, 0.0)
+            part = b / (b + w) if b + w else 0.5
+            backward, weights = whole * part, whole * (1 - part)
         return Costs(forward, backward, weights, BW=whole)
 
-    def _or_mean(self, kind: str, time: float | None) -> float | None:
-        """The time of a stage, or if it has none the mean of the others."""
-        if time is not None:
-            return time
-        others = [getattr(stage, kind) for stage in self.stages.values()]
-        return mean(each for each in others if each is not None) if any(others) else None
+    def _forward(self) -> float:
+        """The mean F of the stages at which one was measured."""
+        return mean(times.F.median for times in self.stages.values() if times.F)
+
+    def _split(self) -> tuple[float, float] | None:
+        """The mean B and W of the stages at which both were measured."""
+        split = [(times.B.median, times.W.median) for times in self.stages.values() if times.B and times.W]
+        return (mean(b for b, _ in split), mean(w for _, w in split)) if split else None
+
+    def _whole(self) -> float:
+        """The mean time of B and W together, of the stages at which a backward was measured."""
+        return mean(whole for times in self.stages.values() if (whole := _backward(times)) is not None)
+
+    @property
+    def doubts(self) -> list[str]:
+        """A line for each stage whose full backward is not within a factor of 2 of a B and a W."""
+        split = self._split()
+        lines = []
+        for stage, times in self.stages.items():
+            if times.BW is None or split is None:
+                continue
+            own = times.B.median + times.W.median if times.B and times.W else split[0] + split[1]
+            if not own / 2 <= times.BW.median <= 2 * own:
+                where = "" if times.B and times.W else " of other stages"
+                lines.append(
+                    f"stage {stage}: a full backward takes {times.BW.median:.4g} s, B and W{where} {own:.4g} s"
+                )
+        return lines
+
+
+def _backward(times: StageTimes) -> float | None:
+    if times.B is not None and times.W is not None:
+        return times.B.median + times.W.median
+    return None if times.BW is None else times.BW.median
 
 
 def read(path: Path) -> Measured:
@@ -86,6 +142,8 @@ def read(path: Path) -> Measured:
         names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
         own = {pid for pid, name in names.items() if name == MEASURED}
         return _measured([event for event in events if event["ph"] == "X" and event["pid"] in own])
+    except RuleError:
+        raise
     except OSError as error:
         raise RuleError(rule, f"{path}: {error.strerror or error}", "name another file") from error
     except (ValueError, KeyError, TypeError, LookupError) as error:
@@ -110,13 +168,24 @@ def _measured(slices: Iterable[Event]) -> Measured:
         elif kind in ("SF", "SB"):
             sends[event["name"]].append(event)
     stages = {
-        stage: StageTimes(*(median(kinds[kind]) if kinds.get(kind) else None for kind in StageTimes._fields))
+        stage: StageTimes(*(_times(kinds.get(kind, [])) for kind in StageTimes._fields))
         for stage, kinds in sorted(took.items())
     }
     if not stages:
         raise LookupError("no op was measured")
-    latencies = list(_latencies(sends, waits))
-    return Measured(len(ranks), stages, median(latencies) if latencies else None)
+    _check(stages)
+    return Measured(len(ranks), stages, _times(list(_latencies(sends, waits))))
+
+
+def _check(stages: Mapping[int, StageTimes]) -> None:
+    """Raises ``RuleError`` where stages have no times, and no other stage has any to use instead."""
+    rule, fix = "a trace with costs has ops of every stage, forwards and backwards", "record the whole run again"
+    if absent := sorted(set(range(max(stages) + 1)) - stages.keys()):
+        raise RuleError(rule, f"no op of stage {absent[0]} was measured, and ops of stage {max(stages)} were", fix)
+    if all(times.F is None for times in stages.values()):
+        raise RuleError(rule, "no forward was measured", fix)
+    if all(_backward(times) is None for times in stages.values()):
+        raise RuleError(rule, "no backward was measured, neither a full one nor both B and W of a stage", fix)
 
 
 def _latencies(sends: Mapping[str, list[Event]], waits: Mapping[tuple[str, float], float]) -> Iterable[float]:
@@ -135,12 +204,19 @@ def _receive_of(send: str) -> str:
     return f"{int(stage) + (1 if rest[0] == 'F' else -1)}R{rest.partition('@')[0]}"
 
 
-def describe(measured: Measured) -> str:
-    """The times of each stage, and of the links, in milliseconds."""
-    lines = ["measured, ms:  stage  " + "  ".join(f"{kind:>7}" for kind in StageTimes._fields)]
-    for stage, times in measured.stages.items():
-        cells = (f"{time * 1e3:7.3f}" if time is not None else f"{'-':>7}" for time in times)
-        lines.append(f"{stage:20}  {'  '.join(cells)}")
-    link = "no receiver was waiting when its message was sent, so 0 is used"
-    lines.append(f"latency: {link if measured.latency is None else f'{measured.latency * 1e3:.3f} ms'}")
+def describe(measured: Measured, latency: float | None = None) -> str:
+    """The times of each stage and of the messages, in seconds; ``latency`` is one that is used instead."""
+    rows = [["stage", *StageTimes._fields]]
+    rows += [
+        [f"{stage}", *("-" if each is None else f"{each}" for each in times)]
+        for stage, times in measured.stages.items()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["measured, in seconds: median (lower to upper quartile, number of samples)"]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    found = measured.latency
+    link = "no receiver was waiting when its message was sent" if found is None else f"{found} s"
+    used = ", so 0 is used" if found is None else ""
+    lines.append(f"latency: {link}{used if latency is None else f'; --latency overrides it: {latency:g} s'}")
+    lines += [f"warning: {doubt}; measure again where nothing else runs" for doubt in measured.doubts]
     return "\n".join(lines)

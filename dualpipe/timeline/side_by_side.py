@@ -22,9 +22,10 @@ from matplotlib.ticker import MaxNLocator
 
 from dualpipe.schedule import B, F, W
 from dualpipe.timeline.chart import chart
-from dualpipe.timeline.comparison import Candidate, Ranking, caption
+from dualpipe.timeline.comparison import Candidate, Ranking
 from dualpipe.timeline.palette import GROUND, INK, LIGHT, NAMES, colour
 from dualpipe.timeline.picture import styled
+from dualpipe.timeline.ranking_text import caption
 from dualpipe.timeline.rows import FRAME, POINTS, legend, paint, scale
 
 _CELL, _NARROWEST, _WIDEST = 0.17, 8.0, 26.0

@@ -46,7 +46,7 @@ class Stuck(ScheduleError):  # noqa: N818 - the field says that a pipeline is st
         self.waits, self.reached = waits, reached
         more = [f"and {len(waits) - _MOST_SHOWN} more wait"] if len(waits) > _MOST_SHOWN else []
         super().__init__(
-            "every rank reaches its end and every message has a partner",
+            "every rank must reach its end and every message must have a partner",
             ", ".join([*map(str, waits[:_MOST_SHOWN]), *more]),
             "run `dualpipe prove` on the schedule for the reason",
         )

@@ -6,6 +6,12 @@ import pytest
 
 from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import dumps
+from dualpipe.timeline.measured_costs import MEASURED
+from dualpipe.timeline.perfetto import Scaled, trace
+from dualpipe.timeline.perfetto import dumps as dumps_trace
+from dualpipe.timeline.run_log import simulated
+from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.timeline import Costs
 from tests.page import reading
 
 
@@ -50,6 +56,16 @@ def test_costs_latency_overlap_and_bytes_reach_the_simulation(run):
     assert by_name["dualpipe"]["parameters"] == [2, 2]
 
 
+def test_measured_costs_are_in_seconds_and_an_overridden_latency_is_printed(run, tmp_path):
+    file = tmp_path / "trace.json"
+    measured = simulated(simulate(generate("zb1p", 2, 4), Costs(latency=0.5)), MEASURED)
+    file.write_text(dumps_trace(trace([Scaled(measured, 1e3)], {})))  # its unit is a millisecond
+    result = run("compare", "zbv", "-P", 2, "-M", 4, "--cost-from", file, "--latency", 0.25)
+    heading = result.out.splitlines()[0]
+    assert "costs F=0.001,B=0.001,W=0.001,BW=0.002,latency=0.25 (means of 2 stages), times in seconds" in heading
+    assert result.err.endswith(" s; --latency overrides it: 0.25 s\n")
+
+
 def test_none_that_fits_is_a_refusal(run):
     result = run("compare", "-P", 4, "-M", 8, "--max-activations", 1)
     assert result.code == 1
@@ -73,7 +89,74 @@ def test_pictures_and_the_page_show_every_schedule(run, tmp_path):
     assert data["drawings"][1]["caption"].startswith("zbv: makespan 12.5, bubble 4.0%, parameters 1")
 
 
+def wrong_schedules():
+    """The check that refutes each, and a text in which only that is wrong."""
+    dualpipe, zb1p = dumps(generate("dualpipe", 4, 8)), dumps(generate("zb1p", 2, 4))
+    return {
+        "messages": dualpipe.replace("0SF3>+3SB1<", "3SB1<+0SF3>"),
+        "complete": zb1p.replace("0W3>", ""),
+        "accumulation": dumps(generate("1f1b", 1, 2)).replace("0B0>+0W0>", "0B0>").replace("0W1>", "0W1> 0W0>"),
+    }
+
+
+@pytest.mark.parametrize("check", wrong_schedules())
+def test_a_file_that_is_refuted_is_listed_with_the_reason_and_never_best(run, tmp_path, check):
+    file = tmp_path / "wrong.txt"
+    file.write_text(wrong_schedules()[check])
+    result = run("compare", file, "zbv")
+    assert result.code == 0
+    assert f"\n{file}: refuted: {check}: " in result.out
+    assert result.out.splitlines()[-1].startswith("best: zbv, ")
+    right, wrong = json.loads(run("compare", file, "zbv", "--json").out)["schedules"]
+    assert (wrong["schedule"], wrong["fits"]) == (str(file), False)
+    assert wrong.keys() == right.keys()
+    assert {wrong[key] for key in wrong.keys() - {"schedule", "fits", "reason"}} == {None}
+    assert wrong["reason"].startswith(f"refuted: {check}: ")
+
+
+def test_a_waived_check_does_not_keep_a_file_from_the_comparison(run, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text(wrong_schedules()["accumulation"])
+    assert f"\n{file}: refuted" not in run("compare", file, "zbv", "--waive", "accumulation").out
+
+
+def test_a_file_given_twice_is_compared_once(run, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text(dumps(generate("1f1b", 1, 1)))
+    result = run("compare", file, tmp_path / ".." / tmp_path.name / "mine.txt", "zbv", "zbv")
+    assert result.out.startswith("1 rank, 1 microbatch; ")
+    assert [line.split()[0] for line in result.out.splitlines()[2:-1]] == [str(file), "zbv"]
+
+
+def test_bw_names_the_schedules_to_which_it_does_not_apply(run):
+    out = run("compare", "1f1b", "zb1p", "dualpipe-late-all", "--cost", "BW=1", "-P", 2, "-M", 4).out
+    (line,) = [line for line in out.splitlines() if line.startswith("BW does not apply")]
+    assert "zb1p" in line
+    assert "1f1b" not in line
+
+
+def test_no_picture_is_written_where_no_schedule_can_have_the_size(run, tmp_path):
+    files = {option: tmp_path / f"c.{option}" for option in ("svg", "png", "html")}
+    result = run("compare", "dualpipe", "-P", 3, "-M", 8, *(f"--{option}={file}" for option, file in files.items()))
+    assert result.code == 1
+    assert result.out.endswith("use 4\nbest: none\n")
+    assert result.err == "".join(f"{file} is not written: no schedule was simulated\n" for file in files.values())
+    assert not any(file.exists() for file in files.values())
+
+
 BAD = {
+    "no ranks": (["-P", 0], "-P is 1 or more: got 0"),
+    "negative ranks": (["-P", -2], "-P is 1 or more: got -2"),
+    "no microbatches": (["-M", 0], "-M is 1 or more: got 0"),
+    "too many ranks": (["-P", 10**30], "a comparison has at most 1,024 ranks: got 1,000,000"),
+    "too many microbatches": (["-M", 10**8], "ranks times microbatches is at most 65,536: got 1 times 100,000,000"),
+    "too many of both": (["-P", 1024], "ranks times microbatches is at most 65,536: got 1,024 times 2,048"),
+    "late W as an option": (["--late-w", "tail"], "use dualpipe-late-tail or dualpipev-late-tail"),
+    "late W of a schedule": (["dualpipev", "zbv", "--late-w", "all"], "got --late-w all; use dualpipev-late-all"),
+    "late W twice": (["dualpipe-late-tail", "--late-w", "all"], "got all with dualpipe-late-tail"),
+    "no such late W": (["--late-w", "some"], "late_w is none, tail, all"),
+    "no such check": (["--waive", "speed"], "a check that can be waived is one of complete, order"),
+    "no such schedule": (["dualpipe-late"], "dualpipe, dualpipev (both also with -late-tail, -late-all), 1f1b"),
     "two costs": (["--cost", "F=1", "--cost-from", "x.json"], "got --cost and --cost-from"),
     "no trace": (["--cost-from", "x.json"], "x.json: No such file or directory"),
     "two latencies": (["--cost", "latency=1", "--latency", 2], "got --latency and latency= in --cost"),

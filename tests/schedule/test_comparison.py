@@ -16,7 +16,8 @@ import pytest
 from dualpipe.errors import RuleError
 from dualpipe.schedule.generate import NAMES, generate
 from dualpipe.schedule.text import dumps, loads
-from dualpipe.timeline.comparison import Absent, Candidate, Limits, Sizes, candidate, describe, parse_sizes, rank
+from dualpipe.timeline.comparison import Absent, Candidate, Limits, Sizes, candidate, parse_sizes, rank
+from dualpipe.timeline.ranking_text import describe
 from dualpipe.timeline.timeline import Costs
 from proofs.memory import peak_bytes
 
@@ -121,7 +122,10 @@ def test_a_schedule_that_gets_stuck_is_absent_with_the_reason():
     text = "lane > 0 1\nrank 0: 0F0> 0SF0>+0RB0> 0B0>+0W0>\nrank 1: 1RF0> 1F0> 1B0>+1W0>\n"
     stuck = candidate("mine", loads(text), Costs())
     assert isinstance(stuck, Absent)
-    assert "waits for rank 1 to post the partner of 0RB0>" in stuck.reason
+    assert stuck.reason.startswith("it gets stuck: rank 0 in slot 1 waits for rank 1 to post the partner of ")
+    assert stuck.story.startswith(
+        "every rank must reach its end and every message must have a partner: rank 0 in slot 1"
+    )
     assert f"mine: {stuck.reason}" in describe(rank([*candidates(), stuck], Limits()))
     assert rank([stuck], Limits()).best == ()
 

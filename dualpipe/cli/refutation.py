@@ -1,0 +1,27 @@
+"""Why plain search refutes a schedule, for commands that take only right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from dualpipe.schedule import Schedule
+from dualpipe.timeline.comparison import Absent
+from proofs.prove import describe, prove
+from proofs.verdict import Refuted
+
+
+def refutation(name: str, schedule: Schedule, waive: Collection[str] = ()) -> Absent | None:
+    """The first failure or refuted check that is not waived, without a run of Z3; ``None`` if there is none.
+
+    The published bound of ``memory`` is no reason to refuse a schedule.  Raises ``RuleError`` for a name in ``waive``
+    that is no check.
+    """
+    report = prove(schedule, smt=False, waive=waive)
+    for failure in report.failures:
+        return Absent(name, f"refuted: {failure}")
+    for check, result in report.checks.items():
+        if check != "memory" and isinstance(result.verdict, Refuted) and not result.waived:
+            reason, *story = describe(result)
+            reason = f"refuted: {check}: {reason}"
+            return Absent(name, reason, "\n".join([reason, *story]))
+    return None

@@ -32,7 +32,7 @@ def test_both_methods_of_proving_are_timed(capsys):
     script("provers.py")["main"](sizes="2/4", rounds=1, theorems="1f1b")
     out = capsys.readouterr().out
     assert "dualpipe at 2/4, rounds: 1; plain search" in out
-    assert "9 theorems of 1f1b: " in out
+    assert "11 theorems of 1f1b: " in out
 
 
 def test_mutants_are_proved_and_run(capsys):

@@ -154,7 +154,7 @@ BAD = {
     "late W as an option": (["--late-w", "tail"], "use dualpipe-late-tail or dualpipev-late-tail"),
     "late W of a schedule": (["dualpipev", "zbv", "--late-w", "all"], "got --late-w all; use dualpipev-late-all"),
     "late W twice": (["dualpipe-late-tail", "--late-w", "all"], "got all with dualpipe-late-tail"),
-    "no such late W": (["--late-w", "some"], "late_w is none, tail, all"),
+    "no such late W": (["--late-w", "some"], "late_w must be none, tail, all"),
     "no such check": (["--waive", "speed"], "a check that can be waived is one of complete, order"),
     "no such schedule": (["dualpipe-late"], "dualpipe, dualpipev (both also with -late-tail, -late-all), 1f1b"),
     "two costs": (["--cost", "F=1", "--cost-from", "x.json"], "got --cost and --cost-from"),

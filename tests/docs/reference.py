@@ -43,7 +43,15 @@ MODULES: dict[str, tuple[str, str]] = {
 }
 
 TYPES: dict[str, tuple[str, ...]] = {
-    "dualpipe": ("dualpipe.schedule.op:Program", "dualpipe.schedule.op:Slot"),
+    "dualpipe": (
+        "dualpipe.schedule.op:Program",
+        "dualpipe.schedule.op:Slot",
+        "dualpipe.schedule.op:Task",
+        "dualpipe.schedule.failure:Failure",
+        "dualpipe.schedule.observed:Observed",
+        "dualpipe.schedule.observed:Event",
+        "dualpipe.schedule.observed:Guess",
+    ),
     "dualpipe.lower": ("dualpipe.schedule:Placed",),
     "dualpipe.picture": ("dualpipe.timeline.picture:Form",),
     "dualpipe.pipeline": (
@@ -62,7 +70,11 @@ TYPES: dict[str, tuple[str, ...]] = {
         "dualpipe.megatron.model:Provider",
         "dualpipe.megatron.rules:SettingsError",
     ),
-    "dualpipe.testing": ("dualpipe.record.child.log:Sink", "dualpipe.record.recording:Recording"),
+    "dualpipe.testing": (
+        "dualpipe.record.child.log:Sink",
+        "dualpipe.record.events:ForwardId",
+        "dualpipe.record.recording:Recording",
+    ),
     "proofs.prove": (
         "proofs.memory:Held",
         "proofs.memory:PeakBytes",

@@ -230,8 +230,8 @@ def one_receive_too_many_on_a_middle_rank() -> None:
 
     real = schedule.schedule_for
 
-    def schedule_for(ranks, microbatches, forward_only=False):
-        made = real(ranks, microbatches, forward_only)
+    def schedule_for(ranks, microbatches, forward_only=False, late_w="none"):
+        made = real(ranks, microbatches, forward_only, late_w)
         lane, stage = next((lane, route.index(1)) for lane, route in made.routes.items())
         extra = (Op(RF, lane, stage, microbatches),)
         programs = tuple((extra, *p) if rank == 1 else p for rank, p in enumerate(made.programs))

@@ -51,6 +51,7 @@ TYPES: dict[str, tuple[str, ...]] = {
         "dualpipe.schedule.observed:Observed",
         "dualpipe.schedule.observed:Event",
         "dualpipe.schedule.observed:Guess",
+        "dualpipe.schedule.observed:What",
     ),
     "dualpipe.lower": ("dualpipe.schedule:Placed",),
     "dualpipe.picture": ("dualpipe.timeline.picture:Form",),

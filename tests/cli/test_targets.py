@@ -10,7 +10,7 @@ from dualpipe.cli.targets import HTML, PNG, RECORDING, SMTLIB, SVG, TRACE, Targe
 from dualpipe.errors import RuleError
 from dualpipe.files import write_whole
 from dualpipe.schedule.generate import generate
-from dualpipe.schedule.text import dumps
+from dualpipe.schedule.text import dumps, loads
 
 TEXT = dumps(generate("1f1b", 2, 2))
 TABLE = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
@@ -113,7 +113,7 @@ def test_a_recording_that_cannot_be_written_is_printed(run, folder, monkeypatch)
     """The program of a recording may itself have written that file."""
     program = "import pathlib; pathlib.Path('out.txt').write_text('mine')"
     monkeypatch.setattr("dualpipe.record.read_folder", lambda *_: ([], 1))
-    monkeypatch.setattr("dualpipe.record.assemble", lambda *_: Recorded())
+    monkeypatch.setattr("dualpipe.record.assemble_all", lambda *_: [Recorded()])
     result = run("record", "-o", "out.txt", "--", "python", "-c", program)
     assert (result.code, result.out) == (2, TEXT)
     assert (folder / "out.txt").read_text() == "mine"
@@ -122,7 +122,12 @@ def test_a_recording_that_cannot_be_written_is_printed(run, folder, monkeypatch)
 class Recorded:
     """What the command uses of a recording."""
 
-    notes = ()
+    notes = caveats = ()
+    comparison = None
+    schedule = loads(TEXT)
+
+    def as_json(self):
+        return {}
 
     def summary(self):
         return "nothing"

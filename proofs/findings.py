@@ -358,7 +358,7 @@ class TouchedInFlight(_Absence):
     that is never waited for has no ``waited``.
     """
 
-    ends_early = False  # what was touched was touched, whatever came later
+    ends_early = False  # the access is a fault whatever happens later
     check = "buffers"
     fault = "touched in flight"
     message: Placed
@@ -380,7 +380,7 @@ class Overwritten(_Absence):
     program: where the graph was made, where the write was, and where the backward used what had been overwritten.
     """
 
-    ends_early = False  # what was touched was touched, whatever came later
+    ends_early = False  # the access is a fault whatever happens later
     check = "buffers"
     fault = "overwritten"
     message: Placed

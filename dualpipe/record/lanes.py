@@ -83,7 +83,7 @@ def chains_of(
 ) -> list[list[ModuleId | None]]:
     """The module of every stage of every lane, ``None`` for one that was never called.
 
-    A rank that holds several stages has the module for each that it was told, or else the one whose messages fit best.
+    A rank that holds several stages has for each the module that was given, or else the one whose messages fit best.
     """
     own: dict[int, list[ModuleId]] = {}
     for module in sorted(set(module_of.values())):

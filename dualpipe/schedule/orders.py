@@ -63,7 +63,7 @@ ZBV: Table = (
     Row("8 weights of the way down", r, "W0"),
 )
 """The computes of rank ``r``.  Each action, W included, takes the microbatches in order: ``W0`` is the oldest W of
-chunk 0, also where it stands without its B."""
+chunk 0, also where it runs apart from its B."""
 
 
 def zbv_order(ranks: int, microbatches: int) -> Schedule:

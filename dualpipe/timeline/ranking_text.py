@@ -50,7 +50,7 @@ def describe(ranking: Ranking) -> str:
 
 
 def caption(ranking: Ranking, each: Candidate) -> str:
-    """What stands over the timeline of a candidate."""
+    """The title of a candidate's timeline."""
     parts = [f"{each.name}: makespan {each.timeline.makespan:g}", f"bubble {each.timeline.bubble_share:.1%}"]
     parts.append(f"parameters {max(each.parameters):g}")
     if each in ranking.best:

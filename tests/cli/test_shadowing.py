@@ -40,7 +40,10 @@ def test_prove_as_a_module_imports_none_of_them_and_an_entry_point_may_import_it
     assert [printed["verdict"] for printed in lines(folder, *command, PYTHONPATH=".")] == ["proved", "proved"]
 
 
-@pytest.mark.skipif(not os.path.exists(SCRIPT), reason="the command is not installed beside this Python")
+@pytest.mark.skipif(
+    not os.path.exists(SCRIPT),
+    reason="no command beside this Python: would have shown that it imports nothing from PYTHONPATH",
+)
 @pytest.mark.parametrize("path", [".", "{folder}"])
 def test_the_script_imports_none_of_them_from_pythonpath(folder, path):
     command = [SCRIPT, "show", "mine.txt", "--svg", "a.svg"]

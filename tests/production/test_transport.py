@@ -62,7 +62,7 @@ def test_only_the_first_failure_is_announced_and_closing_waits_for_every_thread_
         peers.fail("the first reason")
         peers.fail("another")
         with pytest.raises(SpoiledError, match="the first reason"), transport.phase("step"):
-            pass  # as where another rank has failed between two calls
+            pass  # entering is enough: another rank has failed between two calls
         peers.helper("late").submit(time.sleep, 0.2)
         transport.close()
         peers.close()

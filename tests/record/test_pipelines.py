@@ -1,4 +1,4 @@
-"""A job of several pipelines: each is recorded by itself, and all are judged."""
+"""A job of several pipelines: each is recorded by itself, and all are checked."""
 
 import json
 
@@ -117,7 +117,7 @@ def test_two_replicas_are_recorded_and_a_test_chooses_one():
 
 
 @pytest.mark.long
-def test_the_command_records_and_judges_every_pipeline(tmp_path):
+def test_the_command_records_and_checks_every_pipeline(tmp_path):
     file = tmp_path / "theirs.txt"
     words = ["-P", 4, "--prove", "-o", file, *python("data_parallel.py", "swapped")]
     result = command(*words)

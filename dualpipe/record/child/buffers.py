@@ -45,7 +45,7 @@ class Flight(NamedTuple):
 
 
 def span_of(tensor: Tensor) -> Span | None:
-    """The memory of a tensor, or ``None`` if it has no storage (a fake tensor or a wrapper, which raise for it)."""
+    """The memory of a tensor, or ``None`` if it has no storage (fake tensors and wrappers raise)."""
     try:
         size, start = tensor.element_size(), int(tensor.storage_offset())
         last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -20,7 +20,7 @@ NONE: Marks = frozenset()
 
 
 def key_of(tensor: Tensor) -> Key | None:
-    """The storage and offset of a tensor, or ``None`` if it has no storage (a fake tensor or a wrapper, which raise)."""
+    """The storage and offset of a tensor, or ``None`` if it has no storage (fake tensors and wrappers raise)."""
     try:
         return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
     except (RuntimeError, NotImplementedError):

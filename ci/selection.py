@@ -268,7 +268,7 @@ ROWS: dict[str, Row] = {
     "docs/how-to/other-repositories.md": Row((), (*PAGE_TESTS, "tests/cli/test_other_repositories.py")),
     "docs/how-to/when-a-run-fails.md": Row((), (*PAGE_TESTS, "tests/production/test_faults.py")),
     "README.md": Row((), PAGE_TESTS),
-    "CONTRIBUTING.md": Row((), PAGE_TESTS),
+    "CONTRIBUTING.md": Row((), (*PAGE_TESTS, "tests/ci/test_contributing.py")),
     "CHANGELOG.md": Row((), ("tests/docs/test_links.py",)),
     "Makefile": Row((), ("tests/docs", "tests/ci/test_gate.py")),
     ".github/": Row((), ("tests/cli/test_other_repositories.py",)),

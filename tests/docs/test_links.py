@@ -1,7 +1,5 @@
 """Every page is linked from the README, directly or not, and broken links are found."""
 
-import re
-
 from tests.docs.links import broken, links
 from tests.docs.snippets import ROOT, documents
 
@@ -29,9 +27,3 @@ def test_broken_links_are_noticed(tmp_path):
         "[e](missing.md) [f](other.md#nowhere) [g](#nothing) [`h`](outside/missing.md)\n```text\n[i](in-code.md)\n```\n"
     )
     assert broken(page) == ["missing.md", "other.md#nowhere", "#nothing", "outside/missing.md"]
-
-
-def test_the_files_that_contributing_names_exist():
-    names = re.findall(r"`([\w./]+/[\w./]*)`", (ROOT / "CONTRIBUTING.md").read_text())
-    assert len(names) > 20
-    assert [name for name in names if not (ROOT / name).exists()] == []

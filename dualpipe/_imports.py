@@ -68,9 +68,10 @@ class _Own:
 
 def is_command(arguments: list[str]) -> bool:
     """Whether a process with these arguments (``sys.orig_argv``) runs the command line, as a script or with ``-m``."""
-    modules = [arguments[at + 1 : at + 2] for at, word in enumerate(arguments) if word == "-m"]
+    modules = {word for at, word in enumerate(arguments) if arguments[at - 1 : at] == ["-m"]}
+    modules |= {word.removeprefix("-m") for word in arguments if word.startswith("-m")}
     script = [os.path.basename(word) for word in arguments[1:2]]
-    return ["dualpipe.cli"] in modules or "-mdualpipe.cli" in arguments or script == ["dualpipe"]
+    return not modules.isdisjoint(("dualpipe", "dualpipe.cli")) or script == ["dualpipe"]
 
 
 class OwnFirst:

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-COMMAND = [sys.executable, "-m", "dualpipe.cli"]
+COMMAND = [sys.executable, "-m", "dualpipe"]
 WAIT = 60.0
 
 

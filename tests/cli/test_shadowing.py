@@ -36,7 +36,7 @@ def lines(folder, *command, **environment):
 def test_prove_as_a_module_imports_none_of_them_and_an_entry_point_may_import_its_own(folder):
     (folder / "rich.py").write_text("NAME = '1f1b'\n")
     (folder / "plans.py").write_text("import rich, dualpipe\ndef one(): return dualpipe.one_f_one_b(2, 2)\n")
-    command = [sys.executable, "-m", "dualpipe.cli", "prove", "mine.txt", "plans:one", "--json", "--html", "a.html"]
+    command = [sys.executable, "-m", "dualpipe", "prove", "mine.txt", "plans:one", "--json", "--html", "a.html"]
     assert [printed["verdict"] for printed in lines(folder, *command, PYTHONPATH=".")] == ["proved", "proved"]
 
 
@@ -86,6 +86,9 @@ def test_own_packages_come_from_beside_the_one_that_runs(tmp_path, monkeypatch):
         ("python -m dualpipe.cli prove", True),
         ("python -X importtime -m dualpipe.cli", True),
         ("python -mdualpipe.cli", True),
+        ("python -m dualpipe prove", True),
+        ("python -mdualpipe", True),
+        ("python -m dualpipes", False),
         ("python /bin/dualpipe show", True),
         ("python train.py", False),
         ("python -m pytest", False),

@@ -1,0 +1,5 @@
+"""``python -m dualpipe``."""
+
+from dualpipe.cli import main
+
+main()

@@ -1,7 +1,7 @@
 """Interleaved 1F1B and ZBV as orders of computes; ``lower`` adds their messages.
 
-Both have two chunks of one lane on each rank, on 2P stages.  No phase table (``dualpipe.schedule.phase_table``) says
-them, so they have no theorems:
+Both have two chunks of one lane on each rank, on 2P stages.  The theorems cover schedules that
+``dualpipe.schedule.phase_table`` expands from a table.  It can expand neither, so they have no theorems:
 
 * Interleaved 1F1B goes through groups of P microbatches, first at chunk 0, then at chunk 1.  A table repeats a body of
   fixed length; here the body grows with P, and how often it is repeated is M / P.
@@ -62,8 +62,8 @@ ZBV: Table = (
     Row("8 weights", r, "W1"),
     Row("8 weights of the way down", r, "W0"),
 )
-"""The computes of rank ``r``.  Each action, W included, takes the microbatches in order: ``W0`` is the oldest W of
-chunk 0, also where it runs apart from its B."""
+"""The computes of rank ``r``, in rows that only ``zbv_order`` reads.  Unlike in a phase table, ``W0`` is the oldest W
+of chunk 0, whether or not it follows its B."""
 
 
 def zbv_order(ranks: int, microbatches: int) -> Schedule:

@@ -58,8 +58,8 @@ class Plan:
         to_prove = [name for name, text in changed.items() if len(text) <= _LARGE]
         large = [name for name in changed if name not in to_prove]
         to_train = _to_train(changed, self.now.shown)
-        too_large = [name for name in changed if name not in to_train]
-        note = f"changed but too large to try: {_short(too_large)}" if too_large else ""
+        not_tried = [name for name in changed if name not in to_train]
+        note = f"changed but not tried: {_short(not_tried)}" if not_tried else ""
         new = f"{len(changed)} schedules changed" if changed else ""
         if "prove" in needed:
             to_prove = [*self.now.shown, *(name for name in to_prove if name not in self.now.shown)]

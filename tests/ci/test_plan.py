@@ -71,12 +71,12 @@ def test_schedules_too_large_to_train_with_are_named(asked):
     alone = asked("b-P10-M24")
     assert "trial" not in alone
     proved = Completed(0, json.dumps({"verdict": "proved", "checks": {}}), "", 1.0)
-    assert alone["prove"].read(proved)[1] == "1 schedule proved; changed but too large to try: b-P10-M24"
+    assert alone["prove"].read(proved)[1] == "1 schedule proved; changed but not tried: b-P10-M24"
     report = {"name": "a-P2-M4", "verdict": "equal", "tensors": 7}
     done = Completed(0, json.dumps(report), "", 1.0)
     verdict, summary, _ = asked("a-P2-M4", "a-P6-M14", "a-P16-M64")["trial"].read(done)
     assert verdict is Verdict.PASSED
-    assert summary.endswith("equal to plain PyTorch; changed but too large to try: a-P6-M14, a-P16-M64")
+    assert summary.endswith("equal to plain PyTorch; changed but not tried: a-P6-M14, a-P16-M64")
     assert asked("a-P2-M4")["trial"].read(done)[1].endswith("equal to plain PyTorch")
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from ci.process import Completed, run
@@ -36,7 +37,9 @@ def run_check(check: Check, root: Path) -> CheckResult:
     try:
         verdict, summary, findings = check.read(done)
     except Exception as error:  # an answer of another form is no answer
-        summary = f"{no_answer(done)[1]} ({type(error).__name__}: {error})"
+        summary = no_answer(done)[1]
+        if done.code >= 0:
+            summary += f" ({type(error).__name__}: {error})"
         return CheckResult(check.name, Verdict.UNKNOWN, check.why, summary, (), done.seconds)
     return CheckResult(check.name, verdict, check.why, summary, findings, done.seconds)
 
@@ -47,7 +50,9 @@ def skipped(check: Check, reason: str) -> CheckResult:
 
 
 def no_answer(done: Completed) -> Reading:
-    """The reading of a command that ended without an answer."""
+    """The reading of a command that ended without an answer; a negative code is the signal that ended it."""
+    if done.code is not None and done.code < 0:
+        return Verdict.UNKNOWN, f"no answer: it was ended by {Signals(-done.code).name}", ()
     return Verdict.UNKNOWN, f"no answer: it ended with {done.code} and {done.last_line}", ()
 
 

@@ -9,14 +9,11 @@ from dualpipe.schedule.generate import one_f_one_b
 from dualpipe.schedule.text import loads
 from proofs.prove import prove
 from tests.record.run import command, forked, python
+from tests.record.two_ranks import verdicts
 
 
 def text(schedule: Schedule, rank: int) -> str:
     return " ".join(map(show_slot, schedule.programs[rank]))
-
-
-def verdicts(schedule: Schedule) -> dict[str, str]:
-    return {name: check["verdict"] for name, check in prove(schedule).as_json()["checks"].items()}
 
 
 def story(schedule: Schedule, check: str) -> str:
@@ -105,7 +102,8 @@ def test_the_command_writes_the_file_proves_it_and_reports_a_hang(tmp_path):
     assert loads(file.read_text()) == loads(recorded["schedule"])
 
 
-def test_one_of_several_training_steps_is_written(tmp_path):
+@pytest.mark.long
+def test_one_of_several_training_steps_is_written():
     result = command("-P", 2, "--step", 2, *python("gpipe.py", 2, 3))
     assert result.returncode == 0, result.stderr
     assert "# step 2 of 3" in result.stdout

@@ -129,6 +129,7 @@ def test_a_clone_lacks_the_tests_that_would_refuse_any_fault(template):
     assert not (template / "tests" / "ci").exists()
 
 
+@pytest.mark.long
 def test_without_a_changed_schedule_no_record_changes(clone):
     update_records(clone.root)
     assert clone.git("status", "--porcelain") == ""
@@ -179,5 +180,6 @@ def eventually(holds, seconds: float = 60.0) -> bool:
     return bool(holds())
 
 
+@pytest.mark.long
 def test_a_comment_passes(template, tmp_path):
     assert run_gate(planted("a comment"), template, tmp_path / "planted").right

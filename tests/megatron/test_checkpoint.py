@@ -57,7 +57,7 @@ def resumed(folder, options=KINDS["dropout"], ranks=2, schedule=DUALPIPE, iterat
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind == "experts" else kind for kind in KINDS]
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * kind.startswith("experts")) for kind in KINDS]
 )
 def test_resumed_training_equals_uninterrupted_training_bitwise(kind, interrupted):
     whole, folder = interrupted(kind)

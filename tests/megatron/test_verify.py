@@ -23,7 +23,14 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("case", SAMPLE.values(), ids=SAMPLE.keys())
+LONG = ("moe, bf16, overlapped", "moe, expert parallel, routers with a bias, late W")
+"""Left to the long tests: the quick ones have another case of experts."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[pytest.mark.long] * (name in LONG)) for name, case in SAMPLE.items()],
+)
 def test_equal(case):
     report = verify(case)
     assert report.complaints == ()

@@ -9,11 +9,14 @@ from dualpipe.schedule.generate import one_f_one_b
 from dualpipe.schedule.text import loads
 from proofs.prove import prove
 from tests.record.run import command, forked, python
-from tests.record.two_ranks import verdicts
 
 
 def text(schedule: Schedule, rank: int) -> str:
     return " ".join(map(show_slot, schedule.programs[rank]))
+
+
+def verdicts(schedule: Schedule) -> dict[str, str]:
+    return {name: check["verdict"] for name, check in prove(schedule).as_json()["checks"].items()}
 
 
 def story(schedule: Schedule, check: str) -> str:

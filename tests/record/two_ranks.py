@@ -3,8 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from dualpipe.schedule import Schedule, show_slot
-from proofs.prove import prove
+from dualpipe.schedule import show_slot
 
 SHAPE = (2, 4)
 
@@ -26,10 +25,6 @@ def train(rank: int, stage, microbatches: int = 2, send=dist.send) -> None:
             x = receive(0).requires_grad_()
             stage(x).square().sum().backward()
             send(x.grad, 0)
-
-
-def verdicts(schedule: Schedule) -> dict[str, str]:
-    return {name: check["verdict"] for name, check in prove(schedule).as_json()["checks"].items()}
 
 
 def text(recording, rank: int) -> str:

@@ -18,7 +18,8 @@ help:
 	@echo "make check   run lint, types and the fast tests"
 	@echo "make prove   prove the theorems for every size, and each schedule at one size"
 	@echo "make gate    check the change since the main branch, or since BASE=...; FIRST=1 stops at the first fault, ALL=1 runs"
-	@echo "             the tests even if a schedule is refuted; make golden writes the golden schedules"
+	@echo "             the tests even if a schedule is refuted, TESTED=1 none, as the whole suite has passed on this tree;"
+	@echo "             make golden writes the golden schedules"
 	@echo "make museum  plant known faults in the sources and check that the gate refuses each"
 	@echo "make mutants N=150 SEED=1   plant small faults at random and list those that no test notices; FILES=... for some sources"
 	@echo "make docs    write the reference pages that are made from the code: command line and Python API"
@@ -46,7 +47,7 @@ test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile -q -m "not long"
 
 test-long: $(READY)
-	$(BIN)/pytest -n 2 -q -m long
+	$(BIN)/pytest -n 2 --dist loadfile -q -m long
 
 # The environment is removed at the end, also after a failure, unless KEEP is set.
 TORCH_ENV = .venv-torch-$(VERSION)
@@ -69,7 +70,7 @@ check: $(READY)
 	$(BIN)/pytest -n 2 -q -m "not long" tests/test_architecture.py tests/schedule tests/cli/test_show_and_simulate.py
 
 gate: $(READY)
-	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)") $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(FIRST),--first) $(if $(ALL),--all)
+	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)") $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(FIRST),--first) $(if $(ALL),--all) $(if $(TESTED),--tested)
 
 golden: $(READY)
 	$(BIN)/python -m ci.golden

@@ -105,7 +105,8 @@ def test_the_command_writes_the_file_proves_it_and_reports_a_hang(tmp_path):
     assert loads(file.read_text()) == loads(recorded["schedule"])
 
 
-def test_one_of_several_training_steps_is_written(tmp_path):
+@pytest.mark.long
+def test_one_of_several_training_steps_is_written():
     result = command("-P", 2, "--step", 2, *python("gpipe.py", 2, 3))
     assert result.returncode == 0, result.stderr
     assert "# step 2 of 3" in result.stdout

@@ -282,8 +282,8 @@ def _in_messages(here: Schedule, there: Schedule, rank: int) -> Departure | None
     one, other = _by_peer(here, rank), _by_peer(there, rank)
     found = []
     for key in one.keys() | other.keys():
-        groups = (((placed,) for placed in side.get(key, ())) for side in (one, other))
-        departure = _departure(Aspect.MESSAGES, here, there, rank, *_difference(*groups))
+        ours, theirs = (((placed,) for placed in side.get(key, ())) for side in (one, other))
+        departure = _departure(Aspect.MESSAGES, here, there, rank, *_difference(ours, theirs))
         if departure is not None:
             found.append(departure)
     return min(found, key=lambda each: _position(each, len(here.programs[rank])), default=None)

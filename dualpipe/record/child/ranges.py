@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
-from torch.profiler import _KinetoProfile
+from torch.profiler.profiler import _KinetoProfile
 
 from .flow import Call, Flow
 from .log import Sink
@@ -93,12 +93,12 @@ class RangedFlow(Flow):
         return threading.get_ident(), *messages
 
     def _enter(self, key: object) -> None:
-        if not torch.autograd._profiler_enabled():
+        if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined] # public, unlisted
             return
         entered = profiler.record_function(f"{PREFIX}{self._ranges}")
         self._entered[key] = self._ranges, entered
         self._ranges += 1
-        entered.__enter__()
+        entered.__enter__()  # type: ignore[no-untyped-call] # torch's own
 
     def _leave(self, key: object, what: str, numbers: Sequence[int]) -> None:
         """What was entered ends; ``numbers`` are its forwards, its messages or its run, as the log counts them."""

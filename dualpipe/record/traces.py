@@ -5,7 +5,8 @@ name                        range
 ==========================  =========================================================================================
 ``1F3>``                    the outermost module call of a forward; later calls of it are ``1F3> continued``
 ``1B3>+1W3>``               a run of the autograd engine, with what it computed
-``1W3> ends``               the instant of the last weight gradient, where the program computes it without the engine
+``1W3> part``               a run of the engine with some weight gradients, before the one with the last
+``1W3> ends``               the instant of the last weight gradient, where the program adds it without the engine
 ``post 1SB3>@0+1RF4>@0``    the instant at which messages were posted
 ``wait 1RF4>@0``            a wait for messages
 ==========================  =========================================================================================
@@ -96,7 +97,7 @@ def _names(log: RankLog, recording: Recording) -> Iterator[tuple[int, str]]:
                 begun.update(ops)
                 name = f"{show_slot(tuple(ops))}{continued}" if ops else ""
             case "run":
-                name = show_slot(tuple(_run(log, event["numbers"][0], recording)))
+                name = _run_name(log, event["numbers"][0], recording)
             case "weights":
                 last = last_weights(log)
                 ended = [f for f in event["numbers"] if last.get(log.find(f)) == index - 1]
@@ -110,11 +111,12 @@ def _names(log: RankLog, recording: Recording) -> Iterator[tuple[int, str]]:
             yield event["number"], name
 
 
-def _run(log: RankLog, run: int, recording: Recording) -> list[Op]:
-    """What a run of the engine computed; W in the run with the last of its gradients, as in the schedule."""
+def _run_name(log: RankLog, run: int, recording: Recording) -> str:
+    """What a run of the engine computed; W is in the run with the last of its gradients, as in the schedule."""
     last, alone = last_weights(log), weights_without_backward(log)
     backwards: list[int] = []
     weights: list[int] = []
+    parts: list[int] = []
     for index, event in enumerate(log.events):
         if event.get("run") != run:
             continue
@@ -122,9 +124,13 @@ def _run(log: RankLog, run: int, recording: Recording) -> list[Op]:
             backwards += event["forwards"]
             weights += event["untrainable"]
         elif event["event"] in ("weights", "weights requested"):
-            weights += [f for f in event["forwards"] if last.get(log.find(f)) == index]
+            for forward in event["forwards"]:
+                (weights if last.get(log.find(forward)) == index else parts).append(forward)
             backwards += _first_stage(event, index, log, alone, recording)
-    return [*_ops(B, log, backwards, recording), *_ops(W, log, weights, recording)]
+    ops = [*_ops(B, log, backwards, recording), *_ops(W, log, weights, recording)]
+    if ops or not (some := _ops(W, log, parts, recording)):
+        return show_slot(tuple(ops))
+    return f"{show_slot(tuple(some))} part"
 
 
 def _first_stage(

@@ -10,7 +10,8 @@ name                                  what is measured
 ``1F3>``, ``1B3>``, ``1W3>``          F, B, W
 ``1B3>+1W3>``                         a full backward
 ``1F3> continued``                    more of the last ``1F3>``
-``1W3> ends``                         W, since the end of the range before it on this rank
+``1W3> part``                         more of the next W of that name
+``1W3> ends``                         W: its parts, or else the time since the end of the range before it on this rank
 ``post 1SF3>@2``, ``wait 2RF3>@1``    latency: from the post of the other end to the end of the wait, if that waited
                                       from before that post
 ====================================  ===============================================================================
@@ -37,7 +38,7 @@ from dualpipe.schedule.text import parse_ops
 from dualpipe.timeline import measured_costs
 from dualpipe.timeline.measured_costs import Event, Measured, StageTimes, check_stages, times_of
 
-_NAME = re.compile(r"(?:(post|wait) )?(\S+?)(?: (continued|ends))?")
+_NAME = re.compile(r"(?:(post|wait) )?(\S+?)(?: (continued|part|ends))?")
 _UNNAMED = re.compile(r"dualpipe:[0-9]+")
 _MICROSECOND = 1e-6
 _GZIP = b"\x1f\x8b"
@@ -164,6 +165,7 @@ class _Samples:
 
     def add(self, profile: Profile) -> None:
         last: dict[Op, list[float]] = {}  # the samples whose last one is of that op
+        parts: dict[Op, float] = {}  # of a W that has not ended
         before = profile.ranges[0].start
         for each in profile.ranges:
             kind = _KINDS.get(tuple(op.kind for op in each.ops)) if len({op.task for op in each.ops}) == 1 else None
@@ -171,11 +173,15 @@ class _Samples:
                 self.undivided += 1
             elif kind is not None:
                 op, seconds = each.ops[0], (each.end - each.start) * _MICROSECOND
-                if each.word == "continued" and op in last:
+                if each.word == "part":
+                    parts[op] = parts.get(op, 0.0) + seconds
+                elif each.word == "continued" and op in last:
                     last[op][-1] += seconds
                 else:
+                    if each.word == "ends" and op not in parts:
+                        seconds = (each.end - before) * _MICROSECOND
                     last[op] = self.of_stage[op.stage][kind]
-                    last[op].append((each.end - before) * _MICROSECOND if each.word == "ends" else seconds)
+                    last[op].append(seconds + parts.pop(op, 0.0))
             before = max(before, each.end)
 
 

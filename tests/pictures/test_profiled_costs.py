@@ -75,6 +75,12 @@ def test_w_without_a_range_lasts_since_the_range_before_it(tmp_path):
     assert (found.W.samples, found.W.median) == (3, pytest.approx(2e-3))
 
 
+def test_a_w_of_several_runs_of_the_engine_is_their_sum(tmp_path):
+    events = [event("0F0>", 0, 1), event("0B0>", 1, 2), event("0W0> part", 3, 4), event("0W0> part", 6, 7)]
+    apart = [event("0W0> ends", 9, 9), event("0W1> part", 10, 11), event("0W1>", 12, 13)]
+    assert one(tmp_path, *events, *apart).W.median == pytest.approx(2e-3)
+
+
 def test_ranges_on_the_gpu_count_where_there_are_both(tmp_path):
     on_gpu = [event("0F0>", 3, 7, "gpu_user_annotation", pid=0), event("0B0>+0W0>", 7, 9, "gpu_user_annotation", pid=0)]
     found = one(tmp_path, event("0F0>", 0, 1), event("0B0>+0W0>", 1, 2), *on_gpu)

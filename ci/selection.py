@@ -63,6 +63,7 @@ _PUBLIC = (
     "tests/production/test_faults.py",
 )
 _PROVED = (
+    "tests/schedule/test_adapters.py",
     "tests/schedule/test_comparison.py",
     "tests/schedule/test_normalise.py",
     "tests/schedule/test_torchcsv.py",
@@ -139,6 +140,7 @@ ROWS: dict[str, Row] = {
             "tests/proofs/test_optimal.py",
             "tests/proofs/theorems/test_lower_bound.py",
             "tests/proofs/theorems/test_times.py",
+            "tests/record/test_traces.py",
             *_CLI,
             "tests/ci",
         ),

@@ -44,6 +44,8 @@ class Recording:
         If the job has several pipelines, the ranks of the job that this one has, in the order of the schedule's ranks.
     tasks:
         The stage, lane and microbatch of every forward.
+    messages:
+        The op of every message end.
     comparison:
         How the step compares with a plain run of the same modules, if that was asked for.
     """
@@ -55,6 +57,7 @@ class Recording:
     notes: tuple[str, ...]
     pipeline_ranks: tuple[int, ...] = ()
     tasks: Mapping[ForwardId, Task] = field(default_factory=dict, repr=False, compare=False)
+    messages: Mapping[MessageId, Op] = field(default_factory=dict, repr=False, compare=False)
     comparison: Comparison | None = None
 
     def text(self) -> str:
@@ -181,7 +184,9 @@ class _Run:
             doubts.append(f"{len(lost)} unmatched messages between ranks without neighbouring stages are left out")
         observed = observe(logs, made.placed, lineage, named.guesses)
         schedule = Schedule(lineage.routes, ranks, self.name, failures=failures, observed=observed)
-        return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes), tasks=lineage.tasks)
+        return Recording(
+            schedule, steps, self.ended(), tuple(doubts), tuple(notes), tasks=lineage.tasks, messages=named.ops
+        )
 
     def lineage(
         self,

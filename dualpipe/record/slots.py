@@ -126,7 +126,7 @@ def _program(log: RankLog, ops: Mapping[MessageId, Op], lineage: Lineage) -> tup
     gradients of the same run of the engine are one slot.  So are all computations of a method that, by its name,
     overlaps a forward with a backward.
     """
-    last_weight, only_weights = _last_weights(log), _weights_without_backward(log)
+    last_weight, only_weights = last_weights(log), weights_without_backward(log)
     slots: list[list[Posted]] = []
     joins = False  # whether the next computation may join the last slot
     of_run: dict[int, int] = {}  # run of the engine -> the slot of its ops since the last message in it
@@ -196,7 +196,7 @@ def _op_of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | Non
     return None if task is None else Op(kind, *task)
 
 
-def _last_weights(log: RankLog) -> dict[int, int]:
+def last_weights(log: RankLog) -> dict[int, int]:
     """For every forward the last event that adds to its weight gradients, at which its W ends.
 
     If there is none, it is the last run of the engine that was requested to compute gradients of weights.
@@ -208,7 +208,7 @@ def _last_weights(log: RankLog) -> dict[int, int]:
     return last["weights requested"] | last["weights"]
 
 
-def _weights_without_backward(log: RankLog) -> dict[int, int]:
+def weights_without_backward(log: RankLog) -> dict[int, int]:
     """For every forward of which the program requested gradients of weights alone, the first such event."""
     first: dict[int, int] = {}
     for index, event in enumerate(log.events):

@@ -34,7 +34,7 @@ RANKS, MICROBATCHES = 4, 8
 
 def order(name, ranks, microbatches):
     """torch's ``pipeline_order``: for each rank its actions, ``None`` for a pause; two stages a rank."""
-    return CLASSES[name](_stages(name, ranks), microbatches).pipeline_order
+    return WITH_RUNTIME[name](_stages(name, ranks), microbatches).pipeline_order
 
 
 def with_messages(name, ranks, microbatches, **options):

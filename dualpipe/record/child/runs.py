@@ -46,7 +46,7 @@ class Runs:
         self._table = table
         self._forwards = forwards
         self._parameters = parameters
-        self._count = 0
+        self.count = 0  # how many have begun
         self._current: Run | None = None
         self.gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes its tensor
 
@@ -57,7 +57,7 @@ class Runs:
 
         A run from no output of a forward, but from a parameter, is one of the weight gradients of the owners.
         """
-        self._count += 1
+        self.count += 1
         made_by = [self._makers(root) for root in roots]
         found = {forward for made in made_by for forward in made}
         for made, gradient in zip(made_by, grads, strict=False):
@@ -69,7 +69,7 @@ class Runs:
             self._write("doubt", what="run again", forward=min(found))
         requested = any(weights) and bool(found)
         found = found or owners()
-        self._current = Run(self._count, set(found), fresh, for_weights, requested)
+        self._current = Run(self.count, set(found), fresh, for_weights, requested)
         self._parameters.listen()
         return found
 

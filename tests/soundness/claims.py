@@ -60,7 +60,7 @@ class Observation:
 
 
 def observe(mutant: Mutant, prover: Prover = prove) -> Observation:
-    """Prove and run one schedule on fake ranks.  Raises ``DisagreementError``."""
+    """Prove and run one schedule on fake ranks.  Raises ``MethodsDisagreeError``."""
     schedule = mutant.schedule
     later, lenient = defer_receives(schedule), eager(max(1, sum(op.op.kind in MESSAGES for op in schedule)))
 

@@ -36,7 +36,7 @@ PROCESSES = (Ending.EQUAL, Ending.DIFFERENT, Ending.FAILED)
 
 
 def observations(count: int, seed: int, prover: Prover = prove) -> Iterator[Observation]:
-    """Every mutant, proved and run on fake ranks.  Raises ``DisagreementError``."""
+    """Every mutant, proved and run on fake ranks.  Raises ``MethodsDisagreeError``."""
     with ProcessPoolExecutor(AT_ONCE, get_context("fork"), torch.set_num_threads, (1,)) as pool:
         yield from pool.map(partial(observe, prover=prover), mutants(count, seed), chunksize=4)
 

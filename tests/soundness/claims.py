@@ -174,7 +174,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        "complete, order and messages proved: processes fail exactly if their model has a deadlock",
+        "processes fail exactly if their model has a deadlock, where complete, order and messages are proved",
         lambda o: bool(o.processes) and o.well_formed,
         lambda o: all((run.ending is Ending.FAILED) == o.refuted(f"deadlock, {model}") for model, run in _ran(o)),
     ),

@@ -12,7 +12,6 @@ from dualpipe.schedule.on_demand import OnDemand
 from dualpipe.schedule.phase_table import Row, vary
 from proofs.prove import prove
 
-
 AT_ONCE = dualpipe(4, 8)
 
 

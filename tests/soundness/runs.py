@@ -61,13 +61,13 @@ QUEUES: dict[str, Model] = {"eager on queues": eager(), "stream on a queue": STR
 
 
 def on_processes(schedule: Schedule, run: str) -> Outcome:
-    """One step on production ranks, each a process of its own.
+    """Two steps on production ranks, each a process of its own: in the first step the first W is not deferred.
 
     ``run`` is one of ``QUEUES``, or over production's own transport ``blocking`` or ``edge``.
     """
     model = QUEUES.get(run)
     blocking = run == "blocking" if model is None else not model.overlaps
-    case = Case(schedule, TINY, steps=1, blocking=blocking, timeout=TIMEOUT)
+    case = Case(schedule, TINY, steps=2, blocking=blocking, timeout=TIMEOUT)
 
     def transport(case: Case) -> Transport:
         return transport_of(case) if model is None else QueueTransport(model, case.timeout)

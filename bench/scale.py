@@ -22,9 +22,10 @@ from typing import Annotated
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # torch's tables are made as the tests make them
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # torch's tables are made as the tests make them
 
-from bench.machine import describe, machine
+from machine import describe, machine  # noqa: E402
 
 KINDS = ("ours dualpipe", "ours dualpipev", "ours zbv", "torch dualpipev", "torch zbv")
 COLUMNS = {
@@ -97,6 +98,7 @@ def main(
     for kind in chosen:
         for ranks in map(int, sizes.split(",")):
             found = _in_a_process(kind, ranks, limit)
+            print(f"{kind}, {ranks} ranks: {json.dumps(found)}", file=sys.stderr, flush=True)
             results.append({"kind": kind, "ranks": ranks, "microbatches": 4 * ranks, **found})
             if "over" in found:
                 break

@@ -82,7 +82,8 @@ class OfEither(Fault):
         return self.names[self.is_collective]
 
     def as_json(self) -> dict[str, Any]:
-        keys = {field.name: field.name for field in fields(self)} | self.keys[self.is_collective]
+        keys: dict[str, str | None] = {field.name: field.name for field in fields(self)}
+        keys |= self.keys[self.is_collective]
         return {"fault": self.fault} | {key: plain(getattr(self, name)) for name, key in keys.items() if key}
 
 

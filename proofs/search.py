@@ -160,7 +160,7 @@ def messages(schedule: Schedule) -> Verdict:
             side = known[key]
             side.numbers.append(number)
             side.contents.append(content * most + mb)
-    found = []
+    found: list[_PairFault] = []
     for sender, receiver in sorted({pair[:2] for pair in sides}):
         send = sides.get((sender, receiver, True), _Side(sender, [], []))
         receive = sides.get((sender, receiver, False), _Side(receiver, [], []))
@@ -228,11 +228,11 @@ def _faults(table: Table, send: _Side, receive: _Side) -> Iterator[_PairFault]:
     both = min(len(send.numbers), len(receive.numbers))
     if send.contents[:both] != receive.contents[:both]:
         nth = next(n for n in range(both) if send.contents[n] != receive.contents[n])
-        placed = (table.placed(side.rank, side.numbers[nth]) for side in (send, receive))
-        yield Mismatch(*placed, nth)
-    for side, other in ((send, receive), (receive, send)):
+        one, other = (table.placed(side.rank, side.numbers[nth]) for side in (send, receive))
+        yield Mismatch(one, other, nth)
+    for side, opposite in ((send, receive), (receive, send)):
         if len(side.numbers) > both:
-            yield LeftOver(table.placed(side.rank, side.numbers[both]), other.rank, both, both)
+            yield LeftOver(table.placed(side.rank, side.numbers[both]), opposite.rank, both, both)
     if len(set(send.contents)) < len(send.contents):
         seen: dict[int, int] = {}
         for number, content in zip(send.numbers, send.contents, strict=True):

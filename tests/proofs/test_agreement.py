@@ -8,7 +8,7 @@ from proofs.deadlock_search import deadlock
 from proofs.deadlock_smt import deadlock as deadlock_problem
 from proofs.models import BLOCKING, MODELS, STREAM, eager
 from proofs.prefix import cut
-from proofs.prove import CHECKS, MethodsDisagreeError, Result, prove, settle, under_all
+from proofs.prove import CHECKS, DisagreementError, MethodsDisagreeError, Result, prove, settle, under_all
 from proofs.smt import verdict
 from proofs.verdict import Proved, Refuted, Skipped, Unknown
 from tests.mutations import MUTATIONS, mutants, mutated
@@ -72,6 +72,10 @@ def test_a_disagreement_is_a_crash_with_both_answers():
     assert (crash.value.by_graph, crash.value.by_z3) == (Proved(), Refuted(None))
     with pytest.raises(MethodsDisagreeError):
         settle("order", Refuted(None), Proved())
+
+
+def test_the_earlier_name_of_a_disagreement_still_works():
+    assert DisagreementError is MethodsDisagreeError
 
 
 def test_a_solver_that_gives_up_proves_nothing_and_withdraws_no_refutation():

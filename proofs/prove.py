@@ -28,6 +28,7 @@ from proofs.prefix import smallest_prefix
 from proofs.remarks import remarks
 from proofs.report import Report, Result
 from proofs.solver import SHARED, Solver
+from proofs.table import table_of
 from proofs.verdict import Proved, Refuted, Skipped, Unknown, Verdict
 from proofs.waivers import WITHOUT, waived
 
@@ -190,8 +191,7 @@ def run_check(
 
 def _size(schedule: Schedule) -> int:
     """The number of ops and stages, with which a problem for Z3 grows."""
-    ops = sum(len(slot) for program in schedule.programs for slot in program)
-    return ops + sum(map(len, schedule.routes.values()))
+    return table_of(schedule).size
 
 
 def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:

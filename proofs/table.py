@@ -118,6 +118,11 @@ class Table:
         return Placed(rank, slot, number - first, self.op(row.keys[number], row.mbs[number], row.peers.get(number)))
 
     @cached_property
+    def size(self) -> int:
+        """The number of ops and chunks."""
+        return len(self.chunks) + sum(len(row.keys) for _, row in self.rows())
+
+    @cached_property
     def needs(self) -> list[tuple[int, ...]]:
         """For each key the keys of what its op needs, which is of the same microbatch."""
         return [tuple(map(self.key, self.routes.needs(self.op(key, 0)))) for key in range(len(self.chunks) * WIDTH)]

@@ -112,15 +112,18 @@ those of the command line are left out.
 _WITHOUT_THEOREMS = [
     "against",
     "deadlock_smt",
+    "deadlock_story",
     "departure_story",
     "difference",
     "prefix",
     "prove",
+    "report",
     "search",
     "smt",
     "solver",
     "story",
     "waivers",
+    "words",
     "z3child",
 ]
 _WITHOUT_MEGATRON = ["case", "fake", "fault", "ledger", "mailbox", "model", "production", "rank", "replica", "verify"]

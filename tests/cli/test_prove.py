@@ -99,7 +99,7 @@ def test_smtlib_is_written_for_another_solver(run, tmp_path):
     assert file.read_text().count("(check-sat)") == len(CHECKS)
 
 
-@pytest.mark.parametrize("model", ["blocking", "eager", "eager:2", "stream", "all"])
+@pytest.mark.parametrize("model", ["blocking", "eager", "eager:2", "edge", "stream", "all"])
 def test_a_model_of_communication_can_be_chosen(run, model):
     assert run("prove", "-P", 2, "--model", model).code == 0
 

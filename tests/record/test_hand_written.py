@@ -48,7 +48,7 @@ def test_messages_posted_one_by_one_would_hang_on_nccl_although_gloo_delivers_th
     assert recording.ended == (True, True, True)
     models = prove(recording.schedule).checks["deadlock"].models
     found = {name: result.verdict.word for name, result in models.items()}
-    assert found == {"blocking": "refuted", "eager": "proved", "stream": "refuted"}
+    assert found == {"blocking": "refuted", "eager": "proved", "edge": "proved"}
 
 
 def test_weight_gradients_deferred_to_the_end_of_a_gpipe_are_recorded_there():

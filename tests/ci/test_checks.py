@@ -36,7 +36,7 @@ def test_prove_passes_only_if_every_schedule_is_proved():
     assert read(done(proved(), proved("unknown")))[0] is Verdict.UNKNOWN
     assert read(done(proved()))[0] is Verdict.UNKNOWN
     assert read(Completed(1, "", "Traceback\nKeyError: 3\n", 1.0))[1] == "no answer: it ended with 1 and KeyError: 3"
-    assert read(Completed(-9, "", "", 1.0))[1] == "no answer: it was ended by SIGKILL"
+    assert read(Completed(-9, "", "", 1.0))[1] == "no answer: signal 9 ended it (Killed)"
 
 
 def test_a_refuted_check_is_a_finding_with_its_story():

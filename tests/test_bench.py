@@ -120,6 +120,11 @@ def test_an_executor_with_other_results_than_the_plain_loop_is_refused(spoiled):
         check("mine", [(0, 1, losses, list(gradients.items()))], truth)
 
 
+def test_the_machine_of_a_measurement_is_described():
+    describe, machine = (script("machine.py")[name] for name in ("describe", "machine"))
+    assert f"torch {torch.__version__.partition('+')[0]}" in describe(machine())
+
+
 def test_every_script_has_a_test():
     source = Path(__file__).read_text()
     assert [file.name for file in BENCH.glob("*.py") if f'script("{file.name}")' not in source] == []

@@ -55,6 +55,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     ),
     "dualpipe.lower": ("dualpipe.schedule:Placed",),
     "dualpipe.picture": ("dualpipe.timeline.picture:Form",),
+    "dualpipe.simulate": ("dualpipe.timeline.timeline:Collective",),
     "dualpipe.pipeline": (
         "dualpipe.runtime.executor:Boundary",
         "dualpipe.runtime.executor:Observer",
@@ -74,6 +75,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     "dualpipe.testing": (
         "dualpipe.record.child.log:Sink",
         "dualpipe.record.events:ForwardId",
+        "dualpipe.record.events:MessageId",
         "dualpipe.record.recording:Recording",
     ),
     "proofs.prove": (

@@ -6,9 +6,14 @@ one.  The tensors of a send are held, untouched, until it completes.  Every wait
 ======== ==================================== =====================================================
 backend   a receive has completed              a send has completed
 ======== ==================================== =====================================================
-gloo      when ``wait`` returns, on the host   when a helper thread's ``wait`` returns (gloo cannot be polled)
+gloo      when ``wait`` returns, on the host   when a receive that proves it has completed, or in ``drain``
 NCCL      in stream order after ``wait``       likewise; ``drain`` polls on the host, with the timeout
 ======== ==================================== =====================================================
+
+A wait of gloo cannot be interrupted, and one that times out closes the connections.  So the main thread waits by itself
+only for what has arrived (``dualpipe.runtime.wire``), and otherwise for a helper thread that waits for it.
+
+Every receive gets new buffers: a stage may keep its input, and autograd does.
 
 NCCL joins the messages of a slot into one work and runs works in posting order, so there a receive completes with its
 whole slot: the proofs that apply are those for the models ``stream`` and ``blocking``.
@@ -22,6 +27,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from numbers import Real
 from typing import Self
 
@@ -31,7 +37,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.errors import RuleError
-from dualpipe.runtime.helper_thread import NO_TIMEOUT, Job
+from dualpipe.runtime.helper_thread import NO_TIMEOUT
 from dualpipe.runtime.peers import Peers
 from dualpipe.runtime.rendezvous import Rendezvous
 from dualpipe.runtime.transport import (
@@ -39,8 +45,11 @@ from dualpipe.runtime.transport import (
     MessageError,
     SpoiledError,
 )
+from dualpipe.runtime.wire import Marks, Wire
 
 _POLL_SECONDS = 0.002
+_TURNS = 10
+"""How often other processes get a turn before a wait is left to the helper thread, which takes longer."""
 
 
 class ProcessGroupTransport:
@@ -89,6 +98,7 @@ class ProcessGroupTransport:
         self.rank = self.order.index(dist.get_rank(self.group))
         self.device = torch.device(device)
         self.timeout = _require_timeout(timeout)
+        self._limit = timedelta(seconds=self.timeout)
         self.staged = staged
         self.wire = torch.device("cpu") if staged else self.device
         self.stream_ordered = self.wire.type != "cpu"
@@ -98,7 +108,7 @@ class ProcessGroupTransport:
         self._counts: dict[str, int] = {}
         self._inside = False
         self._contacted: set[int] = set()  # the ranks that this phase has exchanged messages with
-        self._outstanding: list[Message] = []
+        self._outstanding: dict[Message, None] = {}  # the messages that have not completed, in the order posted
 
     def __enter__(self) -> Self:
         return self
@@ -200,7 +210,8 @@ class ProcessGroupTransport:
 
     def _use(self, peers: Peers) -> None:
         self._peers, self.group = peers, peers.data
-        self._sends, self._receives = peers.helper("dualpipe-sends"), peers.helper("dualpipe-receives")
+        self._wire = Wire.over(peers.data, self.order, self.wire, batched=self.stream_ordered)
+        self._waits = peers.helper("dualpipe-waits")
         self._end = weakref.finalize(self, peers.close)
 
     def _open(self) -> Peers:
@@ -213,41 +224,23 @@ class ProcessGroupTransport:
         """Post the messages of one slot, in the order given."""
         if not self._inside:
             self._require_usable()
-        peers = self._open()
-        if peers.failure is not None and messages:
+        peers = self._peers or self._open()
+        if not messages:
+            return
+        if peers.failure is not None:
             raise MessageError(messages[0], 0.0, RuntimeError(peers.failure))
-        self._drop_completed()
-        tag = 0 if self.stream_ordered else peers.tag  # NCCL has no tags; there ``drain`` compares the phases
-        ops: list[dist.P2POp] = []
-        owners: list[Message] = []
+        if self.stream_ordered:
+            self._drop_completed()
         for message in messages:
             self._allocate(message)
             message.posted = True
             self._contacted.add(message.peer)
-            kind = dist.isend if message.sends else dist.irecv
-            for tensor in message.tensors:
-                peer = self.order[message.peer]
-                wire = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # NCCL has no complex numbers
-                ops.append(dist.P2POp(kind, wire, group=self.group, group_peer=peer, tag=tag))
-                owners.append(message)
-        if not ops:
-            return
+            self._outstanding[message] = None
         started = time.monotonic()
-        try:
-            works = dist.batch_isend_irecv(ops)
+        try:  # NCCL has no tags; there ``drain`` compares the phases
+            self._wire.post(messages, 0 if self.stream_ordered else peers.tag)
         except RuntimeError as error:  # the connection to a peer is closed already
-            raise self._explain(owners[0], started, error) from error
-        if len(works) == len(ops):
-            for owner, work in zip(owners, works, strict=True):
-                owner.works.append(work)
-        else:  # the backend coalesces the slot: a message completes when all the works do
-            for message in messages:
-                message.works += works
-        self._outstanding += messages
-        if not self.stream_ordered:
-            for message in messages:
-                if message.sends:
-                    message.sent = self._sends.submit(self._complete, message)
+            raise self._explain(messages[0], started, error) from error
 
     def _allocate(self, message: Message) -> None:
         if not message.sends:
@@ -255,32 +248,43 @@ class ProcessGroupTransport:
             message.tensors = [
                 torch.empty(spec.shape, dtype=spec.dtype, device=self.wire, pin_memory=pinned) for spec in message.specs
             ]
-        elif self.staged:
+            if not self.stream_ordered:
+                message.marks = Marks(message.tensors)
+            return
+        if self.staged:
             message.tensors = [_to_host(tensor) for tensor in message.tensors]
         else:
             message.tensors = [tensor.detach().resolve_conj().contiguous() for tensor in message.tensors]
-        message.versions = tuple(tensor._version for tensor in message.tensors)
+        message.versions = tuple([tensor._version for tensor in message.tensors])
 
     def wait(self, message: Message) -> Sequence[Tensor]:
         """Wait for one message.  Returns what was received, on ``device``.  Each receive is waited for once."""
+        if message.completed:
+            return message.tensors
         if not message.posted:
             raise MessageError(message, 0.0, RuntimeError("it was never posted"))
-        if message.sent is not None:
-            self._await(message, message.sent)
-        elif self.stream_ordered:
+        if self.stream_ordered:
             self._complete(message)
-        elif not message.completed:
-            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))
+            message.completed = not message.sends
+        elif message.marks is not None and _arrives(message.marks):
+            self._finish([message])
+        else:
+            self._await([message])
         if message.sends:
             return ()
-        if self.staged and not message.completed:
+        if self.staged:
             message.tensors = [tensor.to(self.device, non_blocking=True) for tensor in message.tensors]
-        message.completed = True
+        if message.proves:
+            if not self.stream_ordered:
+                self._finish(message.proves)
+            message.proves = ()
         return message.tensors
 
     def drain(self) -> None:
         """Wait until all posted messages have completed."""
         deadline = time.monotonic() + self.timeout
+        if not self.stream_ordered:
+            self._await(list(self._outstanding))
         for message in self._outstanding:
             if not message.completed:
                 self.wait(message)
@@ -291,7 +295,7 @@ class ProcessGroupTransport:
         if self.stream_ordered and self._contacted:
             self._meet(sorted(self._contacted))
 
-    def _complete(self, message: Message) -> None:
+    def _complete(self, message: Message, limit: timedelta = NO_TIMEOUT) -> None:
         """Wait for the message's works, once: a second wait on gloo would wait for the next message."""
         started = time.monotonic()
         try:
@@ -299,12 +303,53 @@ class ProcessGroupTransport:
                 if self.stream_ordered:
                     work.wait()  # with a timeout the host would wait, and nothing could run ahead
                 else:
-                    work.wait(NO_TIMEOUT)
+                    work.wait(limit)
         except RuntimeError as error:
             raise MessageError(message, time.monotonic() - started, error) from error
         if not self.stream_ordered:
             message.works.clear()
             message.release()
+            message.completed = True
+            message.marks = None
+            self._outstanding.pop(message, None)
+
+    def _finish(self, messages: Sequence[Message]) -> None:
+        """Complete messages that are known to have arrived, in this thread."""
+        for message in messages:
+            if message.completed:
+                continue
+            started = time.monotonic()
+            try:
+                self._complete(message, self._limit)
+            except MessageError as error:
+                self._raise(error, started)
+
+    def _await(self, messages: Sequence[Message]) -> None:
+        """Wait for messages that the helper thread completes, one after another."""
+        left = [message for message in messages if not message.completed]
+        started = time.monotonic()
+        while left:
+            try:
+                self._waits.submit(self._complete_all, left, caller_waits=True).result(self.timeout)
+            except TimeoutError:
+                first = next((message for message in left if not message.completed), left[0])
+                raise MessageError(first, self.timeout, None) from None
+            except MessageError as error:
+                self._raise(error, started)
+            left = [message for message in left if not message.completed]
+
+    def _complete_all(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self._complete(message)
+
+    def _raise(self, error: MessageError, started: float) -> None:
+        """Raise the error of a message with its reason, unless its peer has received it and ended."""
+        message = error.message
+        explained = self._explain(message, started, error.__cause__)
+        if not (message.sends and self._peers is not None and message.peer in self._peers.ended):
+            raise explained from error
+        message.completed = True
+        self._outstanding.pop(message, None)
 
     def _poll(self, message: Message, deadline: float) -> None:
         """Block the host until the message's works have completed: in stream order ``wait`` does not."""
@@ -315,19 +360,6 @@ class ProcessGroupTransport:
                 raise MessageError(message, self.timeout, None)
             time.sleep(_POLL_SECONDS)
 
-    def _await(self, message: Message, job: Job) -> None:
-        """Wait for a message that a helper thread completes."""
-        started = time.monotonic()
-        try:
-            job.result(self.timeout)
-        except TimeoutError:
-            raise MessageError(message, self.timeout, None) from None
-        except MessageError as error:
-            explained = self._explain(message, started, error.__cause__)
-            if message.sends and self._peers is not None and message.peer in self._peers.ended:
-                return  # the peer received this and ended, before a thread here woke up
-            raise explained from error
-
     def _explain(self, message: Message, started: float, cause: BaseException | None) -> MessageError:
         """The error of a message, with the reason for which its peer failed if the peer gave one."""
         seconds = time.monotonic() - started
@@ -335,17 +367,18 @@ class ProcessGroupTransport:
         return MessageError(message, seconds, cause if reason is None else RuntimeError(reason))
 
     def _drop_completed(self) -> None:
-        """Drop completed messages.  Raises the error of a send that failed in its helper thread."""
-        kept: list[Message] = []
-        for message in self._outstanding:
-            if message.sent is not None:
-                if message.sent.done():
-                    self._await(message, message.sent)
-                    continue
-            elif all(work.is_completed() for work in message.works):
-                continue
-            kept.append(message)
-        self._outstanding = kept
+        """Drop the messages whose works have completed."""
+        for message in [message for message in self._outstanding if all(w.is_completed() for w in message.works)]:
+            del self._outstanding[message]
+
+
+def _arrives(marks: Marks) -> bool:
+    """Whether a message has arrived, or does so while other processes get a turn."""
+    for _ in range(_TURNS):
+        if marks.gone():
+            return True
+        os.sched_yield()
+    return marks.gone()
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class SilentPeers:
     failure, tag = None, 0
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.data, self.helpers = group, []
+        self.data, self.edges, self.helpers = group, {}, []
 
     def begin(self, phase: str) -> None:
         pass

@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -32,6 +32,9 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.runtime.helper_thread import NO_TIMEOUT, HelperThread
+
+Edge = tuple[int, int]
+"""Two pipeline ranks: messages go from the first to the second."""
 
 _BYTES = 512
 _PHASE, _FAILURE, _END = 1, 2, 3  # the first byte of an announcement
@@ -56,10 +59,18 @@ class Peers:
         The backend of the group for data.
     timeout:
         Seconds that connecting may take.
+    edges:
+        The directed edges, pairs of pipeline ranks, that get a group of their own; the same on every rank.
     """
 
     def __init__(
-        self, name: str, parent: dist.ProcessGroup, order: Sequence[int], backend: str, timeout: float
+        self,
+        name: str,
+        parent: dist.ProcessGroup,
+        order: Sequence[int],
+        backend: str,
+        timeout: float,
+        edges: Iterable[Edge] = (),
     ) -> None:
         self.failure: str | None = None
         """Why this pipeline cannot go on, from whichever rank failed first."""
@@ -78,8 +89,18 @@ class Peers:
         self._ahead: dict[int, dict[int, str]] = {rank: {} for rank in self._others}  # theirs that this rank has not
         self._notified = self._closed = False
         self._helpers: list[HelperThread] = []
-        self.data = _new_group(name, parent, backend, timeout)
-        self._control = self.data if backend == "gloo" else _new_group(f"{name}-control", parent, "gloo", timeout)
+        everyone = range(parent.size())
+        self.data = _new_group(name, parent, everyone, backend, timeout)
+        self.edges: dict[Edge, dist.ProcessGroup] = {}
+        """The groups of this rank's own edges, of two ranks each."""
+        for edge in sorted(edges):  # one order for all ranks: each waits for the other end
+            if self._rank in edge:
+                members = sorted(self._order[rank] for rank in edge)
+                named = f"{name}-from-{edge[0]}-to-{edge[1]}"
+                self.edges[edge] = _new_group(named, parent, members, backend, timeout)
+        self._control = self.data
+        if backend != "gloo":
+            self._control = _new_group(f"{name}-control", parent, everyone, "gloo", timeout)
         self._announcer = self.helper("dualpipe-announcements")
         for rank in self._others:
             self.helper(f"dualpipe-rank-{rank}").submit(self._listen, rank)
@@ -137,7 +158,8 @@ class Peers:
         if first and not self._closed:
             self._notify(_encode(_FAILURE, self.failure))
             if self.data is not self._control:
-                self.data.abort()
+                for group in (self.data, *self.edges.values()):
+                    group.abort()
             self._disconnect()
 
     def close(self) -> None:
@@ -155,7 +177,7 @@ class Peers:
         for helper in self._helpers:
             if helper.thread is not threading.current_thread():
                 helper.thread.join(max(0.0, deadline - time.monotonic()))
-        for group in {self.data, self._control}:
+        for group in dict.fromkeys([*self.edges.values(), self.data, self._control]):
             if c10d._world.pg_map.get(group) is not None:  # the user may have destroyed all groups
                 dist.destroy_process_group(group)
 
@@ -219,25 +241,31 @@ class Peers:
         return works
 
     def _disconnect(self) -> None:
-        """Close the connections of the gloo group, which ends every wait on it, here and on the other ranks."""
+        """Close the connections of the gloo groups, which ends every wait on them, here and on the other ranks."""
+        ends = [(self._control, self._order[rank]) for rank in self._others]
+        if self.data is self._control:
+            ends += [(group, 1 - group.rank()) for group in self.edges.values()]
         nothing = torch.zeros(1, dtype=torch.uint8)
-        for rank in self._others:
+        for group, other in ends:
             try:
-                self._control.recv([nothing], self._order[rank], _UNUSED_TAG).wait(timedelta(milliseconds=1))
+                group.recv([nothing], other, _UNUSED_TAG).wait(timedelta(milliseconds=1))
             except RuntimeError:
                 continue
 
 
-def _new_group(name: str, parent: dist.ProcessGroup, backend: str, timeout: float) -> dist.ProcessGroup:
-    """A group of the parent's ranks.
+def _new_group(
+    name: str, parent: dist.ProcessGroup, members: Sequence[int], backend: str, timeout: float
+) -> dist.ProcessGroup:
+    """A group of some of the parent's ranks, in ascending order.
 
     ``dist.new_group`` has to be called by every process of the job, or names the group by how many groups the process
     has, which differs between ranks.  This makes the call that ``new_group`` makes, with a name of our own.
     """
-    ranks = dist.get_process_group_ranks(parent)
+    everyone = dist.get_process_group_ranks(parent)
+    ranks = [everyone[member] for member in members]
     group, _ = c10d._new_process_group_helper(
         len(ranks),
-        parent.rank(),
+        members.index(parent.rank()),
         ranks,
         dist.Backend(backend),
         c10d._get_process_group_store(parent),

@@ -10,9 +10,6 @@ gloo      when ``wait`` returns, on the host   when a receive that proves it has
 NCCL      in stream order after ``wait``       likewise; ``drain`` polls on the host, with the timeout
 ======== ==================================== =====================================================
 
-A wait of gloo cannot be interrupted, and one that times out closes the connections.  So the main thread waits by itself
-only for what has arrived (``dualpipe.runtime.wire``), and otherwise for a helper thread that waits for it.
-
 Every receive gets new buffers: a stage may keep its input, and autograd does.
 
 NCCL joins the messages of a slot into one work and runs works in posting order, so there a receive completes with its
@@ -27,9 +24,8 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from numbers import Real
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -37,7 +33,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.errors import RuleError
-from dualpipe.runtime.helper_thread import NO_TIMEOUT
+from dualpipe.runtime.outstanding import Outstanding
 from dualpipe.runtime.peers import Peers
 from dualpipe.runtime.rendezvous import Rendezvous
 from dualpipe.runtime.transport import (
@@ -45,11 +41,7 @@ from dualpipe.runtime.transport import (
     MessageError,
     SpoiledError,
 )
-from dualpipe.runtime.wire import Marks, Wire
-
-_POLL_SECONDS = 0.002
-_TURNS = 10
-"""How often other processes get a turn before a wait is left to the helper thread, which takes longer."""
+from dualpipe.runtime.wire import Marks, Wire, connect
 
 
 class ProcessGroupTransport:
@@ -71,9 +63,14 @@ class ProcessGroupTransport:
         Seconds after which any wait ends in ``MessageError``; positive and finite.
     staged:
         Send and receive through pinned host memory: for CUDA tensors over gloo, which cannot send them itself.
+    edges:
+        ``"shared"``: one communicator for all messages.  ``"per-edge"``: one for each direction between neighbours, the
+        first and the last rank included.  NCCL runs the messages of a communicator in the order in which they are
+        posted, so on a shared one a receive posted early holds up every later send.  Each communicator of NCCL takes
+        GPU memory.
 
-    Raises ``RuleError`` if ``order`` is not a permutation, if ``timeout`` is not positive and finite, and for CUDA
-    tensors over gloo that are not staged.
+    Raises ``RuleError`` if ``order`` is not a permutation, if ``timeout`` is not positive and finite, if ``edges`` is
+    neither of the two, and for CUDA tensors over gloo that are not staged.
     """
 
     def __init__(
@@ -83,6 +80,7 @@ class ProcessGroupTransport:
         device: torch.device | str = "cpu",
         timeout: float = 600.0,
         staged: bool = False,
+        edges: Literal["shared", "per-edge"] = "shared",
     ) -> None:
         self.group: dist.ProcessGroup = c10d._get_default_group() if group is None else group
         self.order = list(range(dist.get_world_size(self.group))) if order is None else list(order)
@@ -98,8 +96,9 @@ class ProcessGroupTransport:
         self.rank = self.order.index(dist.get_rank(self.group))
         self.device = torch.device(device)
         self.timeout = _require_timeout(timeout)
-        self._limit = timedelta(seconds=self.timeout)
-        self.staged = staged
+        self.staged, self.edges = staged, edges
+        if edges not in ("shared", "per-edge"):
+            raise RuleError('edges must be "shared" or "per-edge"', f"got {edges!r}", "give one of them")
         self.wire = torch.device("cpu") if staged else self.device
         self.stream_ordered = self.wire.type != "cpu"
         self._parent, self._pid = self.group, os.getpid()
@@ -108,7 +107,7 @@ class ProcessGroupTransport:
         self._counts: dict[str, int] = {}
         self._inside = False
         self._contacted: set[int] = set()  # the ranks that this phase has exchanged messages with
-        self._outstanding: dict[Message, None] = {}  # the messages that have not completed, in the order posted
+        self._outstanding: Outstanding | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +119,8 @@ class ProcessGroupTransport:
         """End the transport's threads and connections; a second call does nothing."""
         peers, self._peers = self._peers, None
         self._spoiled = self._spoiled or "it was closed"
-        self._outstanding.clear()
+        if self._outstanding is not None:
+            self._outstanding.clear()
         if peers is not None:
             self.group = self._parent
             self._end()
@@ -171,7 +171,8 @@ class ProcessGroupTransport:
             peers.fail(reason)
             reason = peers.failure or reason
         self._spoiled = self._spoiled or reason
-        self._outstanding.clear()
+        if self._outstanding is not None:
+            self._outstanding.clear()
 
     def _require_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -199,19 +200,25 @@ class ProcessGroupTransport:
 
     def _agree(self, record: Mapping[str, str]) -> None:
         with Rendezvous(self._parent, self.order, self.timeout) as rendezvous:
-            name = rendezvous.compare(record)
+            name = rendezvous.compare({**record, "communicators": self.edges})
             if self._peers is None:
                 self._use(rendezvous.run(self._connect, name))
                 rendezvous.confirm(name)
 
     def _connect(self, name: str) -> Peers:
         backends = dict(pair.split(":") for pair in dist.get_backend_config(self._parent).split(","))
-        return Peers(f"dualpipe-{name}", self._parent, self.order, backends[self.wire.type], self.timeout)
+        backend = backends[self.wire.type]
+        ring = {(rank, (rank + way) % self.ranks) for rank in range(self.ranks) for way in (1, -1)}
+        edges = [edge for edge in ring if edge[0] != edge[1]] if self.edges == "per-edge" else []
+        peers = Peers(f"dualpipe-{name}", self._parent, self.order, backend, self.timeout, edges)
+        if self.stream_ordered:
+            connect(peers.edges, self.rank, self.wire)
+        return peers
 
     def _use(self, peers: Peers) -> None:
         self._peers, self.group = peers, peers.data
-        self._wire = Wire.over(peers.data, self.order, self.wire, batched=self.stream_ordered)
-        self._waits = peers.helper("dualpipe-waits")
+        self._wire = Wire(peers.data, self.order, self.rank, peers.edges, self.wire, batched=self.stream_ordered)
+        self._outstanding = Outstanding(peers, self.timeout, self.stream_ordered)
         self._end = weakref.finalize(self, peers.close)
 
     def _open(self) -> Peers:
@@ -229,18 +236,17 @@ class ProcessGroupTransport:
             return
         if peers.failure is not None:
             raise MessageError(messages[0], 0.0, RuntimeError(peers.failure))
-        if self.stream_ordered:
-            self._drop_completed()
+        assert self._outstanding is not None
+        self._outstanding.add(messages)
         for message in messages:
             self._allocate(message)
             message.posted = True
             self._contacted.add(message.peer)
-            self._outstanding[message] = None
         started = time.monotonic()
         try:  # NCCL has no tags; there ``drain`` compares the phases
             self._wire.post(messages, 0 if self.stream_ordered else peers.tag)
         except RuntimeError as error:  # the connection to a peer is closed already
-            raise self._explain(messages[0], started, error) from error
+            raise self._outstanding.explain(messages[0], started, error) from error
 
     def _allocate(self, message: Message) -> None:
         if not message.sends:
@@ -263,122 +269,20 @@ class ProcessGroupTransport:
             return message.tensors
         if not message.posted:
             raise MessageError(message, 0.0, RuntimeError("it was never posted"))
-        if self.stream_ordered:
-            self._complete(message)
-            message.completed = not message.sends
-        elif message.marks is not None and _arrives(message.marks):
-            self._finish([message])
-        else:
-            self._await([message])
+        assert self._outstanding is not None
+        self._outstanding.wait(message)
         if message.sends:
             return ()
         if self.staged:
             message.tensors = [tensor.to(self.device, non_blocking=True) for tensor in message.tensors]
-        if message.proves:
-            if not self.stream_ordered:
-                self._finish(message.proves)
-            message.proves = ()
         return message.tensors
 
     def drain(self) -> None:
         """Wait until all posted messages have completed."""
-        deadline = time.monotonic() + self.timeout
-        if not self.stream_ordered:
-            self._await(list(self._outstanding))
-        for message in self._outstanding:
-            if not message.completed:
-                self.wait(message)
-        for message in self._outstanding:
-            self._poll(message, deadline)
-            message.release()
-        self._outstanding.clear()
+        if self._outstanding is not None:
+            self._outstanding.drain()
         if self.stream_ordered and self._contacted:
             self._meet(sorted(self._contacted))
-
-    def _complete(self, message: Message, limit: timedelta = NO_TIMEOUT) -> None:
-        """Wait for the message's works, once: a second wait on gloo would wait for the next message."""
-        started = time.monotonic()
-        try:
-            for work in message.works:
-                if self.stream_ordered:
-                    work.wait()  # with a timeout the host would wait, and nothing could run ahead
-                else:
-                    work.wait(limit)
-        except RuntimeError as error:
-            raise MessageError(message, time.monotonic() - started, error) from error
-        if not self.stream_ordered:
-            message.works.clear()
-            message.release()
-            message.completed = True
-            message.marks = None
-            self._outstanding.pop(message, None)
-
-    def _finish(self, messages: Sequence[Message]) -> None:
-        """Complete messages that are known to have arrived, in this thread."""
-        for message in messages:
-            if message.completed:
-                continue
-            started = time.monotonic()
-            try:
-                self._complete(message, self._limit)
-            except MessageError as error:
-                self._raise(error, started)
-
-    def _await(self, messages: Sequence[Message]) -> None:
-        """Wait for messages that the helper thread completes, one after another."""
-        left = [message for message in messages if not message.completed]
-        started = time.monotonic()
-        while left:
-            try:
-                self._waits.submit(self._complete_all, left, caller_waits=True).result(self.timeout)
-            except TimeoutError:
-                first = next((message for message in left if not message.completed), left[0])
-                raise MessageError(first, self.timeout, None) from None
-            except MessageError as error:
-                self._raise(error, started)
-            left = [message for message in left if not message.completed]
-
-    def _complete_all(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            self._complete(message)
-
-    def _raise(self, error: MessageError, started: float) -> None:
-        """Raise the error of a message with its reason, unless its peer has received it and ended."""
-        message = error.message
-        explained = self._explain(message, started, error.__cause__)
-        if not (message.sends and self._peers is not None and message.peer in self._peers.ended):
-            raise explained from error
-        message.completed = True
-        self._outstanding.pop(message, None)
-
-    def _poll(self, message: Message, deadline: float) -> None:
-        """Block the host until the message's works have completed: in stream order ``wait`` does not."""
-        while not all(work.is_completed() for work in message.works):
-            if self._peers is not None and (why := self._peers.failure or self._peers.disconnected.get(message.peer)):
-                raise MessageError(message, 0.0, RuntimeError(why))
-            if time.monotonic() > deadline:
-                raise MessageError(message, self.timeout, None)
-            time.sleep(_POLL_SECONDS)
-
-    def _explain(self, message: Message, started: float, cause: BaseException | None) -> MessageError:
-        """The error of a message, with the reason for which its peer failed if the peer gave one."""
-        seconds = time.monotonic() - started
-        reason = None if self._peers is None else self._peers.reason(message.peer)
-        return MessageError(message, seconds, cause if reason is None else RuntimeError(reason))
-
-    def _drop_completed(self) -> None:
-        """Drop the messages whose works have completed."""
-        for message in [message for message in self._outstanding if all(w.is_completed() for w in message.works)]:
-            del self._outstanding[message]
-
-
-def _arrives(marks: Marks) -> bool:
-    """Whether a message has arrived, or does so while other processes get a turn."""
-    for _ in range(_TURNS):
-        if marks.gone():
-            return True
-        os.sched_yield()
-    return marks.gone()
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Puts the tensors of messages onto the process groups of a pipeline.
 
 gloo      each tensor is posted by itself, straight to the backend
-NCCL      the messages of a slot are one ``batch_isend_irecv`` for each group: single sends and receives of one
+NCCL      the messages of a slot are one ``batch_isend_irecv`` for each group: single sends and receives of a
           communicator would wait for each other
 watched   where a program has replaced torch's functions to see its messages (``dualpipe record`` does), they are called
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,17 +39,39 @@ class Channel(NamedTuple):
 
 
 class Wire:
-    """The channels of a rank, ``sending[peer]`` and ``receiving[peer]``; both have all other ranks of the pipeline."""
+    """The channels of pipeline rank ``rank``.
 
-    def __init__(self, sending: Sequence[Channel | None], receiving: Sequence[Channel | None], batched: bool) -> None:
-        self.sending, self.receiving, self.batched = sending, receiving, batched
+    Parameters
+    ----------
+    group:
+        For all messages except those on ``edges``; ``order[r]`` is the group rank of pipeline rank ``r``.
+    edges:
+        Groups of two ranks for the messages from one pipeline rank to another.
+    device:
+        Of the tensors.
+    batched:
+        Whether the messages of a slot are posted as a batch.
+    """
 
-    @classmethod
-    def over(cls, group: dist.ProcessGroup, order: Sequence[int], device: torch.device, batched: bool) -> Wire:
-        """All messages over one group; ``order[r]`` is the group rank of pipeline rank ``r``."""
-        backend = group._get_backend(device)
-        channels = [Channel(group, backend, peer) for peer in order]
-        return cls(channels, channels, batched)
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        order: Sequence[int],
+        rank: int,
+        edges: Mapping[tuple[int, int], dist.ProcessGroup],
+        device: torch.device,
+        batched: bool,
+    ) -> None:
+        self.batched = batched
+        shared = [Channel(group, group._get_backend(device), peer) for peer in order]
+        self.sending, self.receiving = list(shared), list(shared)
+        """By the pipeline rank of the peer."""
+        for (source, target), pair in edges.items():
+            channel = Channel(pair, pair._get_backend(device), 1 - pair.rank())
+            if source == rank:
+                self.sending[target] = channel
+            else:
+                self.receiving[source] = channel
 
     def post(self, messages: Sequence[Message], tag: int) -> None:
         """Post the tensors of all messages in the order given; each message gets its works."""
@@ -63,9 +85,7 @@ class Wire:
                 message.works.append(post([_plain(tensor)], peer, tag))
 
     def channel(self, message: Message) -> Channel:
-        channel = (self.sending if message.sends else self.receiving)[message.peer]
-        assert channel is not None
-        return channel
+        return (self.sending if message.sends else self.receiving)[message.peer]
 
     def _post_batches(self, messages: Sequence[Message], tag: int) -> None:
         batches: dict[dist.ProcessGroup, list[tuple[Message, dist.P2POp]]] = defaultdict(list)
@@ -100,6 +120,18 @@ class Marks:
     def gone(self) -> bool:
         """Whether all marks are gone.  Call it only while the buffers exist."""
         return all(byte.value != _MARK for byte in self._bytes)
+
+
+def connect(edges: Mapping[tuple[int, int], dist.ProcessGroup], rank: int, device: torch.device) -> None:
+    """Send a number over each edge of ``rank``: NCCL connects a group at its first message, with both ranks.
+
+    All ranks go through their edges in one order, so no two wait for each other.
+    """
+    for (source, _), group in sorted(edges.items()):
+        number = torch.zeros(1, device=device)
+        call = dist.isend if source == rank else dist.irecv
+        for work in dist.batch_isend_irecv([dist.P2POp(call, number, group=group, group_peer=1 - group.rank())]):
+            work.wait()
 
 
 def watched() -> bool:

@@ -134,11 +134,12 @@ class Executor:
                 self.finish()
         except BaseException as error:
             self.store.clear()
-            place = (len(self.program.slots), None, None) if step is None else (step.number, step.slot, step.op)
+            rank, number = self.transport.rank, len(self.program.slots) if step is None else step.number
+            slot, op = (None, None) if step is None else (step.slot, step.op)
             if isinstance(error, (MessageError, ProgramError, WeightGradError)):
-                raise StepError(self.transport.rank, *place, str(error)) from error
+                raise StepError(rank, number, slot, op, str(error)) from error
             if isinstance(error, Exception):  # a stage's own
-                error.add_note(describe_place(self.transport.rank, *place))
+                error.add_note(describe_place(rank, number, slot, op))
             raise
 
     def observe(self, step: Step, handler: Callable[[Step], None]) -> None:
@@ -210,10 +211,7 @@ class Executor:
     def backward(self, step: Step) -> None:
         live: Live = self.values[step.live]
         self.values[step.live] = None
-        roots, seeds = live.roots, live.seeds or self.taken(step)
-        if None in roots:
-            pairs = [(root, seed) for root, seed in zip(roots, seeds, strict=True) if root is not None]
-            roots, seeds = tuple(root for root, _ in pairs), tuple(seed for _, seed in pairs)
+        roots, seeds = live.roots_of(live.seeds or self.taken(step))
         split = self.splits.get(step.chunk)
         key, deferring = step.weight, not step.full
         with self.store.deferring_to(key if deferring else None) if split is None else split.backward(key, deferring):

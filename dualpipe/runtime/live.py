@@ -43,6 +43,11 @@ class Live(NamedTuple):
             )
         return cls(inputs, (_edge(loss),), (torch.ones_like(loss),))
 
+    def roots_of(self, seeds: Tensors) -> tuple[tuple[GradientEdge, ...], Tensors]:
+        """Where the backward starts, and with which of the ``seeds``: an output without a gradient is left out."""
+        pairs = [(root, seed) for root, seed in zip(self.roots, seeds, strict=True) if root is not None]
+        return tuple([root for root, _ in pairs]), tuple([seed for _, seed in pairs])
+
     def gradients(self, op: Op, warned: set[Chunk]) -> Tensors:
         """The gradients of a stage's inputs, with zeros for an input that the stage did not use: the peer expects one.
 

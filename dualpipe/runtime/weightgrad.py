@@ -86,7 +86,7 @@ class _Deferred:
         return self.use.weight_gradients(self.x, self.dy)
 
 
-def run_backward(roots: Sequence[Tensor | GradientEdge | None], gradients: Sequence[Tensor]) -> None:
+def run_backward(roots: Sequence[Tensor | GradientEdge], gradients: Sequence[Tensor]) -> None:
     """``torch.autograd.backward``, without the checks of its arguments in Python: they take as long as the backward of
     a small layer, and the engine compares the shapes again.  Both are tuples."""
     _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)

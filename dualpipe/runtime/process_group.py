@@ -107,6 +107,7 @@ class ProcessGroupTransport:
         self._counts: dict[str, int] = {}
         self._inside = False
         self._contacted: set[int] = set()  # the ranks that this phase has exchanged messages with
+        self._wire: Wire | None = None
         self._outstanding: Outstanding | None = None
 
     def __enter__(self) -> Self:
@@ -119,8 +120,7 @@ class ProcessGroupTransport:
         """End the transport's threads and connections; a second call does nothing."""
         peers, self._peers = self._peers, None
         self._spoiled = self._spoiled or "it was closed"
-        if self._outstanding is not None:
-            self._outstanding.clear()
+        self._wire = self._outstanding = None
         if peers is not None:
             self.group = self._parent
             self._end()
@@ -236,7 +236,7 @@ class ProcessGroupTransport:
             return
         if peers.failure is not None:
             raise MessageError(messages[0], 0.0, RuntimeError(peers.failure))
-        assert self._outstanding is not None
+        assert self._wire is not None and self._outstanding is not None  # noqa: PT018 # both come with the peers
         self._outstanding.add(messages)
         for message in messages:
             self._allocate(message)
@@ -269,7 +269,8 @@ class ProcessGroupTransport:
             return message.tensors
         if not message.posted:
             raise MessageError(message, 0.0, RuntimeError("it was never posted"))
-        assert self._outstanding is not None
+        if self._outstanding is None:
+            raise SpoiledError(self._spoiled or "it was closed")
         self._outstanding.wait(message)
         if message.sends:
             return ()

@@ -6,6 +6,7 @@ EXECUTE, PROGRAM, LIVE, MODULES, REPLICAS, TRANSPORT = (
     f"dualpipe/runtime/{name}.py" for name in ("executor", "program", "live", "modules", "replicas", "process_group")
 )
 PIPELINE = "dualpipe/pipeline.py"
+WIRE, OUTSTANDING = "dualpipe/runtime/wire.py", "dualpipe/runtime/outstanding.py"
 BUFFERS = "dualpipe/record/child/buffers.py"
 
 FAULTS = (
@@ -199,9 +200,10 @@ FAULTS = (
     fault(
         28,
         "messages posted on the default group",
-        TRANSPORT,
-        "ops.append(dist.P2POp(kind, wire, group=self.group, group_peer=peer, tag=tag))",
-        "ops.append(dist.P2POp(kind, tensor, peer))",
+        WIRE,
+        "shared = [Channel(group, group._get_backend(device), peer) for peer in order]",
+        "group = dist.group.WORLD\n"
+        "        shared = [Channel(group, group._get_backend(device), peer) for peer in order]",
         check="trial, Megatron",
         rule="run",
         says="gpt-P4-data-parallel-2, DualPipe: .*(send|receive) .* rank . failed after ",
@@ -209,7 +211,7 @@ FAULTS = (
     fault(
         6,
         "only one of the works of a message is waited for",
-        TRANSPORT,
+        OUTSTANDING,
         "            for work in message.works:\n",
         "            for work in message.works[1:]:\n",
         check="trial",
@@ -233,10 +235,10 @@ FAULTS = (
         0,
         "a received tensor returned before it has arrived",
         TRANSPORT,
-        "            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))\n",
-        "            early = [tensor.clone() for tensor in message.tensors]\n"
-        "            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))\n"
-        "            message.tensors = early\n",
+        "        self._outstanding.wait(message)\n",
+        "        early = [tensor.clone() for tensor in message.tensors]\n"
+        "        self._outstanding.wait(message)\n"
+        "        message.tensors = early\n",
         check="trial",
         rule="run",
         says="differs between the lanes before the first update",

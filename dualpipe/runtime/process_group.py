@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -101,6 +101,9 @@ class ProcessGroupTransport:
             raise RuleError('edges must be "shared" or "per-edge"', f"got {edges!r}", "give one of them")
         self.wire = torch.device("cpu") if staged else self.device
         self.stream_ordered = self.wire.type != "cpu"
+        self._buffers: dict[str, Any] = {"device": self.wire}
+        if staged and self.device.type == "cuda":
+            self._buffers["pin_memory"] = True
         self._parent, self._pid = self.group, os.getpid()
         self._peers: Peers | None = None
         self._spoiled: str | None = None
@@ -143,6 +146,8 @@ class ProcessGroupTransport:
         self._contacted.clear()
         try:
             peers.begin(f"{kind} {number}")
+            if self.stream_ordered:
+                peers.announce_presence()  # ``drain`` waits for it
             yield
         except BaseException as error:
             self._fail(f"{kind} {number}", error)
@@ -151,13 +156,14 @@ class ProcessGroupTransport:
             self._inside = False
 
     def meet(self) -> None:
-        """Wait until every other rank has begun this rank's phase; raises ``MessageError`` if one does not."""
+        """Wait until every other rank has come here in this phase; raises ``MessageError`` if one does not."""
+        self._open().announce_presence()
         self._meet([rank for rank in range(self.ranks) if rank != self.rank])
 
     def _meet(self, ranks: Sequence[int]) -> None:
         started = time.monotonic()
         try:
-            self._open().wait_until_begun(ranks, self.timeout)
+            self._open().wait_until_present(ranks, self.timeout)
         except RuntimeError as error:
             start = Message("the start of this call", ranks[0], False)
             raise MessageError(start, time.monotonic() - started, error) from error
@@ -249,19 +255,13 @@ class ProcessGroupTransport:
             raise self._outstanding.explain(messages[0], started, error) from error
 
     def _allocate(self, message: Message) -> None:
-        if not message.sends:
-            pinned = self.staged and self.device.type == "cuda"
-            message.tensors = [
-                torch.empty(spec.shape, dtype=spec.dtype, device=self.wire, pin_memory=pinned) for spec in message.specs
-            ]
-            if not self.stream_ordered:
-                message.marks = Marks(message.tensors)
+        if message.sends:
+            message.tensors = tensors = [(_to_host if self.staged else _whole)(tensor) for tensor in message.tensors]
+            message.versions = tuple([tensor._version for tensor in tensors])
             return
-        if self.staged:
-            message.tensors = [_to_host(tensor) for tensor in message.tensors]
-        else:
-            message.tensors = [tensor.detach().resolve_conj().contiguous() for tensor in message.tensors]
-        message.versions = tuple([tensor._version for tensor in message.tensors])
+        message.tensors = [torch.empty(shape, dtype=dtype, **self._buffers) for shape, dtype in message.specs]
+        if not self.stream_ordered:
+            message.marks = Marks(message.tensors)
 
     def wait(self, message: Message) -> Sequence[Tensor]:
         """Wait for one message.  Returns what was received, on ``device``.  Each receive is waited for once."""
@@ -284,6 +284,13 @@ class ProcessGroupTransport:
             self._outstanding.drain()
         if self.stream_ordered and self._contacted:
             self._meet(sorted(self._contacted))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor as it is sent: contiguous, and without a gradient."""
+    if tensor.requires_grad or tensor.is_conj() or not tensor.is_contiguous():
+        return tensor.detach().resolve_conj().contiguous()
+    return tensor
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Marks:
 
     def gone(self) -> bool:
         """Whether all marks are gone.  Call it only while the buffers exist."""
-        return all(byte.value != _MARK for byte in self._bytes)
+        return _MARK not in [byte.value for byte in self._bytes]
 
 
 def connect(edges: Mapping[tuple[int, int], dist.ProcessGroup], rank: int, device: torch.device) -> None:

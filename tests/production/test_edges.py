@@ -26,7 +26,6 @@ from dualpipe.runtime.transport import DisagreementError, Message, SpoiledError,
 from dualpipe.runtime.wire import Marks, watched
 from dualpipe.schedule.generate import generate
 from dualpipe.testing.launch import launch
-from tests.production.test_pipeline import held_by
 
 RANKS, WIDTH, BATCH = 4, 8, 4
 ORDER = [2, 0, 1, 3]
@@ -36,7 +35,8 @@ ORDER = [2, 0, 1, 3]
 def pipeline_of(transport: ProcessGroupTransport, microbatches: int = 8) -> Pipeline:
     schedule = generate("dualpipe", RANKS, microbatches)
     stages = {}
-    for lane, stage in held_by(schedule, transport.rank):
+    for lane, route in schedule.routes.items():
+        stage = route.index(transport.rank)
         torch.manual_seed(stage)
         stages[lane, stage] = nn.Linear(WIDTH, WIDTH)
     boundary = [TensorSpec((BATCH, WIDTH), torch.float32)]

@@ -7,7 +7,8 @@ watched   where a program has replaced torch's functions to see its messages (``
 
 On gloo nothing but a wait tells whether a receive has completed, and Ctrl-C cannot interrupt a wait.  So the last byte
 of a buffer is marked before its receive is posted.  A connection delivers bytes in order: once the mark is gone the
-message has arrived, and a wait for it ends at once.  A message whose last byte equals the mark looks late, no more.
+message has arrived, and a wait for it ends at once.  A message whose last byte equals the mark, or that has a tensor
+without bytes, looks late, no more.
 """
 
 from __future__ import annotations
@@ -108,18 +109,19 @@ class Wire:
 class Marks:
     """The marks in the buffers of a receive."""
 
-    __slots__ = ("_bytes",)
+    __slots__ = ("_bytes", "_complete")
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         self._bytes = [
             ctypes.c_ubyte.from_address(buffer.data_ptr() + buffer.nbytes - 1) for buffer in buffers if buffer.nbytes
         ]
+        self._complete = len(self._bytes) == len(buffers)  # a tensor without bytes shows nothing
         for byte in self._bytes:
             byte.value = _MARK
 
     def gone(self) -> bool:
-        """Whether all marks are gone.  Call it only while the buffers exist."""
-        return _MARK not in [byte.value for byte in self._bytes]
+        """Whether each buffer had a mark, and all are gone.  Call it only while the buffers exist."""
+        return self._complete and _MARK not in [byte.value for byte in self._bytes]
 
 
 def connect(edges: Mapping[tuple[int, int], dist.ProcessGroup], rank: int, device: torch.device) -> None:

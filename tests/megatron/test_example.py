@@ -51,6 +51,12 @@ def test_dualpipe_prints_the_digest_of_1f1b_at_twice_the_data_parallelism(option
     assert pretrain(2, f"{FOUR}{options} --use-dualpipe") == pretrain(4, f"{FOUR}{options}")
 
 
+def test_dualpipev_prints_the_digest_of_1f1b_on_twice_the_ranks():
+    options = "--train-iters 2 --eval-interval 1 --mtp-num-layers 1 --tied-embeddings --dropout 0.1"
+    of_v = pretrain(2, f"{options} --pipeline-model-parallel-size 2 --use-dualpipev")
+    assert of_v == pretrain(4, f"{options} --pipeline-model-parallel-size 4")
+
+
 def test_another_seed_gives_another_digest():
     assert len({pretrain(2, f"{FOUR} --use-dualpipe --seed {seed}") for seed in (1, 2)}) == 2
 

@@ -99,6 +99,8 @@ def main() -> int:
         rounding = max(party.norm_difference for party in report.comparisons)
         print(f"{name:34} {told:34} {report.tensors:6} tensors  {report.seconds:5.1f} s", end="")
         print(f"  norm rounded by {rounding:.1g}" if rounding else "", flush=True)
+        for complaint in report.complaints[:2]:
+            print(f"    sanity check failed: {complaint}")
         for party in report.comparisons:
             for trouble in [*party.failures, *party.differences][:2]:
                 print(f"    {party.name}: {trouble}")

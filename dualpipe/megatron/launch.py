@@ -51,7 +51,9 @@ def _import_loop(path: Path) -> None:
             raise RuleError(
                 "the script must be one of Megatron-LM's, whose folder has the package megatron.training",
                 f"importing {name} for {path} fails: {error}",
-                "use a script in a clone of Megatron-LM, or add the clone to PYTHONPATH",
+                f"install {error.name}"
+                if error.name and not error.name.startswith("megatron")
+                else "use a script in a clone of Megatron-LM, or add the clone to PYTHONPATH",
             ) from error
 
 

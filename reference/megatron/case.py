@@ -84,7 +84,6 @@ class Case:
     sequence = 16
     vocabulary = 64
     batch = 2
-    experts = 4
     learning_rate = 1e-2
     weight_decay = 0.1
 
@@ -225,6 +224,11 @@ class Case:
     def layers(self) -> int:
         """The layers of the decoder, two for each rank, without those that predict further tokens."""
         return 2 * self.pp if self.layers_of_stages is None else self.layers_of_stages.count("t")
+
+    @property
+    def experts(self) -> int:
+        """The experts of a layer; in the miniature of DeepSeek-V3 the two chosen ones are not a whole group."""
+        return 8 if self.model is Model.DEEPSEEK else 4
 
     @property
     def has_experts(self) -> bool:

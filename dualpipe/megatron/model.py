@@ -269,8 +269,16 @@ def _equalise(module: nn.Module, chunk: Chunk, groups: Groups) -> None:
 
 
 def _shard_over_stage(module: Any, collection: ProcessGroupCollection) -> None:
-    """Number a stage's replicas over both lanes in checkpoints, so that exactly one is the main replica."""
+    """Number a stage's replicas over both lanes in checkpoints, so that exactly one is the main replica.
+
+    Experts number theirs by a group that they keep.  Megatron builds those of layers for further tokens without the
+    collection, so they keep the rank's own.
+    """
     stock = module.sharded_state_dict
+    own = ProcessGroupCollection.use_mpu_process_groups()
+    for layer in module.modules():
+        if getattr(layer, "dp_group", None) is own.expt_dp:
+            layer.dp_group = collection.expt_dp
 
     stage, stages = collection.pp.rank(), collection.pp.size()
 

@@ -24,7 +24,7 @@ KINDS = {
     "distributed optimizer in bf16": "--use-distributed-optimizer --bf16 --overlap-grad-reduce --clip-grad 0",
     "experts": "--num-experts 2",
     "tied embeddings": "--tied-embeddings --use-distributed-optimizer",
-    "further tokens": "--mtp-num-layers 1 --use-distributed-optimizer --overlap-grad-reduce",
+    "further tokens": "--mtp-num-layers 1 --num-experts 2 --use-distributed-optimizer --overlap-grad-reduce",
     "experts under the distributed optimizer": "--num-experts 2 --use-distributed-optimizer --clip-grad 0",
 }
 
@@ -113,7 +113,7 @@ def integrity(args):
     return len({shard.key for shard in nested_values(shards)})
 
 
-@pytest.mark.parametrize("kind", ["dropout", "experts under the distributed optimizer"])
+@pytest.mark.parametrize("kind", ["dropout", "experts under the distributed optimizer", "further tokens"])
 def test_every_shard_has_one_main_replica(kind):
     assert in_ranks(4, f"{DUALPIPE}{KINDS[kind]}", integrity) > 40
 

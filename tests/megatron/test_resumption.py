@@ -37,7 +37,7 @@ EVERY = {
     "tied": (replace(CASE, tied=True, steps=4), {"bucket_size": 500}),
     "v, tied, plain optimizer": (Case(schedule="dualpipev", tied=True, microbatches=4, steps=4), {}),
     "deepseek": (DEEPSEEK, {}),
-    "v, weights gathered in the forward": (replace(V, dp=2), {"overlap_param_gather": True}),
+    "v, weights gathered in the forward": (replace(V, dp=2, mtp=0, layout=None), {"overlap_param_gather": True}),
     "deepseek, sharded, v": (replace(DEEPSEEK, schedule="dualpipev", distributed_optimizer=True, dtype="bf16"), {}),
     "six replicas": (SIX, {}),
     "six replicas, fp32": (replace(SIX, dtype="fp32"), {}),

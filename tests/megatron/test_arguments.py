@@ -202,7 +202,7 @@ def test_the_check_changes_no_argument():
 
 def test_all_broken_rules_are_in_one_message():
     with pytest.raises(RuleError) as caught:
-        validate_dualpipe_args(given(pipeline_model_parallel_size=3, mtp_num_layers=1, use_dualpipev=True))
+        validate_dualpipe_args(given(pipeline_model_parallel_size=3, vision_pretraining=True, use_dualpipev=True))
     lines = str(caught.value).splitlines()
     assert lines[0] == (
         "--use-dualpipe is incompatible with 3 settings: they are listed below; "
@@ -211,7 +211,7 @@ def test_all_broken_rules_are_in_one_message():
     assert [line[:27] for line in lines[1:]] == [
         "  - the pipeline size must ",
         "  - DualPipe and DualPipeV ",
-        "  - no multi-token predicti",
+        "  - no vision pretraining (",
     ]
 
 

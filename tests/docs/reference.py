@@ -68,6 +68,9 @@ TYPES: dict[str, tuple[str, ...]] = {
     ),
     "dualpipe.megatron": (
         "dualpipe.megatron.iterators:LaneData",
+        "dualpipe.megatron.iterators:Reader",
+        "dualpipe.megatron.placement:Schedules",
+        "dualpipe.schedule:Chunk",
         "dualpipe.megatron.training_loop:Function",
         "dualpipe.megatron.model:Provider",
         "dualpipe.megatron.rules:SettingsError",

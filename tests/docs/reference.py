@@ -60,7 +60,7 @@ TYPES: dict[str, tuple[str, ...]] = {
         "dualpipe.runtime.executor:Boundary",
         "dualpipe.runtime.executor:Observer",
         "dualpipe.runtime.executor:StepError",
-        "dualpipe.runtime.executor:Tensors",
+        "dualpipe.runtime.live:Tensors",
         "dualpipe.runtime.modules:Criterion",
         "dualpipe.runtime.transport:DisagreementError",
         "dualpipe.runtime.transport:MessageError",

@@ -138,6 +138,10 @@ def record(
     routes, command = (parse(given), command[len(given) - len(lanes or []) :]) if lanes else (None, command)
     if not command:
         raise RuleError("what follows -- must be a command", "got none", "add it")
+    if command[0].startswith("-"):
+        raise RuleError(
+            "what follows -- is a command", f"record has no option {command[0]}", "leave it out, or see --help"
+        )
     chosen = None if pipeline_ranks is None else pipelines.parse(pipeline_ranks)
     targets = target("--output", output, RECORDING)
     check_targets(

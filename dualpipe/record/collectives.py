@@ -116,6 +116,8 @@ class _Met:
                 self._kind = Kind.AA
         first = next(iter(joined.values()))
         self._unlike = {rank for rank, each in joined.items() if self._content(each) != self._content(first)}
+        of_first = self._chunk(first.id.rank)
+        self._stage_of_first = None if of_first is None else of_first.stage
         self.clash = ""
         if self._unlike or (self._kind is Kind.RG and len(stages) > 1):
             other = (
@@ -152,7 +154,7 @@ class _Met:
         if task is not None:
             return Op(Kind.AA, *task)
         kind = self._kind
-        if rank in self._unlike:
+        if rank in self._unlike and not (chunk and chunk.stage != self._stage_of_first):
             kind = Kind.US if kind is Kind.AR else Kind.AR
         return Op(kind, *(chunk or self._held(rank)), 0)
 

@@ -139,9 +139,10 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """``equal``, ``different`` or ``unknown``."""
-        if self.replicas or any(each.faults for each in (*self.chunks, *self.losses, self.clipping)):
+        faults = [*(each.faults for each in self.chunks), *(each.faults for each in self.losses), self.clipping.faults]
+        if self.replicas or any(faults):
             return "different"
-        return "unknown" if any(each.unknown for each in (*self.chunks, self.clipping)) else "equal"
+        return "unknown" if self.clipping.unknown or any(each.unknown for each in self.chunks) else "equal"
 
     def text(self) -> str:
         """A line for each stage and lane, then the losses and the replicas."""

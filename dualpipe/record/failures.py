@@ -73,7 +73,7 @@ def _left_waiting(log: RankLog, messages: Mapping[MessageId, Message]) -> Messag
     It is a hang: gloo raises an error once the peer has ended, where NCCL would wait.
     """
     raised = log.raised
-    if raised is None or raised.error not in _OF_TRANSPORT or raised.during is None or raised.during[0] != "M":
+    if raised is None or raised.during is None or not _raised_by_transport(log):
         return None
     partner = match(list(messages.values()))
     ids = (MessageId(log.rank, number) for number in raised.during[1])

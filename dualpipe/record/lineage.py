@@ -230,12 +230,12 @@ def _unfollowed(logs: Sequence[RankLog]) -> RecordError | None:
         "collective": "came by a collective",
     }
     for log in logs:
-        for forward, number, at, _ in log.taken:
+        for forward, arrival, at, _ in log.taken:
             if log.find(forward) in log.forwards:
                 return RecordError(
                     "a stage takes its input from a point-to-point message of tensors",
-                    f"rank {log.rank} starts a forward at {at} from a tensor that {how[log.arrivals[number].how]}, which "
-                    "is not followed",
+                    f"rank {log.rank} starts a forward at {at} from a tensor that {how[log.arrivals[arrival].how]}, "
+                    "which is not followed",
                     "record it with tensors that are sent and received themselves",
                 )
     return None

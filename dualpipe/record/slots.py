@@ -47,7 +47,8 @@ def programs(
     """The slots of every rank, and what does not show in them.
 
     Several tensors of one stage boundary are one op at both ends if at both ends they are in one slot or in slots that
-    follow each other.  This requires that the ends have the same names, that each tensor is received into memory of its
+    follow each other, or with nothing in between but other messages of the two ranks, in the same order at both.  This
+    requires that the ends have the same names, that each tensor is received into memory of its
     own, and that a tensor sent before or in another slot is at least used.  Every other message has an op of its own,
     even if another op of its slot has the same name.
     """
@@ -97,6 +98,14 @@ class _Order:
         slots = self._slots[first.rank][self._slot_of[first] : self._slot_of[later] + 1]
         return len(slots) == 1 or len({each.op for slot in slots for each in slot}) == 1
 
+    def in_step(self, ends: Sequence[tuple[MessageId, MessageId]], partner: Mapping[MessageId, MessageId]) -> bool:
+        """Whether at both ends nothing but messages between the two ranks is in between, in the same order."""
+        between = [
+            [each.message for slot in self._slots[a.rank][self._slot_of[a] + 1 : self._slot_of[b]] for each in slot]
+            for a, b in ends
+        ]
+        return [None if id is None else partner.get(id) for id in between[0]] == between[1] and None not in between[1]
+
 
 def _joined(
     named: Named, messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId], order: _Order
@@ -111,7 +120,7 @@ def _joined(
             continue
         row = earlier.setdefault((ops[id], id.rank, ops[other], other.rank), [])
         ends = list(zip(row[-1], (id, other), strict=True)) if row else []
-        if not all(order.follow_each_other(*end) for end in ends):
+        if not all(order.follow_each_other(*end) for end in ends) and not order.in_step(ends, partner):
             row.clear()
         sent, received = ({messages[pair[end]].memory for pair in row} for end in (0, 1))
         apart = messages[id].memory in sent or not all(order.share_a_slot(*end) for end in ends)
@@ -194,7 +203,8 @@ def _program(
                 joins = False
                 of_run.clear()
 
-    collect([n for n in _elsewhere(log, collectives, later=False) if launched.append(n) is None])
+    launched += _elsewhere(log, collectives, later=False)
+    collect(list(launched))
     for index, event in enumerate(log.events):
         match event["event"]:
             case "collective":

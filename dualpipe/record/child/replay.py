@@ -31,8 +31,8 @@ _STEP = 1e-5
 class Call:
     """An outermost module call.
 
-    ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for which
-    autocast was on.
+    ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
+    which autocast was on.
     """
 
     module: nn.Module

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison
+from dualpipe.record.comparison import ChunkComparison, Comparison
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.record.plain.clipping import judge
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
+from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.replicas import differences
 from dualpipe.record.recording import Recording
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
@@ -77,7 +78,7 @@ def compare(
     counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
     step = _Step(files, forwards, routes, counts, others, places or {})
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
-    losses = tuple(_losses(files, logs, tasks, routes, chunks))
+    losses = tuple(losses_of(files, logs, tasks, routes, chunks))
     clipping = judge(chunks, files, forwards, clip_norm, others)
     replicas = tuple(differences(chunks, files, forwards))
     found = Comparison(chunks, losses, replicas, clipping)
@@ -303,45 +304,6 @@ class _Step:
 
     def _name(self, chunk: Chunk, number: int) -> str:
         return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
-
-
-def _losses(
-    files: Mapping[int, Mapping[str, Any]],
-    logs: Sequence[RankLog],
-    tasks: Mapping[ForwardId, Task],
-    routes: Mapping[Lane, tuple[int, ...]],
-    chunks: Sequence[ChunkComparison],
-) -> Iterator[LossComparison]:
-    for lane, route in routes.items():
-        last = [id for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1)]
-        file = files[route[-1]]
-        seen = set(file.get("seen", ()))
-        computed = [id for id in last if logs[id.rank].forwards[logs[id.rank].find(id.number)].backward_began]
-        if "error" in file:
-            continue
-        count = sum(logs[id.rank].find(id.number) in seen for id in computed) if file.get("by_optimizer") else None
-        collected = not {logs[id.rank].find(id.number) for id in computed}.isdisjoint(file.get("collected", ()))
-        numbers = [logs[id.rank].find(id.number) for id in computed]
-        read = None if "read" not in file else len({*numbers} & {*file["read"]})
-        divided = next((each.divided_by for each in chunks if each.chunk == Chunk(lane, len(route) - 1)), 1)
-        twice = divided if divided > 1 and _divided(file, numbers) == divided else None
-        yield LossComparison(lane, route[-1], len(last), len(computed), count, collected, read, twice)
-
-
-def _divided(file: Mapping[str, Any], forwards: Sequence[int]) -> int:
-    """By what whole number the program divides its losses before their backwards; 1 if that does not show.
-
-    It shows where the program keeps or reads the loss itself as well as what it divided.
-    """
-    found: set[int] = set()
-    for forward in forwards:
-        root, values = file.get("roots", {}).get(forward), file.get("losses", {}).get(forward, ())
-        ratios = [value / root for value in values if root]
-        whole = {round(ratio) for ratio in ratios if ratio > 1.5 and abs(ratio - round(ratio)) < 1e-4 * ratio}
-        if len(whole) != 1:
-            return 1
-        found |= whole
-    return found.pop() if len(found) == 1 else 1
 
 
 def _all_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -24,7 +24,7 @@ from enum import StrEnum
 from typing import Any
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import MESSAGES, SENDS, B, F, Kind, Lane, Op, Placed, Schedule, W
+from dualpipe.schedule import COLLECTIVES, MESSAGES, SENDS, B, F, Kind, Lane, Op, Placed, Schedule, Slot, W
 from proofs.verdict import ExitCode
 
 
@@ -273,7 +273,8 @@ def _by_peer(schedule: Schedule, rank: int) -> Mapping[tuple[int | None, bool], 
 
 
 def _in_slots(here: Schedule, there: Schedule, rank: int) -> Departure | None:
-    for number, (one, other) in enumerate(zip(here.programs[rank], there.programs[rank], strict=False)):
+    slots = ([*_slots_of(schedule, rank)] for schedule in (here, there))
+    for (number, one), (nth, other) in zip(*slots, strict=False):
         if {op.bare for op in one} != {op.bare for op in other}:
             alone = next((at for at, op in enumerate(one) if op.bare not in {o.bare for o in other}), 0)
             missing = next((at for at, op in enumerate(other) if op.bare not in {o.bare for o in one}), 0)
@@ -283,6 +284,13 @@ def _in_slots(here: Schedule, there: Schedule, rank: int) -> Departure | None:
                 there,
                 rank,
                 Placed(rank, number, alone, one[alone]),
-                Placed(rank, number, missing, other[missing]),
+                Placed(rank, nth, missing, other[missing]),
             )
     return None
+
+
+def _slots_of(schedule: Schedule, rank: int) -> Iterator[tuple[int, Slot]]:
+    """The numbered slots of a rank but those of collectives, which a schedule need not have."""
+    for number, slot in enumerate(schedule.programs[rank]):
+        if slot[0].kind not in COLLECTIVES:
+            yield number, slot

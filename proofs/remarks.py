@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from dualpipe.schedule import MESSAGES, SENDS, Op, Placed, Schedule
-from proofs.findings import Finding, LeftOver, Mismatch, Overwritten, TouchedInFlight, Unmatched, Wait
+from dualpipe.schedule import COMPUTE, MESSAGES, SENDS, Op, Placed, Schedule
+from proofs.findings import Finding, LeftOver, Mismatch, Missing, Overwritten, TouchedInFlight, Unmatched, Wait
 
 
 def remarks(schedule: Schedule, finding: Finding) -> Iterator[str]:
     """One line for each remark."""
+    others = [place for place in _placed(finding) if place.op.kind not in MESSAGES]
+    for place in dict.fromkeys(others):
+        if at := schedule.observed.place(place):
+            yield f"{place.op} in slot {place.slot} of rank {place.rank} is at {at}"
+    if isinstance(finding, Missing) and (before := _before(schedule, finding)) is not None:
+        at = schedule.observed.place(before)
+        yield f"{before.op} in slot {before.slot} of rank {before.rank}, which comes before it, is at {at}"
     if isinstance(finding, TouchedInFlight | Overwritten):
         return  # their stories have the lines of the program
     found = list(_messages(finding))
@@ -22,13 +29,26 @@ def remarks(schedule: Schedule, finding: Finding) -> Iterator[str]:
         yield from _on_place(schedule, placed)
 
 
+def _before(schedule: Schedule, finding: Missing) -> Placed | None:
+    """The last compute of the same task on the rank, if its line is known; or else of the chunk."""
+    own = [p for p in schedule if p.rank == finding.rank and p.op.chunk == finding.op.chunk and p.op.kind in COMPUTE]
+    own = [placed for placed in own if schedule.observed.place(placed)]
+    same = [placed for placed in own if placed.op.task == finding.op.task]
+    return (same or own)[-1] if own else None
+
+
 def _messages(finding: Finding) -> Iterator[Placed]:
     """The messages that a finding names."""
+    return (placed for placed in _placed(finding) if placed.op.kind in MESSAGES)
+
+
+def _placed(finding: Finding) -> Iterator[Placed]:
+    """The ops that a finding names."""
     for field in fields(finding):
         value = getattr(finding, field.name)
         waits = [item for item in value if isinstance(item, Wait)] if isinstance(value, tuple) else []
         for placed in [value, *(end for wait in waits for end in (wait.place, wait.partner))]:
-            if isinstance(placed, Placed) and placed.op.kind in MESSAGES:
+            if isinstance(placed, Placed):
                 yield placed
 
 

@@ -29,6 +29,21 @@ _DOUBTS = {
         "own order; the file has them in the order of microbatches",
         "{count} runs of the engine sum gradients of several microbatches in an order that could not be determined",
     ),
+    "outside": (
+        "the computation at {at} takes a tensor that was made outside of torch's operators (NumPy, a list), after an "
+        "activation or gradient had left torch; whether it is that one could not be determined for {op}",
+        "where the tensors of {count} computations come from could not be determined, since they were outside of torch",
+    ),
+    "object": (
+        "the computation at {at} takes a tensor from a pickled object, into which some rank put an activation or "
+        "gradient; whether it is that one could not be determined for {op}, and the file has no message for it",
+        "where the tensors of {count} computations come from could not be determined, since they were pickled",
+    ),
+    "by a collective": (
+        "the computation at {at} takes for {op} a tensor that came by a collective, into which another rank put an "
+        "activation or gradient; the file has no message for it",
+        "{count} computations take an activation or gradient that came by a collective, for which there is no message",
+    ),
     "several groups": (
         "what it sends at {at} is received in another order than it was posted, in another process group; a schedule "
         "file has one order of messages between two ranks",

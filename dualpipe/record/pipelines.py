@@ -154,10 +154,12 @@ def _renumbered(log: RankLog, number: Mapping[int, int]) -> Iterator[Event]:
             case "post":
                 posted = [m | {"peer": number[m["peer"]]} for m in event["messages"] if m["message"] not in gone]
                 yield {**event, "messages": posted}
-            case "wait" | "completed" | "forward":
+            case "wait" | "poll" | "completed" | "forward":
                 yield {**event, "messages": kept(event["messages"])}
             case "gradients":
                 yield {**event, "messages": [kept(messages) for messages in event["messages"]]}
+            case "collective":
+                yield {**event, "group": [number.get(member, -1) for member in event["group"]]}
             case "access" | "keep" if event["message"] in gone or event.get("posted") in gone:
                 pass
             case _:

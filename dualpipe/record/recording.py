@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from dualpipe.record.arrivals import note_arrivals
+from dualpipe.record.collectives import name_collectives
 from dualpipe.record.comparison import Comparison
 from dualpipe.record.events import Doubt, Event, ForwardId, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.failures import Codes, fails
@@ -162,13 +164,15 @@ class _Run:
         named_messages = {id: m for id, m in messages.items() if m not in lost}
         named = name_messages(logs, named_messages, partner, lineage)
         check_within_step(number, everything, partner, named.ops)
+        note_arrivals(logs, self.logs)
         for message in reordered(messages, partner, named.ops):
             logs[message.id.rank].doubts.append(Doubt("several groups", -1, message.at, message.step))
         notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
         notes += [*notes_on_doubts(logs, lineage), *map(_note_on_lost, lost)]
         _check(lineage, named.ops, messages)
-        made = programs(logs, named, messages, partner, lineage)
-        notes += made.notes
+        collectives = name_collectives(self.logs, lineage, number)
+        made = programs(logs, named, messages, partner, lineage, collectives)
+        notes += [*made.notes, *collectives.notes]
         if made.early:
             notes.append(
                 f"{made.early} computations began with messages still in flight; in the file a message is where it was "
@@ -179,8 +183,9 @@ class _Run:
         doubts += caveats(logs, lineage, named, elsewhere)
         if lost:
             doubts.append(f"{len(lost)} unmatched messages between ranks without neighbouring stages are left out")
-        observed = observe(logs, made.placed, lineage, named.guesses)
-        schedule = Schedule(lineage.routes, ranks, self.name, failures=failures, observed=observed)
+        observed = observe(logs, made, lineage, named.guesses)
+        groups = collectives.groups
+        schedule = Schedule(lineage.routes, ranks, self.name, groups, failures=failures, observed=observed)
         return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes), tasks=lineage.tasks)
 
     def lineage(

@@ -41,7 +41,7 @@ def check_failures(failures: tuple[Failure, ...], ranks: int) -> None:
             raise ScheduleError("a failure is one printable line without #", f"got {what!r}", "see printable()")
 
 
-def printable(text: str, limit: int = 300) -> str:
+def printable(text: str, limit: int = 500) -> str:
     """A text as one printable line without ``#``, as the text of a failure has to be."""
     words = " ".join("".join(c if c.isprintable() and c != "#" else " " for c in text).split())
     return words if len(words) <= limit else words[: limit - 1] + "…"

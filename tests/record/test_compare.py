@@ -98,7 +98,7 @@ def gpipe(faults):
                 parameter.grad.div_(MICROBATCHES)
             if "spoiled" in faults:
                 parameter.grad.add_(0.5)
-        nn.utils.clip_grad_norm_(stage.parameters(), 1e-3)
+        nn.utils.clip_grad_norm_(stage.parameters(), 1e-3 if "clipped apart" in faults else 1e3)
         optimizer.step()
         print(len(losses))
 
@@ -118,18 +118,23 @@ def test_deferred_weight_gradients_are_bitwise_those_of_a_plain_run():
         "compared with a plain run of the same modules: equal",
         "  stage 0 of lane > on rank 0: outputs and gradients equal",
         "  stage 1 of lane > on rank 1: outputs and gradients equal",
-        "  losses of lane > on rank 1: 3 computed, 3 of them kept or read by the end of the step",
+        "  losses of lane > on rank 1: 3 computed, 3 of them kept or read by the end of the step; none of them is ever "
+        "read on rank 1: does the program read its losses on another rank?",
     ]
 
 
 FAULTS = {
     ("never run", "cleared"): (
-        "stage 0 of lane > on rank 0: weight: the gradient lacks microbatch 1",
+        "stage 0 of lane > on rank 0: weight: the gradient lacks microbatch 1: is it without",
         "3 were computed and collected, and none is kept or read by the end of the step: is their list cleared before",
     ),
     ("never fed", "swapped"): (
         "stage 0 of lane > on rank 0: microbatch 0 does not take the gradient that stage 1 has for it; ",
         "weight: no gradient, and the plain run has one: is the store for weight gradients fed, and run?",
+    ),
+    ("clipped apart",): (
+        "rank 0 clips at ",
+        ", which is that of the rank's own gradients; over all stages, each parameter once, it is ",
     ),
 }
 

@@ -23,6 +23,10 @@ class Parameters:
         self._modules: dict[int, tuple[nn.Module, int]] = {}  # id -> module, kept alive, and its number
         self._parameters: dict[int, tuple[nn.Parameter, set[int]]] = {}  # id -> parameter and the modules that hold it
         self._gradients: dict[Key, tuple[Any, int]] = {}  # memory -> the storage (weak), and the parameter's id
+        self._copies: dict[Key, tuple[Any, list[int]]] = {}  # memory -> the storage (weak), and parameters' ids
+        self._names: dict[int, str] = {}  # parameter's id -> its name in the largest module that was called
+        self._main: dict[int, Key] = {}  # parameter's id -> the memory of its main_grad
+        self.replaced: set[int] = set()  # ids of parameters whose main_grad has become another tensor
         self._hooks: dict[int, Any] = {}  # parameter's id -> the handle of its hook
         self._added: set[int] = set()  # ids of parameters
 
@@ -34,8 +38,9 @@ class Parameters:
         number = len(self._modules)
         self._modules[id(module)] = (module, number)
         held = [self.number(child)[0] for child in nn.Module.modules(module) if child is not module]
-        for parameter in nn.Module.parameters(module):
+        for name, parameter in nn.Module.named_parameters(module):
             self._parameters.setdefault(id(parameter), (parameter, set()))[1].add(number)
+            self._names[id(parameter)] = name
             self.note_gradient(parameter)
         return number, held
 
@@ -54,6 +59,11 @@ class Parameters:
         for gradient in (parameter.grad, getattr(parameter, "main_grad", None)):
             if isinstance(gradient, Tensor) and (key := key_of(gradient)):
                 self._gradients[key] = (weak_storage(gradient), id(parameter))
+        kept = getattr(parameter, "main_grad", None)
+        if isinstance(kept, Tensor) and (key := key_of(kept)):
+            if self._main.get(id(parameter), key) != key:
+                self.replaced.add(id(parameter))
+            self._main[id(parameter)] = key
 
     def with_gradient_at(self, key: Key | None) -> int | None:
         """The id of the parameter whose gradient has this memory."""
@@ -64,6 +74,35 @@ class Parameters:
             del self._gradients[key]
             return None
         return entry[1]
+
+    def with_gradients_in(self, tensor: Tensor) -> list[int]:
+        """The ids of the parameters whose gradients are in the memory of a tensor, or that it was copied from."""
+        key = key_of(tensor)
+        if key is None:
+            return []
+        storage, copied = self._copies.get(key, (None, []))
+        if storage is not None and not storage.expired():
+            return copied
+        start, end = key[1], key[1] + max(tensor.numel(), 1)
+        return [
+            parameter
+            for (memory, offset), (kept, parameter) in self._gradients.items()
+            if memory == key[0] and start <= offset < end and not kept.expired()
+        ]
+
+    def note_copy(self, made: Tensor, inputs: Collection[Tensor]) -> None:
+        """An operator has made a tensor; if it is of gradients alone and as large as these, it is a copy of them."""
+        of = [self.with_gradient_at(key_of(tensor)) for tensor in inputs]
+        parameters = [parameter for parameter in of if parameter is not None]
+        key = key_of(made)
+        if key is None or len(parameters) < len(inputs) or not parameters:
+            return
+        if made.numel() == sum(tensor.numel() for tensor in inputs):
+            self._copies[key] = weak_storage(made), parameters
+
+    def name(self, parameter: int) -> str:
+        """The name of a parameter in the largest module that holds it."""
+        return self._names[parameter]
 
     def listen(self) -> None:
         """From now on note which parameters get a gradient, wherever hooks of the program move it to."""

@@ -58,7 +58,7 @@ class Runs:
         A run from no output of a forward, but from a parameter, is one of the weight gradients of the owners.
         """
         self._count += 1
-        made_by = [self._makers(root) for root in roots]
+        made_by = [self.makers(root) for root in roots]
         found = {forward for made in made_by for forward in made}
         for made, gradient in zip(made_by, grads, strict=False):
             self._take([gradient], made)
@@ -126,7 +126,7 @@ class Runs:
             self.gradient_of |= dict.fromkeys(fresh, min(forwards))
             self._write("gradients", forwards=sorted(forwards), messages=[fresh] * len(forwards))
 
-    def _makers(self, root: Tensor | GradientEdge) -> set[int]:
+    def makers(self, root: Tensor | GradientEdge) -> set[int]:
         """The forwards that made a tensor: by its graph, because the memory of a sent tensor may have been freed."""
         found = {self._forwards.find(number) for number in graph.marks_below(root)}
         if found or isinstance(root, GradientEdge):

@@ -14,30 +14,39 @@ gradient of the last stage's output is taken from the recorded step, since the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison
+from dualpipe.record.comparison import ChunkComparison, Comparison
 from dualpipe.record.events import ForwardId, RankLog
+from dualpipe.record.plain.clipping import judge
+from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
+from dualpipe.record.plain.losses import losses_of
+from dualpipe.record.plain.replicas import differences
 from dualpipe.record.recording import Recording
-from dualpipe.schedule import Chunk, Lane, Task
+from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
-_MOST_TRIED = 64
-"""Up to so many microbatches each is tried as the one that a sum lacks."""
 
 Plainly = Mapping[str, Any]
 """What a rank's file has for one forward."""
 
 
-def add_comparison(recording: Recording, folder: Path, logs: Sequence[RankLog]) -> Recording:
+def add_comparison(
+    recording: Recording, folder: Path, logs: Sequence[RankLog], clip_norm: float | None = None
+) -> Recording:
     """The recording with its comparison; ``logs`` are those of all ranks of the job."""
-    compared = compare(folder, logs, recording.tasks, recording.schedule.routes, recording.pipeline_ranks)
+    schedule = recording.schedule
+    places = {placed.op: schedule.observed.place(placed) for placed in schedule if placed.op.kind in (B, W)}
+    ranks = recording.pipeline_ranks
+    compared = compare(folder, logs, recording.tasks, schedule.routes, ranks, clip_norm, places)
     return replace(recording, comparison=compared)
 
 
@@ -47,10 +56,14 @@ def compare(
     tasks: Mapping[ForwardId, Task],
     routes: Mapping[Lane, tuple[int, ...]],
     ranks: Sequence[int] = (),
+    clip_norm: float | None = None,
+    places: Mapping[Op, str] | None = None,
 ) -> Comparison:
     """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder.
 
     ``ranks`` are the ranks of the job that the recorded pipeline has, in the order of its own; none if it has all.
+    ``clip_norm`` is the norm to which the program clips all gradients together, if the user says; ``places`` are the
+    lines of the program of B and W.
     """
     others = len(logs) > len({rank for route in routes.values() for rank in route})
     ranks = ranks or range(len(logs))
@@ -58,19 +71,39 @@ def compare(
     files = {rank: _load(folder / f"{ranks[rank]}.pt") for route in routes.values() for rank in route}
     forwards: dict[Task, Plainly] = {}
     for id, task in sorted(tasks.items()):
-        found = files[id.rank].get("forwards", {}).get(logs[id.rank].find(id.number)) if id.rank in files else None
+        file, number = files.get(id.rank, {}), logs[id.rank].find(id.number)
+        found = file.get("forwards", {}).get(number)
         if found is not None:
-            forwards[task] = found
+            forwards[task] = found | {"layers": file.get("layers", {}).get(number, {})}
     counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
-    step = _Step(files, forwards, routes, counts, others)
+    step = _Step(files, forwards, routes, counts, others, places or {})
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
-    return Comparison(chunks, tuple(_losses(files, logs, tasks, routes)), tuple(_replicas(chunks, files)))
+    losses = tuple(losses_of(files, logs, tasks, routes, chunks))
+    clipping = judge(chunks, files, forwards, clip_norm, others)
+    replicas = tuple(differences(chunks, files, forwards))
+    found = Comparison(chunks, losses, replicas, clipping)
+    scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
+    steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
+    return replace(found, changes=tuple(_changes(logs, steps))) if scaled or found.verdict != "equal" else found
+
+
+def _changes(logs: Sequence[RankLog], steps: Collection[int]) -> Iterator[str]:
+    """Where each rank changes gradients in place during the steps."""
+    for log in logs:
+        counts = Counter((name, at) for name, at, step in log.changed if step in steps)
+        shown = [f"{name} at {at}{f' ({count} times)' if count > 1 else ''}" for (name, at), count in counts.items()]
+        if shown:
+            yield f"rank {log.rank} changes gradients in place: {', '.join(shown)}"
 
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"error": "it made no plain run: no forward was observed, or the rank did not end its step"}
     content: dict[str, Any] = torch.load(path, weights_only=True)
+    after = path.with_name(f"{path.name}.after")
+    if after.exists():
+        later = torch.load(after, weights_only=True)
+        content |= {"changed": later["weights"], "clipped": later["clipped"], "read": later["read"]}
     return content
 
 
@@ -82,6 +115,7 @@ class _Step:
     microbatches: Mapping[Lane, int]
     others: bool
     """Whether there are ranks outside of these routes, as those of other data-parallel pipelines."""
+    places: Mapping[Op, str]
 
     def chunk(self, chunk: Chunk) -> ChunkComparison:
         rank, count = self.routes[chunk.lane][chunk.stage], self.microbatches[chunk.lane]
@@ -90,6 +124,7 @@ class _Step:
             return ChunkComparison(chunk, rank, count, (), (str(file["error"]),), ())
         faults: list[str] = []
         unknown: list[str] = [] if count else ["no microbatch was recorded"]
+        outside: list[str] = []
         for mb in range(count):
             found = self.forwards.get(Task(*chunk, mb))
             if found is None:
@@ -97,82 +132,153 @@ class _Step:
             elif "error" in found:
                 unknown.append(f"microbatch {mb} cannot be run plainly: {found['error']}")
             else:
-                faults += self._of_microbatch(Task(*chunk, mb), found)
+                for is_fault, what in self._of_microbatch(Task(*chunk, mb), found):
+                    (faults if is_fault else outside).append(what)
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
-        notes, summed = [], None
         kept = self._gradients(chunk, rank)
-        if isinstance(kept, str) and self.others:
+        if isinstance(kept, Agreement):
+            notes = (kept.how,) if kept.how else ()
+            return ChunkComparison(
+                chunk, rank, count, _shown(faults), (), notes, kept.summed, kept.scale, kept.divided_by
+            )
+        if self.others:
             unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
-        elif isinstance(kept, str):
-            faults.append(kept)
         else:
-            summed, note = kept
-            notes += [note] if note else []
-        return ChunkComparison(chunk, rank, count, _shown(faults), tuple(unknown), tuple(notes), summed)
+            faults.append(kept)
+        return ChunkComparison(chunk, rank, count, _shown(faults), (*_shown(outside), *unknown), ())
 
-    def _of_microbatch(self, task: Task, found: Plainly) -> Iterator[str]:
-        """What differs for one microbatch: the links to the neighbour stages, and the outputs."""
+    def _of_microbatch(self, task: Task, found: Plainly) -> Iterator[tuple[bool, str]]:
+        """What differs for one microbatch, and whether it is a fault: links to the neighbour stages, and outputs.
+
+        What a stage takes may be computed, outside of any module, from what the stage before returns.  Then it is no
+        fault that it is something else, unless it is what some stage returns for another microbatch.
+        """
         before = self.forwards.get(task._replace(stage=task.stage - 1))
         after = self.forwards.get(task._replace(stage=task.stage + 1))
         if before is not None and not _among(found["took"], before.get("plainly", [])):
-            yield f"microbatch {task.mb} does not take what stage {task.stage - 1} returns for it"
+            what = f"microbatch {task.mb} does not take what stage {task.stage - 1} returns for it"
+            known = _another(found["took"], (each.get("returned", []) for each in self.forwards.values()))
+            yield (True, what) if known else (False, f"{what}: is that computed further outside of a module?")
         if not _all_equal(found["returned"], found["plainly"]):
-            yield f"the output of microbatch {task.mb} differs from the plain one"
+            yield True, f"the output of microbatch {task.mb} differs from the plain one"
         if not found["ran"]:
-            yield f"no gradient reaches microbatch {task.mb}"
+            yield True, f"no gradient reaches microbatch {task.mb}"
         elif after is not None and not _among(found["gradients"], after.get("input gradients", [])):
-            yield f"microbatch {task.mb} does not take the gradient that stage {task.stage + 1} has for it"
+            what = f"microbatch {task.mb} does not take the gradient that stage {task.stage + 1} has for it"
+            others = (each.get("input gradients", []) for each in self.forwards.values())
+            known = _another(found["gradients"], others)
+            yield (True, what) if known else (False, f"{what}: is the output computed further outside of a module?")
 
-    def _gradients(self, chunk: Chunk, rank: int) -> str | tuple[bool | None, str]:
-        """What differs in the gradients of a chunk, or whether they are sums over both lanes, and how they agree."""
+    def _gradients(self, chunk: Chunk, rank: int) -> str | Agreement:
+        """How the gradients of a chunk agree with the plain ones, or what differs."""
         file = self.files[rank]
-        sums = self._sums(chunk)
-        other = self._other(chunk)
-        agree: set[tuple[str, bool | None]] = set()
+        agree: list[Agreement] = []
         wrong: dict[str, list[str]] = {}
         shared = self._shared(chunk)
-        for number, own in sums.items():
+        fitted = [factors_of(file["final"][number], parts) for number, parts in self._parts(chunk).items()]
+        patterns = [factors for factors in fitted if factors]
+        for number, parts in self._parts(chunk).items():
+            name = file["names"][number]
             if number in shared:
-                agree.add((f"{file['names'][number]} is used by another stage of the rank too, and not compared", None))
+                agree.append(Agreement(f"{name} is used by another stage of the rank too, and not compared"))
                 continue
             final = file["final"][number]
-            name = file["names"][number]
-            both = None if other is None else _added(own, other.get(name))
-            found = _agreement(final, own, both, self._counts())
-            if found == "" and (tied := self._tied(chunk, number, final)):
-                found = tied, None
-            if isinstance(found, tuple):
-                agree.add(found)
+            found = self._wrong(chunk, number) or agreement(
+                final, parts, self._counts(), self._scales, patterns, partial(self._place, chunk)
+            )
+            if not isinstance(found, Agreement) and (tied := self._tied(chunk, number, final)):
+                found = Agreement(tied)
+            if isinstance(found, Agreement):
+                agree.append(found)
             else:
-                if not found and final is not None and own is not None:
-                    found = self._difference(chunk, number, final, own)
                 wrong.setdefault(found, []).append(name)
+        scales = {round(each.scale, 3) for each in agree if each.how or each.summed is not None or each.scale != 1}
         if wrong:
             return "; ".join(f"{_names(names)}: {what}" for what, names in wrong.items())
-        summed = {both for _, both in agree if both is not None}
-        notes = {how for how, _ in agree if how}
-        return (summed.pop() if len(summed) == 1 else None), ", ".join(sorted(notes))
+        if len(scales) > 1:
+            shown = " and ".join(f"{scale:g}" for scale in sorted(scales))
+            return f"the gradients of its parameters are scaled by different factors: {shown}"
+        summed = {each.summed for each in agree if each.summed is not None}
+        notes = {each.how for each in agree if each.how}
+        scale = next((each.scale for each in agree if each.scale != 1), 1.0)
+        divided = {each.divided_by for each in agree}
+        by = divided.pop() if len(divided) == 1 else 1
+        return Agreement(", ".join(sorted(notes)), summed.pop() if len(summed) == 1 else None, scale, by)
+
+    @cached_property
+    def _scales(self) -> tuple[float, ...]:
+        """The factors that the program has scaled gradients by, where a gradient is large enough to show it."""
+        found: list[float] = []
+        for lane, route in self.routes.items():
+            for stage, rank in enumerate(route):
+                final = self.files[rank].get("final", {})
+                for number, parts in self._parts(Chunk(lane, stage)).items() if final else ():
+                    scale = scale_of(final[number], parts)
+                    if scale is not None and all(abs(scale - other) > 1e-4 * abs(other) for other in (1.0, *found)):
+                        found.append(scale)
+        return tuple(found)
+
+    def _place(self, chunk: Chunk, mb: int) -> str:
+        """The line of the program for the W of a microbatch, or else for its B."""
+        for kind in (W, B):
+            if at := self.places.get(Op(kind, *chunk, mb)):
+                return f"{Op(kind, *chunk, mb)} is at {at}"
+        return ""
+
+    def _wrong(self, chunk: Chunk, number: int) -> str:
+        """Where the program's own computation of a weight gradient is no derivative of its module."""
+        for task, found in self.forwards.items():
+            if task.chunk == chunk and number in found.get("wrong", {}):
+                own, slope = found["wrong"][number]
+                times = f", {own / slope:.3g} times as much" if slope else ""
+                return (
+                    f"what the program computes as the gradient of one microbatch has a slope of {own:.4g}{times}, and "
+                    f"the module's is {slope:.4g}: is the formula of W right, and run once for each use of the weight?"
+                )
+        return ""
 
     def _counts(self) -> tuple[int, ...]:
         """What a program may divide gradients by: microbatches, replicas."""
         counts = {2, *self.microbatches.values(), sum(self.microbatches.values())}
         return tuple(sorted({count for one in counts for count in (one, 2 * one) if count > 1}))
 
-    def _sums(self, chunk: Chunk, without: int | None = None) -> dict[int, Tensor | None]:
-        """By parameter the sum of the plain gradients in microbatch order, in the dtype that the program keeps."""
+    def _parts(self, chunk: Chunk) -> dict[int, Parts]:
+        """The gradients of every parameter of a chunk, microbatch by microbatch."""
         file = self.files[self.routes[chunk.lane][chunk.stage]]
-        sums: dict[int, Tensor | None] = {}
+        own, slopes = self._by_microbatch(chunk)
+        lane = next((lane for lane in self.routes if lane != chunk.lane), None)
+        far: dict[str, dict[int, Tensor | None]] = {}
+        far_slopes: dict[str, dict[int, float]] = {}
+        if lane is not None:
+            names = self.files[self.routes[lane][chunk.stage]].get("names", [])
+            of_lane, slopes_of_lane = self._by_microbatch(Chunk(lane, chunk.stage))
+            far = {names[number]: each for number, each in of_lane.items()}
+            far_slopes = {names[number]: each for number, each in slopes_of_lane.items()}
+        return {
+            number: Parts(
+                number,
+                chunk.lane,
+                each,
+                None if lane is None else far.get(file["names"][number], {}),
+                file["before"].get(number),
+                slopes.get(number, {}),
+                far_slopes.get(file["names"][number], {}),
+            )
+            for number, each in own.items()
+        }
+
+    def _by_microbatch(self, chunk: Chunk) -> tuple[dict[int, dict[int, Tensor | None]], dict[int, dict[int, float]]]:
+        """By parameter and microbatch the plain gradients of a chunk, and the slopes in place of some."""
+        gradients: dict[int, dict[int, Tensor | None]] = {}
+        slopes: dict[int, dict[int, float]] = {}
         for mb in range(self.microbatches[chunk.lane]):
-            found = self.forwards.get(Task(*chunk, mb))
-            for number, gradient in (found or {}).get("weights", {}).items():
-                final = file["final"][number]
-                if gradient is None or mb == without:
-                    sums.setdefault(number, file["before"].get(number))
-                    continue
-                added = gradient if final is None else gradient.to(final.dtype)
-                sums[number] = _added(sums.get(number, file["before"].get(number)), added)
-        return sums
+            found = self.forwards.get(Task(*chunk, mb)) or {}
+            for number, gradient in found.get("weights", {}).items():
+                gradients.setdefault(number, {})[mb] = gradient
+            for number, slope in found.get("slopes", {}).items():
+                slopes.setdefault(number, {})[mb] = slope
+        return gradients, slopes
 
     def _shared(self, chunk: Chunk) -> set[int]:
         """The parameters that another stage on the rank uses as well: in which order both add to them is not fixed."""
@@ -186,11 +292,12 @@ class _Step:
 
     def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> str:
         """The parameter of another stage with which a gradient was summed, as those of tied embeddings are."""
-        own = self._sums(chunk)[number]
+        own = self._parts(chunk)[number].total(final)
         others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
         for other in (each for each in others if each != chunk):
-            for at, total in self._sums(other).items():
-                if own is not None and total is not None and total.shape == own.shape and _equal(final, own + total):
+            for at, parts in self._parts(other).items():
+                total = parts.total(final)
+                if own is not None and total is not None and total.shape == own.shape and equal(final, own + total):
                     mine, theirs = self._name(chunk, number), self._name(other, at)
                     return f"{mine} is summed with {theirs} of stage {other.stage}, to which it is tied"
         return ""
@@ -198,106 +305,20 @@ class _Step:
     def _name(self, chunk: Chunk, number: int) -> str:
         return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
 
-    def _other(self, chunk: Chunk) -> dict[str, Tensor | None] | None:
-        """The sums of the same stage on the other lane, by the names of parameters."""
-        lane = next((lane for lane in self.routes if lane != chunk.lane), None)
-        if lane is None:
-            return None
-        names = self.files[self.routes[lane][chunk.stage]].get("names", [])
-        return {names[number]: total for number, total in self._sums(Chunk(lane, chunk.stage)).items()}
-
-    def _difference(self, chunk: Chunk, number: int, final: Tensor, own: Tensor) -> str:
-        """How a gradient differs from its plain sum."""
-        count = self.microbatches[chunk.lane]
-        for mb in range(count if count <= _MOST_TRIED else 0):
-            if _equal(final, self._sums(chunk, without=mb)[number]):
-                return f"the gradient lacks microbatch {mb}"
-        if final.shape != own.shape:
-            return f"the gradient has the shape {list(final.shape)} and not {list(own.shape)}"
-        most = float((final.double() - own.double()).abs().max())
-        return f"the gradient differs by up to {most:.3g}"
-
-
-def _agreement(
-    final: Tensor | None, own: Tensor | None, both: Tensor | None, counts: Sequence[int]
-) -> tuple[str, bool | None] | str:
-    """How a gradient agrees with its plain sum, and whether it is one over both lanes; or what differs."""
-    if own is None:
-        nothing = final is None or not bool(final.any())
-        return ("", None) if nothing else "there is a gradient, and the plain run has none"
-    if final is None:
-        return "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"
-    for total, over_both in ((own, False), (both, True)):
-        if total is None:
-            continue
-        if _equal(final, total):
-            return ("summed over both lanes" if over_both else "", None if both is None else over_both)
-        for count in counts:
-            if _equal(final, total / count) or _equal(final, total * (1 / count)):
-                lanes = "summed over both lanes and " if over_both else ""
-                return f"{lanes}divided by {count}", None if both is None else over_both
-    if not bool(final.any()):
-        return "the gradient is zero, and the plain run has one: is the store for weight gradients fed, and run?"
-    return ""
-
-
-def _replicas(chunks: Sequence[ChunkComparison], files: Mapping[int, Mapping[str, Any]]) -> Iterator[str]:
-    """The stages whose replicas were not summed before the optimizer changed the weights."""
-    by_stage: dict[int, list[ChunkComparison]] = {}
-    for each in chunks:
-        by_stage.setdefault(each.chunk.stage, []).append(each)
-    for stage, both in by_stage.items():
-        updated = all(files[each.rank].get("by_optimizer") for each in both)
-        if len(both) == len(Lane) and updated and any(each.summed is False for each in both):
-            ranks = " and ".join(f"{each.rank}" for each in both)
-            yield (
-                f"the replicas of stage {stage} on ranks {ranks} were not summed before the optimizer's step: each "
-                "would be updated by its own gradient"
-            )
-
-
-def _losses(
-    files: Mapping[int, Mapping[str, Any]],
-    logs: Sequence[RankLog],
-    tasks: Mapping[ForwardId, Task],
-    routes: Mapping[Lane, tuple[int, ...]],
-) -> Iterator[LossComparison]:
-    for lane, route in routes.items():
-        last = [id for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1)]
-        file = files[route[-1]]
-        seen = set(file.get("seen", ()))
-        computed = [id for id in last if logs[id.rank].forwards[logs[id.rank].find(id.number)].backward_began]
-        count = sum(logs[id.rank].find(id.number) in seen for id in computed) if file.get("by_optimizer") else None
-        collected = not {logs[id.rank].find(id.number) for id in computed}.isdisjoint(file.get("collected", ()))
-        yield LossComparison(lane, route[-1], len(last), len(computed), count, collected)
-
-
-def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return one + other
-
-
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors have the same shape and, bit by bit, the same values in the first one's dtype."""
-    if one is None or other is None or one.shape != other.shape:
-        return False
-    other = other.to(one.dtype)
-    return (
-        torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-        if one.dim()
-        else (torch.equal(one.reshape(1).view(torch.uint8), other.reshape(1).view(torch.uint8)))
-    )
-
 
 def _all_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(map(_equal, one, other))
+    return len(one) == len(other) and all(map(equal, one, other))
 
 
 def _among(taken: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> bool:
     """Whether every tensor is bitwise one of the others, whatever its shape."""
     flat = [tensor.reshape(-1) for tensor in given if tensor is not None]
-    return all(any(_equal(tensor.reshape(-1), other) for other in flat) for tensor in taken if tensor is not None)
+    return all(any(equal(tensor.reshape(-1), other) for other in flat) for tensor in taken if tensor is not None)
+
+
+def _another(taken: Sequence[Tensor | None], of_others: Iterator[Sequence[Tensor | None]]) -> bool:
+    """Whether all tensors are among those of one of the others."""
+    return any(tensor is not None for tensor in taken) and any(_among(taken, given) for given in of_others)
 
 
 def _names(names: Sequence[str]) -> str:

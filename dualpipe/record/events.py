@@ -17,6 +17,7 @@ from dualpipe.record.log import ForwardId as ForwardId
 from dualpipe.record.log import Message as Message
 from dualpipe.record.log import MessageId as MessageId
 from dualpipe.record.log import ModuleId as ModuleId
+from dualpipe.record.log import Owed as Owed
 from dualpipe.record.log import Raised as Raised
 from dualpipe.record.log import RankLog as RankLog
 from dualpipe.record.log import RecordError as RecordError
@@ -50,6 +51,15 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.weights = True
+            case "owed":
+                if (known := log.forwards.get(log.find(event["forward"]))) is not None:
+                    known.owed |= {number: Owed(name, how, event["at"]) for number, name, how in event["parameters"]}
+            case "paid":
+                known = log.forwards.get(log.find(event["forward"]))
+                if known is not None and known.step == log.steps:
+                    known.paid |= set(event["parameters"])
+                elif known is not None:
+                    known.paid_at = event["at"]
             case "weights requested":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:

@@ -83,6 +83,14 @@ class Arrival(NamedTuple):
     collective: int | None
 
 
+class Owed(NamedTuple):
+    """A parameter without a gradient: its name, how the backward left it out, and the line of the program."""
+
+    name: str
+    how: str
+    at: str
+
+
 @dataclass
 class Forward:
     """A forward as its rank observed it.
@@ -105,6 +113,11 @@ class Forward:
         Where the program requested gradients of weights from the engine; it may keep them elsewhere than in ``.grad``.
     untrainable:
         Whether none of its modules has a parameter to train.
+    owed:
+        The parameters whose gradients its backward left out, by number: the name, how it did so (``none``, ``unseen``,
+        ``zero``, ``all zero``) and where.
+    paid:
+        Those of them that got a gradient later in the step; ``paid_at`` is where others got one in a later step.
     """
 
     id: ForwardId
@@ -119,6 +132,9 @@ class Forward:
     requested_at: str = ""
     untrainable: bool = False
     step: int = 0
+    owed: dict[int, Owed] = field(default_factory=dict)
+    paid: set[int] = field(default_factory=set)
+    paid_at: str = ""
 
 
 @dataclass

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from dualpipe.record.events import Doubt, ForwardId, RankLog
+from dualpipe.record.events import Doubt, ForwardId, Owed, RankLog
+from dualpipe.record.gradients import lacking, uncertain
 from dualpipe.record.lineage import Lineage
 from dualpipe.record.naming import Named
 from dualpipe.schedule import F, Op
 
+_MOST_NAMES = 3
 _DOUBTS = {
     "detached": (
         "the module called at {at} takes a detached tensor of {op} without requires_grad; whether it is a stage of its "
@@ -68,19 +70,39 @@ def notes_on_doubts(logs: Sequence[RankLog], lineage: Lineage) -> list[str]:
 
 
 def notes_on_weights(log: RankLog, lineage: Lineage) -> list[str]:
-    """Where the W of a rank's forwards is something else than a change of a parameter's ``.grad``."""
+    """Where the W of a rank's forwards is something else than a change of a parameter's ``.grad``, or is missing."""
     notes: Counter[str] = Counter()
+    without, unsure = lacking(log), uncertain(log)
     for number, forward in log.forwards.items():
         task = lineage.tasks.get(ForwardId(log.rank, log.find(number)))
-        if task is None or forward.weights:
+        if task is None:
             continue
-        if forward.requested_at:
+        if log.ended and (owed := without.get(number)):
+            later = f"; it is computed in a later training step, at {forward.paid_at}" if forward.paid_at else ""
+            notes[
+                f"the backward at {owed[0].at} gives {_names(owed)} of stage {task.stage} no gradient, and nothing "
+                f"adds one later in the step: it has no W{later}"
+            ] += 1
+        elif log.ended and (owed := unsure.get(number)):
+            what = "nothing but zeros" if owed[0].how == "all zero" else "no gradient, though the forward reads it"
+            notes[
+                f"the backward at {owed[0].at} gives {_names(owed)} of stage {task.stage} {what}; whether the program "
+                "computes that gradient at all could not be determined"
+            ] += 1
+        elif forward.weights:
+            continue
+        elif forward.requested_at:
             notes[f"weight gradients computed at {forward.requested_at} reach no .grad; their W is there"] += 1
         elif forward.backward_began and forward.untrainable:
             notes[f"no module of stage {task.stage} has a parameter to train; its W is written with its B"] += 1
         elif forward.backward_began and log.ended:
             notes[f"a backward from the forward at {forward.at} changed no .grad: it has no W"] += 1
     return [f"rank {log.rank}: {note} ({times} times)" for note, times in sorted(notes.items())]
+
+
+def _names(owed: Sequence[Owed]) -> str:
+    more = len(owed) - _MOST_NAMES
+    return ", ".join(each.name for each in owed[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def caveats(logs: Sequence[RankLog], lineage: Lineage, named: Named, lost: int) -> Iterator[str]:
@@ -99,6 +121,9 @@ def caveats(logs: Sequence[RankLog], lineage: Lineage, named: Named, lost: int) 
         yield f"{named.control} message ends are left out as control data"
     if lost:
         yield f"{lost} messages of other training steps were never matched"
+    unsure = sum(ForwardId(log.rank, n) in lineage.tasks for log in logs if log.ended for n in uncertain(log))
+    if unsure:
+        yield f"whether {unsure} backwards get all their weight gradients could not be determined"
     counts = Counter(doubt.what for _, doubt in _doubts(logs, lineage))
     for what, count in counts.items():
         yield _DOUBTS[what][1].format(count=count)

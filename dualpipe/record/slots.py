@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dualpipe.record.collectives import NONE, Collectives
 from dualpipe.record.events import CollectiveId, ForwardId, Message, MessageId, RankLog
+from dualpipe.record.gradients import lacking
 from dualpipe.record.lineage import Lineage
 from dualpipe.record.naming import Named
 from dualpipe.schedule import B, F, Kind, Op, Placed, Program, Task, W
@@ -224,7 +225,7 @@ def _program(
                 finished = [f for f in event["forwards"] if last_weight.get(log.find(f)) == index]
                 compute([_op_of(W, log, forward, lineage) for forward in finished], event["run"])
             case "weights":
-                finished = [f for f in event["forwards"] if last_weight[log.find(f)] == index]
+                finished = [f for f in event["forwards"] if last_weight.get(log.find(f)) == index]
                 compute([_op_of(W, log, forward, lineage) for forward in finished], event["run"])
             case "post":
                 ids = [MessageId(log.rank, posted["message"]) for posted in event["messages"]]
@@ -258,12 +259,15 @@ def _op_of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | Non
 def _last_weights(log: RankLog) -> dict[int, int]:
     """For every forward the last event that adds to its weight gradients, at which its W ends.
 
-    If there is none, it is the last run of the engine that was requested to compute gradients of weights.
+    If there is none, it is the last run of the engine that was requested to compute gradients of weights.  A forward
+    with a parameter whose gradient was never computed has no W.
     """
     last: dict[str, dict[int, int]] = {"weights requested": {}, "weights": {}}
+    without = lacking(log)
     for index, event in enumerate(log.events):
         if event["event"] in last:
-            last[event["event"]].update(dict.fromkeys(map(log.find, event["forwards"]), index))
+            computed = [forward for forward in map(log.find, event["forwards"]) if forward not in without]
+            last[event["event"]].update(dict.fromkeys(computed, index))
     return last["weights requested"] | last["weights"]
 
 

@@ -30,6 +30,7 @@ from .gradients import Gradients
 from .log import Sink, call_number, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
 from .origins import Origins, marks
+from .owed import Owed
 from .parameters import Parameters, state_of
 from .runs import Runs
 
@@ -75,11 +76,13 @@ class Flow:
         # (forward, module, with gradients) -> the inputs of its calls
         self._given: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
         self._calls: list[Call] = []  # those that have not returned
-        self._engine_runs = Runs(self.write, self._table, self._forwards, self.parameters)
+        self._owed = Owed(self.write, self._forwards, self.parameters)
+        self._engine_runs = Runs(self.write, self._table, self._forwards, self.parameters, self._owed)
         self.origins = Origins(self.write, self._table, self._forwards, self.parameters, self._engine_runs)
-        self._gradients = Gradients(self.write, self._table, self.parameters, self.origins)
+        self._gradients = Gradients(self.write, self._table, self.parameters, self.origins, self._owed)
         self.context: Marks | None = None  # the marks of the module call or the run of the engine in progress
         self.calling = 0  # depth of module calls
+        self._begun_with_grad = False  # whether the outermost one began with gradients enabled
         self.running = 0  # depth of runs of the engine
         self._thread = threading.get_ident()
         self.buffers = Buffers(self.write)
@@ -129,6 +132,7 @@ class Flow:
         call.made = self.call(call.module, inputs) if inputs else None
         call.left, call.is_open = self.within(call.made), True
         self.calling, self.caller = 1, type(call.module).__qualname__
+        self._begun_with_grad = torch.is_grad_enabled()
 
     def _open_inside(self, inputs: Sequence[Tensor]) -> None:
         """An operator runs in a module call without tensors, which may have its input as an attribute."""
@@ -254,6 +258,9 @@ class Flow:
         """An operator has run: its results get the marks of the context, or else of its inputs."""
         if self._calls and not self.calling and not self.running:
             self._open_inside(inputs)
+        if self.calling and self._begun_with_grad and self.context is not None and len(self.context) == 1:
+            ((_, forward),) = self.context
+            self._owed.read(forward, inputs)
         mutable, name = func._schema.is_mutable, func._schema.name.rpartition("::")[2]
         memory = {key[0]: tensor for tensor in inputs if (key := key_of(tensor))}
         for output in outputs:

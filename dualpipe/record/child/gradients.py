@@ -9,6 +9,7 @@ from torch import Tensor
 from .log import call_path
 from .marks import Marks, Table, key_of
 from .origins import Origins
+from .owed import Owed
 from .parameters import Parameters
 
 _ADDS = frozenset({"add_", "copy_", "sub_", "_foreach_add_", "addcmul_"})
@@ -17,8 +18,11 @@ _ADDS = frozenset({"add_", "copy_", "sub_", "_foreach_add_", "addcmul_"})
 class Gradients:
     """Turns changes of gradients into events: ``weights`` for what a forward adds, ``changed`` for anything else."""
 
-    def __init__(self, write: Callable[..., None], table: Table, parameters: Parameters, origins: Origins) -> None:
+    def __init__(
+        self, write: Callable[..., None], table: Table, parameters: Parameters, origins: Origins, owed: Owed
+    ) -> None:
         self._write, self._table, self._parameters, self._origins = write, table, parameters, origins
+        self._owed = owed
 
     def changed(self, name: str) -> None:
         """The program has changed a gradient in place; what only adds to it is no change."""
@@ -44,6 +48,7 @@ class Gradients:
         forwards = self._origins.owners(found, self._parameters.holders(parameter))
         if forwards:
             self._write("weights", forwards=sorted(forwards), run=None)
+            self._owed.pay(forwards, {parameter})
 
     def note_replaced(self) -> None:
         """Note that gradients have become other tensors since the program last added to them."""

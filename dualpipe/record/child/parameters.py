@@ -105,25 +105,29 @@ class Parameters:
         return self._names[parameter]
 
     def listen(self) -> None:
-        """From now on note which parameters get a gradient, wherever hooks of the program move it to."""
+        """From now on note the memory of gradients before hooks of the program move them elsewhere."""
         self._added.clear()
         for key, (parameter, _) in self._parameters.items():
             self.note_gradient(parameter)
             if key not in self._hooks and parameter.requires_grad and parameter.is_leaf:
                 listen = parameter.register_post_accumulate_grad_hook
-                self._hooks[key] = listen(self._accumulated)  # type: ignore[no-untyped-call] # torch's own
+                self._hooks[key] = listen(self.note_gradient)  # type: ignore[no-untyped-call] # torch's own
 
-    def _accumulated(self, parameter: Tensor) -> None:
-        self.add_to(id(parameter))
-        self.note_gradient(parameter)
+    def leaves(self) -> list[nn.Parameter]:
+        """The parameters to which autograd adds gradients."""
+        return [p for p, _ in self._parameters.values() if p.requires_grad and p.is_leaf]
+
+    def numbered(self, parameter: int) -> tuple[int, str]:
+        """The number of a parameter among all of the rank, and its name."""
+        return list(self._parameters).index(parameter), self._names[parameter]
 
     def add_to(self, parameter: int) -> None:
         """A gradient of this parameter has been set or added to."""
         self._added.add(parameter)
 
-    def holders_of_added(self) -> list[set[int]]:
-        """For every parameter that got a gradient since ``listen``, the modules that hold it."""
-        return [self.holders(key) for key in self._added]
+    def added(self) -> set[int]:
+        """The ids of the parameters that got a gradient since ``listen``."""
+        return set(self._added)
 
     def stop_listening(self) -> None:
         while self._hooks:

@@ -112,6 +112,9 @@ def record(
             show_default="as recorded",
         ),
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="For --prove: the model of sends, all, blocking, eager, eager:CAPACITY or stream.")
+    ] = "all",
     waive: Waive = None,
     as_json: Json = False,
 ) -> None:
@@ -133,6 +136,7 @@ def record(
 
     check_name(name)
     _check_waived(waive or (), prove)
+    _check_model(model, prove)
     more = takewhile(LANE.fullmatch, command) if lanes else ()
     given = [*(lanes or []), *more]
     routes, command = (parse(given), command[len(given) - len(lanes or []) :]) if lanes else (None, command)
@@ -167,7 +171,7 @@ def record(
             from dualpipe.record.plain import add_comparison
 
             plain = folder / "plain" / str(session)
-            recordings = [add_comparison(recording, plain, logs, clip_norm) for recording in recordings]
+            recordings = [add_comparison(recording, plain, logs, clip_norm, recordings) for recording in recordings]
     if groups > 1:
         typer.echo(f"dualpipe: process group {session} of {groups}", err=True)
     ending = [] if end.succeeded else end.describe().splitlines()
@@ -179,11 +183,14 @@ def record(
         caveats = [*([] if end.succeeded else ["the program failed or was ended"]), *recording.caveats]
         result = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
         if prove:
+            from proofs.models import parse_models
             from proofs.prove import prove as run_checks
 
             of_ranks = f", ranks {' '.join(map(str, recording.pipeline_ranks))}" if len(recordings) > 1 else ""
             label = name + of_ranks
-            report = interruptible(partial(run_checks, recording.schedule, label=label, waive=waive or ()))
+            report = interruptible(
+                partial(run_checks, recording.schedule, parse_models(model), label=label, waive=waive or ())
+            )
             codes.append(report.exit_code)
             result["proof"] = report.as_json()
             if not as_json:
@@ -285,6 +292,17 @@ def _check_waived(waive: Sequence[str], prove: bool) -> None:
     waived(waive)
     if not prove:
         raise RuleError("--waive is for --prove", f"got --waive {waive[0]} alone", "add --prove")
+
+
+def _check_model(model: str, prove: bool) -> None:
+    """Raise ``RuleError`` for a name that is no model, and for ``--model`` without ``--prove``."""
+    if model == "all":
+        return
+    from proofs.models import parse_models
+
+    parse_models(model)
+    if not prove:
+        raise RuleError("--model is for --prove", f"got --model {model} alone", "add --prove")
 
 
 def _with_caveats(report: str, caveats: Sequence[str]) -> str:

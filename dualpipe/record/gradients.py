@@ -25,11 +25,14 @@ def lacking(log: RankLog) -> Mapping[int, tuple[Owed, ...]]:
 def uncertain(log: RankLog) -> Mapping[int, tuple[Owed, ...]]:
     """By forward, the parameters of which it could not be determined whether they lack a gradient.
 
-    Those that the forward reads and the engine did not reach, and those with zeros if all that it reached had zeros.
+    Those that the forward reads and the engine did not reach, and those with zeros if all that it reached had zeros.  A
+    forward of which no weight gradient was computed has no W, which is certain.
     """
     certain = lacking(log)
     found = {}
     for number, forward in log.forwards.items():
+        if not forward.weights and not forward.requested_at:
+            continue
         left = [owed for _, owed in _unpaid(forward) if owed not in certain.get(number, ())]
         found[number] = tuple(owed for owed in left if owed.how in ("unseen", "all zero"))
     return {number: owed for number, owed in found.items() if owed}

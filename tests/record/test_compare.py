@@ -263,8 +263,13 @@ FILE = {"forwards": {0: RAN}, "names": ["w"], "before": {}, "seen": [0], "collec
         ),
         (
             FILE | {"final": {0: torch.full((2,), 3.0)}, "forwards": {0: RAN | {"plainly": [torch.zeros(1)]}}},
+            "unknown",
+            "the output of microbatch 0 differs from the plain one, on the same input and weights",
+        ),
+        (
+            FILE | {"final": {0: None}, "forwards": {0: RAN | {"plainly": [torch.zeros(1)], "changed": ["w"]}}},
             "different",
-            "the output of microbatch 0 differs from the plain one",
+            "the output of microbatch 0 differs from the plain one: w had changed since the step began",
         ),
     ],
 )
@@ -298,3 +303,28 @@ def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):
     comparison = compare(tmp_path, logs, {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)})
     assert comparison.verdict == "unknown"
     assert "may be the sum over pipelines that are not in the file" in comparison.text()
+
+
+@pytest.mark.parametrize(
+    ("finals", "verdict", "says"),
+    [
+        ((10.0, 10.0), "equal", "summed over 2 pipelines, up to rounding"),
+        ((5.0, 5.0), "equal", "summed over 2 pipelines and divided by 2, up to rounding"),
+        ((3.0, 7.0), "equal", "outputs and gradients equal"),
+        ((8.5, 8.5), "unknown", "may be the sum over pipelines that are not in the file"),
+    ],
+)
+def test_gradients_may_be_summed_over_all_recorded_pipelines(tmp_path, finals, verdict, says):
+    for rank, (final, own) in enumerate(zip(finals, (3.0, 7.0), strict=True)):
+        ran = RAN | {"weights": {0: torch.full((2,), own)}}
+        torch.save(FILE | {"final": {0: torch.full((2,), final)}, "forwards": {0: ran}}, tmp_path / f"{rank}.pt")
+    events = [
+        {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
+        | {"grad": True, "at": "x.py:1"},
+        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
+    ]
+    logs = [read(rank, events) for rank in range(2)]
+    one, other = (({ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)}, (rank,)) for rank in (0, 1))
+    comparison = compare(tmp_path, logs, *one, pipelines=[other])
+    assert comparison.verdict == verdict
+    assert says in comparison.text()

@@ -34,6 +34,7 @@ class Owed:
         self._outstanding: dict[int, set[int]] = {}  # forward -> ids of parameters
         self._without: set[int] = set()  # ids of the parameters that the current run reached without a gradient
         self._zero: set[int] = set()  # ids of those that it reached with a gradient of zeros
+        self._from_zeros = False  # whether the gradients that the run begins with are zeros
         self._hooks: list[tuple[Any, Any]] = []  # nodes that accumulate gradients, kept alive, and their hooks
 
     def read(self, forward: int, tensors: Iterable[Tensor]) -> None:
@@ -42,9 +43,12 @@ class Owed:
         if found:
             self._read.setdefault(forward, set()).update(found)
 
-    def begin(self) -> None:
-        """The engine is about to run: watch what it brings to every parameter."""
+    def begin(self, gradients: Iterable[Any]) -> None:
+        """The engine is about to run from outputs with these gradients: watch what it brings to every parameter."""
         self.end()
+        given = [gradient for gradient in gradients if isinstance(gradient, Tensor)]
+        with _disable_current_modes():
+            self._from_zeros = bool(given) and not any(bool(gradient.any()) for gradient in given)
         self._without.clear()
         self._zero.clear()
         with _disable_current_modes():
@@ -58,7 +62,7 @@ class Owed:
             self._without.add(id(parameter))
             return
         with _disable_current_modes():
-            if not gradient.any():
+            if not self._from_zeros and not gradient.any():
                 self._zero.add(id(parameter))
         self._parameters.add_to(id(parameter))
 

@@ -174,6 +174,7 @@ class Plain:
         self._computed = True
         with _disable_current_modes():
             self._keep_weights(module)
+            weights = [(name, self._weights[self._numbers[id(p)]], p) for name, p in module.named_parameters()]
             return Call(
                 module,
                 [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves],
@@ -186,6 +187,8 @@ class Plain:
                 torch.get_rng_state(),
                 torch.is_grad_enabled(),
                 {device: torch.get_autocast_dtype(device) for device in _AUTOCAST if torch.is_autocast_enabled(device)},
+                [part.training for part in module.modules()],
+                [name for name, before, now in weights if not torch.equal(before, now.detach())],
             )
 
     def _has_arrived(self, tensor: Tensor) -> bool:

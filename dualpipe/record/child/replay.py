@@ -32,7 +32,8 @@ class Call:
     """An outermost module call.
 
     ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
-    which autocast was on.
+    which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
+    step began.
     """
 
     module: nn.Module
@@ -46,6 +47,8 @@ class Call:
     random: Tensor
     grad: bool
     autocast: dict[str, torch.dtype]
+    training: list[bool]
+    changed: list[str]
     outputs: list[Tensor] = field(default_factory=list)
     returned: list[Leaf] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
@@ -114,6 +117,7 @@ class Replay:
             "weights": weights,
             "slopes": slopes,
             "wrong": wrong,
+            "changed": sorted({name for call in calls for name in call.changed}),
             "ran": bool(made.roots),
         }
 
@@ -178,6 +182,8 @@ class Replay:
                 stack.enter_context(torch.set_grad_enabled(with_grad))
                 for device, dtype in call.autocast.items() if with_grad else ():
                     stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+                for part, mode in zip(call.module.modules(), call.training, strict=False):
+                    part.training = mode
                 output = functional_call(call.module, names, args, kwargs, strict=False)
             for at, leaf in enumerate(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
                 made[call.returned[at]] = leaf

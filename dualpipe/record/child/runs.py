@@ -79,7 +79,7 @@ class Runs:
         ids = frozenset(id(target) for target, is_weight in zip(targets, weights, strict=True) if is_weight)
         self._current = Run(self._count, set(found), fresh, for_weights, requested, ids)
         self._parameters.listen()
-        self._owed.begin()
+        self._owed.begin(grads)
         return found
 
     def reach(self, forward: int, gradients: Iterable[Any]) -> set[int]:

@@ -34,19 +34,26 @@ from dualpipe.record.recording import Recording
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
+_ROUNDING = 1e-4
+"""How far a sum in another order may be off, relative to its largest element."""
 
 Plainly = Mapping[str, Any]
 """What a rank's file has for one forward."""
 
 
 def add_comparison(
-    recording: Recording, folder: Path, logs: Sequence[RankLog], clip_norm: float | None = None
+    recording: Recording,
+    folder: Path,
+    logs: Sequence[RankLog],
+    clip_norm: float | None = None,
+    pipelines: Sequence[Recording] = (),
 ) -> Recording:
-    """The recording with its comparison; ``logs`` are those of all ranks of the job."""
+    """The recording with its comparison; ``logs`` are those of all ranks of the job, ``pipelines`` all recordings."""
     schedule = recording.schedule
     places = {placed.op: schedule.observed.place(placed) for placed in schedule if placed.op.kind in (B, W)}
     ranks = recording.pipeline_ranks
-    compared = compare(folder, logs, recording.tasks, schedule.routes, ranks, clip_norm, places)
+    others = [(each.tasks, each.schedule.routes, each.pipeline_ranks) for each in pipelines if each is not recording]
+    compared = compare(folder, logs, recording.tasks, schedule.routes, ranks, clip_norm, places, others)
     return replace(recording, comparison=compared)
 
 
@@ -58,14 +65,42 @@ def compare(
     ranks: Sequence[int] = (),
     clip_norm: float | None = None,
     places: Mapping[Op, str] | None = None,
+    pipelines: Sequence[tuple[Mapping[ForwardId, Task], Mapping[Lane, tuple[int, ...]], Sequence[int]]] = (),
 ) -> Comparison:
     """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder.
 
     ``ranks`` are the ranks of the job that the recorded pipeline has, in the order of its own; none if it has all.
     ``clip_norm`` is the norm to which the program clips all gradients together, if the user says; ``places`` are the
-    lines of the program of B and W.
+    lines of the program of B and W.  ``pipelines`` are the tasks, routes and ranks of the other pipelines of the job.
     """
     others = len(logs) > len({rank for route in routes.values() for rank in route})
+    replicas_of = [_step(folder, logs, *each) for each in pipelines]
+    if len({*ranks}.union(*(each[2] for each in pipelines))) < len(logs):
+        replicas_of = []  # some ranks are in no recording
+    step = _step(folder, logs, tasks, routes, ranks, others, places or {}, replicas_of)
+    files, forwards = step.files, step.forwards
+    logs = [logs[rank] for rank in ranks or range(len(logs))]
+    chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
+    losses = tuple(losses_of(files, logs, tasks, routes, chunks))
+    clipping = judge(chunks, files, forwards, clip_norm, others)
+    replicas = tuple(differences(chunks, files, forwards))
+    found = Comparison(chunks, losses, replicas, clipping)
+    scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
+    steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
+    return replace(found, changes=tuple(_changes(logs, steps))) if scaled or found.verdict != "equal" else found
+
+
+def _step(
+    folder: Path,
+    logs: Sequence[RankLog],
+    tasks: Mapping[ForwardId, Task],
+    routes: Mapping[Lane, tuple[int, ...]],
+    ranks: Sequence[int],
+    others: bool = True,
+    places: Mapping[Op, str] | None = None,
+    replicas: Sequence[_Step] = (),
+) -> _Step:
+    """The files of the ranks of one pipeline, and what they have for each of its forwards."""
     ranks = ranks or range(len(logs))
     logs = [logs[rank] for rank in ranks]
     files = {rank: _load(folder / f"{ranks[rank]}.pt") for route in routes.values() for rank in route}
@@ -76,15 +111,7 @@ def compare(
         if found is not None:
             forwards[task] = found | {"layers": file.get("layers", {}).get(number, {})}
     counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
-    step = _Step(files, forwards, routes, counts, others, places or {})
-    chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
-    losses = tuple(losses_of(files, logs, tasks, routes, chunks))
-    clipping = judge(chunks, files, forwards, clip_norm, others)
-    replicas = tuple(differences(chunks, files, forwards))
-    found = Comparison(chunks, losses, replicas, clipping)
-    scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
-    steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
-    return replace(found, changes=tuple(_changes(logs, steps))) if scaled or found.verdict != "equal" else found
+    return _Step(files, forwards, routes, counts, others, places or {}, tuple(replicas))
 
 
 def _changes(logs: Sequence[RankLog], steps: Collection[int]) -> Iterator[str]:
@@ -116,6 +143,8 @@ class _Step:
     others: bool
     """Whether there are ranks outside of these routes, as those of other data-parallel pipelines."""
     places: Mapping[Op, str]
+    replicas: tuple[_Step, ...] = ()
+    """The other pipelines of the job, if all are recorded."""
 
     def chunk(self, chunk: Chunk) -> ChunkComparison:
         rank, count = self.routes[chunk.lane][chunk.stage], self.microbatches[chunk.lane]
@@ -131,6 +160,12 @@ class _Step:
                 faults.append(f"microbatch {mb} ran no forward")
             elif "error" in found:
                 unknown.append(f"microbatch {mb} cannot be run plainly: {found['error']}")
+            elif not _all_equal(found["returned"], found["plainly"]):
+                what = f"the output of microbatch {mb} differs from the plain one"
+                if changed := found.get("changed"):
+                    faults.append(f"{what}: {_names(changed)} had changed since the step began")
+                else:
+                    unknown.append(f"{what}, on the same input and weights: does its module keep a state of its own?")
             else:
                 for is_fault, what in self._of_microbatch(Task(*chunk, mb), found):
                     (faults if is_fault else outside).append(what)
@@ -138,15 +173,56 @@ class _Step:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
         kept = self._gradients(chunk, rank)
         if isinstance(kept, Agreement):
-            notes = (kept.how,) if kept.how else ()
+            notes = (*([kept.how] if kept.how else []), *self._uncompared(outside))
             return ChunkComparison(
                 chunk, rank, count, _shown(faults), (), notes, kept.summed, kept.scale, kept.divided_by
             )
+        if summed := self._over_pipelines(chunk):
+            return ChunkComparison(chunk, rank, count, _shown(faults), (), (summed, *self._uncompared(outside)))
         if self.others:
             unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
         else:
             faults.append(kept)
         return ChunkComparison(chunk, rank, count, _shown(faults), (*_shown(outside), *unknown), ())
+
+    @staticmethod
+    def _uncompared(outside: Sequence[str]) -> Iterator[str]:
+        if outside:
+            yield (
+                f"{len(outside)} links to neighbouring stages are not compared, because tensors are computed further "
+                "outside of its module"
+            )
+
+    def _over_pipelines(self, chunk: Chunk) -> str:
+        """A note if the gradients are those of all pipelines of the job, summed and perhaps divided."""
+        file = self.files[self.routes[chunk.lane][chunk.stage]]
+        every = [each for each in self.replicas if each.has(chunk)]
+        if not every or len(every) < len(self.replicas):
+            return ""
+        of_others = [each.parts_by_name(chunk) for each in every]
+        found: set[int] = set()
+        for number, parts in self._parts(chunk).items():
+            alike = [named.get(file["names"][number]) for named in of_others]
+            final = file["final"][number]
+            if final is None or parts.slopes or not all(alike):
+                return ""
+            by = _divisor(final, [parts, *filter(None, alike)], (1, 1 + len(every), *self._counts()))
+            if by is None:
+                return ""
+            found.add(by)
+        if len(found) != 1:
+            return ""
+        by = found.pop()
+        return f"summed over {1 + len(every)} pipelines{f' and divided by {by}' if by > 1 else ''}, up to rounding"
+
+    def has(self, chunk: Chunk) -> bool:
+        """Whether there is such a chunk, and its rank has made a plain run."""
+        route = self.routes.get(chunk.lane, ())
+        return chunk.stage < len(route) and "error" not in self.files[route[chunk.stage]]
+
+    def parts_by_name(self, chunk: Chunk) -> dict[str, Parts]:
+        names = self.files[self.routes[chunk.lane][chunk.stage]]["names"]
+        return {names[number]: parts for number, parts in self._parts(chunk).items()}
 
     def _of_microbatch(self, task: Task, found: Plainly) -> Iterator[tuple[bool, str]]:
         """What differs for one microbatch, and whether it is a fault: links to the neighbour stages, and outputs.
@@ -160,8 +236,6 @@ class _Step:
             what = f"microbatch {task.mb} does not take what stage {task.stage - 1} returns for it"
             known = _another(found["took"], (each.get("returned", []) for each in self.forwards.values()))
             yield (True, what) if known else (False, f"{what}: is that computed further outside of a module?")
-        if not _all_equal(found["returned"], found["plainly"]):
-            yield True, f"the output of microbatch {task.mb} differs from the plain one"
         if not found["ran"]:
             yield True, f"no gradient reaches microbatch {task.mb}"
         elif after is not None and not _among(found["gradients"], after.get("input gradients", [])):
@@ -304,6 +378,20 @@ class _Step:
 
     def _name(self, chunk: Chunk, number: int) -> str:
         return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
+
+
+def _divisor(final: Tensor, every: Sequence[Parts], counts: Sequence[int]) -> int | None:
+    """By what a gradient is divided that is otherwise the sum over pipelines, of one lane or of both."""
+    for of_both in (False, True):
+        totals = [parts.total(final, of_other=far) for parts in every for far in (False, True)[: 1 + of_both]]
+        there = [total.double() for total in totals if total is not None]
+        if not there or any(total.shape != final.shape for total in there):
+            continue
+        total = torch.stack(there).sum(0)
+        for by in counts:
+            if float((final.double() * by - total).abs().max()) <= _ROUNDING * float(total.abs().max()):
+                return by
+    return None
 
 
 def _all_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -16,7 +16,7 @@ def note_arrivals(logs: Sequence[RankLog], everything: Sequence[RankLog]) -> Non
     pickled = any("pickle" in log.left for log in everything)
     for log in logs:
         own = everything[log.rank]
-        for forward, number, at, step in own.taken:
+        for forward, number, at, step, _ in own.taken:
             arrival = own.arrivals[number]
             if own.find(forward) in log.forwards and _may_carry(arrival, own, everything, pickled):
                 what = {"outside": "outside", "object": "object", "collective": "by a collective"}[arrival.how]

@@ -21,6 +21,7 @@ from dualpipe.record.log import Owed as Owed
 from dualpipe.record.log import Raised as Raised
 from dualpipe.record.log import RankLog as RankLog
 from dualpipe.record.log import RecordError as RecordError
+from dualpipe.record.log import Taken as Taken
 
 
 def read(rank: int, events: Sequence[Event]) -> RankLog:
@@ -79,7 +80,10 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
             case "arrived":
                 log.arrivals[event["arrival"]] = Arrival(event["how"], event["collective"])
             case "arrival":
-                log.taken += [(event["forward"], n, event["at"], log.steps) for n in event["arrivals"]]
+                step = log.steps
+                log.taken += [
+                    Taken(event["forward"], n, event["at"], step, event["backward"]) for n in event["arrivals"]
+                ]
             case "changed":
                 log.changed.append((event["name"], event["at"], log.steps))
             case "left":

@@ -230,8 +230,8 @@ def _unfollowed(logs: Sequence[RankLog]) -> RecordError | None:
         "collective": "came by a collective",
     }
     for log in logs:
-        for forward, arrival, at, _ in log.taken:
-            if log.find(forward) in log.forwards:
+        for forward, arrival, at, _, backward in log.taken:
+            if log.find(forward) in log.forwards and not backward:
                 return RecordError(
                     "a stage takes its input from a point-to-point message of tensors",
                     f"rank {log.rank} starts a forward at {at} from a tensor that {how[log.arrivals[arrival].how]}, "

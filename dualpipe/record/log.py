@@ -91,6 +91,16 @@ class Owed(NamedTuple):
     at: str
 
 
+class Taken(NamedTuple):
+    """A forward, or its backward, that takes the tensor of an arrival, with the line and the training step."""
+
+    forward: int
+    arrival: int
+    at: str
+    step: int
+    backward: bool
+
+
 @dataclass
 class Forward:
     """A forward as its rank observed it.
@@ -196,8 +206,8 @@ class RankLog:
     waiting, collecting:
         The messages, and the collective, that it was waiting for at the end; ``polling`` is whether it only looked.
     arrivals, taken, left:
-        Tensors from outside of torch's operators; the forwards that took them, with the line and the training step; and
-        the ways in which activations left torch.
+        Tensors from outside of torch's operators, the forwards that took them, and the ways in which activations left
+        torch.
     changed:
         What the program did to gradients in place: the operator, the line and the training step.
     """
@@ -217,7 +227,7 @@ class RankLog:
     collecting: int | None = None
     polling: bool = False
     arrivals: dict[int, Arrival] = field(default_factory=dict)
-    taken: list[tuple[int, int, str, int]] = field(default_factory=list)
+    taken: list[Taken] = field(default_factory=list)
     left: set[str] = field(default_factory=set)
     changed: list[tuple[str, str, int]] = field(default_factory=list)
 

@@ -10,9 +10,10 @@ from dualpipe.record.events import CollectiveId, ForwardId, Message, MessageId, 
 from dualpipe.record.gradients import lacking
 from dualpipe.record.lineage import Lineage
 from dualpipe.record.naming import Named
-from dualpipe.schedule import B, F, Kind, Op, Placed, Program, Task, W
+from dualpipe.schedule import SENDS, B, F, Kind, Op, Placed, Program, Task, W
 
 _ORDER = {F: 0, B: 1, W: 2}
+_COMPUTES = frozenset(_ORDER)
 
 
 class Posted(NamedTuple):
@@ -166,6 +167,7 @@ def _program(
     together: int | None = None  # the call that overlaps computations of which the last one was a part
     early = 0
     pending: set[int] = set()
+    apart: list[list[Posted]] = []  # slots of sends that another thread has posted
     launched: list[int] = []  # the collectives that the rank has not waited for
 
     def compute(ops: list[Op | None], run: int | None = None) -> None:
@@ -231,6 +233,8 @@ def _program(
                 ids = [MessageId(log.rank, posted["message"]) for posted in event["messages"]]
                 named = [Posted(ops[id], id) for id in ids if id in ops]
                 pending |= {id.number for id in ids if id in ops}
+                if named and not event.get("own", True) and all(each.op.kind in SENDS for each in named):
+                    apart.append(named)
                 if named:
                     slots.append(named)
                     joins = False
@@ -240,7 +244,26 @@ def _program(
                 pending -= set(event["messages"])
     launched += _elsewhere(log, collectives, later=True)
     collect(list(launched))
+    for slot in apart:
+        _put_forward(slots, slot)
     return slots, early
+
+
+def _put_forward(slots: list[list[Posted]], slot: list[Posted]) -> None:
+    """Put a slot of sends of another thread where their tensors were ready, but after earlier sends to the same peer.
+
+    The thread that computes does not wait for them, so where they were posted among its own messages is chance.
+    """
+    at = next(number for number, each in enumerate(slots) if each is slot)
+    ready = at
+    peers = {each.op.peer for each in slot}
+    while ready > 0 and not any(
+        (other.op.task in {each.op.task for each in slot} and other.op.kind in _COMPUTES)
+        or (other.op.kind in SENDS and other.op.peer in peers)
+        for other in slots[ready - 1]
+    ):
+        ready -= 1
+    slots.insert(ready, slots.pop(at))
 
 
 def _elsewhere(log: RankLog, collectives: Collectives, later: bool) -> list[int]:

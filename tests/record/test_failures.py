@@ -195,8 +195,10 @@ def test_a_rank_that_still_ran_had_not_failed_before_another_one(code, says):
     two.receive(0)
     raised = {"error": "RuntimeError", "text": "", "during": ["M", [1]], "time": 5.0, "place": "a.py:1", "at": "a.py:1"}
     one.events.append({"event": "raised", **raised})
-    failures = assemble([read(number, rank.events) for number, rank in enumerate((one, two))], codes=(1, code))
-    assert str(failures.schedule.failures[0]) == f"rank 0 raised RuntimeError at a.py:1 during 0RB0>@1{says}"
+    assembled = assemble([read(number, rank.events) for number, rank in enumerate((one, two))], codes=(1, code))
+    failures = sorted(assembled.schedule.failures)
+    assert [failure.rank for failure in assembled.schedule.failures] == ([0, 1] if code is None else [1, 0])
+    assert str(failures[0]) == f"rank 0 raised RuntimeError at a.py:1 during 0RB0>@1{says}"
 
 
 def two_steps() -> tuple[Rank, Rank]:
@@ -278,7 +280,7 @@ def test_a_rank_that_ends_without_a_word_is_recorded():
             os._exit(0)
 
     recording = record_ranks(2, body, check=False)
-    assert first_failure(recording).startswith("rank 1 did not finish; it was ended after 1SB1>@0, last seen at ")
+    assert first_failure(recording).startswith("rank 1 did not finish; it was ended after 1AR>@0, last seen at ")
 
 
 EARLY = """

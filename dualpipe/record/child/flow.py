@@ -191,7 +191,7 @@ class Flow:
             began = {"first": not continued, "again": again, "grad": torch.is_grad_enabled()}
             self.write("forward", forward=forward, module=number, messages=fresh, after=after, **began)
         if arrived:
-            self.write("arrival", forward=forward, arrivals=sorted(arrived))
+            self.write("arrival", forward=forward, arrivals=sorted(arrived), backward=False)
         if detached and torch.is_grad_enabled() and self.parameters.trainable({number}):
             self.write("doubt", what="detached", forward=forward)
         earlier = self._given.setdefault((forward, number, torch.is_grad_enabled()), set())
@@ -235,7 +235,7 @@ class Flow:
         found = self._engine_runs.begin(roots, grads, inputs, lambda: self.origins.owners(held, None))
         self._forwards.interrupt()
         if found and (arrived := sorted(number for letter, number in held if letter == "U")):
-            self.write("arrival", forward=min(found), arrivals=arrived)
+            self.write("arrival", forward=min(found), arrivals=arrived, backward=True)
         return marks("B", found)
 
     def makers(self, roots: Sequence[Any]) -> set[int]:
@@ -357,5 +357,5 @@ class Flow:
             for call in self._calls:
                 call.communicates = True
             inside = self.caller if self.calling else "backward" if self.running else ""
-        self.write("post", messages=posted, inside=inside, at=call_path())
+        self.write("post", messages=posted, inside=inside, own=self.on_own_thread(), at=call_path())
         return numbers

@@ -24,7 +24,7 @@ def marks(letter: str, numbers: Iterable[int]) -> Marks:
 def _is_leaf(tensor: Tensor) -> bool:
     """Whether autograd begins at a tensor or at the one that it is a view of."""
     base = tensor if tensor._base is None else tensor._base
-    return base.is_leaf and base.requires_grad
+    return any(each.is_leaf and each.requires_grad for each in (tensor, base))
 
 
 class Origins:

@@ -98,13 +98,13 @@ class Replay:
         slopes: dict[int, float] = {}
         wrong: dict[int, tuple[float, float]] = {}
         for number in hidden:
-            weights[number] = copy_of(gradient_of(self._parameters[number]))
-            if weights[number] is None or not bool(weights[number].any()):
+            kept = weights[number] = copy_of(gradient_of(self._parameters[number]))
+            if kept is None or not bool(kept.any()):
                 weights[number] = None
                 slopes[number] = self._slope(calls, number)
             elif number not in self._checked:
                 self._checked.add(number)
-                slope, own = self._slope(calls, number), along(weights[number], number)
+                slope, own = self._slope(calls, number), along(kept, number)
                 if abs(slope - own) > 1e-2 * max(abs(slope), abs(own)):
                     wrong[number] = own, slope
         last = calls[-1]

@@ -18,11 +18,12 @@ help:
 	@echo "make check   run lint, types and the fast tests"
 	@echo "make prove   prove the theorems for every size, and each schedule at one size"
 	@echo "make gate    check the change since the main branch, or since BASE=...; FIRST=1 stops at the first fault, ALL=1 runs"
-	@echo "             the tests even if a schedule is refuted; make golden writes the golden schedules"
+	@echo "             the tests even if a schedule is refuted, TESTED=1 none, as the whole suite has passed on this tree;"
+	@echo "             make golden writes the golden schedules"
 	@echo "make museum  plant known faults in the sources and check that the gate refuses each"
 	@echo "make mutants N=150 SEED=1   plant small faults at random and list those that no test notices; FILES=... for some sources"
 	@echo "make docs    write the reference pages that are made from the code: command line and Python API"
-	@echo "make bench   run the measurements; none is a test"
+	@echo "make bench   run the measurements in under ten minutes; none is a test; OUTPUT=folder: write results as JSON too"
 	@echo "make clean   remove the virtual environment and all other generated files"
 
 setup: $(READY)
@@ -46,7 +47,7 @@ test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile -q -m "not long"
 
 test-long: $(READY)
-	$(BIN)/pytest -n 2 -q -m long
+	$(BIN)/pytest -n 2 --dist loadfile -q -m long
 
 # The environment is removed at the end, also after a failure, unless KEEP is set.
 TORCH_ENV = .venv-torch-$(VERSION)
@@ -69,7 +70,7 @@ check: $(READY)
 	$(BIN)/pytest -n 2 -q -m "not long" tests/test_architecture.py tests/schedule tests/cli/test_show_and_simulate.py
 
 gate: $(READY)
-	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)") $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(FIRST),--first) $(if $(ALL),--all)
+	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)") $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(FIRST),--first) $(if $(ALL),--all) $(if $(TESTED),--tested)
 
 golden: $(READY)
 	$(BIN)/python -m ci.golden
@@ -85,8 +86,18 @@ mutants: $(READY)
 docs: $(READY)
 	$(BIN)/python -m tests.docs.reference
 
+# Each measurement at a size that leaves it a minute or two.
 bench: $(READY)
-	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+	$(if $(OUTPUT),mkdir -p "$(OUTPUT)")
+	$(BIN)/python bench/machine.py
+	$(if $(wildcard bench/executor.py),$(BIN)/python bench/executor.py)
+	$(BIN)/python bench/scale.py --sizes 8,32,128 --limit 30 $(if $(OUTPUT),--output "$(OUTPUT)/scale.json")
+	$(BIN)/python bench/provers.py --sizes 8/20,16/64 --rounds 2
+	$(BIN)/python bench/fake_vs_oracle.py
+	$(BIN)/python bench/bubble.py --sizes 4/8 --repeats 1
+	$(BIN)/python bench/soundness.py --mutants 40 --processes 6
+	$(BIN)/python bench/campaign.py --trials 8 --steps 100
+	$(BIN)/python bench/megatron_matrix.py --cells gpt,clipping
 
 clean:
 	rm -rf $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .cache build *.egg-info

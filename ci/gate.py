@@ -30,6 +30,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--first", action="store_true", help="stop at the first fault (bookkeeping does not count)")
     extent.add_argument("--all", action="store_true", help="run the tests even if a schedule is refuted")
+    extent.add_argument(
+        "--tested", action="store_true", help="make test and make test-long have passed on this tree: run no tests"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="write every report there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page with the timelines there")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -49,7 +52,8 @@ def main(arguments: Sequence[str]) -> ExitCode:
     try:
         prepare(options.output, options.html)
         root = _resolved(options.root)
-        evaluation = evaluate(root, options.base, Options(options.jobs, options.first, options.all), progress)
+        how = Options(options.jobs, options.first, options.all, options.tested)
+        evaluation = evaluate(root, options.base, how, progress)
     except (GateError, OSError) as error:
         print(f"gate: {error}", file=sys.stderr)
         publish_bad_input(error, options.output)

@@ -31,11 +31,16 @@ _FEW_FILES = 8
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: how many checks at a time, whether to stop at the first fault, whether to test refuted schedules."""
+    """How to run.
+
+    ``jobs``: how many checks at a time.  ``first``: stop at the first fault.  ``all``: test refuted schedules too.
+    ``tested``: the whole suite has passed on this tree, so the check ``tests`` is skipped.
+    """
 
     jobs: int = 2
     first: bool = False
     all: bool = False
+    tested: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ _PUBLIC = (
     "tests/production/test_faults.py",
 )
 _PROVED = (
+    "tests/schedule/test_adapters.py",
     "tests/schedule/test_comparison.py",
     "tests/schedule/test_normalise.py",
     "tests/schedule/test_torchcsv.py",
@@ -112,15 +113,18 @@ those of the command line are left out.
 _WITHOUT_THEOREMS = [
     "against",
     "deadlock_smt",
+    "deadlock_story",
     "departure_story",
     "difference",
     "prefix",
     "prove",
+    "report",
     "search",
     "smt",
     "solver",
     "story",
     "waivers",
+    "words",
     "z3child",
 ]
 _WITHOUT_MEGATRON = ["case", "fake", "fault", "ledger", "mailbox", "model", "production", "rank", "replica", "verify"]
@@ -140,6 +144,7 @@ ROWS: dict[str, Row] = {
             "tests/proofs/test_optimal.py",
             "tests/proofs/theorems/test_lower_bound.py",
             "tests/proofs/theorems/test_times.py",
+            "tests/record/test_traces.py",
             *_CLI,
             "tests/ci",
         ),

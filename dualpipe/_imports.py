@@ -66,12 +66,15 @@ class _Own:
         return PathFinder.find_spec(name, [ROOT])
 
 
-def is_command(arguments: list[str]) -> bool:
-    """Whether a process with these arguments (``sys.orig_argv``) runs the command line, as a script or with ``-m``."""
-    modules = {word for at, word in enumerate(arguments) if arguments[at - 1 : at] == ["-m"]}
-    modules |= {word.removeprefix("-m") for word in arguments if word.startswith("-m")}
-    script = [os.path.basename(word) for word in arguments[1:2]]
-    return not modules.isdisjoint(("dualpipe", "dualpipe.cli")) or script == ["dualpipe"]
+def is_command(original: list[str], arguments: list[str]) -> bool:
+    """Whether a process with this ``sys.orig_argv`` and ``sys.argv`` runs the command line, as a script or with ``-m``.
+
+    ``sys.argv`` begins with ``-m`` while Python looks for the module to run, which is when it imports ``dualpipe``.
+    """
+    if arguments[:1] != ["-m"]:
+        return [os.path.basename(word) for word in original[1:2]] == ["dualpipe"]
+    word = original[len(original) - len(arguments)]  # the word before the module's own arguments: its name, or -mNAME
+    return (word.partition("m")[2] if word.startswith("-") else word) in ("dualpipe", "dualpipe.cli")
 
 
 class OwnFirst:
@@ -87,5 +90,5 @@ class OwnFirst:
         sys.path[:] = self._before
 
 
-if is_command(sys.orig_argv):
+if is_command(sys.orig_argv, sys.argv):
     sys.path[:] = ordered(sys.path)

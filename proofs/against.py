@@ -1,30 +1,31 @@
 """Where a schedule departs from another one, rank by rank: what ``dualpipe prove --against`` reports.
 
-Four aspects are compared, each by itself, and of each rank only the first departure in an aspect is reported.
+Five aspects are compared, each by itself, and of each rank only the first departure in an aspect is reported.
 
-=========  ====================================================================================================
-order      the F and B of the rank, one after the other
-weights    where its W are among them, up to the first departure in the order
-messages   for each peer, what is sent to it and what is received from it, in the order posted
-slots      what is issued together, and where the messages are among the computes
-=========  ====================================================================================================
+===========  ==================================================================================================
+order        the F and B of the rank, one after the other
+weights      where its W are among them, up to the first departure in the order
+messages     for each peer, what is sent to it and what is received from it, in the order posted
+collectives  which the rank launches in which group, one after the other; not compared if a schedule has none at all
+slots        what is issued together, and where the messages are among the computes
+===========  ==================================================================================================
 
-Ops of one slot are issued together, so in the first three aspects their order within the slot does not count: ``F+B+W``
-is the same as ``F`` and ``B+W`` in two slots.  The first three change what a rank computes, holds or exchanges.  Slots
-alone change neither, and are reported without being counted as a departure.
+Ops of one slot are issued together, so in all aspects but slots their order within the slot does not count: ``F+B+W``
+is the same as ``F`` and ``B+W`` in two slots.  All others change what a rank computes, holds or exchanges.  Slots alone
+change neither, and are reported without being counted as a departure.
 
 What follows the first departure in the order of a rank is not compared, since it would be another report of the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COLLECTIVES, MESSAGES, SENDS, B, F, Kind, Lane, Op, Placed, Schedule, Slot, W
+from dualpipe.schedule import COLLECTIVES, MESSAGES, SENDS, B, F, Kind, Lane, Op, Placed, Schedule, W
 from proofs.verdict import ExitCode
 
 
@@ -34,6 +35,7 @@ class Aspect(StrEnum):
     ORDER = "order"
     WEIGHTS = "weights"
     MESSAGES = "messages"
+    COLLECTIVES = "collectives"
     SLOTS = "slots"
 
 
@@ -95,6 +97,12 @@ class Comparison:
         return tuple(lane for lane in Lane if lane in one and lane in other and one[lane] != other[lane])
 
     @property
+    def has_collectives(self) -> tuple[bool, bool]:
+        """Whether this schedule has collectives, and whether the other one has; they are compared if both have."""
+        one, other = (any(at.op.kind in COLLECTIVES for at in schedule) for schedule in (self.here, self.there))
+        return one, other
+
+    @property
     def departs(self) -> bool:
         return bool(self.misplaced) or any(departure.counts for departure in self.departures)
 
@@ -116,6 +124,7 @@ class Comparison:
         return {
             "name": self.name,
             "verdict": self.verdict,
+            "collectives_compared": all(self.has_collectives),
             "misplaced": [
                 {"lane": str(each.lane), "stage": each.stage, "here": each.here, "there": each.there}
                 for each in self.misplaced
@@ -173,11 +182,14 @@ def _of_rank(here: Schedule, there: Schedule, rank: int) -> Iterator[Departure]:
     order = _first(Aspect.ORDER, here, there, rank, frozenset({F, B}))
     weights = _first(Aspect.WEIGHTS, here, there, rank, frozenset({F, B, W}))
     messages, slots = _in_messages(here, there, rank), _in_slots(here, there, rank)
+    collectives = _in_collectives(here, there, rank)
     found = [] if order is None else [order]
     if weights is not None and W in {placed.op.kind for placed in (weights.here, weights.there) if placed is not None}:
         found.append(weights)
     if messages is not None and (order is None or _slot(messages) < _slot(order)):
         found.append(messages)
+    if collectives is not None:
+        found.append(collectives)
     if slots is not None and all(_slot(slots) < _slot(other) for other in found):
         found.append(slots)
     return iter(found)
@@ -194,6 +206,19 @@ def _first(aspect: Aspect, here: Schedule, there: Schedule, rank: int, kinds: fr
     return _departure(aspect, here, there, rank, *_difference(one, other))
 
 
+def _in_collectives(here: Schedule, there: Schedule, rank: int) -> Departure | None:
+    """The first difference between the collectives of the rank, if both schedules have any."""
+    if not _have_collectives(here, there):
+        return None
+    one, other = (_groups(schedule, rank, COLLECTIVES) for schedule in (here, there))
+    return _departure(Aspect.COLLECTIVES, here, there, rank, *_difference(one, other, _in_group))
+
+
+def _in_group(op: Op) -> Op:
+    """A collective with its group, since each group is a communicator of its own."""
+    return op
+
+
 def _groups(schedule: Schedule, rank: int, kinds: frozenset[Kind]) -> Iterator[Group]:
     for number, slot in enumerate(schedule.programs[rank]):
         group = tuple(Placed(rank, number, position, op) for position, op in enumerate(slot) if op.kind in kinds)
@@ -201,8 +226,14 @@ def _groups(schedule: Schedule, rank: int, kinds: frozenset[Kind]) -> Iterator[G
             yield group
 
 
-def _difference(one: Iterable[Group], other: Iterable[Group]) -> tuple[Placed | None, Placed | None]:
-    """The first ops at which two sequences of groups differ, both ``None`` if they do not.
+def _bare(op: Op) -> Op:
+    return op.bare
+
+
+def _difference(
+    one: Iterable[Group], other: Iterable[Group], key: Callable[[Op], Op] = _bare
+) -> tuple[Placed | None, Placed | None]:
+    """The first ops at which two sequences of groups differ, both ``None`` if they do not; ``key`` is what must agree.
 
     A group of one may be several groups of the other, and ops within a group have no order.
     """
@@ -215,12 +246,12 @@ def _difference(one: Iterable[Group], other: Iterable[Group]) -> tuple[Placed | 
         ours, theirs = open_ones
         if not ours or not theirs:
             return (ours[0] if ours else None), (theirs[0] if theirs else None)
-        common = {placed.op.bare for placed in ours} & {placed.op.bare for placed in theirs}
+        common = {key(placed.op) for placed in ours} & {key(placed.op) for placed in theirs}
         if not common:
             return ours[0], theirs[0]
         for current in open_ones:
             for op in common:
-                current.remove(next(placed for placed in current if placed.op.bare == op))
+                current.remove(next(placed for placed in current if key(placed.op) == op))
 
 
 def _departure(
@@ -235,7 +266,8 @@ def _departure(
 
 def _next(schedule: Schedule, rank: int, op: Op, start: int) -> Placed | None:
     """Where a rank has an op: the first place from a slot on, or else the last one before it."""
-    places = [placed for placed in _placed(schedule, rank) if placed.op.bare == op.bare]
+    key = _in_group if op.kind in COLLECTIVES else _bare
+    places = [placed for placed in _placed(schedule, rank) if key(placed.op) == key(op)]
     return next((placed for placed in places if placed.slot >= start), places[-1] if places else None)
 
 
@@ -250,8 +282,8 @@ def _in_messages(here: Schedule, there: Schedule, rank: int) -> Departure | None
     one, other = _by_peer(here, rank), _by_peer(there, rank)
     found = []
     for key in one.keys() | other.keys():
-        groups = (((placed,) for placed in side.get(key, ())) for side in (one, other))
-        departure = _departure(Aspect.MESSAGES, here, there, rank, *_difference(*groups))
+        ours, theirs = (((placed,) for placed in side.get(key, ())) for side in (one, other))
+        departure = _departure(Aspect.MESSAGES, here, there, rank, *_difference(ours, theirs))
         if departure is not None:
             found.append(departure)
     return min(found, key=lambda each: _position(each, len(here.programs[rank])), default=None)
@@ -273,24 +305,23 @@ def _by_peer(schedule: Schedule, rank: int) -> Mapping[tuple[int | None, bool], 
 
 
 def _in_slots(here: Schedule, there: Schedule, rank: int) -> Departure | None:
-    slots = ([*_slots_of(schedule, rank)] for schedule in (here, there))
-    for (number, one), (nth, other) in zip(*slots, strict=False):
+    ignored = frozenset() if _have_collectives(here, there) else COLLECTIVES
+    rows = (
+        [(number, slot) for number, slot in enumerate(schedule.programs[rank]) if slot[0].kind not in ignored]
+        for schedule in (here, there)
+    )
+    for (here_number, one), (there_number, other) in zip(*rows, strict=False):
         if {op.bare for op in one} != {op.bare for op in other}:
             alone = next((at for at, op in enumerate(one) if op.bare not in {o.bare for o in other}), 0)
             missing = next((at for at, op in enumerate(other) if op.bare not in {o.bare for o in one}), 0)
-            return _departure(
-                Aspect.SLOTS,
-                here,
-                there,
-                rank,
-                Placed(rank, number, alone, one[alone]),
-                Placed(rank, nth, missing, other[missing]),
+            ours, theirs = (
+                Placed(rank, here_number, alone, one[alone]),
+                Placed(rank, there_number, missing, other[missing]),
             )
+            return _departure(Aspect.SLOTS, here, there, rank, ours, theirs)
     return None
 
 
-def _slots_of(schedule: Schedule, rank: int) -> Iterator[tuple[int, Slot]]:
-    """The numbered slots of a rank but those of collectives, which a schedule need not have."""
-    for number, slot in enumerate(schedule.programs[rank]):
-        if slot[0].kind not in COLLECTIVES:
-            yield number, slot
+def _have_collectives(here: Schedule, there: Schedule) -> bool:
+    """Whether both schedules have collectives."""
+    return all(any(at.op.kind in COLLECTIVES for at in schedule) for schedule in (here, there))

@@ -3,12 +3,15 @@
 Matching is static, the k-th send of an ordered pair with its k-th receive.  So a run that completes is a set of times
 in which each step is after what it waits for.  Such times exist exactly if no wait leads back to itself, whatever the
 durations.  ``proofs.models`` defines what waits for what.  There is one variable for the time at which each message
-slot is posted (and, where computes overlap with messages, for the end of each compute and of each message slot)::
+slot is posted (and, where computes overlap with messages, for the end of each compute and of each message slot).
+With a communicator for each ordered pair of ranks each message has these two times by itself::
 
     blocking, eager     posted(slot) -> posted(next slot)       posted(partner) -> posted(next slot)
     all                 posted(the k-th collective of another member) -> the end of a member's k-th collective
     stream              done(compute) -> posted(slot) -> completed(slot) -> posted(next slot)
                         completed(slot) -> done(compute that needs it)     posted(partner) -> completed(slot)
+    edge                done(compute) -> started(message) -> completed(message) -> started(next message of its pair)
+                        completed(message) -> done(compute that needs it)  started(partner) -> completed(message)
 """
 
 from __future__ import annotations
@@ -22,24 +25,37 @@ from proofs.difference import Link, Problem
 from proofs.models import Model
 
 AFTER = Link("rank {0} reaches slot {2} after slot {1}")
+WHERE = "{0.op} in slot {0.slot} of rank {0.rank}"
 HOLDS_UP = "{0.op} in slot {0.slot} of rank {0.rank} ends after rank {1.rank} reaches {1.op} in slot {1.slot}"
 
 
 @dataclass
 class Times:
-    """The variables: when each message slot is posted and completed, and when each rank reaches its end."""
+    """The variables: when messages are posted and completed, and when each rank reaches its end.
 
-    posted: dict[tuple[int, int], int] = field(default_factory=dict)
-    completed: dict[tuple[int, int], int] = field(default_factory=dict)
+    A message is given by rank, slot and position, or by rank, slot and 0 where a slot is posted and ends as one.
+    """
+
+    model: Model
+    posted: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    completed: dict[tuple[int, int, int], int] = field(default_factory=dict)
     end: list[int] = field(default_factory=list)
+
+    def at(self, placed: Placed) -> tuple[int, int, int]:
+        """The key of a message or a collective."""
+        apart = self.model.edges and placed.op.kind in MESSAGES
+        return placed.rank, placed.slot, placed.position if apart else 0
 
 
 def deadlock(schedule: Schedule, model: Model) -> Problem:
     """Times exist for all steps: every rank reaches its end and every message is received."""
     problem = Problem(f"deadlock, {model}")
-    times = Times()
+    times = Times(model)
     for rank in range(schedule.ranks):
-        (_overlapping if model.overlaps else _one_by_one)(problem, times, schedule, rank)
+        if model.edges:
+            _pair_by_pair(problem, times, schedule, rank)
+        else:
+            (_overlapping if model.overlaps else _one_by_one)(problem, times, schedule, rank)
     never = problem.variable("never")
     sends, receives = _channels(schedule)
     for pair in sorted(sends.keys() | receives.keys()):
@@ -53,12 +69,12 @@ def deadlock(schedule: Schedule, model: Model) -> Problem:
 
 def _members(schedule: Schedule) -> Iterator[list[list[Placed]]]:
     """For each group the collectives of each of its members."""
+    rows: dict[tuple[int | None, int], list[Placed]] = defaultdict(list)
+    for placed in schedule:
+        if placed.op.kind in COLLECTIVES:
+            rows[placed.op.peer, placed.rank].append(placed)
     for number, ranks in enumerate(schedule.groups):
-        yield [[placed for placed in schedule if placed.rank == rank and _is_of(placed.op, number)] for rank in ranks]
-
-
-def _is_of(op: Op, group: int) -> bool:
-    return op.kind in COLLECTIVES and op.peer == group
+        yield [rows[number, rank] for rank in ranks]
 
 
 def _gather(problem: Problem, times: Times, never: int, members: list[list[Placed]]) -> None:
@@ -100,14 +116,13 @@ def _match(problem: Problem, times: Times, model: Model, sends: list[Placed], re
 
 
 def _holds_up(problem: Problem, times: Times, partner: Placed, placed: Placed) -> None:
-    reached = times.posted[partner.rank, partner.slot]
-    problem.later(reached, times.completed[placed.rank, placed.slot], HOLDS_UP, placed, partner)
+    reached = times.posted[times.at(partner)]
+    problem.later(reached, times.completed[times.at(placed)], HOLDS_UP, placed, partner)
 
 
 def _never_ends(problem: Problem, times: Times, never: int, placed: Placed) -> None:
     end = times.end[placed.rank]
-    where = "{0.op} in slot {0.slot} of rank {0.rank}"
-    problem.later(never, end, where + " has no partner, so the rank never ends", placed, gap=0)
+    problem.later(never, end, WHERE + " has no partner, so the rank never ends", placed, gap=0)
     problem.later(end, never, "rank {0.rank} reaches its end", placed)
 
 
@@ -117,17 +132,17 @@ def _one_by_one(problem: Problem, times: Times, schedule: Schedule, rank: int) -
     for number, slot in enumerate(schedule.programs[rank]):
         if slot[0].kind in COMPUTE:
             continue
-        time = times.posted[rank, number] = problem.variable(f"r{rank}s{number} posted")
+        time = times.posted[rank, number, 0] = problem.variable(f"r{rank}s{number} posted")
         if previous is not None:
-            times.completed[rank, previous] = time
-            _after(problem, times.posted[rank, previous], time, rank, previous, number)
+            times.completed[rank, previous, 0] = time
+            _after(problem, times.posted[rank, previous, 0], time, rank, previous, number)
         previous = number
     end = problem.variable(f"r{rank} end")
     times.end.append(end)
     if previous is not None:
-        times.completed[rank, previous] = end
+        times.completed[rank, previous, 0] = end
         text = "rank {0} reaches its end after slot {1}"
-        problem.later(times.posted[rank, previous], end, text, rank, previous)
+        problem.later(times.posted[rank, previous, 0], end, text, rank, previous)
 
 
 def _overlapping(problem: Problem, times: Times, schedule: Schedule, rank: int) -> None:
@@ -143,14 +158,14 @@ def _overlapping(problem: Problem, times: Times, schedule: Schedule, rank: int) 
         if computes:
             for bringer in sorted(_bringers(schedule, slot, brings)):
                 text = "slot {1} of rank {0} computes with what slot {2} brings"
-                problem.later(times.completed[rank, bringer], start, text, rank, number, bringer)
+                problem.later(times.completed[rank, bringer, 0], start, text, rank, number, bringer)
             compute = number, start
             continue
         if message is not None:
             _after(problem, message[1], start, rank, message[0], number)
         completed = problem.variable(f"r{rank}s{number} completed")
         problem.later(start, completed, "slot {1} of rank {0} ends after it is posted", rank, number)
-        times.posted[rank, number], times.completed[rank, number] = start, completed
+        times.posted[rank, number, 0], times.completed[rank, number, 0] = start, completed
         message = number, completed
         for op in slot:
             brings.setdefault(op.bare, number)
@@ -159,6 +174,43 @@ def _overlapping(problem: Problem, times: Times, schedule: Schedule, rank: int) 
     for last in (compute, message):
         if last is not None:
             problem.later(last[1], end, "rank {0} reaches its end after slot {1}", rank, last[0])
+
+
+def _pair_by_pair(problem: Problem, times: Times, schedule: Schedule, rank: int) -> None:
+    """The times of a rank that computes while the messages of each pair, one after the other, wait for their partners.
+
+    A collective is reached when every message before it has completed, and what is behind it only when it has.
+    """
+    last: dict[object, tuple[Placed, int]] = {}  # by what it is: "compute", "collective", or the pair of a message
+    brings: dict[Op, tuple[Placed, int]] = {}
+    text = "{1.op} in slot {1.slot} of rank {1.rank} starts after {0.op} in slot {0.slot} ends"
+    for number, slot in enumerate(schedule.programs[rank]):
+        for position, op in enumerate(slot):
+            placed = Placed(rank, number, position, op)
+            if op.kind in COLLECTIVES and position:
+                continue  # the collectives of a slot are reached together
+            start = problem.variable(f"{op} r{rank}s{number}.{position}")
+            pair = schedule.peer(op), op.kind in SENDS
+            if op.kind in COMPUTE:
+                before = [last.get("compute"), *(brings.get(need) for need in schedule.needs(op))]
+            elif op.kind in MESSAGES:
+                before = [last.get("compute"), last.get("collective"), last.get(pair)]
+            else:
+                before = list(last.values())
+            for earlier in filter(None, before):
+                problem.later(earlier[1], start, text, earlier[0], placed)
+            if op.kind in COMPUTE:
+                last["compute"] = placed, start
+                continue
+            end = problem.variable(f"{op} r{rank}s{number}.{position} completed")
+            problem.later(start, end, WHERE + " ends after it starts", placed)
+            times.posted[times.at(placed)], times.completed[times.at(placed)] = start, end
+            last["collective" if op.kind in COLLECTIVES else pair] = placed, end
+            brings.setdefault(op.bare, (placed, end))
+    end = problem.variable(f"r{rank} end")
+    times.end.append(end)
+    for placed, time in last.values():
+        problem.later(time, end, "rank {0.rank} reaches its end after {0.op} in slot {0.slot}", placed)
 
 
 def _bringers(schedule: Schedule, slot: Slot, brings: dict[Op, int]) -> set[int]:

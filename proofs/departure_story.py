@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from dualpipe.schedule import RECEIVES, SENDS, B, F, Lane, Op, Placed, W, full_backwards, show_slot
+from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, W, full_backwards, show_slot
 from proofs.against import Aspect, Comparison, Departure, Misplaced
 
 
@@ -17,6 +17,9 @@ def text(comparison: Comparison) -> str:
     lines += [f"      {_misplaced(each, name)}" for each in comparison.misplaced]
     if comparison.misplaced:
         lines.append("      the orders of the ranks were not compared, since their stages are different ones")
+    has = comparison.has_collectives
+    if any(has) and not all(has):
+        lines.append(f"      collectives were not compared, since {'the schedule' if has[1] else name} has none")
     for departure in comparison.departures:
         lines.append(f"      {departure.aspect}: {tell(departure, comparison)}")
         where = place(departure, comparison)
@@ -90,12 +93,16 @@ def _is_repeated(departure: Departure, comparison: Comparison) -> bool:
         return False
     program = comparison.here.programs[departure.rank]
     before = [*(op for slot in program[: here.slot] for op in slot), *program[here.slot][: here.position]]
+    if here.op.kind in COLLECTIVES:
+        return here.op in before
     return here.op.bare in {op.bare for op in before}
 
 
 def _verb(op: Op) -> str:
     if op.kind in SENDS:
         return "sends"
+    if op.kind in COLLECTIVES:
+        return "launches"
     return "receives" if op.kind in RECEIVES else "runs"
 
 
@@ -122,6 +129,8 @@ def meaning(departure: Departure, comparison: Comparison) -> str:
             return _of_weights(departure, comparison)
         case Aspect.MESSAGES:
             return _of_messages(departure, comparison)
+        case Aspect.COLLECTIVES:
+            return _of_collectives(departure)
         case Aspect.SLOTS:
             return _of_slots(departure, comparison)
         case _:
@@ -189,6 +198,12 @@ def _of_messages(departure: Departure, comparison: Comparison) -> str:
     return "are the messages added to their batch in another order? They carry no tag, so both sides must agree on it."
 
 
+def _of_collectives(departure: Departure) -> str:
+    if departure.here is None or departure.there is None:
+        return "does a member of the group leave a collective out, or launch one too many?"
+    return "are collectives launched from several streams or threads, whose order differs from rank to rank?"
+
+
 _MESSAGE = SENDS | RECEIVES
 
 
@@ -199,6 +214,8 @@ def _of_slots(departure: Departure, comparison: Comparison) -> str:
     other = comparison.there.programs[departure.rank][departure.there.slot]
     ours, theirs = ({op.bare for op in slot} for slot in (one, other))
     messages = one[0].kind in _MESSAGE, other[0].kind in _MESSAGE
+    if one[0].kind in COLLECTIVES or other[0].kind in COLLECTIVES:
+        return "is a collective launched earlier or later?"
     if messages == (True, True) and ours < theirs:
         return "are messages posted one by one, which another order at the peer can block, and not as one batch?"
     if messages == (True, True):

@@ -7,82 +7,18 @@ and added to ``Finding``; mypy then names the matches that lack it.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from dualpipe.schedule import Kind, Lane, Op, Placed
+from dualpipe.schedule import Kind, Op, Placed
 from dualpipe.schedule.observed import What
+from proofs.fault import Absence, Fault, OfEither, Pair, Place, place_of
 from proofs.models import Model
 
 
 @dataclass(frozen=True)
-class Place:
-    """A place that a finding is about: an op in a slot of a rank, or the whole slot where ``op`` is ``None``.
-
-    ``target`` is the op that it waits for or clashes with.  Without one, ``peer`` may be the rank that should have such
-    an op; that rank need not exist.
-    """
-
-    rank: int
-    slot: int
-    op: Op | None = None
-    target: Placed | None = None
-    peer: int | None = None
-
-
-def _place(placed: Placed, target: Placed | None = None, peer: int | None = None) -> Place:
-    return Place(placed.rank, placed.slot, placed.op, target, peer)
-
-
-@dataclass(frozen=True)
-class _Finding(ABC):
-    """What all findings share: ``check`` is the check that is refuted, ``fault`` the name of the fault."""
-
-    check: ClassVar[str]
-    fault: ClassVar[str]
-    ends_early: ClassVar[bool] = False
-    """Whether a rank that ends early is enough to cause it."""
-
-    @abstractmethod
-    def places(self) -> tuple[Place, ...]:
-        """The places that the finding is about, the primary one first; none where there is no op to point at."""
-
-    def shown_by(self) -> tuple[Place | Placed, ...] | None:
-        """The places up to which the programs show the fault; ``None`` where only the whole schedule does.
-
-        By default these are all places and their targets.
-        """
-        places = self.places()
-        return *places, *(place.target for place in places if place.target is not None)
-
-    def as_json(self) -> dict[str, Any]:
-        """The fault's name and its fields: an op with its place becomes ``{"rank": 0, "slot": 5, "op": "0SF2>"}``."""
-        return {"fault": self.fault} | {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-
-
-class _Absence(_Finding):
-    """Something is missing, or not in the programs.  Only the whole schedule shows it."""
-
-    ends_early = True
-
-    def shown_by(self) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class _Pair(_Finding):
-    """Two ops that must not both be there, or not in this order; the second one is wrong."""
-
-    first: Placed
-    second: Placed
-
-    def places(self) -> tuple[Place, ...]:
-        return (_place(self.second, self.first),)
-
-
-@dataclass(frozen=True)
-class Empty(_Absence):
+class Empty(Absence):
     """No rank computes anything."""
 
     check = "complete"
@@ -93,7 +29,7 @@ class Empty(_Absence):
 
 
 @dataclass(frozen=True)
-class Missing(_Absence):
+class Missing(Absence):
     """A stage never runs an op of a microbatch.  ``largest`` is the largest microbatch that the lane names."""
 
     check = "complete"
@@ -107,7 +43,7 @@ class Missing(_Absence):
 
 
 @dataclass(frozen=True)
-class Repeated(_Pair):
+class Repeated(Pair):
     """A stage runs the same compute twice."""
 
     check = "complete"
@@ -115,7 +51,7 @@ class Repeated(_Pair):
 
 
 @dataclass(frozen=True)
-class Stray(_Finding):
+class Stray(Fault):
     """A compute of a stage that the rank does not hold; rank ``holder`` does."""
 
     check = "complete"
@@ -124,11 +60,11 @@ class Stray(_Finding):
     holder: int
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.place, peer=self.holder),)
+        return (place_of(self.place, peer=self.holder),)
 
 
 @dataclass(frozen=True)
-class TooEarly(_Finding):
+class TooEarly(Fault):
     """An op before something that it needs on its own rank; ``later`` is the place of that, if it has one."""
 
     check = "order"
@@ -138,14 +74,14 @@ class TooEarly(_Finding):
     later: Placed | None
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.place, self.later),)
+        return (place_of(self.place, self.later),)
 
     def shown_by(self) -> tuple[Placed]:
         return (self.place,)
 
 
 @dataclass(frozen=True)
-class NoPeer(_Finding):
+class NoPeer(Fault):
     """A message whose other end is no other rank: it leaves the lane, stays on its rank, or names no rank at all.
 
     ``holder`` is the rank of the op's stage and ``neighbour`` that of the stage at the other end, if there is one.
@@ -160,11 +96,11 @@ class NoPeer(_Finding):
     neighbour: int | None
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.place, peer=self.peer),)
+        return (place_of(self.place, peer=self.peer),)
 
 
 @dataclass(frozen=True)
-class NotNeighbour(_Finding):
+class NotNeighbour(Fault):
     """A message between ranks that the lane does not join for it.
 
     ``holder`` is the rank of the op's stage and ``neighbour`` the rank that it should exchange the message with.
@@ -178,40 +114,48 @@ class NotNeighbour(_Finding):
     neighbour: int
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.place, peer=self.peer),)
+        return (place_of(self.place, peer=self.peer),)
 
 
 @dataclass(frozen=True)
-class Mismatch(_Finding):
-    """The ``nth`` (from 0) send between two ranks matches a receive that expects something else."""
+class Mismatch(OfEither, Pair):
+    """Two ops that meet by their number and are not the same thing.
+
+    The ``nth`` (from 0) send between two ranks, and the receive that it matches; or the ``nth`` collective of a group,
+    of two members.
+    """
 
     check = "messages"
-    fault = "mismatch"
-    send: Placed
-    receive: Placed
+    names = "mismatch", "clash"
+    keys: ClassVar = {"first": "send", "second": "receive"}, {}
     nth: int
 
-    def places(self) -> tuple[Place, ...]:
-        return (_place(self.receive, self.send),)
+
+_MEMBER: Mapping[str, str | None] = {"peer": "absent", "posted": "joined"}
 
 
 @dataclass(frozen=True)
-class LeftOver(_Absence):
-    """The ``nth`` (from 0) send or receive of an ordered pair, of which the other side posts only ``posted``."""
+class LeftOver(OfEither, Absence):
+    """A message or a collective that rank ``peer`` has no counterpart of: it has only ``posted``.
+
+    It is the ``nth`` (from 0) send or receive of an ordered pair of ranks, or the ``nth`` collective of a group, of
+    which ``peer`` is a member.
+    """
 
     check = "messages"
-    fault = "left over"
+    names = "left over", "left alone"
+    keys: ClassVar = {}, _MEMBER
     place: Placed
     peer: int
     nth: int
     posted: int
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.place, peer=self.peer),)
+        return (place_of(self.place, peer=self.peer),)
 
 
 @dataclass(frozen=True)
-class SentTwice(_Pair):
+class SentTwice(Pair):
     """A message that is sent and received a second time, which nobody consumes."""
 
     check = "messages"
@@ -219,7 +163,7 @@ class SentTwice(_Pair):
 
 
 @dataclass(frozen=True)
-class NotMember(_Finding):
+class NotMember(Fault):
     """A rank joins a collective of a group that it is no member of."""
 
     check = "messages"
@@ -228,31 +172,7 @@ class NotMember(_Finding):
     members: tuple[int, ...]
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.place),)
-
-
-@dataclass(frozen=True)
-class Clash(_Pair):
-    """The ``nth`` (from 0) collective of a group is one thing for one member and another thing for another member."""
-
-    check = "messages"
-    fault = "clash"
-    nth: int
-
-
-@dataclass(frozen=True)
-class LeftAlone(_Absence):
-    """The ``nth`` (from 0) collective of a group, which the member ``absent`` never joins: it joins only ``joined``."""
-
-    check = "messages"
-    fault = "left alone"
-    place: Placed
-    absent: int
-    nth: int
-    joined: int
-
-    def places(self) -> tuple[Place, ...]:
-        return (_place(self.place, peer=self.absent),)
+        return (place_of(self.place),)
 
 
 @dataclass(frozen=True)
@@ -265,7 +185,7 @@ class Wait:
 
 
 @dataclass(frozen=True)
-class WaitCycle(_Finding):
+class WaitCycle(Fault):
     """Ranks that wait for each other: each wait is for the rank of the next one, and the last for the first rank.
 
     Every partner is posted after the slot where its rank is blocked.
@@ -277,45 +197,30 @@ class WaitCycle(_Finding):
     waits: tuple[Wait, ...]
 
     def places(self) -> tuple[Place, ...]:
-        return tuple(_place(wait.place, wait.partner) for wait in self.waits)
+        return tuple(place_of(wait.place, wait.partner) for wait in self.waits)
 
 
 @dataclass(frozen=True)
-class Unmatched(_Finding):
-    """A message without a partner: it is number ``nth`` (from 0) of its pair, and the other side posts ``posted``.
+class Unmatched(OfEither):
+    """A message without a partner, or a collective that member ``peer`` of its group never joins.
 
-    ``possible`` is whether there is another rank at the other end.
+    It is number ``nth`` (from 0) of its pair or group, and the other side has only ``posted``.  ``possible`` is whether
+    there is another rank at the other end.
     """
 
     ends_early = True
     check = "deadlock"
-    fault = "never met"
+    names = "never met", "never joined"
+    keys: ClassVar = {}, {**_MEMBER, "possible": None}
     model: Model
     place: Placed
     peer: int | None
     nth: int
     posted: int
-    possible: bool
+    possible: bool = True
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.place, peer=self.peer),)
-
-
-@dataclass(frozen=True)
-class NeverJoined(_Finding):
-    """A collective at which a rank waits for ever: the member ``absent`` of its group joins only ``joined`` of them."""
-
-    ends_early = True
-    check = "deadlock"
-    fault = "never joined"
-    model: Model
-    place: Placed
-    absent: int
-    nth: int
-    joined: int
-
-    def places(self) -> tuple[Place, ...]:
-        return (_place(self.place, peer=self.absent),)
+        return (place_of(self.place, peer=self.peer),)
 
 
 @dataclass(frozen=True)
@@ -327,7 +232,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class OverBound(_Finding):
+class OverBound(Fault):
     """The first slot in which a rank holds more microbatches than its bound; ``source`` describes the bound."""
 
     check = "memory"
@@ -343,7 +248,7 @@ class OverBound(_Finding):
 
 
 @dataclass(frozen=True)
-class OutOfOrder(_Pair):
+class OutOfOrder(Pair):
     """A B or W, which add to gradients, that runs after that of a later microbatch of the same stage and lane."""
 
     check = "accumulation"
@@ -351,7 +256,7 @@ class OutOfOrder(_Pair):
 
 
 @dataclass(frozen=True)
-class TouchedInFlight(_Absence):
+class TouchedInFlight(Absence):
     """The memory of a message is read, written or freed between its post and its wait.
 
     ``by`` is the op that does it, if known.  ``posted``, ``touched`` and ``waited`` are lines of the program; a message
@@ -369,11 +274,11 @@ class TouchedInFlight(_Absence):
     waited: str | None
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.message),)
+        return (place_of(self.message),)
 
 
 @dataclass(frozen=True)
-class Overwritten(_Absence):
+class Overwritten(Absence):
     """The memory of a received tensor is written to while the graph of ``forward`` needs it.
 
     ``by`` is the message that is received into it, if it is one.  ``kept``, ``written`` and ``used`` are lines of the
@@ -391,7 +296,7 @@ class Overwritten(_Absence):
     used: str
 
     def places(self) -> tuple[Place, ...]:
-        return (_place(self.message),)
+        return (place_of(self.message),)
 
 
 Finding = (
@@ -406,11 +311,8 @@ Finding = (
     | LeftOver
     | SentTwice
     | NotMember
-    | Clash
-    | LeftAlone
     | WaitCycle
     | Unmatched
-    | NeverJoined
     | OverBound
     | OutOfOrder
     | TouchedInFlight
@@ -420,20 +322,3 @@ Finding = (
 
 ``as_json()`` is all of it as data, with an op and its place as ``{"rank": 0, "slot": 5, "op": "0SF2>"}``.
 """
-
-
-def _plain(value: object) -> Any:
-    match value:
-        case Placed(rank, slot, _, op):
-            return {"rank": rank, "slot": slot, "op": str(op)}
-        case Op() | Model() | Lane() | Kind() | What():
-            return str(value)
-        case Live(op, until):
-            return {"op": str(op), "until": str(until)}
-        case Wait(place, partner):
-            return {"place": _plain(place), "partner": _plain(partner)}
-        case tuple():
-            return [_plain(item) for item in value]
-        case None | int() | str():
-            return value
-    raise AssertionError(f"no JSON for {value!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from dualpipe.errors import RuleError
@@ -16,6 +17,7 @@ from dualpipe.schedule import B as BACKWARD
 from dualpipe.schedule import F as FORWARD
 from dualpipe.schedule import W as WEIGHT
 from proofs.findings import Live, OverBound
+from proofs.table import WIDTH, B, F, Row, Table, W, table_of
 from proofs.verdict import Proved, Refuted, Skipped, Verdict
 
 T = TypeVar("T")
@@ -89,45 +91,58 @@ def bound_of(schedule: Schedule, max_activations: int | None = None) -> Bound | 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
     """For each rank the most microbatches that it holds at once."""
-    return tuple(max((during for _, during, _ in _walk(schedule, rank)), default=0) for rank in range(schedule.ranks))
+    return _peaks(table_of(schedule))
 
 
 def within(schedule: Schedule, bound: Bound | None) -> Verdict:
     """Whether each rank stays within its bound; the finding is the first slot, of any rank, that does not."""
     if bound is None:
         return Skipped("no bound was given and the schedule's name has no published one: the peak is only reported")
+    table = table_of(schedule)
     over = [
-        found for rank, most in enumerate(bound.per_rank) if (found := _first_over(schedule, rank, most)) is not None
+        (slot, rank, dict(live))
+        for rank, (most, peak) in enumerate(zip(bound.per_rank, _peaks(table), strict=True))
+        if peak > most
+        for slot, live in islice((each for each in _walk(table.row(rank)) if len(each[1]) > most), 1)
     ]
     if not over:
         return Proved()
-    rank, slot, tasks = min(over, key=lambda found: (found[1], found[0]))
-    live = tuple(Live(Op(FORWARD, *task), until) for task, until in tasks.items())
+    slot, rank, tasks = min(over, key=lambda found: found[:2])
+    live = tuple(Live(table.op(key + F, mb), until) for (key, mb), until in tasks.items())
     return Refuted(OverBound(rank, slot, live, bound.per_rank[rank], bound.source))
 
 
-def _first_over(schedule: Schedule, rank: int, most: int) -> tuple[int, int, dict[Task, Kind]] | None:
-    return next(
-        ((rank, number, dict(live)) for number, during, live in _walk(schedule, rank) if during > most),
-        None,
-    )
+def _peaks(table: Table) -> tuple[int, ...]:
+    if "peaks" not in table.derived:
+        table.derived["peaks"] = tuple(max((len(live) for _, live in _walk(row)), default=0) for _, row in table.rows())
+    peaks: tuple[int, ...] = table.derived["peaks"]
+    return peaks
 
 
-def _walk(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, dict[Task, Kind]]]:
-    """For each compute slot its number, how many microbatches are live in it, and which."""
-    live: dict[Task, Kind] = {}
-    for number, slot in enumerate(schedule.programs[rank]):
-        if slot[0].kind not in COMPUTE:
-            continue
-        for op in slot:
-            if op.kind is FORWARD:
-                live.setdefault(op.task, BACKWARD)
-        yield number, len(live), live
-        for op in slot:
-            if op.kind is BACKWARD and op.task in live:
-                live[op.task] = WEIGHT
-            elif op.kind is WEIGHT:
-                live.pop(op.task, None)
+def _walk(row: Row) -> Iterator[tuple[int, dict[tuple[int, int], Kind]]]:
+    """For each slot with forwards its number, and what is live in it: a chunk's first key, and the microbatch."""
+    live: dict[tuple[int, int], Kind] = {}
+    done: list[tuple[int, int, int]] = []
+    ends, slot, end, grows = row.ends, 0, row.ends[0] if row.ends else 0, False
+    for number, (key, mb) in enumerate(zip(row.keys, row.mbs, strict=True), 1):
+        kind = key % WIDTH
+        if kind == F:
+            live.setdefault((key - F, mb), BACKWARD)
+            grows = True
+        elif kind in (B, W):
+            done.append((kind, key - kind, mb))
+        if number == end:
+            if grows:
+                yield slot, live
+                grows = False
+            for kind, chunk, mb in done:
+                if kind == W:
+                    live.pop((chunk, mb), None)
+                elif (chunk, mb) in live:
+                    live[chunk, mb] = WEIGHT
+            done.clear()
+            slot += 1
+            end = ends[slot] if slot < len(ends) else 0
 
 
 def full_backwards(slot: Iterable[tuple[Kind, T]]) -> set[T]:

@@ -1,30 +1,31 @@
 """The models of communication: what a rank waits for, and when a message counts as sent.
 
-In all of them messages carry no tag.  Between an ordered pair of ranks the k-th send matches the k-th receive, and the
-messages of a slot are posted together.  A rank runs its computes in order and posts its message slots in order; it
-posts one only after the computes before it.  The models differ in two things:
+In all of them messages carry no tag.  Between an ordered pair of ranks the k-th send matches the k-th receive.  A rank
+runs its computes in order, and a message starts only after the computes before it.  The models differ in this:
 
-=========  ==============================================  ================================================
-model      a send completes when                           a compute waits for
-=========  ==============================================  ================================================
-blocking   its receive is posted                           every message slot before it
-eager(c)   the receive c messages before it is posted      every message slot before it
-stream     its receive is posted                           the message slots that bring what it needs
-=========  ==============================================  ================================================
+=========  ============================================  ============================================================
+model      a send completes when                         a rank waits
+=========  ============================================  ============================================================
+blocking   its receive has started                       at each message slot, until its messages have completed
+eager(c)   the receive c messages before it has started  likewise
+edge       its receive has started                       at a compute, for the receives that bring what it needs
+=========  ============================================  ============================================================
 
-A receive completes when its send is posted, and a message slot when all its messages have completed; only then is the
-next message slot posted.  A program has run to its end when every message that it sent has been received as well.
+A receive completes when its send has started.  A program has run to its end when all its messages have completed and
+every message that it sent has been received.
 
 *blocking* is ``batch_isend_irecv`` and wait, the strictest.  *eager* has a buffer of ``capacity`` messages for each
-ordered pair of ranks: the k-th send needs room in it, which there is once the receive of message k - c is posted (the
-first c sends need nothing).  Capacity 0 is blocking.  *stream* is NCCL with all message slots on one communicator: the
-host posts without waiting, the message slots run one after the other on the communicator's stream, each after the
-computes that were issued before it, and computes run meanwhile on a stream of their own.
+ordered pair of ranks: the k-th send needs room in it, which there is once receive k - c has started (the first c sends
+need nothing).  Capacity 0 is blocking.  *edge* has a communicator for each ordered pair of ranks, on which messages
+complete one by one in the order posted.  The host posts them without waiting, and computes go on meanwhile.
 
-The other two only remove waits, so a schedule without deadlock under *blocking* has none under the others.  *stream*
-removes no wait that matters for deadlock: a message slot waits in any case for the message slots before it, which are
-all that the computes in between wait for under *blocking*.  The checks rely on neither fact: each model is decided by
-itself.
+*stream* has one communicator for all messages, as NCCL has for batches: its message slots run one after the other, and
+a compute waits only for those that bring what it needs.  It gives the verdict of *blocking* on every schedule.  What a
+rank computes in the meantime reaches others only by later message slots, and these wait for every earlier one under
+both.  So ``all`` leaves it out.  Plain search decides it as blocking; Z3 decides it by its definition.
+
+A collective is the same under every model: it starts after everything that its rank posted before it has completed, and
+the next message starts after it.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ class Model:
     """A model of communication.
 
     ``capacity`` counts the messages that an ordered pair of ranks buffers.  With ``overlaps`` a compute waits only for
-    the message slots that bring what it needs.
+    what it needs.  With ``edges`` every ordered pair of ranks has a communicator of its own.
     """
 
     name: str
     capacity: int = 0
     overlaps: bool = False
+    edges: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}:{self.capacity}" if self.capacity > 1 else self.name
@@ -57,6 +59,7 @@ class Model:
 
 BLOCKING = Model("blocking")
 STREAM = Model("stream", overlaps=True)
+EDGE = Model("edge", overlaps=True, edges=True)
 
 
 def eager(capacity: int = 1) -> Model:
@@ -67,14 +70,15 @@ def eager(capacity: int = 1) -> Model:
 
 
 EAGER = eager()
-MODELS = (BLOCKING, EAGER, STREAM)
+MODELS = (BLOCKING, EAGER, EDGE)
+"""The models that differ: ``all``."""
 
 
 def parse_models(text: str) -> tuple[Model, ...]:
-    """The models that a text names: ``all``, ``blocking``, ``eager``, ``eager:3`` (its capacity) or ``stream``."""
+    """The models of a text: ``all``, ``blocking``, ``eager``, ``eager:3`` (its capacity), ``edge`` or ``stream``."""
     if text == "all":
         return MODELS
-    for model in MODELS:
+    for model in (*MODELS, STREAM):
         if text == model.name:
             return (model,)
     found = re.fullmatch(r"eager:([0-9]{1,9})", text)
@@ -83,6 +87,6 @@ def parse_models(text: str) -> tuple[Model, ...]:
             "an eager model may buffer at most 999999999 messages", f"got {text[:40]!r}", "name a smaller capacity"
         )
     if found is None:
-        fix = nearest(text, ["all", *(model.name for model in MODELS)], "name one")
-        raise ModelError("a model must be all, blocking, eager, eager:CAPACITY or stream", f"got {text!r}", fix)
+        fix = nearest(text, ["all", *(model.name for model in MODELS), STREAM.name], "name one")
+        raise ModelError("a model must be all, blocking, eager, eager:CAPACITY, edge or stream", f"got {text!r}", fix)
     return (eager(int(found.group(1))),)

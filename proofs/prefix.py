@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from dualpipe.schedule import Placed, Schedule
 from proofs.deadlock_search import matched_pairs
-from proofs.findings import Finding, Place
+from proofs.fault import Place
+from proofs.findings import Finding
 
 Prefix = tuple[int, ...]
 """For each rank how many of its slots."""

@@ -1,4 +1,4 @@
-"""The checks of one schedule, each by two methods, and the report.
+"""The checks of one schedule, each by two methods.
 
 Plain search and Z3 share nothing but the schedule value.  If both decide and differ, the run crashes with both
 answers.  If Z3 gives up, a proof by plain search alone is reported as unknown, but a refutation counts, since its
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any, assert_never
 
 from dualpipe.progress import Progress, silent
 from dualpipe.schedule import Failure, Schedule
@@ -22,17 +21,18 @@ from proofs import buffers_search, buffers_smt, deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
-from proofs.findings import Finding, Missing
-from proofs.memory import PeakBytes, bound_of, peak_activations, peak_bytes, within
+from proofs.findings import Missing
+from proofs.memory import bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
-from proofs.prefix import Prefix, smallest_prefix
+from proofs.prefix import smallest_prefix
 from proofs.remarks import remarks
+from proofs.report import Report, Result
 from proofs.solver import SHARED, Solver
-from proofs.story import live_lines, tell
-from proofs.verdict import ExitCode, Proved, Refuted, Skipped, Unknown, Verdict, overall, worst
+from proofs.table import table_of
+from proofs.verdict import Proved, Refuted, Skipped, Unknown, Verdict
 from proofs.waivers import WITHOUT, waived
 
-__all__ = ["DisagreementError", "Report", "Result", "prove", "smtlib"]
+__all__ = ["MethodsDisagreeError", "Report", "Result", "prove", "smtlib"]
 
 CHECKS = ("complete", "order", "messages", "deadlock", "memory", "accumulation")
 """The checks of every schedule.  ``BUFFERS`` is one more, of schedules that were recorded."""
@@ -45,7 +45,7 @@ MOST_FOR_Z3 = 200_000
 """The most ops and stages that Z3 checks unless the caller gives a time limit: more take minutes and gigabytes."""
 
 
-class DisagreementError(AssertionError):
+class MethodsDisagreeError(AssertionError):
     """The two methods answer differently, which is a bug in one of them.  Holds both answers."""
 
     def __init__(self, check: str, by_graph: Verdict, by_z3: Verdict) -> None:
@@ -53,158 +53,8 @@ class DisagreementError(AssertionError):
         super().__init__(f"{check}: plain search says {by_graph}, Z3 says {by_z3}")
 
 
-@dataclass(frozen=True)
-class Result:
-    """One check's verdict, the seconds that each method took, and, if it fails, the smallest prefix that fails.
-
-    ``remarks`` are on the messages of the finding: where the recorded program posted them, and which names are guesses.
-    For ``deadlock``, ``models`` has the result under each model of communication.  ``after`` is the failure of the
-    recorded program that a refutation may follow from.  ``waived`` is empty, or what may be the case because the check
-    fails and does not count for the verdict of the whole.
-    """
-
-    verdict: Verdict
-    seconds: Mapping[str, float]
-    prefix: Prefix | None = None
-    remarks: tuple[str, ...] = ()
-    models: Mapping[str, Result] = field(default_factory=dict)
-    after: Failure | None = None
-    waived: str = ""
-
-    @property
-    def finding(self) -> Finding | None:
-        """What the check found, if it is refuted and more than the solver's core is known."""
-        return self.verdict.finding if isinstance(self.verdict, Refuted) else None
-
-    def story(self, finding: Finding) -> str:
-        """The finding as text, with the remarks."""
-        return "\n".join([tell(finding), *self.remarks])
-
-    def as_json(self) -> dict[str, Any]:
-        seconds = {method: round(spent, 4) for method, spent in self.seconds.items()}
-        shown: dict[str, Any] = {
-            "verdict": self.verdict.word,
-            "seconds": round(sum(seconds.values()), 4),
-            "methods": seconds,
-        }
-        match self.verdict:
-            case Refuted(finding, core):
-                if finding is not None:
-                    shown |= {"story": self.story(finding), "finding": finding.as_json()}
-                if core:
-                    shown["core"] = list(core)
-            case Unknown(reason) | Skipped(reason):
-                shown["reason"] = reason
-            case Proved():
-                pass
-            case _:
-                assert_never(self.verdict)
-        if self.after is not None:
-            shown["may_follow_from"] = str(self.after)
-        if self.waived:
-            shown["waived"] = self.waived
-        if self.prefix is not None:
-            shown["prefix"] = list(self.prefix)
-        if self.models:
-            shown["models"] = {name: result.as_json() for name, result in self.models.items()}
-        return shown
-
-
-@dataclass(frozen=True)
-class Report:
-    """The results of all checks of a schedule.
-
-    ``label`` names it; ``peaks_in_bytes`` is empty without sizes.  With ``failures``, those of a recorded program, the
-    schedule is refuted whatever the checks find, since the program did not run through.
-    """
-
-    label: str
-    ranks: int
-    checks: Mapping[str, Result]
-    peak_activations: tuple[int, ...]
-    peaks_in_bytes: tuple[PeakBytes, ...] = ()
-    failures: tuple[Failure, ...] = ()
-
-    @property
-    def exit_code(self) -> ExitCode:
-        code = overall(result.verdict for result in self.checks.values() if not result.waived)
-        return worst([code, ExitCode.REFUTED]) if self.failures else code
-
-    @property
-    def verdict(self) -> str:
-        """``proved``, ``refuted`` or ``unknown``; of the checks that are not waived."""
-        return self.exit_code.name.lower()
-
-    @property
-    def waived(self) -> tuple[str, ...]:
-        """The checks that fail and are waived."""
-        return tuple(name for name, result in self.checks.items() if result.waived)
-
-    def as_json(self) -> dict[str, Any]:
-        """The object that ``dualpipe prove --json`` prints."""
-        shown: dict[str, Any] = {
-            "schedule": self.label,
-            "ranks": self.ranks,
-            "verdict": self.verdict,
-        }
-        if self.failures:
-            shown["failures"] = [failure._asdict() for failure in self.failures]
-        shown["checks"] = {name: result.as_json() for name, result in self.checks.items()}
-        shown["peak_activations"] = list(self.peak_activations)
-        if self.waived:
-            shown["waived"] = list(self.waived)
-        if self.peaks_in_bytes:
-            shown["peak_bytes"] = [peak.as_json() for peak in self.peaks_in_bytes]
-        return shown
-
-    def text(self) -> str:
-        """The report for a terminal: the failures, a line for each check with its story below, then the peaks."""
-        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        names = " and ".join(self.waived)
-        but = f" but for {names} (waived)" if self.exit_code is ExitCode.PROVED else f", with {names} waived"
-        lines = [
-            *map(str, self.failures),
-            f"{self.label or 'schedule'} on {ranks}: {self.verdict}{but if names else ''}",
-        ]
-        for name, result in self.checks.items():
-            spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())
-            lines.append(f"  {name:<13} {result.verdict.word:<8}  {spent}")
-            lines += [f"      {line}" for line in describe(result)]
-        lines.append(f"  peak activations by rank: {' '.join(map(str, self.peak_activations))}")
-        for peak in self.peaks_in_bytes:
-            when = "" if peak.slot is None else f" in slot {peak.slot}"
-            lines.append(f"  rank {peak.rank} holds at most {peak.total} bytes{when}")
-            lines += [f"    {line}" for line in live_lines(tuple(held.what for held in peak.held))]
-        return "\n".join(lines) + "\n"
-
-
-def describe(result: Result) -> list[str]:
-    """The lines below a check in the report: the story and remarks, or the reason, and what a waiver leaves open."""
-    return [*_found(result), *([f"waived: {result.waived}"] if result.waived else [])]
-
-
-def _found(result: Result) -> list[str]:
-    match result.verdict:
-        case Unknown(reason) | Skipped(reason):
-            return [reason]
-        case Proved():
-            return []
-        case Refuted(finding, _):
-            if finding is None:
-                return []
-            lines = result.story(finding).split("\n")
-            if result.prefix is not None:
-                counts = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(result.prefix) if count)
-                lines.append(f"the first slots are enough to see it: {counts}")
-            passed = [name for name, other in result.models.items() if isinstance(other.verdict, Proved)]
-            if passed:
-                lines.append(f"proved with {' and '.join(passed)} messages")
-            if result.after is not None:
-                what = "hang" if result.after.is_hang else "failure"
-                lines.append(f"this may be a consequence of the {what}: rank {result.after.rank} ended early")
-            return lines
-        case _:
-            assert_never(result.verdict)
+DisagreementError = MethodsDisagreeError
+"""The earlier name.  The runtime's ``DisagreementError`` is about ranks that were set up differently."""
 
 
 def prove(
@@ -245,7 +95,7 @@ def prove(
 
     Raises
     ------
-    DisagreementError
+    MethodsDisagreeError
         If the two methods answer differently.
     BoundError
         For a negative bound or sizes that do not fit the stages.
@@ -341,12 +191,11 @@ def run_check(
 
 def _size(schedule: Schedule) -> int:
     """The number of ops and stages, with which a problem for Z3 grows."""
-    ops = sum(len(slot) for program in schedule.programs for slot in program)
-    return ops + sum(map(len, schedule.routes.values()))
+    return table_of(schedule).size
 
 
 def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
-    """Combine the verdicts of both methods.  Raises ``DisagreementError`` if they differ."""
+    """Combine the verdicts of both methods.  Raises ``MethodsDisagreeError`` if they differ."""
     match by_graph, by_z3:
         case Refuted(), Unknown():
             return by_graph
@@ -357,7 +206,7 @@ def settle(check: str, by_graph: Verdict, by_z3: Verdict) -> Verdict:
         case Proved(), Proved():
             return by_graph
         case _:
-            raise DisagreementError(check, by_graph, by_z3)
+            raise MethodsDisagreeError(check, by_graph, by_z3)
 
 
 def under_all(results: Mapping[str, Result]) -> Result:

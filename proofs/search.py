@@ -2,36 +2,19 @@
 
 ``complete`` counts, ``order`` keeps a set of the ops that each rank has done, ``messages`` pairs the sends of an
 ordered pair of ranks with its receives and the collectives of a group's members with each other, ``accumulation``
-remembers the last B and W of each stage.  ``deadlock`` is in ``proofs.deadlock_search`` and ``memory`` in
-``proofs.memory``.
+remembers the last B and W of each stage.  All of them read the numbers of ``proofs.table``.  ``deadlock`` is in
+``proofs.deadlock_search`` and ``memory`` in ``proofs.memory``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import assert_never
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, assert_never
 
-from dualpipe.schedule import (
-    COLLECTIVES,
-    COMPUTE,
-    MESSAGES,
-    RECEIVES,
-    SENDS,
-    SF,
-    B,
-    Chunk,
-    Kind,
-    Lane,
-    Op,
-    Placed,
-    Schedule,
-    W,
-)
+from dualpipe.schedule import Kind, Op, Placed, Schedule
 from proofs.findings import (
-    Clash,
     Empty,
     Finding,
-    LeftAlone,
     LeftOver,
     Mismatch,
     Missing,
@@ -44,9 +27,12 @@ from proofs.findings import (
     Stray,
     TooEarly,
 )
+from proofs.table import IS_COMPUTE, IS_MESSAGE, IS_RECEIVE, IS_SEND, KINDS, WIDTH, B, F, Row, Table, W, table_of
 from proofs.verdict import Proved, Refuted, Verdict
 
-COMPUTES = (Kind.F, Kind.B, Kind.W)
+COMPUTES = (F, B, W)
+RG = KINDS.index(Kind.RG)
+IS_COLLECTIVE = tuple(not (compute or message) for compute, message in zip(IS_COMPUTE, IS_MESSAGE, strict=True))
 _PairFault = Mismatch | LeftOver | SentTwice
 """The faults of the messages of one ordered pair of ranks."""
 
@@ -57,32 +43,41 @@ def complete(schedule: Schedule) -> Verdict:
     The microbatches of a lane are 0 to the largest that any op names, messages included, so a receive for a
     microbatch that no stage runs is found here too.  The work grows with the ops and not with that number.
     """
-    return _verdict(_incomplete(schedule))
+    return _verdict(_incomplete(table_of(schedule)))
 
 
-def _incomplete(schedule: Schedule) -> Finding | None:
-    ran: dict[tuple[Chunk, Kind], dict[int, Placed]] = {
-        (Chunk(lane, stage), kind): {}
-        for lane, route in schedule.routes.items()
-        for stage in range(len(route))
-        for kind in COMPUTES
-    }
-    computes = [placed for placed in schedule if placed.op.kind in COMPUTE]
-    if not computes:
+def _incomplete(table: Table) -> Finding | None:
+    keys = len(table.chunks) * WIDTH
+    computes = [IS_COMPUTE[key % WIDTH] for key in range(keys)]
+    ran: list[set[int]] = [set() for _ in range(keys)]
+    for rank, row in table.rows():
+        own = [holder == rank for holder in table.holder]
+        for number, (key, mb) in enumerate(zip(row.keys, row.mbs, strict=True)):
+            if computes[key]:
+                done = ran[key]
+                if mb in done or not own[key // WIDTH]:
+                    return _not_its_turn(table, rank, number)
+                done.add(mb)
+    if not any(ran):
         return Empty()
-    for placed in computes:
-        op = placed.op
-        if placed.rank != schedule.rank_of(op):
-            return Stray(placed, schedule.rank_of(op))
-        first = ran[op.chunk, op.kind].setdefault(op.mb, placed)
-        if first is not placed:
-            return Repeated(first, placed)
-    for (chunk, kind), done in ran.items():
-        count = schedule.microbatches[chunk.lane]
-        if len(done) < count:
-            mb = next(number for number in range(count) if number not in done)
-            return Missing(Op(kind, *chunk, mb), schedule.routes[chunk.lane][chunk.stage], count - 1)
+    for chunk, count in enumerate(table.microbatches):
+        for kind in COMPUTES:
+            done = ran[chunk * WIDTH + kind]
+            if len(done) < count:
+                mb = next(number for number in range(count) if number not in done)
+                return Missing(table.op(chunk * WIDTH + kind, mb), table.holder[chunk], count - 1)
     return None
+
+
+def _not_its_turn(table: Table, rank: int, number: int) -> Stray | Repeated:
+    """A compute on a rank that does not hold its stage, or one that has run before."""
+    row, place = table.row(rank), table.placed(rank, number)
+    key, mb = row.keys[number], row.mbs[number]
+    holder = table.holder[key // WIDTH]
+    if holder != rank:
+        return Stray(place, holder)
+    first = next(at for at, of in enumerate(zip(row.keys, row.mbs, strict=True)) if of == (key, mb))
+    return Repeated(table.placed(rank, first), place)
 
 
 def order(schedule: Schedule) -> Verdict:
@@ -90,34 +85,53 @@ def order(schedule: Schedule) -> Verdict:
 
     The last reduction of a stage's gradients needs every W of that stage that its rank runs.
     """
-    done: set[Op] = set()
-    rank = -1
+    table = table_of(schedule)
+    needs = [() if IS_RECEIVE[key % WIDTH] else need for key, need in enumerate(table.needs)]
     early: list[tuple[Placed, Op]] = []
-    for placed in schedule:
-        if placed.rank != rank:
-            rank, done = placed.rank, set()
-        op = placed.op
-        if op.kind not in RECEIVES:  # a receive needs another rank's send, which `messages` and `deadlock` check
-            early += ((placed, need) for need in schedule.needs(op) if need not in done)
-        done.add(op.bare)
-    early += _reduced_early(schedule)
+    for rank, row in table.rows():  # a receive needs another rank's send, which `messages` and `deadlock` check
+        early += _first_early(table, rank, row, needs)
+    for rank, row in table.rows():
+        early += _reduced_early(table, rank, row)
     if not early:
         return Proved()
     placed, need = min(early, key=lambda found: (found[0].slot, found[0].rank))
-    later = (other for other in schedule if other.rank == placed.rank and other.op.bare == need)
-    return Refuted(TooEarly(placed, need, next(later, None)))
+    row, key = table.row(placed.rank), table.key(need)
+    later = (at for at, of in enumerate(zip(row.keys, row.mbs, strict=True)) if of == (key, need.mb))
+    found = next(later, None)
+    return Refuted(TooEarly(placed, need, None if found is None else table.placed(placed.rank, found)))
 
 
-def _reduced_early(schedule: Schedule) -> Iterator[tuple[Placed, Op]]:
-    """The last reduction of every stage on every rank with the first W after it, if there is one."""
-    last: dict[tuple[int, Chunk], tuple[Placed, Op | None]] = {}
-    for placed in schedule:
-        key = placed.rank, placed.op.chunk
-        if placed.op.kind is Kind.RG:
-            last[key] = placed, None
-        elif placed.op.kind is W and key in last and last[key][1] is None:
-            last[key] = last[key][0], placed.op
-    return ((reduction, late) for reduction, late in last.values() if late is not None)
+def _first_early(table: Table, rank: int, row: Row, needs: Sequence[tuple[int, ...]]) -> Iterator[tuple[Placed, Op]]:
+    """The first op of a rank that runs before something that it needs, with the first such need."""
+    done: list[set[int]] = [set() for _ in needs]
+    for number, (key, mb) in enumerate(zip(row.keys, row.mbs, strict=True)):
+        for need in needs[key]:
+            if mb not in done[need]:
+                yield table.placed(rank, number), table.op(need, mb)
+                return
+        done[key].add(mb)
+
+
+def _reduced_early(table: Table, rank: int, row: Row) -> Iterator[tuple[Placed, Op]]:
+    """The last reduction of every stage on a rank with the first W after it, if there is one."""
+    last: dict[int, tuple[int, int | None]] = {}
+    for number, key in enumerate(row.keys):
+        kind = key % WIDTH
+        if kind == RG:
+            last[key // WIDTH] = number, None
+        elif kind == W and last and last.get(key // WIDTH, (0, 0))[1] is None:
+            last[key // WIDTH] = last[key // WIDTH][0], number
+    for reduction, late in last.values():
+        if late is not None:
+            yield table.placed(rank, reduction), table.placed(rank, late).op
+
+
+class _Side(NamedTuple):
+    """The sends, or the receives, of an ordered pair: the number of each op in its rank, and what it carries."""
+
+    rank: int
+    numbers: list[int]
+    contents: list[int]
 
 
 def messages(schedule: Schedule) -> Verdict:
@@ -125,45 +139,70 @@ def messages(schedule: Schedule) -> Verdict:
 
     The k-th collective of a group is the same for all its members.
     """
-    sends: dict[tuple[int, int], list[Placed]] = {}
-    receives: dict[tuple[int, int], list[Placed]] = {}
-    for placed in schedule:
-        if placed.op.kind not in MESSAGES:
-            continue
-        peer = schedule.peer(placed.op)
-        wrong = _wrong_peer(schedule, placed, peer)
-        if wrong is not None or peer is None:
-            return _verdict(wrong)
-        if placed.op.kind in SENDS:
-            sends.setdefault((placed.rank, peer), []).append(placed)
-        else:
-            receives.setdefault((peer, placed.rank), []).append(placed)
-    pairs = sorted(sends.keys() | receives.keys())
-    found = [fault for pair in pairs for fault in _faults(pair, sends.get(pair, []), receives.get(pair, []))]
-    return _verdict(min(found, key=_urgency, default=None) or _wrong_collective(schedule))
+    table = table_of(schedule)
+    sides: dict[tuple[int, int, bool], _Side] = {}
+    carries = [_content(table, key) for key in range(len(table.chunks) * WIDTH)]
+    most = 1 + max(table.microbatches)
+    for rank, row in table.rows():
+        known: dict[int, _Side] = {}
+        for number, (key, mb) in enumerate(zip(row.keys, row.mbs, strict=True)):
+            content = carries[key]
+            if content is None:
+                continue
+            if key not in known or number in row.peers:
+                wrong = _wrong_peer(table, rank, number)
+                if wrong is not None:
+                    return _verdict(wrong)
+                neighbour, sends = table.neighbour(key), IS_SEND[key % WIDTH]
+                assert neighbour is not None
+                pair = (rank, neighbour, True) if sends else (neighbour, rank, False)
+                known[key] = sides.setdefault(pair, _Side(rank, [], []))
+            side = known[key]
+            side.numbers.append(number)
+            side.contents.append(content * most + mb)
+    found: list[_PairFault] = []
+    for sender, receiver in sorted({pair[:2] for pair in sides}):
+        send = sides.get((sender, receiver, True), _Side(sender, [], []))
+        receive = sides.get((sender, receiver, False), _Side(receiver, [], []))
+        found += _faults(table, send, receive)
+    return _verdict(min(found, key=_urgency, default=None) or _wrong_collective(table))
 
 
-def _wrong_collective(schedule: Schedule) -> NotMember | Clash | LeftAlone | None:
+def _content(table: Table, key: int) -> int | None:
+    """What a message carries but for its microbatch, as a number; ``None`` for what is no message.
+
+    It is the stage boundary and the direction: the key of its send.
+    """
+    if not IS_MESSAGE[key % WIDTH]:
+        return None
+    if IS_SEND[key % WIDTH]:
+        return key
+    sends = table.needs[key]
+    return sends[0] if sends else -1 - key
+
+
+def _wrong_collective(table: Table) -> NotMember | Mismatch | LeftOver | None:
     """The first collective of a rank that is no member, of two members that disagree, or that a member never joins."""
-    rows: list[dict[int, list[Placed]]] = [{rank: [] for rank in members} for members in schedule.groups]
-    for placed in schedule:
-        if placed.op.kind in COLLECTIVES and placed.op.peer is not None:
-            row = rows[placed.op.peer].get(placed.rank)
-            if row is None:
-                return NotMember(placed, schedule.groups[placed.op.peer])
-            row.append(placed)
-    for by_rank in rows:
+    joins: list[dict[int, list[Placed]]] = [{rank: [] for rank in members} for members in table.groups]
+    for rank, row in table.rows() if table.groups else ():
+        for number, group in row.peers.items():
+            if IS_COLLECTIVE[row.keys[number] % WIDTH]:
+                placed, own = table.placed(rank, number), joins[group].get(rank)
+                if own is None:
+                    return NotMember(placed, table.groups[group])
+                own.append(placed)
+    for by_rank in joins:
         first, *others = by_rank.values()
         for other in others:
             for nth, (one, two) in enumerate(zip(first, other, strict=False)):
                 if _together(one.op) != _together(two.op):
-                    return Clash(one, two, nth)
-    for by_rank in rows:
+                    return Mismatch(one, two, nth)
+    for by_rank in joins:
         least = min(by_rank, key=lambda rank: len(by_rank[rank]))
         joined = len(by_rank[least])
-        for row in by_rank.values():
-            if len(row) > joined:
-                return LeftAlone(row[joined], least, joined, joined)
+        for own in by_rank.values():
+            if len(own) > joined:
+                return LeftOver(own[joined], least, joined, joined)
     return None
 
 
@@ -172,41 +211,35 @@ def _together(op: Op) -> tuple[Kind, int | None]:
     return op.kind, None if op.kind is Kind.AR else op.stage
 
 
-def _wrong_peer(schedule: Schedule, placed: Placed, peer: int | None) -> Finding | None:
-    op, ranks = placed.op, schedule.ranks
-    neighbour = schedule.neighbour(op)
-    if peer is None or neighbour is None or not 0 <= peer < ranks or peer == placed.rank:
-        return NoPeer(placed, peer, ranks, schedule.rank_of(op), neighbour)
-    if peer != neighbour or placed.rank != schedule.rank_of(op):
-        return NotNeighbour(placed, peer, schedule.rank_of(op), neighbour)
+def _wrong_peer(table: Table, rank: int, number: int) -> Finding | None:
+    row = table.row(rank)
+    key = row.keys[number]
+    neighbour, holder = table.neighbour(key), table.holder[key // WIDTH]
+    peer = row.peers.get(number, neighbour)
+    if peer is None or neighbour is None or not 0 <= peer < table.ranks or peer == rank:
+        return NoPeer(table.placed(rank, number), peer, table.ranks, holder, neighbour)
+    if peer != neighbour or rank != holder:
+        return NotNeighbour(table.placed(rank, number), peer, holder, neighbour)
     return None
 
 
-def _faults(pair: tuple[int, int], sends: list[Placed], receives: list[Placed]) -> Iterator[_PairFault]:
+def _faults(table: Table, send: _Side, receive: _Side) -> Iterator[_PairFault]:
     """The first mismatch of an ordered pair, its first message left over, and its first repetition."""
-    sender, receiver = pair
-    both = min(len(sends), len(receives))
-    for nth, (send, receive) in enumerate(zip(sends, receives, strict=False)):
-        if _payload(send.op) != _payload(receive.op):
-            yield Mismatch(send, receive, nth)
-            break
-    if len(sends) > both:
-        yield LeftOver(sends[both], receiver, both, both)
-    if len(receives) > both:
-        yield LeftOver(receives[both], sender, both, both)
-    seen: dict[Op, Placed] = {}
-    for send in sends:
-        first = seen.setdefault(send.op.bare, send)
-        if first is not send:
-            yield SentTwice(first, send)
-            break
-
-
-def _payload(op: Op) -> tuple[bool, Lane, int, int]:
-    """What a message carries: whether it is an activation, its lane, the stage before the boundary, the microbatch."""
-    forwards = op.kind in (SF, Kind.RF)
-    stage_before = op.stage if op.kind in (SF, Kind.RB) else op.stage - 1
-    return forwards, op.lane, stage_before, op.mb
+    both = min(len(send.numbers), len(receive.numbers))
+    if send.contents[:both] != receive.contents[:both]:
+        nth = next(n for n in range(both) if send.contents[n] != receive.contents[n])
+        one, other = (table.placed(side.rank, side.numbers[nth]) for side in (send, receive))
+        yield Mismatch(one, other, nth)
+    for side, opposite in ((send, receive), (receive, send)):
+        if len(side.numbers) > both:
+            yield LeftOver(table.placed(side.rank, side.numbers[both]), opposite.rank, both, both)
+    if len(set(send.contents)) < len(send.contents):
+        seen: dict[int, int] = {}
+        for number, content in zip(send.numbers, send.contents, strict=True):
+            first = seen.setdefault(content, number)
+            if first != number:
+                yield SentTwice(table.placed(send.rank, first), table.placed(send.rank, number))
+                break
 
 
 def _urgency(fault: _PairFault) -> tuple[int, int]:
@@ -227,15 +260,16 @@ def accumulation(schedule: Schedule) -> Verdict:
 
     W adds the gradients of linear layers, B those of all other parameters.
     """
-    last: dict[tuple[int, Kind, Chunk], Placed] = {}
-    for placed in schedule:
-        op = placed.op
-        if op.kind in (B, W):
-            row = placed.rank, op.kind, op.chunk
-            before = last.get(row)
-            if before is not None and before.op.mb > op.mb:
-                return Refuted(OutOfOrder(before, placed))
-            last[row] = placed
+    table = table_of(schedule)
+    adds = [key % WIDTH in (B, W) for key in range(len(table.chunks) * WIDTH)]
+    for rank, row in table.rows():
+        last = [-1] * len(adds)
+        for number, (key, mb) in enumerate(zip(row.keys, row.mbs, strict=True)):
+            if adds[key]:
+                if mb < last[key]:
+                    before = max(at for at in range(number) if row.keys[at] == key)
+                    return Refuted(OutOfOrder(table.placed(rank, before), table.placed(rank, number)))
+                last[key] = mb
     return Proved()
 
 

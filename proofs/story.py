@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import assert_never
 
-from dualpipe.schedule import COLLECTIVES, MESSAGES, RECEIVES, SENDS, Chunk, Kind, Op, Placed
+from dualpipe.schedule import MESSAGES, RECEIVES, SENDS, Chunk, Kind, Placed
 from dualpipe.schedule.observed import What
+from proofs.deadlock_story import never_joined, unmatched, wait_cycle
 from proofs.findings import (
-    Clash,
     Empty,
     Finding,
-    LeftAlone,
     LeftOver,
     Live,
     Mismatch,
     Missing,
-    NeverJoined,
     NoPeer,
     NotMember,
     NotNeighbour,
@@ -29,34 +27,11 @@ from proofs.findings import (
     TooEarly,
     TouchedInFlight,
     Unmatched,
-    Wait,
     WaitCycle,
 )
-from proofs.models import Model
+from proofs.words import NOUNS, VERBS, collective, content, forwards, in_slot
 
 __all__ = ["tell"]
-
-VERBS = {
-    Kind.F: "runs the forward",
-    Kind.B: "runs the backward for the input",
-    Kind.W: "computes the weight gradient",
-    Kind.SF: "sends the activation",
-    Kind.SB: "sends the gradient",
-}
-NOUNS = {
-    Kind.F: "the forward",
-    Kind.B: "the backward for the input",
-    Kind.W: "the weight gradient",
-    Kind.RF: "the activation",
-    Kind.RB: "the gradient",
-}
-TOGETHER = {
-    Kind.AA: "the all-to-all",
-    Kind.AR: "the all-reduce",
-    Kind.US: "the unsharding of the weights",
-    Kind.RS: "the resharding of the weights",
-    Kind.RG: "the reduction of the gradients",
-}
 
 
 def tell(finding: Finding) -> str:
@@ -69,9 +44,9 @@ def tell(finding: Finding) -> str:
             return f"rank {rank} never {VERBS[op.kind]} of {op.task} ({op}), and the lane's {mbs}"
         case Repeated(first, second):
             verb = VERBS[first.op.kind]
-            return f"rank {first.rank} {verb} of {first.op.task} twice: {_slot(first)} and again {_slot(second)}"
+            return f"rank {first.rank} {verb} of {first.op.task} twice: {in_slot(first)} and again {in_slot(second)}"
         case Stray(place, holder):
-            what = f"{VERBS[place.op.kind]} of {place.op.task} {_slot(place)}"
+            what = f"{VERBS[place.op.kind]} of {place.op.task} {in_slot(place)}"
             return f"rank {place.rank} {what}, but rank {holder} holds that stage"
         case TooEarly():
             return _too_early(finding)
@@ -79,49 +54,31 @@ def tell(finding: Finding) -> str:
             return _no_peer(finding)
         case NotNeighbour():
             return _not_neighbour(finding)
-        case Mismatch(send, receive, _):
-            return (
-                f"rank {receive.rank} expects {content(receive.op)} {_slot(receive)}, but the next message from "
-                f"rank {send.rank} is {content(send.op)}, sent {_slot(send)}\n"
-                "messages carry no tag, so the rank cannot tell them apart: the run would hang, or finish with wrong "
-                "gradients"
-            )
+        case Mismatch():
+            return _clash(finding) if finding.is_collective else _mismatch(finding)
         case LeftOver():
-            return _left_over(finding)
+            return _left_alone(finding) if finding.is_collective else _left_over(finding)
         case SentTwice(first, second):
             return (
-                f"rank {first.rank} sends {content(first.op)} twice, {_slot(first)} and again {_slot(second)}; "
+                f"rank {first.rank} sends {content(first.op)} twice, {in_slot(first)} and again {in_slot(second)}; "
                 "the second one is received too, and nothing consumes it"
             )
         case NotMember(place, members):
             who = f"ranks {', '.join(map(str, members))}"
-            return f"rank {place.rank} joins {_collective(place.op)} {_slot(place)}, and that group has the {who} alone"
-        case Clash():
-            return _clash(finding)
-        case LeftAlone():
-            place, absent = finding.place, f"rank {finding.absent}, which is a member too,"
             return (
-                f"rank {place.rank} joins {_collective(place.op)} as collective {finding.nth + 1} of its group "
-                f"{_slot(place)}, and {absent} joins only {finding.joined}"
+                f"rank {place.rank} joins {collective(place.op)} {in_slot(place)}, and that group has the {who} alone"
             )
         case WaitCycle(model, waits):
-            return _wait_cycle(model, waits)
+            return wait_cycle(model, waits)
         case Unmatched():
-            return _unmatched(finding)
-        case NeverJoined():
-            place, model = finding.place, finding.model
-            return (
-                f"{_stream(model)}rank {place.rank} waits for ever {_slot(place)} until rank {finding.absent} joins "
-                f"{_collective(place.op)}: it is collective {finding.nth + 1} of its group, and rank {finding.absent} "
-                f"joins only {finding.joined} ({model} messages)"
-            )
+            return never_joined(finding) if finding.is_collective else unmatched(finding)
         case OverBound():
             return _over_bound(finding)
         case OutOfOrder(first, second):
             done = "adds the weight gradient" if first.op.kind is Kind.W else "runs the backward"
             return (
-                f"rank {first.rank} {done} of microbatch {first.op.mb} {_slot(first)} before that of "
-                f"microbatch {second.op.mb} {_slot(second)}, both at {first.op.chunk}: "
+                f"rank {first.rank} {done} of microbatch {first.op.mb} {in_slot(first)} before that of "
+                f"microbatch {second.op.mb} {in_slot(second)}, both at {first.op.chunk}: "
                 "sums in another order round differently, so the gradients are not reproducible bit by bit"
             )
         case TouchedInFlight():
@@ -129,7 +86,7 @@ def tell(finding: Finding) -> str:
         case Overwritten(message, forward, by, kept, written, used):
             what = f"receives {content(by)} ({by})" if by is not None and by.kind in RECEIVES else "writes"
             return (
-                f"rank {message.rank} {what} into the memory of {content(message.op)}, received {_slot(message)}, "
+                f"rank {message.rank} {what} into the memory of {content(message.op)}, received {in_slot(message)}, "
                 f"at {written}\n"
                 f"the graph of {forward}, made at {kept}, still needs that memory: its backward at {used} computes "
                 "wrong gradients"
@@ -138,25 +95,19 @@ def tell(finding: Finding) -> str:
             assert_never(finding)
 
 
-def content(op: Op) -> str:
-    """What a message carries: ``the activation of microbatch 3 of lane > (stage 1 to stage 2)``."""
-    forwards = _forwards(op)
-    here, there = op.stage, op.stage + (1 if op.kind in (Kind.SF, Kind.RB) else -1)
-    source, target = (here, there) if op.kind in SENDS else (there, here)
-    noun = "the activation" if forwards else "the gradient"
-    where = f"stage {source} to stage {target}" if min(source, target) >= 0 else f"at stage {op.stage}"
-    return f"{noun} of microbatch {op.mb} of lane {op.lane} ({where})"
+def _mismatch(finding: Mismatch) -> str:
+    send, receive = finding.first, finding.second
+    return (
+        f"rank {receive.rank} expects {content(receive.op)} {in_slot(receive)}, but the next message from "
+        f"rank {send.rank} is {content(send.op)}, sent {in_slot(send)}\n"
+        "messages carry no tag, so the rank cannot tell them apart: the run would hang, or finish with wrong "
+        "gradients"
+    )
 
 
-def _collective(op: Op) -> str:
-    """A collective with its stage and group: ``the reduction of the gradients of stage 0 of lane > in group 1``."""
-    where = "" if op.peer is None else f" in group {op.peer}"
-    return f"{TOGETHER[op.kind]} of {op.task if op.kind is Kind.AA else op.chunk}{where}"
-
-
-def _clash(finding: Clash) -> str:
+def _clash(finding: Mismatch) -> str:
     what = [
-        f"{_collective(placed.op._replace(peer=None))} for rank {placed.rank} {_slot(placed)}"
+        f"{collective(placed.op._replace(peer=None))} for rank {placed.rank} {in_slot(placed)}"
         for placed in (finding.first, finding.second)
     ]
     return (
@@ -166,16 +117,12 @@ def _clash(finding: Clash) -> str:
     )
 
 
-def _stream(model: Model) -> str:
-    return "the message stream of " if model.overlaps else ""
-
-
-def _forwards(op: Op) -> bool:
-    return op.kind in (Kind.SF, Kind.RF)
-
-
-def _slot(place: Placed) -> str:
-    return f"in slot {place.slot} ({place.op})"
+def _left_alone(finding: LeftOver) -> str:
+    place = finding.place
+    return (
+        f"rank {place.rank} joins {collective(place.op)} as collective {finding.nth + 1} of its group "
+        f"{in_slot(place)}, and rank {finding.peer}, which is a member too, joins only {finding.posted}"
+    )
 
 
 def _too_early(finding: TooEarly) -> str:
@@ -186,18 +133,18 @@ def _too_early(finding: TooEarly) -> str:
     elif later.slot == place.slot:
         when = f"{gets} later in the same slot ({need})"
     else:
-        when = f"{gets} only {_slot(later)}"
-    verb = f"{VERBS[place.op.kind]} of {place.op.task}" if place.op.kind in VERBS else f"joins {_collective(place.op)}"
-    what = f"rank {place.rank} {verb} {_slot(place)}"
+        when = f"{gets} only {in_slot(later)}"
+    verb = f"{VERBS[place.op.kind]} of {place.op.task}" if place.op.kind in VERBS else f"joins {collective(place.op)}"
+    what = f"rank {place.rank} {verb} {in_slot(place)}"
     return f"{what}, but this needs {NOUNS[need.kind]} of {need.task}, which it {when}"
 
 
 def _no_peer(finding: NoPeer) -> str:
     place = finding.place
     verb = "sends" if place.op.kind in SENDS else "receives"
-    noun = "an activation" if _forwards(place.op) else "a gradient"
+    noun = "an activation" if forwards(place.op) else "a gradient"
     reason = _nowhere(place, finding.peer, finding.ranks, finding.holder, finding.neighbour)
-    return f"rank {place.rank} {verb} {noun} at stage {place.op.stage} {_slot(place)}, but {reason}"
+    return f"rank {place.rank} {verb} {noun} at stage {place.op.stage} {in_slot(place)}, but {reason}"
 
 
 def _nowhere(place: Placed, peer: int | None, ranks: int, holder: int, neighbour: int | None) -> str:
@@ -228,7 +175,7 @@ def _nowhere(place: Placed, peer: int | None, ranks: int, holder: int, neighbour
 def _not_neighbour(finding: NotNeighbour) -> str:
     place = finding.place
     verb, towards = ("sends", "to") if place.op.kind in SENDS else ("receives", "from")
-    what = f"rank {place.rank} {verb} {content(place.op)} {towards} rank {finding.peer} {_slot(place)}"
+    what = f"rank {place.rank} {verb} {content(place.op)} {towards} rank {finding.peer} {in_slot(place)}"
     if place.rank != finding.holder:
         return f"{what}, but rank {finding.holder} holds stage {place.op.stage} of lane {place.op.lane}"
     if finding.neighbour == finding.holder:
@@ -243,62 +190,14 @@ def _left_over(finding: LeftOver) -> str:
     if place.op.kind in SENDS:
         other = f"which receives only {posted}" if posted else "which receives nothing from it"
         return (
-            f"rank {place.rank} sends {content(place.op)} {_slot(place)} as message {nth} to rank {peer}, "
+            f"rank {place.rank} sends {content(place.op)} {in_slot(place)} as message {nth} to rank {peer}, "
             f"{other}: it is never received"
         )
     other = f"which sends only {posted}" if posted else "which sends nothing to it"
     return (
-        f"rank {place.rank} waits {_slot(place)} for {content(place.op)} as message {nth} from rank {peer}, "
+        f"rank {place.rank} waits {in_slot(place)} for {content(place.op)} as message {nth} from rank {peer}, "
         f"{other}: it waits forever"
     )
-
-
-def _wait_cycle(model: Model, waits: tuple[Wait, ...]) -> str:
-    blocked = {wait.place.rank: wait.place.slot for wait in waits}
-    lines = [_wait(model, wait, blocked[wait.partner.rank]) for wait in waits]
-    ranks = sorted(blocked)
-    who = f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
-    return "\n".join([*lines, f"so {who} wait for each other and none of them can go on ({model} messages)"])
-
-
-def _wait(model: Model, wait: Wait, partner_blocked_in: int) -> str:
-    place, partner = wait.place, wait.partner
-    stream = _stream(model)
-    if place.op.kind in COLLECTIVES:
-        until = f"until rank {partner.rank} joins {_collective(place.op)}, which"
-    elif place.op.kind not in SENDS:
-        until = f"until rank {partner.rank} sends it {content(place.op)}; the send that matches it"
-    elif model.capacity:
-        until = f"for room to send rank {partner.rank} {content(place.op)}; the receive that makes room"
-    else:
-        until = f"until rank {partner.rank} receives {content(place.op)}; the receive that matches it"
-    return (
-        f"{stream}rank {place.rank} waits {_slot(place)} {until} is {_slot(partner)} there, "
-        f"and {stream}rank {partner.rank} gets no further than slot {partner_blocked_in}"
-    )
-
-
-def _unmatched(finding: Unmatched) -> str:
-    place, peer, posted, model = finding.place, finding.peer, finding.posted, finding.model
-    sends = place.op.kind in SENDS
-    opposite, towards = ("receives", "from") if sends else ("sends", "to")
-    what = content(place.op)
-    if not finding.possible or peer is None:
-        noun = "the activation" if _forwards(place.op) else "the gradient"
-        what = f"{noun} of {place.op.task}"
-        there = "no rank is at the other end" if peer is None else f"there is no rank {peer}"
-        reason = f"rank {peer} would be at both ends" if peer == place.rank else there
-    elif posted == 0:
-        reason = f"rank {peer} {opposite} nothing {towards} it"
-    else:
-        between = f"rank {place.rank} to rank {peer}" if sends else f"rank {peer} to rank {place.rank}"
-        reason = f"this is message {finding.nth + 1} from {between}, and rank {peer} {opposite} only {posted}"
-    if sends and finding.nth - model.capacity < posted:
-        verb = f"rank {place.rank} sends {what} {_slot(place)} into a buffer that is never emptied"
-    else:
-        stream = "the message stream of " if model.overlaps else ""
-        verb = f"{stream}rank {place.rank} waits forever {_slot(place)} to {'send' if sends else 'receive'} {what}"
-    return f"{verb}: {reason} ({model} messages)"
 
 
 _TOUCH = {What.READ: "reads", What.WRITE: "writes to", What.FREE: "frees or resizes"}
@@ -321,7 +220,7 @@ def _touched(finding: TouchedInFlight) -> str:
     else:
         effect = "the message may arrive in that memory later"
     return (
-        f"rank {message.rank} {verb} the tensor of {content(message.op)}{doer} while the message {_slot(message)} "
+        f"rank {message.rank} {verb} the tensor of {content(message.op)}{doer} while the message {in_slot(message)} "
         f"is in flight\nposted at {finding.posted}\n{_DONE[finding.what]} at {finding.touched}\n{waited}\n{effect}"
     )
 

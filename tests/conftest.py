@@ -1,10 +1,12 @@
-"""For every test: one thread per process, as sums may depend on the number of threads; Ctrl-C ends the run."""
+"""For every test: one thread per process, as sums may depend on the number of threads; Ctrl-C ends the run.
+
+With ``pytest -n N --dist loadfile`` a worker runs whole files, and all of what ``TOGETHER`` lists: fixtures and caches
+are then filled once.  The folders of ``FIRST`` begin, so that no worker is left alone with a slow one at the end.
+"""
 
 import signal
 
-import torch
-
-torch.set_num_threads(1)
+import pytest
 
 try:
     from hypothesis import settings
@@ -16,3 +18,35 @@ else:
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script, where children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+TOGETHER = ("tests/proofs/theorems/",)
+"""Folders whose files rely on the same proofs."""
+FIRST = ("tests/proofs/theorems/", "tests/docs/", "tests/megatron/", "tests/soundness/", "tests/record/", "tests/ci/")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("numprocesses", None):  # the process that only distributes the tests runs none
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(
+            key=lambda item: next((at for at, way in enumerate(FIRST) if item.nodeid.startswith(way)), len(FIRST))
+        )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((way for way in TOGETHER if nodeid.startswith(way)), super()._split_scope(nodeid))
+
+    config.option.loadscopereorder = False  # in the order of collection
+    return Scheduling(config, log)

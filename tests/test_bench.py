@@ -1,5 +1,6 @@
 """The measurements of bench/ still run: each on the least that it can be asked for."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 import typer
 
-from dualpipe import one_f_one_b
+from dualpipe import Schedule, dualpipe, one_f_one_b
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -33,6 +34,33 @@ def test_both_methods_of_proving_are_timed(capsys):
     out = capsys.readouterr().out
     assert "dualpipe at 2/4, rounds: 1; plain search" in out
     assert "11 theorems of 1f1b: " in out
+
+
+def test_schedules_are_generated_checked_and_compared_with_the_construction_of_torch(tmp_path, capsys):
+    """Each kind at two ranks, in this process: a process of its own would import torch again."""
+    namespace = script("scale.py")["main"].__globals__
+    measured = {kind: namespace["measure"](kind, 2, 8) for kind in namespace["KINDS"]}
+    assert measured["ours dualpipe"]["ops"] == sum(len(slot) for program in dualpipe(2, 8).programs for slot in program)
+    namespace["_in_a_process"] = lambda kind, ranks, limit: measured[kind] if ranks == 2 else {"over": limit}
+    namespace["main"](sizes="2,4,8", output=tmp_path / "scale.json")
+    head, _, first, second, third = capsys.readouterr().out.splitlines()[-5:]
+    assert head.startswith(
+        "| P / M | ours dualpipe: generate | ours dualpipe: one rank, ms | ours dualpipe: check | MiB |"
+    )
+    assert first.startswith("| 2 / 8 | 0.0")
+    assert second.startswith("| 4 / 16 | over 60 s in all |  |  |  | over 60 s in all |")
+    assert set(third.split(" | ")[1:]) <= {"", " |"}
+    written = json.loads((tmp_path / "scale.json").read_text())
+    assert len(written["results"]) == 2 * len(measured)
+    assert written["machine"]["cores"] >= 1
+
+
+def test_a_schedule_that_is_not_proved_is_not_timed(monkeypatch):
+    measure = script("scale.py")["measure"]
+    faulty = Schedule(one_f_one_b(2, 2).routes, ((), ()))
+    monkeypatch.setattr("dualpipe.schedule.generate.generate", lambda *size: faulty)
+    with pytest.raises(SystemExit, match="1f1b at 2/2 is refuted"):
+        measure("ours 1f1b", 2, 2)
 
 
 def test_mutants_are_proved_and_run(capsys):

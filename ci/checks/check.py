@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from signal import Signals
+from signal import strsignal
 from typing import Any
 
 from ci.process import Completed, run
@@ -37,10 +37,7 @@ def run_check(check: Check, root: Path) -> CheckResult:
     try:
         verdict, summary, findings = check.read(done)
     except Exception as error:  # an answer of another form is no answer
-        summary = no_answer(done)[1]
-        if done.code >= 0:
-            summary += f" ({type(error).__name__}: {error})"
-        return CheckResult(check.name, Verdict.UNKNOWN, check.why, summary, (), done.seconds)
+        verdict, summary, findings = no_answer(done, f" ({type(error).__name__}: {error})")
     return CheckResult(check.name, verdict, check.why, summary, findings, done.seconds)
 
 
@@ -49,11 +46,11 @@ def skipped(check: Check, reason: str) -> CheckResult:
     return CheckResult(check.name, Verdict.SKIPPED, check.why, reason)
 
 
-def no_answer(done: Completed) -> Reading:
+def no_answer(done: Completed, detail: str = "") -> Reading:
     """The reading of a command that ended without an answer; a negative code is the signal that ended it."""
     if done.code is not None and done.code < 0:
-        return Verdict.UNKNOWN, f"no answer: it was ended by {Signals(-done.code).name}", ()
-    return Verdict.UNKNOWN, f"no answer: it ended with {done.code} and {done.last_line}", ()
+        return Verdict.UNKNOWN, f"no answer: signal {-done.code} ended it ({strsignal(-done.code)})", ()
+    return Verdict.UNKNOWN, f"no answer: it ended with {done.code} and {done.last_line}{detail}", ()
 
 
 def json_lines(done: Completed) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def check(files: Sequence[str], why: str, report: Path, workers: int, first: boo
 
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
     options += ["-p", __name__, f"--long-left={left_out}", *(f"--long-of={file}" for file in long)]
-    options += ["-n", str(workers)] if workers else ["-p", "no:xdist"]
+    options += ["-n", str(workers), "--dist", "loadfile"] if workers else ["-p", "no:xdist"]
     options += ["-x"] if first else []
     limit = LONG_LIMIT_S if long else LIMIT_S
     return Check("tests", why, python("-m", "pytest", *options, *files), limit, read)

@@ -66,7 +66,7 @@ FAULTS = (
         "        with setup.drawing():\n",
         check="tests",
         rule="test",
-        says="test_a_recomputed_layer_reads_its_stage_from_global_state",
+        says="test_a_forward_step_reads_the_stage_that_it_runs_from_global_state",
     ),
     fault(
         22,

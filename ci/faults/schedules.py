@@ -124,8 +124,10 @@ FAULTS = (
         7,
         "forward receive and backward send not in one slot",
         TABLE,
-        "messages += [(op(action, row), row) for action in step if action in exists]",
-        "slots += [((op(action, row), row),) for action in step if action in exists]",
+        """messages += ops
+                    rows += [row] * len(ops)""",
+        """for each in ops:
+                        yield (each,), (row,)""",
         check="prove",
         rule="deadlock",
         says="rank 0 waits in slot 3 .0SF1>. until rank 1 receives .* and rank 1 gets no further than slot 3",
@@ -135,13 +137,11 @@ FAULTS = (
         "both sides send first, receives deferred",
         TABLE,
         """                if messages:
-                    slots.append(tuple(messages))
-                    messages.clear()""",
+                    yield tuple(messages), tuple(rows)""",
         """                if messages:
                     for first in ("S", "R"):
-                        part = tuple(item for item in messages if item[0].kind.startswith(first))
-                        slots += [part] if part else []
-                    messages.clear()""",
+                        own = [each for each in zip(messages, rows) if each[0].kind.startswith(first)]
+                        yield from [tuple(zip(*own))] if own else []""",
         check="prove",
         rule="deadlock",
         says="rank 0 waits in slot 3 .0SF1>. until rank 1 receives .* and rank 1 gets no further than slot 3",
@@ -170,8 +170,8 @@ FAULTS = (
         0,
         "a stack instead of a queue: the W that was deferred last runs first",
         TABLE,
-        "oldest = deferred.popleft()",
-        "oldest = deferred.pop()",
+        "deferred.popleft()",
+        "deferred.pop()",
         check="prove",
         rule="accumulation",
         says="adds the weight gradient of microbatch",

@@ -52,8 +52,11 @@ def compare(
     microbatches: Microbatches = None,
     cost: Cost = None,
     cost_from: Annotated[
-        Path | None,
-        typer.Option(help="Take the costs, in seconds, from a trace that `dualpipe verify --trace` measured."),
+        list[Path] | None,
+        typer.Option(
+            help="Take the costs, in seconds, from a trace that `dualpipe verify --trace` measured, or from the "
+            "torch.profiler traces of all ranks of a program under `dualpipe record`: files, or a folder of them."
+        ),
     ] = None,
     latency: Annotated[
         float | None, typer.Option(help="Time of a message from when it is sent, as latency= in --cost.")
@@ -114,9 +117,9 @@ def compare(
     waived(waive or [])
     pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
     pages = target("--html", html, HTML)
-    inputs = [*given, *([str(cost_from)] if cost_from else [])]
+    inputs = [*given, *map(str, cost_from or [])]
     check_targets([*pictures, *pages], inputs)
-    costs = _costs(cost, cost_from, latency, overlap)
+    costs = _costs(cost, cost_from or [], latency, overlap)
     memory = None if sizes is None else parse_sizes(sizes)
     limits = Limits(_limit("--max-activations", max_activations), _limit("--max-bytes", max_bytes))
     others = [
@@ -243,16 +246,17 @@ def _counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def _costs(text: str | None, trace: Path | None, latency: float | None, overlap: float | None) -> Costs:
+def _costs(text: str | None, traces: Sequence[Path], latency: float | None, overlap: float | None) -> Costs:
     """The costs of a share from the options, each of which may be given once."""
     from dualpipe.timeline.summary import parse_costs
 
-    if trace is not None and text is not None:
+    if traces and text is not None:
         raise RuleError("costs are given or measured", "got --cost and --cost-from", "leave one of them out")
-    if trace is not None:
-        from dualpipe.timeline.measured_costs import describe, read
+    if traces:
+        from dualpipe.timeline.measured_costs import describe
+        from dualpipe.timeline.profiled_costs import read
 
-        measured = read(trace)
+        measured = read(traces)
         typer.echo(describe(measured, latency), err=True)
         costs = measured.costs
     else:
@@ -278,7 +282,7 @@ def _limit(option: str, value: float | None) -> float | None:
 
 def _page(ranking: Ranking, heading: str, note: str) -> str:
     from dualpipe.page import Drawn, Gallery, Page, Steps, Table, render
-    from dualpipe.timeline.ranking_text import caption, left_out, table, verdict
+    from dualpipe.timeline.ranking_text import caption, left_out, table, verdict, with_collectives
 
     drawn = []
     for each in ranking.candidates:
@@ -287,6 +291,8 @@ def _page(ranking: Ranking, heading: str, note: str) -> str:
         drawn.append(Drawn(each.name, caption(ranking, each), timeline, memory))
     head, *rows = table(ranking)
     sections: list[Gallery | Table] = [Table("Schedules", head, rows)]
+    if lines := with_collectives(ranking):
+        sections.append(Table("Collectives", ("schedule and note",), [(line,) for line in lines]))
     if absent := left_out(ranking):
         sections.append(Table("Left out", ("schedule and reason",), [(line,) for line in absent]))
     unit = "bytes" if any(each.sizes for each in ranking.candidates) else "live"

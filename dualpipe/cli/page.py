@@ -13,8 +13,9 @@ from dualpipe.schedule import COMPUTE, Op, Placed, Schedule
 
 if TYPE_CHECKING:
     from dualpipe.cli.proving import Outcome
-    from proofs.findings import Finding, Place
-    from proofs.prove import Report, Result
+    from proofs.fault import Place
+    from proofs.findings import Finding
+    from proofs.report import Report, Result
 
 
 def proofs_page(outcomes: Sequence[Outcome]) -> str:
@@ -88,7 +89,7 @@ def verdicts(report: Report) -> Table:
 
 def _brief(result: Result) -> str:
     """The first line of the story and the remarks below it; the whole story has its own place on the page."""
-    from proofs.prove import describe
+    from proofs.report import describe
 
     lines = describe(result)
     if result.finding is not None:
@@ -149,11 +150,8 @@ def _context(finding: Finding, schedule: Schedule, sentence: str) -> Iterator[Ma
             | findings.LeftOver()
             | findings.SentTwice()
             | findings.NotMember()
-            | findings.Clash()
-            | findings.LeftAlone()
             | findings.WaitCycle()
             | findings.Unmatched()
-            | findings.NeverJoined()
             | findings.OutOfOrder()
         ):
             pass

@@ -56,7 +56,7 @@ def prove(
     model: Annotated[
         str,
         typer.Option(
-            help="Model of communication: all, blocking, eager (eager:1), eager:CAPACITY, stream (verdict as blocking)."
+            help="Model of communication: all, blocking, eager (eager:1), eager:CAPACITY, edge, stream (as blocking)."
         ),
     ] = "all",
     max_activations: Annotated[int | None, typer.Option(help="Bound on live activations of every rank.")] = None,

@@ -133,6 +133,7 @@ def record(
     """
     from dualpipe.record import Launch, assemble_all, pipelines, read_folder, run
     from dualpipe.record.lanes import LANE, parse
+    from dualpipe.record.traces import name_ranges
 
     check_name(name)
     _check_waived(waive or (), prove)
@@ -166,16 +167,20 @@ def record(
         )
         end = run(launch, folder, output=2)
         logs, groups = read_folder(folder, ranks, session, end.succeeded)
-        recordings = assemble_all(logs, name, step, routes, end.codes if ranks is not None else (), chosen)
+        codes = end.codes if ranks is not None else ()
+        recordings = assemble_all(logs, name, step, routes, codes, chosen)
         if compare:
             from dualpipe.record.plain import add_comparison
 
             plain = folder / "plain" / str(session)
             recordings = [add_comparison(recording, plain, logs, clip_norm, recordings) for recording in recordings]
+        renamed = name_ranges(logs, recordings[0].pipeline_ranks, routes, codes)
     if groups > 1:
         typer.echo(f"dualpipe: process group {session} of {groups}", err=True)
     ending = [] if end.succeeded else end.describe().splitlines()
-    results, codes = [], [0 if end.succeeded else 1]
+    for line in renamed:
+        typer.echo(f"dualpipe: {line}", err=True)
+    results, exit_codes = [], [0 if end.succeeded else 1]
     for number, recording in enumerate(recordings, start=1):
         _report(recording, ending if number == 1 else (), end.seconds)
     _write_all(recordings, output)
@@ -191,7 +196,7 @@ def record(
             report = interruptible(
                 partial(run_checks, recording.schedule, parse_models(model), label=label, waive=waive or ())
             )
-            codes.append(report.exit_code)
+            exit_codes.append(report.exit_code)
             result["proof"] = report.as_json()
             if not as_json:
                 sys.stdout.write(_with_caveats(report.text(), caveats))
@@ -200,12 +205,12 @@ def record(
             if departures is not None:
                 from proofs import departure_story
 
-                codes.append(departures.exit_code)
+                exit_codes.append(departures.exit_code)
                 result["against"] = departures.as_json()
                 if not as_json:
                     sys.stdout.write(departure_story.text(departures))
         if recording.comparison is not None:
-            codes.append(_OF_COMPARISON[recording.comparison.verdict])
+            exit_codes.append(_OF_COMPARISON[recording.comparison.verdict])
             if not as_json:
                 sys.stdout.write(recording.comparison.text())
         if output is None and not (prove or compare or against or as_json):
@@ -213,7 +218,7 @@ def record(
         results.append(result)
     if as_json:
         print(json.dumps({**results[0], **({"pipelines": results} if len(results) > 1 else {})}))
-    raise typer.Exit(_worst(codes))
+    raise typer.Exit(_worst(exit_codes))
 
 
 _OF_COMPARISON = {"equal": 0, "different": 1, "unknown": 3}

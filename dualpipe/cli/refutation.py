@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from dualpipe.schedule import Schedule
 from dualpipe.timeline.comparison import Absent
-from proofs.prove import describe, prove
+from proofs.prove import prove
+from proofs.report import describe
 from proofs.verdict import Refuted
 
 

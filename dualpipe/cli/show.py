@@ -78,9 +78,11 @@ def show(
 
 def _draw(schedule: Schedule, timeline: bool, pictures: list[Target], cost: str | None) -> None:
     from dualpipe.timeline.simulate import simulate
-    from dualpipe.timeline.summary import parse_costs
+    from dualpipe.timeline.summary import describe_collectives, parse_costs
 
     times = simulate(schedule, parse_costs(cost or ""))
+    if note := describe_collectives(schedule, times.costs):
+        typer.echo(f"dualpipe: the drawing leaves a gap where a rank waits for a collective; {note}", err=True)
     if timeline:
         from rich.console import Console
 

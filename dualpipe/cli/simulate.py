@@ -33,7 +33,7 @@ def simulate(
 ) -> None:
     """Run a schedule on ideal ranks: makespan, bubble, peak activations and pending weight gradients."""
     from dualpipe.timeline.simulate import simulate as run
-    from dualpipe.timeline.summary import describe, parse_costs, summarise
+    from dualpipe.timeline.summary import describe, describe_collectives, parse_costs, summarise
 
     name = options.choose(positional, schedule, late_w)
     traces = target("--trace", trace, TRACE)
@@ -45,4 +45,5 @@ def simulate(
 
         each.write(dumps(of_timeline(timeline)))
     summary = summarise(timeline)
-    typer.echo(json.dumps(summary) if as_json else describe(summary))
+    note = describe_collectives(value, timeline.costs)
+    typer.echo(json.dumps(summary) if as_json else describe(summary, note))

@@ -126,6 +126,8 @@ def _original_selector() -> Function:
 def _swap(pairs: Sequence[tuple[Function, Function]]) -> None:
     """In every module outside this package, replace the first of each pair by the second, under whatever name."""
     replacement = {id(old): new for old, new in pairs}
+    if not replacement:  # thousands of modules need not be searched
+        return
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and not name.startswith(_OWN_PACKAGE):
             for attribute, value in list(vars(module).items()):

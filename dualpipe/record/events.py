@@ -170,8 +170,9 @@ def _read_post(log: RankLog, event: Event) -> None:
         send = posted["kind"] == "send"
         ends = (log.rank, posted["peer"]) if send else (posted["peer"], log.rank)
         content: dict[str, list[ForwardId]] = {"B": [], "F": []}
+        may_be_gradient = posted["real"] or posted["form"].startswith("complex")
         for letter, number in posted["marks"]:
-            if letter in content:
+            if letter in content and (letter != "B" or may_be_gradient):  # a backward may also make sizes to send
                 content[letter].append(ForwardId(log.rank, log.find(number)))
         if event["inside"] not in ("", "backward") and posted["real"]:
             raise RecordError(

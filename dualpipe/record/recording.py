@@ -46,6 +46,8 @@ class Recording:
         If the job has several pipelines, the ranks of the job that this one has, in the order of the schedule's ranks.
     tasks:
         The stage, lane and microbatch of every forward.
+    messages:
+        The op of every message end.
     comparison:
         How the step compares with a plain run of the same modules, if that was asked for.
     """
@@ -57,6 +59,7 @@ class Recording:
     notes: tuple[str, ...]
     pipeline_ranks: tuple[int, ...] = ()
     tasks: Mapping[ForwardId, Task] = field(default_factory=dict, repr=False, compare=False)
+    messages: Mapping[MessageId, Op] = field(default_factory=dict, repr=False, compare=False)
     comparison: Comparison | None = None
 
     def text(self) -> str:
@@ -186,7 +189,9 @@ class _Run:
         observed = observe(logs, made, lineage, named.guesses)
         groups = collectives.groups
         schedule = Schedule(lineage.routes, ranks, self.name, groups, failures=failures, observed=observed)
-        return Recording(schedule, steps, self.ended(), tuple(doubts), tuple(notes), tasks=lineage.tasks)
+        return Recording(
+            schedule, steps, self.ended(), tuple(doubts), tuple(notes), tasks=lineage.tasks, messages=named.ops
+        )
 
     def lineage(
         self,

@@ -159,7 +159,7 @@ def _program(
     its name, overlaps a forward with a backward.  A collective is where the program waits for it, or for a later one of
     its group, since NCCL runs those of a group in the order of their launches.
     """
-    last_weight, only_weights = _last_weights(log), _weights_without_backward(log)
+    last_weight, only_weights = last_weights(log), weights_without_backward(log)
     slots: list[list[Posted]] = []
     joins = False  # whether the next computation may join the last slot
     of_run: dict[int, int] = {}  # run of the engine -> the slot of its ops since the last message in it
@@ -279,7 +279,7 @@ def _op_of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | Non
     return None if task is None else Op(kind, *task)
 
 
-def _last_weights(log: RankLog) -> dict[int, int]:
+def last_weights(log: RankLog) -> dict[int, int]:
     """For every forward the last event that adds to its weight gradients, at which its W ends.
 
     If there is none, it is the last run of the engine that was requested to compute gradients of weights.  A forward
@@ -294,7 +294,7 @@ def _last_weights(log: RankLog) -> dict[int, int]:
     return last["weights requested"] | last["weights"]
 
 
-def _weights_without_backward(log: RankLog) -> dict[int, int]:
+def weights_without_backward(log: RankLog) -> dict[int, int]:
     """For every forward of which the program requested gradients of weights alone, the first such event."""
     first: dict[int, int] = {}
     for index, event in enumerate(log.events):

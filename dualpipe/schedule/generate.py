@@ -15,8 +15,9 @@ from functools import partial
 from typing import NamedTuple
 
 from dualpipe.errors import RuleError, nearest
-from dualpipe.schedule import DOWN, UP, Chunk, Lane, Program, Schedule
+from dualpipe.schedule import DOWN, UP, Chunk, Lane, Program, Schedule, check_slot
 from dualpipe.schedule.lower import lower
+from dualpipe.schedule.on_demand import OnDemand
 from dualpipe.schedule.orders import interleaved_order, zbv_order
 from dualpipe.schedule.phase_table import Row, Table, expand, symbol, vary
 
@@ -280,6 +281,10 @@ ORDERS: Mapping[str, Callable[[int, int], Schedule]] = {"interleaved": interleav
 NAMES = (*PLANS, *ORDERS)
 """The named schedules."""
 
+MOST_AT_ONCE = 16_384
+"""The most microbatches on all ranks together whose programs are generated at once.  Of more, such as 4096 microbatches
+on 1024 ranks, each program is generated when it is asked for."""
+
 
 def with_late_w(name: str, late_w: str) -> str:
     """The name of a schedule's variant.  Raises ``RuleError`` if there is no such variant of this schedule."""
@@ -301,6 +306,17 @@ def generate(name: str, ranks: int, microbatches: int) -> Schedule:
     """The named schedule for a size.  Raises ``SizeError`` for a size it cannot have, ``KeyError`` for the name."""
     if name in ORDERS:
         return ORDERS[name](ranks, microbatches)
-    planner = PLANS[name]
-    plans = [planner(ranks, microbatches, rank) for rank in range(max(ranks, 1))]
-    return Schedule(plans[0].routes, tuple(plan.program() for plan in plans), name)
+    plan = partial(PLANS[name], ranks, microbatches)
+    routes = plan(0).routes
+    if ranks * microbatches <= MOST_AT_ONCE:
+        return Schedule(routes, tuple(plan(rank).program() for rank in range(ranks)), name)
+    each = dict.fromkeys(routes, microbatches // len(routes))
+    return Schedule(routes, OnDemand(ranks, lambda rank: _checked(plan(rank)), each), name)
+
+
+def _checked(plan: Plan) -> Program:
+    """The program of a rank, after the checks of a ``Schedule``; slots that differ in microbatches alone are alike."""
+    program = plan.program()
+    for slot in {tuple([op[:3] for op in slot]): slot for slot in program}.values():
+        check_slot(slot, plan.routes)
+    return program

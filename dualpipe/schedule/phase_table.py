@@ -15,12 +15,12 @@ the same rank, is left out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from dualpipe.schedule.op import MESSAGES, B, Chunk, Kind, Lane, Op, Program, W, full_backwards
+from dualpipe.schedule.op import MESSAGES, B, Chunk, Kind, Lane, Op, Program, W
 from dualpipe.schedule.routes import Routes
 
 
@@ -152,46 +152,87 @@ def expand(
 
     ``sizes`` gives the table's symbols their values; ``chunks[c]`` is the table's chunk ``c``.
     """
-    return tuple(tuple(op for op, _ in slot) for slot in trace(table, sizes, chunks, routes))
+    return tuple(ops for ops, _ in _slots(table, sizes, chunks, routes))
 
 
 def trace(
     table: Table, sizes: Mapping[str, int], chunks: tuple[Chunk, ...], routes: Mapping[Lane, tuple[int, ...]]
 ) -> tuple[tuple[tuple[Op, Row], ...], ...]:
     """The slots of one rank, each op with the row that it was expanded from."""
+    return tuple(tuple(zip(*slot, strict=True)) for slot in _slots(table, sizes, chunks, routes))
+
+
+def _slots(
+    table: Table, sizes: Mapping[str, int], chunks: tuple[Chunk, ...], routes: Mapping[Lane, tuple[int, ...]]
+) -> Iterator[tuple[tuple[Op, ...], tuple[Row, ...]]]:
+    """The slots of one rank, each with the rows that its ops were expanded from."""
     exists = _existing_messages(chunks, Routes(routes))
-    done: dict[Action, int] = {}
+    counts = [0] * (len(chunks) * len(Kind))  # how many ops of each kind and chunk there are so far
     deferred: deque[Op] = deque()
-    slots: list[tuple[tuple[Op, Row], ...]] = []
-    messages: list[tuple[Op, Row]] = []
-
-    def op(action: Action, row: Row) -> Op:
-        kind, chunk = action
-        if chunk is None:
-            if not deferred:
-                raise IndexError(f"row {row.name!r} runs a W and none is deferred at {dict(sizes)}")
-            oldest = deferred.popleft()
-            return Op(W, oldest.lane, oldest.stage, oldest.mb)
-        mb = done[Action(B, chunk)] - 1 if kind is W else done.get(action, 0)
-        done[action] = mb + 1
-        lane, stage = chunks[chunk]
-        return Op(kind, lane, stage, mb)
-
+    messages: list[Op] = []
+    rows: list[Row] = []
+    make = tuple.__new__  # Op(...) takes three times as long
     for row in table:
-        for _ in range(row.times(sizes)):
-            for step in row.steps:
-                if step[0].kind in MESSAGES:
-                    messages += [(op(action, row), row) for action in step if action in exists]
+        times = row.times(sizes)
+        parts = [_part(step, chunks, exists) for step in row.steps]
+        for _ in range(times):
+            for part in parts:
+                ops = []
+                for kind, lane, stage, counter in part.ops:
+                    if counter is None:
+                        if not deferred:
+                            raise IndexError(f"row {row.name!r} runs a W and none is deferred at {dict(sizes)}")
+                        ops.append(deferred.popleft()._replace(kind=W))
+                        continue
+                    mb = counts[counter]
+                    if kind is W:
+                        mb -= 1  # the counter is that of B
+                    else:
+                        counts[counter] = mb + 1
+                    ops.append(make(Op, (kind, lane, stage, mb, None)))
+                if part.defers is None:
+                    messages += ops
+                    rows += [row] * len(ops)
                     continue
                 if messages:
-                    slots.append(tuple(messages))
+                    yield tuple(messages), tuple(rows)
                     messages.clear()
-                slot = tuple((op(action, row), row) for action in step)
-                slots.append(slot)
-                deferred += _deferred(slot)
+                    rows.clear()
+                yield tuple(ops), (row,) * len(ops)
+                for position in part.defers:
+                    deferred.append(ops[position])
     if messages:
-        slots.append(tuple(messages))
-    return tuple(slots)
+        yield tuple(messages), tuple(rows)
+
+
+class _Part(NamedTuple):
+    """A step for the chunks of one rank.
+
+    ``ops`` are kinds with the chunks' lanes and stages, and the number of the counter that gives the microbatch: that
+    of its B for a W, and none for the W that has been deferred longest.  ``defers`` has the positions of the B whose W
+    is in a later step, and is ``None`` for messages.
+    """
+
+    ops: tuple[tuple[Kind, Lane, int, int | None], ...]
+    defers: tuple[int, ...] | None
+
+
+def _part(step: Step, chunks: tuple[Chunk, ...], exists: frozenset[Action]) -> _Part:
+    """A step without the messages that have no partner."""
+    kinds = tuple(Kind)
+    messages = step[0].kind in MESSAGES
+    ops: list[tuple[Kind, Lane, int, int | None]] = []
+    for action in step:
+        if action.chunk is None:
+            ops.append((action.kind, *chunks[0], None))
+        elif not messages or action in exists:
+            counter = action.chunk * len(kinds) + kinds.index(B if action.kind is W else action.kind)
+            ops.append((action.kind, *chunks[action.chunk], counter))
+    if messages:
+        return _Part(tuple(ops), None)
+    with_w = {action.chunk: at for at, action in enumerate(step) if action.kind is W}
+    backwards = ((at, action.chunk) for at, action in enumerate(step) if action.kind is B)
+    return _Part(tuple(ops), tuple(at for at, chunk in backwards if with_w.get(chunk, -1) < at))
 
 
 def _existing_messages(chunks: Iterable[Chunk], routes: Routes) -> frozenset[Action]:
@@ -202,9 +243,3 @@ def _existing_messages(chunks: Iterable[Chunk], routes: Routes) -> frozenset[Act
         for kind in MESSAGES
         if routes.crosses(Op(kind, chunk.lane, chunk.stage, 0))
     )
-
-
-def _deferred(slot: Sequence[tuple[Op, Row]]) -> list[Op]:
-    """The backwards of a slot whose W comes in a later slot."""
-    full = full_backwards(op for op, _ in slot)
-    return [op for op, _ in slot if op.kind is B and op.task not in full]

@@ -130,6 +130,17 @@ def loads(text: str, source: str = "<string>") -> Schedule:
     return _Parser(source).parse(text)
 
 
+def parse_ops(text: str) -> Slot | None:
+    """The ops of a slot's text, such as ``3SB0<+3RF1<@2``; ``None`` for any other text."""
+    found = [_OP.fullmatch(part) for part in text.split("+")]
+    return None if None in found else tuple(_op_of(each) for each in found if each)
+
+
+def _op_of(found: re.Match[str]) -> Op:
+    stage, kind, mb, whole, lane, peer = found.groups()
+    return Op(Kind(kind or whole), Lane(lane), int(stage), int(mb or 0), None if peer is None else int(peer))
+
+
 class _Parser:
     """One pass over the lines, then the rank lines against the lanes (which may follow them)."""
 
@@ -274,9 +285,7 @@ class _Parser:
         found = _OP.fullmatch(text)
         if found is None:
             self.fail(number, column, repr(_short(text)) if text else "nothing", _OP_FORM)
-        stage, kind, mb, whole, lane, peer = found.groups()
-        other_end = None if peer is None else int(peer)
-        return Op(Kind(kind or whole), Lane(lane), int(stage), int(mb or 0), other_end)
+        return _op_of(found)
 
     def number(self, line: int, word: re.Match[str]) -> int:
         if not _NUMBER.fullmatch(word.group()):

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualpipe.schedule import normalise
 from dualpipe.schedule.failure import Failure, check_failures
 from dualpipe.schedule.observed import NOTHING, Observed
+from dualpipe.schedule.on_demand import OnDemand
 from dualpipe.schedule.op import (
     COLLECTIVES,
     COMPUTE,
@@ -44,7 +45,8 @@ class Schedule:
         For each lane the rank that holds stage 0, 1, 2, ...  Stage ``s`` has the same layers on both lanes, so two
         lanes mean two replicas of each stage.
     programs:
-        For each rank its slots.  The ops of a slot are issued together, slots run in order.
+        For each rank its slots.  The ops of a slot are issued together, slots run in order.  Those of a large named
+        schedule are generated on demand, and each is checked then.
     name:
         A label.  It does not change what the schedule means, only how it is printed and whether a published memory
         bound applies.
@@ -68,7 +70,7 @@ class Schedule:
     """
 
     routes: Routes
-    programs: tuple[Program, ...]
+    programs: Sequence[Program]
     name: str
     groups: tuple[tuple[int, ...], ...]
     failures: tuple[Failure, ...]
@@ -87,14 +89,15 @@ class Schedule:
         object.__setattr__(self, "name", normalise.text(name))
         object.__setattr__(self, "observed", observed)
         object.__setattr__(self, "routes", routes if isinstance(routes, Routes) else Routes(routes))
-        object.__setattr__(self, "programs", normalise.programs(programs))
+        on_demand = isinstance(programs, OnDemand)
+        object.__setattr__(self, "programs", programs if on_demand else normalise.programs(programs))
         object.__setattr__(self, "groups", normalise.groups(groups))
         object.__setattr__(self, "failures", normalise.failures(failures))
         check_name(self.name)
         check_routes(self.routes, len(self.programs))
         check_groups(self.groups, len(self.programs))
         check_failures(self.failures, len(self.programs))
-        for program in self.programs:
+        for program in () if on_demand else self.programs:
             for slot in program:
                 check_slot(slot, self.routes, len(self.groups))
 
@@ -115,11 +118,14 @@ class Schedule:
     @cached_property
     def microbatches(self) -> Mapping[Lane, int]:
         """For each lane how many microbatches its ops name: one more than the largest number."""
+        if isinstance(self.programs, OnDemand):
+            return self.programs.microbatches
         count = dict.fromkeys(self.routes, 0)
-        for placed in self:
-            lane, mb = placed.op.lane, placed.op.mb
-            if mb >= count[lane]:
-                count[lane] = mb + 1
+        for program in self.programs:
+            for slot in program:
+                for _, lane, _, mb, _ in slot:
+                    if mb >= count[lane]:
+                        count[lane] = mb + 1
         return count
 
     def __iter__(self) -> Iterator[Placed]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from dualpipe.schedule.lower import lower
+from dualpipe.schedule.computes import one_lane
 from dualpipe.schedule.op import COMPUTE, RB, RF, SB, SENDS, SF, UP, B, F, Kind, Op, ScheduleError, Slot, W
 from dualpipe.schedule.value import Schedule
 
@@ -58,10 +58,7 @@ def from_nodes(order: Sequence[Iterable[Any]], name: str = "") -> Schedule:
     for rank, nodes in enumerate(ranks):
         for node in nodes:
             _check(rank, node)
-    programs = [list(_slots(nodes)) for nodes in ranks]
-    schedule = Schedule({UP: _route(programs)}, programs, name)
-    has_messages = any(slot[0].kind not in COMPUTE for program in programs for slot in program)
-    return schedule if has_messages else lower(schedule)
+    return one_lane([*map(_slots, ranks)], name, "layer group")
 
 
 def _type_of(node: Any) -> str:
@@ -113,17 +110,3 @@ def _place_in_batch(node: Any) -> int:
         return 0
     kind = "SEND" if _KINDS[_type_of(node)][0] in SENDS else "RECV"
     return _BATCH.index((kind, str(getattr(direction, "name", direction))))
-
-
-def _route(programs: Sequence[Sequence[Slot]]) -> tuple[int, ...]:
-    """The rank that runs each stage."""
-    holders: dict[int, int] = {}
-    for rank, program in enumerate(programs):
-        for op in (op for slot in program for op in slot if op.kind in COMPUTE):
-            if holders.setdefault(op.stage, rank) != rank:
-                got = f"ranks {holders[op.stage]} and {rank} run layer group {op.stage}"
-                raise ScheduleError("each layer group is on one rank", got, "correct the order")
-    if not holders or sorted(holders) != list(range(len(holders))):
-        got = f"there are {', '.join(map(str, sorted(holders))) or 'none'}"
-        raise ScheduleError("layer groups are numbered from 0 without gaps", got, "give the nodes of every rank")
-    return tuple(holders[stage] for stage in range(len(holders)))

@@ -17,6 +17,7 @@ from dualpipe.record.pipelines import assemble_one
 from dualpipe.record.plain import add_comparison
 from dualpipe.record.processes import Watchdog
 from dualpipe.record.recording import Recording
+from dualpipe.record.traces import name_ranges
 from dualpipe.testing.launch import TIME_UP, Context, launch
 from dualpipe.testing.recorder import record
 
@@ -36,6 +37,8 @@ def record_ranks(
     pipeline_ranks: Sequence[int] | None = None,
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
+
+    The traces that the body exports from torch.profiler get ranges with the names of the ops.
 
     Parameters
     ----------
@@ -88,7 +91,9 @@ def record_ranks(
                 "\n".join(f"rank {failure.rank}: {failure.trace or failure.text}" for failure in failures)
             )
         logs, _ = read_folder(folder, ranks, 1, succeeded=not outcome.failures)
-        recording = assemble_one(logs, step, parse(lanes) if lanes else None, ranks=pipeline_ranks)
+        routes = parse(lanes) if lanes else None
+        recording = assemble_one(logs, step, routes, ranks=pipeline_ranks)
+        name_ranges(logs, recording.pipeline_ranks, routes)
         return add_comparison(recording, folder / "plain", logs) if compare else recording
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dualpipe.record.child import collectives, compute, messages
-from dualpipe.record.child.flow import Flow
+from dualpipe.record.child import collectives, compute, messages, ranges
 from dualpipe.record.child.log import Event, Sink
 from dualpipe.record.child.patches import Patches
 from dualpipe.record.child.plain import Plain
@@ -70,9 +69,10 @@ def record(
         if sink is not None:
             sink(event)
 
-    flow, patches = Flow(write), Patches()
+    flow, patches = ranges.RangedFlow(write), Patches()
     with ExitStack() as stack:
         stack.callback(patches.undo)
+        ranges.watch(flow, patches)
         operators = compute.watch(flow, patches, (*TOGETHER, *together), containers)
         transport = messages.watch(flow, patches)
         collectives.watch(flow, patches, transport)

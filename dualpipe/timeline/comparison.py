@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dualpipe.errors import RuleError
 from dualpipe.schedule import COMPUTE, SENDS, B, F, Op, Schedule, Slot, W, full_backwards
 from dualpipe.timeline.simulate import Stuck, simulate
-from dualpipe.timeline.summary import parse_numbers
+from dualpipe.timeline.summary import count_collectives, parse_numbers
 from dualpipe.timeline.timeline import Costs, Timeline
 
 SIZES = ("B", "W", "weights")
@@ -260,6 +260,7 @@ class Ranking:
             "peak_pending_w": list(each.pending_w),
             "parameters": list(each.parameters),
             "messages": each.messages,
+            "collectives": count_collectives(timeline.schedule),
             "fits": not self.limits.excess(each),
             "reason": self.limits.excess(each) or None,
         }
@@ -275,6 +276,7 @@ _FIGURES = (
     "peak_pending_w",
     "parameters",
     "messages",
+    "collectives",
 )
 """The keys of a candidate's figures in JSON."""
 

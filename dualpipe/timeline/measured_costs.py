@@ -37,8 +37,8 @@ class Times(NamedTuple):
         return f"{self.median:.4g} ({self.lower:.4g} to {self.upper:.4g}, {self.samples})"
 
 
-def _times(samples: list[float]) -> Times | None:
-    """``None`` without samples."""
+def times_of(samples: list[float]) -> Times | None:
+    """The median and the quartiles of samples in seconds; ``None`` without samples."""
     if not samples:
         return None
     lower, _, upper = quantiles(samples * 2 if len(samples) == 1 else samples, n=4, method="inclusive")
@@ -67,11 +67,14 @@ class Measured:
         The times of each stage, by number.
     latency:
         The times of messages, or ``None`` if no receiver was waiting for one when it was sent.
+    remarks:
+        What was measured and is left out, one sentence each.
     """
 
     ranks: int
     stages: Mapping[int, StageTimes]
     latency: Times | None
+    remarks: tuple[str, ...] = ()
 
     @property
     def costs(self) -> Costs:
@@ -136,7 +139,7 @@ def _backward(times: StageTimes) -> float | None:
 
 def read(path: Path) -> Measured:
     """The costs in a trace file.  Raises ``RuleError`` for a file that has no measured run."""
-    rule = "--cost-from is a trace that `dualpipe verify --trace FILE` wrote"
+    rule = "a trace with costs is one that `dualpipe verify --trace FILE` wrote"
     try:
         events = json.loads(path.read_text())["traceEvents"]
         names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -168,16 +171,16 @@ def _measured(slices: Iterable[Event]) -> Measured:
         elif kind in ("SF", "SB"):
             sends[event["name"]].append(event)
     stages = {
-        stage: StageTimes(*(_times(kinds.get(kind, [])) for kind in StageTimes._fields))
+        stage: StageTimes(*(times_of(kinds.get(kind, [])) for kind in StageTimes._fields))
         for stage, kinds in sorted(took.items())
     }
     if not stages:
         raise LookupError("no op was measured")
-    _check(stages)
-    return Measured(len(ranks), stages, _times(list(_latencies(sends, waits))))
+    check_stages(stages)
+    return Measured(len(ranks), stages, times_of(list(_latencies(sends, waits))))
 
 
-def _check(stages: Mapping[int, StageTimes]) -> None:
+def check_stages(stages: Mapping[int, StageTimes]) -> None:
     """Raises ``RuleError`` where stages have no times, and no other stage has any to use instead."""
     rule, fix = "a trace with costs has ops of every stage, forwards and backwards", "record the whole run again"
     if absent := sorted(set(range(max(stages) + 1)) - stages.keys()):
@@ -218,5 +221,6 @@ def describe(measured: Measured, latency: float | None = None) -> str:
     link = "no receiver was waiting when its message was sent" if found is None else f"{found} s"
     used = ", so 0 is used" if found is None else ""
     lines.append(f"latency: {link}{used if latency is None else f'; --latency overrides it: {latency:g} s'}")
+    lines += measured.remarks
     lines += [f"warning: {doubt}; measure again where nothing else runs" for doubt in measured.doubts]
     return "\n".join(lines)

@@ -82,7 +82,8 @@ def trace(parts: Sequence[Scaled], about: dict[str, Any]) -> dict[str, Any]:
     arrows = 0
     for part in parts:
         pid = 1 + names.index(part.run.name)
-        events += [*_work(pid, part), *_idle(pid, part), *_messages(pid, part, arrows), *_counters(pid, part)]
+        events += [*_work(pid, part), *_idle(pid, part), *_messages(pid, part, arrows), *_collectives(pid, part)]
+        events += _counters(pid, part)
         arrows += len(part.run.messages)
     events.sort(key=lambda event: float(event["ts"]))  # stable: slices that enclose others or last no time stay first
     return {"traceEvents": [*heads, *events], "displayTimeUnit": "ms", "otherData": about}
@@ -99,6 +100,8 @@ def _names(pid: int, name: str, parts: Sequence[Scaled]) -> Iterator[Event]:
         lanes = 1 + max((lane for part in own for lane in _packed(part, rank).values()), default=-1)
         for lane in range(lanes):
             tracks[_message_track(ranks, rank, lane)] = f"rank {rank} messages" + (f" {lane + 1}" if lane else "")
+        if any(each.at.rank == rank for part in own for each in part.run.collectives):
+            tracks[_collective_track(rank)] = f"rank {rank} collectives"
     for order, (tid, label) in enumerate(tracks.items()):
         yield _head("thread_name", pid, tid, {"name": label})
         yield _head("thread_sort_index", pid, tid, {"sort_index": order})
@@ -143,6 +146,18 @@ def _messages(pid: int, part: Scaled, first: int) -> Iterator[Event]:
         yield arrow | {"ph": "s", "tid": _message_track(ranks, send.rank, lanes[send.rank][send]), "ts": ends[send]}
         landing = {"ph": "f", "bp": "e", "ts": round(there + TICK / 2, 3)}
         yield arrow | landing | {"tid": _message_track(ranks, receive.rank, lanes[receive.rank][receive])}
+
+
+def _collectives(pid: int, part: Scaled) -> Iterator[Event]:
+    """A slice for each member's part in a collective, from its posting to its end."""
+    for at, posted, began, ended in part.run.collectives:
+        args = _args(part.run, at) | {"all members had posted it after": f"{began - posted:g}"}
+        yield _slice(str(at.op), at.op.kind, pid, _collective_track(at.rank), part.at(posted), part.at(ended), args)
+
+
+def _collective_track(rank: int) -> int:
+    """The thread id, below those of all other tracks, which are positive."""
+    return -1 - rank
 
 
 def _packed(part: Scaled, rank: int) -> dict[Placed, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dualpipe.schedule import full_backwards
 from dualpipe.timeline.comparison import Candidate, Ranking
+from dualpipe.timeline.summary import describe_collectives
 
 
 def table(ranking: Ranking) -> list[list[str]]:
@@ -36,6 +37,17 @@ def without_full_backward(ranking: Ranking) -> list[str]:
     ]
 
 
+def with_collectives(ranking: Ranking) -> list[str]:
+    """A line for each schedule that has collectives: how many, which take no time, and which schedules have none."""
+    notes = {
+        each.name: describe_collectives(each.timeline.schedule, each.timeline.costs) for each in ranking.candidates
+    }
+    lines = [f"{name} has {note}" for name, note in notes.items() if note]
+    if lines and not all(notes.values()):
+        lines.append("schedules without collectives are compared without any, so add them for a fair comparison")
+    return lines
+
+
 def describe(ranking: Ranking) -> str:
     """The ranking as aligned lines, with its verdict as the last one."""
     if not ranking.candidates:
@@ -46,7 +58,7 @@ def describe(ranking: Ranking) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return "\n".join([*lines, *left_out(ranking), verdict(ranking)])
+    return "\n".join([*lines, *with_collectives(ranking), *left_out(ranking), verdict(ranking)])
 
 
 def caption(ranking: Ranking, each: Candidate) -> str:

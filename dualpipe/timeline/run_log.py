@@ -8,14 +8,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from dualpipe.schedule import COMPUTE, RECEIVES, Op, Placed, Schedule
 from dualpipe.timeline.chart import divide
-from dualpipe.timeline.timeline import Message, Span, Timeline
+from dualpipe.timeline.joining import awaited
+from dualpipe.timeline.timeline import Collective, Message, Span, Timeline
 
 
 class Work(NamedTuple):
@@ -28,7 +29,7 @@ class Work(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """An interval in which a rank does not compute, and the receive that it waits for, if there is one."""
+    """An interval in which a rank does not compute, and the receive or collective for which it waits, if any."""
 
     rank: int
     start: float
@@ -48,6 +49,8 @@ class RunLog:
         When ranks waited.
     messages:
         Each with its send and its receive, when they were posted, and when the message completed.
+    collectives:
+        Each once for every member; none of a run that leaves them out.
     """
 
     name: str
@@ -55,6 +58,7 @@ class RunLog:
     work: tuple[Work, ...]
     idle: tuple[Idle, ...]
     messages: tuple[Message, ...]
+    collectives: tuple[Collective, ...] = ()
 
 
 def simulated(timeline: Timeline, name: str = "simulated") -> RunLog:
@@ -63,17 +67,21 @@ def simulated(timeline: Timeline, name: str = "simulated") -> RunLog:
     idle: list[Idle] = []
     completed = {message.receive.op.bare: message.completed for message in timeline.messages}
     for rank, spans in enumerate(timeline.spans):
+        ended = {(each.at.op.bare, each.ended) for each in timeline.collectives if each.at.rank == rank}
         computes = [span for span in spans if span.ops[0].kind in COMPUTE]
         for span in computes:
             work += [Work(*cell) for cell in divide(rank, span, timeline.costs)]
         start, end = Span(-1, (), 0.0, 0.0), Span(-1, (), timeline.makespan, timeline.makespan)
         for before, after in pairwise([start, *computes, end]):
             if after.start > before.end:
-                idle.append(Idle(rank, before.end, after.start, _last_need(timeline.schedule, after, completed)))
-    return RunLog(name, timeline.schedule, tuple(work), tuple(idle), timeline.messages)
+                idle.append(Idle(rank, before.end, after.start, _last_need(timeline.schedule, after, completed, ended)))
+    return RunLog(name, timeline.schedule, tuple(work), tuple(idle), timeline.messages, timeline.collectives)
 
 
-def _last_need(schedule: Schedule, span: Span, completed: dict[Op, float]) -> Op | None:
-    """The receive that completed when the slot began."""
+def _last_need(
+    schedule: Schedule, span: Span, completed: dict[Op, float], ended: Collection[tuple[Op, float]]
+) -> Op | None:
+    """The receive that completed, or the collective that ended, when the slot began."""
     needs: Iterator[Op] = (need for op in span.ops for need in schedule.needs(op) if need.kind in RECEIVES)
-    return next((need for need in needs if completed.get(need) == span.start), None)
+    found = next((need for need in needs if completed.get(need) == span.start), None)
+    return found or next((need for op in span.ops for need in awaited(op) if (need, span.start) in ended), None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dualpipe.schedule import COLLECTIVES, COMPUTE, SENDS, Op, Placed, Schedule, ScheduleError, Slot
+from dualpipe.timeline.joining import Joining
 from dualpipe.timeline.timeline import CostError, Costs, Message, Span, Timeline
 
 __all__ = ["CostError", "Costs", "Message", "Span", "Stuck", "Timeline", "Wait", "simulate"]
@@ -22,7 +23,7 @@ _MOST_SHOWN = 8
 class Wait(NamedTuple):
     """A rank that is blocked: the op at which it is blocked, and the op that this one needs.
 
-    A message that is never matched needs itself, from ``peer``.
+    A message that is never matched needs itself, from ``peer``; so does a collective that ``peer`` never joins.
     """
 
     at: Placed
@@ -32,6 +33,8 @@ class Wait(NamedTuple):
     def __str__(self) -> str:
         rank, slot, _, op = self.at
         place = f"rank {rank} in slot {slot}"
+        if self.need.kind in COLLECTIVES:
+            return f"{place} waits for rank {self.peer} to join {self.need}"
         if op != self.need:
             return f"{place} cannot begin {op}: {self.need} has not run before it"
         if self.peer is None:
@@ -60,14 +63,18 @@ def simulate(
     Every rank runs its slots in order.  A message slot posts its messages and ends; a message completes
     ``latency`` after both sides have posted it, and a compute waits for the receives that it needs.  With ``blocking``
     a message slot ends only when all its messages have completed, as after ``batch_isend_irecv`` and ``wait``.  With
-    ``eager`` the latency begins when the send is posted, whether or not its receive has been posted.  Collectives take
-    no time, and nothing waits for them.
+    ``eager`` the latency begins when the send is posted, whether or not its receive has been posted.
+
+    A slot of collectives posts them and ends.  They begin when all members have posted theirs, on one stream for each
+    rank: the rank posts its next messages and collectives when they have ended.  A compute waits for the unshard of its
+    stage and the all-to-alls of its microbatch there that are posted before it.  With ``blocking`` a slot of
+    collectives ends only when they have.
 
     Raises
     ------
     Stuck
-        If a rank cannot reach its end: an op runs before what it needs on its own rank, or a message (needed or not) is
-        never matched.
+        If a rank cannot reach its end: an op runs before what it needs on its own rank, or a message or collective
+        (needed or not) is never matched.
     CostError
         If costs are given for single stages, and not for each stage of the schedule.
     """
@@ -103,6 +110,7 @@ class _Rank:
     done: set[Op] = field(default_factory=set)
     posted: dict[Op, _Posted] = field(default_factory=dict)
     waited: list[_Posted] = field(default_factory=list)  # the messages of the slot that has not ended
+    joins: bool = False  # whether it has posted the collectives of the slot that has not ended
     wait: Wait | None = None
 
     def end_slot(self, ops: Slot, start: float, end: float) -> None:
@@ -127,6 +135,7 @@ class _Run:
         self.channels: defaultdict[tuple[int, int], _Channel] = defaultdict(_Channel)
         self.sides: list[_Posted] = []
         self.messages: list[Message] = []
+        self.joining = Joining(schedule, costs)
         self.awake = deque(range(schedule.ranks))
 
     def finish(self) -> Timeline:
@@ -135,8 +144,10 @@ class _Run:
         waits = [state.wait for state in self.ranks if state.wait is not None]
         listed = {wait.at for wait in waits}
         waits += [side.wait() for side in self.sides if side.completed is None and side.at not in listed]
+        blocked = {wait.at.rank for wait in waits}
+        waits += [Wait(at, at.op, peer) for at, peer in self.joining.stuck() if at.rank not in blocked]
         spans = tuple(tuple(state.spans) for state in self.ranks)
-        timeline = Timeline(self.schedule, self.costs, spans, tuple(self.messages))
+        timeline = Timeline(self.schedule, self.costs, spans, tuple(self.messages), self.joining.ended())
         if waits:
             raise Stuck(tuple(sorted(waits, key=lambda wait: wait.at)), timeline)
         return timeline
@@ -146,10 +157,8 @@ class _Run:
         state.wait = None
         while state.wait is None and len(state.spans) < len(program):
             slot = program[len(state.spans)]
-            if slot[0].kind in COLLECTIVES:  # takes no time: the costs say nothing about them
-                state.end_slot(slot, state.clock, state.clock)
-                continue
-            step = self.compute if slot[0].kind in COMPUTE else self.communicate
+            kind = slot[0].kind
+            step = self.compute if kind in COMPUTE else self.join if kind in COLLECTIVES else self.communicate
             state.wait = step(state, [Placed(rank, len(state.spans), position, op) for position, op in enumerate(slot)])
 
     def compute(self, state: _Rank, slot: list[Placed]) -> Wait | None:
@@ -166,6 +175,10 @@ class _Run:
                 if side.completed is None:
                     return side.wait()
                 start = max(start, side.completed)
+            for collective, joint in self.joining.before(at.rank, at.op):
+                if joint.ended is None:
+                    return Wait(at, collective.op, joint.missing)
+                start = max(start, joint.ended)
         state.end_slot(ops, start, start + self.costs.slot(ops))
         state.done.update(ops)
         return None
@@ -173,6 +186,8 @@ class _Run:
     def communicate(self, state: _Rank, slot: list[Placed]) -> Wait | None:
         """Post the messages of a slot; in the blocking model, also wait for them."""
         if not state.waited:
+            if (earlier := self.earlier(slot[0])) is not None:
+                return earlier
             for at in slot:
                 missing = [need for need in self.schedule.needs(at.op) if need not in state.done]
                 if missing and at.op.kind in SENDS:
@@ -185,11 +200,31 @@ class _Run:
         state.end_slot(tuple(at.op for at in slot), state.clock, max(ends) if self.blocking else state.clock)
         return None
 
+    def join(self, state: _Rank, slot: list[Placed]) -> Wait | None:
+        """Post the collectives of a slot; in the blocking model, also wait for them."""
+        rank = slot[0].rank
+        if not state.joins:
+            if (earlier := self.earlier(slot[0])) is not None:
+                return earlier
+            self.awake.extend(self.joining.post(rank, slot, state.clock))
+            state.joins = True
+        if self.blocking and (pending := self.joining.pending(rank)) is not None:
+            return Wait(pending[0], pending[0].op, pending[1].missing)
+        state.joins = False
+        end = self.joining.free(rank) if self.blocking else state.clock
+        state.end_slot(tuple(at.op for at in slot), state.clock, max(end, state.clock))
+        return None
+
+    def earlier(self, at: Placed) -> Wait | None:
+        """The wait of a message or collective for an earlier collective of its rank."""
+        pending = self.joining.pending(at.rank)
+        return None if pending is None else Wait(at, pending[0].op, pending[1].missing)
+
     def post(self, state: _Rank, at: Placed) -> _Posted:
         """Post one side of a message, and complete the message if that was the second."""
         named = self.schedule.peer(at.op)
         peer = named if named is not None and named < self.schedule.ranks else None
-        side = _Posted(at, peer, state.clock)
+        side = _Posted(at, peer, max(state.clock, self.joining.free(at.rank)))
         self.sides.append(side)
         state.posted.setdefault(at.op.bare, side)
         if peer is None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypedDict
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import Schedule
+from dualpipe.schedule import COLLECTIVES, Kind, Schedule
 from dualpipe.timeline.simulate import Costs, Timeline
 
-COSTS = ("F", "B", "W", "BW", "FB", "latency")
+COSTS = ("F", "B", "W", "BW", "FB", "latency", *(str(kind) for kind in Kind if kind in COLLECTIVES))
 
 
 class Summary(TypedDict):
@@ -24,6 +25,7 @@ class Summary(TypedDict):
     bubble_share: float
     peak_activations: list[int]
     peak_pending_w: list[int]
+    collectives: dict[str, int]
 
 
 def parse_costs(text: str) -> Costs:
@@ -68,6 +70,22 @@ def _headline(name: str, ranks: int, microbatches: int) -> tuple[str, str]:
     return name or "unnamed schedule", f"{ranks} ranks, {microbatches} microbatches"
 
 
+def count_collectives(schedule: Schedule) -> dict[str, int]:
+    """How many ops of each kind of collective a schedule has, without those of which it has none."""
+    count = Counter(placed.op.kind for placed in schedule if placed.op.kind in COLLECTIVES)
+    return {str(kind): count[kind] for kind in Kind if count[kind]}
+
+
+def describe_collectives(schedule: Schedule, costs: Costs) -> str:
+    """How many collectives a schedule has, and which of them take no time; empty if it has none."""
+    count = count_collectives(schedule)
+    free = [kind for kind in count if not getattr(costs, kind)]
+    head = "collectives: " + ", ".join(f"{number} {kind}" for kind, number in count.items())
+    if not free:
+        return head if count else ""
+    return f"{head}; {', '.join(free)} without a cost (as in --cost {free[0]}=1), so without time of their own"
+
+
 def summarise(timeline: Timeline) -> Summary:
     schedule = timeline.schedule
     return Summary(
@@ -79,14 +97,15 @@ def summarise(timeline: Timeline) -> Summary:
         bubble_share=timeline.bubble_share,
         peak_activations=list(timeline.peak_activations),
         peak_pending_w=list(timeline.peak_pending_w),
+        collectives=count_collectives(schedule),
     )
 
 
-def describe(summary: Summary) -> str:
-    """The summary as a few aligned lines."""
+def describe(summary: Summary, note: str = "") -> str:
+    """The summary as a few aligned lines, with a note below its head if there is one."""
     head = ", ".join(_headline(summary["schedule"], summary["ranks"], summary["microbatches"]))
     rows = ["rank  bubble  peak activations  peak pending W"]
     columns = zip(summary["bubble"], summary["peak_activations"], summary["peak_pending_w"], strict=True)
     rows += [f"{rank:4}  {bubble:6g}  {live:16}  {waiting:14}" for rank, (bubble, live, waiting) in enumerate(columns)]
     total = f"makespan {summary['makespan']:g}, bubble {sum(summary['bubble']):g} in all"
-    return "\n".join([head, f"{total}, {summary['bubble_share']:.1%} of the ranks' time", *rows])
+    return "\n".join([head, *filter(None, [note]), f"{total}, {summary['bubble_share']:.1%} of the ranks' time", *rows])

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COMPUTE, B, F, Op, Placed, Schedule, Slot, W, full_backwards
+from dualpipe.schedule import COLLECTIVES, COMPUTE, B, F, Kind, Op, Placed, Schedule, Slot, W, full_backwards
 
 _MOST = 1e100
 
@@ -35,6 +35,8 @@ class Costs:
         leaves W for later gets the same credit in proportion: it takes ``(F + B) * FB / (F + BW)``.
     latency:
         The time from when both sides have posted a message to its completion.
+    AA, AR, US, RS, RG:
+        One collective of that kind, from when all members have posted it.
     stages:
         For each stage its own F, B, W and BW, where stages differ; F to BW above are then those of a typical stage.
         FB is a credit for all: a slot takes ``FB / (F + BW)`` times the sum of its ops.
@@ -54,6 +56,11 @@ class Costs:
     BW: float | None = None
     FB: float | None = None
     latency: float = 0.0
+    AA: float = 0.0
+    AR: float = 0.0
+    US: float = 0.0
+    RS: float = 0.0
+    RG: float = 0.0
     stages: tuple[Costs, ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,8 +72,8 @@ class Costs:
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """The costs by name, without those of single stages."""
-        return {name: cost for name, cost in vars(self).items() if name != "stages"}
+        """The costs by name, without those of single stages, and of collectives that take no time."""
+        return {n: cost for n, cost in vars(self).items() if n != "stages" and (n not in COLLECTIVES or cost)}
 
     def of(self, op: Op) -> Costs:
         """The costs of the op's stage."""
@@ -82,6 +89,10 @@ class Costs:
         scaled = {name: None if cost is None else cost * factor for name, cost in self.numbers.items()}
         stages = tuple(stage.times(factor) for stage in self.stages)
         return Costs(**scaled | {"latency": self.latency}, stages=stages)  # type: ignore[arg-type] # F, B, W: no None
+
+    def collective(self, op: Op) -> float:
+        """What a collective takes."""
+        return {Kind.AA: self.AA, Kind.AR: self.AR, Kind.US: self.US, Kind.RS: self.RS, Kind.RG: self.RG}[op.kind]
 
     def slot(self, slot: Slot) -> float:
         """What a slot of computes takes."""
@@ -100,7 +111,10 @@ class Costs:
 
 
 class Span(NamedTuple):
-    """One slot of one rank from start to end.  A message slot ends at once; if blocking, when its messages complete."""
+    """One slot of one rank from start to end.
+
+    A slot of messages or collectives ends at once; if blocking, when the last of them has completed.
+    """
 
     slot: int
     ops: Slot
@@ -118,6 +132,18 @@ class Message(NamedTuple):
     completed: float
 
 
+class Collective(NamedTuple):
+    """A member's part in a collective: its place, when it was posted, when all members had, when it ended.
+
+    One that an earlier collective of its rank held up counts as posted when that one ended.
+    """
+
+    at: Placed
+    posted: float
+    began: float
+    ended: float
+
+
 @dataclass(frozen=True)
 class Timeline:
     """When everything happened.
@@ -130,18 +156,22 @@ class Timeline:
         For each rank its slots in order.
     messages:
         In the order in which their second side was posted.
+    collectives:
+        Each once for every member, in the order in which the first member posted it.
     """
 
     schedule: Schedule
     costs: Costs
     spans: tuple[tuple[Span, ...], ...]
     messages: tuple[Message, ...]
+    collectives: tuple[Collective, ...] = ()
 
     @cached_property
     def makespan(self) -> float:
-        """The time at which the last slot or message completes."""
+        """The time at which the last slot, message or collective completes."""
         ends = [spans[-1].end for spans in self.spans if spans]
-        return max([0.0, *ends, *(message.completed for message in self.messages)])
+        ends += [message.completed for message in self.messages]
+        return max([0.0, *ends, *(collective.ended for collective in self.collectives)])
 
     @cached_property
     def busy(self) -> tuple[float, ...]:

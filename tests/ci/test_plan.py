@@ -97,10 +97,13 @@ PASSED, SKIPPED = Verdict.PASSED, Verdict.SKIPPED
         (Options(), [("prove", "deadlock")], [PASSED, SKIPPED]),
         (Options(), [("generator", "schedule")], [PASSED, SKIPPED]),
         (Options(all=True), [("prove", "deadlock")], [PASSED, PASSED]),
+        (Options(tested=True), [], [PASSED, SKIPPED]),
         (Options(), [("trial", "bitwise")], [PASSED, PASSED]),
         (Options(first=True), [("trial", "bitwise")], [SKIPPED, SKIPPED]),
         (Options(first=True), [("golden", "golden"), ("theorems", "counts")], [PASSED, PASSED]),
     ],
 )
-def test_tests_are_skipped_after_a_refuted_schedule_and_with_first_after_any_fault(options, before, verdicts):
+def test_tests_are_skipped_after_a_refuted_schedule_and_after_the_whole_suite_and_with_first_after_any_fault(
+    options, before, verdicts
+):
     assert ran(options, *before) == verdicts

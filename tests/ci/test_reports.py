@@ -186,7 +186,8 @@ def test_everything_is_written_and_the_jobs_summary_is_added_to(refused, tmp_pat
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     assert publish(refused, ROOT, tmp_path / "out", tmp_path / "mine.html") == []
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    assert written == set(NAMES)  # the names that the next run clears
+    assert written == {"gate.md", "gate.xml", "gate.sarif", "gate.json", "gate.html"}
+    assert written == set(NAMES)  # which the next run clears
     assert summary.read_text() == "before\n" + markdown(refused)
     html = (tmp_path / "mine.html").read_text()
     assert html == (tmp_path / "out" / "gate.html").read_text()

@@ -181,3 +181,20 @@ def test_bad_input_is_refused(run, tmp_path, case):
     result = run("compare", *(str(argument).format(**files) for argument in arguments))
     assert result.code == 2
     assert says.format(**files) in result.err
+
+
+def test_collectives_of_a_file_are_counted_and_the_others_have_none(run, tmp_path):
+    file, html = tmp_path / "mine.txt", tmp_path / "c.html"
+    file.write_text(dumps(generate("zbv", 2, 4)).replace("rank 0:", "rank 0: 0US>").replace("rank 1:", "rank 1: 1US>"))
+    result = run("compare", file, "zbv", "--cost", "US=6", "--html", html)
+    assert f"{file} has collectives: 2 US\nschedules without collectives are compared without any, so add" in result.out
+    assert result.out.splitlines()[-1] == "best: zbv, makespan 12.5"
+    assert "schedules without collectives are compared without any" in html.read_text()
+    counted = {each["schedule"]: each for each in json.loads(run("compare", file, "zbv", "--json").out)["schedules"]}
+    assert (counted["zbv"]["collectives"], counted[str(file)]["collectives"]) == ({}, {"US": 2})
+
+
+def test_costs_and_a_measured_run_are_one_choice(run, tmp_path):
+    result = run("compare", "--cost", "F=1", "--cost-from", tmp_path)
+    assert (result.code, result.out) == (2, "")
+    assert "--cost and --cost-from" in result.err

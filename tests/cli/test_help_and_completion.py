@@ -97,20 +97,20 @@ def test_all_sizes_and_optimal_take_no_schedule(run, option):
     assert f"{option} cannot be combined with mine.txt: got both" in result.err
 
 
-def complete(*words: str) -> list[str]:
+@pytest.fixture
+def complete(run, monkeypatch):
     """What bash would offer for the last word, by the protocol of the environment variable."""
-    environment = os.environ | {
-        "_DUALPIPE_COMPLETE": "complete_bash",
-        "COMP_WORDS": "\n".join(["dualpipe", *words]),
-        "COMP_CWORD": str(len(words)),
-    }
-    command = [sys.executable, "-m", "dualpipe.cli"]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, timeout=60
-    ).stdout.split()
+
+    def offered(*words: str) -> list[str]:
+        monkeypatch.setenv("_DUALPIPE_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", "\n".join(["dualpipe", *words]))
+        monkeypatch.setenv("COMP_CWORD", str(len(words)))
+        return run().out.split()
+
+    return offered
 
 
-def test_commands_options_names_and_choices_are_completed():
+def test_commands_options_names_and_choices_are_completed(complete):
     assert complete("") == COMMANDS
     assert complete("sh") == ["show"]
     assert complete("prove", "--all") == ["--all-sizes"]

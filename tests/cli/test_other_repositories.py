@@ -67,18 +67,13 @@ def test_the_workflow_proves_files_globs_and_entry_points(repository):
     assert len((repository / "proofs.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_workflow_rejects_a_broken_schedule_with_its_story(repository):
+def test_the_workflow_rejects_a_broken_schedule_with_its_story_and_keeps_a_page_that_draws_it(repository):
     code, _, summary = prove(repository, "schedules/good.txt\nbroken.schedule\n")
     assert code == 1
     assert "| `schedules/good.txt` | proved |" in summary
     assert re.search(r"\| `broken\.schedule` \| refuted \| .*deadlock.* \|", summary)
     assert "rank 0 waits forever" in summary
-
-
-def test_the_workflow_keeps_a_page_that_draws_what_it_proved(repository):
-    prove(repository, "schedules/good.txt\nbroken.schedule\n")
-    page = (repository / "proofs.html").read_text()
-    assert "rank 0 waits forever" in page
+    assert "rank 0 waits forever" in (repository / "proofs.html").read_text()
     kept = next(each["with"]["path"] for each in PROVE["jobs"]["prove"]["steps"] if "upload" in each.get("uses", ""))
     assert kept.split() == ["proofs.jsonl", "proofs.html"]
 

@@ -99,7 +99,7 @@ def test_smtlib_is_written_for_another_solver(run, tmp_path):
     assert file.read_text().count("(check-sat)") == len(CHECKS)
 
 
-@pytest.mark.parametrize("model", ["blocking", "eager", "eager:2", "stream", "all"])
+@pytest.mark.parametrize("model", ["blocking", "eager", "eager:2", "edge", "stream", "all"])
 def test_a_model_of_communication_can_be_chosen(run, model):
     assert run("prove", "-P", 2, "--model", model).code == 0
 
@@ -119,11 +119,11 @@ def test_all_sizes_prints_a_line_for_each_theorem(run):
 
 
 def test_all_sizes_of_one_family_proves_its_theorems_alone(run):
-    result = run("prove", "--all-sizes", "--schedule", "zb1p")
+    result = run("prove", "--all-sizes", "--schedule", "1f1b")
     assert result.code == 0
     *printed, total = result.out.splitlines()
-    assert all(line.startswith("proved: zb1p: ") for line in printed if not line.startswith(" "))
-    assert total.startswith("12 theorems, ")
+    assert all(line.startswith("proved: 1f1b: ") for line in printed if not line.startswith(" "))
+    assert total.startswith(f"{len(THEOREMS) - 1} theorems, ")
 
 
 def test_all_sizes_can_name_dualpipe_although_it_is_the_default(run, monkeypatch):

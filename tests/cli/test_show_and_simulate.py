@@ -139,3 +139,27 @@ def test_every_command_has_a_help(run):
         result = run(command, "--help")
         assert result.code == 0
         assert command in result.out
+
+
+COLLECTIVES = """\
+lane > 0 1
+group 0: 0 1
+rank 0: 0US> 0F0> 0SF0> 0RB0> 0B0>+0W0> 0AR>@0
+rank 1: 1RF0> 1F0> 1B0>+1W0> 1SB0> 1AR>@0
+"""
+
+
+def test_collectives_without_a_cost_are_named_and_with_one_they_take_it(run, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text(COLLECTIVES)
+    note = "collectives: 2 AR, 1 US; AR, US without a cost (as in --cost AR=1), so without time of their own"
+    free = run("simulate", file)
+    assert free.out.splitlines()[1:3] == [note, "makespan 6, bubble 6 in all, 50.0% of the ranks' time"]
+    priced = run("simulate", file, "--cost", "AR=4,US=0.5")
+    assert priced.out.splitlines()[1:3] == [
+        "collectives: 2 AR, 1 US",
+        "makespan 10.5, bubble 15 in all, 71.4% of the ranks' time",
+    ]
+    assert json.loads(run("simulate", file, "--json").out)["collectives"] == {"AR": 2, "US": 1}
+    drawn = run("show", file, "--timeline", "--cost", "AR=1")
+    assert drawn.err.startswith("dualpipe: the drawing leaves a gap where a rank waits for a collective; collectives: ")

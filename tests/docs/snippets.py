@@ -206,8 +206,12 @@ class Document:
                 raise SnippetError(block, f"there is no target {missing[0]}")
             return
         starts_programs = words[:2] == ["dualpipe", "record"]  # which must find this interpreter first
-        if words[0] == "dualpipe" and not starts_programs and not _SHELL.search(command.line):
+        first, pipe, rest = command.line.partition(" | ")
+        ours = words[0] == "dualpipe" and not starts_programs and not _SHELL.search(first)
+        if ours and not _SHELL.search(command.line):
             code, printed = self._in_process(words[1:])
+        elif ours and pipe:
+            code, printed = self._in_a_shell(rest, self._in_process(shlex.split(first)[1:])[1])
         else:
             code, printed = self._in_a_shell(command.line)
         if code != expected:
@@ -237,8 +241,11 @@ class Document:
             (self.folder / target).write_text(out.getvalue())
         return code, both.getvalue()
 
-    def _in_a_shell(self, line: str) -> tuple[int, str]:
-        """Run any other command in bash, with this interpreter first on the path and the root's packages importable."""
+    def _in_a_shell(self, line: str, given: str = "") -> tuple[int, str]:
+        """Run any other command in bash, with this interpreter first on the path and the root's packages importable.
+
+        ``given`` is the text on its standard input.
+        """
         shims = self.folder / ".bin"
         shims.mkdir(exist_ok=True)
         for name, arguments in {"dualpipe": "-m dualpipe.cli", "python": "", "pytest": "-m pytest"}.items():
@@ -252,6 +259,7 @@ class Document:
             ["bash", "-c", line],
             cwd=self.folder,
             env=environment,
+            input=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -43,16 +43,17 @@ def test_under_torchrun_dualpipe_and_1f1b_print_the_same_losses_and_digest():
     assert digits(torchrun(4, options)) == (losses, digest)
 
 
+DISTRIBUTED = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --clip-grad 0"
+
+
 @pytest.mark.parametrize(
     "options",
-    ["--dropout 0.1", "--bf16 --use-distributed-optimizer --overlap-grad-reduce --clip-grad 0", "--num-experts 2"],
+    ["--dropout 0.1", *(pytest.param(each, marks=pytest.mark.long) for each in (DISTRIBUTED, "--num-experts 2"))],
 )
-def test_dualpipe_prints_the_digest_of_1f1b_at_twice_the_data_parallelism(options):
-    assert pretrain(2, f"{FOUR}{options} --use-dualpipe") == pretrain(4, f"{FOUR}{options}")
-
-
-def test_another_seed_gives_another_digest():
-    assert len({pretrain(2, f"{FOUR} --use-dualpipe --seed {seed}") for seed in (1, 2)}) == 2
+def test_dualpipe_prints_the_digest_of_1f1b_at_twice_the_data_parallelism_and_of_another_seed_another(options):
+    digest = pretrain(2, f"{FOUR}{options} --use-dualpipe")
+    assert digest == pretrain(4, f"{FOUR}{options}")
+    assert digest != pretrain(2, f"{FOUR}{options} --use-dualpipe --seed 2")
 
 
 def test_the_samples_of_a_step_are_read_once_each(monkeypatch):

@@ -58,7 +58,7 @@ def made(traces):
     return [set(trace.done.values()) for trace in traces]
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize("distributed_optimizer", [pytest.param(False, marks=pytest.mark.long), True])
 def test_in_fp16_the_same_steps_are_skipped_as_under_1f1b_and_the_weights_are_equal(distributed_optimizer):
     case = replace(HALF, distributed_optimizer=distributed_optimizer)
     true, found = (trained(case, module, lambda module=module: in_fp16(module, 20)) for module in (truth, production))
@@ -69,7 +69,7 @@ def test_in_fp16_the_same_steps_are_skipped_as_under_1f1b_and_the_weights_are_eq
     assert [d for d in described if "optimizer's step" not in d and "gradient norm" not in d] == []
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize("distributed_optimizer", [pytest.param(False, marks=pytest.mark.long), True])
 def test_after_an_overflow_on_one_rank_every_rank_skips_the_step(distributed_optimizer):
     case = replace(HALF, distributed_optimizer=distributed_optimizer, steps=1)
 

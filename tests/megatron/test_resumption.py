@@ -1,8 +1,9 @@
-"""A run that is saved and resumed equals the uninterrupted run bitwise.
+"""A run that is saved and resumed equals the uninterrupted run bitwise, with every layout of the optimizer's buckets.
 
-step        1   2   save   3   4        the uninterrupted run, which also saves
+step        1   2   save   3   4        the uninterrupted run, which also saves; some cases have half as many steps
                     load   3   4        the resumed run
 
+test_checkpoint.py has the quick tests of this.
 The buckets are small and padded, where megatron-core 0.16.1 writes the state of one parameter for another.
 """
 
@@ -19,7 +20,7 @@ from reference.megatron.case import Case
 from tests.megatron.resumption import Interruption, train, weights_that_differ
 
 CASE = Case(pp=2, distributed_optimizer=True, overlap_grad_reduce=True, dtype="bf16", steps=2, microbatches=4)
-SIX = replace(CASE, dp=3, steps=4)
+SIX = replace(CASE, dp=3)
 
 
 class Wide(Case):
@@ -28,16 +29,14 @@ class Wide(Case):
     hidden = 64
 
 
-PADDED = Wide(pp=2, distributed_optimizer=True, overlap_grad_reduce=True, steps=4, microbatches=4)
+PADDED = Wide(pp=2, distributed_optimizer=True, overlap_grad_reduce=True, steps=2, microbatches=4)
 EVERY = {
-    "six replicas": (SIX, {}),
     "six replicas, fp32": (replace(SIX, dtype="fp32"), {}),
     "six replicas, small buckets": (SIX, {"bucket_size": 500}),
-    "two replicas, small buckets": (replace(CASE, steps=4), {"bucket_size": 500}),
     "two replicas, fp32": (replace(CASE, steps=4, dtype="fp32"), {}),
     "buckets padded for NCCL": (PADDED, {"pad_buckets_for_high_nccl_busbw": True, "bucket_size": 66_000}),
-    "weights gathered in the forward": (SIX, {"overlap_param_gather": True}),
-    "plain optimizer": (replace(SIX, distributed_optimizer=False), {}),
+    "weights gathered in the forward": (replace(SIX, steps=4), {"overlap_param_gather": True}),
+    "plain optimizer": (replace(SIX, steps=4, distributed_optimizer=False), {}),
 }
 
 
@@ -48,11 +47,6 @@ def whole(folder, schedule, case=CASE, buckets=None):
 
 def resumed(folder, schedule, case=CASE, buckets=None):
     return train(case, schedule, Interruption(folder, case.steps // 2, True), buckets)[-1]
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path):
-    last = whole(tmp_path, "dualpipe")
-    assert weights_that_differ(last, resumed(tmp_path, "dualpipe")) == []
 
 
 def test_loading_refuses_state_that_belongs_to_other_weights(tmp_path, monkeypatch):

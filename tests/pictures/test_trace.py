@@ -8,8 +8,9 @@ import pytest
 
 from dualpipe.schedule import COMPUTE, SENDS
 from dualpipe.schedule.generate import generate
+from dualpipe.schedule.text import loads
 from dualpipe.timeline.perfetto import MICROSECONDS_PER_UNIT, TICK, of_timeline, write
-from dualpipe.timeline.simulate import simulate
+from dualpipe.timeline.simulate import Costs, simulate
 from tests.pictures.cases import TIMELINES
 from tests.pictures.tracefile import complaints
 
@@ -172,3 +173,14 @@ def test_every_send_has_an_arrow():
     timeline = TIMELINES["three chunks per rank"]
     events = of_timeline(timeline)["traceEvents"]
     assert len(arrows(events, "s")) == sum(placed.op.kind in SENDS for placed in timeline.schedule) == 10
+
+
+def test_collectives_have_a_track_and_a_wait_for_one_is_named():
+    text = "lane > 0\nlane < 1\ngroup 0: 0 1\nrank 0: 0US> 0F0> 0AA0>@0 0B0>\nrank 1: 0F0< 0F1< 0F2< 0AA0<@0\n"
+    trace = of_timeline(simulate(loads(text), Costs(US=1, AA=2)))
+    times = {event["name"]: (event["ts"], event["dur"]) for event in slices(trace, "US", "AA")}
+    assert times == {"0US>": (0, 1000), "0AA0>@0": (2000, 3000), "0AA0<@0": (3000, 2000)}
+    waits = [event["name"] for event in slices(trace, "bubble") if event["args"]["rank"] == 0]
+    assert waits == ["waits for 0US>", "waits for 0AA0>"]
+    tracks = {event["tid"]: event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "thread_name"}
+    assert {tracks[event["tid"]] for event in slices(trace, "US", "AA")} == {"rank 0 collectives", "rank 1 collectives"}

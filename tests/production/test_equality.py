@@ -19,15 +19,20 @@ from reference.model import ModelConfig
 from reference.verify import verify
 from tests.production.cases import TINY, processes, tiny
 
-SIZES = [("dualpipe", 2, 4), ("dualpipe", 4, 8), ("dualpipev", 2, 5), ("1f1b", 3, 4), ("zb1p", 3, 4)]
-SIZES += [("dualpipe-late-tail", 4, 8), ("dualpipev-late-tail", 2, 5), ("dualpipe-late-all", 2, 4)]
+SIZES = [("dualpipe", 4, 8), ("dualpipev", 2, 5), ("1f1b", 3, 4), ("zb1p", 3, 4), ("dualpipe-late-tail", 4, 8)]
+LONG = [("dualpipe", 2, 4), ("dualpipev-late-tail", 2, 5), ("dualpipe-late-all", 2, 4)]
 
 
 BLOCKING = [("dualpipe-late-all", 4, 8), ("zb1p", 3, 4)]
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "microbatches", "blocking"), [(*s, False) for s in SIZES] + [(*s, True) for s in BLOCKING]
+    ("name", "ranks", "microbatches", "blocking"),
+    [
+        *((*size, False) for size in SIZES),
+        *((*size, True) for size in BLOCKING),
+        *(pytest.param(*size, False, marks=pytest.mark.long) for size in LONG),
+    ],
 )
 def test_every_loss_gradient_and_weight_is_that_of_plain_pytorch(name, ranks, microbatches, blocking):
     report = verify(tiny(name, ranks, microbatches, blocking=blocking))

@@ -223,3 +223,48 @@ def test_a_recorded_program_is_shown_where_it_departs():
     (order,) = [each for each in found.departures if each.rank == 1]
     assert place(order, found) == "after 1RF0>@0, which is posted at train.py:20"
     assert place(compare(loads(GPIPE), one_f_one_b(2, 2)).departures[0], compare(loads(GPIPE), recorded)) == ""
+
+
+REDUCED = """\
+lane > 0 1
+group 0: 0 1
+group 1: 0 1
+rank 0: 0F0> 0SF0>+0RB0> 0B0>+0W0> 0AR>@0 0AR>@1
+rank 1: 1RF0> 1F0> 1B0>+1W0> 1SB0> 1AR>@0 1AR>@1
+"""
+
+
+def test_collectives_in_another_order_of_groups_depart():
+    """Megatron-LM 1810: a rank launches the collectives of two communicators in another order."""
+    found = compare(loads(REDUCED.replace("0AR>@0 0AR>@1", "0AR>@1 0AR>@0")), loads(REDUCED), "theirs")
+    assert found.verdict == "departs"
+    assert [each.aspect for each in found.departures] == [Aspect.COLLECTIVES]
+    assert tell(found.departures[0], found) == (
+        "rank 0 launches 0AR>@1 in slot 3, which theirs launches in its slot 4; there theirs launches 0AR>@0, "
+        "which this rank launches in slot 4"
+    )
+    assert meaning(found.departures[0], found).startswith("are collectives launched from several streams or threads")
+
+
+def test_a_collective_that_is_left_out_departs():
+    told = stories(loads(REDUCED.replace(" 1AR>@1", "")), loads(REDUCED))
+    assert told == {
+        1: (
+            "rank 1 never launches 1AR>@1, which the other schedule launches in its slot 5",
+            "does a member of the group leave a collective out, or launch one too many?",
+        )
+    }
+
+
+def test_a_collective_elsewhere_among_the_computes_is_another_slot():
+    found = compare(loads(REDUCED.replace("0B0>+0W0> 0AR>@0", "0AR>@0 0B0>+0W0>")), loads(REDUCED))
+    assert found.verdict == "same but for slots"
+    assert meaning(found.departures[0], found) == "is a collective launched earlier or later?"
+
+
+def test_with_a_schedule_that_has_none_collectives_are_not_compared_and_the_report_says_so():
+    ours = loads(REDUCED)
+    found = compare(ours, ours.only(COMPUTE | MESSAGES), "theirs")
+    assert (found.verdict, found.as_json()["collectives_compared"]) == ("same", False)
+    assert "collectives were not compared, since theirs has none" in text(found)
+    assert "since the schedule has none" in text(compare(ours.only(COMPUTE | MESSAGES), ours, "theirs"))

@@ -5,9 +5,11 @@ from hypothesis import HealthCheck, given, settings
 
 from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b, zb1p
 from proofs.deadlock_search import deadlock
-from proofs.models import MODELS, eager
+from proofs.deadlock_smt import deadlock as deadlock_problem
+from proofs.models import BLOCKING, MODELS, STREAM, eager
 from proofs.prefix import cut
-from proofs.prove import CHECKS, DisagreementError, Result, prove, settle, under_all
+from proofs.prove import CHECKS, DisagreementError, MethodsDisagreeError, Result, prove, settle, under_all
+from proofs.smt import verdict
 from proofs.verdict import Proved, Refuted, Skipped, Unknown
 from tests.mutations import MUTATIONS, mutants, mutated
 from tests.strategies import schedules
@@ -19,13 +21,13 @@ SUBJECTS = {
     "1f1b 4": one_f_one_b(4, 6),
     "zb1p 4": zb1p(4, 6),
 }
-FOUR = [*MODELS, eager(2)]
+EVERY = [*MODELS, eager(2), STREAM]
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_both_methods_agree_on_two_mutants_of_every_kind_under_every_model(name):
     planted = mutants(SUBJECTS[name], 2 * len(MUTATIONS), seed=1)
-    words = {prove(mutant.schedule, models=FOUR).verdict for mutant in planted}
+    words = {prove(mutant.schedule, models=EVERY).verdict for mutant in planted}
     assert words == {"proved", "refuted"}
 
 
@@ -41,10 +43,17 @@ def test_any_schedule_value_gets_a_verdict_and_no_traceback(schedule):
 @settings(max_examples=150, deadline=None)
 @given(mutated(dualpipe(4, 8)))
 def test_a_schedule_without_deadlock_under_a_model_has_none_under_a_more_lenient_one(mutant):
-    blocking, eager1, stream, eager2 = (type(deadlock(mutant.schedule, model)) for model in FOUR)
-    assert stream is blocking
+    blocking, eager1, edge, eager2, _ = (type(deadlock(mutant.schedule, model)) for model in EVERY)
     assert blocking is Refuted or eager1 is Proved
     assert eager1 is Refuted or eager2 is Proved
+    assert eager2 is Refuted or edge is Proved
+
+
+@settings(max_examples=40, deadline=None)
+@given(mutated(dualpipe(4, 8)))
+def test_one_communicator_gives_the_verdict_of_blocking(mutant):
+    """Z3 decides ``stream`` by its definition; docs/explanation/semantics.md has the proof."""
+    assert type(verdict(deadlock_problem(mutant.schedule, STREAM))) is type(deadlock(mutant.schedule, BLOCKING))
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,11 +67,15 @@ def test_the_prefix_of_a_refuted_check_is_refuted_by_the_same_check(mutant):
 
 
 def test_a_disagreement_is_a_crash_with_both_answers():
-    with pytest.raises(DisagreementError, match=r"deadlock: plain search says Proved\(\), Z3 says Refuted") as crash:
+    with pytest.raises(MethodsDisagreeError, match=r"deadlock: plain search says Proved\(\), Z3 says Refuted") as crash:
         settle("deadlock", Proved(), Refuted(None, ("0SF0> waits for itself",)))
     assert (crash.value.by_graph, crash.value.by_z3) == (Proved(), Refuted(None))
-    with pytest.raises(DisagreementError):
+    with pytest.raises(MethodsDisagreeError):
         settle("order", Refuted(None), Proved())
+
+
+def test_the_earlier_name_of_a_disagreement_still_works():
+    assert DisagreementError is MethodsDisagreeError
 
 
 def test_a_solver_that_gives_up_proves_nothing_and_withdraws_no_refutation():
@@ -93,5 +106,5 @@ def test_a_solver_out_of_time_makes_the_report_unknown():
 def test_a_method_that_misses_a_fault_is_a_disagreement(monkeypatch):
     monkeypatch.setattr("proofs.search.order", lambda schedule: Proved())
     early = next(m for m in mutants(SUBJECTS["zb1p 4"], 200, seed=2) if m.name == "early B")
-    with pytest.raises(DisagreementError, match="order"):
+    with pytest.raises(MethodsDisagreeError, match="order"):
         prove(early.schedule)

@@ -13,7 +13,7 @@ from proofs.verdict import Proved, Unknown
 
 @pytest.mark.parametrize(
     ("ranks", "microbatches", "impossible", "least", "dualpipe"),
-    [(2, 4, 11, 12, 12), (2, 6, 17, 18, 18), (4, 8, 24, 25, 26)],
+    [(2, 4, 11, 12, 12), (2, 6, 17, 18, 18), pytest.param(4, 8, 24, 25, 26, marks=pytest.mark.long)],
 )
 def test_least_makespan(ranks, microbatches, impossible, least, dualpipe):
     found = optimal(ranks, microbatches)

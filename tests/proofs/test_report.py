@@ -38,7 +38,7 @@ def test_the_story_of_a_deadlock():
         "slot 3",
         "so ranks 0 and 1 wait for each other and none of them can go on (blocking messages)",
         "the first slots are enough to see it: 5 of rank 0, 5 of rank 1",
-        "proved with eager messages",
+        "proved with eager and edge messages",
     ]
 
 

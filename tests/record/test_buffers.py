@@ -1,9 +1,11 @@
 """What a recorded program does to the memory of its messages: read, written, freed or used again too early."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe.record.child.buffers import Buffers
 from dualpipe.testing import record_ranks
 from proofs.buffers_search import buffers, faults
 from proofs.story import tell
@@ -155,3 +157,38 @@ def test_a_buffer_may_be_used_again_after_the_backward():
     assert stories(recording, 1) == {}
     touched = [event.what for event in recording.schedule.observed.events[1] if event.message.op.mb == 0]
     assert touched == ["post", "wait", "keep", "drop", "post", "wait", "write"]
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda held, tensor: held.operator(torch.ops.aten.fill_.Scalar, (tensor, 0.0), {}, None),
+        lambda held, tensor: held.replaced(tensor, None),
+        lambda held, tensor: held.posted(9, False, tensor, tensor, None),
+    ],
+    ids=["operator", "replaced", "posted"],
+)
+def test_messages_may_complete_in_another_thread_while_a_touch_is_looked_for(touch):
+    """The other thread is played by the log: it completes both messages when the first access is written down."""
+    written = []
+
+    def write(event, **fields):
+        written.append((event, fields["what"], fields["message"]))
+        held.completed([0, 1])
+
+    held, tensor = Buffers(write), torch.zeros(4)
+    for number in (0, 1):
+        held.posted(number, True, tensor, tensor.clone(), None)
+    touch(held, tensor)
+    assert [message for _, _, message in written] == [0, 1]
+
+
+def test_a_message_may_arrive_in_another_thread_while_memory_is_received_into():
+    """As above; the other thread finds that an earlier message's memory is gone."""
+    held, tensor = Buffers(lambda *_, **__: held._received.clear()), torch.zeros(4)
+    for number in (0, 1):
+        held.posted(number, False, tensor, tensor, None)
+        held.completed([number])
+    held._kept |= {1}
+    held.posted(2, False, tensor, tensor, None)
+    assert held._received == {}

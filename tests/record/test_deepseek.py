@@ -18,7 +18,8 @@ from tests.record import upstream
 from tests.record.run import PROGRAMS, command, python
 
 Size = tuple[int, int]
-SIZES = [(ranks, 2 * ranks + more) for ranks in range(2, 17, 2) for more in (0, 2, 6, 16)]
+SIZES = [(ranks, 2 * ranks + more) for ranks in (2, 4, 6, 8, 10, 16) for more in (0, 2, 6, 16)]
+"""Numbers of ranks whose half is even and odd, and numbers of microbatches whose half is."""
 
 
 @pytest.fixture(scope="module")

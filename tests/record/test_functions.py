@@ -97,3 +97,61 @@ def test_two_stages_of_one_rank_in_one_run_of_the_engine():
         "0F0> 0SF0>@1 2RF0>@1 2F0> 2B0>+2W0> 2SB0>@1 0RB0>@1 0B0>+0W0> 0F1> 0SF1>@1 2RF1>@1 2F1>"
     )
     assert prove(recording.schedule, smt=False).verdict == "proved"
+
+
+class Announce(torch.autograd.Function):
+    """Its backward sends the shape of an activation and the activation, and then receives its own gradient."""
+
+    @staticmethod
+    def forward(context, y, due):
+        context.due = due
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(context, nothing):
+        dist.send(torch.empty(2, dtype=torch.int64).copy_(torch.tensor(SHAPE)), 2)
+        dist.send(context.due, 2)
+        gradient = torch.empty(SHAPE)
+        dist.recv(gradient, 2)
+        return gradient, None
+
+
+def announced(rank: int) -> None:
+    """1F1B of two microbatches; a backward of rank 1 makes the shape that goes before an activation."""
+    stage = nn.Linear(4, 4)
+    inputs, outputs = [], []
+    for mb in range(2):
+        if rank == 2 and mb:
+            dist.recv(torch.empty(2, dtype=torch.int64), 1)
+        received = torch.empty(SHAPE)
+        if rank:
+            dist.recv(received, rank - 1)
+        x = received.requires_grad_()
+        y = stage(x)
+        inputs.append(x)
+        outputs.append(y)
+        if rank == 0 or (rank == 1 and mb == 0):
+            dist.send(y.detach(), rank + 1)
+        if rank == 2:
+            y.square().sum().backward()
+            if mb:
+                dist.send(inputs[0].grad, 1)
+                dist.send(x.grad, 1)
+    for mb in range(2) if rank < 2 else ():
+        if rank == 1 and mb == 0:
+            Announce.apply(outputs[0], outputs[1].detach()).backward()
+        else:
+            gradient = torch.empty(SHAPE)
+            dist.recv(gradient, rank + 1)
+            outputs[mb].backward(gradient)
+        if rank:
+            dist.send(inputs[mb].grad, 0)
+
+
+def test_integers_that_a_backward_makes_and_sends_are_no_gradient():
+    """As in nanotron, which sends shapes before a tensor, at times from within a backward."""
+    recording = record_ranks(3, announced)
+    assert prove(recording.schedule, smt=False).as_json()["checks"]["messages"]["verdict"] == "proved"
+    assert text(recording, 1) == (
+        "1RF0>@0 1F0> 1SF0>@2 1RF1>@0 1F1> 1SF1>@2 1RB0>@2 1B0>+1W0> 1SB0>@0 1RB1>@2 1B1>+1W1> 1SB1>@0"
+    )

@@ -108,7 +108,7 @@ def test_a_copy_of_megatron_whose_ranks_all_send_first_is_refuted(tmp_path):
     assert {name: model["verdict"] for name, model in check["models"].items()} == {
         "blocking": "refuted",
         "eager": "proved",
-        "stream": "refuted",
+        "edge": "proved",
     }
     assert "wait for each other and none of them can go on" in check["story"]
     assert f"{copy}:" in prove(recording.schedule, smt=False).text()

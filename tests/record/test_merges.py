@@ -161,20 +161,6 @@ def residual_v(rank, cut, stages, call=lambda stage, x, *more: stage(x)) -> None
             dist.send(x.grad, 0)
 
 
-def assert_two_stages_each(recording) -> None:
-    assert recording.schedule.routes == {">": (0, 1, 1, 0)}
-    assert text(recording, 1).startswith(
-        "1RF0>@0 1F0> 2F0> 2SF0>@0 2RB0>@0 2B0>+2W0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 2F1>"
-    )
-    assert set(verdicts(recording).values()) == {"proved", "skipped"}
-    assert (recording.notes, recording.caveats) == ((), ())
-
-
-@pytest.mark.parametrize("how", CUTS)
-def test_two_residual_stages_back_to_back_on_one_rank_are_two(how):
-    assert_two_stages_each(record_ranks(2, lambda rank: residual_v(rank, CUTS[how], (Residual(), Residual()))))
-
-
 class Fed(nn.Module):
     """Gets its input as an attribute; its forward has no arguments."""
 
@@ -212,11 +198,16 @@ def log_both(stage, x, before=None, y=None):
 CALLS = {"a setter": (Fed, feed), "a skip": (Skipping, skip), "a log of both outputs": (Residual, log_both)}
 
 
-@pytest.mark.parametrize("how", CALLS)
-def test_stages_with_other_tensors_between_them_are_two(how):
-    stage, call = CALLS[how]
-    recording = record_ranks(2, lambda rank: residual_v(rank, CUTS["detach"], (stage(), stage()), call))
-    assert_two_stages_each(recording)
+@pytest.mark.parametrize(("cut", "between"), [*((cut, None) for cut in CUTS), *(("detach", call) for call in CALLS)])
+def test_two_stages_back_to_back_on_one_rank_are_two(cut, between):
+    stage, *call = CALLS[between] if between else [Residual]
+    recording = record_ranks(2, lambda rank: residual_v(rank, CUTS[cut], (stage(), stage()), *call))
+    assert recording.schedule.routes == {">": (0, 1, 1, 0)}
+    assert text(recording, 1).startswith(
+        "1RF0>@0 1F0> 2F0> 2SF0>@0 2RB0>@0 2B0>+2W0> 1B0>+1W0> 1SB0>@0 1RF1>@0 1F1> 2F1>"
+    )
+    assert set(verdicts(recording).values()) == {"proved", "skipped"}
+    assert (recording.notes, recording.caveats) == ((), ())
 
 
 def test_microbatches_of_data_whose_outputs_are_logged_together_are_two():

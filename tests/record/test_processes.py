@@ -140,6 +140,7 @@ def test_ranks_that_multiprocessing_forks_and_that_fork_loaders():
     assert (recorded["proof"]["verdict"], recorded["caveats"]) == ("proved", [])
 
 
+@pytest.mark.long
 def test_a_program_that_failed_is_refuted_whatever_its_schedule():
     result = command("--prove", *python("forks.py", "error"))
     assert result.returncode == 1, result.stderr

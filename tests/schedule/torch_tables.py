@@ -34,12 +34,12 @@ RANKS, MICROBATCHES = 4, 8
 
 def order(name, ranks, microbatches):
     """torch's ``pipeline_order``: for each rank its actions, ``None`` for a pause; two stages a rank."""
-    return CLASSES[name](_stages(name, ranks), microbatches).pipeline_order
+    return WITH_RUNTIME[name](stages(name, ranks), microbatches).pipeline_order
 
 
 def with_messages(name, ranks, microbatches, **options):
     """The text of torch's compute_comms table, as its ``_dump_csv`` writes it."""
-    made = WITH_RUNTIME[name](_stages(name, ranks), microbatches, **options)
+    made = WITH_RUNTIME[name](stages(name, ranks), microbatches, **options)
     return _text(made.pipeline_order_with_comms)
 
 
@@ -47,13 +47,13 @@ def through_torch(text, name, ranks, microbatches, folder, form="compute_comms")
     """A table that torch's own ``_load_csv`` has read, as its ``_dump_csv`` writes it with messages."""
     before, after = folder / "before.csv", folder / "after.csv"
     before.write_text(text, newline="")
-    runtime = schedules._PipelineScheduleRuntime(_stages(name, ranks), microbatches)
+    runtime = schedules._PipelineScheduleRuntime(stages(name, ranks), microbatches)
     runtime._load_csv(str(before), format=form)
     runtime._dump_csv(str(after), format="compute_comms")
     return after.read_bytes().decode()
 
 
-def _stages(name, ranks):
+def stages(name, ranks):
     """Stand-ins for the stages of rank 0: the ends of a V, or in a loop."""
     last = ranks if name in ("interleavedzb", "loopedbfs") else 2 * ranks - 1
     return [

@@ -1,28 +1,29 @@
 """Claims that connect verdicts with runs; each is checked for one observed schedule.
 
 The fake ranks run in two modes.  *Blocking*: a rank waits for every slot of messages, as in the model ``blocking``.
-*Not blocking*: a rank posts its messages and continues, waits for a receive when a compute needs it, and for everything
-at its end.  No model of the prover is as lenient, but one is if the schedule is rewritten: sends are buffered without
-limit, and receives are posted only where they are needed (``defer_receives``).  We call that the model ``ahead``.
+*Edge*: a rank posts its messages and continues, waits for a receive when a compute needs it, and for everything at its
+end, as in the model ``edge``.  Processes run in these two modes over production's transport, and over a transport of
+each other model (``tests.soundness.queues``).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, assert_never
 
-from dualpipe.schedule import MESSAGES, SENDS, B, Op, Schedule, Slot, W
-from proofs.models import eager
+from dualpipe.schedule import B, Schedule, W
+from proofs.models import MODELS, STREAM
 from proofs.prove import Report, prove
 from proofs.verdict import Proved, Refuted, Unknown
 from tests.soundness.mutants import Mutant
-from tests.soundness.runs import Ending, Outcome, on_fakes
+from tests.soundness.runs import QUEUES, Ending, Outcome, on_fakes
 
-AHEAD = "ahead"
-MODES = {False: AHEAD, True: "blocking"}
-"""The model of a run, by whether it blocks."""
+MODES = {"blocking": True, "edge": False}
+"""The runs of fake ranks, each named by its model, and whether it blocks."""
+PROCESSES = {name: name for name in MODES} | {name: model.name for name, model in QUEUES.items()}
+"""The runs on processes, each with the name of its model."""
 Prover = Callable[..., Report]
 
 
@@ -37,18 +38,14 @@ class Observation:
     verdicts: Mapping[str, str]
     by_graph: Mapping[str, str]
     repeats: bool
-    fakes: Mapping[bool, Outcome]
-    processes: Mapping[bool, Outcome]
+    fakes: Mapping[str, Outcome]
+    processes: Mapping[str, Outcome]
 
     def refuted(self, *checks: str) -> bool:
         return any(self.verdicts[check] == Refuted.word for check in checks)
 
     def proved(self, *checks: str) -> bool:
         return all(self.verdicts[check] == Proved.word for check in checks)
-
-    def deadlock(self, blocking: bool) -> str:
-        """The name of the deadlock check for such a run."""
-        return f"deadlock, {MODES[blocking]}"
 
     @property
     def well_formed(self) -> bool:
@@ -60,16 +57,14 @@ class Observation:
 
 
 def observe(mutant: Mutant, prover: Prover = prove) -> Observation:
-    """Prove and run one schedule on fake ranks.  Raises ``DisagreementError``."""
+    """Prove and run one schedule on fake ranks.  Raises ``MethodsDisagreeError``."""
     schedule = mutant.schedule
-    later, lenient = defer_receives(schedule), eager(max(1, sum(op.op.kind in MESSAGES for op in schedule)))
 
     def verdicts(smt: bool) -> tuple[dict[str, str], Report]:
-        report = prover(schedule, smt=smt)
-        ahead = prover(later, models=(lenient,), smt=smt).checks["deadlock"]
+        report = prover(schedule, models=(*MODELS, STREAM), smt=smt)
         words = {name: result.verdict.word for name, result in report.checks.items()}
         words |= {f"deadlock, {name}": result.verdict.word for name, result in report.checks["deadlock"].models.items()}
-        return words | {f"deadlock, {AHEAD}": ahead.verdict.word}, report
+        return words, report
 
     by_graph, _ = verdicts(smt=False)
     by_both, report = verdicts(smt=True)
@@ -80,38 +75,8 @@ def observe(mutant: Mutant, prover: Prover = prove) -> Observation:
             repeats = False
         case never:
             assert_never(never)
-    fakes = {blocking: on_fakes(schedule, blocking) for blocking in MODES}
+    fakes = {mode: on_fakes(schedule, blocking) for mode, blocking in MODES.items()}
     return Observation(mutant, by_both, by_graph, repeats, fakes, {})
-
-
-def defer_receives(schedule: Schedule) -> Schedule:
-    """The schedule with every op in a separate slot, and each receive where its rank first waits for it.
-
-    Before a receive that a compute waits for, the earlier ones from the same rank are received: their sends were posted
-    earlier, so this adds no wait.  Receives that no compute waits for are posted at the end in one slot.
-    """
-    programs = tuple(tuple(_deferred(schedule, rank)) for rank in range(schedule.ranks))
-    return Schedule(schedule.routes, programs, schedule.name)
-
-
-def _deferred(schedule: Schedule, rank: int) -> Iterator[Slot]:
-    waiting: defaultdict[int | None, list[Op]] = defaultdict(list)
-    received: set[Op] = set()
-    for op in (op for slot in schedule.programs[rank] for op in slot):
-        if op.kind in MESSAGES and op.kind not in SENDS:
-            waiting[schedule.peer(op)].append(op)
-            continue
-        for need in schedule.needs(op) if op.kind not in MESSAGES else ():
-            for row in waiting.values():
-                bare = [other.bare for other in row]
-                if need in bare and need not in received:
-                    first, row[:] = row[: bare.index(need) + 1], row[bare.index(need) + 1 :]
-                    received |= {other.bare for other in first}
-                    yield from ((other,) for other in first)
-        yield (op,)
-    rest = tuple(op for row in waiting.values() for op in row)
-    if rest:
-        yield rest
 
 
 class Claim(NamedTuple):
@@ -122,16 +87,16 @@ class Claim(NamedTuple):
     holds: Callable[[Observation], bool]
 
 
-def _both(holds: Callable[[Observation, bool], bool]) -> Callable[[Observation], bool]:
-    return lambda o: all(holds(o, blocking) for blocking in MODES)
+def _both(holds: Callable[[Observation, str], bool]) -> Callable[[Observation], bool]:
+    return lambda o: all(holds(o, mode) for mode in MODES)
 
 
 def _never(*endings: Ending) -> Callable[[Observation], bool]:
-    return _both(lambda o, blocking: o.fakes[blocking].ending not in endings)
+    return _both(lambda o, mode: o.fakes[mode].ending not in endings)
 
 
 def _always(*endings: Ending) -> Callable[[Observation], bool]:
-    return _both(lambda o, blocking: o.fakes[blocking].ending in endings)
+    return _both(lambda o, mode: o.fakes[mode].ending in endings)
 
 
 def _any(o: Observation) -> bool:
@@ -151,22 +116,22 @@ CLAIMS = (
     Claim(
         "the run hangs: deadlock is refuted",
         _any,
-        _both(lambda o, b: o.fakes[b].ending is not Ending.HUNG or o.refuted(o.deadlock(b))),
+        _both(lambda o, mode: o.fakes[mode].ending is not Ending.HUNG or o.refuted(f"deadlock, {mode}")),
     ),
     Claim(
         "deadlock refuted: the run hangs, or is refused before it does",
         _any,
-        _both(lambda o, b: o.fakes[b].ending in STOPS or o.proved(o.deadlock(b))),
+        _both(lambda o, mode: o.fakes[mode].ending in STOPS or o.proved(f"deadlock, {mode}")),
     ),
     Claim(
         "complete, order and messages proved: the run hangs exactly if deadlock is refuted",
         lambda o: o.well_formed,
-        _both(lambda o, b: (o.fakes[b].ending is Ending.HUNG) == o.refuted(o.deadlock(b))),
+        _both(lambda o, mode: (o.fakes[mode].ending is Ending.HUNG) == o.refuted(f"deadlock, {mode}")),
     ),
     Claim(
         "no deadlock when blocking: none in any model",
         lambda o: o.proved("deadlock, blocking"),
-        lambda o: o.proved("deadlock", "deadlock, eager", "deadlock, stream", f"deadlock, {AHEAD}"),
+        lambda o: o.proved("deadlock", "deadlock, eager", "deadlock, edge"),
     ),
     Claim("order refuted: the run hangs or is refused", lambda o: o.refuted("order"), _always(*STOPS)),
     Claim("complete refuted: never equal", lambda o: o.refuted("complete"), _never(Ending.EQUAL)),
@@ -196,14 +161,31 @@ CLAIMS = (
         lambda o: all((run.ending is Ending.EQUAL) == commutes(o.mutant.schedule) for run in _runs(o)),
     ),
     Claim(
-        "processes are equal exactly if fake ranks are, except for repeated messages",
-        lambda o: bool(o.processes) and not o.repeats,
-        lambda o: all((o.fakes[b].ending is Ending.EQUAL) == (run.ending is Ending.EQUAL) for b, run in _ran(o)),
+        "stream gives the verdict of blocking",
+        _any,
+        lambda o: o.verdicts["deadlock, stream"] == o.verdicts["deadlock, blocking"],
     ),
     Claim(
-        "processes fail if fake ranks hang or are refused",
+        "processes are equal exactly if fake ranks are and the model has no deadlock, except for repeated messages",
+        lambda o: bool(o.processes) and not o.repeats,
+        lambda o: all(
+            (o.fakes["edge"].ending is Ending.EQUAL and o.proved(f"deadlock, {model}")) == (run.ending is Ending.EQUAL)
+            for model, run in _ran(o)
+        ),
+    ),
+    Claim(
+        "processes fail exactly if their model has a deadlock, where complete, order and messages are proved",
+        lambda o: bool(o.processes) and o.well_formed,
+        lambda o: all((run.ending is Ending.FAILED) == o.refuted(f"deadlock, {model}") for model, run in _ran(o)),
+    ),
+    Claim(
+        "processes fail if fake ranks hang or are refused, or their model has a deadlock",
         lambda o: bool(o.processes),
-        lambda o: all(run.ending is Ending.FAILED for b, run in _ran(o) if o.fakes[b].ending in STOPS),
+        lambda o: all(
+            run.ending is Ending.FAILED
+            for model, run in _ran(o)
+            if o.fakes["edge"].ending in STOPS or o.refuted(f"deadlock, {model}")
+        ),
     ),
 )
 
@@ -212,8 +194,9 @@ def _runs(o: Observation) -> list[Outcome]:
     return list(o.fakes.values())
 
 
-def _ran(o: Observation) -> list[tuple[bool, Outcome]]:
-    return list(o.processes.items())
+def _ran(o: Observation) -> list[tuple[str, Outcome]]:
+    """The runs on processes with their models."""
+    return [(PROCESSES[name], run) for name, run in o.processes.items()]
 
 
 def contradictions(observation: Observation) -> list[Claim]:

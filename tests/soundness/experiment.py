@@ -15,7 +15,7 @@ import torch
 from dualpipe.schedule import text
 from proofs.prove import prove
 from proofs.verdict import Proved, Refuted
-from tests.soundness.claims import CLAIMS, MODES, Claim, Observation, Prover, contradictions, observe
+from tests.soundness.claims import CLAIMS, MODES, PROCESSES, Claim, Observation, Prover, contradictions, observe
 from tests.soundness.mutants import Mutant, mutants
 from tests.soundness.runs import Ending, Outcome, on_processes
 
@@ -26,17 +26,17 @@ GROUPS = {
     "order": "order",
     "messages": "messages",
     "deadlock, blocking": "deadlock (blocking)",
-    "deadlock, ahead": "deadlock (ahead)",
+    "deadlock, edge": "deadlock (edge)",
     "accumulation": "accumulation",
 }
 """The checks by which the table groups the mutants, and their names in it."""
 REPEATS = "messages (a repetition alone)"
 FAKES = (Ending.EQUAL, Ending.DIFFERENT, Ending.HUNG, Ending.REFUSED)
-PROCESSES = (Ending.EQUAL, Ending.DIFFERENT, Ending.FAILED)
+ON_PROCESSES = (Ending.EQUAL, Ending.DIFFERENT, Ending.FAILED)
 
 
 def observations(count: int, seed: int, prover: Prover = prove) -> Iterator[Observation]:
-    """Every mutant, proved and run on fake ranks.  Raises ``DisagreementError``."""
+    """Every mutant, proved and run on fake ranks.  Raises ``MethodsDisagreeError``."""
     with ProcessPoolExecutor(AT_ONCE, get_context("fork"), torch.set_num_threads, (1,)) as pool:
         yield from pool.map(partial(observe, prover=prover), mutants(count, seed), chunksize=4)
 
@@ -48,7 +48,7 @@ def with_processes(found: Sequence[Observation], count: int, seed: int) -> Itera
 
 
 def _with_processes(o: Observation) -> Observation:
-    return replace(o, processes={blocking: on_processes(o.mutant.schedule, blocking) for blocking in MODES})
+    return replace(o, processes={run: on_processes(o.mutant.schedule, run) for run in PROCESSES})
 
 
 def sample(found: Sequence[Observation], count: int, seed: int) -> list[Observation]:
@@ -76,9 +76,9 @@ def broken_claims(found: Iterable[Observation]) -> Iterator[tuple[Observation, C
 def describe(o: Observation, claim: Claim) -> str:
     """A contradiction with its verdicts, runs and schedule."""
     runs = [
-        f"{name} {MODES[blocking]}: {run.ending.value} {', '.join(sorted(run.what))}".rstrip()
+        f"{name}, {mode}: {run.ending.value} {', '.join(sorted(run.what))}".rstrip()
         for name, found in (("fake ranks", o.fakes), ("processes", o.processes))
-        for blocking, run in found.items()
+        for mode, run in found.items()
     ]
     verdicts = [f"{check} {word}" for check, word in o.verdicts.items()]
     return "\n".join([f"CONTRADICTION to «{claim.text}»", str(o.mutant), "; ".join(verdicts), *runs, _text(o.mutant)])
@@ -93,8 +93,12 @@ def tables(found: Sequence[Observation], ran: Sequence[Observation]) -> str:
     return "\n\n".join(
         [
             _verdicts(found),
-            _outcomes("fake ranks", found, FAKES, lambda o, blocking: o.fakes[blocking]),
-            *([_outcomes("processes", ran, PROCESSES, lambda o, blocking: o.processes[blocking])] if ran else []),
+            _outcomes("fake ranks", found, FAKES, [*MODES], lambda o, mode: o.fakes[mode]),
+            *(
+                [_outcomes("processes", ran, ON_PROCESSES, [*PROCESSES], lambda o, run: o.processes[run])]
+                if ran
+                else []
+            ),
             _claims([*{o.mutant.number: o for o in (*found, *ran)}.values()]),
         ]
     )
@@ -115,20 +119,24 @@ def _verdicts(found: Sequence[Observation]) -> str:
 
 
 def _outcomes(
-    name: str, found: Sequence[Observation], endings: Sequence[Ending], run: Callable[[Observation, bool], Outcome]
+    name: str,
+    found: Sequence[Observation],
+    endings: Sequence[Ending],
+    runs: Sequence[str],
+    run: Callable[[Observation, str], Outcome],
 ) -> str:
     groups = Counter(_refuted(o) for o in found)
     rows = []
     for group, count in sorted(groups.items(), key=lambda item: (len(item[0]), -item[1])):
         counts = [
-            sum(_refuted(o) == group and run(o, blocking).ending is ending for o in found)
-            for blocking in MODES
+            sum(_refuted(o) == group and run(o, mode).ending is ending for o in found)
+            for mode in runs
             for ending in endings
         ]
         rows.append([", ".join(group) or "nothing", count, *(number or "" for number in counts)])
-    modes = [f"{how}: {endings[0].value}" for how in ("not blocking", "blocking")]
-    rest = [ending.value for ending in endings[1:]]
-    return _table([f"refuted ({name})", "schedules", modes[0], *rest, modes[1], *rest], rows)
+    first, *rest = (ending.value for ending in endings)
+    columns = [column for mode in runs for column in (f"{mode}: {first}", *rest)]
+    return _table([f"refuted ({name})", "schedules", *columns], rows)
 
 
 def _claims(found: Sequence[Observation]) -> str:

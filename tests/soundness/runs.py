@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from dualpipe.runtime.transport import Transport
 from dualpipe.schedule import Schedule
 from dualpipe.testing.launch import launch
+from proofs.models import EDGE, STREAM, Model, eager
 from reference.case import Case
 from reference.comparison import differences
 from reference.fault import Deadlock, Misstep
 from reference.oracle import StepTruth
-from reference.production import run_rank
+from reference.production import run_rank, transport_of
 from reference.verify import compare_outcome, run_fake, run_oracle
 from tests.production.cases import TINY
+from tests.soundness.queues import QueueTransport
 
 TIMEOUT = 2.5
 """Seconds that a process waits for a message before it reports a hang; a whole run without a hang takes less."""
@@ -53,10 +56,23 @@ def on_fakes(schedule: Schedule, blocking: bool) -> Outcome:
     return _compared({difference.what for difference in differences(schedule, truth(case), traces)})
 
 
-def on_processes(schedule: Schedule, blocking: bool) -> Outcome:
-    """One step on production ranks, each a process of its own."""
-    case = Case(schedule, TINY, steps=1, blocking=blocking, timeout=TIMEOUT)
-    ran = launch(schedule.ranks, lambda context: run_rank(case), _WHOLE_RUN, TIMEOUT + 1)
+QUEUES: dict[str, Model] = {"eager on queues": eager(), "stream on a queue": STREAM, "edge on queues": EDGE}
+"""Runs on processes over the transport of a model.  The other runs are over production's own transport."""
+
+
+def on_processes(schedule: Schedule, run: str) -> Outcome:
+    """Two steps on production ranks, each a process of its own: in the first step the first W is not deferred.
+
+    ``run`` is one of ``QUEUES``, or over production's own transport ``blocking`` or ``edge``.
+    """
+    model = QUEUES.get(run)
+    blocking = run == "blocking" if model is None else not model.overlaps
+    case = Case(schedule, TINY, steps=2, blocking=blocking, timeout=TIMEOUT)
+
+    def transport(case: Case) -> Transport:
+        return transport_of(case) if model is None else QueueTransport(model, case.timeout)
+
+    ran = launch(schedule.ranks, lambda context: run_rank(case, make_transport=transport), _WHOLE_RUN, TIMEOUT + 1)
     if ran.failures:
         return Outcome(Ending.FAILED, frozenset(map(str, ran.failures[:1])))
     # this process will fork again, so the oracle computes in another one

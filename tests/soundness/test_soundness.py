@@ -2,22 +2,21 @@
 
 from dataclasses import replace
 from functools import cache, partial
-from itertools import pairwise
 from random import Random
 
 import pytest
 
-from dualpipe.schedule import SENDS, F, Kind, Op
+from dualpipe.schedule import SENDS
 from dualpipe.schedule.generate import generate
 from proofs import search, smt
-from proofs.models import eager
+from proofs.models import STREAM, parse_models
 from proofs.prove import prove
 from proofs.verdict import Proved, Refuted
 from tests.mutations import drop, split_all
-from tests.soundness.claims import CLAIMS, Observation, commutes, contradictions, defer_receives, observe
+from tests.soundness.claims import CLAIMS, PROCESSES, Observation, commutes, contradictions, observe
 from tests.soundness.experiment import broken_claims, describe, sample, tables
 from tests.soundness.mutants import Mutant, backwards_out_of_turn, mutants, named
-from tests.soundness.runs import Ending, Outcome, on_fakes, on_processes
+from tests.soundness.runs import QUEUES, Ending, Outcome, on_processes
 
 COUNT = 40
 
@@ -120,15 +119,15 @@ def test_a_check_that_finds_nothing_is_caught(check, monkeypatch):
 def test_a_proved_schedule_whose_run_is_not_equal_is_caught(ending):
     sound = next(o for o in observed() if CLAIMS[0].applies(o))
     assert contradictions(sound) == []
-    for blocking in (False, True):
-        assert CLAIMS[0] in contradictions(replace(sound, fakes={**sound.fakes, blocking: Outcome(ending)}))
+    for mode in ("blocking", "edge"):
+        assert CLAIMS[0] in contradictions(replace(sound, fakes={**sound.fakes, mode: Outcome(ending)}))
 
 
 def test_processes_that_end_differently_than_fake_ranks_are_caught():
     sound = next(o for o in observed() if CLAIMS[0].applies(o))
-    assert contradictions(replace(sound, processes={True: Outcome(Ending.DIFFERENT)}))
-    stuck = next(o for o in observed() if o.fakes[True].ending is Ending.HUNG)
-    assert contradictions(replace(stuck, processes={True: Outcome(Ending.EQUAL)}))
+    assert contradictions(replace(sound, processes={"blocking": Outcome(Ending.DIFFERENT)}))
+    stuck = next(o for o in observed() if o.fakes["blocking"].ending is Ending.HUNG)
+    assert contradictions(replace(stuck, processes={"blocking": Outcome(Ending.EQUAL)}))
 
 
 # Findings of the experiment.
@@ -151,48 +150,63 @@ def test_a_repeated_message_is_refuted_and_harmless_on_fake_ranks():
     assert {run.ending for run in repeated.fakes.values()} == {Ending.EQUAL}
 
 
-# The model for runs that do not block.
+def sends_first():
+    """Every rank posts its sends before its receives, each message by itself."""
+    return split_all(generate("dualpipe", 2, 4), lambda op: op.kind not in SENDS)
+
+
+def receives_first():
+    return split_all(generate("dualpipe", 2, 4), lambda op: op.kind in SENDS)
 
 
 def test_sends_before_receives_hang_only_where_they_block():
-    sends_first = split_all(generate("dualpipe", 2, 4), lambda op: op.kind not in SENDS)
-    seen = observe(mutant(sends_first))
+    seen = observe(mutant(sends_first()))
     assert seen.refuted("deadlock, blocking")
-    assert seen.proved("deadlock, ahead")
-    assert seen.fakes == {False: Outcome(Ending.EQUAL), True: Outcome(Ending.HUNG)}
-
-
-def test_a_receive_is_deferred_to_the_compute_that_needs_it():
-    later = defer_receives(generate("1f1b", 2, 2))
-    for rank, program in enumerate(later.programs):
-        ops = [op for slot in program for op in slot]
-        assert sorted(map(str, ops)) == sorted(str(p.op) for p in generate("1f1b", 2, 2) if p.rank == rank)
-        for before, op in pairwise(ops):
-            if before.kind is Kind.RF:
-                assert op == Op(F, before.lane, before.stage, before.mb)
-
-
-def test_named_schedules_with_deferred_receives_are_free_of_deadlock():
-    for _, schedule in named():
-        report = prove(defer_receives(schedule), models=(eager(1000),), smt=False)
-        assert report.checks["deadlock"].verdict == Proved()
+    assert seen.proved("deadlock, edge")
+    assert seen.fakes == {"edge": Outcome(Ending.EQUAL), "blocking": Outcome(Ending.HUNG)}
 
 
 # Processes.
 
 
-def test_processes_and_fake_ranks_agree_on_a_correct_and_on_a_hanging_schedule():
-    sound = generate("dualpipe", 2, 4)
-    assert on_processes(sound, blocking=True) == on_fakes(sound, blocking=True) == Outcome(Ending.EQUAL)
-    stuck = split_all(sound, lambda op: op.kind not in SENDS)
-    assert on_processes(stuck, blocking=False).ending is Ending.EQUAL
-    assert on_processes(stuck, blocking=True).ending is Ending.FAILED
+FACING = split_all(generate("1f1b", 2, 4), lambda op: op.kind not in SENDS)
+"""Both ranks send before they receive, one message at most: room for it in a buffer helps."""
+
+
+def agrees(schedule, run, word):
+    """Whether the verdict under a run's model is this one, and the run on processes ends as it says."""
+    verdict = prove(schedule, models=parse_models(PROCESSES[run]), smt=False).checks["deadlock"].verdict.word
+    return verdict == word and on_processes(schedule, run).ending is ENDS[word]
+
+
+ENDS = {"proved": Ending.EQUAL, "refuted": Ending.FAILED}
+
+
+@pytest.mark.parametrize(("run", "word"), list(zip(QUEUES, ("proved", "refuted", "proved"), strict=True)))
+def test_ranks_that_face_each_other_hang_on_the_transport_of_a_model_exactly_if_it_has_a_deadlock(run, word):
+    assert agrees(FACING, run, word)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run", PROCESSES)
+def test_processes_end_exactly_as_the_model_of_their_transport_says(run):
+    """In one slot nothing waits; receives first, only computes that go on help."""
+    assert agrees(generate("dualpipe", 2, 4), run, "proved")
+    assert agrees(receives_first(), run, "proved" if PROCESSES[run] == "edge" else "refuted")
+
+
+def test_a_transport_that_waits_for_more_than_its_model_is_caught(monkeypatch):
+    """One queue for all messages, under the name of edge."""
+    monkeypatch.setitem(QUEUES, "edge on queues", STREAM)
+    ran = {"edge on queues": on_processes(sends_first(), "edge on queues")}
+    assert ran == {"edge on queues": Outcome(Ending.FAILED, ran["edge on queues"].what)}
+    assert contradictions(replace(observe(mutant(sends_first())), processes=ran))
 
 
 def test_the_sample_for_processes_has_the_rare_endings():
     chosen = sample(observed(), 20, seed=0)
     assert len(chosen) == 20
-    assert {o.fakes[True].ending for o in chosen} >= {Ending.EQUAL, Ending.DIFFERENT, Ending.HUNG, Ending.REFUSED}
+    assert {o.fakes["blocking"].ending for o in chosen} >= {Ending.EQUAL, Ending.DIFFERENT, Ending.HUNG, Ending.REFUSED}
 
 
 def test_the_tables_count_every_schedule():

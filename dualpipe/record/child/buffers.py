@@ -9,7 +9,7 @@ memory until the wait, so that the run does not depend on the time at which gloo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .log import call_path
 from .marks import Marks, weak_storage
 
 Write = Callable[..., None]
+Entry = TypeVar("Entry")
 _RESIZES = ("aten::resize_", "aten::set_")
 _WALKED = "dualpipe.record.walked"  # in a node's metadata: its saved tensors have been looked at
 
@@ -56,7 +57,11 @@ def span_of(tensor: Tensor) -> Span | None:
 
 
 class Buffers:
-    """The messages in flight of one rank, and the memory of those that it has received."""
+    """The messages in flight of one rank, and the memory of those that it has received.
+
+    Threads of the program that wait for messages call ``completed`` while its main thread computes, so every loop goes
+    over a copy of the entries (``_now``), and an entry may be gone by the time it is removed.
+    """
 
     def __init__(self, write: Write) -> None:
         self._write = write
@@ -79,10 +84,12 @@ class Buffers:
             return
         self._touch(span, "read" if send else "write", number, by)
         if not send:
-            for other in [n for n, (_, received) in self._received.items() if received.overlaps(span)]:
+            for other, (_, received) in _now(self._received):
+                if not received.overlaps(span):
+                    continue
                 if other in self._kept:
                     self._write("access", what="write", message=other, posted=number, by=[], at=call_path())
-                del self._received[other]
+                self._received.pop(other, None)
         self._flights[number] = Flight(send, span, tensor, held, set())
 
     def completed(self, numbers: Iterable[int]) -> None:
@@ -91,8 +98,9 @@ class Buffers:
             flight = self._flights.pop(number, None)
             if flight is not None and not flight.send:
                 self._received[number] = weak_storage(flight.held), flight.span
-        for number in [n for n, (storage, _) in self._received.items() if storage.expired()]:
-            del self._received[number]
+        for number, (storage, _) in _now(self._received):
+            if storage.expired():
+                self._received.pop(number, None)
 
     # what the program does to memory
 
@@ -102,7 +110,7 @@ class Buffers:
             return
         spans = [(span, writes) for tensor, writes in _accesses(func, args, kwargs) if (span := span_of(tensor))]
         for span, _ in spans if _packed_by_hooks() else ():
-            self._hooked |= {number for number, (_, received) in self._received.items() if received.overlaps(span)}
+            self._hooked |= {number for number, (_, received) in _now(self._received) if received.overlaps(span)}
         reads = not _only_looks(func)
         for span, writes in spans:
             if writes:
@@ -112,19 +120,19 @@ class Buffers:
 
     def replaced(self, tensor: Tensor, by: Marks | None) -> None:
         """The program is about to give a tensor another storage, which frees the old one."""
-        for number, flight in self._flights.items():
+        for number, flight in _now(self._flights):
             if flight.tensor is tensor:
                 self._note(number, flight, "free", None, by)
 
     def resized(self, storage: int, by: Marks | None) -> bool:
         """The program is about to resize a storage; returns whether a message in flight uses it."""
-        found = [(number, flight) for number, flight in self._flights.items() if flight.span.storage == storage]
+        found = [(number, flight) for number, flight in _now(self._flights) if flight.span.storage == storage]
         for number, flight in found:
             self._note(number, flight, "free", None, by)
         return bool(found)
 
     def _touch(self, span: Span, what: str, posted: int | None, by: Marks | None) -> None:
-        for number, flight in self._flights.items():
+        for number, flight in _now(self._flights):
             if flight.span.overlaps(span) and not (flight.send and what == "read"):
                 self._note(number, flight, what, posted, by)
 
@@ -142,13 +150,18 @@ class Buffers:
         found = self._hooked & self._received.keys()
         if not self._hooked:  # looking at a tensor that hooks have packed would unpack it
             saved = {span for node in _new_nodes(roots) for tensor in _saved(node) if (span := span_of(tensor))}
-            for number, (_, span) in self._received.items():
+            for number, (_, span) in _now(self._received):
                 if any(span.overlaps(other) for other in saved):
                     found.add(number)
         for number in sorted(found - self._kept):
             self._write("keep", message=number, forward=forward)
         self._kept |= found
         self._hooked.clear()
+
+
+def _now(entries: Mapping[int, Entry]) -> list[tuple[int, Entry]]:
+    """The entries at this moment; the copy is made in one step of the interpreter."""
+    return list(entries.items())
 
 
 def _packed_by_hooks() -> bool:

@@ -53,5 +53,9 @@ class Table:
             return
         self._entries[key] = (weak_storage(tensor), marks)
         if len(self._entries) > self._sweep_at:
-            self._entries = {key: entry for key, entry in self._entries.items() if not entry[0].expired()}
+            for old, entry in list(
+                self._entries.items()
+            ):  # a copy, as other threads that post messages put entries too
+                if entry[0].expired() and self._entries.get(old) is entry:
+                    del self._entries[old]
             self._sweep_at = max(4096, 2 * len(self._entries))

@@ -52,7 +52,7 @@ class Runs:
         self._forwards = forwards
         self._parameters = parameters
         self._owed = owed
-        self._count = 0
+        self.count = 0  # how many have begun
         self._current: Run | None = None
         self.gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes its tensor
 
@@ -63,7 +63,7 @@ class Runs:
 
         A run from no output of a forward, but from a parameter, is one of the weight gradients of the owners.
         """
-        self._count += 1
+        self.count += 1
         made_by = [self.makers(root) for root in roots]
         found = {forward for made in made_by for forward in made}
         for made, gradient in zip(made_by, grads, strict=False):
@@ -77,7 +77,7 @@ class Runs:
         requested = any(weights) and bool(found)
         found = found or owners()
         ids = frozenset(id(target) for target, is_weight in zip(targets, weights, strict=True) if is_weight)
-        self._current = Run(self._count, set(found), fresh, for_weights, requested, ids)
+        self._current = Run(self.count, set(found), fresh, for_weights, requested, ids)
         self._parameters.listen()
         self._owed.begin(grads)
         return found

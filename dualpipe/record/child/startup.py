@@ -102,8 +102,7 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     """Watch this process from now on.  A second process group is a second recording."""
     import torch.distributed as dist
 
-    from . import collectives, compute, messages
-    from .flow import Flow
+    from . import collectives, compute, messages, ranges
     from .log import to_file
     from .patches import Patches
 
@@ -111,8 +110,9 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     if _WATCH is not None:
         _stop()
     _JOINED = True
-    flow = Flow(to_file(str(Path(folder) / f"{os.getpid()}-{session}.events")))
+    flow = ranges.RangedFlow(to_file(str(Path(folder) / f"{os.getpid()}-{session}.events")))
     patches = Patches()
+    ranges.watch(flow, patches)
     mode = compute.watch(flow, patches, settings["together"], settings["containers"])
     transport = messages.watch(flow, patches)
     collectives.watch(flow, patches, transport)

@@ -198,6 +198,7 @@ def test_a_theorem_whose_premise_fails_is_not_proved():
     assert proved == ["lower bound"]  # which is not about the table
 
 
+@pytest.mark.long
 def test_a_receive_may_be_early_if_no_rank_waits_for_it():
     """Not every change is a fault: the middle rank may post the receive of its first gradient before a forward."""
     early = in_middle(Row("4 first", 1, "RB1 F0 SF1 B1+W1 SF0 SB1 RF1 RB0"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, W, full_backwards, show_slot
+from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, W, show_slot
 from proofs.against import Aspect, Comparison, Departure, Misplaced
 
 
@@ -126,7 +126,7 @@ def meaning(departure: Departure, comparison: Comparison) -> str:
         case Aspect.ORDER:
             return _of_order(departure, comparison)
         case Aspect.WEIGHTS:
-            return _of_weights(departure, comparison)
+            return _of_weights(departure)
         case Aspect.MESSAGES:
             return _of_messages(departure, comparison)
         case Aspect.COLLECTIVES:
@@ -164,7 +164,7 @@ def _of_order(departure: Departure, comparison: Comparison) -> str:
     return "is the microbatch's number counted for each chunk apart, and increased after each use?"
 
 
-def _of_weights(departure: Departure, comparison: Comparison) -> str:
+def _of_weights(departure: Departure) -> str:
     here, there = departure.here, departure.there
     if here is None:
         return "are the weight gradients taken from their store often enough, at the end as well?"
@@ -172,12 +172,6 @@ def _of_weights(departure: Departure, comparison: Comparison) -> str:
         return "is a weight gradient run once for each microbatch?"
     if there.op.kind is W and departure.found is None:
         return "is the weight gradient stored and never run?"
-    with_its_b = here.op.task in full_backwards(comparison.here.programs[departure.rank][here.slot])
-    if here.op.kind is W and with_its_b and departure.later is not None:
-        return (
-            f"does the backward of {here.op.task} add all weight gradients at once, or are those that it stores never "
-            "run?"
-        )
     if here.op.kind is W and there.op.kind is W:
         return "is the store for weight gradients a queue, which gives the oldest first?"
     if here.op.kind is W:

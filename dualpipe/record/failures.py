@@ -42,7 +42,6 @@ def failures(
     """
     found: list[tuple[tuple[int, float], Failure]] = []
     ended = list(programs)
-    alone = sum(fails(log, codes) for log in logs) == 1
     for log in logs:
         if not fails(log, codes):
             continue
@@ -54,7 +53,8 @@ def failures(
         where = LATER if is_later else f"during {op}" if op is not None else _after(log, ended[log.rank])
         if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs, codes)) != log.rank:
             where += f", after rank {first} had failed"
-        if alone and (lost := _left_waiting(log, messages)) is not None:
+        lost = _left_waiting(log, messages)
+        if lost is not None and not fails(logs[lost.peer], codes):
             name = ops[lost.id] if lost.id in ops else _unnamed(lost)
             place = f"posted at {lost.at}" + (f" {LATER}" if is_later else "")
             order, what = (3, 0.0), f"waited for {name}, {place}, until rank {lost.peer} had ended"

@@ -83,6 +83,21 @@ def test_an_error_because_the_peer_has_ended_is_a_hang():
     assert "may_follow_from" not in prove(recording.schedule, smt=False).as_json()["checks"]["messages"]
 
 
+def test_every_rank_that_waits_for_one_that_has_ended_hangs():
+    def body(rank):
+        if rank < 2:
+            train(rank, nn.Linear(4, 4))
+        if rank != 1:
+            receive(1)
+
+    recording = record_ranks(3, body, check=False, timeout=20)
+    assert [str(failure).partition(", posted")[0] for failure in recording.schedule.failures] == [
+        "rank 0 waited for 0RB2>@1",
+        "rank 2 waited for 2RF0>@1",
+    ]
+    assert all(str(failure).endswith(", until rank 1 had ended") for failure in recording.schedule.failures)
+
+
 def test_an_error_before_any_op_is_recorded():
     def body(rank):
         raise LookupError

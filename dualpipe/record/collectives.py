@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dualpipe.record.events import Collective, CollectiveId, ForwardId, RankLog
 from dualpipe.record.lineage import Lineage
+from dualpipe.record.phrases import counted
 from dualpipe.schedule import Chunk, Kind, Lane, Op, Task
 
 Key = tuple[str, tuple[int, ...]]
@@ -56,11 +57,11 @@ def name_collectives(logs: Sequence[RankLog], lineage: Lineage, step: int) -> Co
                 else:
                     left.append(each)
     groups: list[tuple[int, ...]] = []
-    notes = (
-        [f"{len(left)} collectives with ranks outside of this pipeline are left out, as at {left[0].at}"]
-        if left
-        else []
-    )
+    notes = []
+    if left:
+        outside = "with ranks outside of this pipeline"
+        count = counted(len(left), f"collective {outside} is", f"collectives {outside} are")
+        notes.append(f"{count} left out, as at {left[0].at}")
     for (_, members), by_rank in rows.items():
         longest = max(map(len, by_rank.values()))
         number = None

@@ -170,9 +170,10 @@ def _read_post(log: RankLog, event: Event) -> None:
         send = posted["kind"] == "send"
         ends = (log.rank, posted["peer"]) if send else (posted["peer"], log.rank)
         content: dict[str, list[ForwardId]] = {"B": [], "F": []}
-        may_be_gradient = posted["real"] or posted["form"].startswith("complex")
+        # a backward also makes weight gradients, and sizes to send
+        may_be_gradient = (posted["real"] or posted["form"].startswith("complex")) and not posted["weights"]
         for letter, number in posted["marks"]:
-            if letter in content and (letter != "B" or may_be_gradient):  # a backward may also make sizes to send
+            if letter in content and (letter != "B" or may_be_gradient):
                 content[letter].append(ForwardId(log.rank, log.find(number)))
         if event["inside"] not in ("", "backward") and posted["real"]:
             raise RecordError(
@@ -192,6 +193,7 @@ def _read_post(log: RankLog, event: Event) -> None:
             posted.get("at") or event["at"],
             log.steps,
             tag=posted["tag"],
+            weights=tuple(posted["weights"]),
             memory=None if posted["memory"] is None else tuple(posted["memory"]),
         )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from dualpipe.record.events import Forward, ForwardId, Message, MessageId, ModuleId, RankLog, RecordError
 from dualpipe.record.lanes import Holder, Lanes, chains_of
 from dualpipe.record.microbatches import drop_evaluations, number
+from dualpipe.record.phrases import counted
 from dualpipe.schedule import Chunk, Lane, Task
 
 
@@ -212,7 +213,11 @@ def _notes_on_left_out(forwards: Mapping[ForwardId, Forward], module_of: Mapping
         if forward.id not in module_of:
             apart[forward.at].append(forward.id.rank)
     return [
-        f"{len(ranks)} forwards at {at} ({_ranks(ranks)}) exchange nothing with other ranks or stages and are left out"
+        counted(
+            len(ranks),
+            f"forward at {at} ({_ranks(ranks)}) exchanges nothing with other ranks or stages and is left out",
+            f"forwards at {at} ({_ranks(ranks)}) exchange nothing with other ranks or stages and are left out",
+        )
         for at, ranks in sorted(apart.items())
     ]
 

@@ -152,7 +152,7 @@ class Message:
     """One end of a message.
 
     ``gradient_of`` and ``activation_of``: of a send, the forwards that its tensor belongs to.  ``memory``: the storage
-    and the offset of the tensor, or ``None`` if unknown.
+    and the offset of the tensor, or ``None`` if unknown.  ``weights``: of a send, parameters whose gradients it has.
     """
 
     id: MessageId
@@ -168,6 +168,7 @@ class Message:
     completed: bool = False
     tag: int = 0
     memory: tuple[int, int] | None = None
+    weights: tuple[str, ...] = ()
 
 
 class Doubt(NamedTuple):

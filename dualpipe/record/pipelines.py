@@ -14,6 +14,7 @@ from dualpipe.record.failures import Codes, fails
 from dualpipe.record.lanes import Lanes
 from dualpipe.record.lineage import match
 from dualpipe.record.naming import uses
+from dualpipe.record.phrases import counted
 from dualpipe.record.recording import Recording, assemble
 
 Ranks = tuple[int, ...]
@@ -81,7 +82,9 @@ def _assemble(
     matched = match([message for log in logs for message in log.messages.values()])
     lost = [message for message in left if message.id not in matched]
     if left:
-        notes.append(f"{len(left)} messages with ranks of other pipelines are left out, as at {left[0].at}")
+        others = "with ranks of other pipelines"
+        count = counted(len(left), f"message {others} is", f"messages {others} are")
+        notes.append(f"{count} left out, as at {left[0].at}")
     caveats = [_caveat(message) for message in lost]
     return replace(
         recording, notes=(*notes, *recording.notes), caveats=(*recording.caveats, *caveats), pipeline_ranks=ranks

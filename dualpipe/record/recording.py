@@ -18,6 +18,7 @@ from dualpipe.record.lineage import Lineage, match, reordered, trace
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
 from dualpipe.record.observed import observe
+from dualpipe.record.phrases import counted
 from dualpipe.record.routes import complete, is_whole
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
@@ -72,7 +73,8 @@ class Recording:
         schedule = self.schedule
         ops = [placed.op for placed in schedule]
         messages = sum(op.kind in MESSAGES for op in ops)
-        lanes = ", ".join(f"{count} microbatches of lane {lane}" for lane, count in schedule.microbatches.items())
+        counts = schedule.microbatches.items()
+        lanes = ", ".join(f"{counted(count, 'microbatch', 'microbatches')} of lane {lane}" for lane, count in counts)
         return (
             f"{schedule.ranks} ranks, {schedule.stages} stages, {lanes}: "
             f"{len(ops) - messages} computations and {messages} message ends in "
@@ -178,14 +180,17 @@ class _Run:
         notes += [*made.notes, *collectives.notes]
         if made.early:
             notes.append(
-                f"{made.early} computations began with messages still in flight; in the file a message is where it was "
-                "posted, and the blocking model waits for it there, though the program does not"
+                f"{counted(made.early, 'computation', 'computations')} began with messages still in flight; in the "
+                "file a message is where it was posted, and the blocking model waits for it there, though the program "
+                "does not"
             )
         failures, ranks = conclude_failures(self.logs, self.codes, named.ops, everything, lineage, made.of_rank, number)
         elsewhere = sum(id not in partner and id not in messages for id in everything)
         doubts += caveats(logs, lineage, named, elsewhere)
         if lost:
-            doubts.append(f"{len(lost)} unmatched messages between ranks without neighbouring stages are left out")
+            between = "between ranks without neighbouring stages"
+            one, several = f"unmatched message {between} is", f"unmatched messages {between} are"
+            doubts.append(f"{counted(len(lost), one, several)} left out")
         observed = observe(logs, made, lineage, named.guesses)
         groups = collectives.groups
         schedule = Schedule(lineage.routes, ranks, self.name, groups, failures=failures, observed=observed)

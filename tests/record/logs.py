@@ -55,6 +55,7 @@ class Rank:
                     "marks": marks,
                     "form": form,
                     "real": True,
+                    "weights": [],
                     "memory": (number, 0),
                 }
             )

@@ -239,7 +239,15 @@ RAN = {
     "weights": {0: torch.full((2,), 3.0)},
     "ran": True,
 }
-FILE = {"forwards": {0: RAN}, "names": ["w"], "before": {}, "seen": [0], "collected": [], "by_optimizer": True}
+FILE = {
+    "forwards": {0: RAN},
+    "names": ["w"],
+    "before": {},
+    "step": 1,
+    "seen": [0],
+    "collected": [],
+    "by_optimizer": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -259,7 +267,12 @@ FILE = {"forwards": {0: RAN}, "names": ["w"], "before": {}, "seen": [0], "collec
         (
             FILE | {"final": {0: torch.full((2,), 5.0)}, "before": {0: torch.full((2,), 2.0)}},
             "equal",
-            "outputs and gradients equal",
+            "outputs and gradients equal; added to what was there before the step",
+        ),
+        (
+            FILE | {"final": {0: torch.full((2,), 5.0)}, "before": {0: torch.full((2,), 2.0)}, "step": 2},
+            "different",
+            "w: the gradient includes that of an earlier step: is it set to zero or None",
         ),
         (
             FILE | {"final": {0: torch.full((2,), 3.0)}, "forwards": {0: RAN | {"plainly": [torch.zeros(1)]}}},

@@ -182,6 +182,24 @@ def test_several_tensors_of_one_boundary_are_one_message_if_nothing_is_between_t
     assert sent("another") == ["0F0> 0SF0> 0F1> 0SF1> 0SF0>", "1RF0>+1RF1>+1RF0> 1F0> 1F1>"]
 
 
+def test_a_forward_of_an_evaluation_that_the_next_rank_trains_on_is_noted():
+    """Rank 0 evaluates one microbatch, and rank 1 none."""
+    first, second = Rank(0), Rank(1)
+    for grad in (False, True):
+        forward = first.forward(grad=grad)
+        first.send(1, "F", forward)
+        taken = second.forward(second.receive(0))
+        second.backward(taken)
+        second.send(0, "B", taken)
+        if grad:
+            first.backward(forward, first.receive(1))
+    (note,) = [note for note in recorded(first, second, end=False).notes if "evaluate" in note]
+    assert note == (
+        "0F0> at rank0.py:1 ran without gradients, and 1F0> at rank1.py:3 trains on what it sends: do both ranks "
+        "evaluate equally many microbatches?"
+    )
+
+
 def test_a_loss_for_the_log_is_counted_as_control_data():
     one, two = pair()
     two.send(0, "F", 1)

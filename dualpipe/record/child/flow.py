@@ -331,6 +331,7 @@ class Flow:
             self._messages += 1
             group = group or c10d._get_default_group()
             numbers.append(number)
+            weights = self.parameters.with_gradients_in(tensor) if kind == "send" else []
             posted.append(
                 {
                     "message": number,
@@ -340,6 +341,7 @@ class Flow:
                     "group_name": group.group_name,
                     "tag": tag,
                     "marks": self.origins.content(tensor) if kind == "send" else [],
+                    "weights": [self.parameters.name(parameter) for parameter in weights],
                     "memory": key_of(tensor),
                     "form": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
                     "real": tensor.is_floating_point(),

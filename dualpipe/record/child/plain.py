@@ -248,6 +248,7 @@ class Plain:
                             "names": [name for name, _ in self._parameters],
                             "final": final,
                             "before": self._before,
+                            "step": self._wanted,
                             "seen": sorted(find(forward) for forward in seen),
                             "collected": sorted(find(forward) for forward in self._collected),
                             "by_optimizer": by_optimizer,

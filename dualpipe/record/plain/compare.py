@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, 
 from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.replicas import differences
 from dualpipe.record.recording import Recording
-from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
+from dualpipe.schedule import SB, SF, B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
 _ROUNDING = 1e-4
@@ -53,7 +53,14 @@ def add_comparison(
     places = {placed.op: schedule.observed.place(placed) for placed in schedule if placed.op.kind in (B, W)}
     ranks = recording.pipeline_ranks
     others = [(each.tasks, each.schedule.routes, each.pipeline_ranks) for each in pipelines if each is not recording]
-    compared = compare(folder, logs, recording.tasks, schedule.routes, ranks, clip_norm, places, others)
+    of_job = ranks or range(schedule.ranks)
+    sent = [(op.bare, logs[of_job[id.rank]].messages[id.number]) for id, op in recording.messages.items()]
+    foreign = {
+        op: bool(message.weights)
+        for op, message in sent
+        if message.send and not message.activation_of and not message.gradient_of
+    }
+    compared = compare(folder, logs, recording.tasks, schedule.routes, ranks, clip_norm, places, others, foreign)
     return replace(recording, comparison=compared)
 
 
@@ -66,18 +73,21 @@ def compare(
     clip_norm: float | None = None,
     places: Mapping[Op, str] | None = None,
     pipelines: Sequence[tuple[Mapping[ForwardId, Task], Mapping[Lane, tuple[int, ...]], Sequence[int]]] = (),
+    foreign: Mapping[Op, bool] | None = None,
 ) -> Comparison:
     """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder.
 
     ``ranks`` are the ranks of the job that the recorded pipeline has, in the order of its own; none if it has all.
     ``clip_norm`` is the norm to which the program clips all gradients together, if the user says; ``places`` are the
     lines of the program of B and W.  ``pipelines`` are the tasks, routes and ranks of the other pipelines of the job.
+    ``foreign`` are the sends of tensors that no forward or backward of a stage made, and whether they are certainly
+    something else, as the gradient of a parameter is.
     """
     others = len(logs) > len({rank for route in routes.values() for rank in route})
     replicas_of = [_step(folder, logs, *each) for each in pipelines]
     if len({*ranks}.union(*(each[2] for each in pipelines))) < len(logs):
         replicas_of = []  # some ranks are in no recording
-    step = _step(folder, logs, tasks, routes, ranks, others, places or {}, replicas_of)
+    step = replace(_step(folder, logs, tasks, routes, ranks, others, places or {}, replicas_of), foreign=foreign or {})
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
@@ -145,6 +155,8 @@ class _Step:
     places: Mapping[Op, str]
     replicas: tuple[_Step, ...] = ()
     """The other pipelines of the job, if all are recorded."""
+    foreign: Mapping[Op, bool] = field(default_factory=dict)
+    """The sends of what no stage made, and whether that is certainly something else."""
 
     def chunk(self, chunk: Chunk) -> ChunkComparison:
         rank, count = self.routes[chunk.lane][chunk.stage], self.microbatches[chunk.lane]
@@ -167,8 +179,9 @@ class _Step:
                 else:
                     unknown.append(f"{what}, on the same input and weights: does its module keep a state of its own?")
             else:
-                for is_fault, what in self._of_microbatch(Task(*chunk, mb), found):
-                    (faults if is_fault else outside).append(what)
+                lists = {"fault": faults, "unknown": unknown, "outside": outside}
+                for which, what in self._of_microbatch(Task(*chunk, mb), found):
+                    lists[which].append(what)
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
         kept = self._gradients(chunk, rank)
@@ -224,25 +237,33 @@ class _Step:
         names = self.files[self.routes[chunk.lane][chunk.stage]]["names"]
         return {names[number]: parts for number, parts in self._parts(chunk).items()}
 
-    def _of_microbatch(self, task: Task, found: Plainly) -> Iterator[tuple[bool, str]]:
-        """What differs for one microbatch, and whether it is a fault: links to the neighbour stages, and outputs.
+    def _of_microbatch(self, task: Task, found: Plainly) -> Iterator[tuple[str, str]]:
+        """What differs for one microbatch, in the links to the neighbour stages and in the outputs.
 
-        What a stage takes may be computed, outside of any module, from what the stage before returns.  Then it is no
-        fault that it is something else, unless it is what some stage returns for another microbatch.
+        Each is a ``fault``, ``unknown``, or computed ``outside`` of any module from what the other stage returns.  The
+        last is no fault, unless it is what some stage returns for another microbatch.
         """
         before = self.forwards.get(task._replace(stage=task.stage - 1))
         after = self.forwards.get(task._replace(stage=task.stage + 1))
         if before is not None and not _among(found["took"], before.get("plainly", [])):
             what = f"microbatch {task.mb} does not take what stage {task.stage - 1} returns for it"
             known = _another(found["took"], (each.get("returned", []) for each in self.forwards.values()))
-            yield (True, what) if known else (False, f"{what}: is that computed further outside of a module?")
+            which = "fault" if known else self._which(Op(SF, task.lane, task.stage - 1, task.mb))
+            yield which, what if which == "fault" else f"{what}: is that computed further outside of a module?"
         if not found["ran"]:
-            yield True, f"no gradient reaches microbatch {task.mb}"
+            yield "fault", f"no gradient reaches microbatch {task.mb}"
         elif after is not None and not _among(found["gradients"], after.get("input gradients", [])):
             what = f"microbatch {task.mb} does not take the gradient that stage {task.stage + 1} has for it"
             others = (each.get("input gradients", []) for each in self.forwards.values())
             known = _another(found["gradients"], others)
-            yield (True, what) if known else (False, f"{what}: is the output computed further outside of a module?")
+            which = "fault" if known else self._which(Op(SB, task.lane, task.stage + 1, task.mb))
+            yield which, what if which == "fault" else f"{what}: is the output computed further outside of a module?"
+
+    def _which(self, send: Op) -> str:
+        """What it means that another tensor than that of the stage arrives by a send."""
+        if send not in self.foreign:
+            return "outside"
+        return "fault" if self.foreign[send] else "unknown"
 
     def _gradients(self, chunk: Chunk, rank: int) -> str | Agreement:
         """How the gradients of a chunk agree with the plain ones, or what differs."""
@@ -263,6 +284,8 @@ class _Step:
             )
             if not isinstance(found, Agreement) and (tied := self._tied(chunk, number, final)):
                 found = Agreement(tied)
+            if isinstance(found, Agreement) and parts.before is not None:
+                found = _with_earlier(found, file["step"])
             if isinstance(found, Agreement):
                 agree.append(found)
             else:
@@ -378,6 +401,13 @@ class _Step:
 
     def _name(self, chunk: Chunk, number: int) -> str:
         return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
+
+
+def _with_earlier(found: Agreement, step: int) -> Agreement | str:
+    """The agreement of a gradient that was not zero before the step, or what is wrong with that."""
+    if step > 1:
+        return "the gradient includes that of an earlier step: is it set to zero or None after the optimizer's step?"
+    return found._replace(how=", ".join(filter(None, (found.how, "added to what was there before the step"))))
 
 
 def _divisor(final: Tensor, every: Sequence[Parts], counts: Sequence[int]) -> int | None:

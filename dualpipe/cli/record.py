@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 @app.command(
     context_settings={"ignore_unknown_options": True},
+    options_metavar="[OPTIONS] --",
     epilog=examples(
         "dualpipe record -P 4 -o theirs.txt -- python train.py",
         "dualpipe record --prove -- python spawn_four_ranks.py",
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     ),
 )
 def record(
-    command: Annotated[list[str], typer.Argument(help="The program to run, after --.", metavar="-- COMMAND ...")],
+    command: Annotated[list[str], typer.Argument(help="The program to run, after --.", metavar="COMMAND")],
     ranks: Annotated[
         int | None,
         typer.Option(

@@ -63,7 +63,7 @@ def test_an_activation_that_comes_back_unchanged_is_followed(way):
 
 def test_an_activation_that_numpy_changes_is_a_caveat():
     recording = record_ranks(2, v_shape(lambda y: torch.from_numpy(np.tanh(y.numpy()))))
-    assert any("come from could not be determined, since they were outside of torch" in c for c in recording.caveats)
+    assert any("had been outside of torch, so that its origin could not be determined" in c for c in recording.caveats)
     assert any("made outside of torch's operators" in note and "test_arrivals.py:" in note for note in recording.notes)
 
 

@@ -154,7 +154,7 @@ def test_a_send_of_unknown_origin_is_named_by_its_use_and_noted():
         one.backward(f, one.receive(1))
     recording = recorded(one, two)
     assert lines(recording)[1].endswith("1B1>+1W1> 1SB1>")
-    assert recording.caveats == ("1 sends have tensors that no observed forward or backward made",)
+    assert recording.caveats == ("1 send has a tensor that no observed forward or backward made",)
     assert recording.notes[0].startswith("rank 1: no observed forward or backward made what it sends at rank1.py:")
     assert recording.notes[0].endswith("it is named by what uses it (1 times)")
 
@@ -228,7 +228,7 @@ def test_a_computation_with_a_message_in_flight_is_counted():
     one.send(1, "F", f, wait=False)
     one.forward()
     two.forward(two.receive(0))
-    assert "1 computations began with messages still in flight" in " ".join(recorded(one, two).notes)
+    assert "1 computation began with messages still in flight" in " ".join(recorded(one, two).notes)
 
 
 def crossing(down: int) -> tuple[Rank, Rank]:

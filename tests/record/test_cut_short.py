@@ -101,7 +101,7 @@ def test_an_unmatched_message_between_ranks_without_a_common_boundary(fails):
         "0AR>@0",
     )
     assert "rank 0: the send to rank 2 at " in recording.notes[0]
-    assert recording.caveats[-1] == "1 unmatched messages between ranks without neighbouring stages are left out"
+    assert recording.caveats[-1] == "1 unmatched message between ranks without neighbouring stages is left out"
 
 
 def four_ranks(rank: int, early: bool) -> None:

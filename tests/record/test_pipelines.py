@@ -95,7 +95,7 @@ def test_a_message_to_another_pipeline_that_is_never_matched_is_a_caveat():
         f"rank 0 of the job has a receive from rank 3, of another pipeline, at rank0.py:{len(logs[0].events) - 3} "
         "that was never matched",
     )
-    assert "1 messages with ranks of other pipelines are left out" in first.notes[1]
+    assert "1 message with ranks of other pipelines is left out" in first.notes[1]
     assert second.caveats == ()
 
 

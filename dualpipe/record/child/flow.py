@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d as c10d
 from torch.utils._pytree import tree_leaves
 
 from . import errors, graph
@@ -32,6 +31,7 @@ from .marks import NONE, Key, Marks, Table, key_of
 from .origins import Origins, marks
 from .owed import Owed
 from .parameters import Parameters, state_of
+from .posts import Posted, Posts
 from .runs import Runs
 
 _COMPUTES = frozenset({"forward", "backward", "weights", "weights requested"})
@@ -70,8 +70,6 @@ class Flow:
         self._forwards = Forwards()
         self._trials = Trials()
         self.parameters = Parameters()
-        self._messages = 0
-        self._posts = 0
         self.posted: list[int] = []  # the messages of the last post
         # (forward, module, with gradients) -> the inputs of its calls
         self._given: dict[tuple[int, int, bool], set[tuple[Key | None, ...]]] = {}
@@ -80,6 +78,7 @@ class Flow:
         self._engine_runs = Runs(self.write, self._table, self._forwards, self.parameters, self._owed)
         self.origins = Origins(self.write, self._table, self._forwards, self.parameters, self._engine_runs)
         self._gradients = Gradients(self.write, self._table, self.parameters, self.origins, self._owed)
+        self._posts = Posts(self._table, self.origins, self.parameters)
         self.context: Marks | None = None  # the marks of the module call or the run of the engine in progress
         self.calling = 0  # depth of module calls
         self._begun_with_grad = False  # whether the outermost one began with gradients enabled
@@ -319,40 +318,12 @@ class Flow:
 
     # messages
 
-    def post(self, messages: list[tuple[str, Tensor, int, Any, int, str]]) -> list[int]:
-        """Messages are about to be posted together: (send or receive, tensor, peer, group, tag, line of the program).
-
-        An empty line is that of the post.
-        """
-        numbers, posted = [], []
-        self._posts += 1
-        for kind, tensor, peer, group, tag, at in messages:
-            number = self._messages
-            self._messages += 1
-            group = group or c10d._get_default_group()
-            numbers.append(number)
-            weights = self.parameters.with_gradients_in(tensor) if kind == "send" else []
-            posted.append(
-                {
-                    "message": number,
-                    "kind": kind,
-                    "peer": peer,
-                    "group": c10d.get_process_group_ranks(group),
-                    "group_name": group.group_name,
-                    "tag": tag,
-                    "marks": self.origins.content(tensor) if kind == "send" else [],
-                    "weights": [self.parameters.name(parameter) for parameter in weights],
-                    "memory": key_of(tensor),
-                    "form": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
-                    "real": tensor.is_floating_point(),
-                    "at": at,
-                }
-            )
-            if kind == "receive":
-                self._table.put(tensor, frozenset({("M", number)}))
+    def post(self, messages: Sequence[Posted]) -> list[int]:
+        """Messages are about to be posted together; returns their numbers."""
+        posted = self._posts.add(messages)
+        numbers = [message["message"] for message in posted]
         self._forwards.interrupt()
         self.posted = numbers
-        self.origins.posted(numbers, self._posts)
         inside = ""
         if self.on_own_thread():
             self._engine_runs.post(numbers)

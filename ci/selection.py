@@ -235,7 +235,22 @@ ROWS: dict[str, Row] = {
     ),
     "tests/gpu/": Row((), ("tests/gpu",), ("tests/production/test_settings.py",)),
     "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py", "tests/record/test_megatron.py")),
-    "tests/megatron/test_groups.py": Row((), ("tests/megatron/test_groups.py", "tests/megatron/test_model.py")),
+    "tests/megatron/test_groups.py": Row(
+        (),
+        (
+            "tests/megatron/test_groups.py",
+            "tests/megatron/test_model.py",
+            "tests/megatron/test_training_loop.py",
+        ),
+    ),
+    "tests/megatron/test_planted_faults.py": Row(
+        (),
+        (
+            "tests/megatron/test_embedding.py",
+            "tests/megatron/test_placement.py",
+            "tests/megatron/test_planted_faults.py",
+        ),
+    ),
     "tests/page/": Row((), ("tests/page",), ("tests/cli/test_compare.py",)),
     "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),
     "tests/production/": Row(

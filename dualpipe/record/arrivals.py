@@ -32,12 +32,15 @@ def _may_carry(arrival: Arrival, log: RankLog, everything: Sequence[RankLog], pi
 
 
 def _met(one: Collective, logs: Sequence[RankLog]) -> Iterator[Collective]:
-    """The collectives of the other members that meet this one: each member's k-th in its group."""
+    """The collectives of the other members that meet this one: each member's k-th in its group.
+
+    Members outside of the pipeline, as those of tensor parallelism, have no other stage of it.
+    """
 
     def row(log: RankLog) -> list[Collective]:
         return [c for c in log.collectives.values() if (c.group_name, c.group) == (one.group_name, one.group)]
 
     nth = row(logs[one.id.rank]).index(one)
     for log in logs:
-        if log.rank in one.group and len(met := row(log)) > nth:
+        if log.rank != one.id.rank and log.rank in one.group and len(met := row(log)) > nth:
             yield met[nth]

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dualpipe.record import RecordError
+from dualpipe.record.arrivals import note_arrivals
+from dualpipe.record.events import read
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from tests.record.two_ranks import SHAPE, assert_plain, text, train
@@ -140,3 +142,20 @@ def test_data_from_numpy_is_data():
     assert_plain(recording)
     assert recording.caveats == ()
     assert text(recording, 0)
+
+
+@pytest.mark.parametrize(("group", "doubts"), [([0, 1], ["by a collective"]), ([0, -1], [])])
+def test_what_the_members_of_another_pipeline_gather_is_no_activation(group, doubts):
+    """Tensor parallelism: each member gathers parts of what its own stage has made; -1 is a rank outside."""
+    begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
+    called = {"event": "collective", "collective": 0, "name": "all_gather", "group_name": "1", "group": group}
+    holds = {"form": [], "modules": [], "names": [], "marks": [("F", 0)], "context": []}
+    events = [
+        begun | {"forward": 0},
+        called | holds,
+        {"event": "arrived", "arrival": 0, "how": "collective", "collective": 0},
+        {"event": "arrival", "forward": 0, "arrivals": [0], "backward": False},
+    ]
+    logs = [read(rank, [event | {"at": "x.py:1"} for event in events]) for rank in range(2)]
+    note_arrivals(logs, logs)
+    assert [doubt.what for doubt in logs[0].doubts] == doubts

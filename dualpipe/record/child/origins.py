@@ -112,7 +112,10 @@ class Origins:
         return letter, self._forwards.find(number)
 
     def owners(self, found: Marks, holders: set[int] | None) -> set[int]:
-        """The forwards of the marks among those of ``holders``: by gradients if possible, else by activations."""
+        """The forwards of the marks among those of ``holders``: by gradients if possible, else by activations.
+
+        A gradient is also that of the output of the stage before, if that is on this rank too.
+        """
         by_letter: dict[str, set[int]] = {"B": set(), "F": set()}
         for letter, number in found:
             if letter == "M":
@@ -124,7 +127,11 @@ class Origins:
                 by_letter["F"].add(self._forwards.find(self.following.get(number, number)))
             elif letter in by_letter:
                 by_letter[letter].add(self._forwards.find(number))
-        for forwards in by_letter.values():
+        gradients = by_letter["B"]
+        before = {
+            self._forwards.find(one) for one, later in self.following.items() if self._forwards.find(later) in gradients
+        }
+        for forwards in (gradients, before, by_letter["F"]):
             kept = {f for f in forwards if holders is None or self._forwards.calls_one_of(f, holders)}
             if kept:
                 return kept

@@ -150,7 +150,7 @@ def after_failures(result: Result, failures: Sequence[Failure]) -> Result:
     finding = result.finding
     if finding is None or not finding.ends_early:
         return result
-    within = (failure for failure in failures if not failure.is_later)
+    within = (failure for failure in failures if failure.ends_early and not failure.is_later)
     possible = (failure for failure in within if not failure.is_hang or _follows_from_hang(finding, failure.rank))
     return replace(result, after=next(possible, None))
 

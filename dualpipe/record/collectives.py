@@ -80,6 +80,36 @@ def name_collectives(logs: Sequence[RankLog], lineage: Lineage, step: int) -> Co
     return Collectives(ops, tuple(groups), tuple(notes))
 
 
+def clashes(logs: Sequence[RankLog], pipelines: Sequence[Sequence[int]]) -> dict[int, str]:
+    """Where members in different pipelines of a job disagree on the k-th collective of their group, by rank.
+
+    The first such collective of each group, in words.  ``logs`` are those of all ranks of the job.
+    """
+    of_rank = {rank: number for number, own in enumerate(pipelines) for rank in own}
+    rows: dict[Key, dict[int, list[Collective]]] = {}
+    for log in logs:
+        for each in log.collectives.values():
+            if len({of_rank.get(rank, -1) for rank in each.group}) > 1:
+                rows.setdefault((each.group_name, each.group), {}).setdefault(log.rank, []).append(each)
+    found: dict[int, str] = {}
+    for (_, members), by_rank in rows.items():
+        for nth, met in enumerate(zip(*by_rank.values(), strict=False)):
+            first = met[0]
+            unlike = next((each for each in met if _shown(each) != _shown(first)), None)
+            if unlike is not None:
+                which = f"as collective {nth + 1} of the ranks {' '.join(map(str, members))}"
+                for one, other in ((first, unlike), (unlike, first)):
+                    theirs = f"rank {other.id.rank} of the job {_call(other)}"
+                    found.setdefault(one.id.rank, f"{_call(one)} {which} of the job, where {theirs}")
+                break
+    return found
+
+
+def _shown(each: Collective) -> tuple[object, ...]:
+    """What the members of a group must agree on.  Which of the gradients a member gets is its own."""
+    return each.name, each.form, frozenset(name.rpartition(".module.")[2] for name in each.names)
+
+
 def _chunks(logs: Sequence[RankLog], lineage: Lineage) -> dict[tuple[int, int], Chunk]:
     """The chunk of every module that a forward of the pipeline called, or that is a part of one, by rank and number."""
     found: dict[tuple[int, int], Chunk] = {}
@@ -137,8 +167,7 @@ class _Met:
         )
 
     def _content(self, each: Collective) -> tuple[object, ...]:
-        names = each.names if self._kind is Kind.RG else ()
-        return each.name, each.form, tuple(name.rpartition(".module.")[2] for name in names)
+        return _shown(each if self._kind is Kind.RG else each._replace(names=()))
 
     def _chunk(self, rank: int) -> Chunk | None:
         found = [self._chunks[rank, module] for module in self._joined[rank].modules if (rank, module) in self._chunks]
@@ -170,6 +199,10 @@ class _Met:
 
 
 def _what(each: Collective) -> str:
+    return f"rank {each.id.rank} {_call(each)}"
+
+
+def _call(each: Collective) -> str:
     names = [*each.names[:2], *(["..."] if len(each.names) > 2 else [])]
     of = f" on the gradient of {', '.join(names)}" if names else f" on {', '.join(each.form)}" if each.form else ""
-    return f"rank {each.id.rank} calls {each.name}{of} at {each.at}"
+    return f"calls {each.name}{of} at {each.at}"

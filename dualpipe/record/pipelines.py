@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from dualpipe.record.collectives import clashes
 from dualpipe.record.events import Event, Message, RankLog, RecordError, read
 from dualpipe.record.failures import Codes, fails
 from dualpipe.record.lanes import Lanes
@@ -16,6 +17,7 @@ from dualpipe.record.lineage import match
 from dualpipe.record.naming import uses
 from dualpipe.record.phrases import counted
 from dualpipe.record.recording import Recording, assemble
+from dualpipe.schedule import Failure, Schedule, printable
 
 Ranks = tuple[int, ...]
 
@@ -53,11 +55,25 @@ def assemble_all(
     if len(found) < 2 and ranks is None:
         return [assemble(logs, name, step, lanes, codes)]
     recordings = [_assemble(logs, own, name, step, lanes, codes) for own in found]
+    if len(recordings) > 1:
+        clash = clashes(logs, found)
+        recordings = [_with_clashes(recording, clash) for recording in recordings]
     outside = {log.rank for log in logs if fails(log, codes)} - {rank for own in found for rank in own}
     if ranks is not None or not outside:
         return recordings
     caveat = f"ranks {' '.join(map(str, sorted(outside)))} of the job failed before they were part of a pipeline"
     return [replace(recording, caveats=(*recording.caveats, caveat)) for recording in recordings]
+
+
+def _with_clashes(recording: Recording, clash: Mapping[int, str]) -> Recording:
+    """The recording with the collectives on which its ranks and those of other pipelines disagree, as failures."""
+    own = [
+        Failure(number, printable(clash[rank])) for number, rank in enumerate(recording.pipeline_ranks) if rank in clash
+    ]
+    old = recording.schedule
+    failures = [*own, *old.failures]
+    schedule = Schedule(old.routes, old.programs, old.name, old.groups, failures=failures, observed=old.observed)
+    return replace(recording, schedule=schedule) if own else recording
 
 
 def assemble_one(

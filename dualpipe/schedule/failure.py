@@ -22,6 +22,11 @@ class Failure(NamedTuple):
         return self.what.startswith("waited ")
 
     @property
+    def ends_early(self) -> bool:
+        """Whether the rank's program ends there; not if it only calls another collective than other pipelines."""
+        return not self.what.startswith("calls ")
+
+    @property
     def is_later(self) -> bool:
         """Whether the rank got beyond the recorded step, so that nothing in the schedule follows from its failure."""
         return f" {LATER}" in self.what

@@ -6,6 +6,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dualpipe import loads
+from dualpipe.record.collectives import clashes
+from dualpipe.record.events import read
 from dualpipe.schedule.text import dumps
 from dualpipe.testing import record_ranks
 from proofs.against import compare
@@ -130,3 +132,16 @@ def test_members_that_call_other_functions_do_not_meet():
     assert "rank 0 calls barrier at " in note
     assert "rank 1 calls all_reduce on float32[1] at " in note
     assert text(recording, 0).endswith("0AR>@0 0AR>@0")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_members_that_scatter_the_same_gradients_agree_though_each_gets_another_part(same):
+    """The output of a reduce-scatter is a part of its input, on each rank another one."""
+
+    def member(rank, *names):
+        holds = {"form": [], "modules": [0], "names": list(names), "marks": [], "context": [], "at": f"{rank}.py:1"}
+        called = {"event": "collective", "collective": 0, "name": "reduce_scatter_tensor", "group_name": "1"}
+        return read(rank, [called | {"group": [0, 1]} | holds])
+
+    logs = [member(0, "a", "b"), member(1, "b", "a" if same else "c")]
+    assert len(clashes(logs, [(0,), (1,)])) == (0 if same else 2)

@@ -111,7 +111,7 @@ class Collectives:
         flow, number = self.flow, self._count
         self._count += 1
         tensors = [t for key, value in given.items() if key != "group" for t in _tensors(value)]
-        parameters = [p for tensor in tensors for p in flow.parameters.with_gradients_in(tensor)]
+        parameters = list(dict.fromkeys(p for tensor in tensors for p in flow.parameters.with_gradients_in(tensor)))
         marks = sorted({mark for tensor in tensors for mark in flow.origins.content(tensor)})
         form = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors] if name in _UNIFORM else []
         flow.write(

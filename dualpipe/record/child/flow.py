@@ -231,7 +231,7 @@ class Flow:
     def run(self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> Marks:
         """The engine is about to run from ``roots``; returns the marks of its results."""
         held = frozenset(mark for g in grads if isinstance(g, Tensor) for mark in self._table.get(g))
-        found = self._engine_runs.begin(roots, grads, inputs, lambda: self.origins.owners(held, None))
+        found = self._engine_runs.begin(roots, grads, inputs, partial(self.origins.owners, held))
         self._forwards.interrupt()
         if found and (arrived := sorted(number for letter, number in held if letter == "U")):
             self.write("arrival", forward=min(found), arrivals=arrived, backward=True)

@@ -57,11 +57,15 @@ class Runs:
         self.gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes its tensor
 
     def begin(
-        self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any], owners: Callable[[], set[int]]
+        self,
+        roots: Sequence[Any],
+        grads: Sequence[Any],
+        inputs: Sequence[Any],
+        owners: Callable[[set[int] | None], set[int]],
     ) -> set[int]:
         """The engine is about to run from ``roots``; returns the forwards that they are made from, or else ``owners``.
 
-        A run from no output of a forward, but from a parameter, is one of the weight gradients of the owners.
+        A run from no output of a forward, but from or to a parameter, is one of the weight gradients of the owners.
         """
         self.count += 1
         made_by = [self.makers(root) for root in roots]
@@ -75,7 +79,10 @@ class Runs:
         if found and not for_weights and graph.has_run(roots):
             self._write("doubt", what="run again", forward=min(found))
         requested = any(weights) and bool(found)
-        found = found or owners()
+        if not found:
+            ends = [end for end in (*map(self._variable, roots), *targets) if end in self._parameters]
+            holders = {holder for end in ends for holder in self._parameters.holders(id(end))}
+            found = (owners(holders) if holders else set()) or owners(None)
         ids = frozenset(id(target) for target, is_weight in zip(targets, weights, strict=True) if is_weight)
         self._current = Run(self.count, set(found), fresh, for_weights, requested, ids)
         self._parameters.listen()

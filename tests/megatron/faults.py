@@ -241,14 +241,14 @@ def one_receive_too_many_on_a_middle_rank() -> None:
 
 
 def outputs_freed_under_the_backward() -> None:
-    from dualpipe.runtime import executor
+    from dualpipe.runtime import live
 
     def edge(output):
         if output.requires_grad and output.dim():
             output.data = torch.empty(1, dtype=output.dtype)
         return torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None
 
-    executor._edge = edge
+    live._edge = edge
 
 
 def mirror_chunk_numbered_as_rank_r() -> None:

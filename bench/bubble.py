@@ -32,9 +32,10 @@ import typer
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the tests, which are not installed, fetch DeepSeek's package
 
-from sleeping.executors import Entrant, deepseek, entrants  # noqa: E402
+from peers.executors import Entrant, deepseek, entrants  # noqa: E402
+from peers.truth import check, result_of, truth  # noqa: E402
 from sleeping.links import RING, delay_links  # noqa: E402
-from sleeping.model import PARTS, SLEPT, Case, truth  # noqa: E402
+from sleeping.model import PARTS, SLEPT, Case  # noqa: E402
 
 from dualpipe.schedule.generate import generate  # noqa: E402
 from dualpipe.testing.launch import launch  # noqa: E402
@@ -55,9 +56,8 @@ def measure(case: Case, chosen: dict[str, Entrant], repeats: int) -> dict[str, l
         steps = defaultdict(list)
         for _ in range(1 + repeats):
             for name, executor in executors.items():
-                layers = [layer for module in executor.modules for layer in module]
-                for layer in layers:
-                    layer.weight.grad = None
+                for module in executor.modules:
+                    module.zero_grad()
                 SLEPT.clear()
                 dist.barrier()
                 began = time.monotonic()
@@ -65,39 +65,22 @@ def measure(case: Case, chosen: dict[str, Entrant], repeats: int) -> dict[str, l
                 ended = time.monotonic()
                 if work != SLEPT:
                     raise RuntimeError(f"rank {context.rank} of {name} did {dict(SLEPT)} of {work}")
-                found = [(layer.number, layer.weight.grad) for layer in layers]
-                steps[name].append((began, ended, {mb: loss.detach() for mb, loss in losses.items()}, found))
+                steps[name].append((began, ended, result_of(executor.modules, losses)))
         dist.barrier()
         for executor in executors.values():
             executor.close()
         return dict(steps)
 
     ranks = launch(case.ranks, body, timeout=600.0).values()
-    wanted = truth(case)
+    idle = Case(case.ranks, case.microbatches, 0.0, 0.0, 0.0, 0.0)
+    wanted = truth(idle, PARTS * case.ranks)
     seconds = {}
     for name in chosen:
         seconds[name] = []
         for step in zip(*(rank[name] for rank in ranks), strict=True):
-            check(name, step, wanted)
-            seconds[name].append(max(ended for _, ended, *_ in step) - min(began for began, *_ in step))
+            check(name, [result for *_, result in step], wanted)
+            seconds[name].append(max(ended for _, ended, _ in step) - min(began for began, *_ in step))
     return {name: found[1:] for name, found in seconds.items()}
-
-
-def check(name: str, step, wanted) -> None:
-    """Raises ``RuntimeError`` unless losses and gradients are those of the plain loop, up to the order of addition."""
-    losses = {mb: loss for *_, found, _ in step for mb, loss in found.items()}
-    gradients: dict[int, torch.Tensor] = {}
-    for *_, found in step:
-        for number, gradient in found:
-            gradients[number] = gradients[number] + gradient if number in gradients else gradient
-    true_losses, true_gradients = wanted
-    same = len(losses) == len(true_losses) and gradients.keys() == true_gradients.keys()
-    same = same and all(torch.allclose(losses[mb], loss, rtol=1e-5) for mb, loss in enumerate(true_losses))
-    if not same or any(
-        not torch.allclose(gradients[number], gradient, rtol=1e-4, atol=1e-6)
-        for number, gradient in true_gradients.items()
-    ):
-        raise RuntimeError(f"{name} has other losses or gradients than the plain loop")
 
 
 def simulated(case: Case, entrant: Entrant) -> float:

@@ -106,18 +106,28 @@ def test_the_bubbles_of_executors_are_measured_and_their_results_checked(capsys)
 
 @pytest.mark.parametrize("spoiled", ["loss", "gradient", "microbatch"])
 def test_an_executor_with_other_results_than_the_plain_loop_is_refused(spoiled):
-    check, case = (script("bubble.py")[name] for name in ("check", "Case"))
-    truth = script("bubble.py")["truth"](case(2, 4, 0, 0, 0, 0))
-    losses, gradients = dict(enumerate(truth[0])), dict(truth[1])
-    check("mine", [(0, 1, losses, list(gradients.items()))], truth)
+    check, case, truth = (script("bubble.py")[name] for name in ("check", "Case", "truth"))
+    wanted = truth(case(2, 4, 0, 0, 0, 0), 4)
+    losses, gradients = dict(wanted[0]), dict(wanted[1])
+    assert (sorted(losses), sorted(gradients)) == ([0, 1, 2, 3], [(layer, "weight") for layer in range(4)])
+    check("mine", [(losses, list(gradients.items()))], wanted)
     if spoiled == "loss":
         losses[1] = losses[1] * 1.001
     elif spoiled == "gradient":
-        gradients[2] = gradients[2] * 1.001
+        gradients[2, "weight"] = gradients[2, "weight"] * 1.001
     else:
         del losses[3]
     with pytest.raises(RuntimeError, match="mine has other losses or gradients"):
-        check("mine", [(0, 1, losses, list(gradients.items()))], truth)
+        check("mine", [(losses, list(gradients.items()))], wanted)
+
+
+def test_the_cost_of_executors_is_measured_and_their_results_checked(tmp_path, capsys):
+    main = script("executor.py")["main"]
+    main(sizes="2/4", rounds=1, steps=1, executors="ours", output=tmp_path / "figures.json")
+    assert capsys.readouterr().out.endswith("every step over gloo had the losses and gradients of the plain loop\n")
+    columns = json.loads((tmp_path / "figures.json").read_text())["sizes"]["2/4"]
+    assert sorted(columns) == ["cpu", "host", "wall"]
+    assert all(column["ours"]["us"] > 0 for column in columns.values())
 
 
 def test_every_script_has_a_test():

@@ -1,1 +1,1 @@
-"""The parts of bench/bubble.py: a model that sleeps, its executors, and links that take their time."""
+"""The parts of bench/bubble.py alone: a model that sleeps, and links that take their time."""

@@ -13,7 +13,7 @@ WIDTH, BATCH, PARTS = 8, 2, 2  # PARTS: layers of a share
 
 @dataclass(frozen=True)
 class Case:
-    """Seconds of F, B and W of a share, and of the delay of a message."""
+    """Seconds of F, B and W of a share, and of the delay of a message; a ``peers.executors.Case``."""
 
     ranks: int
     microbatches: int
@@ -22,9 +22,24 @@ class Case:
     W: float
     delay: float
 
+    shape = (BATCH, WIDTH)
+    defers = True
+
     @property
     def work(self) -> float:
         return self.microbatches * (self.F + self.B + self.W)
+
+    def stage(self, number: int, stages: int, defer) -> nn.Sequential:
+        """Stage ``number`` of so many, of a model with ``PARTS`` layers for each rank."""
+        layers = PARTS * self.ranks // stages
+        return nn.Sequential(*(Layer(number * layers + part, self, defer) for part in range(layers)))
+
+    def data(self) -> tuple[torch.Tensor, torch.Tensor]:
+        random = torch.Generator().manual_seed(1)
+        return tuple(torch.randn(self.microbatches * BATCH, WIDTH, generator=random) for _ in range(2))
+
+    def criterion(self, output, label):
+        return (output - label).square().mean()
 
 
 SLEPT: Counter[str] = Counter()
@@ -69,29 +84,3 @@ class Layer(nn.Module):
 
     def forward(self, x):
         return SleepyLinear.apply(x, self.weight, self)
-
-
-def stage(number: int, stages: int, case: Case, defer) -> nn.Sequential:
-    """Stage ``number`` of so many, of a model with ``PARTS`` layers for each rank."""
-    layers = PARTS * case.ranks // stages
-    return nn.Sequential(*(Layer(number * layers + part, case, defer) for part in range(layers)))
-
-
-def data(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(case.microbatches * BATCH, WIDTH, generator=random) for _ in range(2))
-
-
-def criterion(output, label):
-    return (output - label).square().mean()
-
-
-def truth(case: Case) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
-    """Losses and gradients of a plain loop over all microbatches."""
-    idle = Case(case.ranks, case.microbatches, 0.0, 0.0, 0.0, 0.0)
-    model = stage(0, 1, idle, lambda closure: False)
-    losses = []
-    for x, label in zip(*(part.split(BATCH) for part in data(case)), strict=True):
-        losses.append(criterion(model(x), label))
-        losses[-1].backward()
-    return [loss.detach() for loss in losses], {layer.number: layer.weight.grad for layer in model}

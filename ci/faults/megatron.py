@@ -13,7 +13,7 @@ FAULTS = (
         13,
         "Megatron: W adds to the gradient past the data-parallel hooks",
         WEIGHTGRAD,
-        "                torch.autograd.backward(complete, sums)\n",
+        "                run_backward(tuple(complete), tuple(sums))\n",
         "                for leaf, gradient in zip(complete, sums):\n"
         "                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient\n",
         check="trial, Megatron",

@@ -2,10 +2,11 @@
 
 from ci.faults.fault import Edit, fault
 
-EXECUTE, MODULES, REPLICAS, TRANSPORT = (
-    f"dualpipe/runtime/{name}.py" for name in ("executor", "modules", "replicas", "process_group")
+EXECUTE, PROGRAM, LIVE, MODULES, REPLICAS, TRANSPORT = (
+    f"dualpipe/runtime/{name}.py" for name in ("executor", "program", "live", "modules", "replicas", "process_group")
 )
 PIPELINE = "dualpipe/pipeline.py"
+WIRE, OUTSTANDING = "dualpipe/runtime/wire.py", "dualpipe/runtime/outstanding.py"
 BUFFERS = "dualpipe/record/child/buffers.py"
 
 FAULTS = (
@@ -13,8 +14,8 @@ FAULTS = (
         35,
         "nothing is deferred to W, which does nothing",
         EXECUTE,
-        "split.forward(Op(W, *task), task not in self.full):",
-        "split.forward(Op(W, *task), False):",
+        "split.forward(step.weight, not step.full):",
+        "split.forward(step.weight, False):",
         check="trial",
         rule="run",
         says="adds in B, outside the layer, to the gradients of ",
@@ -23,8 +24,8 @@ FAULTS = (
         11,
         "W does not run its deferred weight gradients",
         EXECUTE,
-        "                self.store.run(Op(W, *task))",
-        "                pass",
+        "        elif not step.full:\n            self.store.run(step.weight)",
+        "",
         check="trial",
         rule="run",
         says="these weight gradients were never computed",
@@ -32,9 +33,9 @@ FAULTS = (
     fault(
         20,
         "the gradient of the loss divided by the microbatches a second time",
-        EXECUTE,
+        LIVE,
         "(torch.ones_like(loss),)",
-        "(torch.ones_like(loss) / sum(self.schedule.microbatches.values()),)",
+        "(torch.ones_like(loss) / 8,)",
         check="trial",
         rule="bitwise",
         says="first step 0, stage 0: gradient of its lane of ",
@@ -73,8 +74,8 @@ FAULTS = (
         23,
         "an output that is a view is detached in place",
         EXECUTE,
-        "tuple(output.detach() for output in outputs)",
-        "tuple(output.detach_() for output in outputs)",
+        "[output.detach() for output in outputs]",
+        "[output.detach_() for output in outputs]",
         check="tests",
         rule="test",
         says="test_dualpipe_trains_and_evaluates_as_their_example_does.*Can't detach views in-place",
@@ -82,7 +83,7 @@ FAULTS = (
     fault(
         24,
         "an output is kept until its backward",
-        EXECUTE,
+        LIVE,
         "    return get_gradient_edge(output) if output.requires_grad else None",
         "    if output.requires_grad:\n"
         '        get_gradient_edge(output).node.metadata["kept"] = output\n'
@@ -94,11 +95,12 @@ FAULTS = (
     fault(
         9,
         "an unused received tensor goes unnoticed",
-        EXECUTE,
-        """        left += [f"what {op} receives was not used" for op in self.arrivals]
+        PROGRAM,
+        """        left += [f"what {op} receives was not used" for op in self.registers if op in self.arrivals]
         left += [f"{Op(F, *task)} has no backward" for task in self.live if not self.forward_only]
-        if left:""",
-        """        if not left and self.arrivals:""",
+""",
+        """        left = [] if left or not self.arrivals else ["what a receive brought was not used"]
+""",
         check="tests",
         rule="test",
         says="test_a_gradient_that_is_never_sent_is_reported_by_the_rank_that_kept_it.*was not used",
@@ -198,9 +200,10 @@ FAULTS = (
     fault(
         28,
         "messages posted on the default group",
-        TRANSPORT,
-        "ops.append(dist.P2POp(kind, wire, group=self.group, group_peer=peer, tag=tag))",
-        "ops.append(dist.P2POp(kind, tensor, peer))",
+        WIRE,
+        "shared = [Channel(group, group._get_backend(device), peer) for peer in order]",
+        "group = dist.group.WORLD\n"
+        "        shared = [Channel(group, group._get_backend(device), peer) for peer in order]",
         check="trial, Megatron",
         rule="run",
         says="gpt-P4-data-parallel-2, DualPipe: .*(send|receive) .* rank . failed after ",
@@ -208,7 +211,7 @@ FAULTS = (
     fault(
         6,
         "only one of the works of a message is waited for",
-        TRANSPORT,
+        OUTSTANDING,
         "            for work in message.works:\n",
         "            for work in message.works[1:]:\n",
         check="trial",
@@ -232,10 +235,10 @@ FAULTS = (
         0,
         "a received tensor returned before it has arrived",
         TRANSPORT,
-        "            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))\n",
-        "            early = [tensor.clone() for tensor in message.tensors]\n"
-        "            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))\n"
-        "            message.tensors = early\n",
+        "        self._outstanding.wait(message)\n",
+        "        early = [tensor.clone() for tensor in message.tensors]\n"
+        "        self._outstanding.wait(message)\n"
+        "        message.tensors = early\n",
         check="trial",
         rule="run",
         says="differs between the lanes before the first update",

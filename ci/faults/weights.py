@@ -30,10 +30,10 @@ FAULTS = (
         14,
         "the last weight gradient arrives after the reduction",
         WEIGHTGRAD,
-        "                torch.autograd.backward(complete, sums)\n",
-        "                _LATE.append((complete, sums))\n"
+        "                run_backward(tuple(complete), tuple(sums))\n",
+        "                _LATE.append((tuple(complete), tuple(sums)))\n"
         "                if len(_LATE) > 1:\n"
-        "                    torch.autograd.backward(*_LATE.pop(0))\n",
+        "                    run_backward(*_LATE.pop(0))\n",
         Edit(WEIGHTGRAD, "Closure = Callable[[], None]\n", "Closure = Callable[[], None]\n_LATE: list[Any] = []\n"),
         check="trial",
         rule="bitwise",

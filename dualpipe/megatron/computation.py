@@ -16,7 +16,7 @@ from dualpipe.errors import StageError
 from dualpipe.megatron.groups import at_stage
 from dualpipe.megatron.losses import detached
 from dualpipe.megatron.model import ChunkSetup
-from dualpipe.runtime.executor import Tensors
+from dualpipe.runtime.live import Tensors
 from dualpipe.runtime.modules import describe
 from dualpipe.schedule import B, Chunk, Lane, Op, Schedule, W
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dualpipe.errors import RuleError, StageError
 from dualpipe.pipeline import Pipeline
-from dualpipe.runtime.executor import Tensors
+from dualpipe.runtime.live import Tensors
 from dualpipe.runtime.modules import Criterion, Feed, StepResult
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import TensorSpec

@@ -1,49 +1,28 @@
-"""The interpreter: runs one rank's program, with one small handler for each kind of op.
+"""The interpreter: a loop over one rank's compiled program, with one small handler for each kind of step.
 
-The order is in the schedule and nowhere else.  A slot of messages is posted and not waited for; a compute op waits
-only for the receive it needs.  Where B and W of a microbatch share a slot the backward is full; elsewhere linear layers
-defer their weight gradient to W (``dualpipe.runtime.weightgrad``).
+The order is in the schedule and nowhere else; ``dualpipe.runtime.program`` compiles it.  A slot of messages is posted
+and not waited for; a compute op waits only for the receive it needs.  Where B and W of a microbatch share a slot the
+backward is full; elsewhere linear layers defer their weight gradient to W (``dualpipe.runtime.weightgrad``).
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dualpipe.errors import RuleError, StageError
+from dualpipe.runtime.live import Live, Output, Tensors, differentiable, leaf_of
+from dualpipe.runtime.program import Post, Program, Step, compile_program
 from dualpipe.runtime.split_stage import SplitStage
 from dualpipe.runtime.transport import Message, MessageError, TensorSpec, Transport
-from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
-from dualpipe.schedule import (
-    MESSAGES,
-    RB,
-    RF,
-    SENDS,
-    SF,
-    B,
-    Chunk,
-    F,
-    Kind,
-    Op,
-    Schedule,
-    Slot,
-    Task,
-    W,
-    full_backwards,
-    show_slot,
-)
+from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError, run_backward
+from dualpipe.schedule import SF, B, Chunk, F, Op, Schedule, Slot, W, show_slot
 
-logger = logging.getLogger(__name__)
-
-Tensors = tuple[Tensor, ...]
 Boundary = Callable[[int], Sequence[TensorSpec]]
 Observer = Callable[[Slot, Op, float, float], None]
 """Called after each op with its slot and when it began and ended, in seconds of ``time.monotonic``.
@@ -85,32 +64,23 @@ class Computation(Protocol):
         starts.  In an evaluation what the last stage returns is ignored.
         """
 
-    def around(self, op: Op) -> AbstractContextManager[object]:
-        """Entered around the work of the B or W ``op``."""
+    def around(self, op: Op) -> AbstractContextManager[object] | None:
+        """Entered around the work of the B or W ``op``; ``None`` if there is nothing to enter."""
 
 
-class _Output(NamedTuple):
-    """The tensors that an F or B produced for another stage, with their versions (autograd's counts of writes)."""
-
-    tensors: Tensors
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensors: Tensors) -> _Output:
-        return cls(tensors, tuple(tensor._version for tensor in tensors))
+_PROGRAMS: MutableMapping[Schedule, dict[tuple[int, bool], Program]] = WeakIdKeyDictionary()
 
 
-@dataclass
-class _Live:
-    """A microbatch between its F and its B: the leaves that B fills, and where B starts."""
-
-    inputs: Tensors
-    roots: tuple[GradientEdge | None, ...]
-    seeds: Tensors = ()
+def program_of(schedule: Schedule, rank: int, forward_only: bool) -> Program:
+    """The compiled program of a rank, compiled once for each schedule value."""
+    programs = _PROGRAMS.setdefault(schedule, {})
+    if (rank, forward_only) not in programs:
+        programs[rank, forward_only] = compile_program(schedule, rank, forward_only)
+    return programs[rank, forward_only]
 
 
 class Executor:
-    """One run of one rank's program: which receives are posted, which microbatches are live, what is to be sent.
+    """One run of one rank's program.
 
     ``dualpipe.pipeline.Pipeline`` explains the parameters.  ``splits`` has the chunks whose backward may be split.
     ``warned`` collects the chunks that a warning has named; pass the same set at every step to be warned once.
@@ -131,19 +101,13 @@ class Executor:
         warned: set[Chunk] | None = None,
     ) -> None:
         require_size(schedule, transport)
-        self.schedule = schedule.only(frozenset({F, SF, RF})) if forward_only else schedule
+        self.program = program_of(schedule, transport.rank, forward_only)
         self.computation, self.boundary = computation, boundary
         self.transport, self.store, self.splits = transport, store, splits
         self.forward_only, self.blocking, self.observer = forward_only, blocking, observe
         self.warned = set() if warned is None else warned
-        self.program = self.schedule.programs[transport.rank]
-        self.full = {task for slot in self.program for task in full_backwards(slot)}
-        self.live: dict[Task, _Live] = {}
-        self.backward_done: set[Task] = set()
-        self.activations: dict[Task, _Output] = {}
-        self.gradients: dict[Task, _Output] = {}
-        self.arrivals: dict[Op, Message] = {}
-        self.handlers: dict[Kind, Callable[[Op, Task], None]] = {F: self.forward, B: self.backward, W: self.weight}
+        self.values: list[Any] = [None] * len(self.program.registers)  # the registers of dualpipe.runtime.program
+        self.boundaries: dict[tuple[int, bool], list[TensorSpec]] = {}
 
     def run(self) -> None:
         """Run the program; gradients are added to the parameters.
@@ -154,165 +118,126 @@ class Executor:
         """
         for split in self.splits.values():
             split.begin()
-        number, slot, op = 0, None, None
+        handlers = {SF: self.post, F: self.forward, B: self.backward, W: self.weight}
+        observed = self.observer is not None
+        step: Step | None = None
         try:
             with torch.set_grad_enabled(not self.forward_only):
-                for number, slot in enumerate(self.program):  # noqa: B007 # the handlers below read it
-                    op = slot[0]
-                    began = time.monotonic()
-                    if op.kind in MESSAGES:
-                        self.post(slot)
-                        self.observe(slot, slot, began)
+                for step in self.program.steps:
+                    if step.fault:
+                        raise ProgramError(step.fault)
+                    if observed:
+                        self.observe(step, handlers[step.kind])
                     else:
-                        for op in slot:
-                            self.handlers[op.kind](op, op.task)
-                            began = self.observe(slot, (op,), began)
-                number, slot, op = len(self.program), None, None
+                        handlers[step.kind](step)
+                step = None
                 self.finish()
         except BaseException as error:
             self.store.clear()
+            rank, number = self.transport.rank, len(self.program.slots) if step is None else step.number
+            slot, op = (None, None) if step is None else (step.slot, step.op)
             if isinstance(error, (MessageError, ProgramError, WeightGradError)):
-                raise StepError(self.transport.rank, number, slot, op, str(error)) from error
+                raise StepError(rank, number, slot, op, str(error)) from error
             if isinstance(error, Exception):  # a stage's own
-                error.add_note(describe_place(self.transport.rank, number, slot, op))
+                error.add_note(describe_place(rank, number, slot, op))
             raise
 
-    def observe(self, slot: Slot, ops: Sequence[Op], began: float) -> float:
-        """Notify the observer, if there is one, that these ops have ended; returns when they did."""
+    def observe(self, step: Step, handler: Callable[[Step], None]) -> None:
+        """Run a step and notify the observer of its ops."""
+        began = time.monotonic()
+        handler(step)
         ended = time.monotonic()
         if self.observer is not None:
-            for op in ops:
-                self.observer(slot, op, began, ended)
-        return ended
+            for op in step.slot if step.posts else (step.op,):
+                self.observer(step.slot, op, began, ended)
 
-    def post(self, slot: Slot) -> None:
-        messages = [self.message(op) for op in slot]
+    def post(self, step: Step) -> None:
+        messages = [self.send(post) if post.sends else self.receive(post) for post in step.posts]
         self.transport.post(messages)
         if self.blocking:
             for message in messages:
                 self.transport.wait(message)
 
-    def message(self, op: Op) -> Message:
-        peer = self.schedule.peer(op)
-        if peer is None or not 0 <= peer < self.schedule.ranks or peer == self.transport.rank:
-            raise ProgramError(f"{op} has no other rank to go to: its peer would be {peer}")
-        label = str(op.bare)
-        if op.kind in SENDS:
-            ready, producer = (self.activations, F) if op.kind is SF else (self.gradients, B)
-            tensors = _take(ready, op.task, op, producer)
-            _require_specs(op, tensors, self.specs(op))
-            return Message(label, peer, sends=True, tensors=tensors)
-        if op.bare in self.arrivals:
-            raise ProgramError(f"{op} has been posted already")
-        self.arrivals[op.bare] = receive = Message(label, peer, sends=False, specs=self.specs(op))
-        return receive
+    def send(self, post: Post) -> Message:
+        """The message of a send; the output's register holds it until its echo arrives."""
+        tensors = self.values[post.register].unchanged(post.op, post.producer)
+        _require_specs(post.op, tensors, self.specs(post))
+        self.values[post.register] = message = Message(post.label, post.peer, True, tensors)
+        return message
 
-    def specs(self, op: Op) -> list[TensorSpec]:
+    def receive(self, post: Post) -> Message:
+        self.values[post.register] = message = Message(post.label, post.peer, False, (), self.specs(post))
+        return message
+
+    def specs(self, post: Post) -> Sequence[TensorSpec]:
         """The tensors of a message: those of the boundary that it crosses, gradients for the floating ones alone."""
-        crossed = op.stage if op.kind in (SF, RB) else op.stage - 1
-        forwards = op.kind in (SF, RF)
-        return [spec for spec in self.boundary(crossed) if forwards or differentiable(spec.dtype)]
+        found = self.boundaries.get((post.crossed, post.forwards))
+        if found is None:
+            whole = self.boundary(post.crossed)
+            found = [spec for spec in whole if post.forwards or differentiable(spec.dtype)]
+            self.boundaries[post.crossed, post.forwards] = found
+        return found
 
-    def received(self, op: Op) -> Tensors:
-        """The tensors of the receive ``op``; waits for it if need be."""
-        message = self.arrivals.pop(op, None)
-        if message is None:
-            raise ProgramError(f"it needs {op}, which has not been posted")
-        return tuple(self.transport.wait(message))
+    def taken(self, step: Step) -> Tensors:
+        """What the op needs from another stage; waits for a message if need be."""
+        values = self.values
+        value, values[step.source] = values[step.source], None
+        if not step.received:
+            output: Output = value
+            return output.unchanged(step.op, step.producer)
+        if step.echoes:
+            value.proves = [values[register] for register in step.echoes]
+            for register in step.echoes:
+                values[register] = None
+        return tuple(self.transport.wait(value))
 
-    def forward(self, op: Op, task: Task) -> None:
-        if task in self.live:
-            raise ProgramError(f"{op} has run already")
-        inputs = self.inputs(op)
-        split = None if self.forward_only else self.splits.get(op.chunk)
-        with nullcontext() if split is None else split.forward(Op(W, *task), task not in self.full):
+    def forward(self, step: Step) -> None:
+        op, last = step.op, step.last
+        inputs = () if step.source < 0 else tuple([leaf_of(tensor) for tensor in self.taken(step)])
+        split = None if self.forward_only else self.splits.get(step.chunk)
+        if split is None:
             outputs = self.computation.forward(op, inputs)
-        last = self.schedule.is_last(op)
-        if self.forward_only:
-            self.live[task] = _Live((), ())  # nothing to hold, but F has run
-        elif last:
-            (loss,) = outputs
-            if not loss.requires_grad:
-                raise StageError(
-                    "training needs a loss with a gradient",
-                    f"at {op} the loss depends on nothing that requires one (it is detached, or was computed without "
-                    "autograd)",
-                    "return the loss as it was computed, or evaluate with forward_only",
-                )
-            self.live[task] = _Live(inputs, (_edge(loss),), (torch.ones_like(loss),))
         else:
-            self.live[task] = _Live(inputs, tuple(_edge(output) for output in outputs if differentiable(output.dtype)))
-        if split is not None and not split.learned:
-            split.learn(edge.node for edge in self.live[task].roots if edge is not None)
+            with split.forward(step.weight, not step.full):
+                outputs = self.computation.forward(op, inputs)
+        if not self.forward_only:
+            live = Live.of_loss(op, inputs, outputs) if last else Live.of(inputs, outputs)
+            self.values[step.live] = live
+            if split is not None and not split.learned:
+                split.learn(edge.node for edge in live.roots if edge is not None)
         if not last:
-            self.activations[task] = _Output.of(tuple(output.detach() for output in outputs))
+            self.values[step.target] = Output.of([output.detach() for output in outputs])
 
-    def inputs(self, op: Op) -> Tensors:
-        if self.schedule.is_first(op):
-            return ()
-        (need,) = self.schedule.needs(op)
-        tensors = _take(self.activations, need.task, op, F) if need.kind is F else self.received(need)
-        return tuple(_leaf(tensor) for tensor in tensors)
-
-    def backward(self, op: Op, task: Task) -> None:
-        if task not in self.live:
-            raise ProgramError(f"its F has not run, or {op} already has")
-        seeds = self.live[task].seeds or self.output_gradients(op)
-        live = self.live.pop(task)
-        self.backward_done.add(task)
-        pairs = [(root, seed) for root, seed in zip(live.roots, seeds, strict=True) if root is not None]
-        split, deferring, key = self.splits.get(op.chunk), task not in self.full, Op(W, *task)
+    def backward(self, step: Step) -> None:
+        live: Live = self.values[step.live]
+        self.values[step.live] = None
+        roots, seeds = live.roots_of(live.seeds or self.taken(step))
+        split = self.splits.get(step.chunk)
+        key, deferring = step.weight, not step.full
         with self.store.deferring_to(key if deferring else None) if split is None else split.backward(key, deferring):
-            if pairs:  # a frozen stage whose input needs no gradient has nothing to do
-                with self.computation.around(op):
-                    torch.autograd.backward([root for root, _ in pairs], [seed for _, seed in pairs])
-        if not self.schedule.is_first(op):
-            self.gradients[task] = _Output.of(self.input_gradients(op, live.inputs))
+            if roots:  # a frozen stage whose input needs no gradient has nothing to do
+                around = self.computation.around(step.op)
+                if around is None:
+                    run_backward(roots, seeds)
+                else:
+                    with around:
+                        run_backward(roots, seeds)
+        if step.target >= 0:
+            self.values[step.target] = Output.of(live.gradients(step.op, self.warned))
 
-    def input_gradients(self, op: Op, inputs: Tensors) -> Tensors:
-        """The gradients of a stage's inputs, with zeros for an input that the stage did not use: the peer expects one.
-
-        Autograd in one process would leave the gradients before it ``None``, which an optimizer may treat differently.
-        """
-        leaves = [leaf for leaf in inputs if differentiable(leaf.dtype)]
-        gradients = [leaf.grad for leaf in leaves]
-        for leaf in leaves:
-            leaf.grad = None
-        missing = [number for number, gradient in enumerate(gradients) if gradient is None]
-        if missing and len(missing) == len(leaves):
-            raise StageError(
-                "a stage must pass a gradient on to the stage before it",
-                f"at {op} its output does not depend on its input (which is detached, or used without autograd)",
-                "leave the input in the graph, or train only the stages after it",
-            )
-        if missing and op.chunk not in self.warned:
-            self.warned.add(op.chunk)
-            logger.warning(
-                "dualpipe: %s does not use its inputs %s at %s; the stage before gets zeros for their gradients, where "
-                "autograd in one process would leave None",
-                op.chunk, missing, op,
-            )  # fmt: skip
-        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))
-
-    def output_gradients(self, op: Op) -> Tensors:
-        _, need = self.schedule.needs(op)
-        return _take(self.gradients, need.task, op, B) if need.kind is B else self.received(need)
-
-    def weight(self, op: Op, task: Task) -> None:
-        with self.computation.around(op):
-            if task in self.full and task in self.backward_done:
-                self.full.remove(task)  # B of the same slot has done it; a second W finds nothing deferred
-            else:
-                self.store.run(Op(W, *task))
+    def weight(self, step: Step) -> None:
+        around = self.computation.around(step.op)
+        if around is not None:
+            with around:
+                if not step.full:
+                    self.store.run(step.weight)
+        elif not step.full:
+            self.store.run(step.weight)
 
     def finish(self) -> None:
         """End the step: all messages completed, all weight gradients computed, every result used."""
-        left = [*(f"the output of {Op(F, *task)} was not used" for task in self.activations)]
-        left += [f"the gradient of {Op(B, *task)} was not used" for task in self.gradients]
-        left += [f"what {op} receives was not used" for op in self.arrivals]
-        left += [f"{Op(F, *task)} has no backward" for task in self.live if not self.forward_only]
-        if left:
-            raise ProgramError("; ".join(left))
+        if self.program.left:
+            raise ProgramError("; ".join(self.program.left))
         self.transport.drain()
         self.store.require_empty()
 
@@ -327,41 +252,15 @@ def require_size(schedule: Schedule, transport: Transport) -> None:
         )
 
 
-def differentiable(dtype: torch.dtype) -> bool:
-    """Whether tensors of this dtype have gradients, so that one is sent back."""
-    return dtype.is_floating_point or dtype.is_complex
-
-
-def _take(outputs: dict[Task, _Output], task: Task, op: Op, producer: Kind) -> Tensors:
-    output = outputs.pop(task, None)
-    if output is None:
-        raise ProgramError(f"{op} needs {Op(producer, *task)}, which has not run or was used already")
-    if tuple(tensor._version for tensor in output.tensors) != output.versions:
-        raise StageError(
-            "a stage must not write to what it returned until that is used",
-            f"{op} finds that the output of {Op(producer, *task)} was written to since",
-            "return a new tensor for each microbatch, not a buffer that is used again",
-        )
-    return output.tensors
-
-
-def _edge(output: Tensor) -> GradientEdge | None:
-    """Where the backward of ``output`` starts.  It outlives the tensor, so a sent output (or the base of a view)
-    is freed as soon as autograd itself no longer needs it."""
-    return get_gradient_edge(output) if output.requires_grad else None
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    leaf = tensor.detach()
-    return leaf.requires_grad_() if torch.is_grad_enabled() and differentiable(leaf.dtype) else leaf
-
-
 def _require_specs(op: Op, tensors: Tensors, specs: Sequence[TensorSpec]) -> None:
     """Raise ``StageError`` unless a stage gives the tensors that the boundary declares."""
+    if len(tensors) == len(specs) and all(
+        tensor.shape == shape and tensor.dtype is dtype for tensor, (shape, dtype) in zip(tensors, specs, strict=True)
+    ):
+        return
     found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    if found != list(specs):
-        raise StageError(
-            "a stage must return the tensors that its boundary declares",
-            f"{op} sends {', '.join(map(str, found))} where the boundary is {', '.join(map(str, specs))}",
-            "declare the shapes and dtypes that the stage returns",
-        )
+    raise StageError(
+        "a stage must return the tensors that its boundary declares",
+        f"{op} sends {', '.join(map(str, found))} where the boundary is {', '.join(map(str, specs))}",
+        "declare the shapes and dtypes that the stage returns",
+    )

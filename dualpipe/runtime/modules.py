@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe.errors import StageError
-from dualpipe.runtime.executor import Tensors
+from dualpipe.runtime.live import Tensors
 from dualpipe.schedule import Chunk, Lane, Op, Schedule
 
 Stages = Mapping[Chunk, nn.Module]
@@ -72,8 +71,8 @@ class ModuleComputation:
         outputs = _tensors(self.stages[op.chunk](*inputs), op)
         return self.loss(op, outputs) if self.schedule.is_last(op) else outputs
 
-    def around(self, op: Op) -> AbstractContextManager[object]:
-        return nullcontext()
+    def around(self, op: Op) -> None:
+        return None
 
     def loss(self, op: Op, outputs: Tensors) -> Tensors:
         """End a forward of the last stage: the loss, or nothing in an evaluation without a criterion."""

@@ -1,12 +1,15 @@
 """The announcements between the ranks of a pipeline: that a phase begins, that a rank has failed or ended.
 
 A *phase* is one call that exchanges messages: a step, an evaluation, a reduction of gradients, a copy of weights.
-Every rank announces each of its phases to all others as it begins.  A rank that fails sends the reason to all others
-before it closes its connections.  A thread for each other rank receives these announcements::
+Every rank announces each of its phases to the next rank as it begins, the last rank to the first: if two ranks differ,
+so do two neighbours.  Where it has to be known that all ranks are there, each announces it to all.  A rank that fails
+sends the reason to all others before it closes its connections.  A thread for each other rank receives these
+announcements::
 
     received                              consequence
     the phase that this rank is in        none
     another phase                         this rank fails: one of the two left out a call
+    the presence of that rank             who waits for it goes on
     a failure                             this rank fails with the same reason
     the end of that rank                  none
     an error: the connection is closed    messages with that rank fail, except sends to a rank that has ended
@@ -23,7 +26,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -33,8 +36,11 @@ from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.runtime.helper_thread import NO_TIMEOUT, HelperThread
 
+Edge = tuple[int, int]
+"""Two pipeline ranks: messages go from the first to the second."""
+
 _BYTES = 512
-_PHASE, _FAILURE, _END = 1, 2, 3  # the first byte of an announcement
+_PHASE, _FAILURE, _END, _PRESENT = 1, 2, 3, 4  # the first byte of an announcement
 _CONTROL_TAG, _UNUSED_TAG = 0, 1  # of announcements; of a message that nobody sends
 _FIRST_DATA_TAG = 2
 _SECONDS_TO_NOTIFY = 1.0
@@ -56,10 +62,18 @@ class Peers:
         The backend of the group for data.
     timeout:
         Seconds that connecting may take.
+    edges:
+        The directed edges, pairs of pipeline ranks, that get a group of their own; the same on every rank.
     """
 
     def __init__(
-        self, name: str, parent: dist.ProcessGroup, order: Sequence[int], backend: str, timeout: float
+        self,
+        name: str,
+        parent: dist.ProcessGroup,
+        order: Sequence[int],
+        backend: str,
+        timeout: float,
+        edges: Iterable[Edge] = (),
     ) -> None:
         self.failure: str | None = None
         """Why this pipeline cannot go on, from whichever rank failed first."""
@@ -73,13 +87,24 @@ class Peers:
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._begun = 0  # how many phases this rank has begun
-        self._begun_by = dict.fromkeys(self._others, 0)  # how many the others have
-        self._mine: dict[int, str] = {}  # this rank's phases that some rank has not begun
-        self._ahead: dict[int, dict[int, str]] = {rank: {} for rank in self._others}  # theirs that this rank has not
+        self._begun_before = 0  # how many the rank before this one has begun
+        self._mine: dict[int, str] = {}  # this rank's phases that the rank before has not begun
+        self._ahead: dict[int, str] = {}  # its phases that this rank has not begun
+        self._present = dict.fromkeys(self._others, 0)  # the phase in which each rank has last announced its presence
         self._notified = self._closed = False
         self._helpers: list[HelperThread] = []
-        self.data = _new_group(name, parent, backend, timeout)
-        self._control = self.data if backend == "gloo" else _new_group(f"{name}-control", parent, "gloo", timeout)
+        everyone = range(parent.size())
+        self.data = _new_group(name, parent, everyone, backend, timeout)
+        self.edges: dict[Edge, dist.ProcessGroup] = {}
+        """The groups of this rank's own edges, of two ranks each."""
+        for edge in sorted(edges):  # one order for all ranks: each waits for the other end
+            if self._rank in edge:
+                members = sorted(self._order[rank] for rank in edge)
+                named = f"{name}-from-{edge[0]}-to-{edge[1]}"
+                self.edges[edge] = _new_group(named, parent, members, backend, timeout)
+        self._control = self.data
+        if backend != "gloo":
+            self._control = _new_group(f"{name}-control", parent, everyone, "gloo", timeout)
         self._announcer = self.helper("dualpipe-announcements")
         for rank in self._others:
             self.helper(f"dualpipe-rank-{rank}").submit(self._listen, rank)
@@ -95,26 +120,33 @@ class Peers:
         return self._helpers[-1]
 
     def begin(self, phase: str) -> None:
-        """Announce this rank's next phase to all others.  Raises ``RuntimeError`` if one of them began another."""
+        """Announce this rank's next phase to the next rank.  Raises ``RuntimeError`` if the one before is elsewhere."""
+        ranks = len(self._order)
         with self._changed:
             self._begun += 1
-            self.phase = self._mine[self._begun] = phase
-            everywhere = min(self._begun_by.values(), default=self._begun)
-            for number in [number for number in self._mine if number <= everywhere and number < self._begun]:
-                del self._mine[number]
-            ahead = {rank: theirs.pop(self._begun, phase) for rank, theirs in self._ahead.items()}
-        if self._others:
-            self._announcer.submit(self._announce, _encode(_PHASE, phase))
-        for rank, theirs in ahead.items():
-            if theirs != phase:
-                raise RuntimeError(self._describe_difference(phase, rank, theirs))
+            self.phase = phase
+            theirs = self._ahead.pop(self._begun, None)
+            if self._begun > self._begun_before:
+                self._mine[self._begun] = phase
+        if ranks > 1:
+            self._announcer.submit(self._announce, _encode(_PHASE, phase), [(self._rank + 1) % ranks])
+        if theirs not in (None, phase):
+            raise RuntimeError(self._describe_difference(phase, (self._rank - 1) % ranks, str(theirs)))
 
-    def wait_until_begun(self, ranks: Sequence[int], seconds: float) -> None:
-        """Wait until these ranks have begun this rank's phase.  Raises ``RuntimeError`` if one does not."""
+    def announce_presence(self) -> None:
+        """Announce to all others that this rank is in its phase."""
+        if self._others:
+            self._announcer.submit(self._announce, _encode(_PRESENT, str(self._begun)), self._others)
+
+    def wait_until_present(self, ranks: Sequence[int], seconds: float) -> None:
+        """Wait until these ranks have announced their presence in this rank's phase, or a later one.
+
+        Raises ``RuntimeError`` if one does not.
+        """
         deadline = time.monotonic() + seconds
         with self._changed:
             for rank in ranks:
-                while self._begun_by[rank] < self._begun and self.failure is None:
+                while self._present[rank] < self._begun and self.failure is None:
                     if rank in self.disconnected:
                         raise RuntimeError(f"rank {rank} did not begin {self.phase}: {self.disconnected[rank]}")
                     if not self._changed.wait(max(0.0, deadline - time.monotonic())):
@@ -137,7 +169,8 @@ class Peers:
         if first and not self._closed:
             self._notify(_encode(_FAILURE, self.failure))
             if self.data is not self._control:
-                self.data.abort()
+                for group in (self.data, *self.edges.values()):
+                    group.abort()
             self._disconnect()
 
     def close(self) -> None:
@@ -155,7 +188,7 @@ class Peers:
         for helper in self._helpers:
             if helper.thread is not threading.current_thread():
                 helper.thread.join(max(0.0, deadline - time.monotonic()))
-        for group in {self.data, self._control}:
+        for group in dict.fromkeys([*self.edges.values(), self.data, self._control]):
             if c10d._world.pg_map.get(group) is not None:  # the user may have destroyed all groups
                 dist.destroy_process_group(group)
 
@@ -178,12 +211,14 @@ class Peers:
                 self.ended.add(rank)
                 continue
             with self._changed:
-                self._begun_by[rank] += 1
-                number = self._begun_by[rank]
-                if number > self._begun:
-                    self._ahead[rank][number] = text
-                mine = self._mine.get(number, text)
-                self._changed.notify_all()
+                if kind == _PRESENT:
+                    self._present[rank] = int(text)
+                    self._changed.notify_all()
+                    continue
+                self._begun_before += 1
+                if self._begun_before > self._begun:
+                    self._ahead[self._begun_before] = text
+                mine = self._mine.pop(self._begun_before, text)
             if mine != text:
                 self.fail(self._describe_difference(mine, rank, text))
 
@@ -193,8 +228,8 @@ class Peers:
             f"{theirs}; see which call one of them left out or made twice"
         )
 
-    def _announce(self, announcement: Tensor) -> None:
-        for work in self._send(announcement):
+    def _announce(self, announcement: Tensor, ranks: Sequence[int]) -> None:
+        for work in self._send(announcement, ranks):
             try:
                 work.wait(NO_TIMEOUT)
             except RuntimeError:  # that rank has ended; a message that needs it raises the error
@@ -203,15 +238,15 @@ class Peers:
     def _notify(self, announcement: Tensor) -> None:
         """Send the last announcement; a rank that does not take it in time misses it."""
         deadline = time.monotonic() + _SECONDS_TO_NOTIFY
-        for work in self._send(announcement):
+        for work in self._send(announcement, self._others):
             try:
                 work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
             except RuntimeError:
                 continue
 
-    def _send(self, announcement: Tensor) -> list[dist.Work]:
+    def _send(self, announcement: Tensor, ranks: Sequence[int]) -> list[dist.Work]:
         works = []
-        for rank in self._others:
+        for rank in ranks:
             try:
                 works.append(self._control.send([announcement], self._order[rank], _CONTROL_TAG))
             except RuntimeError:
@@ -219,25 +254,31 @@ class Peers:
         return works
 
     def _disconnect(self) -> None:
-        """Close the connections of the gloo group, which ends every wait on it, here and on the other ranks."""
+        """Close the connections of the gloo groups, which ends every wait on them, here and on the other ranks."""
+        ends = [(self._control, self._order[rank]) for rank in self._others]
+        if self.data is self._control:
+            ends += [(group, 1 - group.rank()) for group in self.edges.values()]
         nothing = torch.zeros(1, dtype=torch.uint8)
-        for rank in self._others:
+        for group, other in ends:
             try:
-                self._control.recv([nothing], self._order[rank], _UNUSED_TAG).wait(timedelta(milliseconds=1))
+                group.recv([nothing], other, _UNUSED_TAG).wait(timedelta(milliseconds=1))
             except RuntimeError:
                 continue
 
 
-def _new_group(name: str, parent: dist.ProcessGroup, backend: str, timeout: float) -> dist.ProcessGroup:
-    """A group of the parent's ranks.
+def _new_group(
+    name: str, parent: dist.ProcessGroup, members: Sequence[int], backend: str, timeout: float
+) -> dist.ProcessGroup:
+    """A group of some of the parent's ranks, in ascending order.
 
     ``dist.new_group`` has to be called by every process of the job, or names the group by how many groups the process
     has, which differs between ranks.  This makes the call that ``new_group`` makes, with a name of our own.
     """
-    ranks = dist.get_process_group_ranks(parent)
+    everyone = dist.get_process_group_ranks(parent)
+    ranks = [everyone[member] for member in members]
     group, _ = c10d._new_process_group_helper(
         len(ranks),
-        parent.rank(),
+        members.index(parent.rank()),
         ranks,
         dist.Backend(backend),
         c10d._get_process_group_store(parent),

@@ -6,9 +6,11 @@ one.  The tensors of a send are held, untouched, until it completes.  Every wait
 ======== ==================================== =====================================================
 backend   a receive has completed              a send has completed
 ======== ==================================== =====================================================
-gloo      when ``wait`` returns, on the host   when a helper thread's ``wait`` returns (gloo cannot be polled)
+gloo      when ``wait`` returns, on the host   when a receive that proves it has completed, or in ``drain``
 NCCL      in stream order after ``wait``       likewise; ``drain`` polls on the host, with the timeout
 ======== ==================================== =====================================================
+
+Every receive gets new buffers: a stage may keep its input, and autograd does.
 
 NCCL joins the messages of a slot into one work and runs works in posting order, so there a receive completes with its
 whole slot: the proofs that apply are those for the models ``stream`` and ``blocking``.
@@ -23,7 +25,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.errors import RuleError
-from dualpipe.runtime.helper_thread import NO_TIMEOUT, Job
+from dualpipe.runtime.outstanding import Outstanding
 from dualpipe.runtime.peers import Peers
 from dualpipe.runtime.rendezvous import Rendezvous
 from dualpipe.runtime.transport import (
@@ -39,8 +41,7 @@ from dualpipe.runtime.transport import (
     MessageError,
     SpoiledError,
 )
-
-_POLL_SECONDS = 0.002
+from dualpipe.runtime.wire import Marks, Wire, connect
 
 
 class ProcessGroupTransport:
@@ -62,9 +63,14 @@ class ProcessGroupTransport:
         Seconds after which any wait ends in ``MessageError``; positive and finite.
     staged:
         Send and receive through pinned host memory: for CUDA tensors over gloo, which cannot send them itself.
+    edges:
+        ``"shared"``: one communicator for all messages.  ``"per-edge"``: one for each direction between neighbours, the
+        first and the last rank included.  NCCL runs the messages of a communicator in the order in which they are
+        posted, so on a shared one a receive posted early holds up every later send.  Each communicator of NCCL takes
+        GPU memory.
 
-    Raises ``RuleError`` if ``order`` is not a permutation, if ``timeout`` is not positive and finite, and for CUDA
-    tensors over gloo that are not staged.
+    Raises ``RuleError`` if ``order`` is not a permutation, if ``timeout`` is not positive and finite, if ``edges`` is
+    neither of the two, and for CUDA tensors over gloo that are not staged.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class ProcessGroupTransport:
         device: torch.device | str = "cpu",
         timeout: float = 600.0,
         staged: bool = False,
+        edges: Literal["shared", "per-edge"] = "shared",
     ) -> None:
         self.group: dist.ProcessGroup = c10d._get_default_group() if group is None else group
         self.order = list(range(dist.get_world_size(self.group))) if order is None else list(order)
@@ -89,16 +96,22 @@ class ProcessGroupTransport:
         self.rank = self.order.index(dist.get_rank(self.group))
         self.device = torch.device(device)
         self.timeout = _require_timeout(timeout)
-        self.staged = staged
+        self.staged, self.edges = staged, edges
+        if edges not in ("shared", "per-edge"):
+            raise RuleError('edges must be "shared" or "per-edge"', f"got {edges!r}", "give one of them")
         self.wire = torch.device("cpu") if staged else self.device
         self.stream_ordered = self.wire.type != "cpu"
+        self._buffers: dict[str, Any] = {"device": self.wire}
+        if staged and self.device.type == "cuda":
+            self._buffers["pin_memory"] = True
         self._parent, self._pid = self.group, os.getpid()
         self._peers: Peers | None = None
         self._spoiled: str | None = None
         self._counts: dict[str, int] = {}
         self._inside = False
         self._contacted: set[int] = set()  # the ranks that this phase has exchanged messages with
-        self._outstanding: list[Message] = []
+        self._wire: Wire | None = None
+        self._outstanding: Outstanding | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +123,7 @@ class ProcessGroupTransport:
         """End the transport's threads and connections; a second call does nothing."""
         peers, self._peers = self._peers, None
         self._spoiled = self._spoiled or "it was closed"
-        self._outstanding.clear()
+        self._wire = self._outstanding = None
         if peers is not None:
             self.group = self._parent
             self._end()
@@ -133,6 +146,8 @@ class ProcessGroupTransport:
         self._contacted.clear()
         try:
             peers.begin(f"{kind} {number}")
+            if self.stream_ordered:
+                peers.announce_presence()  # ``drain`` waits for it
             yield
         except BaseException as error:
             self._fail(f"{kind} {number}", error)
@@ -141,13 +156,14 @@ class ProcessGroupTransport:
             self._inside = False
 
     def meet(self) -> None:
-        """Wait until every other rank has begun this rank's phase; raises ``MessageError`` if one does not."""
+        """Wait until every other rank has come here in this phase; raises ``MessageError`` if one does not."""
+        self._open().announce_presence()
         self._meet([rank for rank in range(self.ranks) if rank != self.rank])
 
     def _meet(self, ranks: Sequence[int]) -> None:
         started = time.monotonic()
         try:
-            self._open().wait_until_begun(ranks, self.timeout)
+            self._open().wait_until_present(ranks, self.timeout)
         except RuntimeError as error:
             start = Message("the start of this call", ranks[0], False)
             raise MessageError(start, time.monotonic() - started, error) from error
@@ -161,7 +177,8 @@ class ProcessGroupTransport:
             peers.fail(reason)
             reason = peers.failure or reason
         self._spoiled = self._spoiled or reason
-        self._outstanding.clear()
+        if self._outstanding is not None:
+            self._outstanding.clear()
 
     def _require_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -189,18 +206,25 @@ class ProcessGroupTransport:
 
     def _agree(self, record: Mapping[str, str]) -> None:
         with Rendezvous(self._parent, self.order, self.timeout) as rendezvous:
-            name = rendezvous.compare(record)
+            name = rendezvous.compare({**record, "communicators": self.edges})
             if self._peers is None:
                 self._use(rendezvous.run(self._connect, name))
                 rendezvous.confirm(name)
 
     def _connect(self, name: str) -> Peers:
         backends = dict(pair.split(":") for pair in dist.get_backend_config(self._parent).split(","))
-        return Peers(f"dualpipe-{name}", self._parent, self.order, backends[self.wire.type], self.timeout)
+        backend = backends[self.wire.type]
+        ring = {(rank, (rank + way) % self.ranks) for rank in range(self.ranks) for way in (1, -1)}
+        edges = [edge for edge in ring if edge[0] != edge[1]] if self.edges == "per-edge" else []
+        peers = Peers(f"dualpipe-{name}", self._parent, self.order, backend, self.timeout, edges)
+        if self.stream_ordered:
+            connect(peers.edges, self.rank, self.wire)
+        return peers
 
     def _use(self, peers: Peers) -> None:
         self._peers, self.group = peers, peers.data
-        self._sends, self._receives = peers.helper("dualpipe-sends"), peers.helper("dualpipe-receives")
+        self._wire = Wire(peers.data, self.order, self.rank, peers.edges, self.wire, batched=self.stream_ordered)
+        self._outstanding = Outstanding(peers, self.timeout, self.stream_ordered)
         self._end = weakref.finalize(self, peers.close)
 
     def _open(self) -> Peers:
@@ -213,139 +237,60 @@ class ProcessGroupTransport:
         """Post the messages of one slot, in the order given."""
         if not self._inside:
             self._require_usable()
-        peers = self._open()
-        if peers.failure is not None and messages:
+        peers = self._peers or self._open()
+        if not messages:
+            return
+        if peers.failure is not None:
             raise MessageError(messages[0], 0.0, RuntimeError(peers.failure))
-        self._drop_completed()
-        tag = 0 if self.stream_ordered else peers.tag  # NCCL has no tags; there ``drain`` compares the phases
-        ops: list[dist.P2POp] = []
-        owners: list[Message] = []
+        assert self._wire is not None and self._outstanding is not None  # noqa: PT018 # both come with the peers
+        self._outstanding.add(messages)
         for message in messages:
             self._allocate(message)
             message.posted = True
             self._contacted.add(message.peer)
-            kind = dist.isend if message.sends else dist.irecv
-            for tensor in message.tensors:
-                peer = self.order[message.peer]
-                wire = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # NCCL has no complex numbers
-                ops.append(dist.P2POp(kind, wire, group=self.group, group_peer=peer, tag=tag))
-                owners.append(message)
-        if not ops:
-            return
         started = time.monotonic()
-        try:
-            works = dist.batch_isend_irecv(ops)
+        try:  # NCCL has no tags; there ``drain`` compares the phases
+            self._wire.post(messages, 0 if self.stream_ordered else peers.tag)
         except RuntimeError as error:  # the connection to a peer is closed already
-            raise self._explain(owners[0], started, error) from error
-        if len(works) == len(ops):
-            for owner, work in zip(owners, works, strict=True):
-                owner.works.append(work)
-        else:  # the backend coalesces the slot: a message completes when all the works do
-            for message in messages:
-                message.works += works
-        self._outstanding += messages
-        if not self.stream_ordered:
-            for message in messages:
-                if message.sends:
-                    message.sent = self._sends.submit(self._complete, message)
+            raise self._outstanding.explain(messages[0], started, error) from error
 
     def _allocate(self, message: Message) -> None:
-        if not message.sends:
-            pinned = self.staged and self.device.type == "cuda"
-            message.tensors = [
-                torch.empty(spec.shape, dtype=spec.dtype, device=self.wire, pin_memory=pinned) for spec in message.specs
-            ]
-        elif self.staged:
-            message.tensors = [_to_host(tensor) for tensor in message.tensors]
-        else:
-            message.tensors = [tensor.detach().resolve_conj().contiguous() for tensor in message.tensors]
-        message.versions = tuple(tensor._version for tensor in message.tensors)
+        if message.sends:
+            message.tensors = tensors = [(_to_host if self.staged else _whole)(tensor) for tensor in message.tensors]
+            message.versions = tuple([tensor._version for tensor in tensors])
+            return
+        message.tensors = [torch.empty(shape, dtype=dtype, **self._buffers) for shape, dtype in message.specs]
+        if not self.stream_ordered:
+            message.marks = Marks(message.tensors)
 
     def wait(self, message: Message) -> Sequence[Tensor]:
         """Wait for one message.  Returns what was received, on ``device``.  Each receive is waited for once."""
+        if message.completed:
+            return message.tensors
         if not message.posted:
             raise MessageError(message, 0.0, RuntimeError("it was never posted"))
-        if message.sent is not None:
-            self._await(message, message.sent)
-        elif self.stream_ordered:
-            self._complete(message)
-        elif not message.completed:
-            self._await(message, self._receives.submit(self._complete, message, caller_waits=True))
+        if self._outstanding is None:
+            raise SpoiledError(self._spoiled or "it was closed")
+        self._outstanding.wait(message)
         if message.sends:
             return ()
-        if self.staged and not message.completed:
+        if self.staged:
             message.tensors = [tensor.to(self.device, non_blocking=True) for tensor in message.tensors]
-        message.completed = True
         return message.tensors
 
     def drain(self) -> None:
         """Wait until all posted messages have completed."""
-        deadline = time.monotonic() + self.timeout
-        for message in self._outstanding:
-            if not message.completed:
-                self.wait(message)
-        for message in self._outstanding:
-            self._poll(message, deadline)
-            message.release()
-        self._outstanding.clear()
+        if self._outstanding is not None:
+            self._outstanding.drain()
         if self.stream_ordered and self._contacted:
             self._meet(sorted(self._contacted))
 
-    def _complete(self, message: Message) -> None:
-        """Wait for the message's works, once: a second wait on gloo would wait for the next message."""
-        started = time.monotonic()
-        try:
-            for work in message.works:
-                if self.stream_ordered:
-                    work.wait()  # with a timeout the host would wait, and nothing could run ahead
-                else:
-                    work.wait(NO_TIMEOUT)
-        except RuntimeError as error:
-            raise MessageError(message, time.monotonic() - started, error) from error
-        if not self.stream_ordered:
-            message.works.clear()
-            message.release()
 
-    def _poll(self, message: Message, deadline: float) -> None:
-        """Block the host until the message's works have completed: in stream order ``wait`` does not."""
-        while not all(work.is_completed() for work in message.works):
-            if self._peers is not None and (why := self._peers.failure or self._peers.disconnected.get(message.peer)):
-                raise MessageError(message, 0.0, RuntimeError(why))
-            if time.monotonic() > deadline:
-                raise MessageError(message, self.timeout, None)
-            time.sleep(_POLL_SECONDS)
-
-    def _await(self, message: Message, job: Job) -> None:
-        """Wait for a message that a helper thread completes."""
-        started = time.monotonic()
-        try:
-            job.result(self.timeout)
-        except TimeoutError:
-            raise MessageError(message, self.timeout, None) from None
-        except MessageError as error:
-            explained = self._explain(message, started, error.__cause__)
-            if message.sends and self._peers is not None and message.peer in self._peers.ended:
-                return  # the peer received this and ended, before a thread here woke up
-            raise explained from error
-
-    def _explain(self, message: Message, started: float, cause: BaseException | None) -> MessageError:
-        """The error of a message, with the reason for which its peer failed if the peer gave one."""
-        seconds = time.monotonic() - started
-        reason = None if self._peers is None else self._peers.reason(message.peer)
-        return MessageError(message, seconds, cause if reason is None else RuntimeError(reason))
-
-    def _drop_completed(self) -> None:
-        """Drop completed messages.  Raises the error of a send that failed in its helper thread."""
-        kept: list[Message] = []
-        for message in self._outstanding:
-            if message.sent is not None:
-                if message.sent.done():
-                    self._await(message, message.sent)
-                    continue
-            elif all(work.is_completed() for work in message.works):
-                continue
-            kept.append(message)
-        self._outstanding = kept
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor as it is sent: contiguous, and without a gradient."""
+    if tensor.requires_grad or tensor.is_conj() or not tensor.is_contiguous():
+        return tensor.detach().resolve_conj().contiguous()
+    return tensor
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _MODULE: Any = nn.modules.module
 _AUTOGRAD: Any = torch.autograd
 """``torch.autograd``; its ``_engine_run_backward``, which runs every backward that Python starts, is private."""
+_UNCHANGED: AbstractContextManager[None] = nullcontext()
+"""Around an F or B with a full backward, of a microbatch that is not watched: its layers stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,20 @@ class SplitStage:
         """Begin a step, in which nothing is deferred yet."""
         self._first = None
 
-    @contextmanager
-    def forward(self, key: Hashable, split: bool) -> Iterator[None]:
+    def forward(self, key: Hashable, split: bool) -> AbstractContextManager[None]:
         """Around the F of a microbatch whose W is ``key``.  ``split``: that W is in a later slot than its B."""
         if not self.learned:
             self._watched.add(key)
         if self._first is None:
             self._first = key
+        return self._forward(key, split) if split or key in self._watched else _UNCHANGED
+
+    def backward(self, key: Hashable, split: bool) -> AbstractContextManager[None]:
+        """Around the B of the same microbatch; a checkpoint that recomputes a layer computes it as in F."""
+        return self._backward(key, split) if split or key in self._watched else _UNCHANGED
+
+    @contextmanager
+    def _forward(self, key: Hashable, split: bool) -> Iterator[None]:
         restore = self._patch(key, split)
         try:
             yield
@@ -86,8 +95,7 @@ class SplitStage:
             restore()
 
     @contextmanager
-    def backward(self, key: Hashable, split: bool) -> Iterator[None]:
-        """Around the B of the same microbatch; a checkpoint that recomputes a layer computes it as in F."""
+    def _backward(self, key: Hashable, split: bool) -> Iterator[None]:
         hidden = split and key not in self._watched
         before = [(p, p.grad, _version(p.grad)) for p in self._names if p not in self.unsplit] if hidden else []
         restore = self._patch(key, split)
@@ -108,8 +116,6 @@ class SplitStage:
         A method that the user has replaced stays.
         """
         self._watching, self._at_first = key in self._watched, key == self._first
-        if not (self._watching or split):
-            return _patched_nothing
         engine = _AUTOGRAD._engine_run_backward
         patched: list[tuple[dict[str, Any], str]] = []
         for layer in self.layers:
@@ -204,10 +210,6 @@ class SplitStage:
             f"{self.name} {what} {name}, which its first microbatch did not, and only the first one decides what "
             "is split; build the pipeline with split_backward=False"
         )
-
-
-def _patched_nothing() -> None:
-    """Restores the methods of layers if none was replaced."""
 
 
 def _restore(engine: Callable[..., Any], patched: Sequence[tuple[dict[str, Any], str]]) -> None:

@@ -9,14 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe.errors import StageError
-from dualpipe.runtime.helper_thread import Job
 
 _SOURCE = re.compile(r"^\[[^]]*\] ")  # gloo's errors begin with the file and line of its own source
 
@@ -31,11 +30,12 @@ class TensorSpec(NamedTuple):
         return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Message:
     """One send or receive.  ``label`` names it in errors, ``peer`` is the pipeline rank at the other end.
 
-    ``tensors`` are those to send, or those received once the message has completed.
+    ``tensors`` are those to send, or those received once the message has completed.  ``proves`` are sends that have
+    been received once this receive has completed.
     """
 
     label: str
@@ -47,7 +47,9 @@ class Message:
     works: list[dist.Work] = field(default_factory=list)
     posted: bool = False
     completed: bool = False
-    sent: Job | None = None
+    marks: Any = None
+    """Shows whether a receive has arrived."""
+    proves: Sequence[Message] = ()
 
     def release(self) -> None:
         """Let go of a send's tensors.  Raises ``StageError`` if one was written to since the send was posted."""

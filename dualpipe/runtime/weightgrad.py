@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 Closure = Callable[[], None]
 
@@ -83,6 +84,12 @@ class _Deferred:
                 "modified in place after B; do not reuse the buffer, or build the pipeline with split_backward=False"
             )
         return self.use.weight_gradients(self.x, self.dy)
+
+
+def run_backward(roots: Sequence[Tensor | GradientEdge], gradients: Sequence[Tensor]) -> None:
+    """``torch.autograd.backward``, without the checks of its arguments in Python: they take as long as the backward of
+    a small layer, and the engine compares the shapes again.  Both are tuples."""
+    _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 class DeferredGradients:
@@ -162,7 +169,7 @@ class DeferredGradients:
                     complete.append(parameter)
                     sums.append(total)
             if complete:
-                torch.autograd.backward(complete, sums)
+                run_backward(tuple(complete), tuple(sums))
 
     def clear(self) -> None:
         """Drop all deferred gradients: the step that deferred them failed, and the next step has the same keys."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe.errors import RuleError, StageError
+from dualpipe.runtime.outstanding import Outstanding
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import DisagreementError, Message, SpoiledError, TensorSpec
 from dualpipe.testing.launch import launch
@@ -37,18 +38,18 @@ def test_a_staged_send_is_a_copy_and_works_in_stream_order_are_awaited_by_the_st
             transport._allocate(send)
             (copied,) = send.tensors
             staged = copied.data_ptr() != value.data_ptr(), copied.is_contiguous(), torch.equal(copied, value)
-            transport.stream_ordered = True
+            messages = Outstanding(transport._open(), 5.0, in_stream_order=True)
             receive = Message("1RF0>", 1, sends=False, works=[Noted()], posted=True, tensors=[value])
-            received = transport.wait(receive)
+            messages.wait(receive)
             late = Message("1SB0>", 1, sends=True, works=[Noted(polls=2)], posted=True)
-            transport._outstanding = [late]
-            transport.drain()
+            messages.add([late])
+            messages.drain()
             written = Message("1SB1>", 1, sends=True, works=[Noted()], posted=True, tensors=[value], versions=(0,))
-            transport._outstanding = [written]
+            messages.add([written])
             value.add_(1)
             with pytest.raises(StageError, match="written to while it was sent"):
-                transport.drain()
-            return staged, receive.works[0].waits, torch.equal(received[0], value), late.works[0].polls
+                messages.drain()
+            return staged, receive.works[0].waits, receive.completed, late.works[0].polls
 
     (found,) = launch(1, body, timeout=30).values()
     assert found == ((True, True, True), [()], True, -1)

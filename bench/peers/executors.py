@@ -1,4 +1,4 @@
-"""What runs the sleeping model: our pipeline, DeepSeek's package, and the schedules of torch.
+"""What runs a model: our pipeline, DeepSeek's package, and the schedules of torch.
 
 Each has ``modules``, whose layers it trains, and ``step()``, which returns the losses of this rank by microbatch.
 """
@@ -9,33 +9,56 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import pipelining
 
 from dualpipe.pipeline import Feed, Pipeline, ProcessGroupTransport, TensorSpec
 from dualpipe.schedule.generate import generate
-from sleeping.model import BATCH, WIDTH, Case, criterion, data, stage
 from tests.record import upstream
+
+Defer = Callable[[Callable[[], None]], bool]
+"""Takes a weight gradient that is to be computed later; returns false if it has to be computed at once."""
+
+
+class Case(Protocol):
+    """A model and its data."""
+
+    ranks: int
+    microbatches: int
+    shape: tuple[int, int]
+    """Of a microbatch at every boundary; float32."""
+    defers: bool
+    """Whether its layers give their weight gradients to ``defer``; otherwise an executor splits stock layers itself."""
+
+    def stage(self, number: int, stages: int, defer: Defer | None) -> nn.Sequential:
+        """Stage ``number`` of so many; each layer has the ``number`` that it has in the model."""
+
+    def data(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and labels of all microbatches, joined along the first dimension."""
+
+    def criterion(self, output: torch.Tensor, label: torch.Tensor) -> torch.Tensor: ...
 
 
 class Ours:
-    def __init__(self, case: Case, schedule: str) -> None:
+    def __init__(self, case: Case, schedule: str, transport: Callable[[], Any] | None = None) -> None:
         plan, rank = generate(schedule, case.ranks, case.microbatches), dist.get_rank()
         stages = {
-            (lane, number): stage(number, plan.stages, case, self.defer)
+            (lane, number): case.stage(number, plan.stages, self.defer if case.defers else None)
             for lane, route in plan.routes.items()
             for number, holder in enumerate(route)
             if holder == rank
         }
         self.modules = list(stages.values())
-        self.transport = ProcessGroupTransport(timeout=60.0)
-        boundary = [TensorSpec((BATCH, WIDTH), torch.float32)]
-        self.pipeline = Pipeline(plan, stages, criterion, boundary, self.transport)
+        self.transport = transport() if transport else ProcessGroupTransport(timeout=60.0)
+        boundary = [TensorSpec(case.shape, torch.float32)]
+        self.pipeline = Pipeline(plan, stages, case.criterion, boundary, self.transport)
         counts = [plan.microbatches[lane] for lane in plan.lanes]
         self.first = dict(zip(plan.lanes, (0, counts[0]), strict=False))
-        inputs, labels = ([(part,) for part in whole.split(BATCH)] for whole in data(case))
+        inputs, labels = ([(part,) for part in whole.split(case.shape[0])] for whole in case.data())
         self.feed = Feed(
             *({lane: rows[at : at + counts[0]] for lane, at in self.first.items()} for rows in (inputs, labels))
         )
@@ -55,14 +78,14 @@ class Ours:
 
 
 class DeepSeek:
-    def __init__(self, case: Case, package) -> None:
+    def __init__(self, case: Case, package, stock: bool = False) -> None:
         self.case, self.package, rank = case, package, dist.get_rank()
-        package.set_p2p_tensor_shapes([(BATCH, WIDTH)])
+        package.set_p2p_tensor_shapes([case.shape])
         package.set_p2p_tensor_dtype(torch.float32)
         numbers = (rank, case.ranks - 1 - rank)  # stages of the lane that comes from rank 0, and of the other lane
-        self.modules = [stage(number, case.ranks, case, self.defer) for number in numbers]
+        self.modules = [case.stage(number, case.ranks, None if stock else self.defer) for number in numbers]
         self.pipe = package.DualPipe(tuple(self.modules))
-        inputs, labels = (whole.chunk(2) for whole in data(case))
+        inputs, labels = (whole.chunk(2) for whole in case.data())
         self.lane = {0: 0, case.ranks - 1: 1}.get(rank)  # the half of the data that enters here
         self.inputs = () if self.lane is None else (inputs[self.lane],)
         self.labels = [] if self.lane is None else [labels[1 - self.lane]]  # of the half that ends here
@@ -77,7 +100,7 @@ class DeepSeek:
         ends = self.lane is not None
         microbatches = self.case.microbatches
         found, _ = self.pipe.step(
-            *self.inputs, num_chunks=microbatches, criterion=criterion if ends else None, labels=self.labels
+            *self.inputs, num_chunks=microbatches, criterion=self.case.criterion if ends else None, labels=self.labels
         )
         first = 0 if self.lane == 1 else microbatches // 2
         return {first + mb: loss for mb, loss in enumerate(found)} if ends else {}
@@ -92,11 +115,12 @@ class Torch:
         v = kind != "Schedule1F1B"
         numbers = (rank, 2 * ranks - 1 - rank) if v else (rank,)
         stages, self.modules = [], []
-        boundary = torch.empty(BATCH, WIDTH, requires_grad=True)
+        boundary = torch.empty(*case.shape, requires_grad=True)
         for number in numbers:
             kept: list[Callable[[], None]] = []
             count = ranks * len(numbers)
-            self.modules.append(stage(number, count, case, lambda closure, kept=kept: kept.append(closure) or True))
+            defer = (lambda closure, kept=kept: kept.append(closure) or True) if case.defers else None
+            self.modules.append(case.stage(number, count, defer))
             stages.append(
                 pipelining.PipelineStage(
                     self.modules[-1],
@@ -105,12 +129,12 @@ class Torch:
                     torch.device("cpu"),
                     input_args=boundary if number else boundary.detach(),
                     output_args=boundary,
-                    dw_builder=lambda kept=kept: taken(kept),
+                    dw_builder=(lambda kept=kept: taken(kept)) if case.defers else None,
                 )
             )
         make = getattr(pipelining, kind)
-        self.schedule = make(stages if v else stages[0], case.microbatches, loss_fn=criterion, scale_grads=False)
-        self.x, self.labels = data(case)
+        self.schedule = make(stages if v else stages[0], case.microbatches, loss_fn=case.criterion, scale_grads=False)
+        self.x, self.labels = case.data()
         self.begins, self.ends = 0 in numbers, len(numbers) * ranks - 1 in numbers
 
     def step(self):
@@ -156,11 +180,20 @@ def deepseek() -> SimpleNamespace:
 
 @dataclass(frozen=True)
 class Entrant:
-    """An executor: how it is made for a case, and which simulation its runtime is like."""
+    """An executor: how it is made for a case, and which simulation its runtime is like.
+
+    ``make_alone`` makes it for one rank without the others; an executor that is ``alone`` is made only so.
+    """
 
     make: Callable[[Case], Ours | DeepSeek | Torch]
     schedule: str
     blocking: bool = False
+    make_alone: Callable[[Case], Ours | DeepSeek | Torch] | None = None
+    alone: bool = False
+
+    def stages(self, case: Case) -> int:
+        """The number of stages of its schedule."""
+        return generate(self.schedule, case.ranks, case.microbatches).stages
 
 
 def entrants(package: SimpleNamespace | None) -> dict[str, Entrant]:

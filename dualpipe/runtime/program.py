@@ -1,0 +1,297 @@
+"""A rank's program, compiled: what each op reads and writes is looked up once, not at each op of each step.
+
+A *register* holds one value from the op that writes it to the one op that reads and clears it::
+
+    register of   holds                                     written by   read by
+    F             a stage's output for the next stage       F            SF, or F of the next stage on this rank
+    B             the gradient of a stage's input           B            SB, or B of the previous stage on this rank
+    RF, RB        a receive that was posted                 its slot     F, B
+    W             a microbatch between its F and its B      F            B
+
+After its SF or SB the register of an F or B holds the message until its *echo* arrives: the first message that the
+peer posts after the compute that needs ours, which proves that ours has been received.
+
+What is compiled follows from the schedule alone, and ``Program.slots`` gives the slots back.  An op that cannot be run
+because what it needs is not there has a ``fault``: the reason, with which a step ends when it reaches the op.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dualpipe.schedule import (
+    MESSAGES,
+    RF,
+    SENDS,
+    SF,
+    B,
+    Chunk,
+    F,
+    Kind,
+    Op,
+    Schedule,
+    Slot,
+    Task,
+    W,
+    full_backwards,
+)
+
+NONE = -1
+"""No register."""
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One message of a slot."""
+
+    op: Op
+    label: str
+    peer: int
+    sends: bool
+    register: int
+    """Whose value is sent, or that gets the receive."""
+    crossed: int
+    """The stage before the boundary that the message crosses."""
+    forwards: bool
+    """Whether it carries activations; otherwise gradients."""
+    producer: Op
+    """What computes a send."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A compute op, or all messages of a slot."""
+
+    number: int
+    slot: Slot
+    op: Op
+    kind: Kind
+    """F, B or W; SF for messages of any kind."""
+    task: Task
+    chunk: Chunk
+    weight: Op
+    """The W of the task, which is its key in the store of deferred weight gradients."""
+    fault: str
+    posts: tuple[Post, ...] = ()
+    source: int = NONE
+    """The register of what comes from another stage."""
+    received: bool = False
+    """Whether that is a message."""
+    producer: Op | None = None
+    """Otherwise the op on this rank that computed it."""
+    echoes: tuple[int, ...] = ()
+    """The registers of the sends that have been received once the message has arrived."""
+    target: int = NONE
+    """The register for another stage."""
+    live: int = NONE
+    last: bool = False
+    full: bool = False
+    """Whether B and W share a slot, after which W has nothing to do."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The steps of one rank; ``left`` says what none of them uses."""
+
+    rank: int
+    steps: tuple[Step, ...]
+    registers: tuple[Op, ...]
+    """For each register the op after which it is named."""
+    left: tuple[str, ...]
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots that the steps run, in order."""
+        found: dict[int, list[Op]] = defaultdict(list)
+        for step in self.steps:
+            found[step.number] += [post.op for post in step.posts] or [step.op]
+        return tuple(tuple(ops) for _, ops in sorted(found.items()))
+
+
+def compile_program(schedule: Schedule, rank: int, forward_only: bool = False) -> Program:
+    """The program of ``rank``; with ``forward_only`` its forwards and their messages alone."""
+    if forward_only:
+        schedule = schedule.only(frozenset({F, SF, RF}))
+    return _Compiler(schedule, rank, forward_only).compile()
+
+
+class _Compiler:
+    """Goes through a rank's program once and remembers which register holds what."""
+
+    def __init__(self, schedule: Schedule, rank: int, forward_only: bool) -> None:
+        self.schedule, self.rank, self.forward_only = schedule, rank, forward_only
+        self.program = schedule.programs[rank]
+        self.registers: dict[Op, int] = {}
+        self.full = {task for slot in self.program for task in full_backwards(slot)}
+        self.outputs: set[Op] = set()  # the F and B whose result was not used yet
+        self.arrivals: set[Op] = set()  # the receives that are posted and not used yet
+        self.sent: set[Op] = set()  # the F and B whose send is posted and was not echoed yet
+        self.live: dict[Task, bool] = {}
+        self.ended: set[Task] = set()
+
+    def compile(self) -> Program:
+        self.echoes = find_echoes(self.schedule, self.rank)
+        steps = [
+            step
+            for number, slot in enumerate(self.program)
+            for step in ([self.messages(number, slot)] if slot[0].kind in MESSAGES else self.computes(number, slot))
+        ]
+        left = [f"the output of {op} was not used" for op in self.registers if op in self.outputs and op.kind is F]
+        left += [f"the gradient of {op} was not used" for op in self.registers if op in self.outputs and op.kind is B]
+        left += [f"what {op} receives was not used" for op in self.registers if op in self.arrivals]
+        left += [f"{Op(F, *task)} has no backward" for task in self.live if not self.forward_only]
+        return Program(self.rank, tuple(steps), tuple(self.registers), tuple(left))
+
+    def register(self, op: Op) -> int:
+        return self.registers.setdefault(op.bare, len(self.registers))
+
+    def messages(self, number: int, slot: Slot) -> Step:
+        posts, faults = [], []
+        for op in slot:
+            sends, forwards = op.kind in SENDS, op.kind in (SF, RF)
+            peer = self.schedule.peer(op)
+            producer = Op(F if forwards else B, *op.task)
+            value = producer if sends else op.bare
+            if peer is None or not 0 <= peer < self.schedule.ranks or peer == self.rank:
+                faults.append(f"{op} has no other rank to go to: its peer would be {peer}")
+            elif sends and value not in self.outputs:
+                faults.append(_unused(op, value))
+            elif not sends and value in self.arrivals:
+                faults.append(f"{op} has been posted already")
+            if sends:
+                self.outputs.discard(value)
+                self.sent.add(value)
+            else:
+                self.arrivals.add(value)
+            crossed = op.stage if sends == forwards else op.stage - 1
+            register, to = self.register(value), NONE if peer is None else peer
+            posts.append(Post(op, str(op.bare), to, sends, register, crossed, forwards, producer))
+        op = slot[0]
+        fault = faults[0] if faults else ""
+        return Step(number, slot, op, SF, op.task, op.chunk, Op(W, *op.task), fault, tuple(posts))
+
+    def computes(self, number: int, slot: Slot) -> list[Step]:
+        compilers = {F: self.forward, B: self.backward, W: self.weight}
+        return [compilers[op.kind](number, slot, op, op.task) for op in slot]
+
+    def forward(self, number: int, slot: Slot, op: Op, task: Task) -> Step:
+        fault = f"{op} has run already" if task in self.live else ""
+        weight, last = Op(W, *task), self.schedule.is_last(op)
+        source, received, producer, echoes, missing = self.source(op, self.schedule.needs(op))
+        self.live[task] = True
+        target = NONE if last else self.register(op)
+        if not last:
+            self.outputs.add(op.bare)
+        return Step(
+            number,
+            slot,
+            op,
+            F,
+            task,
+            op.chunk,
+            weight,
+            fault or missing,
+            source=source,
+            received=received,
+            producer=producer,
+            echoes=echoes,
+            target=target,
+            live=self.register(weight),
+            last=last,
+            full=task in self.full,
+        )
+
+    def backward(self, number: int, slot: Slot, op: Op, task: Task) -> Step:
+        fault = "" if self.live.pop(task, False) else f"its F has not run, or {op} already has"
+        weight = Op(W, *task)
+        source, received, producer, echoes, missing = self.source(op, self.schedule.needs(op)[1:])
+        self.ended.add(task)
+        first = self.schedule.is_first(op)
+        target = NONE if first else self.register(op)
+        if not first:
+            self.outputs.add(op.bare)
+        return Step(
+            number,
+            slot,
+            op,
+            B,
+            task,
+            op.chunk,
+            weight,
+            fault or missing,
+            source=source,
+            received=received,
+            producer=producer,
+            echoes=echoes,
+            target=target,
+            live=self.register(weight),
+            last=self.schedule.is_last(op),
+            full=task in self.full,
+        )
+
+    def weight(self, number: int, slot: Slot, op: Op, task: Task) -> Step:
+        full = task in self.full and task in self.ended
+        if full:
+            self.full.discard(task)  # B of the same slot has done it; a second W finds nothing deferred
+        return Step(number, slot, op, W, task, op.chunk, Op(W, *task), "", full=full)
+
+    def source(self, op: Op, needs: Iterable[Op]) -> tuple[int, bool, Op | None, tuple[int, ...], str]:
+        """Where ``op`` finds what comes from another stage: the register, whether it is a receive, else the op that
+        computed it, the echoes, and why it is not there."""
+        for need in needs:
+            if need.kind in MESSAGES:
+                missing = "" if need in self.arrivals else f"it needs {need}, which has not been posted"
+                self.arrivals.discard(need)
+                echoed = [sent for sent in self.echoes.get(need, ()) if sent in self.sent]
+                self.sent.difference_update(echoed)
+                return self.register(need), True, None, tuple(map(self.register, echoed)), missing
+            missing = "" if need in self.outputs else _unused(op, need)
+            self.outputs.discard(need)
+            return self.register(need), False, need, (), missing
+        return NONE, False, None, (), ""
+
+
+def _unused(op: Op, producer: Op) -> str:
+    return f"{op} needs {producer}, which has not run or was used already"
+
+
+def find_echoes(schedule: Schedule, rank: int) -> Mapping[Op, tuple[Op, ...]]:
+    """For each receive of ``rank`` the F and B whose sends have been received once it has completed.
+
+    The k-th send of one rank to another meets the k-th receive there.  The peer's compute that needs it waits for it,
+    so what the peer posts in a later slot proves that it has arrived.
+    """
+    mine = _messages(schedule, rank)
+    found: dict[Op, list[Op]] = defaultdict(list)
+    for peer in {peer for peer, _ in mine}:
+        if not 0 <= peer < schedule.ranks:
+            continue
+        theirs = _messages(schedule, peer)
+        used = {
+            op.bare: number for number, slot in enumerate(schedule.programs[peer]) for op in slot if op.kind in (F, B)
+        }
+        answers = theirs.get((rank, True), [])
+        numbers = [number for number, _ in answers]
+        receives = mine.get((peer, False), [])
+        for (_, send), (_, receive) in zip(mine.get((peer, True), []), theirs.get((rank, False), []), strict=False):
+            user = used.get(Op(F if receive.kind is RF else B, *receive.task))
+            if user is None:
+                continue
+            at = bisect_right(numbers, user)
+            if at < len(receives) and at < len(answers):
+                found[receives[at][1].bare].append(Op(F if send.kind is SF else B, *send.task))
+    return {receive: tuple(sends) for receive, sends in found.items()}
+
+
+def _messages(schedule: Schedule, rank: int) -> Mapping[tuple[int, bool], list[tuple[int, Op]]]:
+    """The messages of a rank with their slots, by peer and whether they are sends."""
+    found: dict[tuple[int, bool], list[tuple[int, Op]]] = defaultdict(list)
+    for number, slot in enumerate(schedule.programs[rank]):
+        for op in slot:
+            peer = schedule.peer(op) if op.kind in MESSAGES else None
+            if peer is not None:
+                found[peer, op.kind in SENDS].append((number, op))
+    return found

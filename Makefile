@@ -90,7 +90,7 @@ docs: $(READY)
 bench: $(READY)
 	$(if $(OUTPUT),mkdir -p "$(OUTPUT)")
 	$(BIN)/python bench/machine.py
-	$(if $(wildcard bench/executor.py),$(BIN)/python bench/executor.py)
+	$(BIN)/python bench/executor.py --sizes 4/16 --rounds 5 $(if $(OUTPUT),--json "$(OUTPUT)/executor.json")
 	$(BIN)/python bench/scale.py --sizes 8,32,128 --limit 30 $(if $(OUTPUT),--output "$(OUTPUT)/scale.json")
 	$(BIN)/python bench/provers.py --sizes 8/20,16/64 --rounds 2
 	$(BIN)/python bench/fake_vs_oracle.py

@@ -1,16 +1,18 @@
-"""A stress test: kills, stops, delays and exceptions at random ops of random runs; then a long run without faults.
+"""A stress test: kills, stops, delays and exceptions at random moments of random runs; then a long run with delays.
 
     python bench/campaign.py --trials 60 --steps 1000
 
-Each trial trains a pipeline in a loop that catches every error and goes on.  One rank has a fault at one op of one
-step.  The other ranks must behave like this:
+Each trial trains a pipeline in a loop that catches every error and goes on.  One rank has a fault, in half of the
+trials after a random op of a step, in the others at a random time, so also while the messages of a slot are posted.
+The other ranks must behave like this:
 
 delay         every step returns the right gradients
 exception     an error within seconds, and an error at every later call
 kill, stop    likewise; for a stop within the timeout
 
-No gradient of a step that returned may differ from plain PyTorch's.  The long run compares every step bitwise and
-prints memory, threads and open files four times.  Exits with 1 if any of this fails.
+No gradient of a step that returned may differ from plain PyTorch's.  In the long run every rank sleeps after random
+ops; it compares every step bitwise and prints memory, threads and open files four times.  Exits with 1 if any of this
+fails.
 """
 
 import os
@@ -19,6 +21,8 @@ import resource
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +40,10 @@ WIDTH, BATCH, STEPS = 8, 3, 4
 
 @dataclass(frozen=True)
 class Trial:
-    """One rank has the fault ``what`` at op number ``op`` of a step, modulo the number of its ops."""
+    """One rank has the fault ``what``: after op number ``at`` of a step, modulo the number of its ops.
+
+    If ``at`` is a fraction: after that part of a step's time.
+    """
 
     name: str
     ranks: int
@@ -44,7 +51,7 @@ class Trial:
     what: str
     rank: int
     step: int
-    op: int
+    at: int | float
     timeout: float
 
     @property
@@ -57,16 +64,10 @@ def draw(chance: random.Random, timeout: float) -> Trial:
     ranks = chance.choice([2, 4, 6])
     microbatches = 2 * ranks + 2 * chance.randrange(4)
     what = chance.choice(["kill", "stop", "delay", "exception"])
-    return Trial(
-        name,
-        ranks,
-        microbatches,
-        what,
-        chance.randrange(ranks),
-        chance.randrange(STEPS - 1),
-        chance.randrange(40),
-        timeout,
-    )
+    rank, step = chance.randrange(ranks), chance.randrange(STEPS - 1)
+    if chance.random() < 0.5:
+        return Trial(name, ranks, microbatches, what, rank, step, chance.randrange(40), timeout)
+    return Trial(name, ranks, microbatches, what, rank, max(1, step), chance.uniform(0.02, 0.9), timeout)
 
 
 def stage_of(number: int) -> nn.Module:
@@ -133,26 +134,64 @@ def stop_for(seconds: float) -> None:
     os.kill(stopped, signal.SIGSTOP)
 
 
+class Fault:
+    """The fault of a trial, on its rank."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial, self.struck, self.seconds = trial, False, 0.0
+
+    def strike(self, *_: object) -> None:
+        self.struck = True
+        if self.trial.what == "exception":
+            raise ValueError("planted")
+        if self.trial.what == "delay":
+            time.sleep(self.trial.timeout / 3)
+        elif self.trial.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            stop_for(self.trial.timeout + 8.0)
+
+    @contextmanager
+    def during(self, step: int) -> Iterator[None]:
+        """Around a step: strike in time, if the trial says so; a step that ends too early leaves it to the next one.
+
+        Not in the last step, whose end no other rank may wait for.
+        """
+        trial, began = self.trial, time.monotonic()
+        if isinstance(trial.at, int) or not trial.step <= step < STEPS - 1 or self.struck:
+            yield
+            self.seconds = time.monotonic() - began
+            return
+        seconds = trial.at * self.seconds
+        if trial.what in ("kill", "stop"):  # from a thread: a handler of signals waits for the end of a call
+            timer = threading.Timer(seconds, self.strike)
+            timer.start()
+            try:
+                yield
+            finally:
+                timer.cancel()
+            return
+        signal.signal(signal.SIGALRM, self.strike)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def run(trial: Trial) -> str:
-    """Run a trial; returns the faults found, an empty text if there are none."""
+    """Run a trial; returns what went wrong, an empty text if nothing did."""
     schedule = trial.schedule
 
     def body(context):
         now, ops = [0], [0]
-        target = trial.op % sum(len(slot) for slot in schedule.programs[trial.rank])
+        target = trial.at % sum(len(slot) for slot in schedule.programs[trial.rank])
+        fault = Fault(trial) if context.rank == trial.rank else None
 
         def observe(slot, op, began, ended):
             ops[0] += 1
-            if (context.rank, now[0], ops[0]) != (trial.rank, trial.step, target + 1):
-                return
-            if trial.what == "exception":
-                raise ValueError("planted")
-            if trial.what == "delay":
-                time.sleep(trial.timeout / 3)
-            elif trial.what == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            else:
-                stop_for(trial.timeout + 8.0)
+            if fault and isinstance(trial.at, int) and (now[0], ops[0]) == (trial.step, target + 1):
+                fault.strike()
 
         pipeline = pipeline_of(schedule, trial.timeout, observe)
         outcomes, longest = [], 0.0
@@ -162,27 +201,29 @@ def run(trial: Trial) -> str:
                 module.zero_grad()
             started = time.monotonic()
             try:
-                pipeline.step(feed_of(schedule, step))
+                with fault.during(step) if fault else nullcontext():
+                    pipeline.step(feed_of(schedule, step))
             except BaseException as error:
                 outcomes.append(type(error).__name__)
             else:
                 outcomes.append("wrong" if wrong(pipeline, schedule, step) else "ok")
             longest = max(longest, time.monotonic() - started)
-        return outcomes, longest
+        return outcomes, longest, fault is None or fault.struck
 
     outcome = launch(trial.ranks, body, timeout=60.0)
     faults = []
+    struck = all(isinstance(result, Failure) or result[2] for result in outcome.results)
     for rank, result in enumerate(outcome.results):
         if isinstance(result, Failure):
             if rank != trial.rank or trial.what not in ("kill", "stop"):
                 faults.append(str(result))
             continue
-        outcomes, longest = result
+        outcomes, longest, _ = result
         if "wrong" in outcomes:
             faults.append(f"rank {rank} returned a wrong gradient: {outcomes}")
-        if trial.what == "delay" and outcomes != ["ok"] * STEPS:
+        if (trial.what == "delay" or not struck) and outcomes != ["ok"] * STEPS:
             faults.append(f"rank {rank} failed though the run was only delayed: {outcomes}")
-        if trial.what != "delay" and (outcomes[-1] == "ok" or outcomes[: trial.step] != ["ok"] * trial.step):
+        if struck and trial.what != "delay" and (outcomes[-1] == "ok" or outcomes[: trial.step] != ["ok"] * trial.step):
             faults.append(f"rank {rank}: {outcomes}")
         if longest > trial.timeout + 8.0:
             faults.append(f"rank {rank} needed {longest:.1f} s")
@@ -190,11 +231,17 @@ def run(trial: Trial) -> str:
 
 
 def soak(steps: int) -> bool:
-    """Whether every step of a long run gave the right gradients on every rank."""
+    """Whether every step of a long run with random delays gave the right gradients on every rank."""
     schedule = generate("dualpipe", 4, 8)
 
     def body(context):
-        pipeline, bad, rows = pipeline_of(schedule, 60.0), 0, []
+        chance = random.Random(context.rank)
+
+        def linger(*_: object) -> None:
+            if chance.random() < 0.01:
+                time.sleep(chance.uniform(0.0, 0.01))
+
+        pipeline, bad, rows = pipeline_of(schedule, 60.0, linger), 0, []
         for step in range(steps):
             for module in pipeline.stages.values():
                 module.zero_grad()

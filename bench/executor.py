@@ -15,6 +15,7 @@ ratio    the median of the rounds' ratios to DeepSeek's package, with their quar
 
 ours        dualpipe.pipeline, through ``Pipeline`` with all features
 executor    the same without our transport (host time alone: a transport that does nothing)
+floor       autograd alone, which every executor needs (host time alone)
 deepseek    DeepSeek's package, dualpipe 1.0.0 of PyPI, in a folder of its own (tests/record/upstream.py)
 torch       torch.distributed.pipelining: Schedule1F1B, ScheduleZBVZeroBubble, ScheduleDualPipeV
 
@@ -45,7 +46,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # the tests, which are not install
 
 from peers.executors import DeepSeek, Entrant, Ours, deepseek, entrants  # noqa: E402
 from peers.linear import LinearCase  # noqa: E402
-from peers.silence import NoTransport, SilentTransport, silent_group  # noqa: E402
+from peers.silence import Floor, NoTransport, SilentTransport, silent_group  # noqa: E402
 from peers.truth import check, result_of, truth  # noqa: E402
 
 from dualpipe.testing.launch import launch  # noqa: E402
@@ -169,6 +170,7 @@ def contestants(package) -> dict[str, Entrant]:
     mine = {
         "ours": Entrant(ours, "dualpipe", make_alone=partial(ours, transport=SilentTransport)),
         "executor": Entrant(executor, "dualpipe", make_alone=executor, alone=True),
+        "floor": Entrant(Floor, "dualpipe", make_alone=Floor, alone=True),
     }
     return {**mine, **theirs, **found}
 

@@ -8,7 +8,7 @@ import argparse
 import sys
 import time
 
-from reference.megatron.case import Case, Model
+from reference.megatron.case import Case, Model, Part
 from reference.megatron.verify import verify
 
 SIZES = {"pp2": {"pp": 2}, "pp4": {"pp": 4}, "pp2 dp2": {"pp": 2, "dp": 2}, "pp4 dp2": {"pp": 4, "dp": 2}}
@@ -38,13 +38,42 @@ MORE = {
     ),
     "moe pp2 bias": Case(Model.MOE, expert_bias=True),
     "moe pp4 dp2 ep2 bias": Case(Model.MOE, pp=4, dp=2, ep=2, expert_bias=True),
+    "gpt pp4 distopt overlap clip": Case(pp=4, distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1),
+}
+SHARED = {"tied": {"tied": True}, "mtp": {"mtp": 1}, "tied mtp": {"tied": True, "mtp": 1}}
+"""Models that use the embedding at both ends."""
+for name, model in SHARED.items():
+    MORE |= {f"gpt {size} {name}": Case(**layout, **model) for size, layout in SIZES.items() if "tp2" not in size}
+    MORE[f"gpt pp2 dp2 distopt bf16 {name}"] = Case(dp=2, distributed_optimizer=True, dtype="bf16", **model)
+    MORE[f"moe pp2 per token {name}"] = Case(Model.MOE, per_token_loss=True, **model)
+    MORE[f"gpt pp2 tp2 sp {name}"] = Case(tp=2, sequence_parallel=True, **model)
+    MORE[f"gpt v pp2 {name}"] = Case(schedule="dualpipev", **model)
+for option, settings in OPTIONS.items():
+    MORE[f"gpt v pp2 {option}".strip()] = Case(schedule="dualpipev", **settings)
+    MORE[f"moe v pp2 dp2 {option}".strip()] = Case(Model.MOE, dp=2, schedule="dualpipev", **settings)
+    MORE[f"deepseek pp2 dp2 ep2 {option}".strip()] = Case(Model.DEEPSEEK, dp=2, ep=2, **settings)
+for part in Part:
+    MORE[f"deepseek pp2 without {part}"] = Case(Model.DEEPSEEK, without=(part,))
+MORE |= {
+    "gpt pp4 mtp layout": Case(pp=4, mtp=1, layout="Et|tt|tt|ttmL"),
+    "gpt pp6 mtp": Case(pp=6, mtp=1),
+    "gpt pp6 tied mtp": Case(pp=6, mtp=1, tied=True),
+    "gpt v pp3": Case(pp=3, schedule="dualpipev"),
+    "gpt v pp4": Case(pp=4, schedule="dualpipev"),
+    "gpt v pp2 dropout": Case(schedule="dualpipev", dropout=0.1),
+    "gpt v pp2 dp2 distopt overlap clip": Case(
+        dp=2, schedule="dualpipev", distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1
+    ),
+    "deepseek pp2": Case(Model.DEEPSEEK),
+    "deepseek pp4 dp2 ep2 all": Case(Model.DEEPSEEK, pp=4, dp=2, ep=2, **OPTIONS["all"]),
+    "deepseek v pp2 dp2 ep2 all": Case(Model.DEEPSEEK, dp=2, ep=2, schedule="dualpipev", **OPTIONS["all"]),
 }
 
 
 def cells() -> dict[str, Case]:
     """Every cell by its name; without ``moe tp2``, as experts under tensor parallelism need sequence parallelism."""
     found = {}
-    for model in Model:
+    for model in (Model.GPT, Model.MOE):
         for size, layout in SIZES.items():
             if model is Model.MOE and size == "pp2 tp2":
                 continue
@@ -68,8 +97,10 @@ def main() -> int:
         unequal += not report.equal
         told = "  ".join(f"{party.name} {party.verdict}" for party in report.comparisons)
         rounding = max(party.norm_difference for party in report.comparisons)
-        print(f"{name:26} {told:34} {report.tensors:6} tensors  {report.seconds:5.1f} s", end="")
+        print(f"{name:34} {told:34} {report.tensors:6} tensors  {report.seconds:5.1f} s", end="")
         print(f"  norm rounded by {rounding:.1g}" if rounding else "", flush=True)
+        for complaint in report.complaints[:2]:
+            print(f"    sanity check failed: {complaint}")
         for party in report.comparisons:
             for trouble in [*party.failures, *party.differences][:2]:
                 print(f"    {party.name}: {trouble}")

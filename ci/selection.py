@@ -39,6 +39,7 @@ _CLI = (
     "tests/cli",
     "tests/docs",
     "tests/proofs/test_findings.py",  # reads the marks of the page
+    "tests/record/test_collectives.py",
     "tests/record/test_command.py",
     "tests/record/test_deepseek.py",
     "tests/record/test_hand_written.py",
@@ -72,7 +73,9 @@ _PROVED = (
     "tests/megatron/test_random_streams.py",
     "tests/megatron/test_replicas.py",
     "tests/megatron/test_schedule.py",
+    "tests/record/test_arrivals.py",
     "tests/record/test_buffers.py",
+    "tests/record/test_completion.py",
     "tests/record/test_conclusions.py",
     "tests/record/test_cut_short.py",
     "tests/record/test_failures.py",
@@ -81,6 +84,7 @@ _PROVED = (
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
     "tests/record/test_pipelines.py",
+    "tests/record/test_weights.py",
     *_CLI,
     "tests/ci",
 )
@@ -231,7 +235,22 @@ ROWS: dict[str, Row] = {
     ),
     "tests/gpu/": Row((), ("tests/gpu",), ("tests/production/test_settings.py",)),
     "tests/megatron/": Row((), ("tests/megatron",), ("tests/docs/test_museum.py", "tests/record/test_megatron.py")),
-    "tests/megatron/test_groups.py": Row((), ("tests/megatron/test_groups.py", "tests/megatron/test_model.py")),
+    "tests/megatron/test_groups.py": Row(
+        (),
+        (
+            "tests/megatron/test_groups.py",
+            "tests/megatron/test_model.py",
+            "tests/megatron/test_training_loop.py",
+        ),
+    ),
+    "tests/megatron/test_planted_faults.py": Row(
+        (),
+        (
+            "tests/megatron/test_embedding.py",
+            "tests/megatron/test_placement.py",
+            "tests/megatron/test_planted_faults.py",
+        ),
+    ),
     "tests/page/": Row((), ("tests/page",), ("tests/cli/test_compare.py",)),
     "tests/pictures/": Row((), ("tests/pictures",), ("tests/page",)),
     "tests/production/": Row(

@@ -3,11 +3,16 @@
     torchrun --nproc-per-node 4 examples/pretrain_gpt.py --use-dualpipe --pipeline-model-parallel-size 4
     torchrun --nproc-per-node 8 examples/pretrain_gpt.py                --pipeline-model-parallel-size 4
 
-Both print the same losses and, with ``--clip-grad 0`` or the plain optimizer, the same digest of all weights: each
-lane of DualPipe is one of the data-parallel replicas of 1F1B.  With GPUs, one for each rank, they communicate over
+Both print the same losses and the same digest of all weights: each lane of DualPipe is one of the data-parallel
+replicas of 1F1B.  So do these two, as a rank of DualPipeV holds two of the stages of 1F1B:
+
+    torchrun --nproc-per-node 2 examples/pretrain_gpt.py --use-dualpipev --pipeline-model-parallel-size 2
+    torchrun --nproc-per-node 4 examples/pretrain_gpt.py                 --pipeline-model-parallel-size 4
+
+With GPUs, one for each rank, they communicate over
 NCCL.  Without GPUs they communicate over gloo, and the stand-ins of the test harness let Megatron run on the CPU.
 
-Comments with DualPipe's name mark the five changes of a training script; the first is in ``gpt_arguments.py``.
+Comments with DualPipe's name mark the six changes of a training script; the first is in ``gpt_arguments.py``.
 """
 
 # ruff: noqa: E402 - without a GPU, the harness must import Megatron first, to silence its warnings
@@ -44,7 +49,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -59,6 +64,8 @@ from dualpipe.megatron import (
     get_forward_backward_func,
     load_checkpoint,
     save_checkpoint,
+    schedule_of,
+    stages_of,
 )
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -84,7 +91,9 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         ffn_hidden_size=4 * args.hidden_size,
         num_attention_heads=args.num_attention_heads,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=stages_of(args),  # DualPipe 2: a V has two stages on each rank
+        pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
+        mtp_num_layers=args.mtp_num_layers,
         sequence_parallel=args.sequence_parallel,
         hidden_dropout=args.dropout,
         attention_dropout=args.dropout,
@@ -100,14 +109,18 @@ def provide_model(
     args: argparse.Namespace, config: TransformerConfig, pre_process: bool, post_process: bool, pg_collection: Any
 ) -> GPTModel:
     """Build the stage of the pipeline that ``pg_collection`` selects."""
+    layer = get_gpt_layer_local_spec(num_experts=args.num_experts, moe_grouped_gemm=False)
+    further = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if args.mtp_num_layers else None
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(num_experts=args.num_experts, moe_grouped_gemm=False),
+        transformer_layer_spec=layer,
         vocab_size=VOCABULARY,
         max_sequence_length=args.seq_length,
         pre_process=pre_process,
         post_process=post_process,
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=args.tied_embeddings,
+        position_embedding_type="rope" if args.mtp_num_layers else "learned_absolute",
+        mtp_block_spec=further,
         pg_collection=pg_collection,
     )
 
@@ -131,8 +144,9 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[list[nn.Modul
         params_dtype=config.params_dtype,
         use_distributed_optimizer=args.use_distributed_optimizer,
     )
-    if args.use_dualpipe:  # DualPipe 2 and 3: two chunks per rank, and an optimizer that counts each parameter once
-        model = build_dualpipe_model(provider, ddp_config, timeout=60 * args.timeout_minutes)
+    schedule = schedule_of(args)
+    if schedule:  # DualPipe 3 and 4: two chunks per rank, and an optimizer that counts each parameter once
+        model = build_dualpipe_model(provider, ddp_config, schedule=schedule, timeout=60 * args.timeout_minutes)
         optimizer = build_dualpipe_optimizer(optimizer_config, model)
     else:
         first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
@@ -169,12 +183,14 @@ def build_scheduler(args: argparse.Namespace, optimizer: Any) -> OptimizerParamS
 
 def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Any]:
     """Run a microbatch; only the first and the last stage read it."""
-    first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
+    names = ("pre_process", "post_process", "mtp_process")
+    first, last, further = (get_attr_wrapped_model(model, name) for name in names)
     if not (first or last):
         return model(None, None, None), None
     batch = next(iterator)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens).contiguous()
-    output = model(batch.tokens if first else None, positions, None, labels=batch.labels if last else None)
+    tokens = batch.tokens if first or further else None
+    output = model(tokens, positions, None, labels=batch.labels if last else None)
     return output, loss_of
 
 
@@ -225,7 +241,7 @@ def save(args: argparse.Namespace, model: list[nn.Module], optimizer: Any, commo
     folder = args.save / f"iter_{common['iteration']:07}"
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # left by a job that was killed or that did not load it
-    save_checkpoint(folder, model, optimizer, common)  # DualPipe 5
+    save_checkpoint(folder, model, optimizer, common)  # DualPipe 6
     print_once(f"saved {folder}")
 
 
@@ -235,6 +251,10 @@ def digest(model: list[nn.Module]) -> str:
     for chunk in model:
         gpt = get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
         for name, weight in gpt.named_parameters():
+            if name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:
+                if gpt.mtp_process:
+                    continue  # allocated by Megatron, and not used
+                name = "embedding.word_embeddings.weight"
             number = re.match(r"decoder\.layers\.(\d+)\.", name)
             if number:
                 layer = gpt.decoder.layers[int(number[1])].layer_number
@@ -264,7 +284,7 @@ def pretrain(args: argparse.Namespace) -> str:
     scheduler = build_scheduler(args, optimizer)
     training, validation = read_text(args)
     run = partial(
-        get_forward_backward_func(args),  # DualPipe 4: Megatron's own function without the flag
+        get_forward_backward_func(args),  # DualPipe 5: Megatron's own function without the flag
         forward_step_func=forward_step,
         model=model,
         num_microbatches=args.num_microbatches,
@@ -275,7 +295,7 @@ def pretrain(args: argparse.Namespace) -> str:
     start = consumed = 0
     checkpoint = newest_checkpoint(args.load) if args.load else None
     if checkpoint:
-        common = load_checkpoint(checkpoint, model, optimizer)  # DualPipe 5
+        common = load_checkpoint(checkpoint, model, optimizer)  # DualPipe 6
         start, consumed = common["iteration"], common["consumed_samples"]
         scheduler.load_state_dict(common["scheduler"])
         print_once(f"loaded {checkpoint}")

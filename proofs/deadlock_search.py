@@ -9,7 +9,8 @@ cycle.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from dualpipe.schedule import Placed, Schedule
@@ -103,12 +104,15 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
         return Proved()
     finder = Finder(run.counters, model)
     waits: dict[int, list[Wait]] = {}
+    lost: dict[int, Unmatched] = {}
     for each in stuck:
         found = finder.reason(each)
         if isinstance(found, Unmatched):
-            return Refuted(found)
-        if found is not None:
+            lost.setdefault(each.rank, found)
+        elif found is not None:
             waits.setdefault(each.rank, []).append(found)
+    if lost:
+        return Refuted(cause(lost, waits))
     if waits:
         return Refuted(WaitCycle(model, shortest_cycle(waits)))
     if astray:
@@ -170,6 +174,30 @@ def matched_pairs(schedule: Schedule) -> Iterator[tuple[Placed, Placed]]:
     for one, other in sides:
         for ends in zip(rows.get(one, []), rows.get(other, []), strict=False):
             yield table.placed(*ends[0]), table.placed(*ends[1])
+
+
+def cause(lost: Mapping[int, Unmatched], waits: Mapping[int, Sequence[Wait]]) -> Unmatched:
+    """Of all messages without a partner the one that explains the others.
+
+    It is one whose other rank is not blocked, so that it lacks the partner in any case.  If there is none, then ranks
+    that have no partner for each other wait in a circle, as those whose sends face each other: the first of them.
+    """
+    for found in lost.values():
+        if not found.possible or (found.peer not in lost and found.peer not in waits):
+            return found
+    for start, found in lost.items():
+        blocked: list[Placed] = []
+        rank = found.peer
+        while rank is not None and rank != start and rank not in {place.rank for place in blocked}:
+            if rank in lost:
+                blocked.append(lost[rank].place)
+                rank = lost[rank].peer
+            else:
+                blocked.append(waits[rank][0].place)
+                rank = waits[rank][0].partner.rank
+        if rank == start:
+            return replace(found, circle=tuple(blocked))
+    return next(iter(lost.values()))
 
 
 def shortest_cycle(waits: dict[int, list[Wait]]) -> tuple[Wait, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dualpipe.schedule import COLLECTIVES, MESSAGES, SENDS
+from dualpipe.schedule import COLLECTIVES, MESSAGES, SENDS, Placed
 from proofs.findings import Unmatched, Wait
 from proofs.models import Model
 from proofs.words import collective, content, forwards, in_slot
@@ -11,11 +11,37 @@ from proofs.words import collective, content, forwards, in_slot
 def never_joined(finding: Unmatched) -> str:
     """A collective that a member never joins."""
     place, model = finding.place, finding.model
-    return (
+    story = (
         f"{_stream(model)}rank {place.rank} waits for ever {in_slot(place)} until rank {finding.peer} joins "
         f"{collective(place.op)}: it is collective {finding.nth + 1} of its group, and rank {finding.peer} "
         f"joins only {finding.posted} ({model} messages)"
     )
+    return "\n".join([story, *_circle(finding)])
+
+
+def _circle(finding: Unmatched) -> list[str]:
+    """The lines on the ranks that wait for each other, so that none of them posts what another one lacks."""
+    lines = [
+        f"rank {place.rank} gets no further than slot {place.slot} ({place.op}), {_wants(place)}"
+        for place in finding.circle
+    ]
+    if not lines:
+        return []
+    ranks = sorted({finding.place.rank, *(place.rank for place in finding.circle)})
+    who = f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+    kinds = {place.op.kind in SENDS for place in (finding.place, *finding.circle) if place.op.kind in MESSAGES}
+    only_messages = all(place.op.kind in MESSAGES for place in (finding.place, *finding.circle))
+    does = {True: ", each in a send", False: ", each in a receive"}
+    each = does[kinds.pop()] if only_messages and len(kinds) == 1 else ""
+    return [*lines, f"so {who} wait for each other{each}"]
+
+
+def _wants(place: Placed) -> str:
+    """What a blocked rank waits for."""
+    if place.op.kind in COLLECTIVES:
+        return f"where it waits to join {collective(place.op)}"
+    verb = "send" if place.op.kind in SENDS else "receive"
+    return f"where it waits to {verb} {content(place.op)}"
 
 
 def _stream(model: Model) -> str:
@@ -75,4 +101,4 @@ def unmatched(finding: Unmatched) -> str:
     else:
         does = "send" if sends else "receive"
         verb = f"{_stream(model)}rank {place.rank} waits forever {in_slot(place)} to {does} {what}"
-    return f"{verb}: {reason} ({model} messages)"
+    return "\n".join([f"{verb}: {reason} ({model} messages)", *_circle(finding)])

@@ -139,7 +139,11 @@ def meaning(departure: Departure, comparison: Comparison) -> str:
 
 def _failure(rank: int, comparison: Comparison) -> str:
     """How the recorded program failed on a rank whose program ends early, if it did."""
-    own = [failure for failure in comparison.here.failures if failure.rank == rank and not failure.is_later]
+    own = [
+        failure
+        for failure in comparison.here.failures
+        if failure.rank == rank and failure.ends_early and not failure.is_later
+    ]
     return f"the program of this rank ended there: {own[0]}" if own else ""
 
 

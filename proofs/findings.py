@@ -205,7 +205,8 @@ class Unmatched(OfEither):
     """A message without a partner, or a collective that member ``peer`` of its group never joins.
 
     It is number ``nth`` (from 0) of its pair or group, and the other side has only ``posted``.  ``possible`` is whether
-    there is another rank at the other end.
+    there is another rank at the other end.  If ``peer`` gets no further itself because it waits for this rank, directly
+    or through others, ``circle`` has the ops at which those ranks are blocked, from ``peer`` on.
     """
 
     ends_early = True
@@ -218,9 +219,10 @@ class Unmatched(OfEither):
     nth: int
     posted: int
     possible: bool = True
+    circle: tuple[Placed, ...] = ()
 
     def places(self) -> tuple[Place, ...]:
-        return (place_of(self.place, peer=self.peer),)
+        return (place_of(self.place, peer=self.peer), *map(place_of, self.circle))
 
 
 @dataclass(frozen=True)

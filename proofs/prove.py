@@ -21,7 +21,7 @@ from proofs import buffers_search, buffers_smt, deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
-from proofs.findings import Missing
+from proofs.findings import Finding, LeftOver, Missing, Unmatched
 from proofs.memory import bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
 from proofs.prefix import smallest_prefix
@@ -145,15 +145,24 @@ def prove(
 def after_failures(result: Result, failures: Sequence[Failure]) -> Result:
     """The result with the first failure that its refutation may follow from.
 
-    What a hang leaves unmatched is its cause and not its consequence; what the ranks never ran is its consequence.
     Nothing follows from a failure after the recorded step.
     """
     finding = result.finding
     if finding is None or not finding.ends_early:
         return result
-    within = (failure for failure in failures if not failure.is_later)
-    possible = (failure for failure in within if not failure.is_hang or isinstance(finding, Missing))
+    within = (failure for failure in failures if failure.ends_early and not failure.is_later)
+    possible = (failure for failure in within if not failure.is_hang or _follows_from_hang(finding, failure.rank))
     return replace(result, after=next(possible, None))
+
+
+def _follows_from_hang(finding: Finding, rank: int) -> bool:
+    """Whether a fault may follow from the hang of a rank: what is never run, or has no partner on that rank.
+
+    A circle of ranks that wait for each other is the hang itself.
+    """
+    if isinstance(finding, LeftOver | Unmatched) and finding.peer == rank:
+        return not (isinstance(finding, Unmatched) and finding.circle)
+    return isinstance(finding, Missing)
 
 
 def run_check(

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 
-from dualpipe.schedule import MESSAGES, SENDS, Op, Placed, Schedule
-from proofs.findings import Finding, LeftOver, Mismatch, Overwritten, TouchedInFlight, Unmatched, Wait
+from dualpipe.schedule import COMPUTE, MESSAGES, SB, SENDS, SF, B, Chunk, F, Kind, Op, Placed, Schedule
+from proofs.findings import (
+    Finding,
+    LeftOver,
+    Mismatch,
+    Missing,
+    Overwritten,
+    Repeated,
+    TouchedInFlight,
+    Unmatched,
+    Wait,
+)
 
 
 def remarks(schedule: Schedule, finding: Finding) -> Iterator[str]:
     """One line for each remark."""
+    others = [place for place in _placed(finding) if place.op.kind not in MESSAGES]
+    for place in dict.fromkeys(others):
+        if at := schedule.observed.place(place):
+            yield f"{place.op} in slot {place.slot} of rank {place.rank} is at {at}"
+    if isinstance(finding, Missing) and (before := _before(schedule, finding)) is not None:
+        at = schedule.observed.place(before)
+        yield f"{before.op} in slot {before.slot} of rank {before.rank}, which comes before it, is at {at}"
     if isinstance(finding, TouchedInFlight | Overwritten):
         return  # their stories have the lines of the program
     found = list(_messages(finding))
-    if isinstance(finding, Mismatch | LeftOver | Unmatched):
+    instead = list(_sent_instead(schedule)) if isinstance(finding, Mismatch | LeftOver | Unmatched | Repeated) else []
+    if instead:
+        for again, never in instead:
+            yield (
+                f"rank {again.rank} sends {again.op.bare} more than once, again in slot {again.slot}, and never sends "
+                f"{never}: does it send another tensor than the one that it has just computed?"
+            )
+            found.append(again)
+    elif isinstance(finding, Mismatch | LeftOver | Unmatched):
         extras = [extra for placed in found for extra in _superfluous(schedule, placed)]
         yield from dict.fromkeys(_on_superfluous(schedule, extra) for extra in extras)
         found += extras
@@ -22,14 +48,61 @@ def remarks(schedule: Schedule, finding: Finding) -> Iterator[str]:
         yield from _on_place(schedule, placed)
 
 
+def _before(schedule: Schedule, finding: Missing) -> Placed | None:
+    """The last compute of the same task on the rank, if its line is known; or else of the chunk."""
+    own = [p for p in schedule if p.rank == finding.rank and p.op.chunk == finding.op.chunk and p.op.kind in COMPUTE]
+    own = [placed for placed in own if schedule.observed.place(placed)]
+    same = [placed for placed in own if placed.op.task == finding.op.task]
+    return (same or own)[-1] if own else None
+
+
 def _messages(finding: Finding) -> Iterator[Placed]:
     """The messages that a finding names."""
+    return (placed for placed in _placed(finding) if placed.op.kind in MESSAGES)
+
+
+def _placed(finding: Finding) -> Iterator[Placed]:
+    """The ops that a finding names."""
     for field in fields(finding):
         value = getattr(finding, field.name)
         waits = [item for item in value if isinstance(item, Wait)] if isinstance(value, tuple) else []
-        for placed in [value, *(end for wait in waits for end in (wait.place, wait.partner))]:
-            if isinstance(placed, Placed) and placed.op.kind in MESSAGES:
+        others = [item for item in value if isinstance(item, Placed)] if isinstance(value, tuple) else []
+        for placed in [value, *others, *(end for wait in waits for end in (wait.place, wait.partner))]:
+            if isinstance(placed, Placed):
                 yield placed
+
+
+def _sent_instead(schedule: Schedule) -> Iterator[tuple[Placed, Op]]:
+    """On each rank the first message of a chunk sent again though computed once, and the first computed but not sent.
+
+    What is computed twice is sent twice, which is no fault of its own: another rank has sent it what it takes.
+    """
+    for rank, program in enumerate(schedule.programs):
+        placed = [
+            Placed(rank, number, position, op)
+            for number, slot in enumerate(program)
+            for position, op in enumerate(slot)
+        ]
+        computed = Counter((place.op.kind, place.op.task) for place in placed if place.op.kind in _SENT_AS)
+        sent = Counter(place.op.bare for place in placed if place.op.kind in SENDS)
+        seen: set[Op] = set()
+        told: set[tuple[Kind, Chunk]] = set()
+        for place in placed:
+            op = place.op.bare
+            kind = next((made for made, sends in _SENT_AS.items() if sends is op.kind), None)
+            if kind is None or (op.kind, op.chunk) in told:
+                continue
+            if op in seen and computed[kind, op.task] == 1:
+                made = (Op(op.kind, *task) for of, task in computed if of is kind and Chunk(*task[:2]) == op.chunk)
+                never = next((other for other in made if not sent[other]), None)
+                if never is not None:
+                    told.add((op.kind, op.chunk))
+                    yield place, never
+            seen.add(op)
+
+
+_SENT_AS = {F: SF, B: SB}
+"""What is computed, and the send of its result."""
 
 
 def _superfluous(schedule: Schedule, placed: Placed) -> list[Placed]:

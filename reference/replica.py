@@ -13,7 +13,7 @@ exactly ``nn.Linear``, called as modules; the gradient of every other parameter 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -105,11 +105,10 @@ class Replica:
 
     def weight(self, task: Task, *, again: bool) -> None:
         """Run W: add to the gradients of the linear layers.  The saved calls are kept only if W will run ``again``."""
-        totals: dict[nn.Parameter, Tensor] = {}
-        for call in self._live[task].calls:
-            for parameter, gradient in self._gradients(call):
-                # A layer called twice: like autograd, first sum over its uses in the order of the backward.
-                totals[parameter] = totals[parameter] + gradient if parameter in totals else gradient
+        totals: dict[Tensor, Tensor] = {}
+        for parameter, gradient in self._gradients(self._live[task].calls):
+            # A layer called twice: like autograd, first sum over its uses in the order of the backward.
+            totals[parameter] = totals[parameter] + gradient if parameter in totals else gradient
         for parameter, total in totals.items():
             parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
         if not again:
@@ -137,16 +136,21 @@ class Replica:
     def _hold(self, task: Task, tensor: Tensor) -> tuple[Holder, ...]:
         return (Holder(self.account, task, tensor),) if self.account else ()
 
-    def _gradients(self, call: Call) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The gradients of a call's weight and bias, where they require one."""
-        weight, bias = self._parameters[call.linear]
-        leaves = [None if p is None else p.detach().requires_grad_(p.requires_grad) for p in (weight, bias)]
-        trained = [(p, leaf) for p, leaf in zip((weight, bias), leaves, strict=True) if leaf is not None]
-        trained = [(p, leaf) for p, leaf in trained if leaf.requires_grad]
+    def _gradients(self, calls: Sequence[Call]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The gradients of each trained weight and bias, from separate graphs in one run of autograd."""
+        outputs, seeds = [], []
+        trained: list[tuple[Tensor, Tensor]] = []
+        for linear, x, gradient, _ in calls:
+            pair = self._parameters[linear]
+            weight, bias = (None if p is None else p.detach().requires_grad_(p.requires_grad) for p in pair)
+            assert weight is not None
+            own = [(p, leaf) for p, leaf in zip(pair, (weight, bias), strict=True) if p is not None and p.requires_grad]
+            if own:
+                outputs.append(functional.linear(x, weight, bias))
+                seeds.append(gradient)
+                trained.extend(own)
         if trained:
-            assert leaves[0] is not None
-            y = functional.linear(call.x, leaves[0], leaves[1])
-            found = torch.autograd.grad(y, [leaf for _, leaf in trained], call.gradient)
+            found = torch.autograd.grad(outputs, [leaf for _, leaf in trained], seeds)
             yield from zip((p for p, _ in trained), found, strict=True)
 
 

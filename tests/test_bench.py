@@ -130,6 +130,11 @@ def test_the_cost_of_executors_is_measured_and_their_results_checked(tmp_path, c
     assert all(column["ours"]["us"] > 0 for column in columns.values())
 
 
+def test_the_machine_of_a_measurement_is_described():
+    describe, machine = (script("machine.py")[name] for name in ("describe", "machine"))
+    assert f"torch {torch.__version__.partition('+')[0]}" in describe(machine())
+
+
 def test_every_script_has_a_test():
     source = Path(__file__).read_text()
     assert [file.name for file in BENCH.glob("*.py") if f'script("{file.name}")' not in source] == []

@@ -1,4 +1,7 @@
-"""One rank alone, whose messages go nowhere and arrive at once: what is left is the host time of an executor."""
+"""One rank alone, whose messages go nowhere and arrive at once: what is left is the host time of an executor.
+
+``Floor`` is below that: autograd alone, which every executor needs.
+"""
 
 from contextlib import contextmanager, nullcontext
 
@@ -8,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dualpipe.pipeline import ProcessGroupTransport
 from dualpipe.runtime.helper_thread import HelperThread
+from peers.executors import Case
 
 
 @contextmanager
@@ -72,6 +76,31 @@ class NoTransport:
 
     def phase(self, kind: str):
         return nullcontext()
+
+    def close(self) -> None:
+        pass
+
+
+class Floor:
+    """The F and B of a rank's two stages by autograd, one microbatch after the other; no schedule, message or check."""
+
+    def __init__(self, case: Case) -> None:
+        rank = dist.get_rank()
+        self.case, self.last = case, case.ranks - 1
+        self.numbers = (rank, self.last - rank)
+        self.modules = [case.stage(number, case.ranks, None) for number in self.numbers]
+        self.inputs, self.labels = (whole.split(case.shape[0]) for whole in case.data())
+        self.boundary = torch.zeros(case.shape)
+
+    def step(self):
+        for number, module in zip(self.numbers, self.modules, strict=True):
+            for mb in range(self.case.microbatches // 2):
+                output = module(self.boundary.detach().requires_grad_() if number else self.inputs[mb])
+                if number == self.last:
+                    self.case.criterion(output, self.labels[mb]).backward()
+                else:
+                    output.backward(self.boundary)
+        return {}
 
     def close(self) -> None:
         pass

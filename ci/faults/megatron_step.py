@@ -39,11 +39,11 @@ FAULTS = (
         21,
         "Megatron: gradients cleared in mid-accumulation",
         COMPUTATION,
-        "        with at_stage(op.stage), self.synchronising(op):",
+        "        with at_stage(op.stage, self.schedule.stages), self.synchronising(op):",
         "        if op.kind is B and op.mb == 1:\n"
         "            for parameter in self.model[op.lane, op.stage][0].parameters():\n"
         "                parameter.main_grad.zero_()\n"
-        "        with at_stage(op.stage), self.synchronising(op):",
+        "        with at_stage(op.stage, self.schedule.stages), self.synchronising(op):",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: gradient of",
@@ -62,7 +62,7 @@ FAULTS = (
         37,
         "Megatron: the mirror chunk runs while global state says rank r",
         COMPUTATION,
-        "        with setup.drawing(), at_stage(op.stage):\n",
+        "        with setup.drawing(), at_stage(op.stage, self.schedule.stages):\n",
         "        with setup.drawing():\n",
         check="tests",
         rule="test",
@@ -72,8 +72,8 @@ FAULTS = (
         22,
         "Megatron: the losses of lane < lost on the way to the last rank",
         LOSSES,
-        "zip_longest(collected.get(UP, []), down, fillvalue=_ABSENT)",
-        "zip_longest(collected.get(UP, []), [], fillvalue=_ABSENT)",
+        "if rank == last else _receive(lane, rank, transport, device))",
+        "if rank == last else _receive(lane, rank, transport, device)[:0])",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*loss of microbatch . of replica 1 is missing",
@@ -82,8 +82,8 @@ FAULTS = (
         22,
         "Megatron: the losses of lane < stay on the first rank",
         LOSSES,
-        "        _send(collected.get(DOWN, []), last, transport, device)\n        return []\n",
-        "        _send([], last, transport, device)\n        return collected.get(DOWN, [])\n",
+        "            _send(collected.get(lane, []), lane, last, transport, device)\n",
+        "            _send([], lane, last, transport, device)\n            found.append(collected.get(lane, []))\n",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*loss of microbatch . of replica 1 is missing",
@@ -92,8 +92,8 @@ FAULTS = (
         27,
         "Megatron: on the first rank the data of the two lanes swapped",
         SCHEDULE,
-        "{lane: data[lane] for lane in (UP, DOWN)}",
-        "{lane: data[lane if shared.groups.rank else (DOWN, UP)[lane is DOWN]] for lane in (UP, DOWN)}",
+        "{setup.chunk: data[setup.chunk] for setup in setups}",
+        "{a.chunk: data[a.chunk if shared.groups.rank else b.chunk] for a, b in zip(setups, setups[::-1])}",
         check="trial, Megatron",
         rule="bitwise",
         says="gpt-P2, DualPipe: .*first step 0, stage .: loss of microbatch",
@@ -119,7 +119,7 @@ FAULTS = (
         "            zip(\n"
         "                chunks_of(model),\n"
         "                list(zip(model, setups, strict=True))[\n"
-        "                    :: -1 if 1 < shared.groups.rank == shared.groups.size // 2 else 1\n"
+        "                    :: -1 if 1 < shared.groups.rank == schedule.ranks // 2 else 1\n"
         "                ],\n"
         "                strict=True,\n"
         "            )\n"

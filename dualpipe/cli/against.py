@@ -6,7 +6,7 @@ from dualpipe.cli.options import find_schedule
 from dualpipe.cli.proving import Against
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import PLANS, SizeError, generate
+from dualpipe.schedule.generate import NAMES, SizeError, generate
 
 
 def find_against(name: str, ranks: int | None, microbatches: int | None, entry_timeout: float) -> Against:
@@ -15,7 +15,7 @@ def find_against(name: str, ranks: int | None, microbatches: int | None, entry_t
     A named schedule is made for the given size, or else for the size of the one that is compared with it; a file or an
     entry point has its own size.
     """
-    if name in PLANS:
+    if name in NAMES:
         return Against(name, lambda schedule: _of_size(name, schedule, ranks, microbatches))
     found = find_schedule(name, None, None, entry_timeout)
     return Against(found.name or name, lambda schedule: found)

@@ -30,7 +30,7 @@ from dualpipe.cli.progress import progress_bar
 from dualpipe.cli.targets import HTML, SMTLIB, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
-from dualpipe.schedule.generate import PLANS, LateW, with_late_w
+from dualpipe.schedule.generate import NAMES, LateW, with_late_w
 
 if TYPE_CHECKING:
     from dualpipe.cli.proving import Outcome, Source
@@ -207,8 +207,8 @@ def _sizes(
     name: str, ranks: int | None, microbatches: int | None, against: str | None
 ) -> tuple[int | None, int | None]:
     """The sizes for a schedule: none for a file if they are those of the named schedule it is compared with."""
-    is_file = name not in PLANS and not (entrypoint.is_entry_point(name) and not Path(name).exists())
-    return (None, None) if is_file and against in PLANS else (ranks, microbatches)
+    is_file = name not in NAMES and not (entrypoint.is_entry_point(name) and not Path(name).exists())
+    return (None, None) if is_file and against in NAMES else (ranks, microbatches)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

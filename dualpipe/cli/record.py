@@ -13,26 +13,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualpipe.cli import entrypoint
 from dualpipe.cli.app import app, examples
 from dualpipe.cli.interrupt import interruptible
-from dualpipe.cli.options import Json, Waive, seconds
-from dualpipe.cli.targets import RECORDING, check_targets, signed, target
+from dualpipe.cli.options import Json, Waive, complete_schedule, seconds
+from dualpipe.cli.targets import RECORDING, Target, check_targets, signed, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import check_name
 
 if TYPE_CHECKING:
+    from dualpipe.cli.proving import Against
     from dualpipe.record import Recording
+    from proofs.against import Comparison as AgainstOther
 
 
 @app.command(
     context_settings={"ignore_unknown_options": True},
+    options_metavar="[OPTIONS] --",
     epilog=examples(
         "dualpipe record -P 4 -o theirs.txt -- python train.py",
         "dualpipe record --prove -- python spawn_four_ranks.py",
+        "dualpipe record -P 4 --prove --compare --against dualpipe -- python train.py",
     ),
 )
 def record(
-    command: Annotated[list[str], typer.Argument(help="The program to run, after --.", metavar="-- COMMAND ...")],
+    command: Annotated[list[str], typer.Argument(help="The program to run, after --.", metavar="COMMAND")],
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -81,7 +86,36 @@ def record(
             help="Also run the same modules plainly, without the schedule, and compare gradients and losses.",
         ),
     ] = False,
+    clip_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="For --compare: the norm to which the program scales all gradients together.",
+            show_default="from its call of clip_grad_norm_",
+            min=0.0,
+        ),
+    ] = None,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Also name the first op at which each rank departs from this schedule.",
+            metavar="SCHEDULE",
+            autocompletion=complete_schedule,
+        ),
+    ] = None,
+    microbatches: Annotated[
+        int | None,
+        typer.Option(
+            "-M",
+            "--microbatches",
+            help="For how many microbatches of all lanes together the schedule of --against is made, if the program "
+            "fails before it has run all of them.",
+            show_default="as recorded",
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="For --prove: the model of sends, all, blocking, eager, eager:CAPACITY or stream.")
+    ] = "all",
     waive: Waive = None,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +126,8 @@ def record(
 
     Exit codes:
     0: recorded; with --prove, also proved; with --compare, also equal
-    1: recorded, but the program failed or hung, --prove refuted the schedule, or --compare found a difference
+    1: recorded, but the program failed or hung, --prove refuted the schedule, --compare found a difference, or a rank
+    departs from the schedule of --against
     2: bad input, or an op could not be named
     3: unknown: with --prove a solver gave up, or with --compare something could not be run plainly
     130: ended by Ctrl-C
@@ -103,14 +138,23 @@ def record(
 
     check_name(name)
     _check_waived(waive or (), prove)
+    _check_model(model, prove)
     more = takewhile(LANE.fullmatch, command) if lanes else ()
     given = [*(lanes or []), *more]
     routes, command = (parse(given), command[len(given) - len(lanes or []) :]) if lanes else (None, command)
     if not command:
         raise RuleError("what follows -- must be a command", "got none", "add it")
+    if command[0].startswith("-"):
+        raise RuleError(
+            "what follows -- is a command", f"record has no option {command[0]}", "leave it out, or see --help"
+        )
     chosen = None if pipeline_ranks is None else pipelines.parse(pipeline_ranks)
     targets = target("--output", output, RECORDING)
-    check_targets(targets)
+    check_targets(
+        [*targets, *_further(output, ranks, lanes is not None or chosen is not None)],
+        [] if against is None else [against],
+    )
+    other = None if against is None else _find_against(against, microbatches)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
         launch = Launch(
@@ -130,7 +174,7 @@ def record(
             from dualpipe.record.plain import add_comparison
 
             plain = folder / "plain" / str(session)
-            recordings = [add_comparison(recording, plain, logs) for recording in recordings]
+            recordings = [add_comparison(recording, plain, logs, clip_norm, recordings) for recording in recordings]
         renamed = name_ranges(logs, recordings[0].pipeline_ranks, routes, codes)
     if groups > 1:
         typer.echo(f"dualpipe: process group {session} of {groups}", err=True)
@@ -140,24 +184,37 @@ def record(
     results, exit_codes = [], [0 if end.succeeded else 1]
     for number, recording in enumerate(recordings, start=1):
         _report(recording, ending if number == 1 else (), end.seconds)
-        _write(recording, _numbered(output, number))
+    _write_all(recordings, output)
+    for recording in recordings:
         caveats = [*([] if end.succeeded else ["the program failed or was ended"]), *recording.caveats]
         result = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
         if prove:
+            from proofs.models import parse_models
             from proofs.prove import prove as run_checks
 
             of_ranks = f", ranks {' '.join(map(str, recording.pipeline_ranks))}" if len(recordings) > 1 else ""
             label = name + of_ranks
-            report = interruptible(partial(run_checks, recording.schedule, label=label, waive=waive or ()))
+            report = interruptible(
+                partial(run_checks, recording.schedule, parse_models(model), label=label, waive=waive or ())
+            )
             exit_codes.append(report.exit_code)
             result["proof"] = report.as_json()
             if not as_json:
                 sys.stdout.write(_with_caveats(report.text(), caveats))
+        if other is not None:
+            departures = _compare_with(other, recording, end.succeeded)
+            if departures is not None:
+                from proofs import departure_story
+
+                exit_codes.append(departures.exit_code)
+                result["against"] = departures.as_json()
+                if not as_json:
+                    sys.stdout.write(departure_story.text(departures))
         if recording.comparison is not None:
             exit_codes.append(_OF_COMPARISON[recording.comparison.verdict])
             if not as_json:
                 sys.stdout.write(recording.comparison.text())
-        if output is None and not (prove or compare or as_json):
+        if output is None and not (prove or compare or against or as_json):
             sys.stdout.write(recording.text())
         results.append(result)
     if as_json:
@@ -187,16 +244,49 @@ def _numbered(output: Path | None, number: int) -> Path | None:
     return output if output is None or number == 1 else output.with_name(f"{output.stem}-{number}{output.suffix}")
 
 
-def _write(recording: Recording, output: Path | None) -> None:
-    """Write the file; if that fails, print its text, so that the result of a long run is not lost."""
+def _further(output: Path | None, ranks: int | None, is_one: bool) -> list[Target]:
+    """The files that exist under the names of further pipelines: a job may have one for every two ranks.
+
+    ``is_one`` is whether the options leave one pipeline alone.
+    """
+    if output is None or is_one or not output.parent.is_dir():
+        return []
+    most = len(list(output.parent.iterdir())) + 1 if ranks is None else ranks // 2
+    paths = (output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(2, most + 1))
+    return [each for path in paths if path.exists() for each in target("--output", path, RECORDING)]
+
+
+def _write_all(recordings: Sequence[Recording], output: Path | None) -> None:
+    """Write the file of every pipeline; print the text of one that fails, so that no result of a long run is lost."""
+    failed: RuleError | OSError | None = None
+    for number, recording in enumerate(recordings, start=1):
+        try:
+            for each in target("--output", _numbered(output, number), RECORDING):
+                each.write(signed(recording.text()))
+        except (RuleError, OSError) as error:
+            typer.echo(recording.text(), nl=False)
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def _find_against(name: str, microbatches: int | None) -> Against:
+    from dualpipe.cli.against import find_against
+
+    return find_against(name, None, microbatches, entrypoint.LIMIT_SECONDS)
+
+
+def _compare_with(other: Against, recording: Recording, succeeded: bool) -> AgainstOther | None:
+    """Where the recording departs from the schedule of ``--against``; ``None`` if the program failed too early."""
+    from proofs.against import compare
+
     try:
-        targets = target("--output", output, RECORDING)
-        check_targets(targets)
-        for each in targets:
-            each.write(signed(recording.text()))
-    except (RuleError, OSError):
-        typer.echo(recording.text(), nl=False)
-        raise
+        return compare(recording.schedule, other.of(recording.schedule), other.name)
+    except RuleError as error:
+        if succeeded:
+            raise
+        typer.echo(f"dualpipe: not compared with {other.name}: {error}", err=True)
+        return None
 
 
 def _check_waived(waive: Sequence[str], prove: bool) -> None:
@@ -208,6 +298,17 @@ def _check_waived(waive: Sequence[str], prove: bool) -> None:
     waived(waive)
     if not prove:
         raise RuleError("--waive is for --prove", f"got --waive {waive[0]} alone", "add --prove")
+
+
+def _check_model(model: str, prove: bool) -> None:
+    """Raise ``RuleError`` for a name that is no model, and for ``--model`` without ``--prove``."""
+    if model == "all":
+        return
+    from proofs.models import parse_models
+
+    parse_models(model)
+    if not prove:
+        raise RuleError("--model is for --prove", f"got --model {model} alone", "add --prove")
 
 
 def _with_caveats(report: str, caveats: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ def print_megatron_report(report: Report[MegatronCase, Normed]) -> None:
     if not case.has_oracle:
         notes.append(
             "not compared with plain PyTorch: that oracle is one process, without tensor or expert parallelism and "
-            "without expert bias"
+            "without clipping by the norm of a distributed optimizer"
         )
     print_report(
         report, f"{describe_megatron(case)}\n{_losses(report)}; gradient norm {norms}", "Megatron's 1F1B", notes
@@ -99,17 +99,22 @@ def describe_megatron(case: MegatronCase) -> str:
         "distributed optimizer": case.distributed_optimizer,
         "recompute": case.recompute,
         "loss per token": case.per_token_loss,
-        "expert bias": case.expert_bias,
+        f"without {', '.join(case.without)}": case.without,
+        "expert bias": case.balances_by_bias,
+        f"{case.further_layers} layers for further tokens": case.further_layers,
+        "tied embeddings": case.tied,
+        f"layout {case.layers_of_stages}": case.layers_of_stages,
         f"late W {case.late_w}": case.late_w != "none",
         f"expert parallel {case.ep}": case.ep > 1,
         f"dropout {case.dropout}": case.dropout,
         f"clipping at {case.clip_norm}": case.clip_norm,
     }
     chosen = "".join(f", {name}" for name, on in options.items() if on)
+    name = "DualPipe" if case.lanes == 2 else "DualPipeV"
     return (
-        f"{case.model}, {case.layers} layers in {case.pp} stages, tensor parallel {case.tp}, {case.dtype}{chosen}, "
+        f"{case.model}, {case.layers} layers in {case.stages} stages, tensor parallel {case.tp}, {case.dtype}{chosen}, "
         f"{case.steps} steps\n"
-        f"DualPipe: {case.dp} x {case.count} microbatches on {production.ranks(case)} ranks; "
+        f"{name}: {case.dp} x {case.count} microbatches on {production.ranks(case)} ranks; "
         f"Megatron's 1F1B: {case.replicas} x {case.per_lane} on {truth.ranks(case)}"
     )
 

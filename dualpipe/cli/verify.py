@@ -18,7 +18,7 @@ from dualpipe.errors import RuleError
 from dualpipe.schedule import COLLECTIVES, COMPUTE, MESSAGES, Schedule
 from dualpipe.schedule.generate import LateW, with_late_w
 
-_MEGATRON = "Megatron (--model gpt or moe)"
+_MEGATRON = "Megatron (--model gpt, moe or deepseek)"
 
 
 class Model(StrEnum):
@@ -27,6 +27,19 @@ class Model(StrEnum):
     lm = "lm"
     gpt = "gpt"
     moe = "moe"
+    deepseek = "deepseek"
+
+
+class Part(StrEnum):
+    """A part of the miniature of DeepSeek-V3."""
+
+    mla = "mla"
+    groups = "groups"
+    shared = "shared"
+    bias = "bias"
+    dense = "dense"
+    mtp = "mtp"
+    layout = "layout"
 
 
 def _flag(name: str, text: str) -> Any:
@@ -43,7 +56,10 @@ def _flag(name: str, text: str) -> Any:
 def verify(
     positional: options.ScheduleArgument = None,
     model: Annotated[
-        Model, typer.Option(help="lm: a small language model; gpt, moe: Megatron's models, compared with its own 1F1B.")
+        Model,
+        typer.Option(
+            help="lm: a small language model; gpt, moe, deepseek: Megatron's models, compared with its own 1F1B."
+        ),
     ] = Model.lm,
     ranks: options.Ranks = None,
     microbatches: options.Microbatches = None,
@@ -81,6 +97,22 @@ def verify(
     expert_bias: Annotated[
         bool, _flag("--expert-bias", "Balance experts by a router bias, without an auxiliary loss.")
     ] = False,
+    mtp: Annotated[int, _flag("--mtp", "Layers that predict further tokens.")] = 0,
+    tied: Annotated[bool, _flag("--tied", "Tie the output layer to the embedding.")] = False,
+    layout: Annotated[
+        str | None,
+        _flag(
+            "--layout", "Layers of each stage, such as Et|tt|ttmL: E embedding, t decoder, m further tokens, L loss."
+        ),
+    ] = None,
+    without: Annotated[
+        list[Part] | None,
+        _flag(
+            "--without",
+            "Leave a part out of --model deepseek: latent attention, groups of experts, the shared expert, the router "
+            "bias, the dense first layer, the layer for further tokens, or the uneven layout.",
+        ),
+    ] = None,
     dropout: Annotated[float, _flag("--dropout", "Probability of dropout.")] = 0.0,
     clip: Annotated[
         float | None,
@@ -91,8 +123,8 @@ def verify(
 ) -> None:
     """Train on real processes and on fake ranks, and compare both with plain PyTorch, bit by bit.
 
-    With --model gpt or moe: train a Megatron model with the drop-in and with plain PyTorch, and compare both with
-    Megatron's own 1F1B.
+    With --model gpt, moe or deepseek: train a Megatron model with the drop-in (dualpipe or dualpipev) and with plain
+    PyTorch, and compare both with Megatron's own 1F1B.
 
     Exit codes:
     0: every loss, gradient and weight is equal
@@ -103,7 +135,7 @@ def verify(
     """
     named = options.choose(positional, schedule)
     chosen = with_late_w(named, late_w)
-    small = {f"the schedule {named}": named != "dualpipe", "--transport": transport != "direct"}
+    small = {f"the schedule {named}": named not in ("dualpipe", "dualpipev"), "--transport": transport != "direct"}
     small |= {"--device": device != "cpu", "--blocking": blocking, "--trace": trace is not None}
     large: dict[str, Any] = {
         "sequence_parallel": sequence_parallel,
@@ -112,10 +144,16 @@ def verify(
         "recompute": recompute,
         "per_token_loss": per_token_loss,
         "expert_bias": expert_bias,
+        "mtp": mtp,
+        "tied": tied,
+        "layout": layout,
+        "without": [part.value for part in without or ()],
         "dropout": dropout,
     }
     if model is not Model.lm:
-        _refuse(small, f"--model {model} runs DualPipe on Megatron's model and nothing else", "leave it out")
+        _refuse(
+            small, f"--model {model} runs dualpipe or dualpipev on Megatron's model and nothing else", "leave it out"
+        )
         pp = 4 if ranks is None else ranks
         sizes = {
             "pp": pp,
@@ -124,12 +162,12 @@ def verify(
             "ep": ep,
             "microbatches": 2 * pp if microbatches is None else microbatches,
         }
-        large["late_w"] = late_w.value
+        large |= {"late_w": late_w.value, "schedule": named}
         training = {"dtype": dtype.value, "clip": clip, "steps": steps, "seed": seed, "timeout": timeout}
         raise typer.Exit(_verify_megatron(model, as_json, **sizes, **large, **training))
     given = {f"--{name.replace('_', '-')}": value for name, value in large.items()}
     given |= {"--dp": dp != 1, "--tp": tp != 1, "--ep": ep != 1, "--clip": clip is not None}
-    _refuse(given, "a small language model has no such option", "add --model gpt or --model moe")
+    _refuse(given, "a small language model has no such option", "add --model gpt, --model moe or --model deepseek")
     into_folder = trace is not None and trace.is_dir()
     traces = [] if into_folder else target("--trace", trace, TRACE)
     check_targets(traces, [chosen])
@@ -185,8 +223,10 @@ def _verify_megatron(model: Model, as_json: bool, **settings: Any) -> int:
     from dualpipe.cli.verification import print_megatron_report, watch_megatron
     from reference.megatron.case import Case
     from reference.megatron.case import Model as MegatronModel
+    from reference.megatron.case import Part as MegatronPart
     from reference.megatron.verify import verify as run
 
+    settings["without"] = tuple(map(MegatronPart, settings["without"]))
     case = Case(MegatronModel(model.value), **settings)
     with watch_megatron(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dualpipe.megatron.iterators import split_data_iterator as split_data_iterator
     from dualpipe.megatron.model import build_dualpipe_model as build_dualpipe_model
     from dualpipe.megatron.optimizer import build_dualpipe_optimizer as build_dualpipe_optimizer
+    from dualpipe.megatron.placement import schedule_of as schedule_of
+    from dualpipe.megatron.placement import stages_of as stages_of
     from dualpipe.megatron.schedule import forward_backward_dualpipe as forward_backward_dualpipe
 
 _HOME = {
@@ -33,8 +35,10 @@ _HOME = {
     "installed": "installation",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
+    "schedule_of": "placement",
     "sharded_state_dict": "checkpoint",
     "split_data_iterator": "iterators",
+    "stages_of": "placement",
     "uninstall": "installation",
     "validate_dualpipe_args": "arguments",
 }

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any, TypeVar
 
-from dualpipe.megatron.rules import SettingsError, violations
+from dualpipe.megatron.placement import Schedules, schedule_of
+from dualpipe.megatron.rules import SettingsError, refused_upstream, violations
 from dualpipe.schedule.generate import LateW
 
-FLAG, LATE_W = "--use-dualpipe", "--dualpipe-late-w"
+logger = logging.getLogger(__name__)
+
+FLAG, FLAG_V, LATE_W = "--use-dualpipe", "--use-dualpipev", "--dualpipe-late-w"
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
 
 def add_dualpipe_args(parser: Parser) -> Parser:
-    """Add ``--use-dualpipe`` and ``--dualpipe-late-w`` to a parser and return it.
+    """Add ``--use-dualpipe``, ``--use-dualpipev`` and ``--dualpipe-late-w`` to a parser and return it.
 
-    Megatron-LM's ``extra_args_provider`` requires that.  A flag that the parser already has, as FlagScale's has the
-    first, stays as it is.
+    Megatron-LM's ``extra_args_provider`` requires that.  A flag that the parser already has, as FlagScale's may have,
+    stays as it is.
     """
     group = parser.add_argument_group("dualpipe", "bidirectional pipeline")
     present = parser._option_string_actions  # argparse has no public way to ask
@@ -26,45 +30,56 @@ def add_dualpipe_args(parser: Parser) -> Parser:
             action="store_true",
             help="run the pipeline in both directions at once (DualPipe); each rank then holds two stages",
         )
+    if FLAG_V not in present:
+        group.add_argument(
+            FLAG_V,
+            action="store_true",
+            help="run the pipeline as a V (DualPipeV): each rank holds one stage of each half, and each stage once",
+        )
     if LATE_W not in present:
         group.add_argument(
             LATE_W,
             choices=[each.value for each in LateW],
             default=LateW.none.value,
-            help="with --use-dualpipe, run weight gradients after the messages of their backward, in the last phases "
-            "(tail) or always (all); the gradients stay the same bit for bit",
+            help="with one of these flags, run weight gradients after the messages of their backward, in the last "
+            "phases (tail) or always (all); the gradients stay the same bit for bit",
         )
     return parser
 
 
 def validate_dualpipe_args(args: Any) -> None:
-    """Raise if DualPipe cannot train with these arguments; without ``args.use_dualpipe``, do nothing.
+    """Raise if the schedule cannot train with these arguments; without a flag that selects one, do nothing.
 
     Args:
         args: Megatron's arguments, a plain namespace, after Megatron's own ``validate_args`` (which computes
-            ``data_parallel_size`` and the batch sizes).  It is not changed.
+            ``data_parallel_size`` and the batch sizes).  It is not changed.  Settings that the upstream pull request
+            refuses, and that are trained exactly here, are logged as warnings.
 
     Raises:
         SettingsError: A ``RuleError`` that lists every broken rule, the setting that breaks it and how to fix it.
     """
-    if getattr(args, "use_dualpipe", False):
-        _raise_if_any(args)
+    schedule = schedule_of(args)
+    if schedule is not None:
+        _raise_if_any(schedule, args)
+        for each in refused_upstream(args):
+            logger.warning("dualpipe: %s", each)
 
 
-def validate_dualpipe_config(config: Any, ddp_config: Any = None) -> None:
+def validate_dualpipe_config(config: Any, ddp_config: Any = None, schedule: str = "dualpipe") -> None:
     """Apply the same rules to the configs of a model that is about to be built with DualPipe.
 
     Args:
         config: A ``TransformerConfig``, or any object with its attributes.
         ddp_config: A ``DistributedDataParallelConfig`` likewise, or ``None`` without DDP.
+        schedule: ``"dualpipe"`` or ``"dualpipev"``.
 
     Raises:
         SettingsError: As ``validate_dualpipe_args`` does.
     """
-    _raise_if_any(config, ddp_config)
+    _raise_if_any(schedule, config, ddp_config)
 
 
-def _raise_if_any(*settings: Any) -> None:
-    found = violations(*settings)
+def _raise_if_any(schedule: str, *settings: Any) -> None:
+    found = violations(*settings, schedule=schedule)
     if found:
-        raise SettingsError(found)
+        raise SettingsError(found, FLAG_V if schedule == Schedules.DUALPIPEV else FLAG)

@@ -1,7 +1,7 @@
 """Checkpoints that do not depend on DualPipe: those saved with it load with 1F1B at any pipeline size, and vice versa.
 
-Both replicas of a stage have the same weights, the same optimizer state and, between steps, the same state of the
-random generators.  So a checkpoint has one of each, under Megatron's own keys.
+All replicas of a stage have the same weights, the same optimizer state and, between steps, the same state of the
+random generators.  So a checkpoint has one of each for every stage, under Megatron's own keys.
 """
 
 from __future__ import annotations
@@ -66,25 +66,26 @@ def save_checkpoint(
         path.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     require_equal_replicas(model)
-    state = {**sharded_state_dict(model, optimizer), "random": _random(capture()), "common": dict(common or {})}
+    state = {**sharded_state_dict(model, optimizer), "random": _random(model), "common": dict(common or {})}
     dist_checkpointing.save(state, str(path))
 
 
 def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: Any = None) -> dict[str, Any]:
     """Load what ``save_checkpoint`` saved, with DualPipe or without, and return its ``common``.
 
-    The states of the random generators are restored if the pipeline and tensor sizes are those of the run that saved
-    them; otherwise they are left alone.  Raises ``RuleError`` if there is no checkpoint, or if the optimizer's state
-    does not belong to the weights (see ``dualpipe.megatron.optimizer_state``).
+    The states of the random generators are restored if the numbers of stages and of tensor-parallel ranks are those of
+    the run that saved them; otherwise they are left alone.  Raises ``RuleError`` if there is no checkpoint, or if the
+    optimizer's state does not belong to the weights (see ``dualpipe.megatron.optimizer_state``).
     """
     path = str(folder)
     if not dist_checkpointing.check_is_distributed_checkpoint(path):
         raise RuleError("a checkpoint must be a folder that save_checkpoint wrote", f"got {path}", "correct the path")
     wanted = sharded_state_dict(model, optimizer, is_loading=True)
-    saved = _random(capture())
+    saved = _random(model)
+    shape = next(iter(saved.values())).global_shape
     found = load_sharded_metadata(path)
     same_shape = any(
-        isinstance(entry, ShardedObject) and entry.key == RANDOM and entry.global_shape == saved.global_shape
+        isinstance(entry, ShardedObject) and entry.key == RANDOM and entry.global_shape == shape
         for entry in found.values()
     )
     if same_shape:
@@ -95,7 +96,7 @@ def load_checkpoint(folder: Path | str, model: Sequence[nn.Module], optimizer: A
     if optimizer is not None:
         _together(lambda: _load_optimizer(optimizer, loaded["optimizer"]))
     if same_shape:
-        restore(loaded["random"])
+        _restore(model, loaded["random"])
     if len(model) > 1:
         resume_random_stream(model)
     common: dict[str, Any] = loaded["common"]
@@ -135,18 +136,42 @@ def resume_random_stream(model: Sequence[nn.Module]) -> None:
     """After the process's generators were restored, set lane < to the state of the same stage in lane >.
 
     ``load_checkpoint`` does this; a training loop that restores random states itself calls it afterwards, on every
-    rank.  Between steps both replicas of a stage have drawn the same numbers, so one state serves both.
+    rank.  Between steps both replicas of a stage have drawn the same numbers, so one state serves both.  Under
+    DualPipeV, where a stage has no replica, the stream of the second stage goes on as it is.
     """
     shared = setup_of(model[0]).shared
-    shared.stream.states = exchange(capture(), shared.groups.pair)
+    if shared.groups.pair is not None:
+        shared.stream.states = exchange(capture(), shared.groups.pair)
 
 
-def _random(states: States) -> ShardedObject:
-    """The states of the random generators, sharded by pipeline and tensor rank."""
-    shape = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
+def _random(model: Sequence[nn.Module]) -> dict[str, ShardedObject]:
+    """The states of the random generators of each stage that this rank saves, sharded by stage and tensor rank."""
+    if len(model) == 1:
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        states = {parallel_state.get_pipeline_model_parallel_rank(): capture()}
+    else:
+        shared = setup_of(model[0]).shared
+        groups, stages = shared.groups, shared.groups.stages
+        states = {groups.own.stage: capture()}
+        if groups.pair is None:
+            states[groups.other.stage] = shared.stream.states
+    shape = stages, parallel_state.get_tensor_model_parallel_world_size()
+    tp, replica = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-    offset = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject(RANDOM, states, shape, offset, replica_id=replica)
+    return {
+        str(stage): ShardedObject(RANDOM, state, shape, (stage, tp), replica_id=replica)
+        for stage, state in states.items()
+    }
+
+
+def _restore(model: Sequence[nn.Module], loaded: Mapping[str, States]) -> None:
+    """Set the generators to what ``_random`` saved: the process's own, and those of a second stage."""
+    if len(model) == 1:
+        restore(next(iter(loaded.values())))
+        return
+    shared = setup_of(model[0]).shared
+    restore(loaded[str(shared.groups.own.stage)])
+    if shared.groups.pair is None:
+        shared.stream.states = loaded[str(shared.groups.other.stage)]

@@ -28,7 +28,7 @@ class Call:
     """The arguments of a schedule function of Megatron that forwards need."""
 
     forward_step_func: Callable[..., Any]
-    iterators: Mapping[Lane, Iterator[Any] | None]
+    iterators: Mapping[Chunk, Iterator[Any] | None]
     config: Any
     forward_only: bool
     collect_non_loss_data: bool
@@ -57,10 +57,10 @@ class MegatronComputation:
         module, setup = self.model[op.chunk]
         call, last = self.call, self.schedule.is_last(op)
         collected: list[Any] = self.collected.setdefault(op.lane, []) if last else []
-        with setup.drawing(), at_stage(op.stage):
+        with setup.drawing(), at_stage(op.stage, self.schedule.stages):
             output, tokens = forward_step(
                 call.forward_step_func,
-                call.iterators[op.lane],
+                call.iterators[op.chunk],
                 module,
                 self.schedule.microbatches[op.lane],  # each lane is a data-parallel replica with its own microbatches
                 inputs[0] if inputs else None,
@@ -91,7 +91,8 @@ class MegatronComputation:
         config = self.call.config
         if config.timers is not None:
             config.timers("backward-compute", log_level=2).start()
-        with at_stage(op.stage), self.synchronising(op):  # a recomputed layer may ask for its stage
+        # a recomputed layer may ask for its stage
+        with at_stage(op.stage, self.schedule.stages), self.synchronising(op):
             yield
             if op.kind is W:
                 for backward_dw in self.model[op.chunk][1].split.delayed:

@@ -7,7 +7,7 @@ and fails if nothing did.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,16 +22,21 @@ _PER_CHUNK = ("no_sync_func", "grad_sync_func", "param_sync_func")
 
 
 class StageDDP(DistributedDataParallel):  # type: ignore[misc] # Megatron has no types
-    """Megatron's ``DistributedDataParallel`` with a count of its finished reductions."""
+    """Megatron's ``DistributedDataParallel`` with a count of its finished reductions.
+
+    ``finished`` is called after each of them.
+    """
 
     def __init__(self, config: Any, ddp_config: Any, module: nn.Module, **options: Any) -> None:
         super().__init__(config, ddp_config, module, **options)
         self.reductions = 0
+        self.finished: Callable[[], None] = lambda: None
         self.per_token_loss = bool(config.calculate_per_token_loss)
 
     def finish_grad_sync(self, *args: Any, **options: Any) -> None:
         super().finish_grad_sync(*args, **options)
         self.reductions += 1
+        self.finished()
 
 
 def wrapper_of(module: nn.Module | None) -> StageDDP | None:
@@ -41,8 +46,8 @@ def wrapper_of(module: nn.Module | None) -> StageDDP | None:
     return module
 
 
-def require_trainable(model: Sequence[nn.Module], config: Any, optimizer: Any) -> None:
-    """Raise ``RuleError`` if a training step would give wrong results.  Sends no message.
+def require_trainable(model: Sequence[nn.Module], config: Any, optimizer: Any, schedule: str = "dualpipe") -> None:
+    """Raise ``RuleError`` if a training step of ``schedule`` would give wrong results.  Sends no message.
 
     ``optimizer`` is the one that ``build_dualpipe_optimizer`` built over the chunks, or ``None``.  The settings are
     read at each step, since a program may change them after building.
@@ -50,20 +55,20 @@ def require_trainable(model: Sequence[nn.Module], config: Any, optimizer: Any) -
     wrappers = [wrapper for wrapper in map(wrapper_of, model) if wrapper is not None]
     if len(wrappers) < len(model):
         raise RuleError(
-            "training needs the wrapper that build_dualpipe_model adds, which reduces over both replicas of a stage",
+            "training needs the wrapper that build_dualpipe_model adds, which reduces over all replicas of a stage",
             "got a chunk without it",
             "leave wrap_with_ddp on, and add no DistributedDataParallel of your own",
         )
     if not callable(config.finalize_model_grads_func):
         raise RuleError(
-            "finalize_model_grads_func reduces the gradients over both replicas of each stage, so training needs it",
+            "finalize_model_grads_func reduces the gradients over the replicas of each stage, so training needs it",
             f"got {config.finalize_model_grads_func!r}",
             f"use megatron.core.distributed.finalize_model_grads, and {_WHERE}",
         )
     for name in _PER_CHUNK:
         _require_functions(name, getattr(config, name, None), len(model))
     for wrapper in wrappers:
-        validate_dualpipe_config(config, wrapper.ddp_config)
+        validate_dualpipe_config(config, wrapper.ddp_config, schedule)
         _require_settings(config, wrapper)
         _require_reduced(wrapper)
     if optimizer is None and any(wrapper.ddp_config.use_distributed_optimizer for wrapper in wrappers):
@@ -133,7 +138,7 @@ def reduced_once(model: Sequence[nn.Module], stages: Sequence[int]) -> Iterator[
         if times != 1:
             raise RuleError(
                 "finalize_model_grads_func must reduce the gradients of each chunk once, by its finish_grad_sync()",
-                f"those of stage {stage} were reduced {times} times, so its two replicas "
+                f"those of stage {stage} were reduced {times} times, so its replicas "
                 + ("have different gradients" if times == 0 else "have multiples of their gradients"),
                 "use megatron.core.distributed.finalize_model_grads, or call it in your own function",
             )

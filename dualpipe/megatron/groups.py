@@ -1,12 +1,7 @@
 """Process groups of DualPipe: those of each stage, and the pipeline position that Megatron reads for a chunk.
 
-Rank r of a pipeline of P holds stage r for lane > and stage P-1-r for lane <::
-
-    pp rank      0     1     2     3
-    lane >       0     1     2     3     the stage
-    lane <       3     2     1     0
-
-The gradients of a stage are reduced over both of its replicas and all data-parallel ranks at once.  Its group lists
+``dualpipe.megatron.placement`` shows which stages a rank holds.  With one lane, Megatron's own groups serve.  With two,
+the gradients of a stage are reduced over both of its replicas and all data-parallel ranks at once.  Its group lists
 the replica of lane > first, then that of lane <, each in data-parallel order, so that sums are added in the order in
 which 1F1B with twice the data parallelism adds them.  (Before torch 2.12 a group's ranks are always sorted; then the
 sums of more than two replicas may differ from 1F1B's in their last bits.)
@@ -24,7 +19,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dualpipe.schedule import DOWN, UP, Chunk
+from dualpipe.megatron.placement import Placement, placement
+from dualpipe.schedule import UP, Chunk
 
 KINDS = ("dp", "dp_cp", "expt_dp")
 """Megatron's names of the groups over which gradients are reduced."""
@@ -50,33 +46,42 @@ class Position:
 
 
 @contextmanager
-def at_stage(stage: int) -> Iterator[None]:
-    """Inside the block, ``parallel_state.get_pipeline_model_parallel_rank()`` returns ``stage``.
+def at_stage(stage: int, stages: int) -> Iterator[None]:
+    """Inside the block, ``parallel_state`` gives ``stage`` as the pipeline rank and ``stages`` as the pipeline size.
 
     Training code often asks ``parallel_state`` for the pipeline rank instead of reading the model's process groups:
     which layers of a block are dense or mixtures of experts, where a custom layout starts, whether this is a first
     stage that needs tokens or a last one that needs labels.  So each chunk is built and run at its own stage.  No
     process group changes.  In nested blocks the inner stage applies.
     """
-    before = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK  # there is a setter, and no getter of what was set
+    rank = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK  # there are setters, and no getters of what was set
+    size = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_WORLD_SIZE
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     parallel_state.set_pipeline_model_parallel_rank(stage)
+    parallel_state.set_pipeline_model_parallel_world_size(stages)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
     try:
         yield
     finally:
-        parallel_state.set_pipeline_model_parallel_rank(before)
+        parallel_state.set_pipeline_model_parallel_rank(rank)
+        parallel_state.set_pipeline_model_parallel_world_size(size)
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
 
 
 @dataclass(frozen=True)
 class Groups:
     """The process groups of one rank.
 
-    ``chunks`` has the groups of each of the rank's two chunks, in order of stage.  Both ranks of a pair run their
-    collectives in this order.  ``pair`` joins the two ranks that hold the same two stages, the one that holds the
-    lower stage for lane > first.
+    ``chunks`` has the groups of each of the rank's two chunks, in order of stage.  All ranks that hold a stage run
+    their collectives in this order.  With two lanes, ``pair`` joins the two ranks that hold the same two stages, the
+    one that holds the lower stage for lane > first; with one there is none.  ``embedding`` is Megatron's group of the
+    ranks with a copy of the embedding, if this rank is one of them and not the only one.
     """
 
+    placement: Placement
     pipeline: dist.ProcessGroup
-    pair: dist.ProcessGroup
+    pair: dist.ProcessGroup | None
+    embedding: dist.ProcessGroup | None
     chunks: Mapping[Chunk, ProcessGroupCollection]
 
     @property
@@ -84,17 +89,32 @@ class Groups:
         return self.pipeline.rank()
 
     @property
-    def size(self) -> int:
-        return self.pipeline.size()
+    def own(self) -> Chunk:
+        """The chunk that Megatron's own rank would hold, or its part with this number."""
+        return self.placement.own(self.rank)
+
+    @property
+    def other(self) -> Chunk:
+        return self.placement.other(self.rank)
+
+    @property
+    def stages(self) -> int:
+        return self.placement.stages
 
 
-def create_groups() -> Groups:
+def create_groups(schedule: str) -> Groups:
     """Create DualPipe's groups beside Megatron's own; every process of the job calls this together.
 
-    ``parallel_state.initialize_model_parallel`` must have run.
+    ``parallel_state.initialize_model_parallel`` must have run.  Raises ``RuleError`` if the schedule does not run on a
+    pipeline of that size.
     """
     collection = ProcessGroupCollection.use_mpu_process_groups()
     pipeline = collection.pp
+    where = placement(schedule, pipeline.size())
+    held = where.chunks(pipeline.rank())
+    if not where.mirrored:
+        chunks = {chunk: _collection(collection, chunk.stage, where.stages, embd=None) for chunk in held}
+        return Groups(where, pipeline, None, _with_others(collection.embd), chunks)
     mine = {kind: dist.get_process_group_ranks(getattr(collection, kind)) for kind in KINDS}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (dist.get_process_group_ranks(pipeline), mine))
@@ -103,12 +123,27 @@ def create_groups() -> Groups:
     rank, size = pipeline.rank(), pipeline.size()
     mirror = everyone[dist.get_process_group_ranks(pipeline)[size - 1 - rank]][1]
     chunks = {}
-    for chunk in sorted((Chunk(UP, rank), Chunk(DOWN, size - 1 - rank)), key=lambda chunk: chunk.stage):
+    for chunk in held:
         up, down = (mine, mirror) if chunk.lane is UP else (mirror, mine)
         groups = {kind: made[tuple(up[kind] + down[kind])] for kind in KINDS}
-        chunks[chunk] = _collection(collection, chunk.stage, groups)
+        embd = collection.embd if chunk.lane is UP else None
+        chunks[chunk] = _collection(
+            collection,
+            chunk.stage,
+            where.stages,
+            embd=embd,
+            **groups,
+            intra_dp_cp=groups["dp_cp"],
+            intra_expt_dp=groups["expt_dp"],
+        )
     pair = made[_pair(dist.get_process_group_ranks(pipeline), rank)]
-    return Groups(pipeline, pair, chunks)
+    return Groups(where, pipeline, pair, _with_others(collection.embd), chunks)
+
+
+def _with_others(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group, if this rank is in it together with others."""
+    mine = group is not None and dist.get_rank() in dist.get_process_group_ranks(group) and group.size() > 1
+    return group if mine else None
 
 
 def _wanted(everyone: Sequence[tuple[list[int], Mapping[str, list[int]]]]) -> list[tuple[int, ...]]:
@@ -135,16 +170,18 @@ def _make_all(wanted: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], dist.P
     return {ranks: dist.new_group(list(ranks), group_desc="DUALPIPE_STAGE", **unsorted) for ranks in wanted}
 
 
-def _collection(
-    own: ProcessGroupCollection, stage: int, groups: Mapping[str, dist.ProcessGroup]
-) -> ProcessGroupCollection:
-    """Megatron's groups of this rank, with the position and the reduction groups of the stage."""
-    changed: dict[str, object] = {
-        "pp": Position(stage, own.pp.size()),
-        "dp": groups["dp"],
-        "dp_cp": groups["dp_cp"],
-        "intra_dp_cp": groups["dp_cp"],
-        "expt_dp": groups["expt_dp"],
-        "intra_expt_dp": groups["expt_dp"],
-    }
-    return ProcessGroupCollection(**{**vars(own), **changed})
+def _collection(own: ProcessGroupCollection, stage: int, stages: int, **changed: object) -> ProcessGroupCollection:
+    """Megatron's groups of this rank, with the position of the stage and the groups that are ``changed``.
+
+    When a model is built, it sums its copies of the embedding over ``embd``.  A chunk without that group takes no part:
+    the weights of lane < are copied from lane > afterwards, as all others are, and the two ends of a V are on one rank.
+    """
+    return ProcessGroupCollection(**{**vars(own), "pp": Position(stage, stages), **changed})
+
+
+def groups_of_finalizing(own: ProcessGroupCollection, where: Placement) -> ProcessGroupCollection:
+    """The groups for ``finalize_model_grads``, which sums copies of the embedding over ``embd``.
+
+    The two ends of a V are on one rank, so there it is a group of one.
+    """
+    return own if where.mirrored else ProcessGroupCollection(**{**vars(own), "embd": Position(0, 1)})

@@ -2,7 +2,7 @@
 
 Your own training script calls ``get_forward_backward_func(config_or_args)``.  For a training loop that imports
 Megatron's selector by name (Megatron-LM, FlagScale), ``install()`` replaces each of the functions below with a stand-in
-that reads ``use_dualpipe`` on every call, in every module that holds the function.
+that reads ``use_dualpipe`` and ``use_dualpipev`` on every call, in every module that holds the function.
 
 ===========================================  =======================================================
 function                                     in
@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from dualpipe.megatron import training_loop
+from dualpipe.megatron.placement import schedule_of
 from dualpipe.megatron.training_loop import Function, StandIn, Switch
 from dualpipe.schedule.generate import LateW
 
@@ -36,12 +37,12 @@ _source: Callable[[], Any] = lambda: None  # noqa: E731 - returns the arguments 
 
 
 def get_forward_backward_func(config_or_args: Any, *args: Any, **kwargs: Any) -> Function:
-    """``forward_backward_dualpipe`` if ``config_or_args.use_dualpipe`` is set, else Megatron's own schedule.
+    """``forward_backward_dualpipe`` if ``use_dualpipe`` or ``use_dualpipev`` is set, else Megatron's own schedule.
 
     ``config_or_args.dualpipe_late_w``, if there is one, becomes its ``late_w``.  The other arguments are passed to
     Megatron's selector, whose result is returned unchanged.
     """
-    if getattr(config_or_args, "use_dualpipe", False):
+    if schedule_of(config_or_args) is not None:
         from dualpipe.megatron.schedule import forward_backward_dualpipe
 
         late_w = getattr(config_or_args, "dualpipe_late_w", None) or LateW.none
@@ -59,8 +60,8 @@ def install(args: Any = None) -> None:
     imported in between, and takes the new ``args``; nothing is replaced twice.
 
     Args:
-        args: The arguments whose ``use_dualpipe`` decides.  ``None`` means Megatron-LM's global arguments, which
-            exist once the program has parsed its command line.
+        args: The arguments whose ``use_dualpipe`` or ``use_dualpipev`` decides.  ``None`` means Megatron-LM's global
+            arguments, which exist once the program has parsed its command line.
     """
     global _source
     _source = _global_args if args is None else lambda: args
@@ -70,13 +71,13 @@ def install(args: Any = None) -> None:
         original = getattr(sys.modules.get(module), name, None)
         if original is not None and id(original) not in known:
             _installed.append((original, make(original, _switch)))
-    _swap(_installed)
+    replace_everywhere(_installed)
 
 
 def uninstall() -> None:
     """Put Megatron's own functions back in every module that holds a stand-in."""
     global _source
-    _swap([(ours, original) for original, ours in _installed])
+    replace_everywhere([(ours, original) for original, ours in _installed])
     _installed.clear()
     _source = lambda: None  # noqa: E731
 
@@ -93,7 +94,7 @@ def installed(args: Any = None) -> Iterator[None]:
 
 def _switch() -> Any:
     args = _source()
-    return args if getattr(args, "use_dualpipe", False) else None
+    return args if schedule_of(args) is not None else None
 
 
 def _global_args() -> Any:
@@ -123,7 +124,7 @@ def _original_selector() -> Function:
     return next((original for original, ours in _installed if ours is current), current)
 
 
-def _swap(pairs: Sequence[tuple[Function, Function]]) -> None:
+def replace_everywhere(pairs: Sequence[tuple[Function, Function]]) -> None:
     """In every module outside this package, replace the first of each pair by the second, under whatever name."""
     replacement = {id(old): new for old, new in pairs}
     if not replacement:  # thousands of modules need not be searched

@@ -1,4 +1,4 @@
-"""Splits one data iterator between the two lanes, without any change to the data pipeline.
+"""Splits one data iterator between the two chunks of a rank, without any change to the data pipeline.
 
 The lanes take items in turn, and every rank assigns them in the same way::
 
@@ -10,43 +10,61 @@ So each lane reads what a data-parallel replica with half the microbatches would
 data parallelism d, the lanes read the samples of 2d replicas under 1F1B: lane ``>`` of rank j those of replica j, lane
 ``<`` those of replica d + j.
 
-The first and the last rank each hold the first stage of one lane and the last stage of the other, and each reads its
-own copy of the stream: the tokens of a microbatch of lane ``>`` on rank 0 and its labels on the last rank are from the
-same item.  No rank reads an item twice.
+Under DualPipe the first and the last rank each hold the first stage of one lane and the last stage of the other, and
+each reads its own copy of the stream: the tokens of a microbatch of lane ``>`` on rank 0 and its labels on the last
+rank are from the same item.  No rank reads an item twice.
+
+Under DualPipeV there is one lane, and both chunks of a rank get every item: on the first rank the first stage takes its
+tokens, and later the last stage its labels.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import DOWN, UP, Lane
+from dualpipe.schedule import DOWN, UP, Chunk, Lane
 
 LANES = (UP, DOWN)
+Reader = Lane | Chunk
+"""Who takes items: the chunk of a lane, or one of two chunks of the same lane."""
+
+
+def _lane(reader: Reader) -> Lane:
+    return reader if isinstance(reader, Lane) else reader.lane
+
+
+def _in_order_of_data(chunk: Chunk) -> tuple[int, int]:
+    return LANES.index(chunk.lane), chunk.stage
 
 
 class _Dealer:
-    """A stream, and the items read from it that their lane has not taken yet."""
+    """A stream, and the items read from it that their readers have not taken yet.
 
-    def __init__(self, source: Iterator[Any], lanes: Iterable[Lane]) -> None:
+    ``lanes`` are those among which items are dealt in turn.
+    """
+
+    def __init__(self, source: Iterator[Any], readers: Iterable[Reader], lanes: Sequence[Lane] = LANES) -> None:
         self.source = source
+        self.lanes = lanes
         self.read = 0
-        self.waiting: dict[Lane, deque[Any]] = {lane: deque() for lane in lanes}
+        self.waiting: dict[Reader, deque[Any]] = {reader: deque() for reader in readers}
 
     def deal(self) -> None:
-        """Read an item and keep it for its lane; drop it if the lane reads from another stream."""
+        """Read an item and keep it for the readers of its lane; drop it if they read from another stream."""
         item = next(self.source)
-        owner = LANES[self.read % len(LANES)]
+        owner = self.lanes[self.read % len(self.lanes)]
         self.read += 1
-        if owner in self.waiting:
-            self.waiting[owner].append(item)
+        for reader, items in self.waiting.items():
+            if _lane(reader) is owner:
+                items.append(item)
 
-    def take(self, lane: Lane) -> Any:
-        while not self.waiting[lane]:
+    def take(self, reader: Reader) -> Any:
+        while not self.waiting[reader]:
             self.deal()
-        return self.waiting[lane].popleft()
+        return self.waiting[reader].popleft()
 
     def read_to(self, end: int) -> None:
         """Read on up to item ``end``, unless nothing was read at all or the stream ends."""
@@ -58,10 +76,11 @@ class _Dealer:
 
 
 class LaneIterator:
-    """The microbatches of one lane, in their order."""
+    """The microbatches of one lane, in their order, for one reader."""
 
-    def __init__(self, lane: Lane, dealer: _Dealer) -> None:
-        self.lane = lane
+    def __init__(self, reader: Reader, dealer: _Dealer) -> None:
+        self.reader = reader
+        self.lane = _lane(reader)
         self.taken = 0
         self._dealer = dealer
 
@@ -75,9 +94,10 @@ class LaneIterator:
             RuleError: If the data ends before it.  A ``StopIteration`` would silently end some loop.
         """
         try:
-            item = self._dealer.take(self.lane)
+            item = self._dealer.take(self.reader)
         except StopIteration as end:
-            where = len(LANES) * self.taken + LANES.index(self.lane)
+            lanes = self._dealer.lanes
+            where = len(lanes) * self.taken + lanes.index(self.lane)
             raise RuleError(
                 "the data must have an item for every microbatch of a step",
                 f"it ended before microbatch {self.taken} of lane {self.lane}, which is item {where} of this step",
@@ -89,20 +109,21 @@ class LaneIterator:
 
 
 class LaneData:
-    """The result of ``split_data_iterator``: an iterator for each lane, or ``None`` on a rank without data.
+    """The result of ``split_data_iterator``: an iterator for each lane or chunk, or ``None`` on a rank without data.
 
-    It unpacks into the iterators of lane ``>`` and lane ``<``; ``data[lane]`` is the iterator of a lane.
+    It unpacks into the iterators in their order, by default those of lane ``>`` and lane ``<``; ``data[lane]`` or
+    ``data[chunk]`` is one of them.
     """
 
-    def __init__(self, lanes: dict[Lane, LaneIterator | None], dealers: list[_Dealer]) -> None:
-        self._lanes = lanes
+    def __init__(self, iterators: dict[Reader, LaneIterator | None], dealers: list[_Dealer]) -> None:
+        self._iterators = iterators
         self._dealers = dealers
 
-    def __getitem__(self, lane: Lane) -> LaneIterator | None:
-        return self._lanes[lane]
+    def __getitem__(self, reader: Reader) -> LaneIterator | None:
+        return self._iterators[reader]
 
     def __iter__(self) -> Iterator[LaneIterator | None]:
-        return iter([self._lanes[lane] for lane in LANES])
+        return iter(self._iterators.values())
 
     @property
     def waiting(self) -> int:
@@ -110,7 +131,7 @@ class LaneData:
         return sum(len(items) for dealer in self._dealers for items in dealer.waiting.values())
 
     def finish(self, microbatches: int) -> None:
-        """End a step of ``microbatches`` in both lanes together: advance the stream to where the next step begins.
+        """End a step of ``microbatches`` in all lanes together: advance the stream to where the next step begins.
 
         If only one lane's stage takes data on a rank, reading has stopped at an item of that lane.  Reading on to the
         end of the step, and dropping the items that were not taken, keeps every rank at the same item of the stream.
@@ -121,7 +142,7 @@ class LaneData:
                 items.clear()
 
 
-def split_data_iterator(data_iterator: Any) -> LaneData:
+def split_data_iterator(data_iterator: Any, chunks: Sequence[Chunk] | None = None) -> LaneData:
     """Split a step's data between the two lanes; call it once for each step, and ``finish`` at the end of the step.
 
     The stream is read in its own order, only when a microbatch is taken, and only up to that microbatch; items of the
@@ -137,6 +158,8 @@ def split_data_iterator(data_iterator: Any) -> LaneData:
             - a list of two, one for each model chunk, as Megatron builds it for two chunks: **each has the whole
               stream**.  If both are the same object, it is split once.  If not, lane ``>`` takes its items from the
               first and lane ``<`` from the second, and each drops the other's.  If one is ``None``, the other is split.
+
+        chunks: The two chunks of a rank, each of which gets an iterator; items are dealt among their lanes.
 
     Raises:
         RuleError: If it is none of these.
@@ -156,11 +179,12 @@ def split_data_iterator(data_iterator: Any) -> LaneData:
                 f"got a {type(stream).__name__}",
                 "pass iter(...) of it, created once for the run",
             )
+    readers: list[Reader] = [*LANES] if chunks is None else [*sorted(chunks, key=_in_order_of_data)]
     if not streams:
-        return LaneData(dict.fromkeys(LANES), [])
+        return LaneData(dict.fromkeys(readers), [])
+    lanes = list(dict.fromkeys(map(_lane, readers)))
     if len(streams) == 1 or streams[0] is streams[1]:
-        dealers = [_Dealer(streams[0], LANES)]
+        dealers = [_Dealer(streams[0], readers, lanes)]
     else:
-        dealers = [_Dealer(stream, [lane]) for stream, lane in zip(streams, LANES, strict=True)]
-    lanes = {lane: LaneIterator(lane, dealer) for dealer in dealers for lane in dealer.waiting}
-    return LaneData(dict(lanes), dealers)
+        dealers = [_Dealer(stream, [reader], lanes) for stream, reader in zip(streams, readers, strict=True)]
+    return LaneData({reader: LaneIterator(reader, dealer) for dealer in dealers for reader in dealer.waiting}, dealers)

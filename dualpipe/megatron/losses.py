@@ -1,9 +1,9 @@
-"""Sends the losses of lane <, which ends at the first rank, to the last rank, where a training loop reads them."""
+"""Sends the losses of a lane that ends at the first rank to the last rank, where a training loop reads them."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -11,45 +11,50 @@ import torch
 from torch import Tensor
 
 from dualpipe.runtime.transport import Message, TensorSpec, Transport
-from dualpipe.schedule import DOWN, UP, Lane
+from dualpipe.schedule import Lane
 
 _ABSENT = object()
 
 
-def collect_losses(collected: Mapping[Lane, list[Any]], transport: Transport, device: torch.device) -> list[Any]:
-    """On the last rank, the results of both lanes, each microbatch once, in the order of the data; elsewhere ``[]``.
+def collect_losses(
+    collected: Mapping[Lane, list[Any]],
+    ends: Sequence[tuple[Lane, int]],
+    transport: Transport,
+    device: torch.device,
+) -> list[Any]:
+    """On the last rank, the results of all lanes, each microbatch once, in the order of the data; elsewhere ``[]``.
 
-    Item 2k of the data is microbatch k of lane >, item 2k+1 microbatch k of lane <.
+    ``ends`` are the lanes in the order in which data is dealt, each with the rank where its results are.  With two
+    lanes, item 2k of the data is microbatch k of lane >, item 2k+1 microbatch k of lane <.
     """
     last = transport.ranks - 1
-    if transport.rank == 0:
-        _send(collected.get(DOWN, []), last, transport, device)
-        return []
-    if transport.rank != last:
-        return []
-    down = _receive(transport, device)
-    pairs = zip_longest(collected.get(UP, []), down, fillvalue=_ABSENT)
-    return [value for pair in pairs for value in pair if value is not _ABSENT]
+    found = []
+    for lane, rank in ends:
+        if transport.rank == last:
+            found.append(collected.get(lane, []) if rank == last else _receive(lane, rank, transport, device))
+        elif transport.rank == rank:
+            _send(collected.get(lane, []), lane, last, transport, device)
+    return [value for row in zip_longest(*found, fillvalue=_ABSENT) for value in row if value is not _ABSENT]
 
 
-def _send(values: list[Any], peer: int, transport: Transport, device: torch.device) -> None:
+def _send(values: list[Any], lane: Lane, peer: int, transport: Transport, device: torch.device) -> None:
     data = torch.frombuffer(bytearray(pickle.dumps(detached(values, torch.device("cpu")))), dtype=torch.uint8)
     size = torch.tensor([data.numel()])
-    for label, tensor in (("the size of the losses of lane <", size), ("the losses of lane <", data)):
+    for label, tensor in ((f"the size of the losses of lane {lane}", size), (f"the losses of lane {lane}", data)):
         transport.post([Message(label, peer, sends=True, tensors=(tensor.to(device),))])
     transport.drain()
 
 
-def _receive(transport: Transport, device: torch.device) -> list[Any]:
-    size = _receive_one("the size of the losses of lane <", TensorSpec((1,), torch.int64), transport)
-    data = _receive_one("the losses of lane <", TensorSpec((int(size),), torch.uint8), transport)
+def _receive(lane: Lane, peer: int, transport: Transport, device: torch.device) -> list[Any]:
+    size = _receive_one(f"the size of the losses of lane {lane}", peer, TensorSpec((1,), torch.int64), transport)
+    data = _receive_one(f"the losses of lane {lane}", peer, TensorSpec((int(size),), torch.uint8), transport)
     transport.drain()
     values: list[Any] = detached(pickle.loads(data.cpu().numpy().tobytes()), device)
     return values
 
 
-def _receive_one(label: str, spec: TensorSpec, transport: Transport) -> Tensor:
-    message = Message(label, 0, sends=False, specs=[spec])
+def _receive_one(label: str, peer: int, spec: TensorSpec, transport: Transport) -> Tensor:
+    message = Message(label, peer, sends=False, specs=[spec])
     transport.post([message])
     (tensor,) = transport.wait(message)
     return tensor

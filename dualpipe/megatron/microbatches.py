@@ -51,33 +51,38 @@ def training_batches(args: Any) -> Iterator[Batch]:
         yield Batch(int(final), "--global-batch-size")
 
 
-def _problem_of(args: Any, batch: Batch, micro_batch_size: int, may_decrease: bool = False) -> str | None:
+def _problem_of(
+    args: Any, batch: Batch, micro_batch_size: int, may_decrease: bool = False, lanes: int = 2
+) -> str | None:
     """Describe why DualPipe cannot run a global batch, or return ``None``.
 
-    The number of microbatches must be even and at least twice the pipeline size.  ``may_decrease`` is Megatron's
-    ``--decrease-batch-size-if-needed``: the number of microbatches is rounded down.
+    The number of microbatches must be at least twice the pipeline size, and a multiple of the lanes.  ``may_decrease``
+    is Megatron's ``--decrease-batch-size-if-needed``: the number of microbatches is rounded down.
     """
     ranks = data_parallel_size(args)
-    stages = int(getattr(args, "pipeline_model_parallel_size", None) or 1)
+    size = int(getattr(args, "pipeline_model_parallel_size", None) or 1)
     count, rest = divmod(batch.samples, micro_batch_size * ranks)
     here = f"{batch.origin} = {batch.samples} over micro-batch size {micro_batch_size} x data parallel size {ranks}"
     if rest and not may_decrease:
         return f"{here} leaves {rest} samples over"
-    if count % 2:
+    if count % lanes:
         return f"{here} is {count} microbatches, which is odd"
-    if count < 2 * stages:
-        return f"{here} is {count} microbatches for pipeline size {stages}"
+    if count < 2 * size:
+        return f"{here} is {count} microbatches for pipeline size {size}"
     return None
 
 
-def batch_problem(args: Any) -> str | None:
-    """Describe the first global batch size of training that DualPipe cannot run, or return ``None``."""
+def batch_problem(args: Any, lanes: int = 2) -> str | None:
+    """Describe the first global batch size of training that DualPipe cannot run, or return ``None``.
+
+    ``lanes``: 2, or 1 for DualPipeV.
+    """
     micro = getattr(args, "micro_batch_size", None)
     if micro is None:
         return None
     may_decrease = bool(getattr(args, "decrease_batch_size_if_needed", False))
     try:
-        problems = (_problem_of(args, batch, int(micro), may_decrease) for batch in training_batches(args))
+        problems = (_problem_of(args, batch, int(micro), may_decrease, lanes) for batch in training_batches(args))
         return next(filter(None, problems), None)
     except ValueError as error:
         return str(error)

@@ -1,7 +1,8 @@
 """Builds the two chunks of a rank, so that the rest of a training program sees two replicas of a pipeline.
 
-Megatron's training loop calls its model provider once on each pipeline rank.  Here it is called twice, for stage r
-(lane >) and for stage P-1-r (lane <).  The loop then holds a list of two wrapped chunks, in order of stage.
+Megatron's training loop calls its model provider once on each pipeline rank.  Here it is called twice, for the two
+chunks of the rank (see ``dualpipe.megatron.placement``).  The loop then holds a list of two wrapped chunks, in order of
+stage.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from torch import nn
 from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
 from dualpipe.megatron.data_parallel import StageDDP
+from dualpipe.megatron.embedding import copy_to_last, embedding_sum, refuse_saving, require_ends
 from dualpipe.megatron.groups import Groups, at_stage, create_groups
 from dualpipe.megatron.layers import Split, split_layers
-from dualpipe.megatron.random_streams import RandomStream, capture, exchange, restore
+from dualpipe.megatron.random_streams import RandomStream, States, capture, exchange, restore, seeded_for
 from dualpipe.megatron.replicas import ReplicaCheck, replica_check
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.weightgrad import DeferredGradients
@@ -67,7 +69,7 @@ class ChunkSetup:
 
     def drawing(self) -> AbstractContextManager[object]:
         """Around a forward: random numbers come from this chunk's stream."""
-        return nullcontext() if self.chunk.lane is UP else self.shared.stream.drawing()
+        return nullcontext() if self.chunk == self.shared.groups.own else self.shared.stream.drawing()
 
 
 def setup_of(module: nn.Module) -> ChunkSetup:
@@ -103,15 +105,19 @@ def build_dualpipe_model(
     model_provider: Provider,
     ddp_config: DistributedDataParallelConfig | None = None,
     *,
+    schedule: str = "dualpipe",
     wrap_with_ddp: bool = True,
     data_parallel_random_init: bool = False,
     timeout: float = 600.0,
     **provider_options: Any,
 ) -> list[nn.Module]:
-    """The two chunks of this rank, in order of stage: ``[min(r, P-1-r), max(r, P-1-r)]``.
+    """The two chunks of this rank, in order of stage.
+
+    Under DualPipe the two chunks of rank r of P are stages ``r`` and ``P-1-r`` of P, and every stage has two replicas;
+    under DualPipeV they are stages ``r`` and ``2P-1-r`` of 2P.
 
     Every process of the job calls it together, after ``initialize_model_parallel`` and after seeding the random
-    generators as Megatron does.  Both replicas of stage s start with the weights that Megatron's pipeline rank s would
+    generators as Megatron does.  All replicas of stage s start with the weights that Megatron's pipeline rank s would
     have.
 
     Parameters
@@ -121,6 +127,9 @@ def build_dualpipe_model(
         ``pg_collection`` to the model, which numbers its layers by it.  ``provider_options`` are passed on.
     ddp_config:
         The settings of Megatron's ``DistributedDataParallel``; its defaults if ``None``.
+    schedule:
+        ``"dualpipe"`` or ``"dualpipev"``.  ``pipeline_model_parallel_size`` of the provider's ``TransformerConfig`` is
+        the number of stages (see ``stages_of``).
     wrap_with_ddp:
         If false, leave the chunks unwrapped, for inference.
     data_parallel_random_init:
@@ -128,35 +137,38 @@ def build_dualpipe_model(
     timeout:
         Seconds to wait for a message before ending the job with an error that names the message.
 
-    Raises ``RuleError`` for a configuration that would train wrongly, and for a provider that builds another stage or
-    ties weights.
+    Raises ``RuleError`` for a configuration that would train wrongly, and for a provider that builds another stage.
     """
-    groups = create_groups()
-    _require_size(groups)
+    groups = create_groups(schedule)
     built: dict[int, nn.Module] = {}
-    chunks = sorted(groups.chunks, key=lambda chunk: chunk.lane is not UP)
-    states = None
-    for chunk in chunks:  # lane > first: it draws the numbers that Megatron's rank would draw
-        with at_stage(chunk.stage):
+
+    def build(chunk: Chunk) -> States:
+        with at_stage(chunk.stage, groups.stages):
             module = _provide(model_provider, chunk, groups, provider_options)
-            validate_dualpipe_config(get_model_config(module), ddp_config)
+            validate_dualpipe_config(get_model_config(module), ddp_config, schedule)
+            _require_stages(module, groups.stages)
             _require_layers_of(chunk, module)
-            _require_untied(chunk, module)
             built[chunk.stage] = module
-        if states is None:
-            states = capture()
-    assert states is not None
+        return capture()
+
+    states = build(groups.own)  # first, since it draws the numbers that Megatron's rank would draw
+    with nullcontext() if groups.pair else seeded_for(groups.other.stage - groups.own.stage):
+        others = build(groups.other)
     restore(states)
     _require_apart(built)
-    config = get_model_config(built[chunks[0].stage])
+    require_ends(groups, built)
+    copy_to_last(groups, built)
+    config = get_model_config(built[groups.own.stage])
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    shared = Shared(groups, _transport(groups, device, timeout), RandomStream(exchange(states, groups.pair)))
+    stream = RandomStream(exchange(states, groups.pair) if groups.pair else others)
+    shared = Shared(groups, _transport(groups, device, timeout), stream)
     ddp_config = ddp_config or DistributedDataParallelConfig()
     _require_hooks_for_delayed(config, ddp_config)
     wrapped = []
     for chunk, collection in groups.chunks.items():
         module = built[chunk.stage].to(device)
-        _equalise(module, chunk, groups)
+        if groups.pair:
+            _equalise(module, chunk, groups)
         if not ddp_config.use_distributed_optimizer:
             _mark_shared(module, chunk)
         split = split_layers(module, shared.store, str(chunk))
@@ -169,18 +181,23 @@ def build_dualpipe_model(
             if data_parallel_random_init:
                 module.broadcast_params()
         wrapped.append(module)
+    sums = embedding_sum(groups, built)
+    if wrap_with_ddp and sums is not None:
+        wrapped[-1].finished = sums  # type: ignore[assignment] # a StageDDP; the last to be reduced
     shared.replicas = replica_check(wrapped, [chunk.stage for chunk in groups.chunks], groups.pair)
     if not any(split.stage.layers or split.delayed for split in (setup_of(module).split for module in wrapped)):
         logger.warning("dualpipe: no layer of this rank leaves its weight gradient to W, so W has nothing to do")
     return wrapped
 
 
-def _require_size(groups: Groups) -> None:
-    if groups.size < 2 or groups.size % 2:
+def _require_stages(module: nn.Module, stages: int) -> None:
+    size = get_model_config(module).pipeline_model_parallel_size
+    if size != stages:
         raise RuleError(
-            "DualPipe needs an even number of pipeline ranks, 2 or more",
-            f"got a pipeline of {groups.size}",
-            "set --pipeline-model-parallel-size to an even number",
+            "pipeline_model_parallel_size of the TransformerConfig must be the number of stages, which under DualPipeV "
+            "is twice the number of pipeline ranks",
+            f"got {size} for {stages} stages",
+            "set it to dualpipe.megatron.stages_of(args)",
         )
 
 
@@ -194,7 +211,7 @@ def _provide(provider: Provider, chunk: Chunk, groups: Groups, options: dict[str
         )
     module = provider(
         pre_process=chunk.stage == 0,
-        post_process=chunk.stage == groups.size - 1,
+        post_process=chunk.stage == groups.stages - 1,
         pg_collection=groups.chunks[chunk],
         **options,
     )
@@ -214,30 +231,6 @@ def _require_layers_of(chunk: Chunk, module: nn.Module) -> None:
             f"the provider built layers {numbers[0]} to {numbers[-1]}",
             "pass pg_collection to the model",
         )
-
-
-def _require_untied(chunk: Chunk, module: nn.Module) -> None:
-    """Read from the module whether the provider ties embedding and output weights, whatever the arguments are."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, layer in module.named_modules():
-        for flag in ("mtp_process", "share_embeddings_and_output_weights"):
-            if getattr(layer, flag, False):
-                _refuse_tied(chunk, f"{flag} of its {type(layer).__name__} is set")
-        for own, parameter in layer.named_parameters(recurse=False):
-            owners.setdefault(parameter, []).append(f"{name}.{own}".lstrip("."))
-            if getattr(parameter, "shared_embedding", False):
-                _refuse_tied(chunk, f"{owners[parameter][0]} is marked shared_embedding")
-    for names in owners.values():
-        if len(names) > 1 and len({"embedding" in name.lower() for name in names}) > 1:
-            _refuse_tied(chunk, f"{names[0]} is {names[1]}")
-
-
-def _refuse_tied(chunk: Chunk, got: str) -> None:
-    raise RuleError(
-        "embedding and output weights must be untied, and no layer may predict further tokens with them",
-        f"in stage {chunk.stage} that the provider built, {got}",
-        "pass share_embeddings_and_output_weights=False to the model, and use no multi-token prediction",
-    )
 
 
 def _require_apart(built: Mapping[int, nn.Module]) -> None:
@@ -270,25 +263,41 @@ def _transport(groups: Groups, device: torch.device, timeout: float) -> ProcessG
 
 def _equalise(module: nn.Module, chunk: Chunk, groups: Groups) -> None:
     """Give both replicas of a stage the weights and buffers of lane >, whose stage s is on pipeline rank s."""
-    source = dist.get_process_group_ranks(groups.pipeline)[chunk.stage]
+    source = dist.get_process_group_ranks(groups.pipeline)[chunk.stage]  # which has the stage as its own
     for tensor in (*module.parameters(), *module.buffers()):
         dist.broadcast(tensor.data, src=source, group=groups.pair)
 
 
 def _shard_over_stage(module: Any, collection: ProcessGroupCollection) -> None:
-    """Number a stage's replicas over both lanes in checkpoints, so that exactly one is the main replica."""
+    """Number a stage's replicas over both lanes in checkpoints, so that exactly one is the main replica.
+
+    Experts number theirs by a group that they keep.  Megatron builds those of layers for further tokens without the
+    collection, so they keep the rank's own.
+    """
     stock = module.sharded_state_dict
+    own = ProcessGroupCollection.use_mpu_process_groups()
+    for layer in module.modules():
+        if getattr(layer, "dp_group", None) is own.expt_dp:
+            layer.dp_group = collection.expt_dp
+
+    stage, stages = collection.pp.rank(), collection.pp.size()
 
     def sharded_state_dict(
         prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None, **options: Any
     ) -> Any:
+        refuse_saving(module)
         metadata = {**(metadata or {}), "dp_cp_group": collection.dp_cp}
-        return stock(prefix=prefix, sharded_offsets=sharded_offsets, metadata=metadata, **options)
+        with at_stage(stage, stages):
+            return stock(prefix=prefix, sharded_offsets=sharded_offsets, metadata=metadata, **options)
 
     module.sharded_state_dict = sharded_state_dict
 
 
 def _mark_shared(module: nn.Module, chunk: Chunk) -> None:
-    """Count each stage once in the gradient norm: rank r counts stage r, as Megatron's rank does."""
+    """Count each stage once in the gradient norm: rank r counts stage r, as Megatron's rank does.
+
+    Megatron has marked the copy of the embedding on the last stage, which is never counted.
+    """
     for parameter in module.parameters():
-        parameter.shared = chunk.lane is not UP  # type: ignore[attr-defined] # Megatron's own mark
+        duplicate = chunk.lane is not UP or getattr(parameter, "shared", False)
+        parameter.shared = duplicate  # type: ignore[attr-defined] # Megatron's own mark

@@ -12,8 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from dualpipe.megatron.model import setups_of
+from dualpipe.megatron.norm import add_norms_by_stage
 from dualpipe.megatron.optimizer_state import SHARDING, distributed_parts, refuse_format, save_parameters
-from dualpipe.schedule import UP
 
 
 def build_dualpipe_optimizer(config: OptimizerConfig, model: list[nn.Module], **options: Any) -> Any:
@@ -21,19 +21,23 @@ def build_dualpipe_optimizer(config: OptimizerConfig, model: list[nn.Module], **
 
     The gradient norm of the plain optimizer is summed over the model-parallel group, where one replica of every stage
     is marked to count (see ``build_dualpipe_model``).  The distributed optimizer shards a stage over all of its
-    replicas, so there the sum over all processes counts each parameter once.
+    replicas, so there the sum over all processes counts each parameter once.  Where two stages of a rank count, they
+    are added up as under 1F1B (see ``dualpipe.megatron.norm``).
 
     Raises ``RuleError`` unless ``model`` is what ``build_dualpipe_model`` returned: both chunks, in order of stage.
     """
     setups = setups_of(model)
     own = ProcessGroupCollection.use_mpu_process_groups()
-    (stage,) = (setup.collection for setup in setups if setup.chunk.lane is UP)
+    groups = setups[0].shared.groups
+    stage = groups.chunks[groups.own]
     collection = ProcessGroupCollection(**{**vars(stage), "pp": own.pp, "intra_dist_opt": dist.group.WORLD})
     built = get_megatron_optimizer(config, model, pg_collection=collection, use_gloo_process_groups=False, **options)
     for part in distributed_parts(built):
         save_parameters(part)
         part.sharded_state_dict = _parameter_by_parameter(part.sharded_state_dict)
         part.load_parameter_state_from_dp_zero = lambda *_, **__: refuse_format("a state gathered on one rank")
+    if config.use_distributed_optimizer or not groups.placement.mirrored:
+        add_norms_by_stage(built, {setup.chunk: module for setup, module in zip(setups, model, strict=True)})
     setups[0].shared.optimizer = weakref.ref(built)
     return built
 

@@ -1,8 +1,9 @@
 """The random numbers of dropout: each chunk draws from its own stream, as its stage does under 1F1B.
 
 Under 1F1B a stage draws in the order of its microbatches.  So does each chunk here, although the two chunks of a
-rank take turns: lane > draws from the process's own generators, and lane < from a copy of the generators of the rank
-that holds the same stage for lane >.  A mask then depends on stage and microbatch only.
+rank take turns: the rank's own chunk draws from the process's generators, and the other one from a stream kept here.
+In lane < that is a copy of the generators of the rank that holds the same stage for lane >.  In the second half of a V
+it is seeded as Megatron seeds the rank of that stage.  A mask then depends on stage and microbatch only.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import rerun_state_machine
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 States = dict[str, Any]
+_SEED_STEP = 100
+"""Megatron's ``_set_random_seed`` adds this times the pipeline rank."""
 _RERUNNING = (
     rerun_state_machine.RerunState.RERUNNING_IN_PLACE,
     rerun_state_machine.RerunState.RERUNNING_FROM_CHECKPOINT,
@@ -24,10 +27,11 @@ _RERUNNING = (
 
 
 class RandomStream:
-    """The random generators of lane <."""
+    """The random generators of the chunk that is not the rank's own."""
 
     def __init__(self, states: States) -> None:
         self.states = states
+        self._at_start: States | None = None
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -40,15 +44,31 @@ class RandomStream:
             self.states = capture()
             restore(outer)
 
+    def begin_step(self) -> None:
+        """At the start of a training step; rewind if Megatron's ``RerunStateMachine`` repeats the previous one.
 
-def follow_rerun(stream: RandomStream, pair: dist.ProcessGroup) -> None:
-    """Rewind lane < if Megatron's ``RerunStateMachine`` repeats a step and has rewound the process's generators.
+        The machine has then rewound the process's generators.
+        """
+        machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE  # its getter would create one
+        if machine is not None and machine.state in _RERUNNING and self._at_start is not None:
+            self.states = self._at_start
+        self._at_start = self.states
 
-    It repeats a step on all ranks.  At the start of a step, lane < has the state of the same stage in lane >.
+
+@contextmanager
+def seeded_for(distance: int) -> Iterator[None]:
+    """Inside the block, the generators are seeded as Megatron's training loop seeds them ``distance`` ranks later.
+
+    The loop's seed is that of the job plus a multiple of the pipeline rank.  Afterwards the generators are as before.
     """
-    machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE  # its getter would create one
-    if machine is not None and machine.state in _RERUNNING:
-        stream.states = exchange(capture(), pair)
+    outer = capture()
+    seed = torch.initial_seed() + _SEED_STEP * distance
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    try:
+        yield
+    finally:
+        restore(outer)
 
 
 def capture() -> States:

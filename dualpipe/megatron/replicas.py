@@ -1,5 +1,7 @@
 """Checks that the two replicas of a stage are equal, by a checksum of each tensor on the two ranks that hold them.
 
+Under DualPipeV a stage has one replica in a pipeline, so there the only check is that both chunks are updated.
+
 DualPipe keeps the replicas equal, but a program around it can make them differ: by an optimizer over one chunk,
 gradients that were not reduced, a buffer that a forward updates.  Training would then go on with two slightly different
 replicas, and a checkpoint would hold one of them.  So they are compared after the first update of the weights and at
@@ -56,12 +58,12 @@ def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class ReplicaCheck:
     """Compares this rank's chunks with their replicas on the other rank of the pair.
 
-    ``modules`` are the chunks without wrappers by stage, in order of stage.  ``update_checked`` becomes true once the
-    weights have been updated and the replicas were equal after that.
+    ``modules`` are the chunks without wrappers by stage, in order of stage; without ``pair`` there are no replicas.
+    ``update_checked`` becomes true once the weights have been updated and the replicas were equal after that.
     """
 
     modules: Mapping[int, nn.Module]
-    pair: dist.ProcessGroup
+    pair: dist.ProcessGroup | None
     update_checked: bool = False
     _before: dict[int, list[int]] = field(default_factory=dict)
 
@@ -96,6 +98,8 @@ class ReplicaCheck:
         return sums, names
 
     def _difference(self, sums: Mapping[int, list[int]], names: Mapping[int, list[str]]) -> str | None:
+        if self.pair is None:
+            return None
         sizes = self._exchange([len(sums[stage]) for stage in sums])
         if sizes[0] != sizes[1]:
             return f"the replicas have {sizes[0]} and {sizes[1]} parameters and buffers in stages {list(sums)}"
@@ -130,7 +134,7 @@ class ReplicaCheck:
         return None
 
 
-def replica_check(model: Sequence[nn.Module], stages: Sequence[int], pair: dist.ProcessGroup) -> ReplicaCheck:
+def replica_check(model: Sequence[nn.Module], stages: Sequence[int], pair: dist.ProcessGroup | None) -> ReplicaCheck:
     """The check of a rank's chunks, however they are wrapped."""
     bare = [getattr(wrapper_of(module), "module", module) for module in model]
     return ReplicaCheck({stage: _innermost(module) for stage, module in zip(stages, bare, strict=True)}, pair)

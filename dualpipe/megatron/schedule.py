@@ -1,4 +1,4 @@
-"""``forward_backward_dualpipe``: one step of DualPipe, with the interface of Megatron's schedule functions."""
+"""``forward_backward_dualpipe``: one step of DualPipe or DualPipeV, as one of Megatron's schedule functions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from dualpipe.errors import RuleError
 from dualpipe.megatron.computation import Call, MegatronComputation, token_count
 from dualpipe.megatron.data_parallel import reduced_once, require_trainable
+from dualpipe.megatron.further_losses import collect_further_losses
+from dualpipe.megatron.groups import groups_of_finalizing
 from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import collect_losses
 from dualpipe.megatron.model import ChunkSetup, Shared, setup_of, setups_of
-from dualpipe.megatron.random_streams import follow_rerun
 from dualpipe.runtime.executor import Executor
 from dualpipe.runtime.transport import TensorSpec
-from dualpipe.schedule import DOWN, RF, SF, UP, Chunk, F, Schedule
-from dualpipe.schedule.generate import dualpipe
+from dualpipe.schedule import RF, SF, UP, Chunk, F, Schedule
+from dualpipe.schedule.generate import generate, with_late_w
 from dualpipe.schedule.text import digest
 
 
@@ -45,23 +46,24 @@ def forward_backward_dualpipe(
     force_all_reduce: bool = False,
     late_w: str = "none",
 ) -> list[Any]:
-    """Run the forwards and backwards of a step in DualPipe's order.
+    """Run the forwards and backwards of a step in the order of DualPipe or DualPipeV, for which the model was built.
 
     The keywords are those of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later), and ``late_w``, which is
-    that of ``dualpipe.dualpipe``; ``model`` is the list that ``build_dualpipe_model`` returned.  ``num_microbatches``
-    counts both lanes: item 2k of the data is microbatch k of lane >, item 2k+1 microbatch k of lane <.  Each lane is a
-    data-parallel replica, so losses are scaled by half of ``num_microbatches`` and gradients are averaged over twice
-    the data-parallel ranks.
+    that of ``dualpipe.dualpipe``; ``model`` is the list that ``build_dualpipe_model`` returned.
 
-    On the last pipeline rank, returns the results of the loss function for every microbatch of both lanes, in the order
-    of the data; elsewhere an empty list.
+    ``num_microbatches`` counts both lanes of DualPipe: item 2k of the data is microbatch k of lane >, item 2k+1
+    microbatch k of lane <.  Each lane is a data-parallel replica, so losses are scaled by half of ``num_microbatches``
+    and gradients are averaged over twice the data-parallel ranks.  DualPipeV has one lane, and counts as 1F1B does.
 
-    Training needs an even number of microbatches, at least twice the pipeline size; with ``forward_only`` any number
-    works.  Raises ``RuleError`` for unsupported arguments and for data that ends early, its subclass ``StageError`` for
-    a loss that is not a scalar, ``dualpipe.runtime.executor.StepError`` if a message does not arrive in time, and
-    ``DisagreementError`` if ranks were set up differently.  Any exception within a step, including one from a forward
-    step or its data, ends the step on every rank of the pipeline and spoils the pipeline: the next call raises
-    ``dualpipe.runtime.transport.SpoiledError``.
+    On the last pipeline rank, returns the results of the loss function for every microbatch, in the order of the data;
+    elsewhere an empty list.
+
+    Training needs at least twice as many microbatches as pipeline ranks, and under DualPipe an even number; with
+    ``forward_only`` any number works.  Raises ``RuleError`` for unsupported arguments and for data that ends early, its
+    subclass ``StageError`` for a loss that is not a scalar, ``dualpipe.runtime.executor.StepError`` if a message does
+    not arrive in time, and ``DisagreementError`` if ranks were set up differently.  Any exception within a step,
+    including one from a forward step or its data, ends the step on every rank of the pipeline and spoils the pipeline:
+    the next call raises ``dualpipe.runtime.transport.SpoiledError``.
     """
     if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
         raise RuleError(
@@ -73,7 +75,7 @@ def forward_backward_dualpipe(
     shared = setups[0].shared
     config = get_model_config(model[0])
     if not forward_only:
-        require_trainable(model, config, shared.optimizer())
+        require_trainable(model, config, shared.optimizer(), shared.groups.placement.schedule)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     shapes = get_tensor_shapes(
         seq_length=seq_length,
@@ -84,17 +86,18 @@ def forward_backward_dualpipe(
         cp_group=groups.cp,
     )
     boundary = [TensorSpec(tuple(shape), config.pipeline_dtype or config.params_dtype) for shape in shapes]
-    schedule = schedule_for(shared.groups.size, num_microbatches, forward_only, late_w)
+    where = shared.groups.placement
+    schedule = schedule_for(where.schedule, where.ranks, num_microbatches, forward_only, late_w)
     _agree(shared, schedule, boundary)
-    data = split_data_iterator(data_iterator)
+    data = split_data_iterator(data_iterator, where.chunks(shared.groups.rank))
     if not forward_only:
-        follow_rerun(shared.stream, shared.groups.pair)
+        shared.stream.begin_step()
     computation = MegatronComputation(
         schedule,
         {setup.chunk: (module, setup) for module, setup in zip(model, setups, strict=True)},
         Call(
             forward_step_func,
-            {lane: data[lane] for lane in (UP, DOWN)},
+            {setup.chunk: data[setup.chunk] for setup in setups},
             config,
             forward_only,
             collect_non_loss_data,
@@ -113,7 +116,9 @@ def forward_backward_dualpipe(
         executor.run()
         data.finish(num_microbatches)
     with transport.phase("collection of losses"):
-        collected = collect_losses(computation.collected, transport, transport.device)
+        collected = collect_losses(computation.collected, where.ends(), transport, transport.device)
+        if config.mtp_num_layers and not forward_only:
+            collect_further_losses(where.ends(), transport, transport.device)
     if not forward_only:
         with transport.phase("reduction of gradients"):
             transport.meet()  # a collective cannot be interrupted, so it starts only if no rank has failed
@@ -124,19 +129,23 @@ def forward_backward_dualpipe(
 
 
 @lru_cache(maxsize=8)
-def schedule_for(ranks: int, microbatches: int, forward_only: bool = False, late_w: str = "none") -> Schedule:
-    """DualPipe's schedule; for an evaluation its forwards, cut to the given number of microbatches.
+def schedule_for(
+    name: str, ranks: int, microbatches: int, forward_only: bool = False, late_w: str = "none"
+) -> Schedule:
+    """The named schedule; for an evaluation its forwards, cut to the given number of microbatches.
 
     The same microbatches are left out on every rank, so sends and receives still match and keep their order.
     """
     if not forward_only:
-        return dualpipe(ranks, microbatches, late_w)
+        return generate(with_late_w(name, late_w), ranks, microbatches)
     if microbatches < 1:
         raise RuleError(
             "an evaluation must have at least one microbatch", f"got {microbatches}", "raise the batch size"
         )
-    share = {UP: (microbatches + 1) // 2, DOWN: microbatches // 2}
-    whole = dualpipe(ranks, max(2 * share[UP], 2 * ranks)).only(frozenset({F, SF, RF}))
+    lanes = generate(name, ranks, 2 * ranks).lanes
+    share = {lane: len(range(number, microbatches, len(lanes))) for number, lane in enumerate(lanes)}
+    enough = max(len(lanes) * share[UP], 2 * ranks)
+    whole = generate(name, ranks, enough).only(frozenset({F, SF, RF}))
     programs = (
         tuple(kept for slot in program if (kept := tuple(op for op in slot if op.mb < share[op.lane])))
         for program in whole.programs
@@ -177,15 +186,16 @@ def _finalize(
     tokens: Tensor | None = None
     if config.calculate_per_token_loss:
         tokens = token_count(computation, shared.transport.device)
-        dist.all_reduce(tokens, group=shared.groups.pipeline)  # the first rank counted lane <, the last one lane >
+        dist.all_reduce(tokens, group=shared.groups.pipeline)  # each rank where a lane ends counted its tokens
         if not tokens.item():
             raise RuleError(
                 "with calculate_per_token_loss the loss function must return (loss, tokens, values to report)",
                 "it counted no token in any microbatch of the step",
                 "return the number of tokens that the loss sums over, or leave calculate_per_token_loss off",
             )
-    if config.moe_router_enable_expert_bias:
+    if config.moe_router_enable_expert_bias and shared.groups.pair:
         _sum_expert_tokens(model, shared.groups.pair)
+    groups = groups_of_finalizing(groups, shared.groups.placement)
     with reduced_once(model, [setup.chunk.stage for setup in setups]):
         config.finalize_model_grads_func(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
 

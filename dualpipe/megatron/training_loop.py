@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from dualpipe.megatron.arguments import validate_dualpipe_args
+from dualpipe.megatron.placement import Schedules, schedule_of, stages_of
 
 Function = Callable[..., Any]
 Switch = Callable[[], Any]
-"""Returns the arguments of a run that uses DualPipe, or ``None``."""
+"""Returns the arguments of a run that uses DualPipe or DualPipeV, or ``None``."""
 StandIn = Callable[[Function, Switch], Function]
 """Makes the stand-in of a function."""
 
@@ -94,7 +96,10 @@ def get_megatron_optimizer(args: Any, original: Function, call: inspect.BoundArg
 
 @stand_in
 def load_checkpoint(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
-    """``megatron.training.checkpointing.load_checkpoint``: also restores the random numbers of lane <."""
+    """``megatron.training.checkpointing.load_checkpoint``: also restores the random numbers of lane <.
+
+    Those of a second stage under DualPipeV are not in such a checkpoint, and go on from where they are.
+    """
     from dualpipe.megatron.checkpoint import resume_random_stream
 
     loaded = original(*call.args, **call.kwargs)
@@ -137,19 +142,53 @@ def _build(
     validate_dualpipe_args(args)
 
     def typed_provider(**options: Any) -> Any:
-        module = provider(**options)
+        with _describing_stages(args, given.get("config", given.get("transformer_config"))):
+            module = provider(**options)
         module.model_type = given["model_type"]
         return module
 
+    schedule = schedule_of(args)
+    assert schedule is not None, "a stand-in is called only with a flag"
     model = build_dualpipe_model(
         typed_provider,
         ddp_config,
+        schedule=schedule,
         wrap_with_ddp=given["wrap_with_ddp"],
         data_parallel_random_init=data_parallel_random_init,
     )
     for chunk in model:
         _show_groups_of_rank(chunk)
     return model
+
+
+@contextmanager
+def _describing_stages(args: Any, config: Any) -> Iterator[None]:
+    """Inside the block, the arguments have the number of stages as the pipeline size, as the model's config needs it.
+
+    A config that exists already gets it for good, since its model asks for it again when it is saved.
+    """
+    stages = stages_of(args)
+    if schedule_of(args) is not Schedules.DUALPIPEV:
+        yield
+        return
+    # Megatron's parser divides the parts of a layout by the number of ranks, and takes the rest as a virtual pipeline
+    of_model: dict[str, Any] = {
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": None,
+    }
+    if config is not None:
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+        vars(config).update(of_model)
+        if config.pipeline_model_parallel_layout is not None:
+            layout = config.pipeline_model_parallel_layout.input_data
+            config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(layout, stages)
+    before = {name: getattr(args, name, None) for name in of_model}
+    vars(args).update(of_model)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
 
 
 def _show_groups_of_rank(chunk: Any) -> None:

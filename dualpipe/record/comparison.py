@@ -13,7 +13,8 @@ class ChunkComparison:
     """A stage of a lane.
 
     ``faults`` says what differs and ``unknown`` what could not be compared, in words; ``notes`` in what way gradients
-    agree.  ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show.
+    agree.  ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show; ``scale``
+    is a factor of all of them that is no division by a number of microbatches or replicas; ``divided_by`` is such one.
     """
 
     chunk: Chunk
@@ -23,6 +24,8 @@ class ChunkComparison:
     unknown: tuple[str, ...]
     notes: tuple[str, ...]
     summed: bool | None = None
+    scale: float = 1.0
+    divided_by: int = 1
 
     def text(self) -> str:
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"
@@ -39,6 +42,7 @@ class ChunkComparison:
             "unknown": list(self.unknown),
             "notes": list(self.notes),
             "summed": self.summed,
+            "scale": self.scale,
         }
 
 
@@ -48,7 +52,8 @@ class LossComparison:
 
     ``seen`` is ``None`` for a program without an optimizer, as its variables are gone when it ends.  ``collected`` is
     whether the program held losses whose backward had run, as a list of them does; a program that never did may have no
-    use for its losses.
+    use for its losses.  ``read`` is how many of them the program had read when it ended, ``None`` if that is unknown.
+    ``divided_twice`` is the number by which both the losses and the gradients were divided, if there is one.
     """
 
     lane: Lane
@@ -57,6 +62,8 @@ class LossComparison:
     computed: int
     seen: int | None
     collected: bool
+    read: int | None = None
+    divided_twice: int | None = None
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -69,11 +76,25 @@ class LossComparison:
                 f"{self.computed} were computed and collected, and {kept} kept or read by the end of the step: is "
                 "their list cleared before it is returned, read on another rank, or thrown away?"
             )
+        if self.divided_twice is not None:
+            found.append(
+                f"each loss is divided by {self.divided_twice} before its backward, and the gradients are divided by "
+                f"{self.divided_twice} once more: one of the two is too much"
+            )
         return tuple(found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What may be wrong: a program need not read its losses."""
+        if self.collected and self.read == 0 and not self.faults:
+            return (
+                f"none of them is ever read on rank {self.rank}: does the program read its losses on another rank?",
+            )
+        return ()
 
     def text(self) -> str:
         seen = "" if self.seen is None else f", {self.seen} of them kept or read by the end of the step"
-        found = "; ".join(self.faults) or f"{self.computed} computed{seen}"
+        found = "; ".join([*(self.faults or [f"{self.computed} computed{seen}"]), *self.notes])
         return f"losses of lane {self.lane} on rank {self.rank}: {found}"
 
     def as_json(self) -> dict[str, Any]:
@@ -83,31 +104,53 @@ class LossComparison:
             "microbatches": self.microbatches,
             "computed": self.computed,
             "seen": self.seen,
+            "read": self.read,
+            "notes": list(self.notes),
             "faults": list(self.faults),
         }
 
 
 @dataclass(frozen=True)
+class Clipping:
+    """What is wrong with the norm by which gradients were clipped, what could not be determined, and notes."""
+
+    faults: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {"faults": list(self.faults), "unknown": list(self.unknown), "notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """A recorded step and its plain run.  ``replicas`` says for each stage on two lanes whether they were summed."""
+    """A recorded step and its plain run.
+
+    ``replicas`` says what is wrong with the replicas of stages on two lanes, ``changes`` where the program changes
+    gradients in place other than by adding to them, if they are not equal.
+    """
 
     chunks: tuple[ChunkComparison, ...]
     losses: tuple[LossComparison, ...]
     replicas: tuple[str, ...]
+    clipping: Clipping = Clipping()
+    changes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """``equal``, ``different`` or ``unknown``."""
-        if self.replicas or any(each.faults for each in self.chunks) or any(each.faults for each in self.losses):
+        faults = [*(each.faults for each in self.chunks), *(each.faults for each in self.losses), self.clipping.faults]
+        if self.replicas or any(faults):
             return "different"
-        return "unknown" if any(each.unknown for each in self.chunks) else "equal"
+        return "unknown" if self.clipping.unknown or any(each.unknown for each in self.chunks) else "equal"
 
     def text(self) -> str:
         """A line for each stage and lane, then the losses and the replicas."""
         lines = [f"compared with a plain run of the same modules: {self.verdict}"]
         lines += [f"  {each.text()}" for each in self.chunks]
         lines += [f"  {each.text()}" for each in self.losses]
-        return "\n".join([*lines, *(f"  {line}" for line in self.replicas)]) + "\n"
+        clipping = (*self.clipping.faults, *self.clipping.unknown, *self.clipping.notes)
+        return "\n".join([*lines, *(f"  {line}" for line in (*self.replicas, *clipping, *self.changes))]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -115,4 +158,6 @@ class Comparison:
             "chunks": [each.as_json() for each in self.chunks],
             "losses": [each.as_json() for each in self.losses],
             "replicas": list(self.replicas),
+            "clipping": self.clipping.as_json(),
+            "changes": list(self.changes),
         }

@@ -3,149 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dualpipe.errors import RuleError
-
-Event = Mapping[str, Any]
-
-
-class RecordError(RuleError):
-    """A program that cannot be written as a schedule: what could not be named, and where in the program it is."""
-
-
-class ForwardId(NamedTuple):
-    """A forward, and with it the backward and the weight gradient of the same task: the rank and its own count."""
-
-    rank: int
-    number: int
-
-
-class MessageId(NamedTuple):
-    """A message end: the rank and its own count of messages."""
-
-    rank: int
-    number: int
-
-
-class ModuleId(NamedTuple):
-    """A module that a rank calls: the rank and its own count of modules."""
-
-    rank: int
-    number: int
-
-
-@dataclass
-class Forward:
-    """A forward as its rank observed it.
-
-    Attributes
-    ----------
-    module, at, step:
-        The first module called, the line of the program, and the number of optimizer steps before it.
-    messages, after:
-        The receives and the forwards on the same rank whose tensors it takes.
-    gradients:
-        The receives whose tensors are the gradient of its output.
-    weights:
-        Whether it changed a weight gradient.
-    backward_began:
-        Whether its backward began.
-    grad:
-        Whether it began with gradients enabled.
-    requested_at:
-        Where the program requested gradients of weights from the engine; it may keep them elsewhere than in ``.grad``.
-    untrainable:
-        Whether none of its modules has a parameter to train.
-    """
-
-    id: ForwardId
-    module: int
-    at: str
-    messages: list[MessageId] = field(default_factory=list)
-    after: list[ForwardId] = field(default_factory=list)
-    gradients: list[MessageId] = field(default_factory=list)
-    weights: bool = False
-    backward_began: bool = False
-    grad: bool = True
-    requested_at: str = ""
-    untrainable: bool = False
-    step: int = 0
-
-
-@dataclass
-class Message:
-    """One end of a message.
-
-    ``gradient_of`` and ``activation_of``: of a send, the forwards that its tensor belongs to.  ``memory``: the storage
-    and the offset of the tensor, or ``None`` if unknown.
-    """
-
-    id: MessageId
-    send: bool
-    peer: int
-    channel: tuple[Any, ...]
-    group: str
-    gradient_of: list[ForwardId]
-    activation_of: list[ForwardId]
-    form: str
-    at: str
-    step: int
-    completed: bool = False
-    tag: int = 0
-    memory: tuple[int, int] | None = None
-
-
-class Doubt(NamedTuple):
-    """Something about a forward that a schedule cannot express; ``what`` is the kind, see ``notes``."""
-
-    what: str
-    forward: int
-    at: str
-    step: int
-
-
-class Raised(NamedTuple):
-    """The error that ended a rank.
-
-    ``at`` is the line of the program and ``time`` in seconds since the epoch.  ``during`` is what the error left: a
-    forward (F), a backward (B) or a wait for messages (M), and its numbers.
-    """
-
-    error: str
-    text: str
-    at: str
-    time: float
-    during: tuple[str, list[int]] | None
-
-
-@dataclass
-class RankLog:
-    """The events of one rank, and the modules, forwards and messages in them.
-
-    ``same`` maps a forward to the one that it turned out to be a part of; ``find`` resolves it.  ``raised`` is the
-    error that ended the rank; ``waiting`` are the messages that it was waiting for at the end.
-    """
-
-    rank: int
-    events: list[Event]
-    forwards: dict[int, Forward]
-    messages: dict[int, Message]
-    modules: dict[int, tuple[str, frozenset[int]]]
-    ended: bool
-    steps: int
-    same: dict[int, int]
-    doubts: list[Doubt] = field(default_factory=list)
-    raised: Raised | None = None
-    waiting: list[int] = field(default_factory=list)
-
-    def find(self, forward: int) -> int:
-        while forward in self.same:
-            forward = self.same[forward]
-        return forward
+from dualpipe.record.log import Arrival as Arrival
+from dualpipe.record.log import Collective as Collective
+from dualpipe.record.log import CollectiveId as CollectiveId
+from dualpipe.record.log import Doubt as Doubt
+from dualpipe.record.log import Event as Event
+from dualpipe.record.log import Forward as Forward
+from dualpipe.record.log import ForwardId as ForwardId
+from dualpipe.record.log import Message as Message
+from dualpipe.record.log import MessageId as MessageId
+from dualpipe.record.log import ModuleId as ModuleId
+from dualpipe.record.log import Owed as Owed
+from dualpipe.record.log import Raised as Raised
+from dualpipe.record.log import RankLog as RankLog
+from dualpipe.record.log import RecordError as RecordError
+from dualpipe.record.log import Taken as Taken
 
 
 def read(rank: int, events: Sequence[Event]) -> RankLog:
@@ -153,7 +29,11 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
     same = {e["part"]: e["forward"] for e in events if e["event"] == "join"}
     same |= _computed_again(events)
     log = RankLog(rank, _merge_optimizer_steps(events), {}, {}, {}, False, 0, same)
+    begun = False  # whether the training step has
     for event in log.events:
+        begun = begun or event["event"] in _BEGINS
+        if event["event"] != "poll" and log.polling:
+            log.waiting, log.polling = [], False
         match event["event"]:
             case "module":
                 log.modules[event["module"]] = (event["name"], frozenset(event["holds"]))
@@ -172,6 +52,15 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.weights = True
+            case "owed":
+                if (known := log.forwards.get(log.find(event["forward"]))) is not None:
+                    known.owed |= {number: Owed(name, how, event["at"]) for number, name, how in event["parameters"]}
+            case "paid":
+                known = log.forwards.get(log.find(event["forward"]))
+                if known is not None and known.step == log.steps:
+                    known.paid |= set(event["parameters"])
+                elif known is not None:
+                    known.paid_at = event["at"]
             case "weights requested":
                 for forward in event["forwards"]:
                     if (known := log.forwards.get(log.find(forward))) is not None:
@@ -180,6 +69,25 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 _read_post(log, event)
             case "wait":
                 log.waiting = [n for n in event["messages"] if not log.messages[n].completed]
+            case "poll":
+                log.waiting, log.polling = list(event["messages"]), True
+            case "collective":
+                _read_collective(log, event, begun)
+            case "collect":
+                log.collecting = event["collective"]
+            case "collected":
+                log.collecting = None
+            case "arrived":
+                log.arrivals[event["arrival"]] = Arrival(event["how"], event["collective"])
+            case "arrival":
+                step = log.steps
+                log.taken += [
+                    Taken(event["forward"], n, event["at"], step, event["backward"]) for n in event["arrivals"]
+                ]
+            case "changed":
+                log.changed.append((event["name"], event["at"], log.steps))
+            case "left":
+                log.left.add(event["how"])
             case "completed":
                 for number in event["messages"]:
                     log.messages[number].completed = True
@@ -197,6 +105,7 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 log.raised = Raised(event["error"], event["text"], event["place"], event["time"], during)
             case "step":
                 log.steps += 1
+                begun = False
             case "end":
                 log.ended = True
     return log
@@ -226,6 +135,26 @@ def _computed_again(events: Sequence[Event]) -> dict[int, int]:
     return {forward: earlier for forward, earlier in again.items() if forward not in sent}
 
 
+_BEGINS = frozenset({"forward", "backward", "post"})
+
+
+def _read_collective(log: RankLog, event: Event, begun: bool) -> None:
+    log.collectives[event["collective"]] = Collective(
+        CollectiveId(log.rank, event["collective"]),
+        event["name"],
+        tuple(event["group"]),
+        event["group_name"],
+        tuple(event["form"]),
+        tuple(event["modules"]),
+        tuple(event["names"]),
+        any(letter in "FB" for letter, _ in event["marks"]),
+        tuple(sorted({log.find(number) for letter, number in event["context"] if letter in "FB"})),
+        event["at"],
+        log.steps,
+        begun,
+    )
+
+
 def _read_forward(log: RankLog, event: Event) -> None:
     number = log.find(event["forward"])
     known = log.forwards.get(number)
@@ -241,9 +170,10 @@ def _read_post(log: RankLog, event: Event) -> None:
         send = posted["kind"] == "send"
         ends = (log.rank, posted["peer"]) if send else (posted["peer"], log.rank)
         content: dict[str, list[ForwardId]] = {"B": [], "F": []}
-        may_be_gradient = posted["real"] or posted["form"].startswith("complex")
+        # a backward also makes weight gradients, and sizes to send
+        may_be_gradient = (posted["real"] or posted["form"].startswith("complex")) and not posted["weights"]
         for letter, number in posted["marks"]:
-            if letter in content and (letter != "B" or may_be_gradient):  # a backward may also make sizes to send
+            if letter in content and (letter != "B" or may_be_gradient):
                 content[letter].append(ForwardId(log.rank, log.find(number)))
         if event["inside"] not in ("", "backward") and posted["real"]:
             raise RecordError(
@@ -260,9 +190,10 @@ def _read_post(log: RankLog, event: Event) -> None:
             content["B"],
             content["F"],
             posted["form"],
-            event["at"],
+            posted.get("at") or event["at"],
             log.steps,
             tag=posted["tag"],
+            weights=tuple(posted["weights"]),
             memory=None if posted["memory"] is None else tuple(posted["memory"]),
         )
 

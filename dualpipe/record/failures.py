@@ -42,7 +42,6 @@ def failures(
     """
     found: list[tuple[tuple[int, float], Failure]] = []
     ended = list(programs)
-    alone = sum(fails(log, codes) for log in logs) == 1
     for log in logs:
         if not fails(log, codes):
             continue
@@ -51,15 +50,18 @@ def failures(
         op = None if is_later else _during(log, ops, messages, lineage)
         if op is not None and op.kind in (F, B) and all(op not in slot for slot in ended[log.rank]):
             ended[log.rank] = (*ended[log.rank], (op,))
-        where = LATER if is_later else f"during {op}" if op is not None else _after(ended[log.rank])
+        where = LATER if is_later else f"during {op}" if op is not None else _after(log, ended[log.rank])
         if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs, codes)) != log.rank:
             where += f", after rank {first} had failed"
-        if alone and (lost := _left_waiting(log, messages)) is not None:
+        lost = _left_waiting(log, messages)
+        if lost is not None and not fails(logs[lost.peer], codes):
             name = ops[lost.id] if lost.id in ops else _unnamed(lost)
             place = f"posted at {lost.at}" + (f" {LATER}" if is_later else "")
             order, what = (3, 0.0), f"waited for {name}, {place}, until rank {lost.peer} had ended"
         else:
             order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages, is_later)
+            if _raised_by_transport(log) and order[0] == 0:
+                order = (2, order[1])
         found.append((order, Failure(log.rank, printable(what))))
     found.sort(key=lambda each: each[0])
     return tuple(failure for _, failure in found), tuple(ended)
@@ -71,11 +73,19 @@ def _left_waiting(log: RankLog, messages: Mapping[MessageId, Message]) -> Messag
     It is a hang: gloo raises an error once the peer has ended, where NCCL would wait.
     """
     raised = log.raised
-    if raised is None or raised.error not in _OF_TRANSPORT or raised.during is None or raised.during[0] != "M":
+    if raised is None or raised.during is None or not _raised_by_transport(log):
         return None
     partner = match(list(messages.values()))
     ids = (MessageId(log.rank, number) for number in raised.during[1])
     return next((messages[id] for id in ids if id in messages and id not in partner), None)
+
+
+def _raised_by_transport(log: RankLog) -> bool:
+    """Whether a rank failed in a message, as one does whose peer has ended: that is never the first failure."""
+    raised = log.raised
+    return (
+        raised is not None and raised.error in _OF_TRANSPORT and raised.during is not None and raised.during[0] == "M"
+    )
 
 
 def _first_to_fail(logs: Sequence[RankLog], codes: Codes) -> int:
@@ -109,6 +119,11 @@ def _describe(
         return (1, 0.0), f"ended with exit code {code} {where}"
     if raised is not None:
         return (1, raised.time), f"ended with exit code {raised.text} {where}"
+    if log.collecting is not None:
+        each = log.collectives[log.collecting]
+        members = " ".join(map(str, each.group))
+        place = f"called at {each.at}" + (f" {LATER}" if is_later else "")
+        return (3, 0.0), f"waited for {each.name} of the ranks {members}, {place}, until it was ended"
     waiting = [MessageId(log.rank, number) for number in log.waiting]
     if waiting:
         awaited = " and ".join(str(ops[id]) if id in ops else _unnamed(messages[id]) for id in waiting)
@@ -122,8 +137,20 @@ def _unnamed(message: Message) -> str:
     return f"a message {'to' if message.send else 'from'} rank {message.peer}"
 
 
-def _after(program: Program) -> str:
-    return f"after {'+'.join(map(str, program[-1]))}" if program else "before its first op"
+def _after(log: RankLog, program: Program) -> str:
+    """Where a rank failed outside of every op; a forward that is none may be that of a wrong module."""
+    where = f"after {'+'.join(map(str, program[-1]))}" if program else "before its first op"
+    if log.raised is None or log.raised.during is None or log.raised.during[0] != "F":
+        return where
+    forwards = [log.forwards[log.find(n)] for n in log.raised.during[1] if log.find(n) in log.forwards]
+    if not forwards:
+        return f"{where}, in a forward"
+    called = list(dict.fromkeys(forward.module for forward in log.forwards.values()))
+    name, _ = log.modules[forwards[0].module]
+    return (
+        f"{where}, in a forward of its {name} that takes no tensor from another rank (module {log.rank}."
+        f"{called.index(forwards[0].module)}): is it the chunk for this lane and this half of the ranks?"
+    )
 
 
 def _during(
@@ -132,6 +159,8 @@ def _during(
     """The op that the error left, or else the one whose received tensor was not used yet."""
     if log.raised is not None and log.raised.during is not None:
         what, numbers = log.raised.during
+        if what == "C":
+            return None
         if what == "M":
             return next((op for n in numbers if (op := ops.get(MessageId(log.rank, n))) is not None), None)
         return next((op for n in numbers if (op := _of(_COMPUTE[what], log, n, lineage)) is not None), None)

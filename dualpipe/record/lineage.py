@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from dualpipe.record.events import Forward, ForwardId, Message, MessageId, ModuleId, RankLog, RecordError
 from dualpipe.record.lanes import Holder, Lanes, chains_of
 from dualpipe.record.microbatches import drop_evaluations, number
+from dualpipe.record.phrases import counted
 from dualpipe.schedule import Chunk, Lane, Task
 
 
@@ -97,7 +98,7 @@ def trace(
         del module_of[isolated]
     notes = [*_notes_on_data(data, messages, partner), *_notes_on_left_out(forwards, module_of)]
     if lanes is None:
-        observed = _chains(forwards, module_of, votes, data)
+        observed = _chains(logs, forwards, module_of, votes, data)
         lanes = {lane: tuple(Holder(rank) for rank, _ in chain) for lane, chain in zip(Lane, observed, strict=False)}
         chains: list[list[ModuleId | None]] = [[*chain] for chain in observed]
     else:
@@ -212,7 +213,11 @@ def _notes_on_left_out(forwards: Mapping[ForwardId, Forward], module_of: Mapping
         if forward.id not in module_of:
             apart[forward.at].append(forward.id.rank)
     return [
-        f"{len(ranks)} forwards at {at} ({_ranks(ranks)}) exchange nothing with other ranks or stages and are left out"
+        counted(
+            len(ranks),
+            f"forward at {at} ({_ranks(ranks)}) exchanges nothing with other ranks or stages and is left out",
+            f"forwards at {at} ({_ranks(ranks)}) exchange nothing with other ranks or stages and are left out",
+        )
         for at, ranks in sorted(apart.items())
     ]
 
@@ -222,7 +227,27 @@ def _ranks(ranks: Collection[int]) -> str:
     return f"rank{'s' * (len(distinct) > 1)} {' '.join(map(str, distinct))}"
 
 
+def _unfollowed(logs: Sequence[RankLog]) -> RecordError | None:
+    """Why no message has the output of a module, if forwards take tensors that messages cannot be followed to."""
+    how = {
+        "outside": "was made outside of torch's operators (NumPy, a list)",
+        "object": "was in a pickled object",
+        "collective": "came by a collective",
+    }
+    for log in logs:
+        for forward, arrival, at, _, backward in log.taken:
+            if log.find(forward) in log.forwards and not backward:
+                return RecordError(
+                    "a stage takes its input from a point-to-point message of tensors",
+                    f"rank {log.rank} starts a forward at {at} from a tensor that {how[log.arrivals[arrival].how]}, "
+                    "which is not followed",
+                    "record it with tensors that are sent and received themselves",
+                )
+    return None
+
+
 def _chains(
+    logs: Sequence[RankLog],
     forwards: Mapping[ForwardId, Forward],
     module_of: Mapping[ForwardId, ModuleId],
     votes: Mapping[tuple[ForwardId, ForwardId], None],
@@ -230,6 +255,8 @@ def _chains(
 ) -> list[list[ModuleId]]:
     """The modules of each lane in the order of stages; the lane that starts at the lower rank first."""
     modules = sorted(set(module_of.values()))
+    if not modules and (unfollowed := _unfollowed(logs)) is not None:
+        raise unfollowed
     if not modules:
         raise RecordError(
             "a pipeline sends activations from rank to rank",

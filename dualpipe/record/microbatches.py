@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from dualpipe.record.events import Forward, ForwardId, ModuleId
+from dualpipe.record.phrases import counted
 from dualpipe.schedule import Chunk, F, Lane, Op, Task
 
 
@@ -74,7 +75,27 @@ def drop_evaluations(
     notes = []
     if len(left) < len(tasks):
         count = len({(task.lane, task.mb) for task in tasks.values()} - trained)
-        notes.append(f"{count} microbatches ran without gradients, an evaluation, and are left out")
-    places = Counter(forwards[forward].at for forward in alone & left.keys())
-    notes += [f"{n} forwards at {at} ran without gradients and have no backward" for at, n in sorted(places.items())]
-    return {f: task._replace(mb=kept[task.lane].index(task.mb)) for f, task in left.items()}, notes
+        ran = "ran without gradients, an evaluation, and"
+        notes.append(f"{counted(count, f'microbatch {ran} is', f'microbatches {ran} are')} left out")
+    final = {f: task._replace(mb=kept[task.lane].index(task.mb)) for f, task in left.items()}
+    cut_off = {f: other for f in alone & left.keys() if (other := _trains_on(f, forwards, final)) is not None}
+    own = {forward for forward in cut_off if module_of[forward] in trained_modules}
+    notes += [
+        f"{Op(F, *final[forward])} at {forwards[forward].at} ran without gradients, and "
+        f"{Op(F, *final[cut_off[forward]])} at {forwards[cut_off[forward]].at} trains on what it sends: do both ranks "
+        "evaluate equally many microbatches?"
+        for forward in sorted(own)
+    ]
+    places = Counter(forwards[forward].at for forward in alone & left.keys() - own)
+    for at, n in sorted(places.items()):
+        ran = f"at {at} ran without gradients and"
+        notes.append(counted(n, f"forward {ran} has no backward", f"forwards {ran} have no backward"))
+    return final, notes
+
+
+def _trains_on(
+    forward: ForwardId, forwards: Mapping[ForwardId, Forward], tasks: Mapping[ForwardId, Task]
+) -> ForwardId | None:
+    """The forward of the next stage on the same microbatch, if it ran with gradients."""
+    following = Task(tasks[forward].lane, tasks[forward].stage + 1, tasks[forward].mb)
+    return next((other for other, task in tasks.items() if task == following and forwards[other].grad), None)

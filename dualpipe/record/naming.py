@@ -14,6 +14,7 @@ from itertools import count
 
 from dualpipe.record.events import ForwardId, Message, MessageId, RankLog, RecordError
 from dualpipe.record.lineage import Lineage
+from dualpipe.record.phrases import counted
 from dualpipe.schedule import RB, RF, SB, SENDS, SF, B, Chunk, F, Kind, Op
 
 _SERVES = {SF: F, RF: F, SB: B, RB: B}  # the compute on its own rank that a message end comes from or goes to
@@ -24,7 +25,8 @@ _OTHER_END = {SF: RF, RF: SF, SB: RB, RB: SB}
 class Named:
     """The ops of message ends, and which of them are uncertain.
 
-    ``control`` counts the ends that were left out, ``unknown`` the sends whose tensor no observed computation made;
+    ``control`` counts the ends that were left out, ``unknown`` the sends whose tensor no observed computation made, and
+    ``weights`` those whose tensor is the gradient of a parameter;
     ``unused`` are the receives whose tensor no observed computation used.  ``guesses`` has all ends that neither their
     content nor their use names, with the other ops that each could be.
     """
@@ -33,6 +35,7 @@ class Named:
     guesses: Mapping[MessageId, tuple[Op, ...]]
     control: int
     unknown: int
+    weights: int
     unused: frozenset[MessageId]
     notes: tuple[str, ...]
 
@@ -73,7 +76,9 @@ def name_messages(
             notes.append(_note_on_unmatched(message, ops[id], guesses[id]))
     left = [message for id, message in messages.items() if id not in ops]
     notes += [*_notes_on_unknown(unknown), *_notes_on_unused(unused, ops), *_notes_on_control(left)]
-    return Named(ops, guesses, len(left), len(unknown), frozenset(message.id for message in unused), tuple(notes))
+    wrong = sum(bool(message.weights) for message in unknown)
+    unused_ones = frozenset(message.id for message in unused)
+    return Named(ops, guesses, len(left), len(unknown) - wrong, wrong, unused_ones, tuple(notes))
 
 
 def uses(logs: Sequence[RankLog]) -> dict[MessageId, tuple[Kind, ForwardId]]:
@@ -240,11 +245,14 @@ def _note_on_unmatched(message: Message, op: Op, others: Sequence[Op]) -> str:
 
 
 def _notes_on_unknown(messages: Sequence[Message]) -> list[str]:
-    places = Counter((message.id.rank, message.at) for message in messages)
+    places = Counter((message.id.rank, message.at, message.weights) for message in messages)
     return [
-        f"rank {rank}: no observed forward or backward made what it sends at {at}; it is named by what uses it "
+        f"rank {rank}: what it sends at {at} is the gradient of {', '.join(weights)}, where a stage takes that of its "
+        f"output; it is named by what uses it ({times} times)"
+        if weights
+        else f"rank {rank}: no observed forward or backward made what it sends at {at}; it is named by what uses it "
         f"({times} times)"
-        for (rank, at), times in sorted(places.items())
+        for (rank, at, weights), times in sorted(places.items())
     ]
 
 
@@ -260,8 +268,6 @@ def _notes_on_control(messages: Sequence[Message]) -> list[str]:
     if not messages:
         return []
     places = sorted({message.at for message in messages})
-    return [
-        f"{len(messages)} message ends carry no activation or gradient of a stage (control data) and are left out: "
-        + ", ".join(places[:3])
-        + (" ..." if len(places) > 3 else "")
-    ]
+    data = "no activation or gradient of a stage (control data) and"
+    count = counted(len(messages), f"message end carries {data} is", f"message ends carry {data} are")
+    return [f"{count} left out: " + ", ".join(places[:3]) + (" ..." if len(places) > 3 else "")]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dualpipe.record.events import Event as Logged
 from dualpipe.record.events import ForwardId, MessageId, RankLog
 from dualpipe.record.lineage import Lineage
+from dualpipe.record.slots import Programs
 from dualpipe.schedule import B, F, Kind, Op, Placed
 from dualpipe.schedule.observed import Event, Guess, Observed, What
 
@@ -14,17 +15,15 @@ _OF_MARK = {"F": F, "B": B}
 
 
 def observe(
-    logs: Sequence[RankLog],
-    placed: Mapping[MessageId, Placed],
-    lineage: Lineage,
-    guesses: Mapping[MessageId, Sequence[Op]],
+    logs: Sequence[RankLog], made: Programs, lineage: Lineage, guesses: Mapping[MessageId, Sequence[Op]]
 ) -> Observed:
-    """The events of the messages in the schedule; ``placed`` gives the place of each in the programs.
+    """The events of the messages in the schedule, and the lines of all other ops.
 
     ``guesses`` are the messages whose names are uncertain, with the other ops that each could be.
     """
+    placed = made.placed
     found = [Guess(placed[id], tuple(others)) for id, others in guesses.items() if id in placed]
-    return Observed([_events(log, placed, lineage) for log in logs], found)
+    return Observed([_events(log, placed, lineage) for log in logs], found, made.lines)
 
 
 def _events(log: RankLog, placed: Mapping[MessageId, Placed], lineage: Lineage) -> Iterator[Event]:
@@ -39,7 +38,7 @@ def _events(log: RankLog, placed: Mapping[MessageId, Placed], lineage: Lineage) 
             case "post":
                 for posted in event["messages"]:
                     if (at := place(posted["message"])) is not None:
-                        yield Event(What.POST, at, None, event["at"])
+                        yield Event(What.POST, at, None, posted.get("at") or event["at"])
             case "completed":
                 for message in event["messages"]:
                     if (at := place(message)) is not None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from dualpipe.record.collectives import clashes
 from dualpipe.record.events import Event, Message, RankLog, RecordError, read
 from dualpipe.record.failures import Codes, fails
 from dualpipe.record.lanes import Lanes
 from dualpipe.record.lineage import match
 from dualpipe.record.naming import uses
+from dualpipe.record.phrases import counted
 from dualpipe.record.recording import Recording, assemble
+from dualpipe.schedule import Failure, Schedule, printable
 
 Ranks = tuple[int, ...]
 
@@ -52,11 +55,25 @@ def assemble_all(
     if len(found) < 2 and ranks is None:
         return [assemble(logs, name, step, lanes, codes)]
     recordings = [_assemble(logs, own, name, step, lanes, codes) for own in found]
+    if len(recordings) > 1:
+        clash = clashes(logs, found)
+        recordings = [_with_clashes(recording, clash) for recording in recordings]
     outside = {log.rank for log in logs if fails(log, codes)} - {rank for own in found for rank in own}
     if ranks is not None or not outside:
         return recordings
     caveat = f"ranks {' '.join(map(str, sorted(outside)))} of the job failed before they were part of a pipeline"
     return [replace(recording, caveats=(*recording.caveats, caveat)) for recording in recordings]
+
+
+def _with_clashes(recording: Recording, clash: Mapping[int, str]) -> Recording:
+    """The recording with the collectives on which its ranks and those of other pipelines disagree, as failures."""
+    own = [
+        Failure(number, printable(clash[rank])) for number, rank in enumerate(recording.pipeline_ranks) if rank in clash
+    ]
+    old = recording.schedule
+    failures = [*own, *old.failures]
+    schedule = Schedule(old.routes, old.programs, old.name, old.groups, failures=failures, observed=old.observed)
+    return replace(recording, schedule=schedule) if own else recording
 
 
 def assemble_one(
@@ -81,7 +98,9 @@ def _assemble(
     matched = match([message for log in logs for message in log.messages.values()])
     lost = [message for message in left if message.id not in matched]
     if left:
-        notes.append(f"{len(left)} messages with ranks of other pipelines are left out, as at {left[0].at}")
+        others = "with ranks of other pipelines"
+        count = counted(len(left), f"message {others} is", f"messages {others} are")
+        notes.append(f"{count} left out, as at {left[0].at}")
     caveats = [_caveat(message) for message in lost]
     return replace(
         recording, notes=(*notes, *recording.notes), caveats=(*recording.caveats, *caveats), pipeline_ranks=ranks
@@ -154,10 +173,12 @@ def _renumbered(log: RankLog, number: Mapping[int, int]) -> Iterator[Event]:
             case "post":
                 posted = [m | {"peer": number[m["peer"]]} for m in event["messages"] if m["message"] not in gone]
                 yield {**event, "messages": posted}
-            case "wait" | "completed" | "forward":
+            case "wait" | "poll" | "completed" | "forward":
                 yield {**event, "messages": kept(event["messages"])}
             case "gradients":
                 yield {**event, "messages": [kept(messages) for messages in event["messages"]]}
+            case "collective":
+                yield {**event, "group": [number.get(member, -1) for member in event["group"]]}
             case "access" | "keep" if event["message"] in gone or event.get("posted") in gone:
                 pass
             case _:

@@ -44,7 +44,9 @@ class Watchdog:
                 ranks = max(ranks, json.loads(file.readline()).get("ranks", 0))
                 file.seek(max(0, self._sizes[path] - _TAIL))
                 last_events.append(json.loads(file.read().splitlines()[-1])["event"])
-        return len(last_events) >= ranks and "wait" in last_events and set(last_events) <= {"wait", "end", "raised"}
+        waits = {"wait", "poll", "collect"}
+        there = set(last_events)
+        return len(last_events) >= ranks and bool(there & waits) and there <= {*waits, "end", "raised"}
 
 
 def kill_marked(value: str) -> None:

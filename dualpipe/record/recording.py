@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from dualpipe.record.arrivals import note_arrivals
+from dualpipe.record.collectives import name_collectives
 from dualpipe.record.comparison import Comparison
 from dualpipe.record.events import Doubt, Event, ForwardId, Message, MessageId, RankLog, RecordError, read
 from dualpipe.record.failures import Codes, fails
@@ -16,6 +18,7 @@ from dualpipe.record.lineage import Lineage, match, reordered, trace
 from dualpipe.record.naming import name_messages, uses
 from dualpipe.record.notes import caveats, notes_on_doubts, notes_on_weights
 from dualpipe.record.observed import observe
+from dualpipe.record.phrases import counted
 from dualpipe.record.routes import complete, is_whole
 from dualpipe.record.slots import programs
 from dualpipe.record.steps import check_within_step, computing_steps, select_step
@@ -70,7 +73,8 @@ class Recording:
         schedule = self.schedule
         ops = [placed.op for placed in schedule]
         messages = sum(op.kind in MESSAGES for op in ops)
-        lanes = ", ".join(f"{count} microbatches of lane {lane}" for lane, count in schedule.microbatches.items())
+        counts = schedule.microbatches.items()
+        lanes = ", ".join(f"{counted(count, 'microbatch', 'microbatches')} of lane {lane}" for lane, count in counts)
         return (
             f"{schedule.ranks} ranks, {schedule.stages} stages, {lanes}: "
             f"{len(ops) - messages} computations and {messages} message ends in "
@@ -165,25 +169,31 @@ class _Run:
         named_messages = {id: m for id, m in messages.items() if m not in lost}
         named = name_messages(logs, named_messages, partner, lineage)
         check_within_step(number, everything, partner, named.ops)
+        note_arrivals(logs, self.logs)
         for message in reordered(messages, partner, named.ops):
             logs[message.id.rank].doubts.append(Doubt("several groups", -1, message.at, message.step))
         notes += [*lineage.notes, *named.notes, *(note for log in logs for note in notes_on_weights(log, lineage))]
         notes += [*notes_on_doubts(logs, lineage), *map(_note_on_lost, lost)]
         _check(lineage, named.ops, messages)
-        made = programs(logs, named, messages, partner, lineage)
-        notes += made.notes
+        collectives = name_collectives(self.logs, lineage, number)
+        made = programs(logs, named, messages, partner, lineage, collectives)
+        notes += [*made.notes, *collectives.notes]
         if made.early:
             notes.append(
-                f"{made.early} computations began with messages still in flight; in the file a message is where it was "
-                "posted, and the blocking model waits for it there, though the program does not"
+                f"{counted(made.early, 'computation', 'computations')} began with messages still in flight; in the "
+                "file a message is where it was posted, and the blocking model waits for it there, though the program "
+                "does not"
             )
         failures, ranks = conclude_failures(self.logs, self.codes, named.ops, everything, lineage, made.of_rank, number)
         elsewhere = sum(id not in partner and id not in messages for id in everything)
         doubts += caveats(logs, lineage, named, elsewhere)
         if lost:
-            doubts.append(f"{len(lost)} unmatched messages between ranks without neighbouring stages are left out")
-        observed = observe(logs, made.placed, lineage, named.guesses)
-        schedule = Schedule(lineage.routes, ranks, self.name, failures=failures, observed=observed)
+            between = "between ranks without neighbouring stages"
+            one, several = f"unmatched message {between} is", f"unmatched messages {between} are"
+            doubts.append(f"{counted(len(lost), one, several)} left out")
+        observed = observe(logs, made, lineage, named.guesses)
+        groups = collectives.groups
+        schedule = Schedule(lineage.routes, ranks, self.name, groups, failures=failures, observed=observed)
         return Recording(
             schedule, steps, self.ended(), tuple(doubts), tuple(notes), tasks=lineage.tasks, messages=named.ops
         )

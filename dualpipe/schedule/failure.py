@@ -22,6 +22,11 @@ class Failure(NamedTuple):
         return self.what.startswith("waited ")
 
     @property
+    def ends_early(self) -> bool:
+        """Whether the rank's program ends there; not if it only calls another collective than other pipelines."""
+        return not self.what.startswith("calls ")
+
+    @property
     def is_later(self) -> bool:
         """Whether the rank got beyond the recorded step, so that nothing in the schedule follows from its failure."""
         return f" {LATER}" in self.what
@@ -41,7 +46,7 @@ def check_failures(failures: tuple[Failure, ...], ranks: int) -> None:
             raise ScheduleError("a failure is one printable line without #", f"got {what!r}", "see printable()")
 
 
-def printable(text: str, limit: int = 300) -> str:
+def printable(text: str, limit: int = 500) -> str:
     """A text as one printable line without ``#``, as the text of a failure has to be."""
     words = " ".join("".join(c if c.isprintable() and c != "#" else " " for c in text).split())
     return words if len(words) <= limit else words[: limit - 1] + "…"

@@ -51,14 +51,21 @@ class Guess(NamedTuple):
 class Observed:
     """The events of every rank, in the order in which they happened, and the messages whose names are guesses.
 
-    It is empty for a schedule that was not recorded.  An immutable value.
+    ``lines`` are the lines of the program at which it ran its computes and collectives.  It is empty for a schedule
+    that was not recorded.  An immutable value.
     """
 
-    __slots__ = ("_places", "events", "guesses")
+    __slots__ = ("_places", "events", "guesses", "lines")
 
-    def __init__(self, events: Iterable[Iterable[Event]] = (), guesses: Iterable[Guess] = ()) -> None:
+    def __init__(
+        self,
+        events: Iterable[Iterable[Event]] = (),
+        guesses: Iterable[Guess] = (),
+        lines: Mapping[Placed, str] | None = None,
+    ) -> None:
         self.events = tuple(map(tuple, events))
         self.guesses: Mapping[Placed, tuple[Op, ...]] = dict(guesses)
+        self.lines: Mapping[Placed, str] = dict(lines or {})
         self._places: dict[Placed, str] = {}
         for own in self.events:
             for event in own:
@@ -69,14 +76,18 @@ class Observed:
         return any(self.events)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Observed) and (self.events, self.guesses) == (other.events, other.guesses)
+        return isinstance(other, Observed) and (self.events, self.guesses, self.lines) == (
+            other.events,
+            other.guesses,
+            other.lines,
+        )
 
     def __hash__(self) -> int:
         return hash(self.events)
 
-    def place(self, message: Placed) -> str:
-        """The line that posted a message, or an empty text."""
-        return self._places.get(message, "")
+    def place(self, placed: Placed) -> str:
+        """The line that posted a message or ran another op, or an empty text."""
+        return self._places.get(placed) or self.lines.get(placed, "")
 
 
 NOTHING = Observed()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dualpipe.record.child import compute, messages, ranges
+from dualpipe.record.child import collectives, compute, messages, ranges
 from dualpipe.record.child.log import Event, Sink
 from dualpipe.record.child.patches import Patches
 from dualpipe.record.child.plain import Plain
@@ -74,8 +74,9 @@ def record(
         stack.callback(patches.undo)
         ranges.watch(flow, patches)
         operators = compute.watch(flow, patches, (*TOGETHER, *together), containers)
-        messages.watch(flow, patches)
-        again = None if plain is None else Plain(flow, *plain, containers)
+        transport = messages.watch(flow, patches)
+        collectives.watch(flow, patches, transport)
+        again = None if plain is None else Plain(flow, transport, *plain, containers)
         if again is not None:
             again.watch(patches)
         _active = True
@@ -83,7 +84,7 @@ def record(
             with operators:
                 yield recording
                 if again is not None:
-                    again.end_step(False)
+                    again.end()
             flow.write("end")
         except BaseException as error:
             flow.raised(error)

@@ -16,22 +16,42 @@ _SPARE = 60.0
 
 
 class Model(StrEnum):
-    """A dense GPT, or one with four experts in each layer."""
+    """A dense GPT, one with four experts in each layer, or a miniature of DeepSeek-V3."""
 
     GPT = "gpt"
     MOE = "moe"
+    DEEPSEEK = "deepseek"
+
+
+class Part(StrEnum):
+    """What the miniature of DeepSeek-V3 has beside sigmoid routing: multi-head latent attention, routing to groups of
+    experts, a shared expert, a router bias that balances experts, a dense first layer, a layer that predicts further
+    tokens, and stages with different numbers of layers."""
+
+    MLA = "mla"
+    GROUPS = "groups"
+    SHARED = "shared"
+    BIAS = "bias"
+    DENSE = "dense"
+    MTP = "mtp"
+    LAYOUT = "layout"
 
 
 @dataclass(frozen=True)
 class Case:
     """One verification, the same for every implementation; the sizes are those of DualPipe.
 
-    ``pp`` ranks in a pipeline, ``dp`` pipelines, ``tp`` ranks that share a layer; ``microbatches`` for each
-    pipeline, half of them for each lane.  A lane is a data-parallel replica, so the ground truth, Megatron's 1F1B, has
-    2 x ``dp`` replicas with ``microbatches`` / 2 each.  ``clip`` is the norm to which gradients are clipped, 0 for no
-    clipping; by default small enough to clip at every step, or 0 under the distributed optimizer.  ``late_w``: that of
-    ``dualpipe.dualpipe``.  ``timeout``: seconds
-    to wait for a message before reporting a hang.
+    ``pp`` ranks in a pipeline, ``dp`` pipelines, ``tp`` ranks that share a layer; ``microbatches`` for each pipeline.
+    ``schedule`` is dualpipe or dualpipev.  Under dualpipe half of the microbatches are for each lane.  A lane is a
+    data-parallel replica, so the ground truth, Megatron's 1F1B, has 2 x ``dp`` replicas with ``microbatches`` / 2 each.
+    Under dualpipev it has the same replicas and microbatches, on twice the pipeline ranks.
+
+    ``mtp`` is the number of layers that predict further tokens, ``tied`` ties the output layer to the embedding;
+    ``layout`` distributes the layers over the stages as Megatron's ``pipeline_model_parallel_layout`` does, by default
+    evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to which
+    gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the distributed
+    optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``timeout``: seconds to wait for a message before reporting
+    a hang.
     """
 
     model: Model = Model.GPT
@@ -49,6 +69,11 @@ class Case:
     dropout: float = 0.0
     per_token_loss: bool = False
     expert_bias: bool = False
+    mtp: int = 0
+    tied: bool = False
+    layout: str | None = None
+    without: tuple[Part, ...] = ()
+    schedule: str = "dualpipe"
     late_w: str = "none"
     steps: int = 3
     seed: int = 1234
@@ -59,7 +84,6 @@ class Case:
     sequence = 16
     vocabulary = 64
     batch = 2
-    experts = 4
     learning_rate = 1e-2
     weight_decay = 0.1
 
@@ -72,10 +96,21 @@ class Case:
         """Each rule, whether it holds, what was given, and how to fix it."""
         pp, dp, tp, count, parallel = self.pp, self.dp, self.tp, self.count, self.sequence_parallel
         return [
-            ("a pipeline must have an even number of ranks", pp > 1 and pp % 2 == 0, f"got {pp}", "use 2 or 4"),
+            (
+                "the schedule must be dualpipe or dualpipev",
+                self.schedule in ("dualpipe", "dualpipev"),
+                f"got {self.schedule}",
+                "use one of them",
+            ),
+            (
+                "a pipeline must have an even number of ranks",
+                pp > 1 and pp % self.lanes == 0,
+                f"got {pp}",
+                "use 2 or 4",
+            ),
             (
                 "the number of microbatches must be even and at least twice the ranks of a pipeline",
-                count % 2 == 0 and count >= 2 * pp,
+                count % self.lanes == 0 and count >= 2 * pp,
                 f"got {count} for {pp} ranks",
                 f"use {2 * pp} or a larger even number",
             ),
@@ -89,33 +124,44 @@ class Case:
             ("sequence parallelism needs tensor parallelism", tp > 1 or not parallel, f"got tp {tp}", "use tp 2"),
             (
                 "Megatron trains experts under tensor parallelism only with sequence parallelism",
-                self.model is Model.GPT or tp == 1 or parallel,
+                not self.has_experts or tp == 1 or parallel,
                 f"got tp {tp} without it",
                 "set sequence parallelism",
             ),
             (
                 "the expert parallel size must divide the numbers of experts and of data parallel ranks",
-                self.ep == 1 or (self.model is Model.MOE and dp % self.ep == 0 and self.experts % self.ep == 0),
+                self.ep == 1 or (self.has_experts and dp % self.ep == 0 and self.experts % self.ep == 0),
                 f"got ep {self.ep} for dp {dp} and {self.experts} experts of {self.model}",
                 "use 1, or --model moe with a multiple of it as dp",
             ),
             (
                 "an expert bias needs experts",
-                self.model is Model.MOE or not self.expert_bias,
+                self.has_experts or not self.expert_bias,
                 f"got {self.model}",
                 "use --model moe",
+            ),
+            (
+                "the number of layers that predict further tokens must not be negative",
+                self.mtp >= 0,
+                f"got {self.mtp}",
+                "use 0 for none",
+            ),
+            (
+                "a layout must have one part for each stage, separated by |",
+                self.layers_of_stages is None or self.layers_of_stages.count("|") == self.stages - 1,
+                f"got {self.layout} for {self.stages} stages",
+                "such as Et|tt|tt|ttL for 4",
+            ),
+            (
+                "only the miniature of DeepSeek-V3 has parts to leave out",
+                self.model is Model.DEEPSEEK or not self.without,
+                f"got {', '.join(self.without)} for {self.model}",
+                "use --model deepseek",
             ),
             (f"the dtype must be {' or '.join(DTYPES)}", self.dtype in DTYPES, f"got {self.dtype}", "use fp32"),
             ("a verification must train for at least one step", self.steps > 0, f"got {self.steps}", "use 3"),
             ("dropout must be a probability below 1", 0 <= self.dropout < 1, f"got {self.dropout}", "use 0"),
             ("the clipping norm must not be negative", self.clip_norm >= 0, f"got {self.clip}", "use 0 for none"),
-            (
-                "the distributed optimizer sums the norm of the gradients in another order, so weights agree bitwise "
-                "only without clipping",
-                not self.distributed_optimizer or self.clip_norm == 0,
-                f"got a clipping norm of {self.clip}",
-                "use 0; the norm itself is compared",
-            ),
             ("a timeout must be a positive number of seconds", 0 < self.timeout < 1e6, f"got {self.timeout}", "use 60"),
         ]
 
@@ -138,32 +184,86 @@ class Case:
 
     @property
     def has_oracle(self) -> bool:
-        """Whether one process can compute the result: no layer is split, no router uses all replicas' token counts."""
-        return self.tp == self.ep == 1 and not self.expert_bias
+        """Whether one process can compute the result: no layer is split, and no number depends on how it is sharded."""
+        return self.tp == self.ep == 1 and not self.clips_by_shards
+
+    @property
+    def clips_by_shards(self) -> bool:
+        """Whether weights depend on a norm that the distributed optimizer adds up shard by shard."""
+        return self.distributed_optimizer and self.clip_norm > 0
 
     @property
     def norm_rounding(self) -> float:
-        """The largest relative difference of a gradient norm between 1F1B and DualPipe that is rounding.
+        """The largest relative difference of a gradient norm between 1F1B and the oracle that is rounding.
 
-        The plain optimizer sums the same numbers in the same order.  The distributed one sums the squares of all
-        ranks' shards in float32: under 1F1B one by one, under DualPipe in pairs first.  n positive numbers summed in
-        two orders differ by at most 2 (n - 1) roundings of 2**-24, their roots by half of that; DualPipe takes the root
-        of each pair's sum and squares it again, 4 more.
+        The oracle sums the squares of whole gradients.  The distributed optimizer sums those of all ranks' shards in
+        float32.  n positive numbers summed in two orders differ by at most 2 (n - 1) roundings of 2**-24, their roots
+        by half of that; each stage's root is squared again, 4 more.
         """
-        return (self.replicas * self.pp * self.tp + 4) * 2.0**-24 if self.distributed_optimizer else 0.0
+        ranks = self.replicas * self.stages * self.tp
+        return (ranks + 4) * 2.0**-24 if self.distributed_optimizer else 0.0
+
+    @property
+    def lanes(self) -> int:
+        return 2 if self.schedule == "dualpipe" else 1
 
     @property
     def per_lane(self) -> int:
-        return self.count // 2
+        return self.count // self.lanes
 
     @property
     def replicas(self) -> int:
-        """The number of replicas of the model: two lanes in each pipeline."""
-        return 2 * self.dp
+        """The number of replicas of the model: as many as lanes in each pipeline."""
+        return self.lanes * self.dp
+
+    @property
+    def stages(self) -> int:
+        return self.pp if self.lanes == 2 else 2 * self.pp
 
     @property
     def layers(self) -> int:
-        return 2 * self.pp
+        """The layers of the decoder, two for each rank, without those that predict further tokens."""
+        return 2 * self.pp if self.layers_of_stages is None else self.layers_of_stages.count("t")
+
+    @property
+    def experts(self) -> int:
+        """The experts of a layer; in the miniature of DeepSeek-V3 the two chosen ones are not a whole group."""
+        return 8 if self.model is Model.DEEPSEEK else 4
+
+    @property
+    def has_experts(self) -> bool:
+        return self.model is not Model.GPT
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The parts of the miniature of DeepSeek-V3 that the model has."""
+        return frozenset(Part) - frozenset(self.without) if self.model is Model.DEEPSEEK else frozenset()
+
+    @property
+    def balances_by_bias(self) -> bool:
+        return self.expert_bias or Part.BIAS in self.parts
+
+    @property
+    def further_layers(self) -> int:
+        """The layers that predict further tokens."""
+        return max(self.mtp, int(Part.MTP in self.parts))
+
+    @property
+    def layers_of_stages(self) -> str | None:
+        """The layout as given; for the miniature of DeepSeek-V3 one with a short first stage; or ``None``."""
+        if self.layout is not None or Part.LAYOUT not in self.parts:
+            return self.layout
+        return "|".join(["Et", *["tt"] * (self.stages - 2), f"tt{'m' * self.further_layers}L"])
+
+    @property
+    def embedding_is_shared(self) -> bool:
+        """Whether the last stage has a copy of the embedding, which gets the sum of both gradients."""
+        return self.tied or self.further_layers > 0
+
+    @property
+    def unused_weight(self) -> str | None:
+        """A parameter without a use: Megatron allocates an output layer that is tied to the embedding of its stage."""
+        return "output_layer.weight" if self.tied and self.further_layers else None
 
     @property
     def has_main_weights(self) -> bool:

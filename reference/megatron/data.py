@@ -5,6 +5,8 @@ each pipeline is one replica; replicas are numbered lane by lane:
 
     replica   0 .. d-1    lane ``>`` of pipeline 0 .. d-1    microbatches 0, 2, 4, ... of that pipeline
     replica   d .. 2d-1   lane ``<`` of pipeline 0 .. d-1    microbatches 1, 3, 5, ... of that pipeline
+
+DualPipeV has one lane, so each pipeline is one replica with all of its microbatches.
 """
 
 from __future__ import annotations
@@ -56,5 +58,8 @@ def of_replica(case: Case, step: int, replica: int) -> Iterator[Batch]:
 def of_pipeline(case: Case, step: int, pipeline: int) -> Iterator[Batch]:
     """A pipeline's microbatches of a step, as its data iterator yields them: lanes in turn."""
     return iter(
-        [batch(case, step, replica_of(case, number % 2, pipeline), number // 2) for number in range(case.count)]
+        [
+            batch(case, step, replica_of(case, number % case.lanes, pipeline), number // case.lanes)
+            for number in range(case.count)
+        ]
     )

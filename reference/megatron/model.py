@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
+from reference.megatron import deepseek
 from reference.megatron.case import Case, Model
 
 _SEED_STEP = 100
@@ -23,7 +24,7 @@ _BUCKET = 4000
 
 def transformer_config(case: Case) -> TransformerConfig:
     experts: dict[str, Any] = {}
-    if case.model is Model.MOE:
+    if case.has_experts:
         experts = {
             "num_moe_experts": case.experts,
             "moe_router_topk": 2,
@@ -33,17 +34,20 @@ def transformer_config(case: Case) -> TransformerConfig:
             "add_bias_linear": False,  # Megatron has no bias in experts under tensor parallelism
             "expert_model_parallel_size": case.ep,
         }
-        if case.expert_bias:
+        if case.balances_by_bias:
             experts |= {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+        if case.model is Model.DEEPSEEK:
+            experts |= deepseek.options(case)
     recompute: dict[str, Any] = {}
     if case.recompute:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
+    kind = MLATransformerConfig if "multi_latent_attention" in experts else TransformerConfig
+    return kind(
         num_layers=case.layers,
         hidden_size=case.hidden,
         num_attention_heads=case.heads,
         tensor_model_parallel_size=case.tp,
-        pipeline_model_parallel_size=case.pp,
+        pipeline_model_parallel_size=case.stages,
         sequence_parallel=case.sequence_parallel,
         hidden_dropout=case.dropout,
         attention_dropout=case.dropout,
@@ -56,6 +60,8 @@ def transformer_config(case: Case) -> TransformerConfig:
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=False,
         cuda_graph_scope=[],  # the default is deprecated, and warns
+        pipeline_model_parallel_layout=case.layers_of_stages,
+        mtp_num_layers=case.further_layers or None,
         **experts,
         **recompute,
     )
@@ -73,17 +79,28 @@ def seed(case: Case, pipeline_rank: int, **ranks: int) -> None:
 
 
 def build_gpt(case: Case, config: TransformerConfig, pre_process: bool, post_process: bool, groups: Any) -> GPTModel:
-    """Build the stage that ``groups.pp`` selects, with weights from the current random generators."""
+    """Build the stage that ``groups.pp`` selects, with weights from the current random generators.
+
+    ``parallel_state`` must have that stage as its pipeline rank.
+    """
+    layers: Any
+    if case.model is Model.DEEPSEEK:
+        layers, layer = deepseek.layer_specs(config, groups.pp.rank())
+    else:
+        experts = case.experts if case.has_experts else None
+        layers = layer = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False)
+    further = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if case.further_layers else None
+    rotary = case.model is Model.DEEPSEEK or case.further_layers  # no learned positions on the last stage
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            num_experts=case.experts if case.model is Model.MOE else None, moe_grouped_gemm=False
-        ),
+        transformer_layer_spec=layers,
         vocab_size=case.vocabulary,
         max_sequence_length=case.sequence,
         pre_process=pre_process,
         post_process=post_process,
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=case.tied,
+        position_embedding_type="rope" if rotary else "learned_absolute",
+        mtp_block_spec=further,
         pg_collection=groups,
     )
 

@@ -8,7 +8,8 @@ here, since such layers need several processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor, nn
 
 from dualpipe.testing.launch import Context
@@ -53,8 +55,11 @@ def run(case: Case, context: Context) -> list[StepTrace]:
     """Train for the case's steps, in a process with a process group of one."""
     install_cpu_standins()
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) if case.per_token_loss else torch.ones(1) / case.per_lane)
+    scale = torch.ones(1) if case.per_token_loss else torch.ones(1) / case.per_lane
+    MoEAuxLossAutoScaler.set_loss_scale(scale)
+    MTPLossAutoScaler.set_loss_scale(scale)
     stages, generators = _build(case)
+    copies = _embeddings(case, stages)
     masters = [_masters(case, stage) for stage in stages]
     optimizer = _optimizer(case, masters)
     traces = []
@@ -63,13 +68,18 @@ def run(case: Case, context: Context) -> list[StepTrace]:
         replicas = [
             _replica(case, step, replica, stages, generators[replica], trace) for replica in range(case.replicas)
         ]
-        gradients = _reduce(case, replicas)
+        gradients = _reduce(case, replicas, copies)
+        if copies:
+            (first, one), (last, other) = copies
+            gradients[first][one] = gradients[last][other] = gradients[first][one] + gradients[last][other]
         if case.per_token_loss:
             tokens = torch.stack([losses[0][1] for losses in trace.losses.values()]).sum().int()
             for stage in gradients:
-                for gradient in stage.values():
-                    gradient *= 1.0 / tokens
-        norm = _norm(gradients)
+                for name, gradient in stage.items():
+                    stage[name] = gradient * (1.0 / tokens)
+        norm = _norm(gradients, copies[1:])
+        if case.balances_by_bias:
+            _balance(stages)
         _record(case, trace, "gradients", gradients)
         factor = case.clip_norm / (norm + _EPSILON) if case.clip_norm else 1.0
         for master, stage in zip(masters, gradients, strict=True):
@@ -80,10 +90,10 @@ def run(case: Case, context: Context) -> list[StepTrace]:
         for master, module in zip(masters, stages, strict=True):
             for name, parameter in module.named_parameters():
                 parameter.data.copy_(master[name].data)
-        _record(case, trace, "weights", [dict(module.named_parameters()) for module in stages])
+        _record(case, trace, "weights", [{**dict(module.named_parameters()), **_biases(module)} for module in stages])
         if case.has_main_weights and not case.distributed_optimizer:
             _record(case, trace, "main_weights", masters)
-        trace.norms = {Shard(0, stage, 0): norm for stage in range(case.pp)}
+        trace.norms = {Shard(0, stage, 0): norm for stage in range(case.stages)}
         traces.append(trace)
         context.progress(step + 1)
     return traces
@@ -92,14 +102,39 @@ def run(case: Case, context: Context) -> list[StepTrace]:
 def _build(case: Case) -> tuple[list[nn.Module], list[list[_Generators]]]:
     """The stages, and by replica and stage the random generators of dropout."""
     config, stages, generators = transformer_config(case), [], []
-    for stage in range(case.pp):
+    for stage in range(case.stages):
         seed(case, stage)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        groups.pp = _Position(stage, case.pp)
-        module = build_gpt(case, config, stage == 0, stage == case.pp - 1, groups)
+        groups.pp, groups.embd = _Position(stage, case.stages), None
+        with _at_stage(case, stage):
+            module = build_gpt(case, config, stage == 0, stage == case.stages - 1, groups)
         stages.append(module.bfloat16() if config.bf16 else module)
         generators.append(_Generators.now())
     return stages, [[_Generators(each.default, dict(each.named)) for each in generators] for _ in range(case.replicas)]
+
+
+@contextmanager
+def _at_stage(case: Case, stage: int) -> Iterator[None]:
+    """Inside the block, Megatron reads this position from ``parallel_state``."""
+    parallel_state.set_pipeline_model_parallel_rank(stage)
+    parallel_state.set_pipeline_model_parallel_world_size(case.stages)
+    try:
+        yield
+    finally:
+        parallel_state.set_pipeline_model_parallel_rank(None)
+        parallel_state.set_pipeline_model_parallel_world_size(None)
+
+
+def _embeddings(case: Case, stages: Sequence[Any]) -> list[tuple[int, str]]:
+    """Stage and name of the two copies of the embedding, made equal; none if the model uses it at one end only."""
+    if not case.embedding_is_shared:
+        return []
+    copies = []
+    for number in (0, case.stages - 1):
+        weight = stages[number].shared_embedding_or_output_weight()
+        copies.append((number, next(name for name, each in stages[number].named_parameters() if each is weight)))
+        weight.data.copy_(stages[0].shared_embedding_or_output_weight().data)
+    return copies
 
 
 @dataclass
@@ -159,8 +194,8 @@ def _replica(
     ]
     for batch in data.of_replica(case, step, replica):
         hidden: Any = None
-        for stage, states in zip(stages, generators, strict=True):
-            with states:
+        for number, (stage, states) in enumerate(zip(stages, generators, strict=True)):
+            with states, _at_stage(case, number):
                 hidden = _forward(stage, hidden, batch)
         total = (hidden.float() * batch.mask).sum()
         tokens = batch.mask.sum().int()
@@ -169,32 +204,36 @@ def _replica(
         loss.backward()
         for stage, sums in zip(stages, summed, strict=True):
             for name, parameter in stage.named_parameters():
-                assert parameter.grad is not None, f"{name} has no gradient"
-                sums[name] += parameter.grad
-                parameter.grad = None
+                assert (parameter.grad is None) == (name == case.unused_weight), f"the gradient of {name}"
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad
+                    parameter.grad = None
     return summed
 
 
 def _forward(stage: Any, hidden: Tensor | None, batch: data.Batch) -> Tensor:
     """The output of a stage for the output of the previous one; for the last stage the loss of each token."""
     positions = torch.arange(batch.tokens.shape[1]).repeat(batch.tokens.shape[0], 1)
-    tokens, labels = batch.tokens if stage.pre_process else None, batch.labels if stage.post_process else None
+    tokens = batch.tokens if stage.pre_process or stage.mtp_process else None
+    labels = batch.labels if stage.post_process else None
     stage.set_input_tensor(hidden)
-    output: Tensor = stage(tokens, positions, None, labels=labels)
+    mask = {"loss_mask": batch.mask} if stage.mtp_process else {}
+    output: Tensor = stage(tokens, positions, None, labels=labels, **mask)
     return output
 
 
-def _reduce(case: Case, replicas: Sequence[Gradients]) -> Gradients:
+def _reduce(case: Case, replicas: Sequence[Gradients], copies: Sequence[tuple[int, str]]) -> Gradients:
     """The mean over the replicas (their sum if the loss is normalised by tokens), in the order of their numbers."""
     scale = 1.0 if case.per_token_loss else 1.0 / case.replicas
     reduced: Gradients = []
-    for stage in range(case.pp):
+    for stage in range(case.stages):
         shapes = {name: gradient.shape for name, gradient in replicas[0][stage].items()}
         result: dict[str, Tensor] = {}
         layout = buckets(
             [(name, shape.numel()) for name, shape in shapes.items()],
             bucket_limit(case) if stage == 0 else None,  # Megatron splits only the first stage into buckets
             case.replicas if case.distributed_optimizer else None,
+            [name for number, name in copies if number == stage],
         )
         for bucket in layout:
             parts = [torch.zeros(bucket.size) for _ in replicas]
@@ -209,15 +248,34 @@ def _reduce(case: Case, replicas: Sequence[Gradients]) -> Gradients:
     return reduced
 
 
-def _norm(gradients: Gradients) -> float:
-    """The norm over all stages: from the norms of tensors, decaying ones first, with squares summed in ring order."""
+def _norm(gradients: Gradients, duplicates: Sequence[tuple[int, str]]) -> float:
+    """The norm over all stages: from the norms of tensors, decaying ones first, with squares summed in ring order.
+
+    ``duplicates``, the copy of the embedding on the last stage, do not count.
+    """
     squares = []
-    for stage in gradients:
-        ordered = sorted(stage.items(), key=lambda item: _is_plain(*item))
+    for number, stage in enumerate(gradients):
+        counted = [item for item in stage.items() if (number, item[0]) not in duplicates]
+        ordered = sorted(counted, key=lambda item: _is_plain(*item))
         norms = torch.tensor([float(torch.norm(gradient)) for _, gradient in ordered])
         squares.append(torch.norm(norms).reshape(1) ** 2.0)
     norm: float = float(ring_sum(squares)) ** 0.5
     return norm
+
+
+def _balance(stages: Sequence[Any]) -> None:
+    """Raise each expert's bias if it got fewer tokens than the average, over all replicas, else lower it."""
+    for stage in stages:
+        for router in stage.modules():
+            counts = getattr(router, "local_tokens_per_expert", None)
+            if counts is not None:
+                fewer = counts.sum(dim=-1, keepdim=True) / counts.shape[-1] - counts
+                router.expert_bias += torch.sign(fewer) * stage.config.moe_router_bias_update_rate
+                counts.zero_()
+
+
+def _biases(stage: nn.Module) -> dict[str, Tensor]:
+    return {name: bias for name, bias in stage.named_buffers() if name.endswith("expert_bias")}
 
 
 def _record(case: Case, trace: StepTrace, what: str, found: Sequence[Mapping[str, Tensor]]) -> None:

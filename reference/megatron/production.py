@@ -1,4 +1,4 @@
-"""Runs the drop-in, with half the data parallelism of the ground truth and twice its microbatches."""
+"""Runs the drop-in, with half as many ranks as the ground truth."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_rank(
     def provider(pre_process: bool, post_process: bool, pg_collection: Any) -> GPTModel:
         return build_gpt(case, config, pre_process, post_process, pg_collection)
 
-    model = build_dualpipe_model(provider, ddp_config(case), timeout=case.timeout)
+    model = build_dualpipe_model(provider, ddp_config(case), schedule=case.schedule, timeout=case.timeout)
     optimizer = build_dualpipe_optimizer(optimizer_config(case), model)
     shards = [
         Shard(data.replica_of(case, 0 if lane is UP else 1, pipeline), stage, tp) for lane, stage in chunks_of(model)

@@ -7,7 +7,7 @@ for an element depends on its position in its bucket.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,21 +32,27 @@ class Bucket(NamedTuple):
     size: int
 
 
-def buckets(sizes: Sequence[tuple[str, int]], limit: int | None, sharded_over: int | None) -> list[Bucket]:
+def buckets(
+    sizes: Sequence[tuple[str, int]], limit: int | None, sharded_over: int | None, alone: Collection[str] = ()
+) -> list[Bucket]:
     """The buckets of a stage.
 
     Parameters, given by name and number of elements in the model's order, are laid out from the last to the first; a
     bucket is full when it has ``limit`` elements.  ``sharded_over``: the replicas among which the distributed
-    optimizer shards each bucket, which pads them; ``None`` without it.
+    optimizer shards each bucket, which pads them; ``None`` without it.  It gives each parameter in ``alone`` a bucket.
     """
     align = _START if sharded_over else 1
     multiple = math.lcm(sharded_over, _BUCKET) if sharded_over else 1
     found, spans, end = [], list[Span](), 0
     for name, size in reversed(sizes):
+        single = sharded_over is not None and name in alone
+        if single and spans:
+            found.append(Bucket(tuple(spans), _up(end, multiple)))
+            spans, end = [], 0
         start = _up(end, align)
         spans.append(Span(name, start, size))
         end = start + size
-        if limit is not None and end >= limit:
+        if single or (limit is not None and end >= limit):
             found.append(Bucket(tuple(spans), _up(end, multiple)))
             spans, end = [], 0
     if spans:

@@ -12,9 +12,12 @@ state of the GPU's random generator        the CPU generator's, kept apart in th
 ``Tensor.type()`` compared with a string   a CPU tensor's type reads ``torch.cuda...``
 ``moe_utils.te_general_gemm``              ``None``, which Megatron tests for but never sets
 layer norms under sequence parallelism     PyTorch's, marked for the all-reduce as Apex's are
+absent classes of layers in attention      a class without instances, as latent attention asks for their type
 small functions under ``torch.compile``    run uncompiled, which saves a compiler and seconds in each rank
 ``Tensor.cuda()`` when saving              returns the tensor
 ``torch.cuda.synchronize()`` when saving   does nothing: there is no GPU to wait for
+streams of the all-to-all of tokens        there is one stream, on which everything runs in order
+splits of the all-to-all of tokens         moved "to the CPU", as numpy arrays
 a manager process for the results          a queue; a killed rank would leave the process behind
 =========================================  ==================================================================
 """
@@ -43,6 +46,7 @@ _LITERAL_CUDA = (
     "megatron.core.transformer.utils",
     "megatron.core.utils",
 )
+_ABSENT_LAYERS = ("TEColumnParallelLinear", "TELinear")
 _installed: list[tuple[Any, str, Any]] = []
 _ABSENT = object()
 
@@ -53,7 +57,8 @@ def install_cpu_standins() -> None:
         return
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     for name in _LITERAL_CUDA:
@@ -68,6 +73,13 @@ def install_cpu_standins() -> None:
     _replace(random.CudaRNGStatesTracker, "add", _add_state)
     _replace(random.CudaRNGStatesTracker, "fork", _fork_state)
     _replace(moe_utils, "te_general_gemm", None)
+    _replace(torch.cuda, "Stream", _Stream)
+    _replace(torch.cuda, "current_stream", lambda device=None: _Stream())
+    _replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu)
+    for name in _ABSENT_LAYERS:
+        if not isinstance(getattr(multi_latent_attention, name), type):
+            _replace(multi_latent_attention, name, type(name, (), {}))
     _replace(WrappedTorchNorm, "__new__", _norm_for_sequence_parallel(WrappedTorchNorm.__new__))
     torch.compiler.set_stance("force_eager")
 
@@ -87,6 +99,23 @@ def remove_cpu_standins() -> None:
 def _replace(owner: Any, name: str, value: Any) -> None:
     _installed.append((owner, name, vars(owner).get(name, _ABSENT)))
     setattr(owner, name, value)
+
+
+class _Stream:
+    """A CPU's only stream: what is issued on it has ended when the next thing is issued."""
+
+    def wait_stream(self, other: _Stream) -> None:
+        """Does nothing; an event of this stream, which is the stream itself, is over as well."""
+
+    def synchronize(self) -> None:
+        """Does nothing."""
+
+    def record_event(self) -> _Stream:
+        return self
+
+
+def _moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
 class _TorchOnCpu(ModuleType):

@@ -101,12 +101,22 @@ def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Te
         return model(None, None, None), no_loss
     assert iterator is not None, "the ends of a pipeline have data"
     batch = next(iterator)
-    tokens, labels = batch.tokens if gpt.pre_process else None, batch.labels if gpt.post_process else None
-    return model(tokens, positions(batch), None, labels=labels), partial(loss, batch)
+    return model(*inputs_of(gpt, batch), **options_of(gpt, batch)), partial(loss, batch)
 
 
 def no_loss(output: Tensor) -> NoReturn:
     raise AssertionError("the loss function is of the last stage")
+
+
+def inputs_of(gpt: Any, batch: Batch) -> tuple[Tensor | None, Tensor, None]:
+    """Tokens, where a stage looks them up, their positions, and no attention mask."""
+    return batch.tokens if gpt.pre_process or gpt.mtp_process else None, positions(batch), None
+
+
+def options_of(gpt: Any, batch: Batch) -> dict[str, Tensor | None]:
+    """Labels for the last stage, and the mask for the losses of further tokens, which the model computes itself."""
+    labels = batch.labels if gpt.post_process else None
+    return {"labels": labels, "loss_mask": batch.mask} if gpt.mtp_process else {"labels": labels}
 
 
 def positions(batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ground truth: Megatron's own 1F1B, an independent schedule, with one replica for each lane of DualPipe."""
+"""The ground truth: Megatron's own 1F1B, an independent schedule; a replica for each lane, a rank for each stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reference.megatron.training import Checkpoints, train
 
 def ranks(case: Case) -> int:
     """The number of processes."""
-    return case.replicas * case.pp * case.tp
+    return case.replicas * case.stages * case.tp
 
 
 @expected_warnings()
@@ -31,14 +31,14 @@ def run_rank(case: Case, context: Context, checkpoints: Checkpoints | None = Non
     """Train one rank, in a process with a default process group."""
     install_cpu_standins()
     parallel_state.initialize_model_parallel(
-        case.tp, case.pp, expert_model_parallel_size=case.ep, create_gloo_process_groups=False
+        case.tp, case.stages, expert_model_parallel_size=case.ep, create_gloo_process_groups=False
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     replica = parallel_state.get_data_parallel_rank()
     seed(case, stage)
     config = transformer_config(case)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    first, last = stage == 0, stage == case.pp - 1
+    first, last = stage == 0, stage == case.stages - 1
     model = build_gpt(case, config, first, last, groups)
     model = Float16Module(config, model) if config.bf16 else model
     chunk = DistributedDataParallel(config, ddp_config(case), model)

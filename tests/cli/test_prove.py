@@ -162,6 +162,15 @@ def test_a_schedule_is_compared_with_a_named_one_of_its_size(run, tmp_path):
     assert run("prove", file, "--against", file).code == 0
 
 
+@pytest.mark.parametrize("name", ["interleaved", "zbv"])
+def test_a_schedule_to_compare_with_has_the_size_of_the_file(run, tmp_path, name):
+    file = tmp_path / "three.txt"
+    file.write_text(dumps(generate(name, 3, 6)))
+    result = run("prove", file, "--against", name, "--model", "blocking")
+    assert (result.code, result.err) == (0, "")
+    assert run("prove", file, "--against", name, "-P", 3, "-M", 6, "--model", "blocking").code == 0
+
+
 def test_a_check_can_be_waived_by_its_name(run, tmp_path):
     file = tmp_path / "late.txt"
     file.write_text(dumps(generate("zb1p", 2, 4)).replace("1W2> 1W3>", "1W3> 1W2>"))

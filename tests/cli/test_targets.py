@@ -122,7 +122,7 @@ def test_a_recording_that_cannot_be_written_is_printed(run, folder, monkeypatch)
 class Recorded:
     """What the command uses of a recording."""
 
-    notes = caveats = ()
+    notes = caveats = pipeline_ranks = ()
     comparison = None
     schedule = loads(TEXT)
 

@@ -15,8 +15,11 @@ def test_an_equal_run_prints_a_row_per_stage_and_exits_with_0(run):
     assert "are bitwise equal to those of Megatron's 1F1B" in result.out
 
 
-def test_an_equal_run_in_json(run):
-    report = json.loads(run("verify", "--model", "moe", "-P", 2, "--steps", 2, "--dtype", "bf16", "--json").out)
+def test_an_equal_run_of_dualpipev_in_json(run):
+    options = ["dualpipev", "--without", "mla", "--without", "layout", "-P", 2, "--steps", 2, "--dtype", "bf16"]
+    report = json.loads(run("verify", "--model", "deepseek", *options, "--json").out)
+    chosen = {"schedule": "dualpipev", "mtp": 1, "layout": None, "expert_bias": True, "without": ["mla", "layout"]}
+    assert {name: report[name] for name in chosen} == chosen
     assert report["verdict"] == "equal"
     assert report["losses"][0] > report["losses"][1]
     assert report["parties"].keys() == {"DualPipe", "plain PyTorch"}
@@ -32,7 +35,9 @@ def test_an_equal_run_in_json(run):
         (["--model", "moe", "some.txt"], "got the schedule some.txt; leave it out"),
         (["--model", "gpt", "--dtype", "fp64"], "fp32 or bf16: got fp64"),
         (["--model", "gpt", "-P", 3], "an even number of ranks: got 3"),
-        (["--model", "gpt", "--distributed-optimizer", "--clip", 1], "in another order"),
+        (["--model", "gpt", "--without", "mla"], "got mla for gpt; use --model deepseek"),
+        (["--model", "gpt", "--layout", "Et|tL"], "got Et|tL for 4 stages"),
+        (["--mtp", 1, "--tied"], "got --mtp, --tied; add --model gpt"),
     ],
 )
 def test_options_that_do_not_go_together(run, options, message):

@@ -55,11 +55,12 @@ TYPES: dict[str, tuple[str, ...]] = {
     ),
     "dualpipe.lower": ("dualpipe.schedule:Placed",),
     "dualpipe.picture": ("dualpipe.timeline.picture:Form",),
+    "dualpipe.simulate": ("dualpipe.timeline.timeline:Collective",),
     "dualpipe.pipeline": (
         "dualpipe.runtime.executor:Boundary",
         "dualpipe.runtime.executor:Observer",
         "dualpipe.runtime.executor:StepError",
-        "dualpipe.runtime.executor:Tensors",
+        "dualpipe.runtime.live:Tensors",
         "dualpipe.runtime.modules:Criterion",
         "dualpipe.runtime.transport:DisagreementError",
         "dualpipe.runtime.transport:MessageError",
@@ -67,6 +68,9 @@ TYPES: dict[str, tuple[str, ...]] = {
     ),
     "dualpipe.megatron": (
         "dualpipe.megatron.iterators:LaneData",
+        "dualpipe.megatron.iterators:Reader",
+        "dualpipe.megatron.placement:Schedules",
+        "dualpipe.schedule:Chunk",
         "dualpipe.megatron.training_loop:Function",
         "dualpipe.megatron.model:Provider",
         "dualpipe.megatron.rules:SettingsError",
@@ -74,6 +78,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     "dualpipe.testing": (
         "dualpipe.record.child.log:Sink",
         "dualpipe.record.events:ForwardId",
+        "dualpipe.record.events:MessageId",
         "dualpipe.record.recording:Recording",
     ),
     "proofs.prove": (

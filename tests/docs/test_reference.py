@@ -71,7 +71,7 @@ OUTSIDE = {
     *("AbstractContextManager", "BaseException"),
     *("Figure", "Tensor", "Literal"),  # of matplotlib, torch and typing
     *("DistributedDataParallelConfig", "OptimizerConfig", "ProcessGroupCollection"),  # of Megatron
-    *("F", "B", "W", "BW", "FB"),  # parameters
+    *("F", "B", "W", "BW", "FB", "AA", "AR", "US", "RS", "RG"),  # parameters
     *("Event", "LaneIterator", "Parser", "Violation"),  # nothing a reader makes or takes apart
 }
 """Names in signatures that the page need not explain."""

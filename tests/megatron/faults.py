@@ -81,7 +81,7 @@ def replicas_not_reduced_together() -> None:
     from dualpipe.megatron import groups
 
     real = groups._collection
-    groups._collection = lambda own, stage, made: real(own, stage, {kind: getattr(own, kind) for kind in groups.KINDS})
+    groups._collection = lambda own, stage, stages, embd, **made: real(own, stage, stages, embd=embd)
 
 
 def norm_counts_both_replicas() -> None:
@@ -157,7 +157,7 @@ def gradients_cleared_in_mid_accumulation() -> None:
 def losses_read_on_the_first_rank() -> None:
     from dualpipe.megatron import schedule
 
-    schedule.collect_losses = lambda collected, transport, device: [v for values in collected.values() for v in values]
+    schedule.collect_losses = lambda collected, *where: [value for values in collected.values() for value in values]
 
 
 def losses_cleared_before_they_are_returned() -> None:
@@ -165,10 +165,10 @@ def losses_cleared_before_they_are_returned() -> None:
 
     real = schedule.collect_losses
 
-    def collect_losses(collected, transport, device):
+    def collect_losses(collected, *where):
         for values in collected.values():
             values.clear()
-        return real(collected, transport, device)
+        return real(collected, *where)
 
     schedule.collect_losses = collect_losses
 
@@ -184,9 +184,9 @@ def labels_of_the_lanes_swapped() -> None:
 
     real = schedule.split_data_iterator
 
-    def split(iterator):
-        data = real(iterator)
-        data._lanes = dict(zip(data._lanes, reversed(data._lanes.values()), strict=True))
+    def split(iterator, chunks):
+        data = real(iterator, chunks)
+        data._iterators = dict(zip(data._iterators, reversed(data._iterators.values()), strict=True))
         return data
 
     schedule.split_data_iterator = split if dist.get_rank() else real
@@ -230,8 +230,8 @@ def one_receive_too_many_on_a_middle_rank() -> None:
 
     real = schedule.schedule_for
 
-    def schedule_for(ranks, microbatches, forward_only=False, late_w="none"):
-        made = real(ranks, microbatches, forward_only, late_w)
+    def schedule_for(name, ranks, microbatches, forward_only=False, late_w="none"):
+        made = real(name, ranks, microbatches, forward_only, late_w)
         lane, stage = next((lane, route.index(1)) for lane, route in made.routes.items())
         extra = (Op(RF, lane, stage, microbatches),)
         programs = tuple((extra, *p) if rank == 1 else p for rank, p in enumerate(made.programs))
@@ -241,14 +241,14 @@ def one_receive_too_many_on_a_middle_rank() -> None:
 
 
 def outputs_freed_under_the_backward() -> None:
-    from dualpipe.runtime import executor
+    from dualpipe.runtime import live
 
     def edge(output):
         if output.requires_grad and output.dim():
             output.data = torch.empty(1, dtype=output.dtype)
         return torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None
 
-    executor._edge = edge
+    live._edge = edge
 
 
 def mirror_chunk_numbered_as_rank_r() -> None:

@@ -42,6 +42,8 @@ def broken(args):
     return caught.value.violations
 
 
+TIED = {"untie_embeddings_and_output_weights": False}
+
 # The start of a rule, settings that break it, and a part of what the message must report
 PLANTED = [
     ("the pipeline size", {"pipeline_model_parallel_size": 3}, "pipeline_model_parallel_size is 3"),
@@ -52,15 +54,15 @@ PLANTED = [
     ("no virtual", {"num_virtual_stages_per_pipeline_rank": 2}, "num_virtual_stages"),
     ("dualpipe_late_w is none, tail, all", {"dualpipe_late_w": "tial"}, "dualpipe_late_w is 'tial'"),
     ("DualPipe and DualPipeV", {"use_dualpipev": True}, "use_dualpipev is True"),
-    ("DualPipe and DualPipeV", {"moe_fb_overlap": True}, "moe_fb_overlap is True"),
+    ("Megatron's own split", {"moe_fb_overlap": True}, "moe_fb_overlap is True"),
     ("no initialization on the meta", {"init_model_with_meta_device": True}, "init_model_with_meta_device"),
     ("no distillation", {"freeze_all_layers": True}, "freeze_all_layers"),
     ("the number of microbatches", {"global_batch_size": 54}, "is 9 microbatches, which is odd"),
     ("the number of microbatches", {"global_batch_size": 36}, "is 6 microbatches for pipeline size 4"),
     ("the number of microbatches", {"global_batch_size": 50}, "leaves 2 samples over"),
-    ("embedding and output", {"untie_embeddings_and_output_weights": False}, "untie_embeddings"),
-    ("embedding and output", {"share_embeddings_and_output_weights": True}, "share_embeddings"),
-    ("no multi-token", {"mtp_num_layers": 1}, "mtp_num_layers is 1"),
+    ("layers that predict further", {"pipeline_model_parallel_layout": "Et|t|tm|L"}, "'Et|t|tm|L'"),
+    ("no checkpoints of a model", {**TIED, "mtp_num_layers": 1}, "save is 'checkpoints'"),
+    ("no overlapped reduction", {**TIED, "mtp_num_layers": 1, "save": None, "overlap_grad_reduce": True}, "overlap_gr"),
     ("all microbatches must have the same seq", {"variable_seq_lengths": True}, "variable_seq_lengths"),
     ("the model must be a single decoder", {"decoder_seq_length": 128}, "decoder_seq_length is 128"),
     ("the model must be a single decoder", {"encoder_pipeline_model_parallel_size": 2}, "encoder_pipeline"),
@@ -110,6 +112,44 @@ def test_a_broken_rule_is_reported_alone_with_the_setting_that_breaks_it(name, c
     assert violation.fix
 
 
+V = {"use_dualpipe": False, "use_dualpipev": True, "pipeline_model_parallel_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "got"),
+    [
+        ("the number of microbatches must be at", {"global_batch_size": 30}, "is 5 microbatches for pipeline size 3"),
+        ("no virtual pipeline", {"virtual_pipeline_model_parallel_size": 2}, "is 2"),
+        ("load must be balanced", {"moe_router_load_balancing_type": "global_aux_loss"}, "global_aux_loss"),
+        ("the checkpoint format", {"ckpt_format": "torch"}, "ckpt_format is 'torch'"),
+    ],
+)
+def test_a_rule_of_dualpipev_is_reported_with_its_own_reason(name, changes, got):
+    (violation,) = broken(given(**{**V, "global_batch_size": 42, **changes}))
+    assert violation.rule.startswith(name)
+    assert got in violation.got
+    assert "lane" not in violation.rule
+
+
+def test_dualpipev_needs_neither_an_even_pipeline_nor_an_even_number_of_microbatches():
+    parsed = {"pipeline_model_parallel_layout": "Et|t|t|t|t|tL", "virtual_pipeline_model_parallel_size": 2}
+    validate_dualpipe_args(given(**V, global_batch_size=42, **parsed))
+
+
+def test_the_error_names_the_flag_of_dualpipev():
+    with pytest.raises(SettingsError, match=r"^--use-dualpipev is incompatible with 2 settings"):
+        validate_dualpipe_args(given(**V, global_batch_size=42, perform_rl_step=True, vision_pretraining=True))
+
+
+def test_what_the_upstream_pull_request_refuses_is_a_warning(caplog):
+    validate_dualpipe_args(given(**TIED))
+    validate_dualpipe_args(given(mtp_num_layers=1))
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "dualpipe: embedding and output weights should be untied",
+        "dualpipe: there should be no multi-token prediction",
+    ]
+
+
 def test_every_rule_is_broken_above():
     names = {name for name, _, _ in PLANTED}
     assert [rule.name for rule in RULES if not any(rule.name.startswith(name) for name in names)] == []
@@ -130,7 +170,8 @@ def test_a_clean_run_passes():
         {"overlap_p2p_comm": True},  # has no effect: messages follow the schedule's order
         {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
         {"decoder_first_pipeline_num_layers": 1, "num_layers_in_first_pipeline_stage": 1},
-        {"pipeline_model_parallel_layout": "Et|t|t|tL"},
+        {"pipeline_model_parallel_layout": "Et|t|t|tmL", "mtp_num_layers": 1},
+        TIED,
         {"fp8": "hybrid", "fp8_recipe": "blockwise"},
         {"ckpt_format": "torch", "save": None},
         {"eval_global_batch_size": 3, "eval_micro_batch_size": 1},  # any number of microbatches can be evaluated
@@ -144,8 +185,9 @@ def test_settings_that_dualpipe_can_train_with_pass(changes):
 
 def test_without_the_flag_nothing_is_checked_or_changed():
     everything = {name: value for _, changes, _ in PLANTED for name, value in changes.items()}
-    before = given(**everything, use_dualpipe=False)
-    after = given(**everything, use_dualpipe=False)
+    everything |= {"use_dualpipe": False, "use_dualpipev": False}
+    before = given(**everything)
+    after = given(**everything)
     validate_dualpipe_args(after)
     assert vars(after) == vars(before)
     del after.use_dualpipe
@@ -160,7 +202,7 @@ def test_the_check_changes_no_argument():
 
 def test_all_broken_rules_are_in_one_message():
     with pytest.raises(RuleError) as caught:
-        validate_dualpipe_args(given(pipeline_model_parallel_size=3, mtp_num_layers=1, use_dualpipev=True))
+        validate_dualpipe_args(given(pipeline_model_parallel_size=3, vision_pretraining=True, use_dualpipev=True))
     lines = str(caught.value).splitlines()
     assert lines[0] == (
         "--use-dualpipe is incompatible with 3 settings: they are listed below; "
@@ -169,7 +211,7 @@ def test_all_broken_rules_are_in_one_message():
     assert [line[:27] for line in lines[1:]] == [
         "  - the pipeline size must ",
         "  - DualPipe and DualPipeV ",
-        "  - no multi-token predicti",
+        "  - no vision pretraining (",
     ]
 
 

@@ -24,7 +24,10 @@ from reference.megatron.case import Case, Model
         ({"steps": 0}, "at least one step"),
         ({"dropout": 1.0}, "below 1"),
         ({"clip": -1.0}, "not be negative"),
-        ({"distributed_optimizer": True, "clip": 1.0}, "in another order"),
+        ({"schedule": "1f1b"}, "dualpipe or dualpipev: got 1f1b"),
+        ({"schedule": "dualpipev", "microbatches": 3}, "at least twice the ranks"),
+        ({"layout": "Et|tL", "schedule": "dualpipev"}, "got Et|tL for 4 stages"),
+        ({"mtp": -1}, "must not be negative: got -1"),
         ({"timeout": 0}, "positive number of seconds"),
     ],
 )

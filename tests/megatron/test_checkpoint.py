@@ -23,8 +23,13 @@ KINDS = {
     "dropout": "--dropout 0.1",
     "distributed optimizer in bf16": "--use-distributed-optimizer --bf16 --overlap-grad-reduce --clip-grad 0",
     "experts": "--num-experts 2",
+    "tied embeddings": "--tied-embeddings --use-distributed-optimizer",
+    "further tokens": "--mtp-num-layers 1 --num-experts 2 --use-distributed-optimizer --overlap-grad-reduce",
     "experts under the distributed optimizer": "--num-experts 2 --use-distributed-optimizer --clip-grad 0",
 }
+
+
+LONG = "experts", "experts under the distributed optimizer", "tied embeddings", "further tokens"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def resumed(folder, options=KINDS["dropout"], ranks=2, schedule=DUALPIPE, iterat
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.long] * kind.startswith("experts")) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind in LONG else kind for kind in KINDS]
 )
 def test_resumed_training_equals_uninterrupted_training_bitwise(kind, interrupted):
     whole, folder = interrupted(kind)
@@ -89,6 +94,17 @@ def test_dualpipe_loads_what_1f1b_saved_at_another_pipeline_size(kind, tmp_path)
         assert resumed(tmp_path, KINDS[kind], ranks=4, schedule=four + "--use-dualpipe ", iterations=2) == true
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tied embeddings", "further tokens"])
+def test_copies_of_the_embedding_load_at_any_pipeline_size_and_with_every_schedule(kind, interrupted):
+    _, folder = interrupted(kind)
+    at_two = resumed(folder, KINDS[kind], iterations=2)
+    four = "--pipeline-model-parallel-size 4 "
+    assert resumed(folder, KINDS[kind], ranks=4, schedule=four, iterations=2) == at_two
+    assert resumed(folder, KINDS[kind], ranks=4, schedule=four + "--use-dualpipe ", iterations=2) == at_two
+    assert resumed(folder, KINDS[kind], ranks=2, schedule=TWO_STAGES + "--use-dualpipev ", iterations=2) == at_two
+
+
 def integrity(args):
     """Run megatron-core's own check before a save: exactly one main replica holds each shard."""
     parallel_state.initialize_model_parallel(1, 2, create_gloo_process_groups=False)
@@ -98,7 +114,7 @@ def integrity(args):
     return len({shard.key for shard in nested_values(shards)})
 
 
-@pytest.mark.parametrize("kind", ["dropout", "experts under the distributed optimizer"])
+@pytest.mark.parametrize("kind", ["dropout", "experts under the distributed optimizer", "further tokens"])
 def test_every_shard_has_one_main_replica(kind):
     assert in_ranks(4, f"{DUALPIPE}{KINDS[kind]}", integrity) > 40
 

@@ -55,13 +55,13 @@ def test_a_forward_step_reads_the_stage_that_it_runs_from_global_state():
 def test_global_state_has_the_stage_within_the_block_and_the_rank_outside():
     parallel_state.set_pipeline_model_parallel_rank(0)
     try:
-        with at_stage(3):
+        with at_stage(3, 4):
             assert parallel_state.get_pipeline_model_parallel_rank() == 3
-            with at_stage(1):
+            with at_stage(1, 4):
                 assert parallel_state.get_pipeline_model_parallel_rank() == 1
             assert parallel_state.get_pipeline_model_parallel_rank() == 3
         assert parallel_state.get_pipeline_model_parallel_rank() == 0
-        with pytest.raises(RuntimeError), at_stage(3):
+        with pytest.raises(RuntimeError), at_stage(3, 4):
             raise RuntimeError
         assert parallel_state.get_pipeline_model_parallel_rank() == 0
     finally:
@@ -79,7 +79,7 @@ def kinds(stage):
     sparse = config(
         num_moe_experts=4, moe_ffn_hidden_size=8, moe_layer_freq=[0, 0, 0, 1, 1, 1, 1, 1], add_bias_linear=False
     )
-    with at_stage(stage):
+    with at_stage(stage, 4):
         block = get_gpt_decoder_block_spec(sparse, use_transformer_engine=False)
     return ["MoELayer" in str(layer.submodules.mlp.module) for layer in block.layer_specs]
 

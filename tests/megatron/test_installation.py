@@ -35,6 +35,10 @@ def test_with_the_flag_dualpipe_is_selected():
     assert installation.get_forward_backward_func(ON, pp_size=4, vp_size=None) is forward_backward_dualpipe
 
 
+def test_with_the_flag_of_dualpipev_the_same_function_is_selected_and_follows_the_model():
+    assert installation.get_forward_backward_func(SimpleNamespace(use_dualpipev=True)) is forward_backward_dualpipe
+
+
 def test_late_w_of_the_arguments_is_passed_to_dualpipe():
     plain = SimpleNamespace(use_dualpipe=True, dualpipe_late_w="none")
     assert installation.get_forward_backward_func(plain) is forward_backward_dualpipe

@@ -14,7 +14,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, get_
 
 from dualpipe.errors import RuleError
 from dualpipe.megatron.iterators import LaneData, LaneIterator, _Dealer, split_data_iterator
-from dualpipe.schedule import DOWN, UP, F
+from dualpipe.schedule import DOWN, UP, Chunk, F
 from dualpipe.schedule.generate import generate
 
 interleavings = st.lists(st.sampled_from([UP, DOWN]), max_size=40)
@@ -133,7 +133,7 @@ class Unfinished(LaneData):
 
 def unfinished(source):
     data = split_data_iterator(source)
-    return Unfinished(data._lanes, data._dealers)
+    return Unfinished(data._iterators, data._dealers)
 
 
 @pytest.mark.parametrize("planted", [swapped, halves, eager, doubly_fed, unfinished])
@@ -192,6 +192,24 @@ def test_an_error_in_the_data_pipeline_is_passed_on_unchanged():
     assert next(up) == 0
     with pytest.raises(OSError, match="disk"):
         next(up)
+
+
+# One lane, two chunks
+
+
+def test_with_one_lane_both_chunks_of_a_rank_get_every_item():
+    first, last = Chunk(UP, 0), Chunk(UP, 3)
+    source = stream()
+    data = split_data_iterator(source, [first, last])
+    assert [next(data[first]) for _ in range(3)] == [next(data[last]) for _ in range(3)] == [0, 1, 2]
+    assert (source.read, data.waiting) == (3, 0)
+    assert next(data[last]) == 3
+    data.finish(4)
+    assert list(map(next, split_data_iterator([source, stream()], [last, first]))) == [4, 0]
+    short = split_data_iterator(Stream(range(1)), [first, last])[last]
+    assert next(short) == 0
+    with pytest.raises(RuleError, match="before microbatch 1 of lane >, which is item 1 of this step"):
+        next(short)
 
 
 # Steps

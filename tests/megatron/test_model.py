@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from torch import nn
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.errors import RuleError
@@ -26,32 +25,6 @@ def test_a_real_config_that_defers_is_refused():
     deferring = config(defer_embedding_wgrad_compute=True, gradient_accumulation_fusion=True)
     with pytest.raises(RuleError, match="defer_embedding_wgrad_compute is True"):
         validate_dualpipe_config(deferring, DistributedDataParallelConfig(num_distributed_optimizer_instances=2))
-
-
-@pytest.mark.parametrize("how", ["share_embeddings_and_output_weights", "one parameter"])
-def test_a_provider_that_ties_weights_is_refused_when_building(how):
-    def rank(context):
-        real = production.build_gpt
-
-        def build_gpt(case, config, first, last, groups):
-            model = real(case, config, first, last, groups)
-            if how == "one parameter":
-                model.word_embedding = nn.Embedding(2, 2)
-                model.head = nn.Linear(2, 2)
-                model.head.weight = model.word_embedding.weight
-            else:
-                model.share_embeddings_and_output_weights = True
-            return model
-
-        production.build_gpt = build_gpt
-        with pytest.raises(RuleError) as caught:
-            production.run_rank(CASE, context)
-        return str(caught.value)
-
-    for error in launch(production.ranks(CASE), rank, CASE.limit).values():
-        assert "embedding and output weights must be untied" in error
-        name = "share_embeddings_and_output_weights of its GPTModel" if how.startswith("share") else "is head"
-        assert name in error
 
 
 def test_a_provider_that_returns_one_parameter_twice_is_refused():

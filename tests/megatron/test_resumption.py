@@ -16,7 +16,7 @@ import torch
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.megatron import optimizer_state
-from reference.megatron.case import Case
+from reference.megatron.case import Case, Model
 from tests.megatron.resumption import Interruption, train, weights_that_differ
 
 CASE = Case(pp=2, distributed_optimizer=True, overlap_grad_reduce=True, dtype="bf16", steps=2, microbatches=4)
@@ -30,7 +30,16 @@ class Wide(Case):
 
 
 PADDED = Wide(pp=2, distributed_optimizer=True, overlap_grad_reduce=True, steps=2, microbatches=4)
+FURTHER = replace(CASE, mtp=1, layout="Et|ttmL", steps=4)
+V = replace(FURTHER, schedule="dualpipev", layout="Et|t|t|tmL", clip=0.1, dropout=0.1)
+DEEPSEEK = Case(Model.DEEPSEEK, microbatches=4, steps=4)
 EVERY = {
+    "further tokens": (FURTHER, {}),
+    "tied": (replace(CASE, tied=True, steps=4), {"bucket_size": 500}),
+    "v, tied, plain optimizer": (Case(schedule="dualpipev", tied=True, microbatches=4, steps=4), {}),
+    "deepseek": (DEEPSEEK, {}),
+    "v, weights gathered in the forward": (replace(V, dp=2, mtp=0, layout=None), {"overlap_param_gather": True}),
+    "deepseek, sharded, v": (replace(DEEPSEEK, schedule="dualpipev", distributed_optimizer=True, dtype="bf16"), {}),
     "six replicas, fp32": (replace(SIX, dtype="fp32"), {}),
     "six replicas, small buckets": (SIX, {"bucket_size": 500}),
     "two replicas, fp32": (replace(CASE, steps=4, dtype="fp32"), {}),
@@ -47,6 +56,13 @@ def whole(folder, schedule, case=CASE, buckets=None):
 
 def resumed(folder, schedule, case=CASE, buckets=None):
     return train(case, schedule, Interruption(folder, case.steps // 2, True), buckets)[-1]
+
+
+def test_a_resumed_run_of_dualpipev_equals_the_uninterrupted_one_and_1f1b_at_twice_the_ranks(tmp_path):
+    """With dropout: the checkpoint has the random states of both stages of a rank."""
+    last = whole(tmp_path, "dualpipe", V)
+    assert weights_that_differ(last, resumed(tmp_path, "dualpipe", V)) == []
+    assert weights_that_differ(last, resumed(tmp_path, "1f1b", V)) == []
 
 
 def test_loading_refuses_state_that_belongs_to_other_weights(tmp_path, monkeypatch):
@@ -99,6 +115,13 @@ def test_a_run_resumes_bitwise_with_the_other_schedule(saver, loader, fixed, tmp
     prepare = lay_out_with_padding if fixed else None
     last = train(CASE, saver, Interruption(tmp_path, 1, False), prepare=prepare)[-1]
     assert weights_that_differ(last, train(CASE, loader, Interruption(tmp_path, 1, True), prepare=prepare)[-1]) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("saver", "loader"), [("dualpipe", "1f1b"), ("1f1b", "dualpipe")])
+def test_a_run_of_deepseek_v3_resumes_bitwise_with_the_other_schedule(saver, loader, tmp_path):
+    last = whole(tmp_path, saver, DEEPSEEK)
+    assert weights_that_differ(last, resumed(tmp_path, loader, DEEPSEEK)) == []
 
 
 @pytest.mark.long

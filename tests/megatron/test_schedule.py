@@ -43,6 +43,19 @@ def numbers(returned: list[dict[str, torch.Tensor]]) -> list[tuple[int, int]]:
     return [tuple(entry["microbatch"].tolist()) for entry in returned]
 
 
+V = replace(CASE, schedule="dualpipev")
+
+
+def test_an_evaluation_of_any_length_works_with_the_stages_in_a_v():
+    def body(data_iterator, **keywords):
+        found = []
+        for keywords["num_microbatches"] in (1, 3):
+            found += numbers(step(data_iterator=data_iterator, forward_only=True, **keywords))
+        return found
+
+    assert on_each_rank(body, V) == [[], [(0, 0), (0, 1), (0, 2), (0, 3)]]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_an_evaluation_of_any_length_returns_each_microbatch_once_on_the_last_rank(count):
     def body(data_iterator, **keywords):
@@ -54,11 +67,13 @@ def test_an_evaluation_of_any_length_returns_each_microbatch_once_on_the_last_ra
     assert last == [(item % 2, item // 2) for item in range(count)]
 
 
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev"])
 @pytest.mark.parametrize("ranks", [2, 4, 6])
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 13])
-def test_the_forwards_of_an_evaluation_pass_the_proofs(ranks, count):
-    schedule = schedule_for(ranks, count, forward_only=True)
-    assert schedule.microbatches == {UP: (count + 1) // 2, DOWN: count // 2}
+def test_the_forwards_of_an_evaluation_pass_the_proofs(name, ranks, count):
+    schedule = schedule_for(name, ranks, count, forward_only=True)
+    lanes = {UP: (count + 1) // 2, DOWN: count // 2} if name == "dualpipe" else {UP: count}
+    assert schedule.microbatches == lanes
     checks = prove(schedule).as_json()["checks"]
     refuted = {name for name, check in checks.items() if check["verdict"] != "proved"}
     assert refuted <= {"complete", "memory"}  # there are no B and W to free activations
@@ -316,7 +331,7 @@ def test_a_loss_function_that_returns_no_scalar_is_an_error_of_the_stage(monkeyp
 
     monkeypatch.setattr(computation, "forward_step", returning_three_losses)
     config = SimpleNamespace(no_sync_func=None)
-    call = computation.Call(lambda: None, {UP: None}, config, False, False, None, 1)
+    call = computation.Call(lambda: None, {Chunk(UP, 1): None}, config, False, False, None, 1)
     model = {Chunk(UP, 1): (torch.nn.Identity(), SimpleNamespace(drawing=nullcontext))}
     with pytest.raises(StageError, match=r"at 1F0> it returned a tensor of shape \[3\]"):
-        computation.MegatronComputation(schedule_for(2, 4), model, call).forward(Op(F, UP, 1, 0), ())
+        computation.MegatronComputation(schedule_for("dualpipe", 2, 4), model, call).forward(Op(F, UP, 1, 0), ())

@@ -11,6 +11,7 @@ from dualpipe.errors import RuleError
 from reference.megatron.importing import expected_warnings
 from tests.megatron.conftest import OFF, ON
 from tests.megatron.ranks import CASE, on_each_rank
+from tests.megatron.test_groups import config
 
 with expected_warnings():
     import dualpipe.megatron.checkpoint
@@ -61,9 +62,28 @@ def test_get_model_builds_two_chunks_from_the_loops_arguments(training, built):
     assert [chunk.model_type for chunk in model] == ["decoder", "decoder"]
     assert ON.model_type == "decoder"
     ((_, ddp, options),) = built
-    assert options == {"wrap_with_ddp": True, "data_parallel_random_init": False}
+    assert options == {"schedule": "dualpipe", "wrap_with_ddp": True, "data_parallel_random_init": False}
     assert (ddp.bucket_size, ddp.grad_reduce_in_fp32, ddp.overlap_grad_reduce) == (1000, True, True)
     assert ddp.check_for_nan_in_grad is False
+
+
+def test_with_dualpipev_the_model_is_built_for_twice_the_pipeline_ranks(training, built):
+    args = SimpleNamespace(use_dualpipev=True, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    args.pipeline_model_parallel_layout = "Et|t|t|tL"  # Megatron-LM's parser makes a virtual pipeline of it
+    installation.install(args)
+    given = config(num_layers=4, pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|t|t|tL")
+    seen = []
+
+    def provider(pre_process, post_process, config):
+        seen.append((args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size, config))
+        return Layer()
+
+    training.get_model(provider, config=given)
+    assert seen == [(4, None, given)] * 2
+    assert (args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size) == (2, 2)
+    assert built[0][2]["schedule"] == "dualpipev"
+    assert (given.pipeline_model_parallel_size, given.virtual_pipeline_model_parallel_size) == (4, None)
+    assert [len(part[0]) for part in given.pipeline_model_parallel_layout.layout] == [2, 1, 1, 2]
 
 
 def test_the_loop_reads_the_ranks_groups_from_a_chunk(training, built):
@@ -73,8 +93,8 @@ def test_the_loop_reads_the_ranks_groups_from_a_chunk(training, built):
 
 
 def test_settings_that_would_train_wrongly_are_refused_before_building(training, built):
-    installation.install(SimpleNamespace(**{**vars(ON), "mtp_num_layers": 1}))
-    with pytest.raises(RuleError, match="mtp_num_layers is 1"):
+    installation.install(SimpleNamespace(**{**vars(ON), "vision_pretraining": True}))
+    with pytest.raises(RuleError, match="vision_pretraining is True"):
         training.get_model(lambda **_: Layer())
     assert built == []
 
@@ -110,7 +130,7 @@ def test_the_model_builders_of_later_megatron_lm_build_two_chunks_too(built, mon
     installation.install(ON)
     model = build()
     assert [chunk.hooked for chunk in model] == [True, True]
-    assert built[0][1:] == ("ddp", {"wrap_with_ddp": True, "data_parallel_random_init": True})
+    assert built[0][1:] == ("ddp", {"schedule": "dualpipe", "wrap_with_ddp": True, "data_parallel_random_init": True})
 
 
 def test_the_distributed_optimizer_is_saved_parameter_by_parameter(monkeypatch):

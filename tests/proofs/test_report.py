@@ -195,17 +195,60 @@ def test_a_program_that_failed_is_refuted_whatever_the_checks_find():
         ("raised IndexError", "messages", True),
         ("raised IndexError", "deadlock", True),
         ("waited for 0RB3>", "complete", True),
-        ("waited for 0RB3>", "messages", False),
-        ("waited for 0RB3>", "deadlock", False),
+        ("waited for 0RB3>", "messages", True),
+        ("waited for 0RB3>", "deadlock", True),
+        ("raised IndexError at a.py:1 in a later training step", "messages", False),
     ],
 )
 def test_what_a_rank_left_out_may_follow_from_its_failure(failure, check, follows):
-    """What a hang leaves unmatched is its cause; what a crash leaves unmatched may be its consequence."""
     schedule = one_f_one_b(2, 4)
     programs = [program[: -2 * rank or None] for rank, program in enumerate(schedule.programs)]
     found = prove(Schedule(schedule.routes, programs, failures=[(1, failure)]), smt=False).as_json()["checks"][check]
     assert found["verdict"] == "refuted"
     assert found.get("may_follow_from") == (f"rank 1 {failure}" if follows else None)
+
+
+FACING = """
+lane > 0 1 2
+rank 0: 0F0> 0SF0>@1 0F1> 0SF1>@1 0F2> 0SF2>@1
+rank 1: 1RF0>@0 1F0> 1SF0>@2 1RF1>@0 1F1> 1SF1>@2
+rank 2: 2RF0>@1 2F0> 2B0>+2W0> 2SB0>@1
+"""
+
+
+def test_sends_that_face_each_other_are_the_cause_of_a_hang_and_not_its_victim():
+    """Rank 0 waits as well, for a rank that is stuck: neither is its message the fault, nor what rank 1 never posts."""
+    schedule = loads(FACING)
+    failures = [(rank, f"waited for {op}") for rank, op in enumerate(("0SF2>@1", "1SF1>@2", "2SB0>@1"))]
+    hung = Schedule(schedule.routes, schedule.programs, failures=failures)
+    checks = prove(hung, smt=False).as_json()["checks"]
+    story = checks["deadlock"]["story"].split("\n")
+    assert story[0].startswith("rank 1 waits forever in slot 5 (1SF1>@2) to send the activation of microbatch 1")
+    assert story[1].startswith("rank 2 gets no further than slot 3 (2SB0>@1), where it waits to send the gradient of")
+    assert story[2] == "so ranks 1 and 2 wait for each other, each in a send"
+    assert checks["deadlock"]["finding"]["circle"] == [{"rank": 2, "slot": 3, "op": "2SB0>@1"}]
+    assert "may_follow_from" not in checks["deadlock"]
+    assert checks["messages"]["may_follow_from"].startswith("rank 1 waited for")
+
+
+def test_of_several_messages_without_a_partner_the_one_for_a_rank_that_goes_on_is_told():
+    text = FACING.replace(" 2SB0>@1", "").replace("2RF0>@1 2F0> 2B0>+2W0>", "2RF0>@1 2F0>")
+    finding = prove(loads(text), smt=False).as_json()["checks"]["deadlock"]["finding"]
+    assert (finding["place"]["rank"], finding["peer"], finding["circle"]) == (1, 2, [])
+
+
+SENT_AGAIN = """
+lane > 0 1
+rank 0: 0F0> 0SF0>@1 0F1> 0SF0>@1 0RB0>@1 0B0>+0W0> 0RB1>@1 0B1>+0W1>
+rank 1: 1RF0>@0 1F0> 1RF0>@0 1F0> 1B0>+1W0> 1SB0>@0 1B0>+1W0> 1SB0>@0
+"""
+
+
+def test_a_tensor_that_is_sent_in_place_of_another_is_named_and_not_what_follows_from_it():
+    checks = prove(loads(SENT_AGAIN), smt=False).as_json()["checks"]
+    for check in ("complete", "messages"):
+        (remark,) = [line for line in checks[check]["story"].split("\n") if "more than once" in line]
+        assert remark.startswith("rank 0 sends 0SF0> more than once, again in slot 3, and never sends 0SF1>: does it")
 
 
 def test_nothing_follows_from_a_failure_after_the_recorded_step():

@@ -55,6 +55,7 @@ class Rank:
                     "marks": marks,
                     "form": form,
                     "real": True,
+                    "weights": [],
                     "memory": (number, 0),
                 }
             )
@@ -69,6 +70,13 @@ class Rank:
 
     def receive(self, peer: int, wait: bool = True, form: str = "float32[2, 4]") -> int:
         return self.post(("receive", peer, "", None), wait=wait, form=form)[0]
+
+    def reduce(self, number: int, name: str, group: list[int], module: int = 0) -> None:
+        """An all-reduce of the gradient of a parameter; ``number`` counts the rank's collectives."""
+        holds = {"form": ["float32[4]"], "modules": [module], "names": [name], "marks": [], "context": []}
+        self._write("collective", collective=number, name="all_reduce", group=group, group_name="1", **holds)
+        self._write("collect", collective=number)
+        self._write("collected", collective=number)
 
     def step(self) -> None:
         self._write("step")

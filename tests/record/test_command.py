@@ -29,6 +29,9 @@ def record(*words):
         (["--waive", "memory"], "--waive is for --prove: got --waive memory alone; add --prove"),
         (["--prove", "--waive", "memori"], "did you mean memory?"),
         (["--session", "0"], "--session"),
+        (["--model", "eager"], "--model is for --prove: got --model eager alone; add --prove"),
+        (["--prove", "--model", "eagre"], "did you mean eager?"),
+        (["--optimistic"], "record has no option --optimistic"),
     ],
 )
 def test_bad_options_are_rejected_before_the_program_runs(tmp_path, monkeypatch, words, message):

@@ -98,7 +98,7 @@ def gpipe(faults):
                 parameter.grad.div_(MICROBATCHES)
             if "spoiled" in faults:
                 parameter.grad.add_(0.5)
-        nn.utils.clip_grad_norm_(stage.parameters(), 1e-3)
+        nn.utils.clip_grad_norm_(stage.parameters(), 1e-3 if "clipped apart" in faults else 1e3)
         optimizer.step()
         print(len(losses))
 
@@ -118,18 +118,23 @@ def test_deferred_weight_gradients_are_bitwise_those_of_a_plain_run():
         "compared with a plain run of the same modules: equal",
         "  stage 0 of lane > on rank 0: outputs and gradients equal",
         "  stage 1 of lane > on rank 1: outputs and gradients equal",
-        "  losses of lane > on rank 1: 3 computed, 3 of them kept or read by the end of the step",
+        "  losses of lane > on rank 1: 3 computed, 3 of them kept or read by the end of the step; none of them is ever "
+        "read on rank 1: does the program read its losses on another rank?",
     ]
 
 
 FAULTS = {
     ("never run", "cleared"): (
-        "stage 0 of lane > on rank 0: weight: the gradient lacks microbatch 1",
+        "stage 0 of lane > on rank 0: weight: the gradient lacks microbatch 1: is it without",
         "3 were computed and collected, and none is kept or read by the end of the step: is their list cleared before",
     ),
     ("never fed", "swapped"): (
         "stage 0 of lane > on rank 0: microbatch 0 does not take the gradient that stage 1 has for it; ",
         "weight: no gradient, and the plain run has one: is the store for weight gradients fed, and run?",
+    ),
+    ("clipped apart",): (
+        "rank 0 clips at ",
+        ", which is that of the rank's own gradients; over all stages, each parameter once, it is ",
     ),
 }
 
@@ -234,7 +239,15 @@ RAN = {
     "weights": {0: torch.full((2,), 3.0)},
     "ran": True,
 }
-FILE = {"forwards": {0: RAN}, "names": ["w"], "before": {}, "seen": [0], "collected": [], "by_optimizer": True}
+FILE = {
+    "forwards": {0: RAN},
+    "names": ["w"],
+    "before": {},
+    "step": 1,
+    "seen": [0],
+    "collected": [],
+    "by_optimizer": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -254,12 +267,22 @@ FILE = {"forwards": {0: RAN}, "names": ["w"], "before": {}, "seen": [0], "collec
         (
             FILE | {"final": {0: torch.full((2,), 5.0)}, "before": {0: torch.full((2,), 2.0)}},
             "equal",
-            "outputs and gradients equal",
+            "outputs and gradients equal; added to what was there before the step",
+        ),
+        (
+            FILE | {"final": {0: torch.full((2,), 5.0)}, "before": {0: torch.full((2,), 2.0)}, "step": 2},
+            "different",
+            "w: the gradient includes that of an earlier step: is it set to zero or None",
         ),
         (
             FILE | {"final": {0: torch.full((2,), 3.0)}, "forwards": {0: RAN | {"plainly": [torch.zeros(1)]}}},
+            "unknown",
+            "the output of microbatch 0 differs from the plain one, on the same input and weights",
+        ),
+        (
+            FILE | {"final": {0: None}, "forwards": {0: RAN | {"plainly": [torch.zeros(1)], "changed": ["w"]}}},
             "different",
-            "the output of microbatch 0 differs from the plain one",
+            "the output of microbatch 0 differs from the plain one: w had changed since the step began",
         ),
     ],
 )
@@ -293,3 +316,28 @@ def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):
     comparison = compare(tmp_path, logs, {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)})
     assert comparison.verdict == "unknown"
     assert "may be the sum over pipelines that are not in the file" in comparison.text()
+
+
+@pytest.mark.parametrize(
+    ("finals", "verdict", "says"),
+    [
+        ((10.0, 10.0), "equal", "summed over 2 pipelines, up to rounding"),
+        ((5.0, 5.0), "equal", "summed over 2 pipelines and divided by 2, up to rounding"),
+        ((3.0, 7.0), "equal", "outputs and gradients equal"),
+        ((8.5, 8.5), "unknown", "may be the sum over pipelines that are not in the file"),
+    ],
+)
+def test_gradients_may_be_summed_over_all_recorded_pipelines(tmp_path, finals, verdict, says):
+    for rank, (final, own) in enumerate(zip(finals, (3.0, 7.0), strict=True)):
+        ran = RAN | {"weights": {0: torch.full((2,), own)}}
+        torch.save(FILE | {"final": {0: torch.full((2,), final)}, "forwards": {0: ran}}, tmp_path / f"{rank}.pt")
+    events = [
+        {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
+        | {"grad": True, "at": "x.py:1"},
+        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
+    ]
+    logs = [read(rank, events) for rank in range(2)]
+    one, other = (({ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)}, (rank,)) for rank in (0, 1))
+    comparison = compare(tmp_path, logs, *one, pipelines=[other])
+    assert comparison.verdict == verdict
+    assert says in comparison.text()

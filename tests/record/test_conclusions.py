@@ -154,7 +154,7 @@ def test_a_send_of_unknown_origin_is_named_by_its_use_and_noted():
         one.backward(f, one.receive(1))
     recording = recorded(one, two)
     assert lines(recording)[1].endswith("1B1>+1W1> 1SB1>")
-    assert recording.caveats == ("1 sends have tensors that no observed forward or backward made",)
+    assert recording.caveats == ("1 send has a tensor that no observed forward or backward made",)
     assert recording.notes[0].startswith("rank 1: no observed forward or backward made what it sends at rank1.py:")
     assert recording.notes[0].endswith("it is named by what uses it (1 times)")
 
@@ -180,6 +180,24 @@ def test_several_tensors_of_one_boundary_are_one_message_if_nothing_is_between_t
     assert sent(together=True) == ["0F0> 0SF0>", "1RF0> 1F0>"]
     assert sent() == ["0F0> 0SF0>", "1RF0> 1F0>"]
     assert sent("another") == ["0F0> 0SF0> 0F1> 0SF1> 0SF0>", "1RF0>+1RF1>+1RF0> 1F0> 1F1>"]
+
+
+def test_a_forward_of_an_evaluation_that_the_next_rank_trains_on_is_noted():
+    """Rank 0 evaluates one microbatch, and rank 1 none."""
+    first, second = Rank(0), Rank(1)
+    for grad in (False, True):
+        forward = first.forward(grad=grad)
+        first.send(1, "F", forward)
+        taken = second.forward(second.receive(0))
+        second.backward(taken)
+        second.send(0, "B", taken)
+        if grad:
+            first.backward(forward, first.receive(1))
+    (note,) = [note for note in recorded(first, second, end=False).notes if "evaluate" in note]
+    assert note == (
+        "0F0> at rank0.py:1 ran without gradients, and 1F0> at rank1.py:3 trains on what it sends: do both ranks "
+        "evaluate equally many microbatches?"
+    )
 
 
 def test_a_loss_for_the_log_is_counted_as_control_data():
@@ -210,7 +228,7 @@ def test_a_computation_with_a_message_in_flight_is_counted():
     one.send(1, "F", f, wait=False)
     one.forward()
     two.forward(two.receive(0))
-    assert "1 computations began with messages still in flight" in " ".join(recorded(one, two).notes)
+    assert "1 computation began with messages still in flight" in " ".join(recorded(one, two).notes)
 
 
 def crossing(down: int) -> tuple[Rank, Rank]:

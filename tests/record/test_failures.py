@@ -83,6 +83,21 @@ def test_an_error_because_the_peer_has_ended_is_a_hang():
     assert "may_follow_from" not in prove(recording.schedule, smt=False).as_json()["checks"]["messages"]
 
 
+def test_every_rank_that_waits_for_one_that_has_ended_hangs():
+    def body(rank):
+        if rank < 2:
+            train(rank, nn.Linear(4, 4))
+        if rank != 1:
+            receive(1)
+
+    recording = record_ranks(3, body, check=False, timeout=20)
+    assert [str(failure).partition(", posted")[0] for failure in recording.schedule.failures] == [
+        "rank 0 waited for 0RB2>@1",
+        "rank 2 waited for 2RF0>@1",
+    ]
+    assert all(str(failure).endswith(", until rank 1 had ended") for failure in recording.schedule.failures)
+
+
 def test_an_error_before_any_op_is_recorded():
     def body(rank):
         raise LookupError
@@ -195,8 +210,10 @@ def test_a_rank_that_still_ran_had_not_failed_before_another_one(code, says):
     two.receive(0)
     raised = {"error": "RuntimeError", "text": "", "during": ["M", [1]], "time": 5.0, "place": "a.py:1", "at": "a.py:1"}
     one.events.append({"event": "raised", **raised})
-    failures = assemble([read(number, rank.events) for number, rank in enumerate((one, two))], codes=(1, code))
-    assert str(failures.schedule.failures[0]) == f"rank 0 raised RuntimeError at a.py:1 during 0RB0>@1{says}"
+    assembled = assemble([read(number, rank.events) for number, rank in enumerate((one, two))], codes=(1, code))
+    failures = sorted(assembled.schedule.failures)
+    assert [failure.rank for failure in assembled.schedule.failures] == ([0, 1] if code is None else [1, 0])
+    assert str(failures[0]) == f"rank 0 raised RuntimeError at a.py:1 during 0RB0>@1{says}"
 
 
 def two_steps() -> tuple[Rank, Rank]:
@@ -278,7 +295,7 @@ def test_a_rank_that_ends_without_a_word_is_recorded():
             os._exit(0)
 
     recording = record_ranks(2, body, check=False)
-    assert first_failure(recording).startswith("rank 1 did not finish; it was ended after 1SB1>@0, last seen at ")
+    assert first_failure(recording).startswith("rank 1 did not finish; it was ended after 1AR>@0, last seen at ")
 
 
 EARLY = """

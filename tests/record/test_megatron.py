@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from dualpipe.schedule import MESSAGES, B, F
-from dualpipe.schedule.generate import dualpipe, one_f_one_b
+from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from reference.megatron.importing import expected_warnings
@@ -122,21 +122,24 @@ def test_the_interleaved_schedule_frees_outputs_whose_send_it_has_not_waited_for
     assert checks["buffers"]["story"].startswith("rank 0 frees or resizes the tensor of the activation of microbatch 2")
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_dualpipe_in_megatron_is_recorded_as_dualpipe(ranks):
+@pytest.mark.parametrize(
+    ("ranks", "planned"),
+    [(2, dualpipe), (2, dualpipev), pytest.param(4, dualpipe, marks=pytest.mark.long)],
+)
+def test_dualpipe_in_megatron_is_recorded_as_dualpipe(ranks, planned):
     """Op by op; Megatron's messages are posted one by one, and of an overlapped pair the forward runs first."""
 
     def body(rank):
         os.environ["WORLD_SIZE"] = str(ranks)
         install_cpu_standins()
-        options = f"{SMALL} --train-iters 1 --use-dualpipe --pipeline-model-parallel-size {ranks}"
+        options = f"{SMALL} --train-iters 1 --use-{planned.__name__} --pipeline-model-parallel-size {ranks}"
         with expected_warnings():
             example.pretrain(example.parse_arguments(shlex.split(options)))
 
     recording = record_ranks(ranks, body, timeout=100, stall=20)
-    expected = dualpipe(ranks, 8)
+    expected = planned(ranks, 8)
     for kinds in ({F}, {B}, MESSAGES):
-        recorded, planned = (of.only(frozenset(kinds)).programs for of in (recording.schedule, expected))
-        assert flat(recorded) == flat(planned)
+        recorded, wanted = (of.only(frozenset(kinds)).programs for of in (recording.schedule, expected))
+        assert flat(recorded) == flat(wanted)
     assert prove(recording.schedule, smt=False).verdict == "proved"
     assert recording.caveats == ("4 message ends are left out as control data",)

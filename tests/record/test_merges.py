@@ -49,7 +49,7 @@ def test_two_receives_of_one_batch_matched_with_different_sends_are_two_ops():
     recording = record_ranks(2, body)
     assert text(recording, 0).endswith("0RB0>@1+0RB0>@1 0B0>+0W0>")
     assert verdicts(recording)["messages"] == "refuted"
-    assert recording.caveats == ("1 receives have tensors that no observed forward or backward uses",)
+    assert recording.caveats == ("1 receive has a tensor that no observed forward or backward uses",)
     unused, repeated = recording.notes
     assert "rank 0: no observed forward or backward uses what it receives from rank 1 at " in unused
     assert unused.endswith("it is named 0RB0>@1 by what was sent")
@@ -284,7 +284,7 @@ def test_the_sum_of_three_microbatches_in_one_run_of_the_engine_has_an_order_of_
     recording = record_ranks(2, body)
     assert text(recording, 0).endswith("0B0>+0B1>+0B2>+0W0>+0W1>+0W2>")
     assert recording.caveats == (
-        "1 runs of the engine sum gradients of several microbatches in an order that could not be determined",
+        "1 run of the engine sums gradients of several microbatches in an order that could not be determined",
     )
 
 
@@ -292,7 +292,7 @@ DOUBTS = {
     "a stage that takes a detached tensor": (
         lambda first, second, x: second(first(x).detach()).sum().backward(),
         "takes a detached tensor of 1F0> without requires_grad; whether it is a stage of its own could not be",
-        "the stage boundary of 2 calls could not be determined",
+        "2 calls have a stage boundary that could not be determined",
     ),
     "a forward called twice": (
         lambda first, second, x: (first(x), first(x))[1].sum().backward(),

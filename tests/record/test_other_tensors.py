@@ -201,17 +201,47 @@ def test_a_stage_without_parameters_has_its_weight_gradient_with_its_backward():
     )
 
 
-def test_another_tensor_in_place_of_a_gradient_is_noted():
-    def body(rank):
-        def send(tensor, peer):
-            dist.send(torch.zeros(SHAPE) if rank == 1 else tensor, peer)
+def in_place_of_a_gradient(make):
+    """The recording of a program that sends back what ``make`` makes of its stage."""
 
-        train(rank, nn.Linear(4, 4), send=send)
+    def body(rank):
+        stage = nn.Linear(4, 4)
+
+        def send(tensor, peer):
+            dist.send(make(stage) if rank == 1 else tensor, peer)
+
+        train(rank, stage, send=send)
+
+    recording = record_ranks(2, body, compare=True)
+    assert_plain(recording)
+    return recording
+
+
+def test_another_tensor_in_place_of_a_gradient_is_noted():
+    recording = in_place_of_a_gradient(lambda stage: torch.zeros(SHAPE))
+    assert recording.caveats == ("2 sends have tensors that no observed forward or backward made",)
+    assert recording.notes[0].startswith("rank 1: no observed forward or backward made what it sends at ")
+    assert recording.comparison.verdict == "unknown"
+
+
+def test_the_gradient_of_a_weight_in_place_of_that_of_the_input_is_noted():
+    recording = in_place_of_a_gradient(lambda stage: stage.weight.grad[:2])
+    assert recording.caveats == ("2 sends have the gradient of a parameter, where a stage takes that of its output",)
+    assert " is the gradient of weight, where a stage takes that of its output" in recording.notes[0]
+    assert recording.comparison.verdict == "different"
+    assert "microbatch 0 does not take the gradient that stage 1 has for it" in recording.comparison.text()
+
+
+def test_weight_gradients_that_replicas_exchange_are_control_data():
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        train(rank, stage)
+        for end in (dist.send, dist.recv)[:: 1 if rank else -1]:
+            end(stage.weight.grad, 1 - rank)
 
     recording = record_ranks(2, body)
     assert_plain(recording)
-    assert recording.caveats == ("2 sends have tensors that no observed forward or backward made",)
-    assert recording.notes[0].startswith("rank 1: no observed forward or backward made what it sends at ")
+    assert recording.caveats == ("4 message ends are left out as control data",)
 
 
 def test_a_backward_that_changes_no_weight_gradient_is_noted():

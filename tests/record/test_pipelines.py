@@ -8,6 +8,7 @@ from dualpipe.record import RecordError, assemble_all
 from dualpipe.record.events import read
 from dualpipe.record.pipelines import parse, pipelines
 from proofs.prove import prove
+from proofs.verdict import Refuted
 from tests.record.logs import Rank, lines
 from tests.record.run import command, forked, python
 
@@ -95,7 +96,7 @@ def test_a_message_to_another_pipeline_that_is_never_matched_is_a_caveat():
         f"rank 0 of the job has a receive from rank 3, of another pipeline, at rank0.py:{len(logs[0].events) - 3} "
         "that was never matched",
     )
-    assert "1 messages with ranks of other pipelines are left out" in first.notes[1]
+    assert "1 message with ranks of other pipelines is left out" in first.notes[1]
     assert second.caveats == ()
 
 
@@ -112,8 +113,25 @@ def test_two_replicas_are_recorded_and_a_test_chooses_one():
     with pytest.raises(RecordError, match="a recording is of one pipeline: got those of ranks 0 2 and 1 3; choose"):
         forked(4, "data_parallel.py")
     recording = forked(4, "data_parallel.py", "swapped", pipeline_ranks=(0, 2))
-    assert lines(recording) == PLAIN
+    assert lines(recording) == [f"{PLAIN[0]} 0RG> 0RG>", f"{PLAIN[1]} 1RG> 1RG>"]
     assert prove(recording.schedule).verdict == "proved"
+
+
+@pytest.mark.parametrize(("orders", "verdict"), [(("ab", "ab"), "proved"), (("ab", "ba"), "refuted")])
+def test_replicas_that_reduce_in_different_orders_are_refuted(orders, verdict):
+    logs = job(4, (0, 2), (1, 3))
+    for rank, order in enumerate(orders):
+        for count, name in enumerate(order):
+            logs[rank].reduce(count, name, [0, 1])
+    first, second = assembled(logs)
+    reports = [prove(recording.schedule, smt=False) for recording in (first, second)]
+    assert [report.verdict for report in reports] == [verdict] * 2
+    if verdict == "refuted":
+        assert all(not isinstance(check.verdict, Refuted) for report in reports for check in report.checks.values())
+        assert str(second.schedule.failures[0]) == (
+            "rank 0 calls all_reduce on the gradient of b at rank1.py:9 as collective 1 of the ranks 0 1 of the job, "
+            "where rank 0 of the job calls all_reduce on the gradient of a at rank0.py:9"
+        )
 
 
 @pytest.mark.long

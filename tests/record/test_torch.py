@@ -51,7 +51,9 @@ def test_torchs_dualpipev_has_the_computations_of_its_table_and_is_proved(ranks,
 @pytest.mark.parametrize("name", ["Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"])
 def test_torchs_schedules_with_residual_stages_have_the_computations_of_their_tables(name):
     table = {"InterleavedZeroBubble": "interleavedzb", "ZBVZeroBubble": "zbv"}.get(name, name.lower())
-    schedule = forked(2, "torch_schedule.py", name, 4, "residual").schedule
+    recording = forked(2, "torch_schedule.py", name, 4, "residual")
+    schedule = recording.schedule
+    assert all("control data" in caveat for caveat in recording.caveats), "the weight gradients are all found"
     assert computed(schedule) == by_the_table(table, 2, 4)
     checks = prove(schedule, smt=False).checks
     refuted = [check for check, result in checks.items() if isinstance(result.verdict, Refuted)]

@@ -8,15 +8,25 @@ recorded program may have another package of that name.  ``startup`` loads this 
 log          the event log, and the line of the program that an event comes from
 marks        marks on tensors, which show where a tensor comes from
 graph        the same in the nodes of autograd graphs
+origins      what the marks mean, and which forward takes a tensor
 forwards     the forwards of the rank, and which of them are one
 parameters   the modules and parameters of the rank, and where gradients are kept
+owed         the weight gradients that a backward has left out
+gradients    changes of gradients outside of the engine
 flow         turns module calls, backwards, changes of gradients and messages into events, by the marks
 compute      watches torch: module calls, the autograd engine, every operator, ``.grad``
 messages     watches torch.distributed's point-to-point calls
+pending      a message in flight, as its work that the program waits for
+collectives  watches torch.distributed's collectives
+transport    calls torch's own functions
+arrivals     tensors that leave torch's operators and come back
+errors       errors of the program
 plain        runs the modules of a step once more, plainly, to compare with
+replay       the plain run of one forward
 buffers      the memory of messages: who touches it, and which of it graphs need
 cuda         answers CUDA calls on the CPU: devices and tensors
-torch_cuda   the same for torch.cuda: streams, events, memory, random states
+torch_cuda   the same for torch.cuda: devices, memory, random states
+streams      streams and events
 nccl         gloo in place of NCCL
 startup      installs all of that in a new process
 ranks        forks the ranks of a script

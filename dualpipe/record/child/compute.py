@@ -21,10 +21,12 @@ def watch(flow: Flow, patches: Patches, together: Collection[str], containers: C
     """Watch calls, the engine, ``.grad`` and optimizers until ``patches.undo()``; enter the mode to watch operators."""
     patches.put(nn.Module, "__call__", _call(flow, nn.Module.__call__, frozenset(containers)))
     patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))
+    patches.wrap(torch.autograd.backward, lambda original: _backward(flow, original))
     patches.put(torch.Tensor, "grad", _gradient(flow))
     patches.put(torch.Tensor, "data", _data(flow))
     patches.put(torch.UntypedStorage, "resize_", _resize(flow, torch.UntypedStorage.resize_))
-    _watch_together(flow, patches, frozenset(together))
+    flow.arrivals.watch(patches)
+    flow.together = frozenset(together)
     patches.later(register_optimizer_step_post_hook(lambda *args: flow.write("step")).remove)
     patches.later(flow.stop)
     return _Operators(flow)
@@ -90,6 +92,19 @@ class _Engine:
         return result
 
 
+def _backward(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Note what fails before the engine runs, as a gradient of another shape than its output."""
+
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(tensors, *args, **kwargs)
+        except BaseException as error:
+            flow.broke(error, "B", flow.makers((tensors,) if isinstance(tensors, Tensor) else tuple(tensors)))
+            raise
+
+    return backward
+
+
 def _gradient(flow: Flow) -> property:
     original: Any = torch.Tensor.grad
 
@@ -143,42 +158,3 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
-
-
-def _watch_together(flow: Flow, patches: Patches, names: frozenset[str]) -> None:
-    """Mark what methods of these names compute as issued together, in existing and in future classes."""
-
-    def mark(cls: type) -> None:
-        for name in names & vars(cls).keys():
-            patches.put(cls, name, _together(flow, vars(cls)[name]))
-
-    def init_subclass(cls: type, /, **kwargs: Any) -> None:
-        super(nn.Module, cls).__init_subclass__(**kwargs)  # type: ignore[misc] # cls is a subclass of nn.Module
-        mark(cls)
-
-    pending: list[type] = [nn.Module]
-    seen: set[type] = set()
-    while pending:
-        cls = pending.pop()
-        if cls not in seen:
-            seen.add(cls)
-            mark(cls)
-            pending.extend(type.__subclasses__(cls))
-    patches.put(nn.Module, "__init_subclass__", classmethod(init_subclass))
-
-
-def _together(flow: Flow, attribute: Any) -> Any:
-    if isinstance(attribute, (classmethod, staticmethod)):
-        return type(attribute)(_together(flow, attribute.__func__))
-    if not callable(attribute):
-        return attribute
-
-    @functools.wraps(attribute)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        flow.write("together", begins=True)
-        try:
-            return attribute(*args, **kwargs)
-        finally:
-            flow.write("together", begins=False)
-
-    return method

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import nccl, torch_cuda
+from . import nccl, streams, torch_cuda
 from .patches import Patches
 
 _Device, _Generator = torch.device, torch.Generator
@@ -117,7 +117,7 @@ class _OnCpu(TorchFunctionMode):
         if of_tensor and name == "is_pinned":
             return getattr(args[0], _PINNED, False)
         if of_tensor and name == "type":
-            return _type(func, args, kwargs, torch_cuda.asked_by_torch())
+            return _type(func, args, kwargs, streams.asked_by_torch())
         if name == "to" and len(args) > 1 and isinstance(args[1], int) and not isinstance(args[1], bool):
             args = (args[0], _Device("cpu"), *args[2:])
         if isinstance(kwargs.get("device"), int):

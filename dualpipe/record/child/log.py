@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from traceback import walk_stack, walk_tb
@@ -53,10 +53,38 @@ def call_path() -> str:
     return f"{line} (called at {', '.join(callers)})" if callers else line
 
 
+class _Number:
+    """The number of a call, kept in its frame; Python calls it as a trace function only while a program is traced."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        _Number.count += 1
+        self.number = _Number.count
+
+    def __call__(self, *args: Any) -> None:
+        return None
+
+
+def call_number(names: Collection[str]) -> int | None:
+    """The number of the innermost call in progress of a function with one of the names; ``None`` if there is none."""
+    for frame, _ in walk_stack(sys._getframe(1)):
+        if frame.f_code.co_name in names:
+            if frame.f_trace is None:
+                frame.f_trace = _Number()
+            return frame.f_trace.number if isinstance(frame.f_trace, _Number) else id(frame)
+    return None
+
+
 def line_of(error: BaseException) -> str:
     """The innermost line of the program that an error has passed."""
     passed = [*walk_tb(error.__traceback__)][::-1]
     return next(_program_lines(passed), "") or _innermost(passed)
+
+
+def callers() -> list[str]:
+    """The lines of the program that are in progress, from the innermost one outwards, as in ``call_path``."""
+    return [*islice(_program_lines(walk_stack(sys._getframe(1))), 1 + _CALLERS)]
 
 
 def _program_lines(frames: Iterable[_Step]) -> Iterator[str]:

@@ -18,22 +18,6 @@ def stands_for_nccl(group: Any) -> bool:
     return getattr(group or c10d._get_default_group(), "group_name", None) in _NAMES
 
 
-class OneWork(dist.Work):
-    """The work of a whole batch, which is what NCCL returns."""
-
-    def __init__(self, works: list[Any]) -> None:
-        super().__init__()
-        self._works = works
-
-    def wait(self, *args: Any, **kwargs: Any) -> bool:
-        for work in self._works:
-            work.wait(*args, **kwargs)
-        return True
-
-    def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works)
-
-
 def answer(patches: Patches, on_cpu: Any) -> None:
     """Answer until ``patches.undo()``."""
 
@@ -44,7 +28,7 @@ def answer(patches: Patches, on_cpu: Any) -> None:
         patches.put(c10d, name, function)
         patches.put(dist, name, function)
 
-    start, new, barrier = c10d.init_process_group, c10d.new_group, c10d.barrier
+    start, new = c10d.init_process_group, c10d.new_group
 
     def init_process_group(given: Any = None, *args: Any, **kwargs: Any) -> Any:
         on_a_gpu = kwargs.pop("device_id", None) is not None
@@ -67,13 +51,15 @@ def answer(patches: Patches, on_cpu: Any) -> None:
             _NAMES.add(group.group_name)
         return group
 
-    def plain_barrier(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("device_ids", None)
-        return barrier(*args, **kwargs)
+    def without_devices(barrier: Any) -> Any:
+        def plain(group: Any = None, async_op: bool = False, device_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return barrier(group, async_op, None, *args, **kwargs)
+
+        return plain
 
     everywhere("init_process_group", init_process_group)
     everywhere("new_group", new_group)
-    everywhere("barrier", plain_barrier)
+    patches.wrap(c10d.barrier, without_devices)
     from torch.distributed import device_mesh
 
     mesh = device_mesh.init_device_mesh

@@ -23,6 +23,10 @@ class Parameters:
         self._modules: dict[int, tuple[nn.Module, int]] = {}  # id -> module, kept alive, and its number
         self._parameters: dict[int, tuple[nn.Parameter, set[int]]] = {}  # id -> parameter and the modules that hold it
         self._gradients: dict[Key, tuple[Any, int]] = {}  # memory -> the storage (weak), and the parameter's id
+        self._copies: dict[Key, tuple[Any, list[int]]] = {}  # memory -> the storage (weak), and parameters' ids
+        self._names: dict[int, str] = {}  # parameter's id -> its name in the largest module that was called
+        self._main: dict[int, Key] = {}  # parameter's id -> the memory of its main_grad
+        self.replaced: set[int] = set()  # ids of parameters whose main_grad has become another tensor
         self._hooks: dict[int, Any] = {}  # parameter's id -> the handle of its hook
         self._added: set[int] = set()  # ids of parameters
 
@@ -34,8 +38,9 @@ class Parameters:
         number = len(self._modules)
         self._modules[id(module)] = (module, number)
         held = [self.number(child)[0] for child in nn.Module.modules(module) if child is not module]
-        for parameter in nn.Module.parameters(module):
+        for name, parameter in nn.Module.named_parameters(module):
             self._parameters.setdefault(id(parameter), (parameter, set()))[1].add(number)
+            self._names[id(parameter)] = name
             self.note_gradient(parameter)
         return number, held
 
@@ -54,6 +59,11 @@ class Parameters:
         for gradient in (parameter.grad, getattr(parameter, "main_grad", None)):
             if isinstance(gradient, Tensor) and (key := key_of(gradient)):
                 self._gradients[key] = (weak_storage(gradient), id(parameter))
+        kept = getattr(parameter, "main_grad", None)
+        if isinstance(kept, Tensor) and (key := key_of(kept)):
+            if self._main.get(id(parameter), key) != key:
+                self.replaced.add(id(parameter))
+            self._main[id(parameter)] = key
 
     def with_gradient_at(self, key: Key | None) -> int | None:
         """The id of the parameter whose gradient has this memory."""
@@ -65,26 +75,59 @@ class Parameters:
             return None
         return entry[1]
 
+    def with_gradients_in(self, tensor: Tensor) -> list[int]:
+        """The ids of the parameters whose gradients are in the memory of a tensor, or that it was copied from."""
+        key = key_of(tensor)
+        if key is None:
+            return []
+        storage, copied = self._copies.get(key, (None, []))
+        if storage is not None and not storage.expired():
+            return copied
+        start, end = key[1], key[1] + max(tensor.numel(), 1)
+        return [
+            parameter
+            for (memory, offset), (kept, parameter) in self._gradients.items()
+            if memory == key[0] and start <= offset < end and not kept.expired()
+        ]
+
+    def note_copy(self, made: Tensor, inputs: Collection[Tensor]) -> None:
+        """An operator has made a tensor; if it is of gradients alone and as large as these, it is a copy of them."""
+        of = [self.with_gradient_at(key_of(tensor)) for tensor in inputs]
+        parameters = [parameter for parameter in of if parameter is not None]
+        key = key_of(made)
+        if key is None or len(parameters) < len(inputs) or not parameters:
+            return
+        if made.numel() == sum(tensor.numel() for tensor in inputs):
+            self._copies[key] = weak_storage(made), parameters
+
+    def name(self, parameter: int) -> str:
+        """The name of a parameter in the largest module that holds it."""
+        return self._names[parameter]
+
     def listen(self) -> None:
-        """From now on note which parameters get a gradient, wherever hooks of the program move it to."""
+        """From now on note the memory of gradients before hooks of the program move them elsewhere."""
         self._added.clear()
         for key, (parameter, _) in self._parameters.items():
             self.note_gradient(parameter)
             if key not in self._hooks and parameter.requires_grad and parameter.is_leaf:
                 listen = parameter.register_post_accumulate_grad_hook
-                self._hooks[key] = listen(self._accumulated)  # type: ignore[no-untyped-call] # torch's own
+                self._hooks[key] = listen(self.note_gradient)  # type: ignore[no-untyped-call] # torch's own
 
-    def _accumulated(self, parameter: Tensor) -> None:
-        self.add_to(id(parameter))
-        self.note_gradient(parameter)
+    def leaves(self) -> list[nn.Parameter]:
+        """The parameters to which autograd adds gradients."""
+        return [p for p, _ in self._parameters.values() if p.requires_grad and p.is_leaf]
+
+    def numbered(self, parameter: int) -> tuple[int, str]:
+        """The number of a parameter among all of the rank, and its name."""
+        return list(self._parameters).index(parameter), self._names[parameter]
 
     def add_to(self, parameter: int) -> None:
         """A gradient of this parameter has been set or added to."""
         self._added.add(parameter)
 
-    def holders_of_added(self) -> list[set[int]]:
-        """For every parameter that got a gradient since ``listen``, the modules that hold it."""
-        return [self.holders(key) for key in self._added]
+    def added(self) -> set[int]:
+        """The ids of the parameters that got a gradient since ``listen``."""
+        return set(self._added)
 
     def stop_listening(self) -> None:
         while self._hooks:

@@ -26,9 +26,14 @@ class Patches:
         """Make a function call ``wrapper(the original function)``, under all names that are already bound to it."""
         inner: Any = inspect.unwrap(function)
         code, name = inner.__code__, f"_recorded_{inner.__name__}"
+        while name in inner.__globals__:  # a function that is wrapped already
+            name += "_"
         original = FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
         original.__kwdefaults__ = inner.__kwdefaults__
         self.put_item(inner.__globals__, name, wrapper(original))
+        signature = inspect.signature(inner)
+        if "__signature__" not in vars(inner):
+            self.put(inner, "__signature__", signature)
         made: dict[str, Any] = {}
         exec(f"def stand_in(*args, **kwargs): return {name}(*args, **kwargs)", made)
         self.later(lambda: setattr(inner, "__code__", code))

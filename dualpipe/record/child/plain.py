@@ -18,24 +18,24 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .flow import Flow
 from .graph import marks_below
-from .marks import Key, key_of
+from .log import program_line
+from .marks import key_of
 from .patches import Patches
+from .replay import Call, Leaf, Replay, copy_of, gradient_of
+from .transport import Transport
 
-Leaf = tuple[Key | None, tuple[int, ...]]
-"""By which a tensor is recognised: its memory and its shape."""
+_AUTOCAST = ("cpu", "cuda")
 _POLL = 0.01
 
 
@@ -53,41 +53,36 @@ class _Roots:
         return self._engine.run_backward(tensors, *args, **kwargs)
 
 
-@dataclass
-class _Call:
-    """An outermost module call.  ``arrived`` are the positions of tensors that come from another stage."""
-
-    module: nn.Module
-    leaves: list[Any]
-    spec: Any
-    known: list[Leaf | None]
-    needs_grad: list[bool]
-    arrived: list[int]
-    held: list[tuple[nn.Module, str, Tensor]]
-    buffers: dict[str, Tensor]
-    random: Tensor
-    grad: bool
-    outputs: list[Tensor] = field(default_factory=list)
-    returned: list[Leaf] = field(default_factory=list)
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-
-
 class Plain:
     """The module calls of one step of one rank, and their plain run.
 
     ``path`` is the file to write, ``step`` the training step (from 1), ``seconds`` the limit for the plain run.
     """
 
-    def __init__(self, flow: Flow, path: str, step: int, seconds: float, containers: Collection[str] = ()) -> None:
-        self._flow, self._path, self._wanted, self._seconds = flow, path, step, seconds
+    def __init__(
+        self,
+        flow: Flow,
+        transport: Transport,
+        path: str,
+        step: int,
+        seconds: float,
+        containers: Collection[str] = (),
+    ) -> None:
+        self._flow, self._transport = flow, transport
+        self._path, self._wanted, self._seconds = path, step, seconds
         self._containers = frozenset(containers)
         self._step, self._computed, self._done = 1, False, False
-        self._calls: dict[int, list[_Call]] = {}
+        self._calls: dict[int, list[Call]] = {}
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         self._parameters: list[tuple[str, nn.Parameter]] = []
         self._weights: dict[int, Tensor] = {}  # by number: the value before the step
         self._before: dict[int, Tensor] = {}  # by number: a gradient that was there before the step
         self._read: set[int] = set()
+        self._losses: dict[int, set[float]] = {}  # forward -> values of its loss that the program read or kept
+        self._roots: dict[int, float] = {}  # forward -> the value of the scalar from which its backward began
+        self._looking = False  # whether the value of a tensor is taken for the recorder
+        self._clipped: dict[str, Any] | None = None
+        self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
         self._begun: set[int] = set()  # forwards from whose loss a backward has begun
         self._collected: set[int] = set()  # those whose loss was still there when a later one's backward began
 
@@ -98,13 +93,20 @@ class Plain:
             patches.put(torch.Tensor, name, self._reading(getattr(torch.Tensor, name)))
         patches.put(Variable, "_execution_engine", _Roots(self._ran_from, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self.end_step(True)).remove)
-        for clip in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_):
-            patches.wrap(clip, self._before_clipping)
+        patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
+        patches.wrap(nn.utils.clip_grad_norm_, self._before_clipping)
 
     def _before_clipping(self, original: Any) -> Any:
-        def clip(*args: Any, **kwargs: Any) -> Any:
+        def clip(parameters: Any, limit: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Any:
+            parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
             self.end_step(True)
-            return original(*args, **kwargs)
+            more = {} if original.__name__ == "clip_grad_value_" else {"norm_type": norm_type}
+            norm = original(parameters, limit, *args, **more, **kwargs)
+            if isinstance(norm, Tensor) and self._done and self._changed is None and self._clipped is None:
+                with _disable_current_modes():
+                    found = {"limit": float(limit), "norm": self._value(norm), "type": float(norm_type)}
+                    self._clipped = found | {"at": program_line()}
+            return norm
 
         return clip
 
@@ -115,13 +117,26 @@ class Plain:
             return
         self._collected |= self._begun & self._held_results(2)
         for loss in losses:
-            self._begun |= {self._flow.find(number) for number in marks_below(loss)}
+            begun = {self._flow.find(number) for number in marks_below(loss)}
+            self._begun |= begun
+            self._roots.update(dict.fromkeys(begun, self._value(loss)))
+
+    def _value(self, tensor: Tensor) -> float:
+        """The value of a scalar, which the program does not read by this."""
+        self._looking = True
+        try:
+            with _disable_current_modes():
+                return float(tensor.detach())
+        finally:
+            self._looking = False
 
     def _watched(self, original: Any) -> Any:
         @functools.wraps(original)
         def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - replaces that method
             flow = self._flow
             inside = flow.calling or flow.running or type(module).__qualname__ in self._containers
+            if not inside and self._done:
+                self._keep_changed()
             if inside or self._done or self._step != self._wanted:
                 self._computed = self._computed or not inside
                 return original(module, *args, **kwargs)
@@ -136,12 +151,22 @@ class Plain:
     def _reading(self, original: Any) -> Any:
         @functools.wraps(original)
         def read(tensor: Tensor, *args: Any) -> Any:
-            self._read |= self._flow.forwards_of(tensor)
-            return original(tensor, *args)
+            if self._looking:
+                return original(tensor, *args)
+            found = self._flow.origins.forwards_of(tensor)
+            self._read |= found
+            value = original(tensor, *args)
+            if found and not self._done and isinstance(value, float):
+                self._note_loss(found, value)
+            return value
 
         return read
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> _Call | None:
+    def _note_loss(self, forwards: Iterable[int], value: float) -> None:
+        for forward in forwards:
+            self._losses.setdefault(forward, set()).add(value)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Call | None:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or any(key_of(tensor) is None or tensor.is_meta for tensor in tensors):
@@ -149,7 +174,8 @@ class Plain:
         self._computed = True
         with _disable_current_modes():
             self._keep_weights(module)
-            return _Call(
+            weights = [(name, self._weights[self._numbers[id(p)]], p) for name, p in module.named_parameters()]
+            return Call(
                 module,
                 [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves],
                 spec,
@@ -160,10 +186,15 @@ class Plain:
                 {name: buffer.detach().clone() for name, buffer in module.named_buffers()},
                 torch.get_rng_state(),
                 torch.is_grad_enabled(),
+                {device: torch.get_autocast_dtype(device) for device in _AUTOCAST if torch.is_autocast_enabled(device)},
+                [part.training for part in module.modules()],
+                [name for name, before, now in weights if not torch.equal(before, now.detach())],
             )
 
     def _has_arrived(self, tensor: Tensor) -> bool:
-        return tensor.is_floating_point() and bool({"M", "C"} & {letter for letter, _ in self._flow.carried(tensor)})
+        return tensor.is_floating_point() and bool(
+            {"M", "C"} & {letter for letter, _ in self._flow.origins.carried_by(tensor)}
+        )
 
     def _keep_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
@@ -176,9 +207,9 @@ class Plain:
             if gradient is not None and bool(gradient.any()):
                 self._before[number] = gradient.detach().clone()
 
-    def _end(self, call: _Call, output: Any) -> None:
+    def _end(self, call: Call, output: Any) -> None:
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        forwards = {forward for leaf in leaves for forward in self._flow.forwards_of(leaf)}
+        forwards = {forward for leaf in leaves for forward in self._flow.origins.forwards_of(leaf)}
         if len(forwards) != 1:
             return
         with _disable_current_modes():
@@ -207,15 +238,24 @@ class Plain:
             try:
                 with _disable_current_modes():
                     self._flow.calling = 1  # so that nothing of the plain run is recorded
+                    self._transport.alone = True
+                    parameters = [parameter for _, parameter in self._parameters]
+                    final = {n: copy_of(gradient_of(parameter)) for n, parameter in enumerate(parameters)}
+                    replay = Replay(parameters, self._weights)
                     self._save(
                         {
-                            "forwards": {find(f): self._run(calls) for f, calls in self._calls.items()},
+                            "forwards": {find(f): replay.run(calls) for f, calls in self._calls.items()},
                             "names": [name for name, _ in self._parameters],
-                            "final": {n: _copy(gradient_of(p)) for n, (_, p) in enumerate(self._parameters)},
+                            "final": final,
                             "before": self._before,
+                            "step": self._wanted,
                             "seen": sorted(find(forward) for forward in seen),
                             "collected": sorted(find(forward) for forward in self._collected),
                             "by_optimizer": by_optimizer,
+                            "weights": self._weights,
+                            "layers": self._layers(),
+                            "roots": {find(forward): value for forward, value in self._roots.items()},
+                            "losses": {find(forward): sorted(values) for forward, values in self._losses.items()},
                         }
                     )
                 code = 0
@@ -225,9 +265,38 @@ class Plain:
             self._save({"error": f"the plain run had not ended after {self._seconds:g} s"})
         self._calls.clear()
 
-    def _save(self, content: dict[str, Any]) -> None:
-        torch.save(content, self._path + ".part")
-        os.replace(self._path + ".part", self._path)
+    def end(self) -> None:
+        """The program ends: run the step plainly if that has not been done, and save what happened after the step."""
+        self.end_step(False)
+        if self._done:
+            with _disable_current_modes():
+                self._keep_changed()
+                read = sorted(map(self._flow.find, self._read))
+                self._save({"weights": self._changed, "clipped": self._clipped, "read": read}, ".after")
+
+    def _keep_changed(self) -> None:
+        """The optimizers have changed the weights."""
+        if self._changed is None:
+            with _disable_current_modes():
+                self._changed = {n: parameter.detach().clone() for n, (_, parameter) in enumerate(self._parameters)}
+
+    def _layers(self) -> dict[int, dict[str, int]]:
+        """By forward, the numbers of layers that its modules have as attributes, such as ``layer_number``."""
+        return {
+            self._flow.find(forward): {
+                f"{path}.{name}".lstrip("."): value
+                for call in calls
+                for path, part in call.module.named_modules()
+                for name, value in vars(part).items()
+                if "layer" in name and type(value) is int
+            }
+            for forward, calls in self._calls.items()
+        }
+
+    def _save(self, content: dict[str, Any], ending: str = "") -> None:
+        path = self._path + ending
+        torch.save(content, path + ".part")
+        os.replace(path + ".part", path)
 
     def _seen(self) -> set[int]:
         """The forwards of which the program has read a result, or holds one that can be a loss or several."""
@@ -238,89 +307,20 @@ class Plain:
         held: set[int] = set()
         for thing in gc.get_objects():
             if issubclass(type(thing), Tensor) and thing.dim() <= 1 and 0 < thing.numel() <= most:
-                held |= self._flow.forwards_of(thing)
+                found = self._flow.origins.forwards_of(thing)
+                held |= found
+                if found and thing.numel() == 1 and thing.is_floating_point():
+                    self._note_loss(found, self._value(thing))
         return held
-
-    def _run(self, calls: list[_Call]) -> dict[str, Any]:
-        """The plain run of one forward and of its backward."""
-        try:
-            return self._run_calls([call for call in calls if call.grad] or calls)
-        except Exception as error:  # of a module that cannot be called by itself
-            return {"error": f"{type(error).__name__}: {error}"}
-
-    def _run_calls(self, calls: list[_Call]) -> dict[str, Any]:
-        weights: dict[int, Tensor] = {}
-        made: dict[Leaf, Tensor] = {}
-        inputs: list[Tensor] = []
-        returned: list[tuple[_Call, int, Tensor]] = []
-        taken: set[Leaf] = set()
-        for call in calls:
-            names = {name: buffer.clone() for name, buffer in call.buffers.items()}
-            for name, parameter in call.module.named_parameters(remove_duplicate=False):
-                number = self._numbers[id(parameter)]
-                if number not in weights:
-                    weights[number] = self._weights[number].clone().requires_grad_(parameter.requires_grad)
-                names[name] = weights[number]
-            leaves = list(call.leaves)
-            for at, known in enumerate(call.known):
-                if known in made:
-                    leaves[at] = made[known]
-                    taken.add(known)
-                elif known is not None and (call.needs_grad[at] or at in call.arrived):
-                    leaves[at] = leaves[at].clone().requires_grad_(leaves[at].is_floating_point())
-                    inputs += [leaves[at]] if at in call.arrived else []
-            for module, name, tensor in call.held:
-                leaf = tensor.clone().requires_grad_()
-                inputs.append(leaf)
-                _put(module, name, leaf)
-            torch.set_rng_state(call.random)
-            args, kwargs = tree_unflatten(leaves, call.spec)
-            with torch.set_grad_enabled(True):
-                output = functional_call(call.module, names, args, kwargs, strict=False)
-            for at, leaf in enumerate(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
-                made[call.returned[at]] = leaf
-                returned.append((call, at, leaf))
-        roots = [
-            (leaf, call.gradients[at])
-            for call, at, leaf in returned
-            if at in call.gradients and call.returned[at] not in taken and leaf.requires_grad
-        ]
-        if roots:
-            torch.autograd.backward([leaf for leaf, _ in roots], [gradient for _, gradient in roots])
-        last = calls[-1]
-        return {
-            "took": [copy for call in calls for copy in _arrivals(call)],
-            "returned": [leaf for call in calls for leaf in call.outputs],
-            "plainly": [leaf.detach().clone() for _, _, leaf in returned],
-            "gradients": [last.gradients.get(at) for at in range(len(last.outputs))],
-            "input gradients": [_copy(leaf.grad) for leaf in inputs],
-            "weights": {number: _copy(leaf.grad) for number, leaf in weights.items()},
-            "ran": bool(roots),
-        }
-
-
-def gradient_of(parameter: nn.Parameter) -> Tensor | None:
-    """Where a program keeps a parameter's gradient: in ``main_grad``, as Megatron does, or else in ``grad``."""
-    kept = getattr(parameter, "main_grad", None)
-    return kept if isinstance(kept, Tensor) else parameter.grad
-
-
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
 
 
 def _leaf(tensor: Tensor) -> Leaf:
     return key_of(tensor), tuple(tensor.shape)
 
 
-def _keep_gradient(call: _Call, at: int, gradient: Tensor) -> None:
+def _keep_gradient(call: Call, at: int, gradient: Tensor) -> None:
     with _disable_current_modes():
         call.gradients[at] = gradient.detach().clone()
-
-
-def _arrivals(call: _Call) -> list[Tensor]:
-    """What a call took from another stage, among its arguments or in an attribute."""
-    return [call.leaves[at] for at in call.arrived if call.known[at] is not None] + [t for _, _, t in call.held]
 
 
 def _held(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
@@ -331,10 +331,6 @@ def _held(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
                 yield part, name, value
             elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], Tensor):
                 yield part, name, value[0]
-
-
-def _put(module: nn.Module, name: str, leaf: Tensor) -> None:
-    setattr(module, name, [leaf] if isinstance(vars(module)[name], list) else leaf)
 
 
 def _ends(child: int, seconds: float) -> bool:

@@ -22,6 +22,7 @@ from .flow import Call, Flow
 from .log import Sink
 from .marks import Marks
 from .patches import Patches
+from .posts import Posted
 
 PREFIX = "dualpipe:"
 
@@ -68,7 +69,7 @@ class RangedFlow(Flow):
         self._leave("run", "run", [self._engine_runs.count])
         super().ran(completed)
 
-    def post(self, messages: list[tuple[str, Tensor, int, Any, int]]) -> list[int]:
+    def post(self, messages: Sequence[Posted]) -> list[int]:
         numbers = super().post(messages)
         self._mark("post", numbers)
         return numbers

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from . import graph
 from .forwards import Forwards
 from .marks import Table
+from .owed import Owed
 from .parameters import Parameters
 
 _COMMUTE = 2  # the sum of so many gradients does not depend on their order
@@ -22,7 +23,8 @@ class Run:
     """A run of the engine.
 
     ``forwards`` are those whose backward it is, ``unreached`` those of them whose backward has not begun.  A run that
-    is ``for_weights`` alone begins no backward; ``requested`` says whether it returns gradients of weights.
+    is ``for_weights`` alone begins no backward; ``requested`` says whether it returns gradients of weights, and
+    ``targets`` are the ids of those.
     """
 
     number: int
@@ -30,6 +32,7 @@ class Run:
     unreached: set[int]
     for_weights: bool
     requested: bool
+    targets: frozenset[int] = frozenset()
     received: set[int] = field(default_factory=set)
     began: int = 0  # how many backwards have begun since the last message
 
@@ -41,36 +44,49 @@ class Runs:
     receive the gradient: in a function of the program that communicates in its backward.
     """
 
-    def __init__(self, write: Callable[..., None], table: Table, forwards: Forwards, parameters: Parameters) -> None:
+    def __init__(
+        self, write: Callable[..., None], table: Table, forwards: Forwards, parameters: Parameters, owed: Owed
+    ) -> None:
         self._write = write
         self._table = table
         self._forwards = forwards
         self._parameters = parameters
+        self._owed = owed
         self.count = 0  # how many have begun
         self._current: Run | None = None
         self.gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes its tensor
 
     def begin(
-        self, roots: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any], owners: Callable[[], set[int]]
+        self,
+        roots: Sequence[Any],
+        grads: Sequence[Any],
+        inputs: Sequence[Any],
+        owners: Callable[[set[int] | None], set[int]],
     ) -> set[int]:
         """The engine is about to run from ``roots``; returns the forwards that they are made from, or else ``owners``.
 
-        A run from no output of a forward, but from a parameter, is one of the weight gradients of the owners.
+        A run from no output of a forward, but from or to a parameter, is one of the weight gradients of the owners.
         """
         self.count += 1
-        made_by = [self._makers(root) for root in roots]
+        made_by = [self.makers(root) for root in roots]
         found = {forward for made in made_by for forward in made}
         for made, gradient in zip(made_by, grads, strict=False):
             self._take([gradient], made)
-        weights = [self._is_weight(target) for target in inputs]
+        targets = [self._variable(target) for target in inputs]
+        weights = [target in self._parameters for target in targets]
         for_weights = bool(weights) and all(weights)
         fresh = set() if for_weights else found - self._forwards.backward_began
         if found and not for_weights and graph.has_run(roots):
             self._write("doubt", what="run again", forward=min(found))
         requested = any(weights) and bool(found)
-        found = found or owners()
-        self._current = Run(self.count, set(found), fresh, for_weights, requested)
+        if not found:
+            ends = [end for end in (*map(self._variable, roots), *targets) if end in self._parameters]
+            holders = {holder for end in ends for holder in self._parameters.holders(id(end))}
+            found = (owners(holders) if holders else set()) or owners(None)
+        ids = frozenset(id(target) for target, is_weight in zip(targets, weights, strict=True) if is_weight)
+        self._current = Run(self.count, set(found), fresh, for_weights, requested, ids)
         self._parameters.listen()
+        self._owed.begin(grads)
         return found
 
     def reach(self, forward: int, gradients: Iterable[Any]) -> set[int]:
@@ -98,16 +114,20 @@ class Runs:
     def end(self, completed: bool) -> None:
         """The engine has returned, or raised."""
         run, self._current = self._current, None
+        self._owed.end()
         if run is None or not completed:
             return
         if run.unreached:
             self._begin_backward(run, sorted(run.unreached))
         if run.requested:
             self._write("weights requested", forwards=sorted(run.forwards), run=run.number)
-        holders = self._parameters.holders_of_added()
+        added = self._parameters.added()
+        holders = [self._parameters.holders(parameter) for parameter in added]
         changed = {f for f in run.forwards if any(self._forwards.calls_one_of(f, held) for held in holders)}
         if changed:
             self._write("weights", forwards=sorted(changed), run=run.number)
+        self._owed.pay(run.forwards, added | run.targets)
+        self._owed.settle(run.forwards, added | run.targets)
 
     def _begin_backward(self, run: Run, forwards: list[int]) -> None:
         run.unreached -= set(forwards)
@@ -126,14 +146,12 @@ class Runs:
             self.gradient_of |= dict.fromkeys(fresh, min(forwards))
             self._write("gradients", forwards=sorted(forwards), messages=[fresh] * len(forwards))
 
-    def _makers(self, root: Tensor | GradientEdge) -> set[int]:
+    def makers(self, root: Tensor | GradientEdge) -> set[int]:
         """The forwards that made a tensor: by its graph, because the memory of a sent tensor may have been freed."""
         found = {self._forwards.find(number) for number in graph.marks_below(root)}
         if found or isinstance(root, GradientEdge):
             return found
         return {self._forwards.find(n) for letter, n in self._table.get(root) if letter == "F"}
 
-    def _is_weight(self, target: Any) -> bool:
-        if isinstance(target, GradientEdge):
-            target = getattr(target.node, "variable", None)
-        return target in self._parameters
+    def _variable(self, target: Any) -> Any:
+        return getattr(target.node, "variable", None) if isinstance(target, GradientEdge) else target

@@ -102,7 +102,7 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     """Watch this process from now on.  A second process group is a second recording."""
     import torch.distributed as dist
 
-    from . import compute, messages, ranges
+    from . import collectives, compute, messages, ranges
     from .log import to_file
     from .patches import Patches
 
@@ -114,13 +114,14 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     patches = Patches()
     ranges.watch(flow, patches)
     mode = compute.watch(flow, patches, settings["together"], settings["containers"])
-    messages.watch(flow, patches)
+    transport = messages.watch(flow, patches)
+    collectives.watch(flow, patches, transport)
     plain = None
     if settings["plain_step"]:
         from .plain import Plain
 
         path = str(Path(folder) / "plain" / str(session) / f"{dist.get_rank()}.pt")
-        plain = Plain(flow, path, settings["plain_step"], settings["plain_seconds"], settings["containers"])
+        plain = Plain(flow, transport, path, settings["plain_step"], settings["plain_seconds"], settings["containers"])
         plain.watch(patches)
     mode.__enter__()  # type: ignore[no-untyped-call] # torch's own
     _WATCH = (flow, patches, mode, plain)
@@ -157,7 +158,7 @@ def _stop() -> None:
         flow.raised(error)
     else:
         if plain is not None:
-            plain.end_step(False)
+            plain.end()
         flow.write("end")
     mode.__exit__(None, None, None)
     patches.undo()

@@ -7,8 +7,6 @@ the true answer.
 
 from __future__ import annotations
 
-import sys
-import time
 import types
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,83 +16,12 @@ import torch
 
 from .log import program_line
 from .patches import Patches
+from .streams import CURRENT, DEFAULT, Context, Event, Stream, asked_by_torch, of_any_device
 
 _Device = torch.device
+AT_SYNCHRONIZE: list[Callable[[], None]] = []
+"""What a device waits for when the program waits for it: messages, which run on streams of their own."""
 _MEMORY = 80 * 2**30  # bytes of a device
-
-
-class Stream:
-    """A stream: it can be current, and it is equal to itself alone."""
-
-    priority_range = staticmethod(lambda: (0, -1))
-
-    def __init__(self, device: Any = None, priority: int = 0, **more: Any) -> None:
-        self.priority = priority
-        self.device = _Device("cpu")
-        self.device_index = 0
-        self.stream_id = self.cuda_stream = id(self)
-        self._entered: list[Stream] = []
-
-    def __enter__(self) -> Stream:
-        self._entered.append(_CURRENT[0])
-        _CURRENT[0] = self
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _CURRENT[0] = self._entered.pop()
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: Any = None) -> Any:
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def wait_event(self, event: Any) -> None: ...
-    def wait_stream(self, stream: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-
-_DEFAULT = Stream()
-_CURRENT = [_DEFAULT]
-
-
-class Event:
-    """An event: it has happened as soon as it is recorded."""
-
-    def __init__(self, enable_timing: bool = False, *args: Any, **kwargs: Any) -> None:
-        self._at: float | None = None
-
-    def record(self, stream: Any = None) -> None:
-        self._at = time.perf_counter()
-
-    def elapsed_time(self, end_event: Event) -> float:
-        """Milliseconds between two recorded events."""
-        if self._at is None or end_event._at is None:
-            raise RuntimeError("both events are recorded before the time between them is known")
-        return (end_event._at - self._at) * 1000.0
-
-    def query(self) -> bool:
-        return True
-
-    def wait(self, stream: Any = None) -> None: ...
-    def synchronize(self) -> None: ...
-
-
-class _Context:
-    """``torch.cuda.stream(stream)``, where the stream may be ``None``."""
-
-    def __init__(self, stream: Stream | None) -> None:
-        self.stream = stream
-
-    def __enter__(self) -> None:
-        if self.stream is not None:
-            self.stream.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        if self.stream is not None:
-            self.stream.__exit__(*error)
 
 
 class _Nothing(types.ModuleType):
@@ -115,11 +42,6 @@ class _Nothing(types.ModuleType):
         return None
 
 
-def asked_by_torch(depth: int = 2) -> bool:
-    """Whether the caller of the function that asks is torch itself."""
-    return str(sys._getframe(depth).f_globals.get("__name__", "")).partition(".")[0] == "torch"
-
-
 def constant(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
@@ -131,6 +53,12 @@ def index_of(device: Any, current: int) -> int:
     return int(str(device).partition(":")[2] or current)
 
 
+def _synchronize(*args: Any, **kwargs: Any) -> None:
+    """Wait for all streams of a device, those of NCCL among them."""
+    for wait in list(AT_SYNCHRONIZE) if not asked_by_torch() else ():
+        wait()
+
+
 def answer(patches: Patches, devices: int) -> None:
     """Answer the calls until ``patches.undo()``."""
     current = [0]
@@ -140,6 +68,8 @@ def answer(patches: Patches, devices: int) -> None:
     for module in (torch.cuda.random, torch.cuda.memory, torch.cuda.streams):
         for name in answers.keys() & vars(module).keys():
             patches.put(module, name, answers[name])
+    patches.put(torch, "Stream", of_any_device(Stream, torch.Stream))
+    patches.put(torch, "Event", of_any_device(Event, torch.Event))
     for kind in ("Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool"):
         patches.put(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
     for name, value in _of_accelerator(devices, current).items():
@@ -242,7 +172,8 @@ def _of_devices(devices: int, current: list[int]) -> dict[str, Any]:
         "nvtx": _Nothing("nvtx"),
         "cudart": _Nothing("cudart"),
         "profiler": _Nothing("profiler"),
-        **{name: constant(None) for name in ("synchronize", "init", "ipc_collect", "set_sync_debug_mode")},
+        "synchronize": _synchronize,
+        **{name: constant(None) for name in ("init", "ipc_collect", "set_sync_debug_mode")},
         **{name: constant(0) for name in ("utilization", "memory_usage", "temperature", "power_draw", "clock_rate")},
     }
 
@@ -251,11 +182,11 @@ def _of_streams() -> dict[str, Any]:
     return {
         "Stream": Stream,
         "Event": Event,
-        "StreamContext": _Context,
-        "stream": lambda stream: _Context(stream),
-        "current_stream": lambda device=None: _CURRENT[0],
-        "default_stream": lambda device=None: _DEFAULT,
-        "set_stream": lambda stream: None if stream is None else _CURRENT.__setitem__(0, stream),
+        "StreamContext": Context,
+        "stream": lambda stream: Context(stream),
+        "current_stream": lambda device=None: CURRENT[0],
+        "default_stream": lambda device=None: DEFAULT,
+        "set_stream": lambda stream: None if stream is None else CURRENT.__setitem__(0, stream),
     }
 
 
@@ -321,9 +252,9 @@ def _of_accelerator(devices: int, current: list[int]) -> dict[str, Any]:
         "set_device_idx": lambda device: current.__setitem__(0, index_of(device, current[0])),
         "current_device_index": lambda: current[0],
         "current_device_idx": lambda: current[0],
-        "current_stream": lambda device=None: _CURRENT[0],
-        "synchronize": constant(None),
-        "set_stream": lambda stream: _CURRENT.__setitem__(0, stream),
+        "current_stream": lambda device=None: CURRENT[0],
+        "synchronize": _synchronize,
+        "set_stream": lambda stream: CURRENT.__setitem__(0, stream),
     }
 
 

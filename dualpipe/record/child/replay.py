@@ -1,0 +1,226 @@
+"""The plain run of one forward and of its backward: the same module calls, with stock autograd and no schedule.
+
+Most gradients are those of autograd.  A program that defers weight gradients hides the weights from autograd and
+computes these gradients itself, in the backward or later.  Then the gradient is what that code adds in a backward of
+this forward alone, and it is checked against the slope of the module: the difference of its output between two nearby
+weights, in double precision.  If that code adds nothing in the backward, because it keeps the work for later, the slope
+alone is left to compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from .marks import Key
+
+Leaf = tuple[Key | None, tuple[int, ...]]
+"""By which a tensor is recognised: its memory and its shape."""
+_STEP = 1e-5
+"""How far the weights are moved for a slope, relative to their size."""
+
+
+@dataclass
+class Call:
+    """An outermost module call.
+
+    ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
+    which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
+    step began.
+    """
+
+    module: nn.Module
+    leaves: list[Any]
+    spec: Any
+    known: list[Leaf | None]
+    needs_grad: list[bool]
+    arrived: list[int]
+    held: list[tuple[nn.Module, str, Tensor]]
+    buffers: dict[str, Tensor]
+    random: Tensor
+    grad: bool
+    autocast: dict[str, torch.dtype]
+    training: list[bool]
+    changed: list[str]
+    outputs: list[Tensor] = field(default_factory=list)
+    returned: list[Leaf] = field(default_factory=list)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Made:
+    """What the calls returned again, the leaves that they took from other stages, and the weights by number."""
+
+    returned: list[tuple[Call, int, Tensor]]
+    inputs: list[Tensor]
+    weights: dict[int, Tensor]
+    roots: list[tuple[Tensor, Tensor]]
+    """The outputs that the recorded backward began from, with the gradients that it got for them."""
+
+
+class Replay:
+    """Runs forwards of one rank plainly.
+
+    Parameters
+    ----------
+    parameters:
+        The parameters by number.
+    weights:
+        Their values before the step.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], weights: Mapping[int, Tensor]) -> None:
+        self._parameters, self._weights = parameters, weights
+        self._numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+        self._checked: set[int] = set()  # parameters whose gradients were compared with a slope
+
+    def run(self, calls: Sequence[Call]) -> dict[str, Any]:
+        """What the plain run of one forward gives, or an ``error``.  Changes the gradients of the parameters."""
+        try:
+            return self._run([call for call in calls if call.grad] or list(calls))
+        except Exception as error:  # of a module that cannot be called by itself
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def _run(self, calls: Sequence[Call]) -> dict[str, Any]:
+        self._forget_gradients()
+        made = self._call(calls)
+        if made.roots:
+            torch.autograd.backward([leaf for leaf, _ in made.roots], [gradient for _, gradient in made.roots])
+        weights = {number: copy_of(leaf.grad) for number, leaf in made.weights.items()}
+        hidden = [n for n, leaf in made.weights.items() if leaf.requires_grad and leaf.grad is None and made.roots]
+        slopes: dict[int, float] = {}
+        wrong: dict[int, tuple[float, float]] = {}
+        for number in hidden:
+            kept = weights[number] = copy_of(gradient_of(self._parameters[number]))
+            if kept is None or not bool(kept.any()):
+                weights[number] = None
+                slopes[number] = self._slope(calls, number)
+            elif number not in self._checked:
+                self._checked.add(number)
+                slope, own = self._slope(calls, number), along(kept, number)
+                if abs(slope - own) > 1e-2 * max(abs(slope), abs(own)):
+                    wrong[number] = own, slope
+        last = calls[-1]
+        return {
+            "took": [copy for call in calls for copy in _arrivals(call)],
+            "returned": [leaf for call in calls for leaf in call.outputs],
+            "plainly": [leaf.detach().clone() for _, _, leaf in made.returned],
+            "gradients": [last.gradients.get(at) for at in range(len(last.outputs))],
+            "input gradients": [copy_of(leaf.grad) for leaf in made.inputs],
+            "weights": weights,
+            "slopes": slopes,
+            "wrong": wrong,
+            "changed": sorted({name for call in calls for name in call.changed}),
+            "ran": bool(made.roots),
+        }
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters:
+            kept = getattr(parameter, "main_grad", None)
+            if isinstance(kept, Tensor):
+                kept.zero_()
+            parameter.grad = None
+
+    def _slope(self, calls: Sequence[Call], number: int) -> float:
+        """The derivative of the outputs, weighted with their gradients, along ``direction`` of one parameter."""
+        size = float(self._weights[number].double().abs().max()) or 1.0
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                made = self._call(calls, (number, sign * _STEP * size))
+                ends.append(sum(float((leaf.double() * gradient.double()).sum()) for leaf, gradient in made.roots))
+        return (ends[0] - ends[1]) / (2 * _STEP * size)
+
+    def _call(self, calls: Sequence[Call], moved: tuple[int, float] | None = None) -> _Made:
+        """Call the modules again as they were called.
+
+        With ``moved`` the call is in double precision and without gradients, and the weight of this number is moved by
+        so much along its direction.
+        """
+        with_grad = moved is None
+
+        def kept(tensor: Tensor) -> Tensor:
+            return tensor.clone() if with_grad or not tensor.is_floating_point() else tensor.double()
+
+        weights: dict[int, Tensor] = {}
+        made: dict[Leaf, Tensor] = {}
+        inputs: list[Tensor] = []
+        returned: list[tuple[Call, int, Tensor]] = []
+        taken: set[Leaf] = set()
+        for call in calls:
+            names = {name: kept(buffer) for name, buffer in call.buffers.items()}
+            for name, parameter in call.module.named_parameters(remove_duplicate=False):
+                number = self._numbers[id(parameter)]
+                if number not in weights:
+                    weight = kept(self._weights[number])
+                    if moved is not None and moved[0] == number:
+                        weight = weight + moved[1] * direction(number, weight)
+                    weights[number] = weight.requires_grad_(parameter.requires_grad and with_grad)
+                names[name] = weights[number]
+            leaves = [kept(leaf) if isinstance(leaf, Tensor) and not with_grad else leaf for leaf in call.leaves]
+            for at, known in enumerate(call.known):
+                if known in made:
+                    leaves[at] = made[known]
+                    taken.add(known)
+                elif known is not None and with_grad and (call.needs_grad[at] or at in call.arrived):
+                    leaves[at] = leaves[at].clone().requires_grad_(leaves[at].is_floating_point())
+                    inputs += [leaves[at]] if at in call.arrived else []
+            for module, name, tensor in call.held:
+                leaf = kept(tensor).requires_grad_(with_grad)
+                inputs.append(leaf)
+                _put(module, name, leaf)
+            torch.set_rng_state(call.random)
+            args, kwargs = tree_unflatten(leaves, call.spec)
+            with ExitStack() as stack:
+                stack.enter_context(torch.set_grad_enabled(with_grad))
+                for device, dtype in call.autocast.items() if with_grad else ():
+                    stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+                for part, mode in zip(call.module.modules(), call.training, strict=False):
+                    part.training = mode
+                output = functional_call(call.module, names, args, kwargs, strict=False)
+            for at, leaf in enumerate(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+                made[call.returned[at]] = leaf
+                returned.append((call, at, leaf))
+        roots = [
+            (leaf, call.gradients[at])
+            for call, at, leaf in returned
+            if at in call.gradients and call.returned[at] not in taken and (leaf.requires_grad or not with_grad)
+        ]
+        return _Made(returned, inputs, weights, roots)
+
+
+def direction(number: int, like: Tensor) -> Tensor:
+    """The direction in which the weights of a parameter are moved, in double precision."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+
+def along(gradient: Tensor, number: int) -> float:
+    """The component of a gradient along ``direction``."""
+    return float((gradient.double() * direction(number, gradient)).sum())
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor | None:
+    """Where a program keeps a parameter's gradient: in ``main_grad``, as Megatron does, or else in ``grad``."""
+    kept = getattr(parameter, "main_grad", None)
+    return kept if isinstance(kept, Tensor) else parameter.grad
+
+
+def copy_of(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _arrivals(call: Call) -> list[Tensor]:
+    """What a call took from another stage, among its arguments or in an attribute."""
+    return [call.leaves[at] for at in call.arrived if call.known[at] is not None] + [t for _, _, t in call.held]
+
+
+def _put(module: nn.Module, name: str, leaf: Tensor) -> None:
+    setattr(module, name, [leaf] if isinstance(vars(module)[name], list) else leaf)

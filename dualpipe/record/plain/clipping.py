@@ -1,0 +1,102 @@
+"""Whether gradients are clipped by the norm of all gradients of the model, each parameter once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dualpipe.record.comparison import ChunkComparison, Clipping
+from dualpipe.schedule import Task
+
+_NEAR = 1e-3
+"""Up to this relative difference two norms are the same: sums of squares are rounded."""
+
+
+def judge(
+    chunks: Sequence[ChunkComparison],
+    files: Mapping[int, Mapping[str, Any]],
+    forwards: Mapping[Task, Mapping[str, Any]],
+    limit: float | None = None,
+    others: bool = False,
+) -> Clipping:
+    """What is wrong with the clipping of a step, if there was any.
+
+    ``limit`` is the norm to which the user says that the program clips.  With ``others``, ranks outside of the pipeline
+    hold parts of the model or of the gradients, and nothing is concluded.
+    """
+    if others or any(each.faults or each.unknown for each in chunks):
+        return Clipping()
+    by_stage = {each.chunk.stage: each for each in reversed(chunks)}
+    each_once = [_finals(each, files, forwards) for _, each in sorted(by_stage.items())]
+    faults = [*_of_calls(chunks, files, forwards, each_once)]
+    scales = {each.rank: each.scale for each in chunks}
+    if all(abs(scale - 1) <= _NEAR for scale in scales.values()):
+        return Clipping(tuple(faults))
+    if max(scales.values()) - min(scales.values()) > _NEAR * max(scales.values()):
+        shown = ", ".join(f"by {scale:.4g} on rank {rank}" for rank, scale in sorted(scales.items()))
+        faults.append(
+            f"the gradients are scaled by different factors ({shown}): is the norm of each rank's own gradients used "
+            "in place of that of the whole model?"
+        )
+        return Clipping(tuple(faults))
+    scale, norm = next(iter(scales.values())), _norm(each_once)
+    shown = (
+        f"the gradients are scaled by {scale:.4g} on every rank; their norm over all stages, each parameter once, was "
+        f"{norm / scale:.4g} and is {norm:.4g}"
+    )
+    if limit is None:
+        return Clipping(tuple(faults), (f"{shown}: if they are clipped, give the limit with --clip-norm",))
+    if abs(norm - limit) <= _NEAR * limit:
+        return Clipping(tuple(faults), (), (shown,))
+    return Clipping((*faults, f"{shown}, and not {limit:g}{_reason(limit / norm, len(chunks) / len(by_stage))}"))
+
+
+def _of_calls(
+    chunks: Sequence[ChunkComparison],
+    files: Mapping[int, Mapping[str, Any]],
+    forwards: Mapping[Task, Mapping[str, Any]],
+    each_once: Sequence[Iterable[Tensor]],
+) -> Iterator[str]:
+    """What is wrong with the calls of ``torch.nn.utils.clip_grad_norm_``."""
+    for rank in sorted({each.rank for each in chunks}):
+        call = files[rank].get("clipped")
+        if not call:
+            continue
+        whole = _norm(each_once, call["type"])
+        used, limit = call["norm"], call["limit"]
+        if abs(_factor(used, limit) - _factor(whole, limit)) <= _NEAR * _factor(whole, limit):
+            continue
+        own = _norm([_finals(each, files, forwards) for each in chunks if each.rank == rank], call["type"])
+        alone = ", which is that of the rank's own gradients" if abs(own - used) <= _NEAR * own else ""
+        yield (
+            f"rank {rank} clips at {call['at']} by a norm of {used:.4g}{alone}; over all stages, each parameter once, "
+            f"it is {whole:.4g}"
+        )
+
+
+def _factor(norm: float, limit: float) -> float:
+    return min(1.0, limit / (norm + 1e-6))
+
+
+def _finals(
+    each: ChunkComparison, files: Mapping[int, Mapping[str, Any]], forwards: Mapping[Task, Mapping[str, Any]]
+) -> list[Tensor]:
+    """The gradients of a chunk's parameters."""
+    numbers = {n for task, found in forwards.items() if task.chunk == each.chunk for n in found.get("weights", {})}
+    final = files[each.rank]["final"]
+    return [final[number] for number in sorted(numbers) if final[number] is not None]
+
+
+def _norm(gradients: Iterable[Iterable[Tensor]], kind: float = 2.0) -> float:
+    values = [float(gradient.double().norm(kind)) for each in gradients for gradient in each]
+    return max(values, default=0.0) if math.isinf(kind) else sum(value**kind for value in values) ** (1 / kind)
+
+
+def _reason(ratio: float, replicas: float) -> str:
+    """Why a norm is ``ratio`` times what it should be."""
+    if replicas > 1 and abs(ratio - math.sqrt(replicas)) <= _NEAR * ratio:
+        return ": the norm counts every parameter twice, once for each replica of its stage"
+    return f": the norm that is used is {ratio:.4g} times that"

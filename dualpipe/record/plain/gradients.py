@@ -1,0 +1,318 @@
+"""How the gradient that a program has for a parameter relates to those of the single microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualpipe.record.child.replay import along
+from dualpipe.schedule import Lane
+
+_NEAR = 1e-3
+"""Up to this difference, relative to the largest one, two factors are the same: gradients are rounded."""
+_MOST = 256
+"""Factors of up to so many microbatches are determined."""
+
+Name = tuple[Lane, int]
+"""A microbatch: its lane, and its number there."""
+
+
+class Agreement(NamedTuple):
+    """A gradient is the sum of those of its microbatches.
+
+    ``how`` is a note on it, ``summed`` whether the sum is over both lanes (``None`` if there is one), and ``scale`` a
+    factor that is no division by a number of microbatches or replicas, such as that of clipping.  ``divided_by`` is
+    such a number.
+    """
+
+    how: str
+    summed: bool | None = None
+    scale: float = 1.0
+    divided_by: int = 1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The gradients of a parameter by microbatch: those of its own lane, and those of its replica on the other lane.
+
+    ``before`` is the gradient that was there before the step.  ``slopes`` take the place of gradients that the plain
+    run did not compute: the derivatives along the direction of the parameter with this ``number``.
+    """
+
+    number: int
+    lane: Lane
+    own: Mapping[int, Tensor | None]
+    other: Mapping[int, Tensor | None] | None
+    before: Tensor | None
+    slopes: Mapping[int, float]
+    other_slopes: Mapping[int, float]
+
+    def total(self, final: Tensor | None, of_other: bool = False) -> Tensor | None:
+        """The sum in microbatch order, in the dtype that the program keeps."""
+        total = None if of_other else self.before
+        for _, gradient in sorted(((self.other or {}) if of_other else self.own).items()):
+            if gradient is not None:
+                total = added(total, gradient if final is None else gradient.to(final.dtype))
+        return total
+
+    def columns(self) -> list[tuple[Name, Tensor]]:
+        """Every gradient with its microbatch."""
+        far = next(lane for lane in Lane if lane is not self.lane)
+        both = ((self.lane, self.own), (far, self.other or {}))
+        return [((lane, mb), g) for lane, each in both for mb, g in sorted(each.items()) if g is not None]
+
+
+def factors_of(final: Tensor | None, parts: Parts) -> dict[Name, float] | None:
+    """The factor by which a gradient has each of its microbatches, if that can be determined."""
+    if final is None or parts.before is not None:
+        return None
+    return _factors(final, parts.columns())
+
+
+def scale_of(final: Tensor | None, parts: Parts) -> float | None:
+    """The factor by which a gradient has most of its microbatches, if that can be determined."""
+    factors = factors_of(final, parts)
+    return None if not factors or not any(factors.values()) else _usual([*factors.values()])
+
+
+def agreement(
+    final: Tensor | None,
+    parts: Parts,
+    counts: Sequence[int],
+    scales: Sequence[float] = (),
+    patterns: Sequence[Mapping[Name, float]] = (),
+    place: Callable[[int], str] = lambda mb: "",
+) -> Agreement | str:
+    """How a gradient agrees with its microbatches' own, or what differs.
+
+    ``counts`` is what a program may divide gradients by, ``scales`` what it has scaled other gradients by, ``patterns``
+    the factors that other parameters have their microbatches by, which a small one does not show; ``place`` gives the
+    line of the program for a microbatch's W.
+    """
+    if parts.slopes:
+        return _by_slope(final, parts, counts)
+    own = parts.total(final)
+    far = parts.total(final, of_other=True)
+    both = None if parts.other is None else added(own, far)
+    if own is None:
+        nothing = final is None or not bool(final.any())
+        return Agreement("") if nothing else "there is a gradient, and the plain run has none"
+    if final is None:
+        return "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"
+    for total, over_both in ((own, False), (both, True)):
+        if total is None:
+            continue
+        if equal(final, total):
+            return Agreement("summed over both lanes" if over_both else "", None if both is None else over_both)
+        for count in counts:
+            if equal(final, total / count) or equal(final, total * (1 / count)):
+                lanes = "summed over both lanes and " if over_both else ""
+                return Agreement(f"{lanes}divided by {count}", None if both is None else over_both, 1.0, count)
+    if not bool(final.any()) and bool(own.any()):
+        return "the gradient is zero, and the plain run has one: is the store for weight gradients fed, and run?"
+    if final.shape != own.shape:
+        return f"the gradient has the shape {list(final.shape)} and not {list(own.shape)}"
+    for total, over_both in ((own, False), (both, True)):
+        for scale in scales if total is not None else ():
+            if total is not None and _is_near(final, total.double() * scale):
+                factors, summed = dict.fromkeys(parts.own, scale), None if both is None else over_both
+                return _scaled(factors, "summed over both lanes and " * over_both, summed, counts)
+    return _by_factors(final, parts, both is not None, counts, patterns, place) or _size_of(final, own, both)
+
+
+def _is_near(one: Tensor, other: Tensor) -> bool:
+    return float((one.double() - other.double()).abs().max()) <= 1e-4 * float(other.double().abs().max())
+
+
+def _size_of(final: Tensor, own: Tensor, both: Tensor | None) -> str:
+    most = min(float((final.double() - total.double()).abs().max()) for total in (own, both) if total is not None)
+    return f"the gradient differs by up to {most:.3g}"
+
+
+# a gradient as a sum of those of the microbatches, each times a factor
+
+
+def _by_factors(
+    final: Tensor,
+    parts: Parts,
+    two_lanes: bool,
+    counts: Sequence[int],
+    patterns: Sequence[Mapping[Name, float]],
+    place: Callable[[int], str],
+) -> Agreement | str:
+    """What a gradient is in terms of the microbatches' own, or an empty text if it is no such sum."""
+    columns = parts.columns()
+    factors = factors_of(final, parts) or next(
+        (dict(pattern) for pattern in patterns if parts.before is None and _fits(final, columns, pattern)), None
+    )
+    if factors is None:
+        return ""
+    own = {mb: factors[parts.lane, mb] for lane, mb in factors if lane is parts.lane}
+    far = {mb: factor for (lane, mb), factor in factors.items() if lane is not parts.lane}
+    if _are_one([*factors.values()]):
+        lanes = "summed over both lanes and " if two_lanes else ""
+        return _scaled(own, lanes, True if two_lanes else None, counts)
+    if far and _are_one([*own.values()]) and not any(far.values()):
+        return _scaled(own, "", False, counts)
+    unusual = [mb for mb, factor in own.items() if abs(factor - _usual([*factors.values()])) > _NEAR * abs(factor)]
+    at = place(unusual[-1]) if unusual else ""
+    return _story(parts.lane, own, far) + (f" {at}" if at else "")
+
+
+def _fits(final: Tensor, columns: Sequence[tuple[Name, Tensor]], factors: Mapping[Name, float]) -> bool:
+    """Whether a gradient is the sum with these factors."""
+    if not columns or any(name not in factors for name, _ in columns):
+        return False
+    return _is_near(final, torch.stack([factors[name] * g.double() for name, g in columns]).sum(0))
+
+
+def _scaled(factors: Mapping[int, float], lanes: str, summed: bool | None, counts: Sequence[int]) -> Agreement:
+    scale = sum(factors.values()) / len(factors)
+    for count in counts:
+        if abs(scale * count - 1) <= _NEAR:
+            return Agreement(f"{lanes}divided by {count}, up to rounding", summed, 1.0, count)
+    if abs(scale - 1) <= _NEAR:
+        return Agreement(f"{'summed over both lanes, ' * bool(lanes)}equal up to rounding", summed)
+    return Agreement(f"{lanes}scaled by {scale:.4g}, up to rounding", summed, scale)
+
+
+def _factors(final: Tensor, columns: Sequence[tuple[Name, Tensor]]) -> dict[Name, float] | None:
+    """The factor of every microbatch, ``None`` if there is no such sum or more than one."""
+    if not columns or len(columns) > _MOST or final.numel() < 2 * len(columns) + 2:
+        return None
+    matrix = torch.stack([gradient.double().reshape(-1) for _, gradient in columns], dim=1)
+    wanted = final.double().reshape(-1)
+    if int(torch.linalg.matrix_rank(matrix, rtol=1e-6)) < len(columns):
+        return None
+    found = torch.linalg.lstsq(matrix, wanted).solution
+    if float((matrix @ found - wanted).abs().max()) > 1e-4 * float(wanted.abs().max()):
+        return None
+    largest = float(found.abs().max())
+    return {name: _rounded(float(factor), largest) for (name, _), factor in zip(columns, found, strict=True)}
+
+
+def _rounded(factor: float, largest: float) -> float:
+    return 0.0 if abs(factor) < _NEAR * largest else factor
+
+
+def _are_one(factors: Sequence[float]) -> bool:
+    """Whether factors are the same, up to rounding, and not zero."""
+    return bool(factors) and max(factors) - min(factors) <= _NEAR * abs(max(factors)) and max(factors) > 0
+
+
+def _story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> str:
+    """The factors in words, with what usually causes them."""
+    other = next(each for each in Lane if each is not lane)
+    most = max([*own.values(), *far.values()], key=abs)
+    usual = _usual([*own.values(), *far.values()])
+    lacking = [mb for mb, factor in own.items() if not factor]
+    lacking_far = [mb for mb, factor in far.items() if not factor]
+    if far and len(lacking_far) == len(far):
+        rest, lacking_far, far = " and is not summed over both lanes", [], {}
+    else:
+        rest = ""
+    if not any(own.values()):
+        return (
+            f"the gradient has nothing of lane {lane}"
+            f"{'' if _are_one([*far.values()]) else f', and of lane {other} {_listed(far, most)}'}: "
+            "is the store for weight gradients fed, and run?"
+        )
+    if all(not factor or abs(factor - usual) <= _NEAR * abs(usual) for factor in (*own.values(), *far.values())):
+        words = [f"microbatch{'es' * (len(lacking) > 1)} {_numbers(lacking)}"] if lacking else []
+        if lacking_far:
+            words.append(f"microbatch{'es' * (len(lacking_far) > 1)} {_numbers(lacking_far)} of lane {other}")
+        if words:
+            return f"the gradient lacks {' and '.join(words)}{rest}{_cause(own, lacking)}"
+    listed = _listed(own, usual) + (f", and of lane {other} {_listed(far, usual)}" if far else "")
+    return f"the gradient has {listed}{rest}{_cause_of_factors(own)}"
+
+
+def _usual(factors: Sequence[float]) -> float:
+    """The factor that most microbatches have, or else the largest one."""
+    there = [factor for factor in factors if factor]
+    return max(there, key=lambda one: (sum(abs(one - other) <= _NEAR * abs(one) for other in there), one))
+
+
+def _listed(factors: Mapping[int, float], unit: float) -> str:
+    """``microbatches 0 1 once and 2 2 times``."""
+    groups: dict[str, list[int]] = {}
+    for mb, factor in factors.items():
+        groups.setdefault(f"{factor / unit:.3g}", []).append(mb)
+    return " and ".join(
+        f"microbatch{'es' * (len(mbs) > 1)} {_numbers(mbs)} {'once' if times == '1' else f'{times} times'}"
+        for times, mbs in groups.items()
+    )
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _cause(own: Mapping[int, float], lacking: Sequence[int]) -> str:
+    order = sorted(own)
+    if not lacking:
+        return ": is it reduced over the lanes before the other rank's last weight gradient?"
+    first = next((at for at, mb in enumerate(order) if mb not in lacking), len(order))
+    rest = [mb for mb in lacking if mb not in order[:first]]
+    causes = ["set to zero or None, or replaced, in the middle of the step"] * bool(first)
+    if rest and rest == order[-len(rest) :]:
+        causes.append("finalized or used before the last weight gradients, or are these never run")
+    elif rest:
+        causes.append("without a weight gradient that is stored and never run")
+    return f": is it {', or '.join(causes)}?"
+
+
+def _cause_of_factors(own: Mapping[int, float]) -> str:
+    values = [own[mb] for mb in sorted(own)]
+    steps = [one / two for one, two in pairwise(values) if two]
+    if len(steps) == len(values) - 1 and _are_one([abs(step) for step in steps]) and abs(steps[0] - 1) > _NEAR:
+        return ": is the sum so far rescaled whenever a gradient is added?"
+    if any(factor > 1.5 * min(filter(None, values), default=factor) for factor in values):
+        return ": is a weight gradient run twice, or added by the backward as well?"
+    return ""
+
+
+# a gradient of which only the slope is known
+
+
+def _by_slope(final: Tensor | None, parts: Parts, counts: Sequence[int]) -> Agreement | str:
+    """How a gradient agrees with the sum of slopes: of its own lane, or of both."""
+    own = sum(parts.slopes.values())
+    if final is None or not bool(final.any()):
+        return (
+            "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"
+            if own
+            else (Agreement(""))
+        )
+    found = along(final, parts.number)
+    close = 1e-3 * max(abs(own), 1e-3 * float(final.double().norm()))
+    sums: Iterator[tuple[float, bool]] = iter([(own, False), (own + sum(parts.other_slopes.values()), True)])
+    for total, over_both in sums if parts.other is not None else [(own, False)]:
+        for count in (1, *counts):
+            if abs(found * count - total) <= close * count:
+                lanes = ["summed over both lanes"] if over_both else []
+                how = [*lanes, *([f"divided by {count}"] if count > 1 else []), "compared with slopes, not bit by bit"]
+                return Agreement(
+                    " and ".join(how[:-1]) + ", " * (len(how) > 1) + how[-1], None if parts.other is None else over_both
+                )
+    return f"the slope along the gradient is {found:.4g}, and the module's is {own:.4g}"
+
+
+def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+def equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors have the same shape and, bit by bit, the same values in the first one's dtype."""
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    other = other.to(one.dtype)
+    one, other = (one, other) if one.dim() else (one.reshape(1), other.reshape(1))
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -1,0 +1,192 @@
+"""What is concluded from gradients, norms, weights and losses of a recorded step, one function at a time."""
+
+import pytest
+import torch
+
+from dualpipe.record.child.transport import Transport
+from dualpipe.record.comparison import ChunkComparison
+from dualpipe.record.events import ForwardId, read
+from dualpipe.record.plain.clipping import judge
+from dualpipe.record.plain.gradients import Agreement, Parts, agreement
+from dualpipe.record.plain.losses import losses_of
+from dualpipe.record.plain.replicas import differences
+from dualpipe.schedule import DOWN, UP, Chunk, Task
+
+MICROBATCHES = 3
+OWN = dict(enumerate(torch.randn(MICROBATCHES, 4, 4, generator=torch.Generator().manual_seed(1)).double()))
+FAR = dict(enumerate(torch.randn(MICROBATCHES, 4, 4, generator=torch.Generator().manual_seed(2)).double()))
+
+
+def weighted(*factors, far=()):
+    parts = [factor * OWN[mb] for mb, factor in enumerate(factors)] + [
+        factor * FAR[mb] for mb, factor in enumerate(far)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("final", "says"),
+    [
+        (
+            weighted(0, 0, 1),
+            "the gradient lacks microbatches 0 1: is it set to zero or None, or replaced, in the middle",
+        ),
+        (
+            weighted(1, 1, 0),
+            "the gradient lacks microbatch 2: is it finalized or used before the last weight gradients",
+        ),
+        (
+            weighted(1, 0, 1),
+            "the gradient lacks microbatch 1: is it without a weight gradient that is stored and never",
+        ),
+        (weighted(1, 2, 1), "microbatch 1 2 times: is a weight gradient run twice, or added by the backward as well?"),
+        (weighted(1 / 4, 1 / 2, 1), "is the sum so far rescaled whenever a gradient is added? W is at here.py:1"),
+        (torch.zeros(4, 4), "the gradient is zero, and the plain run has one"),
+        (torch.ones(4, 4), "the gradient differs by up to "),
+        (None, "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"),
+    ],
+)
+def test_a_gradient_that_differs_is_told_in_terms_of_its_microbatches(final, says):
+    parts = Parts(0, UP, OWN, None, None, {}, {})
+    found = agreement(final, parts, (3,), place=lambda mb: f"W is at here.py:{mb}")
+    assert isinstance(found, str)
+    assert says in found
+
+
+@pytest.mark.parametrize(
+    ("final", "expected"),
+    [
+        (weighted(1, 1, 1, far=(1, 1, 1)), Agreement("summed over both lanes, equal up to rounding", True)),
+        (weighted(1, 1, 1), Agreement("equal up to rounding", False)),
+        (weighted(0.1, 0.1, 0.1), Agreement("scaled by 0.1, up to rounding", False, pytest.approx(0.1))),
+        (weighted(1 / 3, 1 / 3, 1 / 3), Agreement("divided by 3, up to rounding", False, 1.0, 3)),
+    ],
+)
+def test_a_gradient_agrees_up_to_rounding_with_its_own_lane_or_with_both(final, expected):
+    found = agreement(final * (1 + 1e-9), Parts(0, UP, OWN, FAR, None, {}, {}), (3,))
+    assert found == expected
+
+
+def test_a_gradient_of_one_lane_and_half_of_the_other_is_told_with_the_lane():
+    found = agreement(weighted(1, 1, 1, far=(1, 0, 1)), Parts(0, UP, OWN, FAR, None, {}, {}), (3,))
+    assert found.startswith("the gradient lacks microbatch 1 of lane <: is it reduced over the lanes before")
+
+
+def chunks(*scales, lanes=(UP,)):
+    """The comparison of a stage on each rank, whose gradients are scaled; with two lanes each stage is on two ranks."""
+    return [
+        ChunkComparison(Chunk(lane, rank if lane is UP else len(scales) - 1 - rank), rank, 1, (), (), (), scale=scale)
+        for lane in lanes
+        for rank, scale in enumerate(scales)
+    ]
+
+
+def clipped(scale, count=2, **call):
+    """The files of the ranks and their forwards; each parameter has a gradient of norm 3 or 4 times ``scale``."""
+    files = {
+        rank: {"final": {0: torch.tensor([3.0 + rank]) * scale}, "clipped": call or None, "names": ["w"]}
+        for rank in range(count)
+    }
+    return files, {Task(UP, rank, 0): {"weights": {0: None}} for rank in range(count)}
+
+
+def test_gradients_scaled_alike_are_clipped_by_the_norm_of_the_whole_model():
+    files, forwards = clipped(0.2)
+    (note,) = judge(chunks(0.2, 0.2), files, forwards, 1.0).notes
+    assert note.endswith("their norm over all stages, each parameter once, was 5 and is 1")
+    assert not judge(chunks(0.2, 0.2), files, forwards, 1.0).faults
+    (unknown,) = judge(chunks(0.2, 0.2), files, forwards).unknown
+    assert unknown.endswith("if they are clipped, give the limit with --clip-norm")
+
+
+@pytest.mark.parametrize(
+    ("scales", "limit", "says"),
+    [
+        ((0.2, 0.1), None, "is the norm of each rank's own gradients used in place of that of the whole model?"),
+        ((0.2, 0.2), 2.0, "and is 1, and not 2: the norm that is used is 2 times that"),
+    ],
+)
+def test_gradients_clipped_by_another_norm_are_a_fault(scales, limit, says):
+    (fault,) = judge(chunks(*scales), *clipped(0.2), limit).faults
+    assert fault.endswith(says) or says in fault
+
+
+def test_a_norm_that_counts_both_replicas_is_named():
+    files, forwards = clipped(0.2)
+    forwards |= {Task(DOWN, 1 - rank, 0): {"weights": {0: None}} for rank in range(2)}
+    for file in files.values():
+        file["final"][0] = torch.tensor([1.0])
+    both = chunks(0.2, 0.2, lanes=(UP, DOWN))
+    (fault,) = judge(both, files, forwards, 2.0).faults  # each of the two stages has a gradient of norm 1
+    assert fault.endswith(": the norm counts every parameter twice, once for each replica of its stage")
+
+
+def test_a_call_of_clip_grad_norm_by_a_ranks_own_norm_is_named():
+    files, forwards = clipped(1.0, limit=1.0, norm=3.0, type=2.0, at="train.py:9")
+    faults = judge(chunks(1.0, 1.0), files, forwards).faults
+    assert faults[0] == (
+        "rank 0 clips at train.py:9 by a norm of 3, which is that of the rank's own gradients; over all stages, each "
+        "parameter once, it is 5"
+    )
+
+
+def replicas(one, other, **more):
+    """What is wrong with the replicas of stage 0 on ranks 0 and 1, whose files are given."""
+    found = [ChunkComparison(Chunk(lane, 0), rank, 1, (), (), (), **more) for rank, lane in enumerate((UP, DOWN))]
+    base = {"names": ["w"], "by_optimizer": True, "weights": {0: torch.ones(2)}, "changed": {0: torch.zeros(2)}}
+    files = {rank: base | file for rank, file in enumerate((one, other))}
+    forwards = {
+        Task(lane, 0, 0): {"weights": {0: None}, "layers": files[rank].get("layers", {})}
+        for rank, lane in enumerate((UP, DOWN))
+    }
+    return list(differences(found, files, forwards))
+
+
+@pytest.mark.parametrize(
+    ("other", "summed", "says"),
+    [
+        ({}, True, ""),
+        ({}, False, "were not summed before the optimizer's step"),
+        (
+            {"weights": {0: torch.full((2,), 2.0)}},
+            True,
+            "have different weights before the step: w. Are the weights of",
+        ),
+        ({"changed": {0: torch.ones(2)}}, True, "after the optimizer's step: w: that on rank 1 is not updated"),
+        (
+            {"names": ["v"]},
+            True,
+            "have other parameters: v, w on rank 1 alone. Is the chunk built for the rank's number",
+        ),
+        ({"layers": {"layer_number": 4}}, True, "layer_number is 1 on rank 0 and 4 on rank 1"),
+    ],
+)
+def test_what_is_wrong_with_replicas(other, summed, says):
+    found = replicas({"layers": {"layer_number": 1}}, {"layers": {"layer_number": 1}} | other, summed=summed)
+    assert [says in fault for fault in found] == ([True] if says else [])
+
+
+def test_losses_are_counted_as_computed_kept_and_read():
+    begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
+    events = [begun | {"forward": n, "at": "x.py:1"} for n in range(3)]
+    events += [{"event": "backward", "forwards": [n], "untrainable": [], "run": n} for n in range(2)]
+    tasks = {ForwardId(0, n): Task(UP, 0, n) for n in range(3)}
+    file = {"seen": [0], "collected": [0, 1], "read": [1], "by_optimizer": True}
+    file |= {"roots": {0: 1.0, 1: 2.0}, "losses": {0: [2.0], 1: [4.0]}}
+    compared = [ChunkComparison(Chunk(UP, 0), 0, 3, (), (), (), divided_by=2)]
+    (found,) = losses_of({0: file}, [read(0, events)], tasks, {UP: (0,)}, compared)
+    assert (found.microbatches, found.computed, found.seen, found.collected, found.read) == (3, 2, 1, True, 1)
+    assert [fault.partition(":")[0] for fault in found.faults] == [
+        "only 2 of 3 backwards began from a loss",
+        "2 were computed and collected, and only 1 are kept or read by the end of the step",
+        "each loss is divided by 2 before its backward, and the gradients are divided by 2 once more",
+    ]
+    assert not list(losses_of({0: {"error": "no run"}}, [read(0, events)], tasks, {UP: (0,)}, compared))
+
+
+def test_the_fork_of_a_rank_uses_none_of_its_connections():
+    transport = Transport()
+    assert transport.run(lambda: transport.inside)
+    transport.alone = True
+    with pytest.raises(RuntimeError, match="exchanges tensors with other ranks"):
+        transport.run(lambda: None)

@@ -1,0 +1,123 @@
+"""A W is in the file only if the gradients of the stage's parameters were really computed."""
+
+from collections import deque
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dualpipe.testing import record_ranks
+from proofs.prove import prove
+from tests.record.two_ranks import SHAPE, receive
+
+MICROBATCHES = 3
+STORE = deque()
+
+
+class Deferred(torch.autograd.Function):
+    """A linear layer that puts its weight gradient into ``STORE``, and gives autograd what ``Layer.dummy`` says."""
+
+    @staticmethod
+    def forward(ctx, x, weight, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return x @ layer.weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,), layer = ctx.saved_tensors, ctx.layer
+
+        def add():
+            found, weight = gradient.T @ x, layer.weight
+            weight.grad = found if weight.grad is None else weight.grad + found
+
+        STORE.append(add)
+        return gradient @ layer.weight, torch.zeros_like(layer.weight) if layer.dummy == "zeros" else None, None
+
+
+class Layer(nn.Module):
+    """``dummy`` is what the backward gives autograd for the weight: ``none``, ``zeros``, or it hides the weight."""
+
+    def __init__(self, dummy, bias=True):
+        super().__init__()
+        self.dummy = dummy
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.bias = nn.Parameter(torch.zeros(4)) if bias else None
+
+    def forward(self, x):
+        y = Deferred.apply(x.requires_grad_(), None if self.dummy == "hidden" else self.weight, self)
+        return y if self.bias is None else y + self.bias
+
+
+class Experts(nn.Module):
+    """Each microbatch uses one of two experts; a third parameter is frozen and another has a gradient of zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.down, self.up = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.zeros(2, 4))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.experts[self.calls % 2](x) * self.frozen + x @ self.down @ self.up
+
+
+def gpipe(stages, run=MICROBATCHES):
+    """Two ranks: all forwards, all backwards, and then ``run`` of the weight gradients in the store."""
+
+    def body(rank):
+        stage = stages[rank]()
+        alive = []
+        for _ in range(MICROBATCHES):
+            x = receive(0).requires_grad_() if rank else torch.randn(SHAPE)
+            y = stage(x)
+            if rank == 0:
+                dist.send(y.detach(), 1)
+            alive.append((x, y))
+        for x, y in alive:
+            if rank:
+                y.square().sum().backward()
+                dist.send(x.grad, 0)
+            else:
+                y.backward(receive(1))
+        for _ in range(min(run, len(STORE))):
+            STORE.popleft()()
+
+    return body
+
+
+def weights(recording, rank):
+    """The microbatches whose W a rank has."""
+    return [placed.op.mb for placed in recording.schedule if placed.rank == rank and str(placed.op)[1] == "W"]
+
+
+@pytest.mark.parametrize("dummies", [("none", "zeros"), ("hidden", "none")])
+def test_a_weight_gradient_that_is_stored_and_never_run_is_no_w(dummies):
+    recording = record_ranks(2, gpipe([lambda d=d: Layer(d) for d in dummies], run=MICROBATCHES - 1))
+    assert [weights(recording, rank) for rank in (0, 1)] == [[0, 1], [0, 1]]
+    story = prove(recording.schedule).as_json()["checks"]["complete"]["story"]
+    assert "rank 0 never computes the weight gradient of microbatch 2" in story, story
+    lost = "gives weight of stage 0 no gradient, and nothing adds one later in the step: it has no W (1 times)"
+    assert lost in recording.notes[0]
+
+
+def test_a_store_that_is_never_run_leaves_no_w():
+    recording = record_ranks(2, gpipe([lambda: Layer("none"), lambda: Layer("none", bias=False)], run=0))
+    assert [weights(recording, rank) for rank in (0, 1)] == [[], []]
+
+
+def test_a_weight_that_never_gets_a_gradient_and_that_autograd_does_not_see_is_a_caveat():
+    recording = record_ranks(2, gpipe([lambda: Layer("hidden"), lambda: Layer("zeros", bias=False)], run=0))
+    assert recording.caveats == ("whether 6 backwards get all their weight gradients could not be determined",)
+    assert ["weight of stage 0 no gradient, though the forward reads it" in recording.notes[0]] == [True]
+    assert ["weight of stage 1 nothing but zeros" in recording.notes[1]] == [True]
+
+
+def test_deferred_weight_gradients_and_parameters_without_one_are_no_caveat():
+    recording = record_ranks(2, gpipe([lambda: Layer("zeros"), Experts]))
+    assert [weights(recording, rank) for rank in (0, 1)] == [[0, 1, 2], [0, 1, 2]]
+    assert (recording.caveats, recording.notes) == ((), ())
+    assert prove(recording.schedule).exit_code == 0

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.executor import Boundary, Executor, Observer, StepError, require_size
 from dualpipe.runtime.modules import Criterion, Feed, ModuleComputation, Stages, StepResult
+from dualpipe.runtime.overlap import find_overlaps
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.replicas import Replicas
 from dualpipe.runtime.split_linear import split_linears
@@ -60,6 +61,9 @@ class Pipeline:
         Called after every op with its start and end times (see ``dualpipe.runtime.executor.Observer``).
     split_backward:
         Defer the weight gradients of linear layers to W.  If false every backward is full, and W does nothing.
+    overlap:
+        Run the F&B pairs of the schedule as one unit where a module's class has ``overlapped_forward_backward`` (see
+        ``dualpipe.runtime.overlap``).  If false, and for all other classes, F runs before B.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Pipeline:
         blocking: bool = False,
         observe: Observer | None = None,
         split_backward: bool = True,
+        overlap: bool = True,
     ) -> None:
         self.schedule, self.transport, self.criterion = schedule, transport, criterion
         self.stages: Stages = {Chunk(*chunk): module for chunk, module in stages.items()}
@@ -87,6 +92,7 @@ class Pipeline:
             for chunk, module in self.stages.items()
             if split_backward
         }
+        self._overlaps = find_overlaps(self.stages) if overlap else frozenset()
         self._warned: set[Chunk] = set()
         self._replicas = Replicas(schedule, self.stages, transport)
         self._earlier: dict[nn.Parameter, Tensor] = {}
@@ -120,6 +126,7 @@ class Pipeline:
             blocking=self._blocking,
             observe=self._observe,
             warned=self._warned,
+            overlaps=dict.fromkeys(self._overlaps, computation.overlap),
         )
         with self.transport.phase("evaluation" if forward_only else "step"):
             feed.require(self.schedule, self.transport.rank, self.criterion is not None)

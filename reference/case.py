@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COLLECTIVES, Lane, Schedule
+from dualpipe.schedule import COLLECTIVES, Lane, Schedule, overlapped_pairs
 from reference.data import Steps, training_data
 from reference.model import ModelConfig, build_stage, criterion
 
@@ -30,6 +30,7 @@ class Case:
     ``device``: where production and the oracle compute, ``cpu`` or ``cuda``.  ``staged``: messages go through host
     memory.  ``blocking``: a rank waits for all messages of a slot before it goes on, as after ``batch_isend_irecv``.
     ``timeout``: seconds to wait for a message before reporting a hang.  ``timed``: production records when its ops ran.
+    ``overlap``: the class of production's stages has ``overlapped_forward_backward``, which runs B within F.
 
     Raises ``RuleError`` for a number of steps, a device or a timeout that is not valid.
     """
@@ -43,6 +44,7 @@ class Case:
     blocking: bool = False
     timeout: float = 60.0
     timed: bool = False
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -52,6 +54,12 @@ class Case:
             got = f"rank {together.rank} has the collective {together.op} in slot {together.slot}"
             raise RuleError(
                 "a verification must have computes and messages alone", got, "use schedule.only(COMPUTE | MESSAGES)"
+            )
+        if self.overlap and not any(overlapped_pairs(slot) for program in self.schedule.programs for slot in program):
+            raise RuleError(
+                "an overlap needs a schedule with an F and a B of two chunks in one slot",
+                f"{self.schedule.name or 'the schedule'} has none",
+                "use dualpipe or dualpipev, or leave the overlap off",
             )
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise RuleError("the device must be cpu or cuda", f"got {self.device}", "use one of them")

@@ -13,6 +13,7 @@ from dualpipe.runtime.transport import TensorSpec, Transport
 from dualpipe.schedule import Chunk
 from reference.case import Case, make_deterministic
 from reference.oracle import gradients_of, snapshot, weights_of
+from reference.overlapping import Overlapping
 from reference.stopwatch import Stopwatch, Timed
 from reference.trace import StepTrace
 
@@ -33,7 +34,7 @@ def run_rank(
     transport = make_transport(case)
     schedule, model = case.schedule, case.model
     stages = {
-        Chunk(lane, stage): case.stage(stage)
+        Chunk(lane, stage): Overlapping.of(case.stage(stage)) if case.overlap else case.stage(stage)
         for lane, route in schedule.routes.items()
         for stage, rank in enumerate(route)
         if rank == transport.rank

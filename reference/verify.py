@@ -162,6 +162,7 @@ def _facts(case: Case) -> dict[str, Any]:
         "dtype": str(case.model.dtype).removeprefix("torch."),
         "device": case.device,
         "steps": case.steps,
+        "overlap": case.overlap,
     }
 
 

@@ -45,7 +45,8 @@ def print_case_report(report: Report[Case, Any]) -> None:
     dtype = str(case.model.dtype).removeprefix("torch.")
     heading = (
         f"{schedule.name or 'unnamed schedule'}: {schedule.ranks} ranks, {schedule.stages} stages, "
-        f"{case.microbatches} microbatches, {dtype} on {case.device}, {case.steps} steps; {_losses(report)}"
+        f"{case.microbatches} microbatches, {dtype} on {case.device}, {case.steps} steps"
+        f"{', F&B pairs overlapped' if case.overlap else ''}; {_losses(report)}"
     )
     print_report(report, heading, "plain PyTorch")
 

@@ -75,6 +75,10 @@ def verify(
     blocking: Annotated[
         bool, typer.Option("--blocking", help="Wait at each message slot until all its messages are matched.")
     ] = False,
+    overlap: Annotated[
+        bool,
+        typer.Option("--overlap", help="Run the F&B pairs of the schedule as one unit, by a method of the stages."),
+    ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a message before reporting a hang.")] = 60.0,
     trace: Annotated[
         Path | None,
@@ -136,7 +140,8 @@ def verify(
     named = options.choose(positional, schedule)
     chosen = with_late_w(named, late_w)
     small = {f"the schedule {named}": named not in ("dualpipe", "dualpipev"), "--transport": transport != "direct"}
-    small |= {"--device": device != "cpu", "--blocking": blocking, "--trace": trace is not None}
+    small |= {"--device": device != "cpu", "--blocking": blocking, "--overlap": overlap}
+    small |= {"--trace": trace is not None}
     large: dict[str, Any] = {
         "sequence_parallel": sequence_parallel,
         "overlap_grad_reduce": overlap_grad_reduce,
@@ -188,7 +193,9 @@ def verify(
     from reference.verify import verify as run
 
     config = ModelConfig(dtype=DTYPES[dtype.value])
-    case = Case(value, config, steps, seed, device, transport == "staged", blocking, timeout, trace is not None)
+    case = Case(
+        value, config, steps, seed, device, transport == "staged", blocking, timeout, trace is not None, overlap
+    )
     with watch_case(case, quiet=as_json) as on_progress:
         report = run(case, on_progress)
     if as_json:

@@ -5,8 +5,8 @@ The interface is that of https://github.com/deepseek-ai/DualPipe: ``DualPipe``, 
 use ``dualpipe.pipeline``.  ``late_w`` is an argument of ours, that of ``dualpipe.dualpipe``.
 
 As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock ``nn.Linear`` layers are split into
-B and W without changing the model.  A module's ``overlapped_forward_backward`` is not called: an overlapped pair runs
-its forward, then its backward.
+B and W without changing the model.  An overlapped pair is left to the ``overlapped_forward_backward`` of the modules'
+class (``dualpipe.runtime.overlap``); without one it runs its forward, then its backward.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dualpipe.errors import RuleError, StageError
 from dualpipe.pipeline import Pipeline
 from dualpipe.runtime.live import Tensors
 from dualpipe.runtime.modules import Criterion, Feed, StepResult
+from dualpipe.runtime.overlap import method_of
 from dualpipe.runtime.process_group import ProcessGroupTransport
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError
@@ -89,6 +90,9 @@ class _Stepper(nn.Module, ABC):
         self.batch_dim = batch_dim
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         order = None if rank_mapping is None else [rank_mapping.index(r) for r in range(len(rank_mapping))]
+        self.overlapped_forward_backward = self.overlaped_forward_backward = (
+            type(self.module[0]) is type(self.module[1]) and method_of(self.module[0]) is not None
+        )
         self._transport = ProcessGroupTransport(process_group, order, device)
         self._pipelines: dict[int, Pipeline] = {}
         self._criterion: Criterion | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.live import Live, Output, Tensors, differentiable, leaf_of
-from dualpipe.runtime.program import Post, Program, Step, compile_program
+from dualpipe.runtime.program import PAIR, Overlaps, Pair, Post, Program, Step, compile_program
 from dualpipe.runtime.split_stage import SplitStage
 from dualpipe.runtime.transport import Message, MessageError, TensorSpec, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError, run_backward
@@ -28,22 +28,28 @@ Observer = Callable[[Slot, Op, float, float], None]
 """Called after each op with its slot and when it began and ended, in seconds of ``time.monotonic``.
 
 A message op lasts as long as it takes to post its slot.  The W of a full backward is part of its B and takes no time.
-On a GPU it is the time to launch the work."""
+The F and B of an overlapped pair have the same times.  On a GPU it is the time to launch the work."""
 
 
 class StepError(RuntimeError):
     """A step that could not go on: the rank, slot and op, and what it was waiting for or what was missing."""
 
-    def __init__(self, rank: int, number: int, slot: Slot | None, op: Op | None, reason: str) -> None:
+    def __init__(
+        self, rank: int, number: int, slot: Slot | None, op: Op | None, reason: str, beside: Op | None = None
+    ) -> None:
         self.rank, self.slot, self.op, self.reason = rank, number, op, reason
-        super().__init__(f"{describe_place(rank, number, slot, op)}: {reason}")
+        ops = tuple([each for each in (op, beside) if each is not None])
+        super().__init__(f"{describe_place(rank, number, slot, ops)}: {reason}")
 
 
-def describe_place(rank: int, number: int, slot: Slot | None, op: Op | None) -> str:
-    """Where a rank stopped; no slot means after the last one, or with a negative number outside a step."""
+def describe_place(rank: int, number: int, slot: Slot | None, ops: Slot) -> str:
+    """Where a rank stopped; no slot means after the last one, or with a negative number outside a step.
+
+    ``ops`` are those that it was running: both of an overlapped pair, else the first one of a message slot.
+    """
     elsewhere = "between steps" if number < 0 else "after its last slot"
     where = elsewhere if slot is None else f"in slot {number} ({show_slot(slot)})"
-    return f"rank {rank} stopped {where}" + (f" at {op}" if slot and len(slot) > 1 else "")
+    return f"rank {rank} stopped {where}" + (f" at {' beside '.join(map(str, ops))}" if slot and len(slot) > 1 else "")
 
 
 class ProgramError(RuntimeError):
@@ -68,22 +74,34 @@ class Computation(Protocol):
         """Entered around the work of the B or W ``op``; ``None`` if there is nothing to enter."""
 
 
-_PROGRAMS: MutableMapping[Schedule, dict[tuple[int, bool], Program]] = WeakIdKeyDictionary()
+class Overlap(Protocol):
+    """Runs an F and a B of another chunk at once."""
+
+    def __call__(self, forward: Op, inputs: Tensors, backward: Op, outputs: Tensors, gradients: Tensors) -> Tensors:
+        """Run ``Computation.forward`` of the F on its ``inputs``, and the backward of ``outputs``, which have a graph.
+
+        On the last stage the only output is the loss, and there are no ``gradients``; elsewhere there is one for each.
+        """
 
 
-def program_of(schedule: Schedule, rank: int, forward_only: bool) -> Program:
+_Key = tuple[int, bool, Overlaps]
+_PROGRAMS: MutableMapping[Schedule, dict[_Key, Program]] = WeakIdKeyDictionary()
+
+
+def program_of(schedule: Schedule, rank: int, forward_only: bool, overlaps: Overlaps = frozenset()) -> Program:
     """The compiled program of a rank, compiled once for each schedule value."""
-    programs = _PROGRAMS.setdefault(schedule, {})
-    if (rank, forward_only) not in programs:
-        programs[rank, forward_only] = compile_program(schedule, rank, forward_only)
-    return programs[rank, forward_only]
+    programs, key = _PROGRAMS.setdefault(schedule, {}), (rank, forward_only, overlaps)
+    if key not in programs:
+        programs[key] = compile_program(schedule, *key)
+    return programs[key]
 
 
 class Executor:
     """One run of one rank's program.
 
     ``dualpipe.pipeline.Pipeline`` explains the parameters.  ``splits`` has the chunks whose backward may be split.
-    ``warned`` collects the chunks that a warning has named; pass the same set at every step to be warned once.
+    ``overlaps`` says for chunks (of F, of B) how to run their F&B pairs; all others run F, then B.  ``warned`` collects
+    the chunks that a warning has named; pass the same set at every step to be warned once.
     """
 
     def __init__(
@@ -99,13 +117,17 @@ class Executor:
         blocking: bool = False,
         observe: Observer | None = None,
         warned: set[Chunk] | None = None,
+        overlaps: Mapping[tuple[Chunk, Chunk], Overlap] | None = None,
     ) -> None:
         require_size(schedule, transport)
-        self.program = program_of(schedule, transport.rank, forward_only)
+        self.overlaps = overlaps or {}
+        self.program = program_of(schedule, transport.rank, forward_only, frozenset(self.overlaps))
         self.computation, self.boundary = computation, boundary
         self.transport, self.store, self.splits = transport, store, splits
         self.forward_only, self.blocking, self.observer = forward_only, blocking, observe
         self.warned = set() if warned is None else warned
+        self.waiting: Slot = ()
+        """The op of an overlapped pair that waits for its message."""
         self.values: list[Any] = [None] * len(self.program.registers)  # the registers of dualpipe.runtime.program
         self.boundaries: dict[tuple[int, bool], list[TensorSpec]] = {}
 
@@ -118,9 +140,15 @@ class Executor:
         """
         for split in self.splits.values():
             split.begin()
-        handlers = {SF: self.post, F: self.forward, B: self.backward, W: self.weight}
+        handlers: dict[str, Callable[[Any], None]] = {
+            SF: self.post,
+            F: self.forward,
+            B: self.backward,
+            W: self.weight,
+            PAIR: self.pair,
+        }
         observed = self.observer is not None
-        step: Step | None = None
+        step: Step | Pair | None = None
         try:
             with torch.set_grad_enabled(not self.forward_only):
                 for step in self.program.steps:
@@ -135,20 +163,22 @@ class Executor:
         except BaseException as error:
             self.store.clear()
             rank, number = self.transport.rank, len(self.program.slots) if step is None else step.number
-            slot, op = (None, None) if step is None else (step.slot, step.op)
+            slot = None if step is None else step.slot
+            ops = () if step is None else step.ops[: 2 if isinstance(step, Pair) else 1]
+            op, *beside = self.waiting or ops or (None,)
             if isinstance(error, (MessageError, ProgramError, WeightGradError)):
-                raise StepError(rank, number, slot, op, str(error)) from error
+                raise StepError(rank, number, slot, op, str(error), *beside) from error
             if isinstance(error, Exception):  # a stage's own
-                error.add_note(describe_place(rank, number, slot, op))
+                error.add_note(describe_place(rank, number, slot, self.waiting or ops))
             raise
 
-    def observe(self, step: Step, handler: Callable[[Step], None]) -> None:
+    def observe(self, step: Step | Pair, handler: Callable[[Any], None]) -> None:
         """Run a step and notify the observer of its ops."""
         began = time.monotonic()
         handler(step)
         ended = time.monotonic()
         if self.observer is not None:
-            for op in step.slot if step.posts else (step.op,):
+            for op in step.ops:
                 self.observer(step.slot, op, began, ended)
 
     def post(self, step: Step) -> None:
@@ -192,29 +222,34 @@ class Executor:
         return tuple(self.transport.wait(value))
 
     def forward(self, step: Step) -> None:
-        op, last = step.op, step.last
-        inputs = () if step.source < 0 else tuple([leaf_of(tensor) for tensor in self.taken(step)])
+        op = step.op
+        inputs = self.inputs(step)
         split = None if self.forward_only else self.splits.get(step.chunk)
         if split is None:
             outputs = self.computation.forward(op, inputs)
         else:
             with split.forward(step.weight, not step.full):
                 outputs = self.computation.forward(op, inputs)
+        self.end_forward(step, split, inputs, outputs)
+
+    def inputs(self, step: Step) -> Tensors:
+        return () if step.source < 0 else tuple([leaf_of(tensor) for tensor in self.taken(step)])
+
+    def end_forward(self, step: Step, split: SplitStage | None, inputs: Tensors, outputs: Tensors) -> None:
+        """Keep what an F returned for its B and for the next stage."""
         if not self.forward_only:
-            live = Live.of_loss(op, inputs, outputs) if last else Live.of(inputs, outputs)
-            self.values[step.live] = live
+            live = Live.of_loss(step.op, inputs, outputs) if step.last else Live.of(inputs, outputs)
+            self.values[step.live] = live._replace(outputs=outputs) if step.paired else live
             if split is not None and not split.learned:
                 split.learn(edge.node for edge in live.roots if edge is not None)
-        if not last:
+        if not step.last:
             self.values[step.target] = Output.of([output.detach() for output in outputs])
 
     def backward(self, step: Step) -> None:
         live: Live = self.values[step.live]
         self.values[step.live] = None
         roots, seeds = live.roots_of(live.seeds or self.taken(step))
-        split = self.splits.get(step.chunk)
-        key, deferring = step.weight, not step.full
-        with self.store.deferring_to(key if deferring else None) if split is None else split.backward(key, deferring):
+        with self.deferring(step):
             if roots:  # a frozen stage whose input needs no gradient has nothing to do
                 around = self.computation.around(step.op)
                 if around is None:
@@ -222,8 +257,41 @@ class Executor:
                 else:
                     with around:
                         run_backward(roots, seeds)
+        self.end_backward(step, live)
+
+    def deferring(self, step: Step) -> AbstractContextManager[None]:
+        """Around a B, whose weight gradients are deferred unless it is full."""
+        split, key, deferring = self.splits.get(step.chunk), step.weight, not step.full
+        return self.store.deferring_to(key if deferring else None) if split is None else split.backward(key, deferring)
+
+    def end_backward(self, step: Step, live: Live) -> None:
         if step.target >= 0:
             self.values[step.target] = Output.of(live.gradients(step.op, self.warned))
+
+    def pair(self, pair: Pair) -> None:
+        """Run an F and a B at once: wait for what both need, then run both as ``overlaps`` says."""
+        f, b = pair.forward, pair.backward
+        self.waiting = (f.op,)
+        inputs = self.inputs(f)
+        self.waiting = (b.op,)
+        live: Live = self.values[b.live]
+        self.values[b.live] = None
+        gradients = () if live.seeds else live.roots_of(self.taken(b))[1]
+        self.waiting = ()
+        split = self.splits.get(f.chunk)
+        with ExitStack() as stack:
+            if split is not None:
+                stack.enter_context(split.forward(f.weight, not f.full))
+            stack.enter_context(self.deferring(b))
+            around = self.computation.around(b.op)
+            if around is not None:
+                stack.enter_context(around)
+            if live.differentiated:
+                outputs = self.overlaps[f.chunk, b.chunk](f.op, inputs, b.op, live.differentiated, gradients)
+            else:  # a frozen stage whose input needs no gradient: its B has nothing to do
+                outputs = self.computation.forward(f.op, inputs)
+        self.end_backward(b, live)
+        self.end_forward(f, split, inputs, outputs)
 
     def weight(self, step: Step) -> None:
         around = self.computation.around(step.op)

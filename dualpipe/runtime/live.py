@@ -19,11 +19,15 @@ Tensors = tuple[Tensor, ...]
 
 
 class Live(NamedTuple):
-    """``inputs`` are leaves; the backward starts at ``roots``, with ``seeds`` if the stage has computed the loss."""
+    """``inputs`` are leaves; the backward starts at ``roots``, with ``seeds`` if the stage has computed the loss.
+
+    ``outputs`` are what the roots are of, kept only for a B in an overlapped pair.
+    """
 
     inputs: Tensors
     roots: tuple[GradientEdge | None, ...]
     seeds: Tensors = ()
+    outputs: Tensors = ()
 
     @classmethod
     def of(cls, inputs: Tensors, outputs: Tensors) -> Live:
@@ -47,6 +51,11 @@ class Live(NamedTuple):
         """Where the backward starts, and with which of the ``seeds``: an output without a gradient is left out."""
         pairs = [(root, seed) for root, seed in zip(self.roots, seeds, strict=True) if root is not None]
         return tuple([root for root, _ in pairs]), tuple([seed for _, seed in pairs])
+
+    @property
+    def differentiated(self) -> Tensors:
+        """Those of the outputs where the backward starts."""
+        return tuple([output for output in self.outputs if differentiable(output.dtype) and output.requires_grad])
 
     def gradients(self, op: Op, warned: set[Chunk]) -> Tensors:
         """The gradients of a stage's inputs, with zeros for an input that the stage did not use: the peer expects one.

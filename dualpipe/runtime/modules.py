@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dualpipe.errors import StageError
 from dualpipe.runtime.live import Tensors
+from dualpipe.runtime.overlap import Forwards, run_overlapped
 from dualpipe.schedule import Chunk, Lane, Op, Schedule
 
 Stages = Mapping[Chunk, nn.Module]
@@ -66,25 +67,47 @@ class ModuleComputation:
     result: StepResult = field(default_factory=StepResult)
 
     def forward(self, op: Op, inputs: Tensors) -> Tensors:
-        if self.schedule.is_first(op):
-            inputs = _data(self.feed.inputs, op)
-        outputs = _tensors(self.stages[op.chunk](*inputs), op)
-        return self.loss(op, outputs) if self.schedule.is_last(op) else outputs
+        outputs = _tensors(self.stages[op.chunk](*self.inputs(op, inputs)), op)
+        return self.end(op, outputs, self.loss(op, outputs)) if self.schedule.is_last(op) else outputs
 
     def around(self, op: Op) -> None:
         return None
 
-    def loss(self, op: Op, outputs: Tensors) -> Tensors:
+    def overlap(self, forward: Op, inputs: Tensors, backward: Op, outputs: Tensors, gradients: Tensors) -> Tensors:
+        last = self.schedule.is_last(forward)
+        if last:
+            self.require_criterion(forward)
+        forwards = Forwards(
+            self.stages[forward.chunk],
+            self.inputs(forward, inputs),
+            self.criterion if last else None,
+            _data(self.feed.labels, forward) if last else (),
+        )
+        module, loss1 = self.stages[backward.chunk], self.schedule.is_last(backward)
+        returned, loss = run_overlapped(forward, forwards, backward, module, outputs, gradients, loss1)
+        found = _tensors(returned, forward)
+        return self.end(forward, found, loss) if last else found
+
+    def inputs(self, op: Op, inputs: Tensors) -> Tensors:
+        return _data(self.feed.inputs, op) if self.schedule.is_first(op) else inputs
+
+    def require_criterion(self, op: Op) -> None:
+        if self.criterion is None and torch.is_grad_enabled():
+            raise StageError(
+                "training needs a criterion where a lane ends", f"{op} has none", "give one to the pipeline"
+            )
+
+    def loss(self, op: Op, outputs: Tensors) -> object:
+        """What the criterion returns; ``None`` in an evaluation without one."""
+        self.require_criterion(op)
+        return None if self.criterion is None else self.criterion(*outputs, *_data(self.feed.labels, op))
+
+    def end(self, op: Op, outputs: Tensors, loss: object) -> Tensors:
         """End a forward of the last stage: the loss, or nothing in an evaluation without a criterion."""
         if self.keep_outputs:
             self.result.outputs.setdefault(op.lane, {})[op.mb] = tuple(output.detach() for output in outputs)
         if self.criterion is None:
-            if torch.is_grad_enabled():
-                raise StageError(
-                    "training needs a criterion where a lane ends", f"{op} has none", "give one to the pipeline"
-                )
             return ()
-        loss = self.criterion(*outputs, *_data(self.feed.labels, op))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"at {op} it returned {describe(loss)}"
             raise StageError("the criterion must return a scalar tensor", got, "reduce it")

@@ -18,9 +18,10 @@ because what it needs is not there has a ``fault``: the reason, with which a ste
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from dualpipe.schedule import (
     MESSAGES,
@@ -37,10 +38,16 @@ from dualpipe.schedule import (
     Task,
     W,
     full_backwards,
+    overlapped_pairs,
 )
 
 NONE = -1
 """No register."""
+PAIR: Final = "F&B"
+"""The kind of a ``Pair``."""
+
+Overlaps = frozenset[tuple[Chunk, Chunk]]
+"""The chunks (of F, of B) whose F&B pairs run as one unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,41 @@ class Step:
     last: bool = False
     full: bool = False
     """Whether B and W share a slot, after which W has nothing to do."""
+    paired: bool = False
+    """Of an F: whether its B is in a ``Pair``, which needs the outputs of the stage."""
+
+    @property
+    def ops(self) -> Slot:
+        return tuple([post.op for post in self.posts]) or (self.op,)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An F and a B of another chunk that run as one unit.
+
+    Both wait for what they need before either begins.  That cannot delay another rank: what they compute is sent in
+    later slots, with or without the overlap.
+    """
+
+    forward: Step
+    backward: Step
+    kind: Final = PAIR
+
+    @property
+    def number(self) -> int:
+        return self.forward.number
+
+    @property
+    def slot(self) -> Slot:
+        return self.forward.slot
+
+    @property
+    def ops(self) -> Slot:
+        return (self.forward.op, self.backward.op)
+
+    @property
+    def fault(self) -> str:
+        return self.forward.fault or self.backward.fault
 
 
 @dataclass(frozen=True)
@@ -97,7 +139,7 @@ class Program:
     """The steps of one rank; ``left`` says what none of them uses."""
 
     rank: int
-    steps: tuple[Step, ...]
+    steps: tuple[Step | Pair, ...]
     registers: tuple[Op, ...]
     """For each register the op after which it is named."""
     left: tuple[str, ...]
@@ -107,23 +149,26 @@ class Program:
         """The slots that the steps run, in order."""
         found: dict[int, list[Op]] = defaultdict(list)
         for step in self.steps:
-            found[step.number] += [post.op for post in step.posts] or [step.op]
+            found[step.number] += step.ops
         return tuple(tuple(ops) for _, ops in sorted(found.items()))
 
 
-def compile_program(schedule: Schedule, rank: int, forward_only: bool = False) -> Program:
+def compile_program(
+    schedule: Schedule, rank: int, forward_only: bool = False, overlaps: Overlaps = frozenset()
+) -> Program:
     """The program of ``rank``; with ``forward_only`` its forwards and their messages alone."""
     if forward_only:
         schedule = schedule.only(frozenset({F, SF, RF}))
-    return _Compiler(schedule, rank, forward_only).compile()
+    return _Compiler(schedule, rank, forward_only, overlaps).compile()
 
 
 class _Compiler:
     """Goes through a rank's program once and remembers which register holds what."""
 
-    def __init__(self, schedule: Schedule, rank: int, forward_only: bool) -> None:
-        self.schedule, self.rank, self.forward_only = schedule, rank, forward_only
+    def __init__(self, schedule: Schedule, rank: int, forward_only: bool, overlaps: Overlaps) -> None:
+        self.schedule, self.rank, self.forward_only, self.overlaps = schedule, rank, forward_only, overlaps
         self.program = schedule.programs[rank]
+        self.paired = {b.task for slot in self.program for _, b in self.pairs(slot)}
         self.registers: dict[Op, int] = {}
         self.full = {task for slot in self.program for task in full_backwards(slot)}
         self.outputs: set[Op] = set()  # the F and B whose result was not used yet
@@ -137,7 +182,7 @@ class _Compiler:
         steps = [
             step
             for number, slot in enumerate(self.program)
-            for step in ([self.messages(number, slot)] if slot[0].kind in MESSAGES else self.computes(number, slot))
+            for step in ([self.messages(number, slot)] if slot[0].kind in MESSAGES else self.units(number, slot))
         ]
         left = [f"the output of {op} was not used" for op in self.registers if op in self.outputs and op.kind is F]
         left += [f"the gradient of {op} was not used" for op in self.registers if op in self.outputs and op.kind is B]
@@ -173,6 +218,18 @@ class _Compiler:
         fault = faults[0] if faults else ""
         return Step(number, slot, op, SF, op.task, op.chunk, Op(W, *op.task), fault, tuple(posts))
 
+    def pairs(self, slot: Slot) -> list[tuple[Op, Op]]:
+        return [(f, b) for f, b in overlapped_pairs(slot) if (f.chunk, b.chunk) in self.overlaps]
+
+    def units(self, number: int, slot: Slot) -> Iterator[Step | Pair]:
+        """The computes of a slot, with each overlapped pair as one."""
+        pairs = self.pairs(slot)
+        steps = deque(self.computes(number, slot))
+        while steps:
+            step = steps.popleft()
+            paired = steps and (step.op, steps[0].op) in pairs
+            yield Pair(step, steps.popleft()) if paired else step
+
     def computes(self, number: int, slot: Slot) -> list[Step]:
         compilers = {F: self.forward, B: self.backward, W: self.weight}
         return [compilers[op.kind](number, slot, op, op.task) for op in slot]
@@ -202,6 +259,7 @@ class _Compiler:
             live=self.register(weight),
             last=last,
             full=task in self.full,
+            paired=task in self.paired,
         )
 
     def backward(self, number: int, slot: Slot, op: Op, task: Task) -> Step:

@@ -30,6 +30,7 @@ from dualpipe.schedule.op import (
     Task,
     W,
     full_backwards,
+    overlapped_pairs,
     show_slot,
 )
 from dualpipe.schedule.routes import Routes, check_routes
@@ -68,6 +69,7 @@ __all__ = [
     "check_routes",
     "check_slot",
     "full_backwards",
+    "overlapped_pairs",
     "printable",
     "show_slot",
 ]

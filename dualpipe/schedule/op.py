@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from itertools import pairwise
 from typing import NamedTuple
 
 from dualpipe.errors import RuleError
@@ -149,6 +150,14 @@ def full_backwards(slot: Iterable[Op]) -> frozenset[Task]:
         elif op.kind is W and op.task in begun:
             full.add(op.task)
     return frozenset(full)
+
+
+def overlapped_pairs(slot: Iterable[Op]) -> tuple[tuple[Op, Op], ...]:
+    """The F&B pairs of a slot: an F and, right after it, a B of another chunk.
+
+    Neither needs the other, and the slot posts nothing between them, so they may run at once.
+    """
+    return tuple((f, b) for f, b in pairwise(slot) if f.kind is F and b.kind is B and f.chunk != b.chunk)
 
 
 class Placed(NamedTuple):

@@ -1,7 +1,11 @@
 """Small cases and faulty parts that the tests of production share."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import torch
+
+from dualpipe.runtime.transport import Message
 from dualpipe.schedule import Op, Schedule, Slot
 from dualpipe.schedule.generate import generate
 from reference.case import Case
@@ -10,6 +14,41 @@ from reference.report import Comparison, Report
 from reference.verify import PROCESSES
 
 TINY = ModelConfig(hidden=16, heads=2, sequence=8, batch=1)
+
+
+class Alone:
+    """The transport of ``rank`` alone, where every receive gives ones.
+
+    ``calls`` are the calls made to it, ``messages`` all that were posted.
+    """
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.calls: list[tuple[str, str]] = []
+        self.messages: list[Message] = []
+
+    def post(self, messages):
+        for message in messages:
+            self.calls.append(("post", message.label))
+            if not message.sends:
+                message.tensors = [torch.ones(spec.shape, dtype=spec.dtype) for spec in message.specs]
+        self.messages += messages
+
+    def wait(self, message):
+        self.calls.append(("wait", message.label))
+        return () if message.sends else message.tensors
+
+    def drain(self):
+        self.calls.append(("drain", ""))
+
+    def agree(self, record):
+        self.calls.append(("agree", ""))
+
+    def phase(self, kind):
+        return nullcontext()
+
+    def close(self):
+        pass
 
 
 def tiny(name: str = "dualpipe", ranks: int = 2, microbatches: int = 4, **options) -> Case:

@@ -113,17 +113,43 @@ def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping, late_w):
     assert run(body) == [True, True]
 
 
-def test_dualpipev_trains_as_their_example_does():
+class Overlapping(nn.Sequential):
+    """A stage as their example has it."""
+
+    pairs = 0
+
+    @classmethod
+    def overlapped_forward_backward(
+        cls, module0, inputs0, criterion0, labels0, module1, loss1, outputs1, output_grads1
+    ):
+        from dualpipe.utils import run_backward
+
+        outputs0 = module0(*inputs0)
+        outputs0 = [outputs0] if isinstance(outputs0, torch.Tensor) else outputs0
+        loss0 = None if criterion0 is None else criterion0(*outputs0, *labels0)
+        if loss1 is not None:
+            loss1.backward()
+            loss1.detach_()
+        else:
+            run_backward(outputs1, output_grads1)
+        cls.pairs += 1
+        return outputs0, loss0
+
+
+def test_dualpipev_trains_as_their_example_does_and_overlaps_pairs():
     import dualpipe
 
     def body(context):
         dualpipe.set_p2p_tensor_shapes([(2, 3, HIDDEN)])
         dualpipe.set_p2p_tensor_dtype(torch.float32)
-        modules = nn.ModuleList([stage(context.rank), stage(3 - context.rank)])
+        modules = nn.ModuleList([Overlapping(*stage(number)) for number in (context.rank, 3 - context.rank)])
         model = dualpipe.DualPipeV(modules)
+        assert model.overlapped_forward_backward
         x, labels = data() if context.rank == 0 else (None, None)
         found, _ = model.step(x, num_chunks=CHUNKS, criterion=loss, labels=(labels,))
         wanted, _, reference = truth(4, *data(), CHUNKS)
+        program = dualpipe.dualpipev(2, CHUNKS).programs[context.rank]
+        assert Overlapping.pairs == sum({"F", "B"} <= {op.kind for op in slot} for slot in program) > 0
         assert (found is None) == (context.rank == 1)
         assert found is None or torch.equal(found, wanted)
         for module, number in zip(modules, (context.rank, 3 - context.rank), strict=True):

@@ -6,7 +6,6 @@ The transport is the test's own: every receive gives ones, and every call is not
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,44 +13,12 @@ from torch import nn
 
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
-from dualpipe.runtime.transport import Message, TensorSpec
+from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import MESSAGES, RB, UP, B, Op, Schedule, Slot, W
 from dualpipe.schedule.generate import generate
-from tests.production.cases import rewrite
+from tests.production.cases import Alone, rewrite
 
 SPEC = TensorSpec((2, 4), torch.float32)
-
-
-class Alone:
-    """The transport of ``rank``.  ``calls`` are the calls made to it, ``messages`` all that were posted."""
-
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
-        self.calls: list[tuple[str, str]] = []
-        self.messages: list[Message] = []
-
-    def post(self, messages):
-        for message in messages:
-            self.calls.append(("post", message.label))
-            if not message.sends:
-                message.tensors = [torch.ones(spec.shape, dtype=spec.dtype) for spec in message.specs]
-        self.messages += messages
-
-    def wait(self, message):
-        self.calls.append(("wait", message.label))
-        return () if message.sends else message.tensors
-
-    def drain(self):
-        self.calls.append(("drain", ""))
-
-    def agree(self, record):
-        self.calls.append(("agree", ""))
-
-    def phase(self, kind):
-        return nullcontext()
-
-    def close(self):
-        pass
 
 
 def step(schedule: Schedule, rank: int, stage: nn.Module, boundary=(SPEC,), **options) -> Alone:

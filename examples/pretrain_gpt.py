@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 GPU = torch.cuda.is_available()
 if not GPU:
+    from dualpipe.megatron.on_cpu import install_cpu_standins
     from reference.megatron.importing import expected_warnings
-    from reference.megatron.standins import install_cpu_standins
 
 
 from gpt_arguments import parse_arguments

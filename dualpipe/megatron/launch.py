@@ -72,10 +72,17 @@ def _import_loop(path: Path) -> None:
             raise RuleError(
                 "the script must be one of Megatron-LM's, whose folder has the package megatron.training",
                 f"importing {name} for {path} fails: {error}",
-                f"install {error.name}"
-                if error.name and not error.name.startswith("megatron")
-                else "use a script in a clone of Megatron-LM, or add the clone to PYTHONPATH",
+                _fix(error.name),
             ) from error
+
+
+def _fix(missing: str | None) -> str:
+    """What to do if something in this module cannot be imported."""
+    if missing is None or missing.startswith("megatron"):
+        return "use a script in a clone of Megatron-LM, or add the clone to PYTHONPATH"
+    if missing in sys.stdlib_module_names:
+        return f"use the version of Python that this Megatron-LM needs: this is {sys.version.partition(' ')[0]}"
+    return f"install {missing}"
 
 
 def with_dualpipe_args(parse_args: Callable[..., Any], *, on_cpu: bool = False) -> Callable[..., Any]:

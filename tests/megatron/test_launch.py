@@ -119,3 +119,20 @@ def test_a_script_without_megatrons_loop_beside_it_is_refused(tmp_path, capsys, 
     script.write_text("")
     assert launch.main([str(script)]) == 2
     assert "add the clone to PYTHONPATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "fix"),
+    [("regex", "install regex"), ("typing", "use the version of Python that this Megatron-LM needs: this is 3.")],
+)
+def test_a_loop_that_cannot_be_imported_says_what_to_install(missing, fix, tmp_path, capsys, monkeypatch):
+    def import_module(name):
+        raise ImportError(f"cannot import from {missing}", name=missing)
+
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(launch.importlib, "import_module", import_module)
+    script = tmp_path / "pretrain_gpt.py"
+    script.write_text("")
+    assert launch.main([str(script)]) == 2
+    assert fix in capsys.readouterr().err

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 
 FOLDER = os.environ.get("MEGATRON_LM")
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # a checkpoint is read in one process
     pytest.mark.long,
     pytest.mark.skipif(
         not FOLDER, reason="MEGATRON_LM names no clone of Megatron-LM; would train its pretrain_gpt.py with DualPipe"

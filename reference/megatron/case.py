@@ -50,8 +50,9 @@ class Case:
     ``layout`` distributes the layers over the stages as Megatron's ``pipeline_model_parallel_layout`` does, by default
     evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to which
     gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the distributed
-    optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``timeout``: seconds to wait for a message before reporting
-    a hang.
+    optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``overlap_moe``: the drop-in runs F&B pairs
+    through Megatron's plan, and every implementation sends tokens by all-to-all.  ``timeout``: seconds to wait for a
+    message before reporting a hang.
     """
 
     model: Model = Model.GPT
@@ -75,6 +76,7 @@ class Case:
     without: tuple[Part, ...] = ()
     schedule: str = "dualpipe"
     late_w: str = "none"
+    overlap_moe: bool = False
     steps: int = 3
     seed: int = 1234
     timeout: float = 60.0

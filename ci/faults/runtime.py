@@ -98,7 +98,7 @@ FAULTS = (
         "    if len(started) > len(nodes):\n",
         check="tests",
         rule="test",
-        says="test_a_method_that_breaks_the_contract_ends_the_step",
+        says="test_a_method_that_breaks_the_contract_ends_the_step_with_the_reason_and_the_pair",
     ),
     fault(
         24,

@@ -9,8 +9,8 @@ replicas of 1F1B.  So do these two, as a rank of DualPipeV holds two of the stag
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --use-dualpipev --pipeline-model-parallel-size 2
     torchrun --nproc-per-node 4 examples/pretrain_gpt.py                 --pipeline-model-parallel-size 4
 
-With GPUs, one for each rank, they communicate over
-NCCL.  Without GPUs they communicate over gloo, and the stand-ins of the test harness let Megatron run on the CPU.
+With GPUs, one for each rank, they communicate over NCCL.  Without GPUs they communicate over gloo, and the stand-ins of
+``dualpipe.megatron.on_cpu`` let Megatron run on the CPU.
 
 Comments with DualPipe's name mark the six changes of a training script; the first is in ``gpt_arguments.py``.
 """
@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 GPU = torch.cuda.is_available()
 if not GPU:
+    from dualpipe.megatron.on_cpu import install_cpu_standins
     from reference.megatron.importing import expected_warnings
-    from reference.megatron.standins import install_cpu_standins
 
 
 from gpt_arguments import parse_arguments

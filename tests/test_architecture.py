@@ -133,11 +133,22 @@ def test_fake_ranks_share_only_the_schedule_value_with_production():
 
 
 def test_in_the_verification_on_megatron_only_production_imports_the_drop_in():
-    allowed = ("dualpipe.errors", "dualpipe.progress", "dualpipe.testing.launch")  # which know no schedule and no model
+    allowed = (  # which know no schedule and no model
+        "dualpipe.errors",
+        "dualpipe.progress",
+        "dualpipe.testing.launch",
+        "dualpipe.megatron.on_cpu",
+    )
     for path in files("reference/megatron"):
         if path.name != "production.py":
             found = {module for module in imports(path) if module.startswith(("dualpipe", "proofs"))}
             assert {module for module in found if not module.startswith(allowed)} == set(), path
+
+
+def test_the_stand_ins_for_the_gpu_know_nothing_else_of_the_drop_in():
+    for path in files("dualpipe/megatron/on_cpu"):
+        found = {module for module in imports(path) if module.startswith("dualpipe")}
+        assert all(module.startswith("dualpipe.megatron.on_cpu") for module in found), path
 
 
 def test_the_launcher_of_ranks_knows_no_schedule():

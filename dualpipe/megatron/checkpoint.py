@@ -6,7 +6,8 @@ random generators.  So a checkpoint has one of each for every stage, under Megat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from dualpipe.errors import RuleError
 from dualpipe.megatron.model import setup_of, setups_of
 from dualpipe.megatron.optimizer_state import SHARDING, whole_parameters
-from dualpipe.megatron.random_streams import States, capture, exchange, restore
+from dualpipe.megatron.random_streams import States, capture, exchange, kept_in_tracker, restore, taken_from_tracker
 from dualpipe.megatron.replicas import gather_weights, raise_together
 from dualpipe.megatron.torch_adam import allocate_state, loading
 
@@ -137,11 +138,25 @@ def resume_random_stream(model: Sequence[nn.Module]) -> None:
 
     ``load_checkpoint`` does this; a training loop that restores random states itself calls it afterwards, on every
     rank.  Between steps both replicas of a stage have drawn the same numbers, so one state serves both.  Under
-    DualPipeV, where a stage has no replica, the stream of the second stage goes on as it is.
+    DualPipeV, where a stage has no replica, the stream of the second stage is restored if the checkpoint was saved
+    inside ``random_stream_saved``, and goes on as it is otherwise.
     """
     shared = setup_of(model[0]).shared
     if shared.groups.pair is not None:
         shared.stream.states = exchange(capture(), shared.groups.pair)
+    else:
+        shared.stream.states = taken_from_tracker() or shared.stream.states
+
+
+@contextmanager
+def random_stream_saved(model: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the block, Megatron's tracker of random states also has those of a second stage under DualPipeV.
+
+    A training loop saves that tracker, and ``resume_random_stream`` finds them in it after loading.
+    """
+    shared = setup_of(model[0]).shared
+    with kept_in_tracker(shared.stream.states) if shared.groups.pair is None else nullcontext():
+        yield
 
 
 def _random(model: Sequence[nn.Module]) -> dict[str, ShardedObject]:

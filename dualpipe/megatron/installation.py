@@ -10,6 +10,7 @@ function                                     in
 ``get_forward_backward_func``                ``megatron.core.pipeline_parallel.schedules``
 ``get_megatron_optimizer``                   ``megatron.core.optimizer``
 ``get_model``                                ``megatron.training.training``, if it is imported
+``get_model``                                ``flagscale.train.train``, if it is imported
 ``unimodal_build_distributed_models``        ``megatron.training.models.dist_utils``, if it is imported
 ``_build_sharded_state_dict_metadata``       ``megatron.training.checkpointing``, if it is imported
 ``load_checkpoint``, ``save_checkpoint``     ``megatron.training.checkpointing``, if it is imported
@@ -142,6 +143,7 @@ _REPLACED: tuple[tuple[str, str, StandIn], ...] = (
     ("megatron.core.pipeline_parallel.schedules", "get_forward_backward_func", _selector),
     ("megatron.core.optimizer", "get_megatron_optimizer", training_loop.get_megatron_optimizer),
     ("megatron.training.training", "get_model", training_loop.get_model),
+    ("flagscale.train.train", "get_model", training_loop.get_flagscale_model),
     (
         "megatron.training.models.dist_utils",
         "unimodal_build_distributed_models",

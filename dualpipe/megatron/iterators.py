@@ -15,11 +15,13 @@ each reads its own copy of the stream: the tokens of a microbatch of lane ``>`` 
 rank are from the same item.  No rank reads an item twice.
 
 Under DualPipeV there is one lane, and both chunks of a rank get every item: on the first rank the first stage takes its
-tokens, and later the last stage its labels.
+tokens, and later the last stage its labels.  Each chunk gets a dict or list of its own, with the same tensors: loops
+take out what a stage does not need (Megatron-LM's main sets the first stage's ``loss_mask`` to ``None``).
 """
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -59,7 +61,7 @@ class _Dealer:
         self.read += 1
         for reader, items in self.waiting.items():
             if _lane(reader) is owner:
-                items.append(item)
+                items.append(copy.copy(item) if isinstance(item, dict | list) else item)
 
     def take(self, reader: Reader) -> Any:
         while not self.waiting[reader]:

@@ -20,6 +20,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_par
 States = dict[str, Any]
 _SEED_STEP = 100
 """Megatron's ``_set_random_seed`` adds this times the pipeline rank."""
+_SECOND = "dualpipe-second-stage:"
+"""Precedes the names of a second stage's states in the tracker while a training loop saves it."""
+_CPU, _CUDA = "dualpipe-cpu", "dualpipe-cuda"
 _RERUNNING = (
     rerun_state_machine.RerunState.RERUNNING_IN_PLACE,
     rerun_state_machine.RerunState.RERUNNING_FROM_CHECKPOINT,
@@ -87,6 +90,34 @@ def restore(states: States) -> None:
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
     get_cuda_rng_tracker().set_states({name: state.clone() for name, state in states["tracker"].items()})
+
+
+@contextmanager
+def kept_in_tracker(states: States) -> Iterator[None]:
+    """Inside the block, the process's tracker of named states also has these, so that a training loop saves them."""
+    tracker = get_cuda_rng_tracker()
+    own = tracker.get_states()
+    tracker.set_states(own | {_SECOND + name: state for name, state in _flat(states).items()})
+    try:
+        yield
+    finally:
+        tracker.set_states(own)
+
+
+def taken_from_tracker() -> States | None:
+    """Remove from the process's tracker what ``kept_in_tracker`` added before a save; ``None`` if it added nothing."""
+    tracker = get_cuda_rng_tracker()
+    loaded = tracker.get_states()
+    found = {name.removeprefix(_SECOND): state for name, state in loaded.items() if name.startswith(_SECOND)}
+    if not found:
+        return None
+    tracker.set_states({name: state for name, state in loaded.items() if not name.startswith(_SECOND)})
+    return {"cpu": found.pop(_CPU), "cuda": found.pop(_CUDA, None), "tracker": found}
+
+
+def _flat(states: States) -> dict[str, Any]:
+    cuda = {} if states["cuda"] is None else {_CUDA: states["cuda"]}
+    return {**states["tracker"], _CPU: states["cpu"], **cuda}
 
 
 def exchange(states: States, pair: dist.ProcessGroup) -> States:

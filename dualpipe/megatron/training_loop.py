@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_args
 from dualpipe.megatron.placement import Schedules, schedule_of, stages_of
 
@@ -57,14 +58,37 @@ def get_model(args: Any, original: Function, call: inspect.BoundArguments) -> An
     """``megatron.training.training.get_model``: two chunks, in order of stage."""
     call.apply_defaults()
     given = call.arguments
+    provider = functools.partial(given["model_provider_func"], config=given["config"])
+    return _build_of_loop(args, provider, given)
+
+
+@stand_in
+def get_flagscale_model(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
+    """``flagscale.train.train.get_model``, which takes no config, under ``--use-dualpipe``.
+
+    FlagScale's own ``--use-dualpipev`` has changed its layers and its iterators, so that no other DualPipeV can run.
+    """
+    if schedule_of(args) is not Schedules.DUALPIPE:
+        raise RuleError(
+            "in FlagScale, --use-dualpipev selects FlagScale's own schedule, layers and iterators, which "
+            "dualpipe.megatron cannot run",
+            f"got {schedule_of(args)} in flagscale.train.train",
+            "use --use-dualpipe, or run FlagScale without dualpipe.megatron",
+        )
+    if getattr(args, "peft_type", None) is not None:
+        raise RuleError(
+            "FlagScale's PEFT changes the model inside its own get_model, which dualpipe.megatron replaces",
+            f"got peft_type {args.peft_type}",
+            "train all weights, or run FlagScale without --use-dualpipe",
+        )
+    call.apply_defaults()
+    return _build_of_loop(args, call.arguments["model_provider_func"], call.arguments)
+
+
+def _build_of_loop(args: Any, provider: Function, given: Mapping[str, Any]) -> Any:
     args.model_type = given["model_type"]
-    return _build(
-        args,
-        functools.partial(given["model_provider_func"], config=given["config"]),
-        _ddp_config(args),
-        given,
-        data_parallel_random_init=bool(getattr(args, "data_parallel_random_init", False)),
-    )
+    random_init = bool(getattr(args, "data_parallel_random_init", False))
+    return _build(args, provider, _ddp_config(args), given, data_parallel_random_init=random_init)
 
 
 @stand_in
@@ -96,10 +120,7 @@ def get_megatron_optimizer(args: Any, original: Function, call: inspect.BoundArg
 
 @stand_in
 def load_checkpoint(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
-    """``megatron.training.checkpointing.load_checkpoint``: also restores the random numbers of lane <.
-
-    Those of a second stage under DualPipeV are not in such a checkpoint, and go on from where they are.
-    """
+    """``megatron.training.checkpointing.load_checkpoint``: also restores the random numbers of the second stage."""
     from dualpipe.megatron.checkpoint import resume_random_stream
 
     loaded = original(*call.args, **call.kwargs)
@@ -109,11 +130,15 @@ def load_checkpoint(args: Any, original: Function, call: inspect.BoundArguments)
 
 @stand_in
 def save_checkpoint(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
-    """``megatron.training.checkpointing.save_checkpoint``: saves only if both replicas of each stage are equal."""
-    from dualpipe.megatron.checkpoint import require_equal_replicas
+    """``megatron.training.checkpointing.save_checkpoint``: saves only if both replicas of each stage are equal.
+
+    The random numbers of a second stage under DualPipeV are saved beside those of the first.
+    """
+    from dualpipe.megatron.checkpoint import random_stream_saved, require_equal_replicas
 
     require_equal_replicas(call.arguments["model"])
-    return original(*call.args, **call.kwargs)
+    with random_stream_saved(call.arguments["model"]):
+        return original(*call.args, **call.kwargs)
 
 
 @stand_in
@@ -141,6 +166,7 @@ def _build(
 
     validate_dualpipe_args(args)
 
+    @functools.wraps(provider)  # its parameters are checked
     def typed_provider(**options: Any) -> Any:
         with _describing_stages(args, given.get("config", given.get("transformer_config"))):
             module = provider(**options)

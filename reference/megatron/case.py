@@ -137,6 +137,12 @@ class Case:
                 "use 1, or --model moe with a multiple of it as dp",
             ),
             (
+                "F&B pairs overlap with experts on several ranks, without recompute and layers for further tokens",
+                not self.overlap_moe or (self.ep > 1 and not self.recompute and not self.further_layers),
+                f"got ep {self.ep}, recompute {self.recompute} and {self.further_layers} layers for further tokens",
+                "set ep 2 and leave the others out",
+            ),
+            (
                 "an expert bias needs experts",
                 self.has_experts or not self.expert_bias,
                 f"got {self.model}",

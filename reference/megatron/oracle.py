@@ -21,13 +21,13 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor, nn
 
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from dualpipe.testing.launch import Context
 from reference.megatron import data
 from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import bucket_limit, build_gpt, seed, transformer_config
 from reference.megatron.reduction import buckets, ring_sum
-from reference.megatron.standins import install_cpu_standins
 from reference.megatron.trace import Microbatch, Shard, StepTrace, Tensors
 
 Gradients = list[dict[str, Tensor]]

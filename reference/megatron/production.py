@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from dualpipe.megatron import build_dualpipe_model, build_dualpipe_optimizer, forward_backward_dualpipe
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from dualpipe.megatron.schedule import chunks_of
 from dualpipe.schedule import UP
 from dualpipe.testing.launch import Context
@@ -17,7 +18,6 @@ from reference.megatron import data
 from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
-from reference.megatron.standins import install_cpu_standins
 from reference.megatron.trace import Shard, StepTrace
 from reference.megatron.training import Checkpoints, train
 

@@ -11,12 +11,12 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from dualpipe.testing.launch import Context
 from reference.megatron import data
 from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
-from reference.megatron.standins import install_cpu_standins
 from reference.megatron.trace import Shard, StepTrace
 from reference.megatron.training import Checkpoints, train
 

@@ -55,6 +55,7 @@ def test_a_module_that_exports_names_is_listed_or_known_to_be_internal():
         "dualpipe.timeline.simulate": "dualpipe.simulate is its public name",
         "dualpipe.record": "what the command line and dualpipe.testing are made of",
         "dualpipe.record.plain": "likewise, for --compare",
+        "dualpipe.megatron.on_cpu": "what the launcher's --on-cpu and the tests are made of",
     }
     found = set()
     for package in ("dualpipe", "proofs"):

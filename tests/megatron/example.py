@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from dualpipe.testing.launch import launch
 from reference.megatron.importing import expected_warnings
-from reference.megatron.standins import install_cpu_standins
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_gpt.py"
 SMALL = "--num-layers 4 --hidden-size 32 --seq-length 16 --global-batch-size 8 --micro-batch-size 1 --eval-interval 0 "

@@ -17,6 +17,7 @@ import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.errors import RuleError
 from dualpipe.megatron import forward_backward_dualpipe, validate_dualpipe_args
 from dualpipe.megatron.arguments import validate_overlap
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from dualpipe.megatron.rules import SettingsError
 from dualpipe.schedule import overlapped_pairs
 from dualpipe.schedule.generate import generate
@@ -26,7 +27,6 @@ from reference.megatron import data, production
 from reference.megatron.case import Case, Model
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, seed, transformer_config
-from reference.megatron.standins import install_cpu_standins
 from reference.megatron.training import forward_step
 from reference.megatron.verify import verify
 

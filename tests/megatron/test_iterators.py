@@ -197,6 +197,13 @@ def test_an_error_in_the_data_pipeline_is_passed_on_unchanged():
 # One lane, two chunks
 
 
+def test_with_one_lane_a_chunk_may_change_its_microbatch():
+    first, last = Chunk(UP, 0), Chunk(UP, 3)
+    data = split_data_iterator(iter([{"tokens": 1, "loss_mask": 2}]), (first, last))
+    next(data[first])["loss_mask"] = None
+    assert next(data[last]) == {"tokens": 1, "loss_mask": 2}
+
+
 def test_with_one_lane_both_chunks_of_a_rank_get_every_item():
     first, last = Chunk(UP, 0), Chunk(UP, 3)
     source = stream()

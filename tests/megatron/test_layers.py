@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.testing.launch import launch
 from reference.megatron.importing import expected_warnings
-from reference.megatron.standins import install_cpu_standins
 
 TOKENS, BATCH, WIDTH = 4, 2, 8
 MICROBATCHES = 3

@@ -1,6 +1,9 @@
-"""Random numbers of a step that Megatron repeats."""
+"""Random numbers of a step that Megatron repeats, and of a training loop that resumes."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -47,3 +50,45 @@ def test_a_repeated_step_draws_the_same_dropout_in_both_lanes():
         return all(map(torch.equal, *gradients))
 
     assert on_each_rank(body, CASE) == [True, True]
+
+
+def test_a_training_loop_that_saves_the_states_of_a_rank_resumes_the_second_stage_of_a_v():
+    """The loop, like Megatron-LM's, saves the CPU's state and the tracker, and knows of one stage on each rank."""
+
+    def body(model, **keywords):
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+        from dualpipe.megatron import training_loop
+        from dualpipe.megatron.model import setup_of
+
+        saved = {}
+
+        def save_checkpoint(model):
+            saved.update(cpu=torch.get_rng_state(), tracker=get_cuda_rng_tracker().get_states())
+
+        def load_checkpoint(ddp_model):
+            torch.set_rng_state(saved["cpu"])
+            get_cuda_rng_tracker().set_states(dict(saved["tracker"]))
+
+        def switched(stand_in, original):
+            return stand_in(original, lambda: SimpleNamespace(use_dualpipev=True))
+
+        def drawn():
+            with stream.drawing():
+                with get_cuda_rng_tracker().fork():
+                    named = torch.rand(3)
+                return torch.cat([named, torch.rand(3)])
+
+        stream = setup_of(model[0]).shared.stream
+        drawn()
+        torch.rand(1)
+        names = set(get_cuda_rng_tracker().get_states())
+        switched(training_loop.save_checkpoint, save_checkpoint)(model)
+        assert set(get_cuda_rng_tracker().get_states()) == names
+        expected = drawn()
+        drawn()
+        switched(training_loop.load_checkpoint, load_checkpoint)(model)
+        assert set(get_cuda_rng_tracker().get_states()) == names
+        return torch.equal(drawn(), expected)
+
+    assert on_each_rank(body, replace(CASE, schedule="dualpipev")) == [True, True]

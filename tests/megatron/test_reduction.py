@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from dualpipe.testing.launch import launch
 from reference.megatron.case import Case, Model
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import bucket_limit, build_gpt, ddp_config, seed, transformer_config
 from reference.megatron.reduction import Bucket, Span, buckets, ring_sum
-from reference.megatron.standins import install_cpu_standins
 
 SIZES = (1, 2, 3, 5, 8, 16, 17, 1000, 10_001)
 

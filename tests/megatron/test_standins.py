@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
-from reference.megatron import standins
+from dualpipe.megatron.on_cpu import core as standins
 from reference.megatron.importing import expected_warnings
 
 

@@ -1,5 +1,6 @@
 """With the flag, a training loop builds, saves and loads its model for DualPipe, through Megatron's own signatures."""
 
+import inspect
 import sys
 import types
 from dataclasses import replace
@@ -96,6 +97,49 @@ def test_settings_that_would_train_wrongly_are_refused_before_building(training,
     installation.install(SimpleNamespace(**{**vars(ON), "vision_pretraining": True}))
     with pytest.raises(RuleError, match="vision_pretraining is True"):
         training.get_model(lambda **_: Layer())
+    assert built == []
+
+
+@pytest.fixture
+def flagscale(monkeypatch):
+    """A module of the shape of FlagScale's loop: its ``get_model`` takes no config and passes no groups."""
+    loop = types.ModuleType("flagscale.train.train")
+
+    def get_model(model_provider_func, model_type="any", wrap_with_ddp=True):
+        return "FlagScale's model"
+
+    loop.get_model = get_model
+    monkeypatch.setitem(sys.modules, loop.__name__, loop)
+    return loop
+
+
+def test_flagscales_own_get_model_builds_two_chunks_too(flagscale, built):
+    installation.install(OFF)
+    assert flagscale.get_model(lambda **_: Layer()) == "FlagScale's model"
+    installation.install(ON)
+    seen = []
+
+    def provider(pre_process=True, post_process=True, vp_stage=None, pg_collection=None):
+        seen.append((pre_process, post_process))
+        return Layer()
+
+    model = flagscale.get_model(provider, "decoder")
+    assert seen == [(True, False), (False, True)]
+    assert [chunk.model_type for chunk in model] == ["decoder", "decoder"]
+    assert "pg_collection" in inspect.signature(built[0][0]).parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"use_dualpipe": False, "use_dualpipev": True}, "selects FlagScale's own schedule"),
+        ({"peft_type": "lora"}, "PEFT changes the model"),
+    ],
+)
+def test_what_flagscale_changes_itself_is_refused(settings, error, flagscale, built):
+    installation.install(SimpleNamespace(**{**vars(ON), **settings}))
+    with pytest.raises(RuleError, match=error):
+        flagscale.get_model(lambda **_: Layer())
     assert built == []
 
 

@@ -61,8 +61,9 @@ def test_a_mismatch_shows_what_is_got_and_what_was_meant():
 
 
 def test_a_message_that_never_meets_points_at_the_rank_that_never_sends_it():
-    (mark,) = found(a_receive_nobody_consumes(), "deadlock").marks
+    mark, further = found(a_receive_nobody_consumes(), "deadlock").marks
     assert (mark.rank, mark.op, mark.peer_rank, mark.peer_slot) == (1, "1RF8>", 0, None)
+    assert (further.rank, further.op) == (0, "0RB5>"), "where the rank that never sends it waits"
 
 
 def test_a_missing_op_points_at_the_last_work_of_its_microbatch():

@@ -2,8 +2,8 @@
 
 import torch
 
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from reference.megatron.importing import expected_warnings
-from reference.megatron.standins import install_cpu_standins
 
 with expected_warnings():
     from megatron.core import parallel_state

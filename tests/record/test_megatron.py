@@ -8,12 +8,12 @@ from unittest import mock
 
 import pytest
 
+from dualpipe.megatron.on_cpu import install_cpu_standins
 from dualpipe.schedule import MESSAGES, B, F
 from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from reference.megatron.importing import expected_warnings
-from reference.megatron.standins import install_cpu_standins
 from tests.megatron.example import SMALL, example
 from tests.record.megatron import get_schedule_table, p2p_communication, train
 

@@ -7,19 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe.schedule import COMPUTE, UP, F, Op, Schedule, show_slot
+from dualpipe.schedule import COMPUTE, UP, F, Op, Schedule
 from dualpipe.schedule.generate import NAMES, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule.text import loads
 from dualpipe.timeline.simulate import CostError, Costs, Stuck, Timeline, simulate
+from tests.schedule.spans import spans
 from tests.strategies import schedules
 
 SIZES = [(2, 4), (2, 10), (4, 8), (4, 16), (6, 12), (8, 16), (8, 32), (16, 32)]
 LATE_BACKWARD = Costs(B=2, BW=2)  # B takes as long as the full backward
-
-
-def spans(timeline: Timeline, rank: int) -> list[tuple[str, float, float]]:
-    """The computes of a rank with start and end."""
-    return [(show_slot(s.ops), s.start, s.end) for s in timeline.spans[rank] if s.ops[0].kind in COMPUTE]
 
 
 # time     0    1    2    3    4    5    6    7    8
@@ -181,13 +177,13 @@ def test_inside_a_slot_what_is_allocated_counts_before_what_is_released():
 def test_a_timeline_keeps_every_rule(schedule, costs, blocking):
     timeline = simulate(schedule, costs, blocking=blocking)
     over = {}
-    for spans in timeline.spans:
-        assert all(a.end <= b.start for a, b in pairwise(spans))
-        assert tuple(span.ops for span in spans) == schedule.programs[timeline.spans.index(spans)]
-        over |= {op: span.end for span in spans for op in span.ops}
+    for found in timeline.spans:
+        assert all(a.end <= b.start for a, b in pairwise(found))
+        assert tuple(span.ops for span in found) == schedule.programs[timeline.spans.index(found)]
+        over |= {op: span.end for span in found for op in span.ops}
     there = {message.receive.op: message.completed for message in timeline.messages}
-    for spans in timeline.spans:
-        for span in (span for span in spans if span.ops[0].kind in COMPUTE):
+    for found in timeline.spans:
+        for span in (span for span in found if span.ops[0].kind in COMPUTE):
             for need in {need for op in span.ops for need in schedule.needs(op)} - set(span.ops):
                 assert there.get(need, over[need]) <= span.start
     for message in timeline.messages:
@@ -322,74 +318,3 @@ def test_any_schedule_has_a_timeline_or_is_stuck(schedule, blocking):
 def test_nothing_to_do_takes_no_time():
     timeline = simulate(Schedule({">": (0,)}, ((),)))
     assert (timeline.makespan, timeline.bubble_share, timeline.peak_activations) == (0, 0, (0,))
-
-
-GROUPS = "lane > 0 1\ngroup 0: 0 1\ngroup 1: 0 1\n"
-
-
-def collectives(timeline: Timeline) -> dict[str, tuple[float, float, float]]:
-    """When each member posted its collective, when all had, and when it ended, by rank and op."""
-    return {f"{c.at.rank} {c.at.op}": (c.posted, c.began, c.ended) for c in timeline.collectives}
-
-
-# time     0    1    2    3    4    5    6
-# rank 0   0F0  AA joins   0F1       .         AA ends at 6: all members have joined at 4
-# rank 1   0F0< 0F1< 0F2< 0F3< AA joins
-def test_all_members_of_a_collective_wait_for_each_other_and_computes_run_beside_it():
-    text = "rank 0: 0F0> 0AA0>@0 0F1> 0B0>\nrank 1: 0F0< 0F1< 0F2< 0F3< 0AA0<@0\n"
-    timeline = simulate(loads(f"lane > 0\nlane < 1\ngroup 0: 0 1\n{text}"), Costs(AA=2))
-    assert collectives(timeline) == {"0 0AA0>@0": (1, 4, 6), "1 0AA0<@0": (4, 4, 6)}
-    assert spans(timeline, 0) == [("0F0>", 0, 1), ("0F1>", 1, 2), ("0B0>", 6, 7)], "only B0 needs the all-to-all of 0"
-    assert timeline.makespan == 7
-
-
-def test_a_compute_waits_for_the_unshard_of_its_stage_and_not_for_a_reduction():
-    text = "lane > 0\nrank 0: 0US> 0F0> 0RS> 0RG> 0F1>\n"
-    timeline = simulate(loads(text), Costs(US=3, RS=1, RG=5))
-    assert spans(timeline, 0) == [("0F0>", 3, 4), ("0F1>", 4, 5)]
-    assert collectives(timeline) == {"0 0US>": (0, 0, 3), "0 0RS>": (4, 4, 5), "0 0RG>": (5, 5, 10)}
-    assert timeline.makespan == 10
-
-
-def test_the_next_message_waits_for_a_collective_and_so_does_the_next_collective():
-    text = f"{GROUPS}rank 0: 0F0> 0AR>@0 0SF0> 0AR>@1\nrank 1: 1AR>@0 1RF0> 1AR>@1 1F0>\n"
-    timeline = simulate(loads(text), Costs(AR=2))
-    assert [(m.sent, m.awaited, m.completed) for m in timeline.messages] == [(3, 3, 3)]
-    assert collectives(timeline)["1 1AR>@1"] == (3, 3, 5)
-    assert spans(timeline, 1) == [("1F0>", 3, 4)]
-
-
-def test_collectives_of_one_slot_run_at_the_same_time_and_blocking_waits_for_them():
-    text = "lane > 0\nrank 0: 0RG>+0AR> 0F0>\n"
-    for blocking, start in ((False, 0), (True, 4)):
-        timeline = simulate(loads(text), Costs(RG=3, AR=4), blocking=blocking)
-        assert spans(timeline, 0) == [("0F0>", start, start + 1)]
-        assert timeline.makespan == max(4, start + 1)
-
-
-def test_half_stages_have_half_of_a_collective():
-    assert Costs(AA=2, US=4, latency=3).times(0.5).numbers == Costs(0.5, 0.5, 0.5, latency=3, AA=1, US=2).numbers
-
-
-@pytest.mark.parametrize(
-    ("program", "waits"),
-    [
-        ("1F0>", ["rank 0 in slot 1 waits for rank 1 to join 0AR>@0"]),
-        (
-            "1AR>@1 1AR>@0",
-            [
-                "rank 0 in slot 1 waits for rank 1 to join 0AR>@0",
-                "rank 1 in slot 1 waits for rank 0 to join 1AR>@1",
-            ],
-        ),
-    ],
-)
-def test_a_collective_that_a_member_does_not_reach_is_stuck(program, waits):
-    with pytest.raises(Stuck) as stuck:
-        simulate(loads(f"{GROUPS}rank 0: 0AR>@0 0AR>@1\nrank 1: {program}\n"))
-    assert [*map(str, stuck.value.waits)][: len(waits)] == waits
-
-
-def test_a_rank_outside_a_group_joins_alone():
-    text = "lane > 0\nlane < 1\ngroup 0: 1\nrank 0: 0AR>@0 0F0>\nrank 1: 0F0<\n"
-    assert collectives(simulate(loads(text), Costs(AR=1))) == {"0 0AR>@0": (0, 0, 1)}

@@ -67,7 +67,7 @@ def test_the_failures_of_a_recorded_program_are_read_and_printed():
     assert schedule != loads(text.replace("2: x", "3: x"))
     with pytest.raises(ScheduleError, match="one printable line without #"):
         Schedule({UP: (0,)}, ((),), failures=[(0, "raised #")])
-    assert printable(" a # of\nthe " + "x" * 400) == "a of the " + "x" * 290 + "…"
+    assert printable(" a # of\nthe " + "x" * 600) == "a of the " + "x" * 490 + "…"
 
 
 WHOLE = """\

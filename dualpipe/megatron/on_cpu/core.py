@@ -1,7 +1,7 @@
-"""Stand-ins that let megatron-core 0.16.1 train on a CPU over gloo.
+"""Stand-ins that let megatron-core train on a CPU over gloo.
 
 Megatron names the GPU in code that does not depend on it.  ``install_cpu_standins`` replaces exactly that code, and
-nothing if there is a GPU.  It belongs to the test harness: on a GPU, production does not need it.
+nothing if there is a GPU.  Written for megatron-core 0.16.1; of what later versions lack, nothing is replaced.
 
 =========================================  ==================================================================
 in Megatron                                stand-in
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import queue
 from collections.abc import Callable, Iterator
@@ -62,29 +63,30 @@ def install_cpu_standins() -> None:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     for name in _LITERAL_CUDA:
-        _replace(importlib.import_module(name), "torch", _TorchOnCpu())
-    _replace(torch.cuda, "current_device", lambda: "cpu")
-    _replace(torch.Tensor, "cuda", lambda self, *args, **options: self)
-    _replace(torch.cuda, "synchronize", lambda device=None: None)
-    _replace(filesystem_async, "_get_write_results_queue", queue.Queue)
-    _replace(torch.Tensor, "type", _type_as_on_gpu(torch.Tensor.type))
-    _replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
-    _replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))
-    _replace(random.CudaRNGStatesTracker, "add", _add_state)
-    _replace(random.CudaRNGStatesTracker, "fork", _fork_state)
-    _replace(moe_utils, "te_general_gemm", None)
-    _replace(torch.cuda, "Stream", _Stream)
-    _replace(torch.cuda, "current_stream", lambda device=None: _Stream())
-    _replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    _replace(torch.cuda, "Event", _Event)
-    _replace(torch.Tensor, "record_stream", lambda self, stream: None)
+        replace(importlib.import_module(name), "torch", _TorchOnCpu())
+    replace(torch.cuda, "current_device", lambda: "cpu")
+    replace(torch.Tensor, "cuda", lambda self, *args, **options: self)
+    replace(torch.cuda, "synchronize", lambda device=None: None)
+    if hasattr(filesystem_async, "_get_write_results_queue"):
+        replace(filesystem_async, "_get_write_results_queue", queue.Queue)
+    replace(torch.Tensor, "type", _type_as_on_gpu(torch.Tensor.type))
+    replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
+    replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))
+    replace(random.CudaRNGStatesTracker, "add", _add_state)
+    replace(random.CudaRNGStatesTracker, "fork", _fork_state)
+    replace(moe_utils, "te_general_gemm", None)
+    replace(torch.cuda, "Stream", _Stream)
+    replace(torch.cuda, "current_stream", lambda device=None: _Stream())
+    replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    replace(torch.cuda, "Event", _Event)
+    replace(torch.Tensor, "record_stream", lambda self, stream: None)
     for name in ("range_push", "range_pop"):
-        _replace(torch.cuda.nvtx, name, lambda *message: 0)
-    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu)
+        replace(torch.cuda.nvtx, name, lambda *message: 0)
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu)
     for name in _ABSENT_LAYERS:
         if not isinstance(getattr(multi_latent_attention, name), type):
-            _replace(multi_latent_attention, name, type(name, (), {}))
-    _replace(WrappedTorchNorm, "__new__", _norm_for_sequence_parallel(WrappedTorchNorm.__new__))
+            replace(multi_latent_attention, name, type(name, (), {}))
+    replace(WrappedTorchNorm, "__new__", _norm_for_sequence_parallel(WrappedTorchNorm.__new__))
     torch.compiler.set_stance("force_eager")
 
 
@@ -100,7 +102,8 @@ def remove_cpu_standins() -> None:
             setattr(owner, name, before)
 
 
-def _replace(owner: Any, name: str, value: Any) -> None:
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until ``remove_cpu_standins``."""
     _installed.append((owner, name, vars(owner).get(name, _ABSENT)))
     setattr(owner, name, value)
 
@@ -141,13 +144,16 @@ class _TorchOnCpu(ModuleType):
     def __init__(self) -> None:
         super().__init__("torch")
         for name in _CONSTRUCTORS:
-            setattr(self, name, _on_cpu(getattr(torch, name)))
+            setattr(self, name, on_cpu(getattr(torch, name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
 
-def _on_cpu(construct: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def on_cpu(construct: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A constructor of tensors that reads the device "cuda" as the CPU."""
+
+    @functools.wraps(construct)
     def constructed(*args: Any, **kwargs: Any) -> Tensor:
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":

@@ -1,0 +1,82 @@
+"""Megatron-LM's own ``pretrain_gpt.py``, unchanged, trains on the CPU with DualPipe as with 1F1B.
+
+These tests need a clone of Megatron-LM, whose folder ``MEGATRON_LM`` names (see CONTRIBUTING.md), and the packages that
+its loop imports.  test_launch.py runs the launcher on a small stand-in for the loop.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+FOLDER = os.environ.get("MEGATRON_LM")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # a checkpoint is read in one process
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not FOLDER, reason="MEGATRON_LM names no clone of Megatron-LM; would train its pretrain_gpt.py with DualPipe"
+    ),
+]
+OPTIONS = shlex.split("""
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
+    --position-embedding-type rope --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+    --micro-batch-size 1 --global-batch-size 8 --train-iters 4 --lr 1e-3 --lr-decay-style constant
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --log-interval 1 --eval-interval 2 --eval-iters 2
+    --ckpt-format torch_dist --save-interval 2
+""")
+FURTHER = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+LOSS = re.compile(r"lm loss(?: value)?: (\S+)")
+
+
+def pretrain(ranks: int, save: Path, *options: str) -> list[float]:
+    """Run the script; returns the losses of training and of the evaluations."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "dualpipe.megatron.launch", "--on-cpu", f"{FOLDER}/pretrain_gpt.py", *OPTIONS]
+    command += ["--save", str(save), *options]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-5000:]
+    return [float(loss) for loss in LOSS.findall(run.stdout + run.stderr)]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights and the optimizer's state in a checkpoint."""
+    reader = dcp.FileSystemReader(folder / "iter_0000004")
+    found = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in found.items() if hasattr(e, "size")}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    assert state
+    return state
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """The checkpoints have bitwise equal tensors under the same names."""
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize(("flag", "stages"), [("--use-dualpipe", 2), ("--use-dualpipev", 4)])
+def test_the_unchanged_script_trains_bitwise_as_with_1f1b(flag, stages, tmp_path):
+    ours = pretrain(2, tmp_path / "ours", flag, "--pipeline-model-parallel-size", "2")
+    own = pretrain(4, tmp_path / "own", "--pipeline-model-parallel-size", str(stages))
+    assert len(ours) == len(own) > 4
+    assert ours == pytest.approx(own, rel=1e-6)  # the loop adds losses of data-parallel ranks up in another order
+    assert_equal(tmp_path / "ours", tmp_path / "own")
+
+
+@pytest.mark.parametrize("flag", ["--use-dualpipe", "--use-dualpipev"])
+def test_the_unchanged_script_resumes_bitwise_with_dropout(flag, tmp_path):
+    options = [flag, "--pipeline-model-parallel-size", "2", *FURTHER]
+    pretrain(2, tmp_path / "whole", *options)
+    (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("2")
+    pretrain(2, tmp_path / "resumed", *options, "--load", str(tmp_path / "whole"))
+    assert_equal(tmp_path / "whole", tmp_path / "resumed")

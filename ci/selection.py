@@ -165,8 +165,10 @@ ROWS: dict[str, Row] = {
     "dualpipe/megatron/": Row(
         ("trial, Megatron",), ("tests/megatron",), ("tests/record/test_megatron.py", "tests/gpu", *_CLI)
     ),
-    "dualpipe/record/": Row((), ("tests/record",), _CLI),
-    "dualpipe/testing/": Row((), ("tests/record",), ("tests/docs/test_reference.py",)),
+    "dualpipe/record/": Row((), ("tests/record",), ("tests/megatron/test_expert_overlap.py", *_CLI)),
+    "dualpipe/testing/": Row(
+        (), ("tests/record",), ("tests/megatron/test_expert_overlap.py", "tests/docs/test_reference.py")
+    ),
     **dict.fromkeys(
         ("dualpipe/testing/launch.py", "dualpipe/record/child/ranks.py"),  # every process of a trial is forked here
         Row(

@@ -101,6 +101,16 @@ FAULTS = (
         says="test_a_method_that_breaks_the_contract_ends_the_step_with_the_reason_and_the_pair",
     ),
     fault(
+        0,
+        "a checked stream takes every access as ordered",
+        "dualpipe/testing/streams.py",
+        "        if not earlier.before(access.stream):\n",
+        "        if not earlier:\n",
+        check="tests",
+        rule="test",
+        says="test_a_use_without_a_wait_is_refused",
+    ),
+    fault(
         24,
         "an output is kept until its backward",
         LIVE,

@@ -97,6 +97,7 @@ def describe_megatron(case: MegatronCase) -> str:
     options = {
         "sequence parallel": case.sequence_parallel,
         "overlapped reduction": case.overlap_grad_reduce,
+        "F&B pairs overlapped": case.overlap_moe,
         "distributed optimizer": case.distributed_optimizer,
         "recompute": case.recompute,
         "loss per token": case.per_token_loss,

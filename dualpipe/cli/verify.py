@@ -95,6 +95,9 @@ def verify(
     overlap_grad_reduce: Annotated[
         bool, _flag("--overlap-grad-reduce", "Reduce gradients while the backward runs.")
     ] = False,
+    overlap_moe: Annotated[
+        bool, _flag("--overlap-moe", "Run F&B pairs through Megatron's plan for experts; needs --ep.")
+    ] = False,
     distributed_optimizer: Annotated[bool, _flag("--distributed-optimizer", "Shard the optimizer's state.")] = False,
     recompute: Annotated[bool, _flag("--recompute", "Recompute every layer in the backward.")] = False,
     per_token_loss: Annotated[bool, _flag("--per-token-loss", "Normalise by tokens instead of microbatches.")] = False,
@@ -145,6 +148,7 @@ def verify(
     large: dict[str, Any] = {
         "sequence_parallel": sequence_parallel,
         "overlap_grad_reduce": overlap_grad_reduce,
+        "overlap_moe": overlap_moe,
         "distributed_optimizer": distributed_optimizer,
         "recompute": recompute,
         "per_token_loss": per_token_loss,

@@ -6,18 +6,21 @@ import argparse
 import logging
 from typing import Any, TypeVar
 
+from dualpipe.megatron.checks import Settings
+from dualpipe.megatron.overlap_rules import OVERLAP_RULES
 from dualpipe.megatron.placement import Schedules, schedule_of
-from dualpipe.megatron.rules import SettingsError, refused_upstream, violations
+from dualpipe.megatron.rules import SettingsError, Violation, broken, refused_upstream, violations
 from dualpipe.schedule.generate import LateW
 
 logger = logging.getLogger(__name__)
 
 FLAG, FLAG_V, LATE_W = "--use-dualpipe", "--use-dualpipev", "--dualpipe-late-w"
+OVERLAP_MOE = "--dualpipe-overlap-moe"
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
 
 def add_dualpipe_args(parser: Parser) -> Parser:
-    """Add ``--use-dualpipe``, ``--use-dualpipev`` and ``--dualpipe-late-w`` to a parser and return it.
+    """Add ``--use-dualpipe``, ``--use-dualpipev`` and the flags for them to a parser and return it.
 
     Megatron-LM's ``extra_args_provider`` requires that.  A flag that the parser already has, as FlagScale's may have,
     stays as it is.
@@ -44,6 +47,13 @@ def add_dualpipe_args(parser: Parser) -> Parser:
             help="with one of these flags, run weight gradients after the messages of their backward, in the last "
             "phases (tail) or always (all); the gradients stay the same bit for bit",
         )
+    if OVERLAP_MOE not in present:
+        group.add_argument(
+            OVERLAP_MOE,
+            action="store_true",
+            help="with one of these flags, run each F&B pair of the schedule through Megatron's plan, which overlaps "
+            "the all-to-all of experts in one with the computation of the other; the gradients stay the same",
+        )
     return parser
 
 
@@ -60,7 +70,8 @@ def validate_dualpipe_args(args: Any) -> None:
     """
     schedule = schedule_of(args)
     if schedule is not None:
-        _raise_if_any(schedule, args)
+        overlap = OVERLAP_RULES if getattr(args, "dualpipe_overlap_moe", False) else ()
+        _raise_if_any(schedule, args, more=broken(overlap, Settings(args)))
         for each in refused_upstream(args):
             logger.warning("dualpipe: %s", each)
 
@@ -79,7 +90,14 @@ def validate_dualpipe_config(config: Any, ddp_config: Any = None, schedule: str 
     _raise_if_any(schedule, config, ddp_config)
 
 
-def _raise_if_any(schedule: str, *settings: Any) -> None:
-    found = violations(*settings, schedule=schedule)
+def validate_overlap(config: Any) -> None:
+    """Raise ``SettingsError`` if the F&B pairs of a model with this config cannot overlap."""
+    found = broken(OVERLAP_RULES, Settings(config))
+    if found:
+        raise SettingsError(found, OVERLAP_MOE)
+
+
+def _raise_if_any(schedule: str, *settings: Any, more: tuple[Violation, ...] = ()) -> None:
+    found = violations(*settings, schedule=schedule) + more
     if found:
         raise SettingsError(found, FLAG_V if schedule == Schedules.DUALPIPEV else FLAG)

@@ -16,6 +16,7 @@ from dualpipe.errors import StageError
 from dualpipe.megatron.groups import at_stage
 from dualpipe.megatron.losses import detached
 from dualpipe.megatron.model import ChunkSetup
+from dualpipe.runtime.executor import Overlap
 from dualpipe.runtime.live import Tensors
 from dualpipe.runtime.modules import describe
 from dualpipe.schedule import B, Chunk, Lane, Op, Schedule, W
@@ -53,13 +54,20 @@ class MegatronComputation:
     def __post_init__(self) -> None:
         self._no_sync = _no_sync(self.call.config.no_sync_func, list(self.model))
 
+    def overlaps(self) -> dict[tuple[Chunk, Chunk], Overlap]:
+        """The chunks (of F, of B) whose F&B pairs run as one unit."""
+        return {}
+
     def forward(self, op: Op, inputs: Tensors) -> Tensors:
+        return self.run_forward(op, inputs, self.call.forward_step_func)
+
+    def run_forward(self, op: Op, inputs: Tensors, forward_step_func: Callable[..., Any]) -> Tensors:
         module, setup = self.model[op.chunk]
         call, last = self.call, self.schedule.is_last(op)
         collected: list[Any] = self.collected.setdefault(op.lane, []) if last else []
         with setup.drawing(), at_stage(op.stage, self.schedule.stages):
             output, tokens = forward_step(
-                call.forward_step_func,
+                forward_step_func,
                 call.iterators[op.chunk],
                 module,
                 self.schedule.microbatches[op.lane],  # each lane is a data-parallel replica with its own microbatches

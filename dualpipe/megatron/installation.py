@@ -40,16 +40,18 @@ _source: Callable[[], Any] = lambda: None  # noqa: E731 - returns the arguments 
 def get_forward_backward_func(config_or_args: Any, *args: Any, **kwargs: Any) -> Function:
     """``forward_backward_dualpipe`` if ``use_dualpipe`` or ``use_dualpipev`` is set, else Megatron's own schedule.
 
-    ``config_or_args.dualpipe_late_w``, if there is one, becomes its ``late_w``.  The other arguments are passed to
+    ``config_or_args.dualpipe_late_w``, if there is one, becomes its ``late_w``, and ``dualpipe_overlap_moe`` its
+    ``overlap_moe``.  The other arguments are passed to
     Megatron's selector, whose result is returned unchanged.
     """
     if schedule_of(config_or_args) is not None:
         from dualpipe.megatron.schedule import forward_backward_dualpipe
 
         late_w = getattr(config_or_args, "dualpipe_late_w", None) or LateW.none
-        if late_w == LateW.none:
-            return forward_backward_dualpipe
-        return functools.partial(forward_backward_dualpipe, late_w=late_w)
+        options: dict[str, Any] = {} if late_w == LateW.none else {"late_w": late_w}
+        if getattr(config_or_args, "dualpipe_overlap_moe", False):
+            options["overlap_moe"] = True
+        return functools.partial(forward_backward_dualpipe, **options) if options else forward_backward_dualpipe
     selected: Function = _original_selector()(*args, **kwargs)
     return selected
 

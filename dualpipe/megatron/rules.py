@@ -80,15 +80,16 @@ class SettingsError(RuleError):
 def violations(*objects: object | None, schedule: str = Schedules.DUALPIPE) -> tuple[Violation, ...]:
     """Every rule of the schedule that the settings break, in the order of the table."""
     v = schedule == Schedules.DUALPIPEV
-    return _broken(RULES, Settings(*objects), v) + (_broken(RULES_V, Settings(*objects), v) if v else ())
+    return broken(RULES, Settings(*objects), v) + (broken(RULES_V, Settings(*objects), v) if v else ())
 
 
 def refused_upstream(args: object) -> tuple[Violation, ...]:
     """Settings that are trained exactly here, and that the upstream pull request refuses."""
-    return _broken(UPSTREAM, Settings(args), False)
+    return broken(UPSTREAM, Settings(args), False)
 
 
-def _broken(rules: Iterable[Rule], settings: Settings, v: bool) -> tuple[Violation, ...]:
+def broken(rules: Iterable[Rule], settings: Settings, v: bool = False) -> tuple[Violation, ...]:
+    """Those of the rules that the settings break; ``v``: under DualPipeV."""
     found = ((rule, rule.got(settings)) for rule in rules if not (v and rule.v is None))
     return tuple(
         Violation(f"{rule.name} ({(rule.v if v else '') or rule.because})", got, rule.fix) for rule, got in found if got

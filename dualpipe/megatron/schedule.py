@@ -14,8 +14,10 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
 from dualpipe.errors import RuleError
+from dualpipe.megatron.arguments import validate_overlap
 from dualpipe.megatron.computation import Call, MegatronComputation, token_count
 from dualpipe.megatron.data_parallel import reduced_once, require_trainable
+from dualpipe.megatron.expert_overlap import PlannedComputation
 from dualpipe.megatron.further_losses import collect_further_losses
 from dualpipe.megatron.groups import groups_of_finalizing
 from dualpipe.megatron.iterators import split_data_iterator
@@ -45,11 +47,13 @@ def forward_backward_dualpipe(
     pg_collection: ProcessGroupCollection | None = None,
     force_all_reduce: bool = False,
     late_w: str = "none",
+    overlap_moe: bool = False,
 ) -> list[Any]:
     """Run the forwards and backwards of a step in the order of DualPipe or DualPipeV, for which the model was built.
 
     The keywords are those of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later), and ``late_w``, which is
-    that of ``dualpipe.dualpipe``; ``model`` is the list that ``build_dualpipe_model`` returned.
+    that of ``dualpipe.dualpipe``, and ``overlap_moe``, with which a training step runs the F&B pairs of the schedule as
+    one unit (see ``dualpipe.megatron.expert_overlap``); ``model`` is the list that ``build_dualpipe_model`` returned.
 
     ``num_microbatches`` counts both lanes of DualPipe: item 2k of the data is microbatch k of lane >, item 2k+1
     microbatch k of lane <.  Each lane is a data-parallel replica, so losses are scaled by half of ``num_microbatches``
@@ -76,6 +80,8 @@ def forward_backward_dualpipe(
     config = get_model_config(model[0])
     if not forward_only:
         require_trainable(model, config, shared.optimizer(), shared.groups.placement.schedule)
+        if overlap_moe:
+            validate_overlap(config)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     shapes = get_tensor_shapes(
         seq_length=seq_length,
@@ -92,7 +98,8 @@ def forward_backward_dualpipe(
     data = split_data_iterator(data_iterator, where.chunks(shared.groups.rank))
     if not forward_only:
         shared.stream.begin_step()
-    computation = MegatronComputation(
+    planned = overlap_moe and not forward_only
+    computation = (PlannedComputation if planned else MegatronComputation)(
         schedule,
         {setup.chunk: (module, setup) for module, setup in zip(model, setups, strict=True)},
         Call(
@@ -110,7 +117,14 @@ def forward_backward_dualpipe(
     transport, store = shared.transport, shared.store
     splits = {setup.chunk: setup.split.stage for setup in setups}
     executor = Executor(
-        schedule, computation, lambda stage: boundary, transport, store, splits, forward_only=forward_only
+        schedule,
+        computation,
+        lambda stage: boundary,
+        transport,
+        store,
+        splits,
+        forward_only=forward_only,
+        overlaps=computation.overlaps(),
     )
     with transport.phase("evaluation" if forward_only else "step"):
         executor.run()

@@ -139,7 +139,7 @@ class Checker(TorchDispatchMode):  # type: ignore[no-untyped-call] # __init_subc
         returned = func(*args, **(kwargs or {}))
         self.operators += 1
         inputs, written = _accesses(func, args, kwargs or {})
-        used = {_key(tensor) for tensor in inputs}
+        used = {_key(tensor) for tensor in _tensors((args, kwargs))}
         fresh = [tensor for tensor in _tensors(returned) if _key(tensor) not in used]
         if not (written or fresh) and _tensors(returned):  # views alone, whose data is not touched
             return returned
@@ -268,6 +268,8 @@ def _accesses(func: Any, args: Sequence[Any], kwargs: Any) -> tuple[list[Tensor]
         if name == "send":
             return first, []
         return [*rest, *(first if name in _IN_PLACE_ONLY else ())], first
+    if func._schema.name.removeprefix("aten::").startswith("new_") or func._schema.name.endswith("_like"):
+        return [], []  # only the shape of the argument counts
     inputs: list[Tensor] = []
     written: list[Tensor] = []
     schema = func._schema.arguments

@@ -50,8 +50,9 @@ class Case:
     ``layout`` distributes the layers over the stages as Megatron's ``pipeline_model_parallel_layout`` does, by default
     evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to which
     gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the distributed
-    optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``timeout``: seconds to wait for a message before reporting
-    a hang.
+    optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``overlap_moe``: the drop-in runs F&B pairs
+    through Megatron's plan, and every implementation sends tokens by all-to-all.  ``timeout``: seconds to wait for a
+    message before reporting a hang.
     """
 
     model: Model = Model.GPT
@@ -75,6 +76,7 @@ class Case:
     without: tuple[Part, ...] = ()
     schedule: str = "dualpipe"
     late_w: str = "none"
+    overlap_moe: bool = False
     steps: int = 3
     seed: int = 1234
     timeout: float = 60.0
@@ -133,6 +135,12 @@ class Case:
                 self.ep == 1 or (self.has_experts and dp % self.ep == 0 and self.experts % self.ep == 0),
                 f"got ep {self.ep} for dp {dp} and {self.experts} experts of {self.model}",
                 "use 1, or --model moe with a multiple of it as dp",
+            ),
+            (
+                "F&B pairs overlap with experts on several ranks, without recompute and layers for further tokens",
+                not self.overlap_moe or (self.ep > 1 and not self.recompute and not self.further_layers),
+                f"got ep {self.ep}, recompute {self.recompute} and {self.further_layers} layers for further tokens",
+                "set ep 2 and leave the others out",
             ),
             (
                 "an expert bias needs experts",

@@ -36,6 +36,8 @@ def transformer_config(case: Case) -> TransformerConfig:
         }
         if case.balances_by_bias:
             experts |= {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+        if case.overlap_moe:
+            experts["moe_token_dispatcher_type"] = "alltoall"
         if case.model is Model.DEEPSEEK:
             experts |= deepseek.options(case)
     recompute: dict[str, Any] = {}

@@ -59,6 +59,7 @@ def run_rank(
         seq_length=case.sequence,
         micro_batch_size=case.batch,
         late_w=case.late_w,
+        overlap_moe=case.overlap_moe,
     )
     return train(
         case,

@@ -94,14 +94,20 @@ def _scheduler(case: Case, optimizer: Any) -> OptimizerParamScheduler:
     )
 
 
-def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The ``forward_step_func``: reads the data where the stage is an end of the pipeline."""
+def forward_step(
+    iterator: Iterator[Batch] | None, model: nn.Module, return_schedule_plan: bool = False
+) -> tuple[Any, Callable[[Tensor], Any]]:
+    """The ``forward_step_func``: reads the data where the stage is an end of the pipeline.
+
+    Returns the output, or with ``return_schedule_plan`` Megatron's plan that computes it, and the loss function.
+    """
     gpt = gpt_of(model)
+    run = gpt.build_schedule_plan if return_schedule_plan else model
     if not (gpt.pre_process or gpt.post_process):
-        return model(None, None, None), no_loss
+        return run(None, None, None), no_loss
     assert iterator is not None, "the ends of a pipeline have data"
     batch = next(iterator)
-    return model(*inputs_of(gpt, batch), **options_of(gpt, batch)), partial(loss, batch)
+    return run(*inputs_of(gpt, batch), **options_of(gpt, batch)), partial(loss, batch)
 
 
 def no_loss(output: Tensor) -> NoReturn:

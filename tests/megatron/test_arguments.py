@@ -284,6 +284,8 @@ def test_late_w_has_a_flag_of_its_own():
     parser = add_dualpipe_args(argparse.ArgumentParser())
     assert parser.parse_args([]).dualpipe_late_w == "none"
     assert parser.parse_args(["--use-dualpipe", "--dualpipe-late-w", "all"]).dualpipe_late_w == "all"
+    assert parser.parse_args(["--use-dualpipe", "--dualpipe-overlap-moe"]).dualpipe_overlap_moe
+    assert not parser.parse_args(["--use-dualpipe"]).dualpipe_overlap_moe
     with pytest.raises(SystemExit):
         parser.parse_args(["--dualpipe-late-w", "tial"])
     validate_dualpipe_args(given(dualpipe_late_w="tail"))

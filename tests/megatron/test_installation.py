@@ -45,6 +45,8 @@ def test_late_w_of_the_arguments_is_passed_to_dualpipe():
     assert installation.get_forward_backward_func(plain) is forward_backward_dualpipe
     chosen = installation.get_forward_backward_func(SimpleNamespace(use_dualpipe=True, dualpipe_late_w="tail"))
     assert (chosen.func, chosen.keywords) == (forward_backward_dualpipe, {"late_w": "tail"})
+    chosen = installation.get_forward_backward_func(SimpleNamespace(use_dualpipe=True, dualpipe_overlap_moe=True))
+    assert (chosen.func, chosen.keywords) == (forward_backward_dualpipe, {"overlap_moe": True})
 
 
 @pytest.mark.parametrize("settings", [OFF, SimpleNamespace(), None])

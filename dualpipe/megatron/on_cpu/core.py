@@ -16,7 +16,7 @@ absent classes of layers in attention      a class without instances, as latent 
 small functions under ``torch.compile``    run uncompiled, which saves a compiler and seconds in each rank
 ``Tensor.cuda()`` when saving              returns the tensor
 ``torch.cuda.synchronize()`` when saving   does nothing: there is no GPU to wait for
-streams of the all-to-all of tokens        there is one stream, on which everything runs in order
+streams, events and ranges of a profiler   there is one stream, on which everything runs in order
 splits of the all-to-all of tokens         moved "to the CPU", as numpy arrays
 a manager process for the results          a queue; a killed rank would leave the process behind
 =========================================  ==================================================================
@@ -78,6 +78,10 @@ def install_cpu_standins() -> None:
     replace(torch.cuda, "Stream", _Stream)
     replace(torch.cuda, "current_stream", lambda device=None: _Stream())
     replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    replace(torch.cuda, "Event", _Event)
+    replace(torch.Tensor, "record_stream", lambda self, stream: None)
+    for name in ("range_push", "range_pop"):
+        replace(torch.cuda.nvtx, name, lambda *message: 0)
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu)
     for name in _ABSENT_LAYERS:
         if not isinstance(getattr(multi_latent_attention, name), type):
@@ -107,6 +111,9 @@ def replace(owner: Any, name: str, value: Any) -> None:
 class _Stream:
     """A CPU's only stream: what is issued on it has ended when the next thing is issued."""
 
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        """Takes what ``torch.cuda.Stream`` takes."""
+
     def wait_stream(self, other: _Stream) -> None:
         """Does nothing; an event of this stream, which is the stream itself, is over as well."""
 
@@ -115,6 +122,16 @@ class _Stream:
 
     def record_event(self) -> _Stream:
         return self
+
+
+class _Event:
+    """An event of the only stream: it has happened as soon as it is recorded."""
+
+    def record(self, stream: Any = None) -> None:
+        """Does nothing."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Does nothing."""
 
 
 def _moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -96,9 +96,9 @@ def main() -> int:
     for name, case in chosen.items():
         report = verify(case)
         unequal += not report.equal
-        told = "  ".join(f"{party.name} {party.verdict}" for party in report.comparisons)
+        verdicts = "  ".join(f"{party.name} {party.verdict}" for party in report.comparisons)
         rounding = max(party.norm_difference for party in report.comparisons)
-        print(f"{name:34} {told:34} {report.tensors:6} tensors  {report.seconds:5.1f} s", end="")
+        print(f"{name:34} {verdicts:34} {report.tensors:6} tensors  {report.seconds:5.1f} s", end="")
         print(f"  norm rounded by {rounding:.1g}" if rounding else "", flush=True)
         for complaint in report.complaints[:2]:
             print(f"    sanity check failed: {complaint}")

@@ -86,17 +86,17 @@ def _sent_instead(schedule: Schedule) -> Iterator[tuple[Placed, Op]]:
         computed = Counter((place.op.kind, place.op.task) for place in placed if place.op.kind in _SENT_AS)
         sent = Counter(place.op.bare for place in placed if place.op.kind in SENDS)
         seen: set[Op] = set()
-        told: set[tuple[Kind, Chunk]] = set()
+        reported: set[tuple[Kind, Chunk]] = set()
         for place in placed:
             op = place.op.bare
             kind = next((made for made, sends in _SENT_AS.items() if sends is op.kind), None)
-            if kind is None or (op.kind, op.chunk) in told:
+            if kind is None or (op.kind, op.chunk) in reported:
                 continue
             if op in seen and computed[kind, op.task] == 1:
                 made = (Op(op.kind, *task) for of, task in computed if of is kind and Chunk(*task[:2]) == op.chunk)
                 never = next((other for other in made if not sent[other]), None)
                 if never is not None:
-                    told.add((op.kind, op.chunk))
+                    reported.add((op.kind, op.chunk))
                     yield place, never
             seen.add(op)
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from dualpipe.megatron.checks import Settings
 from dualpipe.megatron.overlap_rules import OVERLAP_RULES
 from dualpipe.megatron.placement import Schedules, schedule_of
-from dualpipe.megatron.rules import SettingsError, Violation, broken, refused_upstream, violations
+from dualpipe.megatron.rules import refused_upstream, violations
+from dualpipe.megatron.violations import SettingsError, Violation, broken
 from dualpipe.schedule.generate import LateW
 
 logger = logging.getLogger(__name__)

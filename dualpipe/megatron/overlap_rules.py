@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dualpipe.megatron.checks import is_given, is_other_than, is_set
-from dualpipe.megatron.rules import Rule
+from dualpipe.megatron.violations import Rule
 
 
 def one_expert_rank(settings: Any) -> str | None:

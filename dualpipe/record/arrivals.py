@@ -10,8 +10,9 @@ from dualpipe.record.events import Arrival, Collective, Doubt, RankLog
 def note_arrivals(logs: Sequence[RankLog], everything: Sequence[RankLog]) -> None:
     """Add a doubt to the ``logs`` of one training step for every forward whose input may be an activation.
 
-    ``everything`` are the logs of all steps.  Such an input came from NumPy, a list or the like after an activation had
-    left torch on that rank; or by a collective or a pickled object, into which some rank had put an activation.
+    ``everything`` are the logs of all steps.  The input may be an activation if it was made from NumPy, a list or the
+    like after one had left torch on that rank, or if it is from a collective or a pickled object into which some rank
+    had put one.
     """
     pickled = any("pickle" in log.left for log in everything)
     for log in logs:

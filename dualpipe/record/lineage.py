@@ -232,7 +232,7 @@ def _unfollowed(logs: Sequence[RankLog]) -> RecordError | None:
     how = {
         "outside": "was made outside of torch's operators (NumPy, a list)",
         "object": "was in a pickled object",
-        "collective": "came by a collective",
+        "collective": "is the result of a collective",
     }
     for log in logs:
         for forward, arrival, at, _, backward in log.taken:

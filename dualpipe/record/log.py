@@ -59,7 +59,7 @@ class Collective(NamedTuple):
     context:
         The forwards in whose computation it was called.
     within:
-        Whether a forward, a backward or a message of its training step came before it.
+        Whether a forward, a backward or a message of its training step precedes it.
     """
 
     id: CollectiveId
@@ -77,7 +77,7 @@ class Collective(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A tensor from outside of torch's operators: how it came, and by which collective."""
+    """A tensor from outside of torch's operators: its origin, and the collective that gave it, if one did."""
 
     how: str
     collective: int | None

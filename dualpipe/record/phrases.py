@@ -13,7 +13,7 @@ def counted(count: int, one: str, several: str) -> str:
 _SUMMED = "gradients of several microbatches in an order that could not be determined"
 _OUTSIDE = "that had been outside of torch, so that its origin could not be determined"
 _PICKLED = "that had been pickled, so that its origin could not be determined"
-_COLLECTIVE = "an activation or gradient that came by a collective, for which there is no message"
+_COLLECTIVE = "an activation or gradient that a collective gives, for which there is no message"
 _OVERTAKEN = "messages of another process group, which a schedule file cannot express"
 DOUBTS: Final = {
     "detached": (
@@ -48,7 +48,7 @@ DOUBTS: Final = {
         (f"computation takes a tensor {_PICKLED}", f"computations take a tensor {_PICKLED}"),
     ),
     "by a collective": (
-        "the computation at {at} takes for {op} a tensor that came by a collective, into which another rank put an "
+        "the computation at {at} takes for {op} a tensor from a collective, into which another rank put an "
         "activation or gradient; the file has no message for it",
         (f"computation takes {_COLLECTIVE}", f"computations take {_COLLECTIVE}"),
     ),

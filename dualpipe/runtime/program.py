@@ -17,12 +17,12 @@ because what it needs is not there has a ``fault``: the reason, with which a ste
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Final
 
+from dualpipe.runtime.echoes import find_echoes
 from dualpipe.schedule import (
     MESSAGES,
     RF,
@@ -236,58 +236,38 @@ class _Compiler:
 
     def forward(self, number: int, slot: Slot, op: Op, task: Task) -> Step:
         fault = f"{op} has run already" if task in self.live else ""
-        weight, last = Op(W, *task), self.schedule.is_last(op)
-        source, received, producer, echoes, missing = self.source(op, self.schedule.needs(op))
+        step = self.compute(number, slot, op, fault, self.schedule.needs(op), self.schedule.is_last(op))
         self.live[task] = True
-        target = NONE if last else self.register(op)
-        if not last:
-            self.outputs.add(op.bare)
-        return Step(
-            number,
-            slot,
-            op,
-            F,
-            task,
-            op.chunk,
-            weight,
-            fault or missing,
-            source=source,
-            received=received,
-            producer=producer,
-            echoes=echoes,
-            target=target,
-            live=self.register(weight),
-            last=last,
-            full=task in self.full,
-            paired=task in self.paired,
-        )
+        return replace(step, paired=task in self.paired)
 
     def backward(self, number: int, slot: Slot, op: Op, task: Task) -> Step:
         fault = "" if self.live.pop(task, False) else f"its F has not run, or {op} already has"
-        weight = Op(W, *task)
-        source, received, producer, echoes, missing = self.source(op, self.schedule.needs(op)[1:])
         self.ended.add(task)
-        first = self.schedule.is_first(op)
-        target = NONE if first else self.register(op)
-        if not first:
+        return self.compute(number, slot, op, fault, self.schedule.needs(op)[1:], self.schedule.is_first(op))
+
+    def compute(self, number: int, slot: Slot, op: Op, fault: str, needs: Iterable[Op], ends: bool) -> Step:
+        """An F or B: what it takes from another stage, and unless the lane ``ends`` there what it leaves for one."""
+        source, received, producer, echoes, missing = self.source(op, needs)
+        target = NONE if ends else self.register(op)
+        if not ends:
             self.outputs.add(op.bare)
         return Step(
             number,
             slot,
             op,
-            B,
-            task,
+            op.kind,
+            op.task,
             op.chunk,
-            weight,
+            Op(W, *op.task),
             fault or missing,
             source=source,
             received=received,
             producer=producer,
             echoes=echoes,
             target=target,
-            live=self.register(weight),
+            live=self.register(Op(W, *op.task)),
             last=self.schedule.is_last(op),
-            full=task in self.full,
+            full=op.task in self.full,
         )
 
     def weight(self, number: int, slot: Slot, op: Op, task: Task) -> Step:
@@ -314,42 +294,3 @@ class _Compiler:
 
 def _unused(op: Op, producer: Op) -> str:
     return f"{op} needs {producer}, which has not run or was used already"
-
-
-def find_echoes(schedule: Schedule, rank: int) -> Mapping[Op, tuple[Op, ...]]:
-    """For each receive of ``rank`` the F and B whose sends have been received once it has completed.
-
-    The k-th send of one rank to another meets the k-th receive there.  The peer's compute that needs it waits for it,
-    so what the peer posts in a later slot proves that it has arrived.
-    """
-    mine = _messages(schedule, rank)
-    found: dict[Op, list[Op]] = defaultdict(list)
-    for peer in {peer for peer, _ in mine}:
-        if not 0 <= peer < schedule.ranks:
-            continue
-        theirs = _messages(schedule, peer)
-        used = {
-            op.bare: number for number, slot in enumerate(schedule.programs[peer]) for op in slot if op.kind in (F, B)
-        }
-        answers = theirs.get((rank, True), [])
-        numbers = [number for number, _ in answers]
-        receives = mine.get((peer, False), [])
-        for (_, send), (_, receive) in zip(mine.get((peer, True), []), theirs.get((rank, False), []), strict=False):
-            user = used.get(Op(F if receive.kind is RF else B, *receive.task))
-            if user is None:
-                continue
-            at = bisect_right(numbers, user)
-            if at < len(receives) and at < len(answers):
-                found[receives[at][1].bare].append(Op(F if send.kind is SF else B, *send.task))
-    return {receive: tuple(sends) for receive, sends in found.items()}
-
-
-def _messages(schedule: Schedule, rank: int) -> Mapping[tuple[int, bool], list[tuple[int, Op]]]:
-    """The messages of a rank with their slots, by peer and whether they are sends."""
-    found: dict[tuple[int, bool], list[tuple[int, Op]]] = defaultdict(list)
-    for number, slot in enumerate(schedule.programs[rank]):
-        for op in slot:
-            peer = schedule.peer(op) if op.kind in MESSAGES else None
-            if peer is not None:
-                found[peer, op.kind in SENDS].append((number, op))
-    return found

@@ -71,7 +71,7 @@ class Profile:
 def read(paths: Sequence[Path]) -> Measured:
     """The costs in traces: one of ``dualpipe verify``, or those of torch.profiler, one or more of each rank.
 
-    A folder stands for the traces in it.  Raises ``RuleError`` for files that are something else, and for traces
+    Of a folder all traces in it are read.  Raises ``RuleError`` for files that are something else, and for traces
     that lack a stage, all forwards or all backwards.
     """
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _files(path)))

@@ -73,7 +73,7 @@ TYPES: dict[str, tuple[str, ...]] = {
         "dualpipe.schedule:Chunk",
         "dualpipe.megatron.training_loop:Function",
         "dualpipe.megatron.model:Provider",
-        "dualpipe.megatron.rules:SettingsError",
+        "dualpipe.megatron.violations:SettingsError",
     ),
     "dualpipe.testing": (
         "dualpipe.record.child.log:Sink",

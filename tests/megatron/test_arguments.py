@@ -9,7 +9,8 @@ import pytest
 
 from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import add_dualpipe_args, validate_dualpipe_args, validate_dualpipe_config
-from dualpipe.megatron.rules import RULES, SettingsError, violations
+from dualpipe.megatron.rules import RULES, violations
+from dualpipe.megatron.violations import SettingsError
 
 CLEAN = {
     "use_dualpipe": True,

@@ -18,7 +18,7 @@ from dualpipe.errors import RuleError
 from dualpipe.megatron import forward_backward_dualpipe, validate_dualpipe_args
 from dualpipe.megatron.arguments import validate_overlap
 from dualpipe.megatron.on_cpu import install_cpu_standins
-from dualpipe.megatron.rules import SettingsError
+from dualpipe.megatron.violations import SettingsError
 from dualpipe.schedule import overlapped_pairs
 from dualpipe.schedule.generate import generate
 from dualpipe.testing.launch import launch

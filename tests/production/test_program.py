@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dualpipe.runtime.program import Program, compile_program, find_echoes
+from dualpipe.runtime.echoes import find_echoes
+from dualpipe.runtime.program import Program, compile_program
 from dualpipe.schedule import RB, RF, SB, SF, UP, B, F, Op, Schedule, W
 from dualpipe.schedule.generate import generate
 from dualpipe.schedule.text import dumps, loads

@@ -119,7 +119,7 @@ def broadcasts(rank):
 
 @pytest.mark.parametrize(
     ("body", "says"),
-    [(objects, "was in a pickled object"), (broadcasts, "came by a collective")],
+    [(objects, "was in a pickled object"), (broadcasts, "is the result of a collective")],
     ids=["objects", "broadcast"],
 )
 def test_a_pipeline_without_messages_of_tensors_is_an_error_with_its_line(body, says):

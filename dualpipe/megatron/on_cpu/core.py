@@ -115,7 +115,7 @@ class _Stream:
         """Takes what ``torch.cuda.Stream`` takes."""
 
     def wait_stream(self, other: _Stream) -> None:
-        """Does nothing; an event of this stream, which is the stream itself, is over as well."""
+        """Does nothing: everything issued on ``other``, a stream or an event, has ended."""
 
     def synchronize(self) -> None:
         """Does nothing."""

@@ -52,7 +52,7 @@ def span_of(tensor: Tensor) -> Span | None:
         last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
         end = start + last + 1 if tensor.numel() else start
         return Span(tensor.untyped_storage()._cdata, start * size, end * size)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError):  # of a tensor without storage
         return None
 
 

@@ -23,7 +23,7 @@ def key_of(tensor: Tensor) -> Key | None:
     """The storage and offset of a tensor, or ``None`` if it has no storage (fake tensors and wrappers raise)."""
     try:
         return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError):  # of a tensor without storage
         return None
 
 

@@ -25,9 +25,9 @@ Name = tuple[Lane, int]
 class Agreement(NamedTuple):
     """A gradient is the sum of those of its microbatches.
 
-    ``how`` is a note on it, ``summed`` whether the sum is over both lanes (``None`` if there is one), and ``scale`` a
-    factor that is no division by a number of microbatches or replicas, such as that of clipping.  ``divided_by`` is
-    such a number.
+    ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
+    ``scale`` is a factor that is no division by a number of microbatches or replicas, such as that of clipping.
+    ``divided_by`` is such a number.
     """
 
     how: str

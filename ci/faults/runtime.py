@@ -102,6 +102,16 @@ FAULTS = (
     ),
     fault(
         0,
+        "a send counts as received one answer too early",
+        "dualpipe/runtime/echoes.py",
+        "            at = bisect_right(numbers, user)\n",
+        "            at = bisect_right(numbers, user) - 1\n",
+        check="tests",
+        rule="test",
+        says="test_an_echo_was_posted_after_the_compute_that_needed_what_it_echoes",
+    ),
+    fault(
+        0,
         "a checked stream takes every access as ordered",
         "dualpipe/testing/streams.py",
         "        if not earlier.before(access.stream):\n",

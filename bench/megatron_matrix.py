@@ -66,6 +66,11 @@ MORE |= {
         dp=2, schedule="dualpipev", distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1
     ),
     "deepseek pp2": Case(Model.DEEPSEEK),
+    "deepseek pp2 bf16 qk": Case(Model.DEEPSEEK, dtype="bf16", qk_clip=True),
+    "deepseek pp4 dp2 ep2 bf16 recompute qk": Case(
+        Model.DEEPSEEK, pp=4, dp=2, ep=2, dtype="bf16", recompute=True, qk_clip=True
+    ),
+    "deepseek v pp2 bf16 qk": Case(Model.DEEPSEEK, schedule="dualpipev", dtype="bf16", qk_clip=True),
     "deepseek pp4 dp2 ep2 all": Case(Model.DEEPSEEK, pp=4, dp=2, ep=2, **OPTIONS["all"]),
     "deepseek v pp2 dp2 ep2 all": Case(Model.DEEPSEEK, dp=2, ep=2, schedule="dualpipev", **OPTIONS["all"]),
 }

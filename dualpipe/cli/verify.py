@@ -104,6 +104,9 @@ def verify(
     expert_bias: Annotated[
         bool, _flag("--expert-bias", "Balance experts by a router bias, without an auxiliary loss.")
     ] = False,
+    qk_clip: Annotated[
+        bool, _flag("--qk-clip", "Clip query and key weights by the largest attention logits; needs --dtype bf16.")
+    ] = False,
     mtp: Annotated[int, _flag("--mtp", "Layers that predict further tokens.")] = 0,
     tied: Annotated[bool, _flag("--tied", "Tie the output layer to the embedding.")] = False,
     layout: Annotated[
@@ -153,6 +156,7 @@ def verify(
         "recompute": recompute,
         "per_token_loss": per_token_loss,
         "expert_bias": expert_bias,
+        "qk_clip": qk_clip,
         "mtp": mtp,
         "tied": tied,
         "layout": layout,

@@ -82,6 +82,10 @@ def checkpoint_format(settings: Any) -> str | None:
     return is_other_than("ckpt_format", "torch_dist")(settings) if writes else None
 
 
+def clips_shards(settings: Any) -> str | None:
+    return is_set("qk_clip")(settings) if settings.use_distributed_optimizer else None
+
+
 def further_tokens_elsewhere(settings: Any) -> str | None:
     layout = settings.pipeline_model_parallel_layout
     if layout is None:

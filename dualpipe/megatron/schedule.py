@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from dualpipe.errors import RuleError
@@ -23,6 +23,7 @@ from dualpipe.megatron.groups import groups_of_finalizing
 from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import collect_losses
 from dualpipe.megatron.model import ChunkSetup, Shared, setup_of, setups_of
+from dualpipe.megatron.statistics import combine_over_lanes
 from dualpipe.runtime.executor import Executor
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import RF, SF, UP, Chunk, F, Schedule
@@ -207,23 +208,11 @@ def _finalize(
                 "it counted no token in any microbatch of the step",
                 "return the number of tokens that the loss sums over, or leave calculate_per_token_loss off",
             )
-    if config.moe_router_enable_expert_bias and shared.groups.pair:
-        _sum_expert_tokens(model, shared.groups.pair)
+    if shared.groups.pair:
+        combine_over_lanes(model, config, shared.groups.pair)
     groups = groups_of_finalizing(groups, shared.groups.placement)
     with reduced_once(model, [setup.chunk.stage for setup in setups]):
         config.finalize_model_grads_func(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
-
-
-def _sum_expert_tokens(model: Sequence[nn.Module], pair: dist.ProcessGroup) -> None:
-    """Sum the tokens per expert over both replicas of a stage; Megatron sums over the data-parallel ranks only.
-
-    Routers set their expert bias by this count over all replicas.
-    """
-    for module in model:
-        for router in get_attr_wrapped_model(module, "modules")():
-            counts = getattr(router, "local_tokens_per_expert", None)
-            if counts is not None:
-                dist.all_reduce(counts, group=pair)
 
 
 def chunks_of(model: list[nn.Module]) -> list[Chunk]:

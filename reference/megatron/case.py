@@ -51,8 +51,9 @@ class Case:
     evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to which
     gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the distributed
     optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``overlap_moe``: the drop-in runs F&B pairs
-    through Megatron's plan, and every implementation sends tokens by all-to-all.  ``timeout``: seconds to wait for a
-    message before reporting a hang.
+    through Megatron's plan, and every implementation sends tokens by all-to-all.  ``qk_clip``: after each step, the
+    query and key weights of each head with an attention logit above ``qk_threshold`` are scaled down.  ``timeout``:
+    seconds to wait for a message before reporting a hang.
     """
 
     model: Model = Model.GPT
@@ -70,6 +71,7 @@ class Case:
     dropout: float = 0.0
     per_token_loss: bool = False
     expert_bias: bool = False
+    qk_clip: bool = False
     mtp: int = 0
     tied: bool = False
     layout: str | None = None
@@ -88,6 +90,7 @@ class Case:
     batch = 2
     learning_rate = 1e-2
     weight_decay = 0.1
+    qk_threshold = 0.02
 
     def __post_init__(self) -> None:
         for rule, holds, got, fix in self._rules():
@@ -149,6 +152,12 @@ class Case:
                 "use --model moe",
             ),
             (
+                "queries and keys are clipped in latent attention in bf16, without the distributed optimizer",
+                self.can_clip_logits or not self.qk_clip,
+                f"got {self.model} in {self.dtype}, distributed optimizer {self.distributed_optimizer}",
+                "use --model deepseek --dtype bf16 and leave the distributed optimizer out",
+            ),
+            (
                 "the number of layers that predict further tokens must not be negative",
                 self.mtp >= 0,
                 f"got {self.mtp}",
@@ -172,6 +181,11 @@ class Case:
             ("the clipping norm must not be negative", self.clip_norm >= 0, f"got {self.clip}", "use 0 for none"),
             ("a timeout must be a positive number of seconds", 0 < self.timeout < 1e6, f"got {self.timeout}", "use 60"),
         ]
+
+    @property
+    def can_clip_logits(self) -> bool:
+        """Whether queries and keys can be clipped: Megatron's own code needs 16 bits and whole weights."""
+        return Part.MLA in self.parts and self.dtype == "bf16" and not self.distributed_optimizer
 
     @property
     def limit(self) -> float:

@@ -125,6 +125,11 @@ def failed_sanity_checks(case: Case, truth: Sequence[StepTrace]) -> list[str]:
                     complaints.append(f"step {step}, {shard}: the gradient of {name} is zero")
         if not all(norm > 0 for norm in result.norms.values()):
             complaints.append(f"step {step}: the gradient norm is not positive")
+        complaints += [
+            f"step {step}, {shard}: no attention logit is above {case.qk_threshold}, so nothing is clipped"
+            for shard, largest in result.logits.items()
+            if largest <= case.qk_threshold
+        ]
     for step, (before, after) in enumerate(pairwise(truth), start=1):
         if mean_loss(before) == mean_loss(after):
             complaints.append(f"step {step}: the loss did not change")

@@ -40,6 +40,8 @@ def options(case: Case) -> dict[str, Any]:
     }
     if Part.MLA in case.parts:
         chosen |= _LATENT
+    if case.qk_clip:
+        chosen |= {"qk_clip": True, "qk_clip_threshold": case.qk_threshold}
     if Part.SHARED in case.parts:
         chosen["moe_shared_expert_intermediate_size"] = case.hidden
     if Part.GROUPS in case.parts:
@@ -68,8 +70,12 @@ def layer_specs(config: Any, stage: int) -> tuple[Any, Any]:
 class LatentAttention(nn.Module):
     """Causal attention whose queries and keys have another head size than its values.
 
-    Megatron's own attention for that is Transformer Engine's; its local one has a single head size.
+    Megatron's own attention for that is Transformer Engine's; its local one has a single head size.  As Transformer
+    Engine's does, it records the largest logit of each head since the last clipping, float32 ``[heads]``, for
+    ``qk_clip``.
     """
+
+    current_max_attn_logits: Tensor | None = None
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class LatentAttention(nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
+        self.records = config.qk_clip
         self.scale = softmax_scale or 1 / math.sqrt(k_channels or config.kv_channels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **options: Any) -> Tensor:
@@ -89,5 +96,9 @@ class LatentAttention(nn.Module):
         q, k, v = (each.permute(1, 2, 0, 3) for each in (query, key, value))
         scores = torch.matmul(q, k.transpose(-1, -2)).float() * self.scale
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1).to(v.dtype)
+        scores = scores.masked_fill(later, float("-inf"))
+        if self.records:
+            largest, before = scores.detach().amax((0, 2, 3)), self.current_max_attn_logits
+            self.current_max_attn_logits = largest if before is None else torch.maximum(before, largest)
+        weights = scores.softmax(-1).to(v.dtype)
         return torch.matmul(weights, v).permute(2, 0, 1, 3).flatten(2)

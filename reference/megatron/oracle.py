@@ -90,6 +90,8 @@ def run(case: Case, context: Context) -> list[StepTrace]:
         for master, module in zip(masters, stages, strict=True):
             for name, parameter in module.named_parameters():
                 parameter.data.copy_(master[name].data)
+        if case.qk_clip:
+            _clip_queries_and_keys(stages, masters)
         _record(case, trace, "weights", [{**dict(module.named_parameters()), **_biases(module)} for module in stages])
         if case.has_main_weights and not case.distributed_optimizer:
             _record(case, trace, "main_weights", masters)
@@ -261,6 +263,18 @@ def _norm(gradients: Gradients, duplicates: Sequence[tuple[int, str]]) -> float:
         squares.append(torch.norm(norms).reshape(1) ** 2.0)
     norm: float = float(ring_sum(squares)) ** 0.5
     return norm
+
+
+def _clip_queries_and_keys(stages: Sequence[Any], masters: Sequence[Mapping[str, nn.Parameter]]) -> None:
+    """Scale the weights of each head by its largest logit over all replicas, which all ran through these layers.
+
+    Layers for further tokens are not clipped: Megatron clips those of the decoder alone.
+    """
+    for stage, master in zip(stages, masters, strict=True):
+        for name, parameter in stage.named_parameters():
+            parameter.main_param = master[name]
+        for layer in stage.decoder.layers:
+            layer.self_attention.clip_qk()
 
 
 def _balance(stages: Sequence[Any]) -> None:

@@ -41,7 +41,8 @@ class StepTrace:
     was returned.  By shard and parameter name: ``gradients``, the whole ``main_grad`` when the schedule returns,
     reduced over the replicas; ``weights`` after the optimizer's step; ``main_weights``, the optimizer's float32 copies,
     if it keeps any (under the distributed optimizer the replica's own part).  By one shard of each rank: ``norms``, the
-    gradient norm that the optimizer returned, and ``done``, whether it made its step.
+    gradient norm that the optimizer returned, ``done``, whether it made its step, and ``logits``, the largest attention
+    logit by which queries and keys were clipped.
     """
 
     losses: dict[Microbatch, list[Tensor]] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class StepTrace:
     main_weights: dict[Shard, Tensors] = field(default_factory=dict)
     norms: dict[Shard, float] = field(default_factory=dict)
     done: dict[Shard, bool] = field(default_factory=dict)
+    logits: dict[Shard, float] = field(default_factory=dict)
 
 
 def merge(ranks: Sequence[Sequence[StepTrace]]) -> list[StepTrace]:
@@ -65,5 +67,6 @@ def merge(ranks: Sequence[Sequence[StepTrace]]) -> list[StepTrace]:
             whole.main_weights |= part.main_weights
             whole.norms |= part.norms
             whole.done |= part.done
+            whole.logits |= part.logits
         merged.append(whole)
     return merged

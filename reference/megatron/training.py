@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer.qk_clip import clip_qk
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
@@ -65,8 +66,10 @@ def train(
         trace = StepTrace(losses=losses_of(store) if reports else {})
         trace.gradients |= {shard: main_gradients(chunk) for shard, chunk in chunks}
         done, norm, _ = optimizer.step()
-        scheduler.step(increment=1)
         own = chunks[0][0]
+        if case.qk_clip:
+            trace.logits[own] = clip_qk(model)
+        scheduler.step(increment=1)
         trace.norms[own], trace.done[own] = float(norm or 0.0), bool(done)
         trace.weights |= {shard: weights(chunk) for shard, chunk in chunks}
         trace.main_weights |= {shard: main_weights(chunk) for shard, chunk in chunks}

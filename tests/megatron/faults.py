@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ci.faults.fault import Fault
-from reference.megatron.case import Case
+from reference.megatron.case import Case, Model
 
 BASE = Case(pp=2, steps=2, timeout=10)
 
@@ -277,6 +277,12 @@ def initial_weights_differ() -> None:
     model._equalise = lambda module, chunk, groups: None
 
 
+def logits_of_one_lane() -> None:
+    from dualpipe.megatron import statistics
+
+    statistics.has_largest_logits = lambda config: False
+
+
 def fault(number: int, title: str, plant: Callable[[], None], says: str, case: Case = BASE) -> MegatronFault:
     return MegatronFault(number, title, plant, ("trial, Megatron",), says, case)
 
@@ -292,6 +298,13 @@ FAULTS = [
     fault(14, "a weight gradient arrives after the all-reduce", weight_gradient_after_the_reduction, "differs between"),
     fault(15, "the replicas are not reduced together", replicas_not_reduced_together, "differs between ranks"),
     fault(15, "the replicas start apart", initial_weights_differ, "differs between ranks"),
+    fault(
+        15,
+        "queries and keys clipped by the logits of one lane",
+        logits_of_one_lane,
+        "weight of .*linear_q_up_proj",
+        replace(BASE, model=Model.DEEPSEEK, dtype="bf16", qk_clip=True, steps=1),
+    ),
     fault(16, "the norm counts a parameter twice", norm_counts_both_replicas, "gradient norm", UNCLIPPED),
     fault(17, "the norm of one stage only", norm_of_one_stage_only, "gradient norm", UNCLIPPED),
     fault(18, "gradients rescaled at each accumulation", gradients_rescaled_at_each_accumulation, "gradient of"),

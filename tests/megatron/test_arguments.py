@@ -94,7 +94,7 @@ PLANTED = [
     ("the optimizer must shard", {"use_layer_wise_distributed_optimizer": True}, "layer_wise"),
     ("weights must not be sharded", {"gtp_weight_remat_size": 2}, "gtp_weight_remat_size is 2"),
     ("weights must not be sharded", {"expert_gtp_weight_remat_size": 2}, "expert_gtp"),
-    ("no clipping", {"qk_clip": True}, "qk_clip"),
+    ("no clipping", {"qk_clip": True, "use_distributed_optimizer": True}, "qk_clip"),
     ("fp8 scales must", {"fp8": "hybrid", "fp8_recipe": "delayed"}, "'delayed'"),
     ("fp8 scales must", {"fp8": "e4m3"}, "fp8 is 'e4m3' with fp8_recipe None"),
     ("sequences must be split", {"hybrid_context_parallel": True}, "hybrid_context_parallel"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -312,18 +313,20 @@ def test_replicas_that_differ_are_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# Token counts for the expert bias
+# Statistics that layers collect
 
 
-def test_tokens_per_expert_are_summed_over_both_replicas_of_a_stage():
-    from dualpipe.megatron.schedule import _sum_expert_tokens
+def test_statistics_are_combined_over_both_replicas_of_a_stage():
+    from dualpipe.megatron.statistics import combine_over_lanes
 
     def rank(context):
         pairs = [dist.new_group([0, 3]), dist.new_group([1, 2])]
         chunk = nn.Module()
-        chunk.router = nn.Module()
+        chunk.router, chunk.attention = nn.Module(), nn.Module()
         chunk.router.local_tokens_per_expert = torch.tensor([10.0**context.rank])
-        _sum_expert_tokens([chunk], pairs[context.rank in (1, 2)])
-        return chunk.router.local_tokens_per_expert.item()
+        chunk.attention.current_max_attn_logits = torch.tensor([float(context.rank), -float(context.rank)])
+        config = SimpleNamespace(moe_router_enable_expert_bias=True, log_max_attention_logit=True)
+        combine_over_lanes([chunk], config, pairs[context.rank in (1, 2)])
+        return chunk.router.local_tokens_per_expert.item(), chunk.attention.current_max_attn_logits.tolist()
 
-    assert launch(4, rank, 30.0).values() == [1001, 110, 110, 1001]
+    assert launch(4, rank, 30.0).values() == [(1001, [3, 0]), (110, [2, -1]), (110, [2, -1]), (1001, [3, 0])]

@@ -17,7 +17,9 @@ SAMPLE = {
     "distributed optimizer, tied": Case(
         pp=4, distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1, tied=True, steps=2
     ),
-    "deepseek, bf16, overlapped": Case(Model.DEEPSEEK, dtype="bf16", overlap_grad_reduce=True, microbatches=4, steps=2),
+    "deepseek, bf16, overlapped, queries and keys clipped": Case(
+        Model.DEEPSEEK, dtype="bf16", overlap_grad_reduce=True, qk_clip=True, microbatches=4, steps=2
+    ),
     "v, further tokens, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
     "dropout, recompute, late W in the tail": Case(dropout=0.1, recompute=True, steps=2, late_w="tail"),
     "moe, tensor and sequence parallel": Case(Model.MOE, tp=2, sequence_parallel=True, steps=2),

@@ -32,6 +32,13 @@ MORE = {
     "moe pp2 per token": Case(Model.MOE, per_token_loss=True),
     "gpt pp2 tp2 sp dp2 all": Case(dp=2, tp=2, sequence_parallel=True, **OPTIONS["all"]),
     "gpt pp6": Case(pp=6),
+    "gpt pp4 dp2 instances": Case(pp=4, dp=2, distributed_optimizer=True, instances=2, clip=0.1),
+    "moe pp2 dp4 ep2 bf16 overlap instances": Case(
+        Model.MOE, dp=4, ep=2, distributed_optimizer=True, instances=2, overlap_grad_reduce=True, dtype="bf16", clip=0.1
+    ),
+    "gpt v pp2 dp2 overlap instances": Case(
+        dp=2, schedule="dualpipev", distributed_optimizer=True, instances=2, overlap_grad_reduce=True, clip=0.1
+    ),
     "moe pp2 dp2 ep2": Case(Model.MOE, dp=2, ep=2),
     "moe pp2 dp2 ep2 distopt overlap": Case(
         Model.MOE, dp=2, ep=2, distributed_optimizer=True, overlap_grad_reduce=True

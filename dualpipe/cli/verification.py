@@ -99,6 +99,7 @@ def describe_megatron(case: MegatronCase) -> str:
         "overlapped reduction": case.overlap_grad_reduce,
         "F&B pairs overlapped": case.overlap_moe,
         "distributed optimizer": case.distributed_optimizer,
+        f"{case.instances} optimizer instances": case.instances > 1,
         "recompute": case.recompute,
         "loss per token": case.per_token_loss,
         f"without {', '.join(case.without)}": case.without,

@@ -99,6 +99,9 @@ def verify(
         bool, _flag("--overlap-moe", "Run F&B pairs through Megatron's plan for experts; needs --ep.")
     ] = False,
     distributed_optimizer: Annotated[bool, _flag("--distributed-optimizer", "Shard the optimizer's state.")] = False,
+    optimizer_instances: Annotated[
+        int, _flag("--optimizer-instances", "Whole copies of the distributed optimizer's state; must divide --dp.")
+    ] = 1,
     recompute: Annotated[bool, _flag("--recompute", "Recompute every layer in the backward.")] = False,
     per_token_loss: Annotated[bool, _flag("--per-token-loss", "Normalise by tokens instead of microbatches.")] = False,
     expert_bias: Annotated[
@@ -173,13 +176,20 @@ def verify(
             "dp": dp,
             "tp": tp,
             "ep": ep,
+            "instances": optimizer_instances,
             "microbatches": 2 * pp if microbatches is None else microbatches,
         }
         large |= {"late_w": late_w.value, "schedule": named}
         training = {"dtype": dtype.value, "clip": clip, "steps": steps, "seed": seed, "timeout": timeout}
         raise typer.Exit(_verify_megatron(model, as_json, **sizes, **large, **training))
     given = {f"--{name.replace('_', '-')}": value for name, value in large.items()}
-    given |= {"--dp": dp != 1, "--tp": tp != 1, "--ep": ep != 1, "--clip": clip is not None}
+    given |= {
+        "--optimizer-instances": optimizer_instances != 1,
+        "--dp": dp != 1,
+        "--tp": tp != 1,
+        "--ep": ep != 1,
+        "--clip": clip is not None,
+    }
     _refuse(given, "a small language model has no such option", "add --model gpt, --model moe or --model deepseek")
     into_folder = trace is not None and trace.is_dir()
     traces = [] if into_folder else target("--trace", trace, TRACE)

@@ -5,6 +5,12 @@ the gradients of a stage are reduced over both of its replicas and all data-para
 the replica of lane > first, then that of lane <, each in data-parallel order, so that sums are added in the order in
 which 1F1B with twice the data parallelism adds them.  (Before torch 2.12 a group's ranks are always sorted; then the
 sums of more than two replicas may differ from 1F1B's in their last bits.)
+
+With several instances of the distributed optimizer, that list is cut into as many blocks.  The replicas of a block
+share one copy of the optimizer's state, and the replicas at the same place in each block sum their shards::
+
+    replicas of a stage     > 0   > 1   < 0   < 1       two data-parallel ranks, two lanes
+    instances               `- first -´ `- second-´
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ from dualpipe.schedule import UP, Chunk
 
 KINDS = ("dp", "dp_cp", "expt_dp")
 """Megatron's names of the groups over which gradients are reduced."""
+_SHARDED = {"intra_dp_cp": "dp_cp", "intra_expt_dp": "expt_dp"}
+"""Megatron's names of the groups of one optimizer instance, with the names of the groups that they are parts of."""
 
 
 class Position:
@@ -101,6 +109,15 @@ class Groups:
     def stages(self) -> int:
         return self.placement.stages
 
+    @property
+    def instances(self) -> int:
+        """The number of instances of the distributed optimizer, over all replicas of a stage."""
+        return _instances(self.chunks[self.own])
+
+    def instance(self, chunk: Chunk) -> int:
+        """The number of the instance that has the optimizer's state of a chunk of this rank."""
+        return self.chunks[chunk].inter_dist_opt.rank() if self.instances > 1 else 0
+
 
 def create_groups(schedule: str) -> Groups:
     """Create DualPipe's groups beside Megatron's own; every process of the job calls this together.
@@ -116,9 +133,10 @@ def create_groups(schedule: str) -> Groups:
         chunks = {chunk: _collection(collection, chunk.stage, where.stages, embd=None) for chunk in held}
         return Groups(where, pipeline, None, _with_others(collection.embd), chunks)
     mine = {kind: dist.get_process_group_ranks(getattr(collection, kind)) for kind in KINDS}
+    instances = _instances(collection)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (dist.get_process_group_ranks(pipeline), mine))
-    made = _make_all(_wanted(everyone))
+    made = _make_all(_wanted(everyone, instances))
 
     rank, size = pipeline.rank(), pipeline.size()
     mirror = everyone[dist.get_process_group_ranks(pipeline)[size - 1 - rank]][1]
@@ -126,16 +144,14 @@ def create_groups(schedule: str) -> Groups:
     for chunk in held:
         up, down = (mine, mirror) if chunk.lane is UP else (mirror, mine)
         groups = {kind: made[tuple(up[kind] + down[kind])] for kind in KINDS}
+        for intra, kind in _SHARDED.items():
+            blocks = _blocks(up[kind] + down[kind], instances)
+            groups[intra] = made[next(block for block in blocks if dist.get_rank() in block)]
+        if instances > 1:
+            copies = zip(*_blocks(up["expt_dp"] + down["expt_dp"], instances), strict=True)
+            groups["inter_dist_opt"] = made[next(ranks for ranks in copies if dist.get_rank() in ranks)]
         embd = collection.embd if chunk.lane is UP else None
-        chunks[chunk] = _collection(
-            collection,
-            chunk.stage,
-            where.stages,
-            embd=embd,
-            **groups,
-            intra_dp_cp=groups["dp_cp"],
-            intra_expt_dp=groups["expt_dp"],
-        )
+        chunks[chunk] = _collection(collection, chunk.stage, where.stages, embd=embd, **groups)
     pair = made[_pair(dist.get_process_group_ranks(pipeline), rank)]
     return Groups(where, pipeline, pair, _with_others(collection.embd), chunks)
 
@@ -146,7 +162,18 @@ def _with_others(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group if mine else None
 
 
-def _wanted(everyone: Sequence[tuple[list[int], Mapping[str, list[int]]]]) -> list[tuple[int, ...]]:
+def _instances(own: ProcessGroupCollection) -> int:
+    """The number of instances of the distributed optimizer that ``parallel_state`` was initialised with."""
+    return int(own.dp_cp.size() // own.intra_dp_cp.size())
+
+
+def _blocks(ranks: Sequence[int], instances: int) -> list[tuple[int, ...]]:
+    """The ranks of each instance of the distributed optimizer, in order."""
+    size = len(ranks) // instances
+    return [tuple(ranks[start : start + size]) for start in range(0, len(ranks), size)]
+
+
+def _wanted(everyone: Sequence[tuple[list[int], Mapping[str, list[int]]]], instances: int) -> list[tuple[int, ...]]:
     """The ranks of every group of the job, in the same order on all processes."""
     wanted: dict[tuple[int, ...], None] = {}
     for rank, (pipeline, groups) in enumerate(everyone):
@@ -154,7 +181,10 @@ def _wanted(everyone: Sequence[tuple[list[int], Mapping[str, list[int]]]]) -> li
         mirror = everyone[pipeline[len(pipeline) - 1 - position]][1]
         wanted[_pair(pipeline, position)] = None
         for kind in KINDS:
-            wanted[tuple(groups[kind] + mirror[kind])] = None
+            blocks = _blocks(groups[kind] + mirror[kind], instances)
+            wanted |= dict.fromkeys([tuple(groups[kind] + mirror[kind]), *blocks])
+            if kind == "expt_dp":  # whose copies Megatron sums for all weights
+                wanted |= dict.fromkeys(zip(*blocks, strict=True))
     return list(wanted)
 
 

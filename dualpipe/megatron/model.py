@@ -164,6 +164,7 @@ def build_dualpipe_model(
     shared = Shared(groups, _transport(groups, device, timeout), stream)
     ddp_config = ddp_config or DistributedDataParallelConfig()
     _require_hooks_for_delayed(config, ddp_config)
+    _require_instances(groups, ddp_config)
     wrapped = []
     for chunk, collection in groups.chunks.items():
         module = built[chunk.stage].to(device)
@@ -253,6 +254,16 @@ def _require_hooks_for_delayed(config: Any, ddp_config: DistributedDataParallelC
             "Transformer Engine's layers that delay their weight gradients start the reduction themselves",
             "delay_wgrad_compute is set in the TransformerConfig and not in the DistributedDataParallelConfig",
             "set it in both",
+        )
+
+
+def _require_instances(groups: Groups, ddp_config: DistributedDataParallelConfig) -> None:
+    wanted = ddp_config.num_distributed_optimizer_instances
+    if ddp_config.use_distributed_optimizer and wanted != groups.instances:
+        raise RuleError(
+            "num_distributed_optimizer_instances must be the number that initialize_model_parallel made groups for",
+            f"got {wanted} in the DistributedDataParallelConfig, and groups for {groups.instances}",
+            "pass the same number to both",
         )
 
 

@@ -4,7 +4,8 @@ Under 1F1B a rank computes the sum of squares of its one stage, and an all-reduc
 two of them.  If it added them first, the total would differ in its last bits, and with clipping so would all weights.
 So each rank computes one number for each chunk, all ranks exchange them, and each adds them in the order in which
 gloo's all-reduce adds those of 1F1B: from the last rank to the first.  (NCCL chooses its own order.)  In that order, a
-rank of 1F1B is a stage and one of its replicas: those of lane > first, in each lane by data-parallel rank.
+rank of 1F1B is a stage and one of its replicas: those of lane > first, in each lane by data-parallel rank.  Several
+instances of the distributed optimizer have the same gradients in shards of their own, so those of the first one count.
 """
 
 from __future__ import annotations
@@ -20,26 +21,34 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from dualpipe.megatron.groups import Groups
 from dualpipe.megatron.iterators import LANES
 from dualpipe.schedule import Chunk
 
 
-def add_norms_by_stage(optimizer: Any, model: Mapping[Chunk, nn.Module]) -> None:
+def add_norms_by_stage(optimizer: Any, model: Mapping[Chunk, nn.Module], groups: Groups) -> None:
     """Let Megatron's chained optimizer over the two chunks of a rank compute its norm stage by stage."""
     parts = [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
     chunk_of = {parameter: chunk for chunk, module in model.items() for parameter in module.parameters()}
     owners = [_owners(part, chunk_of) for part in parts]
+    chunks = {chunk: groups.instance(chunk) == 0 for chunk in model}
 
     def get_grad_norm() -> float:
         if optimizer.grads_states_parallel_group_is_shared():
-            return _norm(parts, owners, list(model), optimizer.get_grad_stats_parallel_group())
+            return _norm(parts, owners, chunks, optimizer.get_grad_stats_parallel_group())
         norms = [
-            _norm([part], [owner], list(model), part.get_grad_stats_parallel_group())
+            _norm([part], [owner], chunks, part.get_grad_stats_parallel_group())
             for part, owner in zip(parts, owners, strict=True)
         ]
         return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
 
     optimizer.get_grad_norm = get_grad_norm
+
+
+def count_zeros_once(optimizer: Any, instances: int) -> None:
+    """Let Megatron's optimizer count the zeros in its gradients once, as every instance has all of them."""
+    count = optimizer.count_zeros
+    optimizer.count_zeros = lambda: count() / instances
 
 
 def _owners(part: Any, chunk_of: Mapping[Any, Chunk]) -> dict[int, Chunk]:
@@ -53,22 +62,31 @@ def _owners(part: Any, chunk_of: Mapping[Any, Chunk]) -> dict[int, Chunk]:
 
 
 def _norm(
-    parts: Sequence[Any], owners: Sequence[Mapping[int, Chunk]], chunks: Sequence[Chunk], group: dist.ProcessGroup
+    parts: Sequence[Any],
+    owners: Sequence[Mapping[int, Chunk]],
+    chunks: Mapping[Chunk, bool],
+    group: dist.ProcessGroup,
 ) -> float:
-    """The norm over the ranks of ``group`` of the gradients of some optimizers."""
+    """The norm over the ranks of ``group`` of the gradients of some optimizers.
+
+    ``chunks`` maps each chunk of this rank to whether its gradients count.
+    """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    mine = torch.zeros((len(chunks), 3), dtype=torch.float64, device=device)  # represents float32 exactly
-    for row, chunk in zip(mine, chunks, strict=True):
+    mine = torch.zeros((len(chunks), 4), dtype=torch.float64, device=device)  # represents float32 exactly
+    for row, (chunk, counts) in zip(mine, chunks.items(), strict=True):
         gradients = [
             gradient for part, owner in zip(parts, owners, strict=True) for gradient in _gradients(part, owner, chunk)
         ]
-        row[0], row[1] = chunk.stage, LANES.index(chunk.lane)
+        row[0], row[1], row[2] = chunk.stage, LANES.index(chunk.lane), counts
         if gradients:
-            row[2] = _square(gradients)
+            row[3] = _square(gradients)
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
     order = sorted(
-        (stage, lane, rank, square) for rank, rows in enumerate(everyone) for stage, lane, square in rows.tolist()
+        (stage, lane, rank, square)
+        for rank, rows in enumerate(everyone)
+        for stage, lane, counts, square in rows.tolist()
+        if counts
     )
     total = torch.zeros((), dtype=torch.float32)
     for *_, square in reversed(order):

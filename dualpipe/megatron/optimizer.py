@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from dualpipe.megatron.model import setups_of
-from dualpipe.megatron.norm import add_norms_by_stage
+from dualpipe.megatron.norm import add_norms_by_stage, count_zeros_once
 from dualpipe.megatron.optimizer_state import SHARDING, distributed_parts, refuse_format, save_parameters
 
 
@@ -21,8 +21,8 @@ def build_dualpipe_optimizer(config: OptimizerConfig, model: list[nn.Module], **
 
     The gradient norm of the plain optimizer is summed over the model-parallel group, where one replica of every stage
     is marked to count (see ``build_dualpipe_model``).  The distributed optimizer shards a stage over all of its
-    replicas, so there the sum over all processes counts each parameter once.  Where two stages of a rank count, they
-    are added up as under 1F1B (see ``dualpipe.megatron.norm``).
+    replicas, so there the sum over all processes counts each parameter once, or with several instances the sum of one
+    instance.  Where two stages of a rank count, they are added up as under 1F1B (see ``dualpipe.megatron.norm``).
 
     Raises ``RuleError`` unless ``model`` is what ``build_dualpipe_model`` returned: both chunks, in order of stage.
     """
@@ -37,7 +37,9 @@ def build_dualpipe_optimizer(config: OptimizerConfig, model: list[nn.Module], **
         part.sharded_state_dict = _parameter_by_parameter(part.sharded_state_dict)
         part.load_parameter_state_from_dp_zero = lambda *_, **__: refuse_format("a state gathered on one rank")
     if config.use_distributed_optimizer or not groups.placement.mirrored:
-        add_norms_by_stage(built, {setup.chunk: module for setup, module in zip(setups, model, strict=True)})
+        add_norms_by_stage(built, {setup.chunk: module for setup, module in zip(setups, model, strict=True)}, groups)
+    if groups.instances > 1:
+        count_zeros_once(built, groups.instances)
     setups[0].shared.optimizer = weakref.ref(built)
     return built
 

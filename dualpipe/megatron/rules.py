@@ -196,13 +196,6 @@ RULES: tuple[Rule, ...] = (
         v=_UNTRIED,
     ),
     Rule(
-        "there must be one instance of the distributed optimizer",
-        "with several, some groups of a stage would have only one lane's replicas",
-        is_above_one("num_distributed_optimizer_instances"),
-        "leave out --num-distributed-optimizer-instances",
-        v=_UNTRIED,
-    ),
-    Rule(
         "parameters must be gathered before the forward that needs them",
         "gathering in the optimizer's step is designed for virtual pipelines",
         is_set("overlap_param_gather_with_optimizer_step"),

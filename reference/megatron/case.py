@@ -46,11 +46,12 @@ class Case:
     data-parallel replica, so the ground truth, Megatron's 1F1B, has 2 x ``dp`` replicas with ``microbatches`` / 2 each.
     Under dualpipev it has the same replicas and microbatches, on twice the pipeline ranks.
 
-    ``mtp`` is the number of layers that predict further tokens, ``tied`` ties the output layer to the embedding;
-    ``layout`` distributes the layers over the stages as Megatron's ``pipeline_model_parallel_layout`` does, by default
-    evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to which
-    gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the distributed
-    optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``overlap_moe``: the drop-in runs F&B pairs
+    ``instances`` is the number of instances of the distributed optimizer over all replicas, each with a whole copy of
+    its state.  ``mtp`` is the number of layers that predict further tokens, ``tied`` ties the output layer to the
+    embedding; ``layout`` distributes the layers over the stages as Megatron's ``pipeline_model_parallel_layout`` does,
+    by default evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to
+    which gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the
+    distributed optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``overlap_moe``: the drop-in runs F&B pairs
     through Megatron's plan, and every implementation sends tokens by all-to-all.  ``qk_clip``: after each step, the
     query and key weights of each head with an attention logit above ``qk_threshold`` are scaled down.  ``timeout``:
     seconds to wait for a message before reporting a hang.
@@ -65,6 +66,7 @@ class Case:
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
     distributed_optimizer: bool = False
+    instances: int = 1
     recompute: bool = False
     dtype: str = "fp32"
     clip: float | None = None
@@ -120,6 +122,13 @@ class Case:
                 f"use {2 * pp} or a larger even number",
             ),
             ("data and tensor parallel sizes must be positive", min(dp, tp) > 0, f"got {dp} and {tp}", "use 1"),
+            (
+                "the instances of the distributed optimizer must divide the data parallel ranks, of experts, too",
+                self.instances == 1
+                or (self.distributed_optimizer and self.instances > 1 and dp // self.ep % self.instances == 0),
+                f"got {self.instances} instances for dp {dp} and ep {self.ep}",
+                "use 1, or --distributed-optimizer with a multiple of instances times ep as dp",
+            ),
             (
                 "tensor parallel ranks must divide the number of heads",
                 tp < 1 or self.heads % tp == 0,

@@ -117,6 +117,7 @@ def ddp_config(case: Case) -> DistributedDataParallelConfig:
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=case.overlap_grad_reduce,
         use_distributed_optimizer=case.distributed_optimizer,
+        num_distributed_optimizer_instances=case.instances,
         bucket_size=bucket_limit(case),
     )
 

@@ -243,11 +243,18 @@ def _reduce(case: Case, replicas: Sequence[Gradients], copies: Sequence[tuple[in
                 for name, start, size in bucket.spans:
                     part[start : start + size] = gradients[stage][name].flatten()
                 part *= scale
-            whole = ring_sum(parts)
+            whole = _sum_of_instances(case, parts) if case.instances > 1 else ring_sum(parts)
             for name, start, size in bucket.spans:
                 result[name] = whole[start : start + size].view(shapes[name])
         reduced.append({name: result[name] for name in shapes})
     return reduced
+
+
+def _sum_of_instances(case: Case, parts: Sequence[Tensor]) -> Tensor:
+    """The sum over the replicas of each instance of the distributed optimizer, then shard by shard over instances."""
+    size = case.replicas // case.instances
+    sums = [ring_sum(parts[start : start + size]) for start in range(0, case.replicas, size)]
+    return torch.cat([ring_sum(shards) for shards in zip(*(each.chunk(size) for each in sums), strict=True)])
 
 
 def _norm(gradients: Gradients, duplicates: Sequence[tuple[int, str]]) -> float:

@@ -37,7 +37,11 @@ def run_rank(
     """Train one rank, in a process with a default process group.  A test may pass a faulty ``step``."""
     install_cpu_standins()
     parallel_state.initialize_model_parallel(
-        case.tp, case.pp, expert_model_parallel_size=case.ep, create_gloo_process_groups=False
+        case.tp,
+        case.pp,
+        expert_model_parallel_size=case.ep,
+        num_distributed_optimizer_instances=case.instances,
+        create_gloo_process_groups=False,
     )
     rank, pipeline = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     tp = parallel_state.get_tensor_model_parallel_rank()

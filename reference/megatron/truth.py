@@ -31,7 +31,11 @@ def run_rank(case: Case, context: Context, checkpoints: Checkpoints | None = Non
     """Train one rank, in a process with a default process group."""
     install_cpu_standins()
     parallel_state.initialize_model_parallel(
-        case.tp, case.stages, expert_model_parallel_size=case.ep, create_gloo_process_groups=False
+        case.tp,
+        case.stages,
+        expert_model_parallel_size=case.ep,
+        num_distributed_optimizer_instances=case.instances,
+        create_gloo_process_groups=False,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     replica = parallel_state.get_data_parallel_rank()

@@ -102,6 +102,7 @@ def _facts(case: Case) -> dict[str, Any]:
         "sequence_parallel": case.sequence_parallel,
         "overlap_grad_reduce": case.overlap_grad_reduce,
         "distributed_optimizer": case.distributed_optimizer,
+        "optimizer_instances": case.instances,
         "recompute": case.recompute,
         "per_token_loss": case.per_token_loss,
         "expert_bias": case.balances_by_bias,

@@ -90,6 +90,12 @@ def norm_counts_both_replicas() -> None:
     model._mark_shared = lambda module, chunk: None
 
 
+def norm_counts_every_optimizer_instance() -> None:
+    from dualpipe.megatron.groups import Groups
+
+    Groups.instance = lambda self, chunk: 0
+
+
 def norm_of_one_stage_only() -> None:
     from dualpipe.megatron import optimizer
 
@@ -306,6 +312,13 @@ FAULTS = [
         replace(BASE, model=Model.DEEPSEEK, dtype="bf16", qk_clip=True, steps=1),
     ),
     fault(16, "the norm counts a parameter twice", norm_counts_both_replicas, "gradient norm", UNCLIPPED),
+    fault(
+        16,
+        "the norm counts every instance of the distributed optimizer",
+        norm_counts_every_optimizer_instance,
+        "gradient norm",
+        replace(UNCLIPPED, dp=2, distributed_optimizer=True, instances=2, steps=1),
+    ),
     fault(17, "the norm of one stage only", norm_of_one_stage_only, "gradient norm", UNCLIPPED),
     fault(18, "gradients rescaled at each accumulation", gradients_rescaled_at_each_accumulation, "gradient of"),
     fault(19, "gradients not normalised by microbatches", not_normalised_by_microbatches, "gradient of"),

@@ -87,7 +87,6 @@ PLANTED = [
     ("data parallelism", {"use_megatron_fsdp": True}, "use_megatron_fsdp"),
     ("data parallelism", {"use_custom_fsdp": True}, "use_custom_fsdp"),
     ("data parallelism", {"use_torch_fsdp2": True}, "use_torch_fsdp2"),
-    ("there must be one instance", {"num_distributed_optimizer_instances": 2}, "is 2"),
     ("parameters must be gathered before", {"overlap_param_gather_with_optimizer_step": True}, "overlap_param_gather"),
     ("parameters must be gathered over", {"create_all_gather_group": True}, "create_all_gather_group"),
     ("the optimizer must shard", {"optimizer": "dist_muon"}, "dist_muon"),
@@ -310,10 +309,10 @@ def test_a_parser_that_has_only_use_dualpipev_gets_the_flag():
 
 def test_the_rules_read_a_config_and_a_ddp_config_too():
     config = SimpleNamespace(pipeline_model_parallel_size=4, mtp_num_layers=None, fp8=None)
-    ddp = SimpleNamespace(num_distributed_optimizer_instances=1)
+    ddp = SimpleNamespace(use_megatron_fsdp=False)
     validate_dualpipe_config(config, ddp)
     config.defer_embedding_wgrad_compute = True
-    ddp.num_distributed_optimizer_instances = 2
+    ddp.use_megatron_fsdp = True
     with pytest.raises(SettingsError) as caught:
         validate_dualpipe_config(config, ddp)
     assert len(caught.value.violations) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -39,5 +41,15 @@ def test_a_provider_that_returns_one_parameter_twice_is_refused():
         real, production.build_gpt = production.build_gpt, build_gpt
         with pytest.raises(ValueError, match=r"the same decoder\.final\.weight and more; build new parameters"):
             production.run_rank(CASE, context)
+
+    launch(production.ranks(CASE), rank, CASE.limit).values()
+
+
+def test_more_optimizer_instances_than_groups_were_made_for_are_refused():
+    def rank(context):
+        of_case = production.ddp_config
+        production.ddp_config = lambda case: replace(of_case(case), num_distributed_optimizer_instances=2)
+        with pytest.raises(RuleError, match="got 2 in the DistributedDataParallelConfig, and groups for 1"):
+            production.run_rank(replace(CASE, distributed_optimizer=True), context)
 
     launch(production.ranks(CASE), rank, CASE.limit).values()

@@ -41,7 +41,7 @@ EVERY = {
     "v, weights gathered in the forward": (replace(V, dp=2, mtp=0, layout=None), {"overlap_param_gather": True}),
     "deepseek, sharded, v": (replace(DEEPSEEK, schedule="dualpipev", distributed_optimizer=True, dtype="bf16"), {}),
     "six replicas, fp32": (replace(SIX, dtype="fp32"), {}),
-    "six replicas, small buckets": (SIX, {"bucket_size": 500}),
+    "six replicas, three optimizer instances, small buckets": (replace(SIX, instances=3), {"bucket_size": 500}),
     "two replicas, fp32": (replace(CASE, steps=4, dtype="fp32"), {}),
     "buckets padded for NCCL": (PADDED, {"pad_buckets_for_high_nccl_busbw": True, "bucket_size": 66_000}),
     "weights gathered in the forward": (replace(SIX, steps=4), {"overlap_param_gather": True}),

@@ -13,7 +13,9 @@ from reference.megatron.case import Case, Model
 from reference.megatron.verify import ORACLE, PRODUCTION, verify
 
 SAMPLE = {
-    "two pipelines, further tokens, layout": Case(dp=2, mtp=1, layout="Et|ttmL", steps=2, per_token_loss=True),
+    "two pipelines, two optimizer instances, further tokens, layout": Case(
+        dp=2, distributed_optimizer=True, instances=2, mtp=1, layout="Et|ttmL", steps=2, per_token_loss=True
+    ),
     "distributed optimizer, tied": Case(
         pp=4, distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1, tied=True, steps=2
     ),

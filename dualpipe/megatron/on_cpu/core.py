@@ -76,7 +76,8 @@ def install_cpu_standins() -> None:
     replace(random.CudaRNGStatesTracker, "fork", _fork_state)
     replace(moe_utils, "te_general_gemm", None)
     replace(torch.cuda, "Stream", _Stream)
-    replace(torch.cuda, "current_stream", lambda device=None: _Stream())
+    for name in ("current_stream", "default_stream"):
+        replace(torch.cuda, name, lambda device=None: _Stream())
     replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     replace(torch.cuda, "Event", _Event)
     replace(torch.Tensor, "record_stream", lambda self, stream: None)

@@ -44,6 +44,11 @@ MORE = {
         Model.MOE, dp=2, ep=2, distributed_optimizer=True, overlap_grad_reduce=True
     ),
     "moe pp2 dp2 ep2 F&B pairs": Case(Model.MOE, dp=2, ep=2, overlap_moe=True),
+    "moe pp2 global": Case(Model.MOE, global_aux_loss=True),
+    "moe pp4 dp2 ep2 global overlap recompute": Case(
+        Model.MOE, pp=4, dp=2, ep=2, global_aux_loss=True, overlap_grad_reduce=True, recompute=True
+    ),
+    "moe v pp2 dp2 global": Case(Model.MOE, dp=2, schedule="dualpipev", global_aux_loss=True),
     "moe pp2 bias": Case(Model.MOE, expert_bias=True),
     "moe pp4 dp2 ep2 bias": Case(Model.MOE, pp=4, dp=2, ep=2, expert_bias=True),
     "gpt pp4 distopt overlap clip": Case(pp=4, distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1),

@@ -107,6 +107,9 @@ def verify(
     expert_bias: Annotated[
         bool, _flag("--expert-bias", "Balance experts by a router bias, without an auxiliary loss.")
     ] = False,
+    global_aux_loss: Annotated[
+        bool, _flag("--global-aux-loss", "Balance experts over the tokens of all replicas.")
+    ] = False,
     qk_clip: Annotated[
         bool, _flag("--qk-clip", "Clip query and key weights by the largest attention logits; needs --dtype bf16.")
     ] = False,
@@ -159,6 +162,7 @@ def verify(
         "recompute": recompute,
         "per_token_loss": per_token_loss,
         "expert_bias": expert_bias,
+        "global_aux_loss": global_aux_loss,
         "qk_clip": qk_clip,
         "mtp": mtp,
         "tied": tied,

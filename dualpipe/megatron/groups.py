@@ -28,8 +28,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dualpipe.megatron.placement import Placement, placement
 from dualpipe.schedule import UP, Chunk
 
-KINDS = ("dp", "dp_cp", "expt_dp")
-"""Megatron's names of the groups over which gradients are reduced."""
+KINDS = ("dp", "dp_cp", "expt_dp", "tp_dp_cp")
+"""Megatron's names of the groups over which gradients are reduced, and experts balanced in each forward.
+
+Both ranks of a pair run the forwards of a stage in the same order, as opposite ranks of DualPipe are mirror images.
+"""
 _SHARDED = {"intra_dp_cp": "dp_cp", "intra_expt_dp": "expt_dp"}
 """Megatron's names of the groups of one optimizer instance, with the names of the groups that they are parts of."""
 

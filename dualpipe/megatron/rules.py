@@ -43,7 +43,7 @@ def refused_upstream(args: object) -> tuple[Violation, ...]:
     return broken(UPSTREAM, Settings(args), False)
 
 
-_UNTRIED = "DualPipeV has not been run with it"
+_UNRELEASED = "no release of megatron-core has it, so DualPipeV has not been run with it"
 
 RULES: tuple[Rule, ...] = (
     # The shape of the pipeline
@@ -128,7 +128,7 @@ RULES: tuple[Rule, ...] = (
         "the replicas of a stage are made equal as they are built",
         is_set("init_model_with_meta_device"),
         "leave out --init-model-with-meta-device",
-        v=_UNTRIED,
+        v="it delays the initialization to FSDP, and each chunk is wrapped in Megatron's DDP",
     ),
     Rule(
         "no vision pretraining",
@@ -138,11 +138,11 @@ RULES: tuple[Rule, ...] = (
     ),
     # Mixture of experts
     Rule(
-        "load must be balanced per microbatch or per sequence",
-        "global statistics are gathered over data-parallel ranks, which lack the other lane's replica of the stage",
-        has_any("moe_router_load_balancing_type", "global_aux_loss", "quantile_balancing"),
-        "set --moe-router-load-balancing-type to aux_loss, seq_aux_loss, sinkhorn or none",
-        v=_UNTRIED,
+        "no quantile balancing",
+        "its averages are over data-parallel ranks, which lack the other lane's replica of the stage",
+        has_any("moe_router_load_balancing_type", "quantile_balancing"),
+        "set --moe-router-load-balancing-type to aux_loss, seq_aux_loss, global_aux_loss, sinkhorn or none",
+        v=_UNRELEASED,
     ),
     Rule(
         "no paged stash of expert activations",
@@ -193,7 +193,7 @@ RULES: tuple[Rule, ...] = (
         "FSDP shards over groups with only one lane's replicas of a stage",
         is_set("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"),
         "leave out --use-megatron-fsdp and --use-torch-fsdp2",
-        v=_UNTRIED,
+        v="W calls the hooks of Megatron's DDP, in which each chunk is wrapped",
     ),
     Rule(
         "parameters must be gathered before the forward that needs them",
@@ -206,21 +206,21 @@ RULES: tuple[Rule, ...] = (
         "the extra groups have only one lane's replicas of a stage",
         is_set("create_all_gather_group"),
         "leave out --create-all-gather-group",
-        v=_UNTRIED,
+        v="the chunks are built without that group, so the setting would have no effect",
     ),
     Rule(
         "the optimizer must shard by element, not by layer",
         "sharding by layer uses groups with only one lane's replicas of a stage",
         either(is_set("use_layer_wise_distributed_optimizer"), has_any("optimizer", "dist_muon")),
         "choose another --optimizer",
-        v=_UNTRIED,
+        v="build_dualpipe_optimizer builds those of get_megatron_optimizer alone",
     ),
     Rule(
         "weights must not be sharded across data-parallel ranks",
         "the groups that gather them have only one lane's replicas of a stage",
         is_above_one("gtp_weight_remat_size", "expert_gtp_weight_remat_size"),
         "set --gtp-weight-remat-size and --expert-gtp-weight-remat-size to 1",
-        v=_UNTRIED,
+        v=_UNRELEASED,
     ),
     Rule(
         "no clipping of query and key weights under the distributed optimizer",
@@ -233,7 +233,7 @@ RULES: tuple[Rule, ...] = (
         "delayed scaling shares its history over ranks with only one lane's replicas of a stage",
         fp8_history,
         "set --fp8-recipe tensorwise, blockwise or mxfp8",
-        v=_UNTRIED,
+        v="it needs Transformer Engine and a GPU, and DualPipeV has not been run on one",
     ),
     # The rest of a training program
     Rule(

@@ -52,7 +52,8 @@ class Case:
     by default evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to
     which gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the
     distributed optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``overlap_moe``: the drop-in runs F&B pairs
-    through Megatron's plan, and every implementation sends tokens by all-to-all.  ``qk_clip``: after each step, the
+    through Megatron's plan, and every implementation sends tokens by all-to-all.  ``global_aux_loss``:
+    every router balances its experts over the tokens of all replicas.  ``qk_clip``: after each step, the
     query and key weights of each head with an attention logit above ``qk_threshold`` are scaled down.  ``timeout``:
     seconds to wait for a message before reporting a hang.
     """
@@ -73,6 +74,7 @@ class Case:
     dropout: float = 0.0
     per_token_loss: bool = False
     expert_bias: bool = False
+    global_aux_loss: bool = False
     qk_clip: bool = False
     mtp: int = 0
     tied: bool = False
@@ -155,8 +157,8 @@ class Case:
                 "set ep 2 and leave the others out",
             ),
             (
-                "an expert bias needs experts",
-                self.has_experts or not self.expert_bias,
+                "an expert bias and a global load-balancing loss need experts",
+                self.has_experts or not (self.expert_bias or self.global_aux_loss),
                 f"got {self.model}",
                 "use --model moe",
             ),
@@ -215,8 +217,9 @@ class Case:
 
     @property
     def has_oracle(self) -> bool:
-        """Whether one process can compute the result: no layer is split, and no number depends on how it is sharded."""
-        return self.tp == self.ep == 1 and not self.clips_by_shards
+        """Whether one process can compute the result: no layer is split, no number depends on how it is sharded, and
+        no forward on other replicas."""
+        return self.tp == self.ep == 1 and not self.clips_by_shards and not self.global_aux_loss
 
     @property
     def clips_by_shards(self) -> bool:

@@ -40,6 +40,8 @@ def transformer_config(case: Case) -> TransformerConfig:
             experts["moe_token_dispatcher_type"] = "alltoall"
         if case.model is Model.DEEPSEEK:
             experts |= deepseek.options(case)
+        if case.global_aux_loss:
+            experts["moe_router_load_balancing_type"] = "global_aux_loss"
     recompute: dict[str, Any] = {}
     if case.recompute:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

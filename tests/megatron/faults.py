@@ -289,6 +289,17 @@ def logits_of_one_lane() -> None:
     statistics.has_largest_logits = lambda config: False
 
 
+def experts_balanced_in_one_lane() -> None:
+    from dualpipe.megatron import groups
+
+    real = groups._collection
+
+    def collection(own, stage, stages, embd, **made):
+        return real(own, stage, stages, embd=embd, **made | {"tp_dp_cp": own.tp_dp_cp})
+
+    groups._collection = collection
+
+
 def fault(number: int, title: str, plant: Callable[[], None], says: str, case: Case = BASE) -> MegatronFault:
     return MegatronFault(number, title, plant, ("trial, Megatron",), says, case)
 
@@ -310,6 +321,13 @@ FAULTS = [
         logits_of_one_lane,
         "weight of .*linear_q_up_proj",
         replace(BASE, model=Model.DEEPSEEK, dtype="bf16", qk_clip=True, steps=1),
+    ),
+    fault(
+        15,
+        "experts balanced over the tokens of one lane",
+        experts_balanced_in_one_lane,
+        "gradient of",
+        replace(BASE, model=Model.MOE, global_aux_loss=True, steps=1),
     ),
     fault(16, "the norm counts a parameter twice", norm_counts_both_replicas, "gradient norm", UNCLIPPED),
     fault(

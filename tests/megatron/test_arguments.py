@@ -69,9 +69,12 @@ PLANTED = [
     ("the model must be a single decoder", {"encoder_pipeline_model_parallel_size": 2}, "encoder_pipeline"),
     ("no hyper-connections", {"enable_mhc_connections": True}, "enable_mhc"),
     ("no vision", {"vision_pretraining": True}, "vision_pretraining"),
-    ("load must be balanced", {"moe_router_load_balancing_type": "global_aux_loss"}, "global_aux_loss"),
-    ("load must be balanced", {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"]}, "'aux_loss', 'glob"),
-    ("load must be balanced", {"moe_router_load_balancing_type": "quantile_balancing"}, "quantile_balancing"),
+    ("no quantile balancing", {"moe_router_load_balancing_type": "quantile_balancing"}, "quantile_balancing"),
+    (
+        "no quantile balancing",
+        {"moe_router_load_balancing_type": ["aux_loss", "quantile_balancing"]},
+        "'aux_loss', 'qua",
+    ),
     ("no paged stash", {"moe_paged_stash": True}, "moe_paged_stash"),
     ("no paged stash", {"moe_expert_rank_capacity_factor": 1.5}, "1.5"),
     ("no upcycling", {"moe_use_upcycling": True}, "moe_use_upcycling"),
@@ -120,7 +123,7 @@ V = {"use_dualpipe": False, "use_dualpipev": True, "pipeline_model_parallel_size
     [
         ("the number of microbatches must be at", {"global_batch_size": 30}, "is 5 microbatches for pipeline size 3"),
         ("no virtual pipeline", {"virtual_pipeline_model_parallel_size": 2}, "is 2"),
-        ("load must be balanced", {"moe_router_load_balancing_type": "global_aux_loss"}, "global_aux_loss"),
+        ("data parallelism", {"use_megatron_fsdp": True}, "use_megatron_fsdp"),
         ("the checkpoint format", {"ckpt_format": "torch"}, "ckpt_format is 'torch'"),
     ],
 )

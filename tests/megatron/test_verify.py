@@ -24,7 +24,9 @@ SAMPLE = {
     ),
     "v, further tokens, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
     "dropout, recompute, late W in the tail": Case(dropout=0.1, recompute=True, steps=2, late_w="tail"),
-    "moe, tensor and sequence parallel": Case(Model.MOE, tp=2, sequence_parallel=True, steps=2),
+    "moe, tensor and sequence parallel, balanced over all replicas": Case(
+        Model.MOE, tp=2, sequence_parallel=True, global_aux_loss=True, steps=2
+    ),
     "moe, expert parallel, routers with a bias, late W": Case(
         Model.MOE, dp=2, ep=2, expert_bias=True, steps=2, late_w="all"
     ),

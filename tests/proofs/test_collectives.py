@@ -1,8 +1,12 @@
 """Collectives: what a group's members must agree on, by both methods and under every model."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 
-from dualpipe.schedule import ScheduleError
+from dualpipe.schedule import Kind, Op, ScheduleError
+from dualpipe.schedule.generate import LateW, generate, with_late_w
 from dualpipe.schedule.text import dumps, loads
 from proofs.models import BLOCKING, MODELS
 from proofs.prefix import cut
@@ -41,6 +45,33 @@ def test_members_that_join_in_one_order_are_proved_under_every_model(text):
     assert report.verdict == "proved", report.text()
     assert set(report.checks["deadlock"].models) == set(map(str, MODELS))
     assert dumps(loads(text)) == text
+
+
+def balanced_in_each_forward(schedule):
+    """DualPipe with a collective over both replicas of a stage after each forward, on a communicator of its own."""
+    groups = tuple(tuple(sorted({rank, schedule.ranks - 1 - rank})) for rank in range(schedule.ranks))
+    programs = []
+    for program in schedule.programs:
+        slots = []
+        for slot in program:
+            slots.append(slot)
+            slots += [(Op(Kind.AA, op.lane, op.stage, op.mb, op.stage),) for op in slot if op.kind is Kind.F]
+        programs.append(tuple(slots))
+    return replace(schedule, programs=tuple(programs), groups=groups)
+
+
+@pytest.mark.parametrize("late_w", LateW)
+def test_both_replicas_of_a_stage_can_meet_in_each_forward_of_dualpipe(late_w):
+    """As with Megatron's global_aux_loss; opposite ranks are mirror images, so they meet in one order."""
+    schedule = balanced_in_each_forward(generate(with_late_w("dualpipe", late_w), 4, 10))
+    assert refuted(dumps(schedule)) == {}
+    last = schedule.programs[-1]
+    joined = [number for number, slot in enumerate(last) if slot[0].kind is Kind.AA]
+    one, other = next(pair for pair in pairwise(joined) if last[pair[0]][0].peer != last[pair[1]][0].peer)
+    swapped = list(last)
+    swapped[one], swapped[other] = last[other], last[one]
+    found = refuted(dumps(replace(schedule, programs=(*schedule.programs[:-1], tuple(swapped)))))
+    assert "deadlock" in found
 
 
 def test_two_communicators_in_different_orders_are_a_wait_cycle():

@@ -32,6 +32,13 @@ MORE = {
     "moe pp2 per token": Case(Model.MOE, per_token_loss=True),
     "gpt pp2 tp2 sp dp2 all": Case(dp=2, tp=2, sequence_parallel=True, **OPTIONS["all"]),
     "gpt pp6": Case(pp=6),
+    "gpt pp4 lengths": Case(pp=4, variable_lengths=True),
+    "gpt pp2 tp2 sp bf16 lengths": Case(tp=2, sequence_parallel=True, dtype="bf16", variable_lengths=True),
+    "gpt v pp2 lengths": Case(schedule="dualpipev", variable_lengths=True),
+    "moe pp2 dp2 ep2 F&B pairs lengths": Case(Model.MOE, dp=2, ep=2, overlap_moe=True, variable_lengths=True),
+    "deepseek pp4 dp2 ep2 lengths recompute": Case(
+        Model.DEEPSEEK, pp=4, dp=2, ep=2, variable_lengths=True, recompute=True
+    ),
     "gpt pp4 dp2 instances": Case(pp=4, dp=2, distributed_optimizer=True, instances=2, clip=0.1),
     "moe pp2 dp4 ep2 bf16 overlap instances": Case(
         Model.MOE, dp=4, ep=2, distributed_optimizer=True, instances=2, overlap_grad_reduce=True, dtype="bf16", clip=0.1

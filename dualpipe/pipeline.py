@@ -20,6 +20,7 @@ from dualpipe.runtime.split_linear import split_linears
 from dualpipe.runtime.transport import MessageError, TensorSpec, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.schedule import COLLECTIVES, MESSAGES, Chunk, Lane, Schedule
+from dualpipe.schedule.shapes import with_shape_exchange
 from dualpipe.schedule.text import digest
 
 _SUMMED: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
@@ -53,6 +54,9 @@ class Pipeline:
     boundary:
         Shapes and dtypes of the tensors that go from a stage to the next one; a function of the sending stage
         where they differ.
+    variable_shapes:
+        Microbatches have shapes of their own.  Each activation's shape is sent before it, and waited for
+        (see ``dualpipe.schedule.shapes``).  Of the boundary's shapes the numbers of dimensions count alone.
     transport:
         Carries the messages, and knows which pipeline rank this is.
     blocking:
@@ -77,6 +81,7 @@ class Pipeline:
         observe: Observer | None = None,
         split_backward: bool = True,
         overlap: bool = True,
+        variable_shapes: bool = False,
     ) -> None:
         self.schedule, self.transport, self.criterion = schedule, transport, criterion
         self.stages: Stages = {Chunk(*chunk): module for chunk, module in stages.items()}
@@ -85,6 +90,7 @@ class Pipeline:
         _require_own_ops(schedule, transport.rank)
         _require_no_weights(schedule, criterion, self.stages)
         require_size(schedule, transport)
+        self._run = with_shape_exchange(schedule) if variable_shapes else schedule
         self._boundary: Boundary = boundary if callable(boundary) else lambda stage: boundary
         self._blocking, self._observe = blocking, observe
         self._splits = {
@@ -116,7 +122,7 @@ class Pipeline:
         self._agree()
         computation = ModuleComputation(self.schedule, self.stages, self.criterion, feed, keep_outputs)
         executor = Executor(
-            self.schedule,
+            self._run,
             computation,
             self._boundary,
             self.transport,
@@ -189,7 +195,7 @@ class Pipeline:
 
     def _record(self) -> dict[str, str]:
         """What must be the same on every rank, short enough to compare at a glance."""
-        schedule = self.schedule
+        schedule = self._run
         shapes = [", ".join(map(str, self._boundary(stage))) for stage in range(schedule.stages - 1)]
         same = len(set(shapes)) == 1
         weights = {f"weights of stage {stage}": _describe_weights(module) for (_, stage), module in self.stages.items()}

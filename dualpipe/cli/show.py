@@ -16,6 +16,7 @@ from dualpipe.cli.targets import PNG, SVG, Target, check_targets, target
 from dualpipe.errors import RuleError
 from dualpipe.schedule import Schedule
 from dualpipe.schedule.generate import LateW
+from dualpipe.schedule.shapes import with_shape_exchange
 from dualpipe.schedule.text import as_json as schedule_as_json
 from dualpipe.schedule.text import dumps
 from dualpipe.schedule.torch_table import dumps_csv
@@ -27,6 +28,7 @@ from dualpipe.schedule.torch_table import dumps_csv
         "dualpipe show zb1p -P 3 -M 6 --timeline",
         "dualpipe show table.csv",
         "dualpipe show dualpipev --csv",
+        "dualpipe show -P 8 -M 16 --exchange-shapes > mine.txt",
     )
 )
 def show(
@@ -35,6 +37,12 @@ def show(
     microbatches: options.Microbatches = None,
     schedule: options.ScheduleOption = "dualpipe",
     late_w: options.LateWOption = LateW.none,
+    exchange_shapes: Annotated[
+        bool,
+        typer.Option(
+            "--exchange-shapes", help="Exchange shapes before activations, as for sequences of different lengths."
+        ),
+    ] = False,
     timeline: Annotated[
         bool,
         typer.Option("--timeline", help="Draw a timeline instead, with one line per rank."),
@@ -56,6 +64,8 @@ def show(
     pictures = [*target("--svg", svg, SVG), *target("--png", png, PNG)]
     check_targets(pictures, [name])
     value = options.find_schedule(name, ranks, microbatches, entry_timeout)
+    if exchange_shapes:
+        value = with_shape_exchange(value)
     if compute_only and not csv:
         raise RuleError("--compute-only is for --csv", "got --compute-only alone", "add --csv")
     if csv:

@@ -104,6 +104,7 @@ def describe_megatron(case: MegatronCase) -> str:
         "loss per token": case.per_token_loss,
         f"without {', '.join(case.without)}": case.without,
         "expert bias": case.balances_by_bias,
+        "sequences of different lengths": case.variable_lengths,
         "experts balanced over all replicas": case.global_aux_loss,
         "clipping of queries and keys": case.qk_clip,
         f"{case.further_layers} layers for further tokens": case.further_layers,

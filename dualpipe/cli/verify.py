@@ -107,6 +107,9 @@ def verify(
     expert_bias: Annotated[
         bool, _flag("--expert-bias", "Balance experts by a router bias, without an auxiliary loss.")
     ] = False,
+    variable_lengths: Annotated[
+        bool, _flag("--variable-lengths", "Give the microbatches sequences of different lengths.")
+    ] = False,
     global_aux_loss: Annotated[
         bool, _flag("--global-aux-loss", "Balance experts over the tokens of all replicas.")
     ] = False,
@@ -162,6 +165,7 @@ def verify(
         "recompute": recompute,
         "per_token_loss": per_token_loss,
         "expert_bias": expert_bias,
+        "variable_lengths": variable_lengths,
         "global_aux_loss": global_aux_loss,
         "qk_clip": qk_clip,
         "mtp": mtp,

@@ -103,14 +103,8 @@ RULES: tuple[Rule, ...] = (
         "leave out --overlap-grad-reduce, or set --untie-embeddings-and-output-weights",
     ),
     Rule(
-        "all microbatches must have the same sequence length",
-        "the receiver of a message must know its shape in advance",
-        is_set("variable_seq_lengths"),
-        "pad to --seq-length and leave variable_seq_lengths off",
-    ),
-    Rule(
         "the model must be a single decoder",
-        "a stage receives one tensor, of one sequence length",
+        "a stage receives one tensor, from the stage before it",
         either(
             is_given("decoder_seq_length", "decoder_num_layers", "pipeline_model_parallel_split_rank"),
             is_set("encoder_pipeline_model_parallel_size"),

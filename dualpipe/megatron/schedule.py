@@ -28,6 +28,7 @@ from dualpipe.runtime.executor import Executor
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import RF, SF, UP, Chunk, F, Schedule
 from dualpipe.schedule.generate import generate, with_late_w
+from dualpipe.schedule.shapes import with_shape_exchange
 from dualpipe.schedule.text import digest
 
 
@@ -63,6 +64,9 @@ def forward_backward_dualpipe(
     On the last pipeline rank, returns the results of the loss function for every microbatch, in the order of the data;
     elsewhere an empty list.
 
+    With ``variable_seq_lengths`` of the config, microbatches may have sequences of different lengths: each activation's
+    shape is sent before it, and ``seq_length`` is not used.
+
     Training needs at least twice as many microbatches as pipeline ranks, and under DualPipe an even number; with
     ``forward_only`` any number works.  Raises ``RuleError`` for unsupported arguments and for data that ends early, its
     subclass ``StageError`` for a loss that is not a scalar, ``dualpipe.runtime.executor.StepError`` if a message does
@@ -94,7 +98,9 @@ def forward_backward_dualpipe(
     )
     boundary = [TensorSpec(tuple(shape), config.pipeline_dtype or config.params_dtype) for shape in shapes]
     where = shared.groups.placement
-    schedule = schedule_for(where.schedule, where.ranks, num_microbatches, forward_only, late_w)
+    schedule = schedule_for(
+        where.schedule, where.ranks, num_microbatches, forward_only, late_w, bool(config.variable_seq_lengths)
+    )
     _agree(shared, schedule, boundary)
     data = split_data_iterator(data_iterator, where.chunks(shared.groups.rank))
     if not forward_only:
@@ -145,12 +151,20 @@ def forward_backward_dualpipe(
 
 @lru_cache(maxsize=8)
 def schedule_for(
-    name: str, ranks: int, microbatches: int, forward_only: bool = False, late_w: str = "none"
+    name: str,
+    ranks: int,
+    microbatches: int,
+    forward_only: bool = False,
+    late_w: str = "none",
+    variable_shapes: bool = False,
 ) -> Schedule:
     """The named schedule; for an evaluation its forwards, cut to the given number of microbatches.
 
-    The same microbatches are left out on every rank, so sends and receives still match and keep their order.
+    The same microbatches are left out on every rank, so sends and receives still match and keep their order.  With
+    ``variable_shapes`` shapes are exchanged before activations.
     """
+    if variable_shapes:
+        return with_shape_exchange(schedule_for(name, ranks, microbatches, forward_only, late_w))
     if not forward_only:
         return generate(with_late_w(name, late_w), ranks, microbatches)
     if microbatches < 1:

@@ -21,7 +21,8 @@ from dualpipe.runtime.program import PAIR, Overlaps, Pair, Post, Program, Step, 
 from dualpipe.runtime.split_stage import SplitStage
 from dualpipe.runtime.transport import Message, MessageError, TensorSpec, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError, run_backward
-from dualpipe.schedule import SF, B, Chunk, F, Op, Schedule, Slot, W, show_slot
+from dualpipe.schedule import SF, B, Chunk, F, Lane, Op, Schedule, Slot, W, show_slot
+from dualpipe.schedule.shapes import EXCHANGE
 
 Boundary = Callable[[int], Sequence[TensorSpec]]
 Observer = Callable[[Slot, Op, float, float], None]
@@ -130,6 +131,10 @@ class Executor:
         """The op of an overlapped pair that waits for its message."""
         self.values: list[Any] = [None] * len(self.program.registers)  # the registers of dualpipe.runtime.program
         self.boundaries: dict[tuple[int, bool], list[TensorSpec]] = {}
+        self.exchanged: dict[tuple[int, Lane, int], list[TensorSpec]] = {}
+        """By boundary, lane and microbatch: the tensors whose shapes were exchanged."""
+        self.shapes: dict[int, Message] = {}
+        """By register: the shapes that were sent for an activation that is not sent yet."""
 
     def run(self) -> None:
         """Run the program; gradients are added to the parameters.
@@ -142,6 +147,7 @@ class Executor:
             split.begin()
         handlers: dict[str, Callable[[Any], None]] = {
             SF: self.post,
+            EXCHANGE: self.exchange,
             F: self.forward,
             B: self.backward,
             W: self.weight,
@@ -188,11 +194,40 @@ class Executor:
             for message in messages:
                 self.transport.wait(message)
 
+    def exchange(self, step: Step) -> None:
+        """Send and receive the shapes of the next slot's activations, and wait for those received."""
+        messages = []
+        for post in step.posts:
+            declared, label = self.boundary(post.crossed), f"the shapes of {post.label}"
+            numbers = TensorSpec((sum(len(spec.shape) for spec in declared),), torch.int64)
+            if post.sends:
+                tensors = self.values[post.register].unchanged(post.op, post.producer)
+                _require_specs(post.op, tensors, declared, exact=False)
+                self.keep(post, [tuple(tensor.shape) for tensor in tensors], declared)
+                sizes = [size for tensor in tensors for size in tensor.shape]
+                sent = torch.tensor(sizes, dtype=torch.int64, device=tensors[0].device)
+                self.shapes[post.register] = message = Message(label, post.peer, True, (sent,))
+            else:
+                message = Message(label, post.peer, False, (), (numbers,))
+            messages.append(message)
+        self.transport.post(messages)
+        for post, message in zip(step.posts, messages, strict=True):
+            if not post.sends:
+                declared = self.boundary(post.crossed)
+                received = iter(self.transport.wait(message)[0].tolist())
+                self.keep(post, [tuple([next(received) for _ in spec.shape]) for spec in declared], declared)
+
+    def keep(self, post: Post, shapes: Sequence[tuple[int, ...]], declared: Sequence[TensorSpec]) -> None:
+        """Remember the shapes of an activation, for its message and for that of its gradient."""
+        whole = [TensorSpec(shape, spec.dtype) for shape, spec in zip(shapes, declared, strict=True)]
+        self.exchanged[post.crossed, post.op.lane, post.op.mb] = whole
+
     def send(self, post: Post) -> Message:
         """The message of a send; the output's register holds it until its echo arrives."""
         tensors = self.values[post.register].unchanged(post.op, post.producer)
         _require_specs(post.op, tensors, self.specs(post))
-        self.values[post.register] = message = Message(post.label, post.peer, True, tensors)
+        shape = self.shapes.pop(post.register, None)
+        self.values[post.register] = message = Message(post.label, post.peer, True, tensors, shape=shape)
         return message
 
     def receive(self, post: Post) -> Message:
@@ -201,10 +236,13 @@ class Executor:
 
     def specs(self, post: Post) -> Sequence[TensorSpec]:
         """The tensors of a message: those of the boundary that it crosses, gradients for the floating ones alone."""
+        if self.exchanged:
+            whole = self.exchanged[post.crossed, post.op.lane, post.op.mb]
+            return [spec for spec in whole if post.forwards or differentiable(spec.dtype)]
         found = self.boundaries.get((post.crossed, post.forwards))
         if found is None:
-            whole = self.boundary(post.crossed)
-            found = [spec for spec in whole if post.forwards or differentiable(spec.dtype)]
+            declared = self.boundary(post.crossed)
+            found = [spec for spec in declared if post.forwards or differentiable(spec.dtype)]
             self.boundaries[post.crossed, post.forwards] = found
         return found
 
@@ -216,7 +254,8 @@ class Executor:
             output: Output = value
             return output.unchanged(step.op, step.producer)
         if step.echoes:
-            value.proves = [values[register] for register in step.echoes]
+            sent = [values[register] for register in step.echoes]
+            value.proves = [*[message.shape for message in sent if message.shape is not None], *sent]
             for register in step.echoes:
                 values[register] = None
         return tuple(self.transport.wait(value))
@@ -320,10 +359,14 @@ def require_size(schedule: Schedule, transport: Transport) -> None:
         )
 
 
-def _require_specs(op: Op, tensors: Tensors, specs: Sequence[TensorSpec]) -> None:
-    """Raise ``StageError`` unless a stage gives the tensors that the boundary declares."""
+def _require_specs(op: Op, tensors: Tensors, specs: Sequence[TensorSpec], exact: bool = True) -> None:
+    """Raise ``StageError`` unless a stage gives the tensors that the boundary declares.
+
+    If not ``exact``, of a shape the number of dimensions counts alone.
+    """
     if len(tensors) == len(specs) and all(
-        tensor.shape == shape and tensor.dtype is dtype for tensor, (shape, dtype) in zip(tensors, specs, strict=True)
+        tensor.dtype is dtype and (tensor.shape == shape if exact else tensor.dim() == len(shape))
+        for tensor, (shape, dtype) in zip(tensors, specs, strict=True)
     ):
         return
     found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

@@ -24,6 +24,7 @@ from typing import Final
 
 from dualpipe.runtime.echoes import find_echoes
 from dualpipe.schedule import (
+    COLLECTIVES,
     MESSAGES,
     RF,
     SENDS,
@@ -39,7 +40,9 @@ from dualpipe.schedule import (
     W,
     full_backwards,
     overlapped_pairs,
+    show_slot,
 )
+from dualpipe.schedule.shapes import EXCHANGE
 
 NONE = -1
 """No register."""
@@ -76,13 +79,14 @@ class Step:
     slot: Slot
     op: Op
     kind: Kind
-    """F, B or W; SF for messages of any kind."""
+    """F, B or W; SF for messages of any kind; AR for the exchange of shapes before them."""
     task: Task
     chunk: Chunk
     weight: Op
     """The W of the task, which is its key in the store of deferred weight gradients."""
     fault: str
     posts: tuple[Post, ...] = ()
+    """The messages of a slot; of an exchange the activations whose shapes are exchanged."""
     source: int = NONE
     """The register of what comes from another stage."""
     received: bool = False
@@ -102,6 +106,8 @@ class Step:
 
     @property
     def ops(self) -> Slot:
+        if self.kind is EXCHANGE:
+            return self.slot
         return tuple([post.op for post in self.posts]) or (self.op,)
 
 
@@ -158,7 +164,7 @@ def compile_program(
 ) -> Program:
     """The program of ``rank``; with ``forward_only`` its forwards and their messages alone."""
     if forward_only:
-        schedule = schedule.only(frozenset({F, SF, RF}))
+        schedule = schedule.only(frozenset({F, SF, RF, EXCHANGE}))
     return _Compiler(schedule, rank, forward_only, overlaps).compile()
 
 
@@ -179,11 +185,18 @@ class _Compiler:
 
     def compile(self) -> Program:
         self.echoes = find_echoes(self.schedule, self.rank)
-        steps = [
-            step
-            for number, slot in enumerate(self.program)
-            for step in ([self.messages(number, slot)] if slot[0].kind in MESSAGES else self.units(number, slot))
-        ]
+        steps: list[Step | Pair] = []
+        for number, slot in enumerate(self.program):
+            if slot[0].kind in COLLECTIVES:
+                continue
+            if slot[0].kind not in MESSAGES:
+                steps += self.units(number, slot)
+                continue
+            step = self.messages(number, slot)
+            before = self.program[number - 1] if number else ()
+            if before and before[0].kind in COLLECTIVES:
+                steps.append(self.exchange(number - 1, before, step))
+            steps.append(step)
         left = [f"the output of {op} was not used" for op in self.registers if op in self.outputs and op.kind is F]
         left += [f"the gradient of {op} was not used" for op in self.registers if op in self.outputs and op.kind is B]
         left += [f"what {op} receives was not used" for op in self.registers if op in self.arrivals]
@@ -217,6 +230,13 @@ class _Compiler:
         op = slot[0]
         fault = faults[0] if faults else ""
         return Step(number, slot, op, SF, op.task, op.chunk, Op(W, *op.task), fault, tuple(posts))
+
+    def exchange(self, number: int, slot: Slot, step: Step) -> Step:
+        """The exchange of the shapes of a slot's activations, before that slot."""
+        posts = tuple(post for post in step.posts if post.forwards)
+        known = [op.kind for op in slot] == [EXCHANGE] * len(posts)
+        fault = "" if known else f"{show_slot(slot)} is not the exchange of the shapes of {show_slot(step.slot)}"
+        return replace(step, number=number, slot=slot, op=slot[0], kind=EXCHANGE, fault=fault, posts=posts)
 
     def pairs(self, slot: Slot) -> list[tuple[Op, Op]]:
         return [(f, b) for f, b in overlapped_pairs(slot) if (f.chunk, b.chunk) in self.overlaps]

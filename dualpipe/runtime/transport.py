@@ -49,6 +49,8 @@ class Message:
     completed: bool = False
     marks: Any = None
     """Shows whether a receive has arrived."""
+    shape: Message | None = None
+    """Of a send whose shape was sent before it, that message, which the same receives prove."""
     proves: Sequence[Message] = ()
 
     def release(self) -> None:

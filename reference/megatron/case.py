@@ -47,8 +47,9 @@ class Case:
     Under dualpipev it has the same replicas and microbatches, on twice the pipeline ranks.
 
     ``instances`` is the number of instances of the distributed optimizer over all replicas, each with a whole copy of
-    its state.  ``mtp`` is the number of layers that predict further tokens, ``tied`` ties the output layer to the
-    embedding; ``layout`` distributes the layers over the stages as Megatron's ``pipeline_model_parallel_layout`` does,
+    its state.  With ``variable_lengths`` microbatches have sequences of different lengths.  ``mtp`` is the number of
+    layers that predict further tokens, ``tied`` ties the output layer to the embedding; ``layout`` distributes the
+    layers over the stages as Megatron's ``pipeline_model_parallel_layout`` does,
     by default evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to
     which gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the
     distributed optimizer.  ``late_w``: that of ``dualpipe.dualpipe``.  ``overlap_moe``: the drop-in runs F&B pairs
@@ -75,6 +76,7 @@ class Case:
     per_token_loss: bool = False
     expert_bias: bool = False
     global_aux_loss: bool = False
+    variable_lengths: bool = False
     qk_clip: bool = False
     mtp: int = 0
     tied: bool = False

@@ -40,13 +40,17 @@ def replica_of(case: Case, lane: int, pipeline: int) -> int:
 def batch(case: Case, step: int, replica: int, number: int) -> Batch:
     """Microbatch ``number`` of a replica: arithmetic progressions of random start and stride, a quarter masked.
 
-    The text can be learned in a few steps; the number of unmasked tokens differs between microbatches.
+    The text can be learned in a few steps; the number of unmasked tokens differs between microbatches, and so may the
+    length of the sequences.
     """
     generator = torch.Generator().manual_seed(hash((case.seed, step, replica, number)) % 2**63)
     start = torch.randint(case.vocabulary, (case.batch, 1), generator=generator)
     stride = torch.randint(1, 4, (case.batch, 1), generator=generator)
-    text = (start + stride * torch.arange(case.sequence + 1)) % case.vocabulary
-    mask = (torch.rand(case.batch, case.sequence, generator=generator) > _MASKED).float()
+    length = case.sequence
+    if case.variable_lengths:  # a multiple of the tensor parallel ranks, for sequence parallelism
+        length -= case.tp * int(torch.randint(case.sequence // case.tp // 2, (1,), generator=generator))
+    text = (start + stride * torch.arange(length + 1)) % case.vocabulary
+    mask = (torch.rand(case.batch, length, generator=generator) > _MASKED).float()
     return Batch(replica, number, text[:, :-1].contiguous(), text[:, 1:].contiguous(), mask)
 
 

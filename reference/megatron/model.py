@@ -42,6 +42,8 @@ def transformer_config(case: Case) -> TransformerConfig:
             experts |= deepseek.options(case)
         if case.global_aux_loss:
             experts["moe_router_load_balancing_type"] = "global_aux_loss"
+    if case.variable_lengths:  # Megatron asks for this dispatcher in dense models, too
+        experts["moe_token_dispatcher_type"] = "alltoall"
     recompute: dict[str, Any] = {}
     if case.recompute:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -63,6 +65,7 @@ def transformer_config(case: Case) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=False,
+        variable_seq_lengths=case.variable_lengths,
         cuda_graph_scope=[],  # the default is deprecated, and warns
         pipeline_model_parallel_layout=case.layers_of_stages,
         mtp_num_layers=case.further_layers or None,

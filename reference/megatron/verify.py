@@ -106,6 +106,7 @@ def _facts(case: Case) -> dict[str, Any]:
         "recompute": case.recompute,
         "per_token_loss": case.per_token_loss,
         "expert_bias": case.balances_by_bias,
+        "variable_lengths": case.variable_lengths,
         "global_aux_loss": case.global_aux_loss,
         "qk_clip": case.qk_clip,
         "mtp": case.further_layers,

@@ -64,7 +64,6 @@ PLANTED = [
     ("layers that predict further", {"pipeline_model_parallel_layout": "Et|t|tm|L"}, "'Et|t|tm|L'"),
     ("no checkpoints of a model", {**TIED, "mtp_num_layers": 1}, "save is 'checkpoints'"),
     ("no overlapped reduction", {**TIED, "mtp_num_layers": 1, "save": None, "overlap_grad_reduce": True}, "overlap_gr"),
-    ("all microbatches must have the same seq", {"variable_seq_lengths": True}, "variable_seq_lengths"),
     ("the model must be a single decoder", {"decoder_seq_length": 128}, "decoder_seq_length is 128"),
     ("the model must be a single decoder", {"encoder_pipeline_model_parallel_size": 2}, "encoder_pipeline"),
     ("no hyper-connections", {"enable_mhc_connections": True}, "enable_mhc"),

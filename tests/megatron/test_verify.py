@@ -23,7 +23,9 @@ SAMPLE = {
         Model.DEEPSEEK, dtype="bf16", overlap_grad_reduce=True, qk_clip=True, microbatches=4, steps=2
     ),
     "v, further tokens, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
-    "dropout, recompute, late W in the tail": Case(dropout=0.1, recompute=True, steps=2, late_w="tail"),
+    "sequences of different lengths, dropout, recompute, late W in the tail": Case(
+        variable_lengths=True, dropout=0.1, recompute=True, steps=2, late_w="tail"
+    ),
     "moe, tensor and sequence parallel, balanced over all replicas": Case(
         Model.MOE, tp=2, sequence_parallel=True, global_aux_loss=True, steps=2
     ),

@@ -98,6 +98,7 @@ bench: $(READY)
 	$(BIN)/python bench/soundness.py --mutants 40 --processes 6
 	$(BIN)/python bench/campaign.py --trials 8 --steps 100
 	$(BIN)/python bench/megatron_matrix.py --cells gpt,clipping
+	$(BIN)/python bench/megatron_step.py --sizes 2/8 --rounds 3 $(if $(OUTPUT),--output "$(OUTPUT)/megatron_step.json")
 
 clean:
 	rm -rf $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .cache build *.egg-info

@@ -121,6 +121,23 @@ def test_an_executor_with_other_results_than_the_plain_loop_is_refused(spoiled):
         check("mine", [(losses, list(gradients.items()))], wanted)
 
 
+@pytest.mark.long
+def test_a_step_on_megatron_is_measured_and_its_losses_are_compared(tmp_path, capsys, monkeypatch):
+    import reference.megatron  # noqa: F401 # imports megatron-core, quietly
+    from reference.megatron import data
+
+    monkeypatch.setattr(data, "batch", data.batch)
+    step = script("megatron_step.py")
+    with pytest.raises(SystemExit, match=r"DualPipe at 2/4: losses \["):
+        step["measure"]("2/4", 1, 2)  # the lanes read other microbatches than 1F1B
+    step["main"](sizes="2/4", rounds=1, steps=2, output=tmp_path / "step.json")
+    out = capsys.readouterr().out
+    assert out.endswith("every step of DualPipe had the mean loss of 1F1B's\n")
+    (result,) = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert list(result["rounds"]) == ["1F1B", "DualPipe", "DualPipe, late W", "DualPipeV"]
+    assert all(row["cpu"] > 0 and row["wall"] > 0 for rows in result["rounds"].values() for row in rows)
+
+
 def test_the_cost_of_executors_is_measured_and_their_results_checked(tmp_path, capsys):
     main = script("executor.py")["main"]
     main(sizes="2/4", rounds=1, steps=1, executors="ours", output=tmp_path / "figures.json")

@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,7 @@ class Peers:
         self.ended: set[int] = set()
         """The ranks that closed their pipeline without a failure, and so have received all that was sent to them."""
         self.phase = ""
+        self._tag = _FIRST_DATA_TAG
         self._order, self._rank = list(order), list(order).index(parent.rank())
         self._others = [rank for rank in range(len(self._order)) if rank != self._rank]
         self._pid = os.getpid()
@@ -111,8 +113,12 @@ class Peers:
 
     @property
     def tag(self) -> int:
-        """The tag of this phase's messages."""
-        return _FIRST_DATA_TAG + self._begun % 2**20
+        """The tag of this phase's messages.
+
+        Two ranks in different phases have different tags, as gloo ends a process that gets a longer message than it
+        expects.
+        """
+        return self._tag
 
     def helper(self, name: str) -> HelperThread:
         """A helper thread that ends with this object."""
@@ -125,6 +131,7 @@ class Peers:
         with self._changed:
             self._begun += 1
             self.phase = phase
+            self._tag = _FIRST_DATA_TAG + crc32(f"{self._begun} {phase}".encode()) % 2**30
             theirs = self._ahead.pop(self._begun, None)
             if self._begun > self._begun_before:
                 self._mine[self._begun] = phase

@@ -268,6 +268,22 @@ def test_ranks_that_make_different_calls_end_at_once_and_name_them():
             assert seconds < 15  # a wait would last 20
 
 
+def test_the_messages_of_different_calls_never_meet():
+    """gloo ends a process that gets a longer message than it expects, before an announcement can end the call."""
+
+    def body(context):
+        tags = []
+        for kind in ("step", "copy of weights"):
+            with ProcessGroupTransport(timeout=10.0) as transport, transport.phase(kind):
+                tags.append(transport._peers.tag)
+                dist.barrier()
+        return tags
+
+    (first, *others) = launch(2, body).values()
+    assert all(tags == first for tags in others)
+    assert len(set(first)) == 2
+
+
 def test_threads_connections_and_children_of_a_process():
     """A pipeline leaves nothing behind; one that was made before a fork is refused in the child."""
 

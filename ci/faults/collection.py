@@ -26,20 +26,9 @@ HARMLESS: tuple[SourceFault, ...] = (
     ),
     harmless(
         "a local variable renamed",
-        "dualpipe/schedule/lower.py",
-        "    homes = _homes(schedule)\n    starts = _earliest_starts(schedule, homes)",
-        "    where = _homes(schedule)\n    starts = _earliest_starts(schedule, where)",
-        Edit(
-            "dualpipe/schedule/lower.py",
-            "sorted(_events(schedule, homes, starts)",
-            "sorted(_events(schedule, where, starts)",
-        ),
-    ),
-    harmless(
-        "messages that need not share a slot put into slots of their own",
-        "dualpipe/schedule/lower.py",
-        "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE:",
-        "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE and len(slot) > 1:",
+        "dualpipe/page/numbers.py",
+        '    more = after - before\n    return f"{100 * more:+.1f} points" if percent else f"{more:+g}"',
+        '    change = after - before\n    return f"{100 * change:+.1f} points" if percent else f"{change:+g}"',
     ),
     harmless(
         "in the phase tables a receive put before a send of the same slot",

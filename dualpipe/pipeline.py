@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dualpipe.errors import RuleError, StageError
-from dualpipe.runtime.executor import Boundary, Executor, Observer, StepError, require_size
+from dualpipe.runtime.boundary import Boundary
+from dualpipe.runtime.executor import Executor, Observer, StepError, require_size
 from dualpipe.runtime.modules import Criterion, Feed, ModuleComputation, Stages, StepResult
 from dualpipe.runtime.overlap import find_overlaps
 from dualpipe.runtime.process_group import ProcessGroupTransport

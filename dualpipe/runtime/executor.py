@@ -8,23 +8,23 @@ backward is full; elsewhere linear layers defer their weight gradient to W (``du
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dualpipe.errors import RuleError, StageError
-from dualpipe.runtime.live import Live, Output, Tensors, differentiable, leaf_of
+from dualpipe.errors import RuleError
+from dualpipe.runtime.boundary import Boundaries, Boundary, require_specs
+from dualpipe.runtime.live import Live, Output, Tensors, leaf_of
 from dualpipe.runtime.program import PAIR, Overlaps, Pair, Post, Program, Step, compile_program
 from dualpipe.runtime.split_stage import SplitStage
-from dualpipe.runtime.transport import Message, MessageError, TensorSpec, Transport
+from dualpipe.runtime.transport import Message, MessageError, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients, WeightGradError, run_backward
-from dualpipe.schedule import SF, B, Chunk, F, Lane, Op, Schedule, Slot, W, show_slot
+from dualpipe.schedule import SF, B, Chunk, F, Op, Schedule, Slot, W, show_slot
 from dualpipe.schedule.shapes import EXCHANGE
 
-Boundary = Callable[[int], Sequence[TensorSpec]]
 Observer = Callable[[Slot, Op, float, float], None]
 """Called after each op with its slot and when it began and ended, in seconds of ``time.monotonic``.
 
@@ -123,18 +123,14 @@ class Executor:
         require_size(schedule, transport)
         self.overlaps = overlaps or {}
         self.program = program_of(schedule, transport.rank, forward_only, frozenset(self.overlaps))
-        self.computation, self.boundary = computation, boundary
+        self.computation = computation
         self.transport, self.store, self.splits = transport, store, splits
         self.forward_only, self.blocking, self.observer = forward_only, blocking, observe
         self.warned = set() if warned is None else warned
         self.waiting: Slot = ()
         """The op of an overlapped pair that waits for its message."""
         self.values: list[Any] = [None] * len(self.program.registers)  # the registers of dualpipe.runtime.program
-        self.boundaries: dict[tuple[int, bool], list[TensorSpec]] = {}
-        self.exchanged: dict[tuple[int, Lane, int], list[TensorSpec]] = {}
-        """By boundary, lane and microbatch: the tensors whose shapes were exchanged."""
-        self.shapes: dict[int, Message] = {}
-        """By register: the shapes that were sent for an activation that is not sent yet."""
+        self.boundaries = Boundaries(boundary)
 
     def run(self) -> None:
         """Run the program; gradients are added to the parameters.
@@ -195,56 +191,26 @@ class Executor:
                 self.transport.wait(message)
 
     def exchange(self, step: Step) -> None:
-        """Send and receive the shapes of the next slot's activations, and wait for those received."""
-        messages = []
-        for post in step.posts:
-            declared, label = self.boundary(post.crossed), f"the shapes of {post.label}"
-            numbers = TensorSpec((sum(len(spec.shape) for spec in declared),), torch.int64)
-            if post.sends:
-                tensors = self.values[post.register].unchanged(post.op, post.producer)
-                _require_specs(post.op, tensors, declared, exact=False)
-                self.keep(post, [tuple(tensor.shape) for tensor in tensors], declared)
-                sizes = [size for tensor in tensors for size in tensor.shape]
-                sent = torch.tensor(sizes, dtype=torch.int64, device=tensors[0].device)
-                self.shapes[post.register] = message = Message(label, post.peer, True, (sent,))
-            else:
-                message = Message(label, post.peer, False, (), (numbers,))
-            messages.append(message)
-        self.transport.post(messages)
-        for post, message in zip(step.posts, messages, strict=True):
-            if not post.sends:
-                declared = self.boundary(post.crossed)
-                received = iter(self.transport.wait(message)[0].tolist())
-                self.keep(post, [tuple([next(received) for _ in spec.shape]) for spec in declared], declared)
+        """Exchange the shapes of the next slot's activations."""
+        self.boundaries.exchange(step.posts, self.output, self.transport)
 
-    def keep(self, post: Post, shapes: Sequence[tuple[int, ...]], declared: Sequence[TensorSpec]) -> None:
-        """Remember the shapes of an activation, for its message and for that of its gradient."""
-        whole = [TensorSpec(shape, spec.dtype) for shape, spec in zip(shapes, declared, strict=True)]
-        self.exchanged[post.crossed, post.op.lane, post.op.mb] = whole
+    def output(self, post: Post) -> Tensors:
+        """The tensors of a send, which its register holds."""
+        output: Output = self.values[post.register]
+        return output.unchanged(post.op, post.producer)
 
     def send(self, post: Post) -> Message:
         """The message of a send; the output's register holds it until its echo arrives."""
-        tensors = self.values[post.register].unchanged(post.op, post.producer)
-        _require_specs(post.op, tensors, self.specs(post))
-        shape = self.shapes.pop(post.register, None)
+        tensors = self.output(post)
+        require_specs(post.op, tensors, self.boundaries.specs(post))
+        shape = self.boundaries.shapes_of(post)
         self.values[post.register] = message = Message(post.label, post.peer, True, tensors, shape=shape)
         return message
 
     def receive(self, post: Post) -> Message:
-        self.values[post.register] = message = Message(post.label, post.peer, False, (), self.specs(post))
+        specs = self.boundaries.specs(post)
+        self.values[post.register] = message = Message(post.label, post.peer, False, (), specs)
         return message
-
-    def specs(self, post: Post) -> Sequence[TensorSpec]:
-        """The tensors of a message: those of the boundary that it crosses, gradients for the floating ones alone."""
-        if self.exchanged:
-            whole = self.exchanged[post.crossed, post.op.lane, post.op.mb]
-            return [spec for spec in whole if post.forwards or differentiable(spec.dtype)]
-        found = self.boundaries.get((post.crossed, post.forwards))
-        if found is None:
-            declared = self.boundary(post.crossed)
-            found = [spec for spec in declared if post.forwards or differentiable(spec.dtype)]
-            self.boundaries[post.crossed, post.forwards] = found
-        return found
 
     def taken(self, step: Step) -> Tensors:
         """What the op needs from another stage; waits for a message if need be."""
@@ -357,21 +323,3 @@ def require_size(schedule: Schedule, transport: Transport) -> None:
             f"the schedule has {schedule.ranks} and the process group {transport.ranks}",
             "generate it for the group's size",
         )
-
-
-def _require_specs(op: Op, tensors: Tensors, specs: Sequence[TensorSpec], exact: bool = True) -> None:
-    """Raise ``StageError`` unless a stage gives the tensors that the boundary declares.
-
-    If not ``exact``, of a shape the number of dimensions counts alone.
-    """
-    if len(tensors) == len(specs) and all(
-        tensor.dtype is dtype and (tensor.shape == shape if exact else tensor.dim() == len(shape))
-        for tensor, (shape, dtype) in zip(tensors, specs, strict=True)
-    ):
-        return
-    found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    raise StageError(
-        "a stage must return the tensors that its boundary declares",
-        f"{op} sends {', '.join(map(str, found))} where the boundary is {', '.join(map(str, specs))}",
-        "declare the shapes and dtypes that the stage returns",
-    )

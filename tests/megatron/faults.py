@@ -16,6 +16,15 @@ import torch.distributed as dist
 
 from ci.faults.fault import Fault
 from reference.megatron.case import Case, Model
+from tests.megatron.faults_of_replicas import (
+    experts_balanced_in_one_lane,
+    initial_weights_differ,
+    logits_of_one_lane,
+    norm_counts_both_replicas,
+    norm_counts_every_optimizer_instance,
+    norm_of_one_stage_only,
+    replicas_not_reduced_together,
+)
 
 BASE = Case(pp=2, steps=2, timeout=10)
 
@@ -75,37 +84,6 @@ def weight_gradient_after_the_reduction() -> None:
 
     DeferredGradients.run = lambda self, key: late.append((self, self._deferred.pop(key)))
     schedule._finalize = finalize
-
-
-def replicas_not_reduced_together() -> None:
-    from dualpipe.megatron import groups
-
-    real = groups._collection
-    groups._collection = lambda own, stage, stages, embd, **made: real(own, stage, stages, embd=embd)
-
-
-def norm_counts_both_replicas() -> None:
-    from dualpipe.megatron import model
-
-    model._mark_shared = lambda module, chunk: None
-
-
-def norm_counts_every_optimizer_instance() -> None:
-    from dualpipe.megatron.groups import Groups
-
-    Groups.instance = lambda self, chunk: 0
-
-
-def norm_of_one_stage_only() -> None:
-    from dualpipe.megatron import optimizer
-
-    real = optimizer.ProcessGroupCollection
-
-    def one_stage(**groups: Any) -> Any:
-        return real(**{**groups, "mp": groups["tp"]})
-
-    one_stage.use_mpu_process_groups = real.use_mpu_process_groups
-    optimizer.ProcessGroupCollection = one_stage
 
 
 def gradients_rescaled_at_each_accumulation() -> None:
@@ -275,29 +253,6 @@ def gradients_never_finalized() -> None:
     from dualpipe.megatron import schedule
 
     schedule._finalize = lambda *args: None
-
-
-def initial_weights_differ() -> None:
-    from dualpipe.megatron import model
-
-    model._equalise = lambda module, chunk, groups: None
-
-
-def logits_of_one_lane() -> None:
-    from dualpipe.megatron import statistics
-
-    statistics.has_largest_logits = lambda config: False
-
-
-def experts_balanced_in_one_lane() -> None:
-    from dualpipe.megatron import groups
-
-    real = groups._collection
-
-    def collection(own, stage, stages, embd, **made):
-        return real(own, stage, stages, embd=embd, **made | {"tp_dp_cp": own.tp_dp_cp})
-
-    groups._collection = collection
 
 
 def fault(number: int, title: str, plant: Callable[[], None], says: str, case: Case = BASE) -> MegatronFault:

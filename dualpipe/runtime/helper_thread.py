@@ -39,11 +39,17 @@ class Job:
     def done(self) -> bool:
         return not self._running.locked()
 
+    def wait(self, seconds: float) -> bool:
+        """Wait until the call has ended; whether it has.  One thread may wait at a time."""
+        ended = self._running.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+        if ended:
+            self._running.release()
+        return ended
+
     def result(self, seconds: float) -> Any:
         """The result of the call.  Raises the call's exception, or ``TimeoutError``.  One thread may wait at a time."""
-        if not self._running.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+        if not self.wait(seconds):
             raise TimeoutError
-        self._running.release()
         if self._error is not None:
             raise self._error
         return self._value

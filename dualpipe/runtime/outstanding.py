@@ -11,12 +11,14 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from dualpipe.runtime.helper_thread import NO_TIMEOUT
+from dualpipe.runtime.helper_thread import NO_TIMEOUT, Job
 from dualpipe.runtime.peers import Peers
 from dualpipe.runtime.transport import Message, MessageError
 from dualpipe.runtime.wire import Marks
 
 _POLL_SECONDS = 0.002
+_LOOK_SECONDS = 1.0
+"""How often a wait looks whether the pipeline has failed; it ends at the second look that finds so."""
 _TURNS = 10
 """How often other processes get a turn before a wait is left to the helper thread, which takes longer."""
 
@@ -110,14 +112,28 @@ class Outstanding:
         """Wait for messages that the helper thread completes, one after another."""
         left, started = [message for message in messages if not message.completed], time.monotonic()
         while left:
+            job = self._helper.submit(self._complete_all, left, caller_waits=True)
+            self._watch(job, left, started)
             try:
-                self._helper.submit(self._complete_all, left, caller_waits=True).result(self._timeout)
-            except TimeoutError:
-                late = next((message for message in left if not message.completed), left[0])
-                raise MessageError(late, self._timeout, None) from None
+                job.result(0.0)
             except MessageError as error:
                 self._fail(error, started)
             left = [message for message in left if not message.completed]
+
+    def _watch(self, job: Job, messages: Sequence[Message], started: float) -> None:
+        """Return when the job is done.  Raises ``MessageError`` after the timeout, or if the pipeline has failed.
+
+        A failure closes the connections, which ends most waits at once.  gloo can miss a message that is posted at that
+        moment.
+        """
+        deadline, failed = time.monotonic() + self._timeout, False
+        while not job.wait(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic()))):
+            late = next((message for message in messages if not message.completed), messages[0])
+            if failed:
+                raise self.explain(late, started, None)
+            if time.monotonic() >= deadline:
+                raise MessageError(late, self._timeout, None)
+            failed = self._peers.failure is not None
 
     def _complete_all(self, messages: Sequence[Message]) -> None:
         for message in messages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.outstanding import Outstanding
 from dualpipe.runtime.process_group import ProcessGroupTransport
-from dualpipe.runtime.transport import DisagreementError, Message, SpoiledError, TensorSpec
+from dualpipe.runtime.transport import DisagreementError, Message, MessageError, SpoiledError, TensorSpec
 from dualpipe.testing.launch import launch
 
 
@@ -53,6 +54,29 @@ def test_a_staged_send_is_a_copy_and_works_in_stream_order_are_awaited_by_the_st
 
     (found,) = launch(1, body, timeout=30).values()
     assert found == ((True, True, True), [()], True, -1)
+
+
+def test_a_wait_that_gloo_never_ends_stops_soon_after_the_pipeline_has_failed():
+    """gloo can miss a message that is posted while a failure closes its connection."""
+
+    def body(context):
+        class Stuck(Noted):
+            def wait(self, *arguments):
+                ended.wait(60)
+
+        ended = threading.Event()
+        with ProcessGroupTransport(timeout=60.0) as transport:
+            peers = transport._open()
+            messages = Outstanding(peers, 60.0, in_stream_order=False)
+            receive = Message("1RF0>", 0, sends=False, works=[Stuck()], posted=True)
+            messages.add([receive])
+            peers.failure = "rank 3 failed"
+            with pytest.raises(MessageError, match=r"receive 1RF0> from rank 0 failed after .* s: rank 3 failed"):
+                messages.wait(receive)
+            ended.set()
+            return True
+
+    launch(1, body, timeout=30).values()
 
 
 def test_only_the_first_failure_is_announced_and_closing_waits_for_every_thread_once():

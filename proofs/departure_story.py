@@ -222,6 +222,6 @@ def _of_slots(departure: Departure, comparison: Comparison) -> str:
         if {op.kind for op in ours ^ theirs} == {W}:
             return "are B and W run by one call of the engine in one of the two, and by two in the other?"
         if ours < theirs:
-            return "does an overlapped pair run one after the other? Name a method that overlaps them with --together."
+            return "does an F&B pair run one after the other? Name a method that overlaps them with --together."
         return "are computes joined that should run apart?"
     return "is a batch of messages posted earlier or later?"

@@ -63,7 +63,7 @@ def compare(
     ] = None,
     overlap: Annotated[
         float | None,
-        typer.Option(help="What an overlapped pair takes, relative to F, B and W one after the other, as in 0.85."),
+        typer.Option(help="What an F&B pair takes, relative to F, B and W one after the other, as in 0.85."),
     ] = None,
     sizes: Annotated[
         str | None,
@@ -267,7 +267,7 @@ def _costs(text: str | None, traces: Sequence[Path], latency: float | None, over
         costs = replace(costs, latency=latency)
     if overlap is not None:
         if costs.FB is not None:
-            raise RuleError("an overlapped pair has one cost", "got --overlap and FB= in --cost", "leave one out")
+            raise RuleError("an F&B pair has one cost", "got --overlap and FB= in --cost", "leave one out")
         if not 0 < overlap <= 2:
             raise RuleError("--overlap is more than 0 and at most 2", f"got {overlap:g}", "correct it")
         costs = replace(costs, FB=overlap * (costs.F + costs.backward))

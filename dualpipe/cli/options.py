@@ -86,7 +86,7 @@ Blocking = Annotated[
 Cost = Annotated[
     str | None,
     typer.Option(
-        help="Times of F, B, W, a full backward (BW), an overlapped pair (FB), the latency of a message, and "
+        help="Times of F, B, W, a full backward (BW), an F&B pair (FB), the latency of a message, and "
         "collectives (AA, AR, US, RS, RG; 0 if not given).",
         metavar="NAME=NUMBER,...",
         show_default="F=1,B=1,W=1",

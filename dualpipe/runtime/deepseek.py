@@ -5,7 +5,7 @@ The interface is that of https://github.com/deepseek-ai/DualPipe: ``DualPipe``, 
 use ``dualpipe.pipeline``.  ``late_w`` is an argument of ours, that of ``dualpipe.dualpipe``.
 
 As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock ``nn.Linear`` layers are split into
-B and W without changing the model.  An overlapped pair is left to the ``overlapped_forward_backward`` of the modules'
+B and W without changing the model.  An F&B pair is left to the ``overlapped_forward_backward`` of the modules'
 class (``dualpipe.runtime.overlap``); without one it runs its forward, then its backward.
 """
 

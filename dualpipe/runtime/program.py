@@ -222,7 +222,7 @@ class _Compiler:
         return [(f, b) for f, b in overlapped_pairs(slot) if (f.chunk, b.chunk) in self.overlaps]
 
     def units(self, number: int, slot: Slot) -> Iterator[Step | Pair]:
-        """The computes of a slot, with each overlapped pair as one."""
+        """The computes of a slot, with each F&B pair as one."""
         pairs = self.pairs(slot)
         steps = deque(self.computes(number, slot))
         while steps:

@@ -93,7 +93,7 @@ def loads_csv(text: str, source: str = "<string>") -> Schedule:
 def dumps_csv(schedule: Schedule, compute_only: bool = False) -> str:
     """The schedule as a table, with the line endings that torch writes; ``compute_only`` leaves out all but computes.
 
-    Computes in one slot that are neither a full backward nor an overlapped pair get a cell each, and so do messages.
+    Computes in one slot that are neither a full backward nor an F&B pair get a cell each, and so do messages.
 
     Raises
     ------

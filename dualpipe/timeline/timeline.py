@@ -41,7 +41,7 @@ class Costs:
         For each stage its own F, B, W and BW, where stages differ; F to BW above are then those of a typical stage.
         FB is a credit for all: a slot takes ``FB / (F + BW)`` times the sum of its ops.
 
-    The model in which one full backward costs 2 however it is split is ``Costs(B=2, BW=2)``; an overlapped pair then
+    The model in which one full backward costs 2 however it is split is ``Costs(B=2, BW=2)``; an F&B pair then
     costs 3.
 
     Raises

@@ -77,7 +77,7 @@ def test_an_unfed_store_shows_as_a_weight_gradient_that_the_other_schedule_defer
     found = stories(with_weights_at_once(dualpipe(4, 8)), dualpipe(4, 8), Aspect.WEIGHTS)
     assert found[1] == (
         "rank 1 runs 2W3< in slot 22 before 1B3>, which dualpipe runs first: dualpipe defers 2W3< to its slot 26",
-        "is the store for weight gradients fed? A backward that adds them at once leaves nothing to defer.",
+        "does the backward put weight gradients into the store? If it adds them at once, nothing is left to defer.",
     )
     assert sorted(found) == [1, 2]
 

@@ -101,9 +101,9 @@ def agreement(
     both = None if parts.other is None else added(own, far)
     if own is None:
         nothing = final is None or not bool(final.any())
-        return Agreement("") if nothing else "there is a gradient, and the plain run has none"
+        return Agreement("") if nothing else "there is a gradient, but the plain run has none"
     if final is None:
-        return "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"
+        return "no gradient, but the plain run has one: are weight gradients put into the store, and run from it?"
     for total, over_both in ((own, False), (both, True)):
         if total is None:
             continue
@@ -114,7 +114,9 @@ def agreement(
                 lanes = "summed over both lanes and " if over_both else ""
                 return Agreement(f"{lanes}divided by {count}", None if both is None else over_both, 1.0, count)
     if not bool(final.any()) and bool(own.any()):
-        return "the gradient is zero, and the plain run has one: is the store for weight gradients fed, and run?"
+        return (
+            "the gradient is zero, but not in the plain run: are weight gradients put into the store, and run from it?"
+        )
     if final.shape != own.shape:
         return f"the gradient has the shape {list(final.shape)} and not {list(own.shape)}"
     for total, over_both in ((own, False), (both, True)):
@@ -220,7 +222,7 @@ def _story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> st
         return (
             f"the gradient has nothing of lane {lane}"
             f"{'' if _are_one([*far.values()]) else f', and of lane {other} {_listed(far, most)}'}: "
-            "is the store for weight gradients fed, and run?"
+            "are weight gradients put into the store, and run from it?"
         )
     if all(not factor or abs(factor - usual) <= _NEAR * abs(usual) for factor in (*own.values(), *far.values())):
         words = [f"microbatch{'es' * (len(lacking) > 1)} {_numbers(lacking)}"] if lacking else []
@@ -285,7 +287,7 @@ def _by_slope(final: Tensor | None, parts: Parts, counts: Sequence[int]) -> Agre
     own = sum(parts.slopes.values())
     if final is None or not bool(final.any()):
         return (
-            "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"
+            "no gradient, but the plain run has one: are weight gradients put into the store, and run from it?"
             if own
             else (Agreement(""))
         )

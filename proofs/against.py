@@ -238,8 +238,8 @@ def _difference(
 ) -> tuple[Placed | None, Placed | None]:
     """The first ops at which two sequences of groups differ, both ``None`` if they do not.
 
-    Ops are compared by ``key``.  Ops within a group have no order, and a group of one sequence may be split into several
-    groups of the other.
+    Ops are compared by ``key``.  Ops within a group have no order, and a group of one sequence may be split into
+    several groups of the other.
     """
     rest = iter(one), iter(other)
     open_ones: tuple[list[Placed], list[Placed]] = [], []

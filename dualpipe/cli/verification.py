@@ -103,7 +103,7 @@ def describe_megatron(case: MegatronCase) -> str:
         "loss per token": case.per_token_loss,
         f"without {', '.join(case.without)}": case.without,
         "expert bias": case.balances_by_bias,
-        f"{case.further_layers} layers for further tokens": case.further_layers,
+        f"{case.mtp_layers} multi-token prediction layers": case.mtp_layers,
         "tied embeddings": case.tied,
         f"layout {case.layers_of_stages}": case.layers_of_stages,
         f"late W {case.late_w}": case.late_w != "none",

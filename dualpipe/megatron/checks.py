@@ -82,7 +82,7 @@ def checkpoint_format(settings: Any) -> str | None:
     return is_other_than("ckpt_format", "torch_dist")(settings) if writes else None
 
 
-def further_tokens_elsewhere(settings: Any) -> str | None:
+def mtp_before_last_stage(settings: Any) -> str | None:
     layout = settings.pipeline_model_parallel_layout
     if layout is None:
         return None

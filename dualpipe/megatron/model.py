@@ -271,8 +271,8 @@ def _equalise(module: nn.Module, chunk: Chunk, groups: Groups) -> None:
 def _shard_over_stage(module: Any, collection: ProcessGroupCollection) -> None:
     """Number a stage's replicas over both lanes in checkpoints, so that exactly one is the main replica.
 
-    Experts number theirs by a group that they keep.  Megatron builds those of layers for further tokens without the
-    collection, so they keep the rank's own.
+    Experts number their replicas by a group that they keep.  Megatron builds the experts of multi-token prediction
+    layers without the collection, so these have kept the rank's own group.
     """
     stock = module.sharded_state_dict
     own = ProcessGroupCollection.use_mpu_process_groups()

@@ -18,11 +18,11 @@ from dualpipe.megatron.arguments import validate_overlap
 from dualpipe.megatron.computation import Call, MegatronComputation, token_count
 from dualpipe.megatron.data_parallel import reduced_once, require_trainable
 from dualpipe.megatron.expert_overlap import PlannedComputation
-from dualpipe.megatron.further_losses import collect_further_losses
 from dualpipe.megatron.groups import groups_of_finalizing
 from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import collect_losses
 from dualpipe.megatron.model import ChunkSetup, Shared, setup_of, setups_of
+from dualpipe.megatron.mtp_losses import collect_mtp_losses
 from dualpipe.runtime.executor import Executor
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import RF, SF, UP, Chunk, F, Schedule
@@ -132,7 +132,7 @@ def forward_backward_dualpipe(
     with transport.phase("collection of losses"):
         collected = collect_losses(computation.collected, where.ends(), transport, transport.device)
         if config.mtp_num_layers and not forward_only:
-            collect_further_losses(where.ends(), transport, transport.device)
+            collect_mtp_losses(where.ends(), transport, transport.device)
     if not forward_only:
         with transport.phase("reduction of gradients"):
             transport.meet()  # a collective cannot be interrupted, so it starts only if no rank has failed

@@ -156,7 +156,7 @@ class SplitStage:
 
         def differentiated(gradient: Tensor) -> None:
             if not self.learned or not all(map(self.reaches, parameters)):
-                self.leave_unsplit(use.name, parameters, "a gradient is taken through it within the stage")
+                self.leave_unsplit(use.name, parameters, "the stage's own code takes a gradient through it")
 
         y.register_hook(differentiated)  # type: ignore[no-untyped-call]
 
@@ -272,12 +272,12 @@ def _version(gradient: Tensor | None) -> int:
 
 
 def _hooked(within: Sequence[nn.Module], parameters: Sequence[Tensor]) -> str | None:
-    """Why a hook that runs in B may look at the layer's gradients, before W has computed them; else ``None``."""
+    """Why a hook that runs in B may read the layer's gradients, before W has computed them; else ``None``."""
     for module in within:  # a loop: any() with a generator takes several times as long
         if module._backward_hooks or module._backward_pre_hooks:
-            return "a backward hook of its module may look at its gradients"
+            return "a backward hook of its module may read its gradients"
     if _MODULE._global_backward_hooks or _MODULE._global_backward_pre_hooks:
-        return "a backward hook of all modules may look at its gradients"
+        return "a backward hook of all modules may read its gradients"
     for parameter in parameters:
         if parameter._backward_hooks:
             return "its weights have tensor hooks"

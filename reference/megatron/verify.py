@@ -105,7 +105,7 @@ def _facts(case: Case) -> dict[str, Any]:
         "recompute": case.recompute,
         "per_token_loss": case.per_token_loss,
         "expert_bias": case.balances_by_bias,
-        "mtp": case.further_layers,
+        "mtp": case.mtp_layers,
         "tied": case.tied,
         "layout": case.layers_of_stages,
         "without": list(case.without),

@@ -13,12 +13,12 @@ from reference.megatron.case import Case, Model
 from reference.megatron.verify import ORACLE, PRODUCTION, verify
 
 SAMPLE = {
-    "two pipelines, further tokens, layout": Case(dp=2, mtp=1, layout="Et|ttmL", steps=2, per_token_loss=True),
+    "two pipelines, multi-token prediction, layout": Case(dp=2, mtp=1, layout="Et|ttmL", steps=2, per_token_loss=True),
     "distributed optimizer, tied": Case(
         pp=4, distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1, tied=True, steps=2
     ),
     "deepseek, bf16, overlapped": Case(Model.DEEPSEEK, dtype="bf16", overlap_grad_reduce=True, microbatches=4, steps=2),
-    "v, further tokens, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
+    "v, multi-token prediction, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
     "dropout, recompute, late W in the tail": Case(dropout=0.1, recompute=True, steps=2, late_w="tail"),
     "moe, tensor and sequence parallel": Case(Model.MOE, tp=2, sequence_parallel=True, steps=2),
     "moe, expert parallel, routers with a bias, late W": Case(

@@ -68,7 +68,7 @@ def test_where_a_program_failed_the_failure_is_the_cause():
     text = RECORDED.replace(" 0B0>+0W0> 0RB1>@1 0B1>+0W1>", " 0B0>").replace(" 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0", "")
     here, there = loads(f"{text}failure 0: {crash}\nfailure 1: {later}\n"), loads(RECORDED)
     assert stories(here, there)[0][1] == f"the program of this rank ended there: rank 0 {crash}"
-    assert stories(here, there)[1][1].startswith("did the rank stop there")
+    assert stories(here, there)[1][1].startswith("did an error or a wait for a message stop the rank there")
     shown = compare(here, there).as_json()["departures"]
     assert f"the program of this rank ended there: rank 0 {crash}" in [each["meaning"] for each in shown]
 

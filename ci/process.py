@@ -114,7 +114,7 @@ def end_all() -> None:
 
 
 def raise_on_termination() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, so that its children are ended too; a second SIGTERM is ignored."""
+    """Let SIGTERM end this process like Ctrl-C, so that its children are stopped too; ignore a second SIGTERM."""
 
     def terminated(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

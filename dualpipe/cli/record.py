@@ -74,7 +74,7 @@ def record(
             show_default="every pipeline",
         ),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.", callback=seconds)] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds until the program is stopped.", callback=seconds)] = 120.0,
     stall: Annotated[
         float,
         typer.Option(help="It counts as a hang if all ranks wait for this many seconds.", callback=seconds),
@@ -186,7 +186,7 @@ def record(
         _report(recording, ending if number == 1 else (), end.seconds)
     _write_all(recordings, output)
     for recording in recordings:
-        caveats = [*([] if end.succeeded else ["the program failed or was ended"]), *recording.caveats]
+        caveats = [*([] if end.succeeded else ["the program failed or was stopped"]), *recording.caveats]
         result = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
         if prove:
             from proofs.models import parse_models

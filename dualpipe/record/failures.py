@@ -128,14 +128,14 @@ def _describe(
         each = log.collectives[log.collecting]
         members = " ".join(map(str, each.group))
         place = f"called at {each.at}" + (f" {LATER}" if is_later else "")
-        return (3, 0.0), f"waited for {each.name} of the ranks {members}, {place}, until it was ended"
+        return (3, 0.0), f"waited for {each.name} of the ranks {members}, {place}, until it was stopped"
     waiting = [MessageId(log.rank, number) for number in log.waiting]
     if waiting:
         awaited = " and ".join(str(ops[id]) if id in ops else _unnamed(messages[id]) for id in waiting)
         place = f"posted at {messages[waiting[0]].at}" + (f" {LATER}" if is_later else "")
-        return (3, 0.0), f"waited for {awaited}, {place}, until it was ended"
+        return (3, 0.0), f"waited for {awaited}, {place}, until it was stopped"
     last = f", last seen at {log.events[-1]['at']}" if log.events else ""
-    return (2, 0.0), f"did not finish; it was ended {where}{last}"
+    return (2, 0.0), f"did not finish; it was stopped {where}{last}"
 
 
 def _unnamed(message: Message) -> str:

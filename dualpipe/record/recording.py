@@ -112,7 +112,7 @@ def assemble(
     lanes:
         The ranks and modules of each lane, for a run whose messages do not show them.
     codes:
-        The exit code of each rank, ``None`` for one that was ended; empty if they are not known.
+        The exit code of each rank, ``None`` for a rank that was stopped while it ran; empty if they are not known.
 
     Raises
     ------

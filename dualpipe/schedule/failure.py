@@ -18,7 +18,7 @@ class Failure(NamedTuple):
 
     @property
     def is_hang(self) -> bool:
-        """Whether the rank waited until it was ended, so that its failure may follow from the schedule itself."""
+        """Whether the rank waited until it was stopped, so that its failure may follow from the schedule itself."""
         return self.what.startswith("waited ")
 
     @property

@@ -189,7 +189,7 @@ def _collect(
             break
     for rank in range(len(pipes)):
         if rank not in results:
-            results[rank] = Failure(rank, TIME_UP, f"still running after {allowed:.0f} s, so it was ended", "", allowed)
+            results[rank] = Failure(rank, TIME_UP, f"still running after {allowed:.0f} s, so stopped", "", allowed)
     return [results[rank] for rank in range(len(pipes))]
 
 

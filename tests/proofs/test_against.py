@@ -139,12 +139,12 @@ PLANTED = {
     "the two chunks of a rank exchanged": (
         lambda: (swap(dualpipe(4, 8).only(COMPUTE), 1, 2), dualpipe(4, 8).only(COMPUTE)),
         (1, "rank 1 runs 2F1< in slot 2, which dualpipe runs in its slot 3; there dualpipe runs 1F1>"),
-        "chunks of the rank exchanged",
+        "two chunks exchanged",
     ),
     "a microbatch too early": (
         lambda: (swap(one_f_one_b(4, 8).only(COMPUTE), 0, 0), one_f_one_b(4, 8).only(COMPUTE)),
         (0, "rank 0 runs 0F1> in slot 0"),
-        "counted for each chunk apart",
+        "does each chunk count its microbatches separately",
     ),
     "a weight gradient never run": (
         lambda: (drop(zb1p(2, 4), 1, 15, 0), zb1p(2, 4)),

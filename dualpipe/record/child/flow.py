@@ -308,7 +308,7 @@ class Flow:
 
     # errors
 
-    def broke(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
+    def note_error(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
         """An error has left a module call (F), a run of the engine (B), a message (M) or a collective (C)."""
         errors.note(error, what, numbers)
 

@@ -4,7 +4,7 @@ While the step runs, every outermost module call is kept: copies of what it take
 gradient that reaches what it returned.  Before the first optimizer step that follows (or at the end of the process) the
 rank forks.  The fork calls the same modules on the same inputs with the weights that they had, runs stock autograd, and
 saves for each forward its outputs, its input gradient and its weight gradients, with what the program had in their
-place.  Nothing of that reaches the program: stores, hooks and random streams of the fork are copies.
+place.  The program itself is not affected: stores, hooks and random streams of the fork are copies.
 
 ``dualpipe.record.plain`` compares the ranks' files.
 """

@@ -36,7 +36,7 @@ class Completed:
 
     @property
     def last_line(self) -> str:
-        """The last line it printed, errors first; of a traceback that is the error itself."""
+        """The last line that it wrote to standard error, or else to standard output; the error, after a traceback."""
         for text in (self.err, self.out):
             lines = [line for line in text.splitlines() if line.strip()]
             if lines:

@@ -177,10 +177,11 @@ def matched_pairs(schedule: Schedule) -> Iterator[tuple[Placed, Placed]]:
 
 
 def cause(lost: Mapping[int, Unmatched], waits: Mapping[int, Sequence[Wait]]) -> Unmatched:
-    """Of all messages without a partner the one that explains the others.
+    """The message without a partner that explains the others.
 
-    It is one whose other rank is not blocked, so that it lacks the partner in any case.  If there is none, then ranks
-    that have no partner for each other wait in a circle, as those whose sends face each other: the first of them.
+    If there is a message whose peer is not blocked, it is the first such message: its partner is missing in any case.
+    If there is none, ranks wait for each other in a cycle, for instance two that both send; then it is the first
+    message of such a cycle.
     """
     for found in lost.values():
         if not found.possible or (found.peer not in lost and found.peer not in waits):

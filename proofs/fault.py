@@ -17,7 +17,7 @@ class Place:
     """An op in a slot of a rank, or the whole slot where ``op`` is ``None``.
 
     ``target`` is the op that it waits for or clashes with.  Without one, ``peer`` may be the rank that should have such
-    an op; that rank need not exist.
+    an op; that rank may not exist.
     """
 
     rank: int

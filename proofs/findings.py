@@ -156,7 +156,7 @@ class LeftOver(OfEither, Absence):
 
 @dataclass(frozen=True)
 class SentTwice(Pair):
-    """A message that is sent and received a second time, which nobody consumes."""
+    """A message that is sent and received a second time, although nothing consumes it."""
 
     check = "messages"
     fault = "sent twice"

@@ -100,7 +100,7 @@ def prove(
     BoundError
         For a negative bound or sizes that do not fit the stages.
     RuleError
-        For a name in ``waive`` that is no check.
+        For a name in ``waive`` that is not a check.
     """
     without = waived(waive)
     bound = bound_of(schedule, max_activations)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dualpipe.errors import RuleError, nearest
 
 WITHOUT: Mapping[str, str] = {
-    "complete": "an op may be missing or repeated, so losses and gradients need not be those of every microbatch",
+    "complete": "an op may be missing or repeated, so losses and gradients may not be those of every microbatch",
     "order": "an op may run before what it needs",
     "messages": "a rank may take one message for another, and compute a wrong result from it",
     "deadlock": "the run may hang",
@@ -23,7 +23,7 @@ WITHOUT: Mapping[str, str] = {
 
 
 def waived(names: Iterable[str]) -> frozenset[str]:
-    """The checks of these names.  Raises ``RuleError`` for a name that is no check."""
+    """The checks of these names.  Raises ``RuleError`` for a name that is not a check."""
     chosen = frozenset(names)
     for name in sorted(chosen - WITHOUT.keys()):
         fix = nearest(name, WITHOUT, "name one of them")

@@ -36,7 +36,7 @@ HARMLESS: tuple[SourceFault, ...] = (
         ),
     ),
     harmless(
-        "messages that need not share a slot put into slots of their own",
+        "messages that may be in separate slots put into slots of their own",
         "dualpipe/schedule/lower.py",
         "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE:",
         "    if program and slot[0].kind not in COMPUTE and program[-1][0].kind not in COMPUTE and len(slot) > 1:",

@@ -247,7 +247,7 @@ def _numbered(output: Path | None, number: int) -> Path | None:
 def _further(output: Path | None, ranks: int | None, is_one: bool) -> list[Target]:
     """The files that exist under the names of further pipelines: a job may have one for every two ranks.
 
-    ``is_one`` is whether the options leave one pipeline alone.
+    ``is_one`` is whether the options select a single pipeline.
     """
     if output is None or is_one or not output.parent.is_dir():
         return []
@@ -290,7 +290,7 @@ def _compare_with(other: Against, recording: Recording, succeeded: bool) -> Agai
 
 
 def _check_waived(waive: Sequence[str], prove: bool) -> None:
-    """Raise ``RuleError`` for a name that is no check, and for ``--waive`` without ``--prove``."""
+    """Raise ``RuleError`` for a name that is not a check, and for ``--waive`` without ``--prove``."""
     if not waive:
         return
     from proofs.waivers import waived
@@ -301,7 +301,7 @@ def _check_waived(waive: Sequence[str], prove: bool) -> None:
 
 
 def _check_model(model: str, prove: bool) -> None:
-    """Raise ``RuleError`` for a name that is no model, and for ``--model`` without ``--prove``."""
+    """Raise ``RuleError`` for a name that is not a model, and for ``--model`` without ``--prove``."""
     if model == "all":
         return
     from proofs.models import parse_models

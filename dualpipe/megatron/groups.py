@@ -73,9 +73,9 @@ class Groups:
     """The process groups of one rank.
 
     ``chunks`` has the groups of each of the rank's two chunks, in order of stage.  All ranks that hold a stage run
-    their collectives in this order.  With two lanes, ``pair`` joins the two ranks that hold the same two stages, the
-    one that holds the lower stage for lane > first; with one there is none.  ``embedding`` is Megatron's group of the
-    ranks with a copy of the embedding, if this rank is one of them and not the only one.
+    their collectives in this order.  With two lanes, ``pair`` has the two ranks that hold the same two stages; the one
+    that holds the lower stage for lane > comes first.  With one lane it is ``None``.  ``embedding`` is Megatron's group
+    of the ranks with a copy of the embedding, if this rank is one of several such ranks.
     """
 
     placement: Placement
@@ -103,7 +103,7 @@ class Groups:
 
 
 def create_groups(schedule: str) -> Groups:
-    """Create DualPipe's groups beside Megatron's own; every process of the job calls this together.
+    """Create DualPipe's groups in addition to Megatron's own; every process of the job calls this together.
 
     ``parallel_state.initialize_model_parallel`` must have run.  Raises ``RuleError`` if the schedule does not run on a
     pipeline of that size.

@@ -87,7 +87,7 @@ def _gradients(part: Any, owner: Mapping[int, Chunk], chunk: Chunk) -> list[Tens
 
 @contextmanager
 def _only(part: Any, parameters: list[Any]) -> Iterator[None]:
-    """Inside the block, the optimizer has these parameters alone."""
+    """Inside the block, the optimizer has only these parameters."""
     part.get_parameters = lambda: parameters
     try:
         yield

@@ -279,7 +279,7 @@ RULES_V: tuple[Rule, ...] = (
         "change --global-batch-size, --rampup-batch-size or --micro-batch-size",
     ),
 )
-"""Rules of DualPipeV alone."""
+"""Rules for DualPipeV only."""
 
 UPSTREAM: tuple[Rule, ...] = (
     Rule(

@@ -61,7 +61,7 @@ class Comparison:
     Parameters
     ----------
     before, after:
-        Either may be missing: a schedule that is new, removed, or just looked at (``after`` alone).  With both, the
+        Either may be missing: a schedule that is new, removed, or just looked at (only ``after``).  With both, the
         page shows what changed, slot by slot.
     verdict:
         One of ``VERDICTS``, or any other short text.

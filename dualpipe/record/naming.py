@@ -1,7 +1,7 @@
 """The op of every message end, found from its content, its use, its partner, or what its rank still had to do.
 
 Each end is named from its own side: a send from the tensor that it was given, a receive from the computation that later
-uses its tensor.  The two names need not agree; ``dualpipe prove`` finds where they do not.  An end that was never
+uses its tensor.  The two names may differ; ``dualpipe prove`` finds where they do not.  An end that was never
 matched always gets a name, so that ``prove`` finds it too.
 """
 

@@ -204,7 +204,7 @@ class _Run:
         messages: Mapping[MessageId, Message],
         partner: Mapping[MessageId, MessageId],
     ) -> tuple[Lineage, list[str]]:
-        """The lineage, with the given lanes, the observed ones or, of a program that failed, guessed ones; caveats."""
+        """The lineage and caveats.  The lanes are given or observed; if the program failed, they may be guessed."""
         if self.lanes is not None:
             return trace(logs, messages, partner, self.lanes), []
         observed: Mapping[Lane, tuple[int, ...]] = {}

@@ -200,7 +200,7 @@ class Executor:
         return message
 
     def specs(self, post: Post) -> Sequence[TensorSpec]:
-        """The tensors of a message: those of the boundary that it crosses, gradients for the floating ones alone."""
+        """The tensors of a message: all of its stage boundary, or for a gradient those with a floating-point dtype."""
         found = self.boundaries.get((post.crossed, post.forwards))
         if found is None:
             whole = self.boundary(post.crossed)
@@ -209,7 +209,7 @@ class Executor:
         return found
 
     def taken(self, step: Step) -> Tensors:
-        """What the op needs from another stage; waits for a message if need be."""
+        """What the op needs from another stage.  Waits if a message brings it."""
         values = self.values
         value, values[step.source] = values[step.source], None
         if not step.received:

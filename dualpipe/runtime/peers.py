@@ -55,7 +55,7 @@ class Peers:
     name:
         The name of the groups: the same on every rank, and new for each pipeline.
     parent:
-        The user's group, which is left as it is.
+        The user's group, which is not changed.
     order:
         ``order[r]`` is the group rank of pipeline rank ``r``.
     backend:

@@ -235,7 +235,7 @@ def _check_collective(op: Op, groups: int) -> None:
         return
     if op.kind is Kind.RS:
         raise ScheduleError(
-            "RS has no group, since a rank drops weights alone", f"there is {op}", "leave out the group"
+            "RS has no group, since a rank drops weights by itself", f"there is {op}", "leave out the group"
         )
     if op.peer >= groups:
         got = f"{op} names group {op.peer}, and there are {groups}, counted from 0"

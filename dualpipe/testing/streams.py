@@ -5,7 +5,7 @@ before it is written, now and then.  On the CPU it never does.  Within ``checked
 stream that is current, and ``StreamError`` is raised for
 
     a read     of a tensor that another stream has written, without a wait for that write,
-    a write    to a tensor that another stream has read or written, likewise.
+    a write    to a tensor that another stream has read or written, without a wait for that access.
 
 Every stream has a vector clock (Mattern, "Virtual Time and Global States of Distributed Systems", 1989): how much of
 each other stream is known to have ended.  ``wait_stream``, ``wait_event`` and ``Event.wait`` extend that of a stream;
@@ -141,7 +141,7 @@ class Checker(TorchDispatchMode):  # type: ignore[no-untyped-call] # __init_subc
         inputs, written = _accesses(func, args, kwargs or {})
         used = {_key(tensor) for tensor in _tensors((args, kwargs))}
         fresh = [tensor for tensor in _tensors(returned) if _key(tensor) not in used]
-        if not (written or fresh) and _tensors(returned):  # views alone, whose data is not touched
+        if not (written or fresh) and _tensors(returned):  # only views, whose data is not touched
             return returned
         stream: Stream = plain.CURRENT[0]  # type: ignore[assignment] # checked_streams has put one of ours there
         access = Access(str(func), stream, stream.work(), _line(sys._getframe(1)))

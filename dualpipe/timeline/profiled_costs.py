@@ -16,7 +16,7 @@ name                                  what is measured
                                       from before that post
 ====================================  ===============================================================================
 
-Latencies are measured between ranks of one host alone, which share a clock.
+Latencies are measured only between ranks of the same host, which share a clock.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _RULE = (
     "--cost-from is a trace of `dualpipe verify --trace`, or the torch.profiler traces of a recorded program's ranks"
 )
 _OTHER_END = {SF: (RF, 1), RF: (SF, -1), SB: (RB, -1), RB: (SB, 1)}
-"""Of each kind of message the kind of its other end, and by how many stages that is further."""
+"""For each kind of message the kind of its other end, and the difference between the stages of the two ends."""
 
 
 class Range(NamedTuple):

@@ -24,9 +24,9 @@ class Model(StrEnum):
 
 
 class Part(StrEnum):
-    """What the miniature of DeepSeek-V3 has beside sigmoid routing: multi-head latent attention, routing to groups of
-    experts, a shared expert, a router bias that balances experts, a dense first layer, a multi-token prediction layer,
-    and stages with different numbers of layers."""
+    """A part of the miniature of DeepSeek-V3.  In addition to sigmoid routing it has multi-head latent attention,
+    routing to groups of experts, a shared expert, a router bias that balances experts, a dense first layer, a
+    multi-token prediction layer, and stages with different numbers of layers."""
 
     MLA = "mla"
     GROUPS = "groups"

@@ -156,7 +156,7 @@ def replicas(one, other, **more):
         (
             {"names": ["v"]},
             True,
-            "have other parameters: v, w on rank 1 alone. Is the chunk built for the rank's number",
+            "have other parameters: v, w only on rank 1. Is the chunk built for the rank's number",
         ),
         ({"layers": {"layer_number": 4}}, True, "layer_number is 1 on rank 0 and 4 on rank 1"),
     ],

@@ -152,7 +152,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of an operator, which are nested in lists and tuples alone."""
+    """The tensors among the arguments of an operator, which are nested only in lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -23,11 +23,11 @@ Name = tuple[Lane, int]
 
 
 class Agreement(NamedTuple):
-    """A gradient is the sum of those of its microbatches.
+    """How a gradient agrees with the sum of its microbatches' gradients.
 
     ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
-    ``scale`` is a factor that is no division by a number of microbatches or replicas, such as that of clipping.
-    ``divided_by`` is such a number.
+    ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
+    factor, such as that of clipping.
     """
 
     how: str

@@ -47,7 +47,7 @@ class Fault(ABC):
 
     @abstractmethod
     def places(self) -> tuple[Place, ...]:
-        """The places that the finding is about, the primary one first; none where there is no op to point at."""
+        """The places that the finding is about, the primary one first; empty if there is no op to point at."""
 
     def shown_by(self) -> tuple[Place | Placed, ...] | None:
         """The places up to which the programs show the fault; ``None`` where only the whole schedule does.

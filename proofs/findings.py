@@ -164,7 +164,7 @@ class SentTwice(Pair):
 
 @dataclass(frozen=True)
 class NotMember(Fault):
-    """A rank joins a collective of a group that it is no member of."""
+    """A rank joins a collective of a group of which it is not a member."""
 
     check = "messages"
     fault = "no member"

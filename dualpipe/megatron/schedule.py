@@ -51,9 +51,9 @@ def forward_backward_dualpipe(
 ) -> list[Any]:
     """Run the forwards and backwards of a step in the order of DualPipe or DualPipeV, for which the model was built.
 
-    The keywords are those of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later), and ``late_w``, which is
-    that of ``dualpipe.dualpipe``, and ``overlap_moe``, with which a training step runs the F&B pairs of the schedule as
-    one unit (see ``dualpipe.megatron.expert_overlap``); ``model`` is the list that ``build_dualpipe_model`` returned.
+    It takes the keywords of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later) and two more: ``late_w``
+    as in ``dualpipe.dualpipe``, and ``overlap_moe``, with which a training step runs each F&B pair as one unit (see
+    ``dualpipe.megatron.expert_overlap``).  ``model`` is the list that ``build_dualpipe_model`` returned.
 
     ``num_microbatches`` counts both lanes of DualPipe: item 2k of the data is microbatch k of lane >, item 2k+1
     microbatch k of lane <.  Each lane is a data-parallel replica, so losses are scaled by half of ``num_microbatches``

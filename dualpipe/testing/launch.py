@@ -100,7 +100,8 @@ def launch(
     grace:
         Seconds that the other ranks have, once one has failed, to end by themselves and report what they waited for.
     backend:
-        Of the default process group, which every rank has joined when ``body`` is called; ``None``: no process group.
+        The backend of the default process group, which every rank joins before ``body`` is called; ``None`` for no
+        group.
     on_progress:
         Called in this process with the rank and the value that it reported.
     is_stuck:

@@ -227,8 +227,8 @@ class Limits:
 class Ranking:
     """Candidates from the shortest makespan to the longest, those that are absent, and the limits of memory.
 
-    Of equal makespans the one that holds least comes first: bytes if they are known, else parameters, then live
-    microbatches; of those that hold as much, the one that was given first.
+    Candidates with equal makespans are ordered by what a rank holds: bytes if they are known, else parameters, then
+    live microbatches, then pending W.  If these are equal too, the candidate that was given first comes first.
     """
 
     candidates: tuple[Candidate, ...]

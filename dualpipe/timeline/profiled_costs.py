@@ -69,10 +69,10 @@ class Profile:
 
 
 def read(paths: Sequence[Path]) -> Measured:
-    """The costs in traces: one of ``dualpipe verify``, or those of torch.profiler, one or more of each rank.
+    """The costs in one trace of ``dualpipe verify``, or in traces of torch.profiler, one or more for each rank.
 
-    Of a folder all traces in it are read.  Raises ``RuleError`` for files that are something else, and for traces
-    that lack a stage, all forwards or all backwards.
+    For a folder, all traces in it are read.  Raises ``RuleError`` for other files, and for traces that lack a stage,
+    all forwards or all backwards.
     """
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _files(path)))
     contents = {file: _load(file) for file in files}

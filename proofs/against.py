@@ -69,7 +69,7 @@ class Departure:
 
 @dataclass(frozen=True)
 class Misplaced:
-    """A stage that the two schedules have on different ranks; ``None`` where a schedule has no such stage."""
+    """A stage that the two schedules have on different ranks; ``None`` if a schedule has no such stage."""
 
     lane: Lane
     stage: int

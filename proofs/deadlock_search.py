@@ -2,7 +2,7 @@
 
 The order in which ranks move makes no difference, since a move of one rank never prevents a move of another: the run
 ends or stops in one state, in linear time.  In that state every rank that is not done waits for something that another
-rank has not posted (``proofs.threads``).  Following these waits leads to something that nobody posts, or around a wait
+rank has not posted (``proofs.threads``).  Following these waits leads to something that no rank posts, or around a wait
 cycle.
 """
 
@@ -41,7 +41,7 @@ class Run:
         self.steps = [0] * schedule.ranks
         """How many steps of a rank are posted."""
         self.waits = [0] * schedule.ranks
-        """How many waits of a rank are over."""
+        """How many waits of a rank have ended."""
         self.used: list[int] = []
         """The counters in the order in which they were first increased."""
         waiting = deque(range(schedule.ranks))

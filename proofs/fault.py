@@ -50,7 +50,7 @@ class Fault(ABC):
         """The places that the finding is about, the primary one first; empty if there is no op to point at."""
 
     def shown_by(self) -> tuple[Place | Placed, ...] | None:
-        """The places up to which the programs show the fault; ``None`` where only the whole schedule does.
+        """The places up to which the programs show the fault; ``None`` if only the whole schedule shows it.
 
         By default these are all places and their targets.
         """

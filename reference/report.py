@@ -60,7 +60,7 @@ class Comparison:
 
 
 class StageSize(NamedTuple):
-    """A stage in numbers.  ``ranks`` holds it, such as ``0>, 3<``; empty where several ranks hold parts of it."""
+    """A stage in numbers.  ``ranks`` names its holders, such as ``0>, 3<``; empty if several ranks hold parts of it."""
 
     ranks: str
     parameters: int

@@ -1,10 +1,10 @@
 """Process groups of DualPipe: those of each stage, and the pipeline position that Megatron reads for a chunk.
 
-``dualpipe.megatron.placement`` shows which stages a rank holds.  With one lane, Megatron's own groups serve.  With two,
-the gradients of a stage are reduced over both of its replicas and all data-parallel ranks at once.  Its group lists
-the replica of lane > first, then that of lane <, each in data-parallel order, so that sums are added in the order in
-which 1F1B with twice the data parallelism adds them.  (Before torch 2.12 a group's ranks are always sorted; then the
-sums of more than two replicas may differ from 1F1B's in their last bits.)
+``dualpipe.megatron.placement`` shows which stages a rank holds.  With one lane, Megatron's own groups are used.  With
+two lanes, the gradients of a stage are reduced over both of its replicas and all data-parallel ranks at once.  The
+group of the stage lists the replicas of lane > first, then those of lane <, each in data-parallel order.  So gradients
+are added in the same order as by 1F1B with twice the data parallelism.  (Before torch 2.12 a group's ranks are always
+sorted; then the sums of more than two replicas may differ from 1F1B's in their last bits.)
 """
 
 from __future__ import annotations

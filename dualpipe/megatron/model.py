@@ -68,7 +68,7 @@ class ChunkSetup:
     split: Split
 
     def drawing(self) -> AbstractContextManager[object]:
-        """Around a forward: random numbers come from this chunk's stream."""
+        """A context in which random numbers come from this chunk's stream; each forward runs in it."""
         return nullcontext() if self.chunk == self.shared.groups.own else self.shared.stream.drawing()
 
 

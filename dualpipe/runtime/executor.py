@@ -260,7 +260,7 @@ class Executor:
         self.end_backward(step, live)
 
     def deferring(self, step: Step) -> AbstractContextManager[None]:
-        """Around a B, whose weight gradients are deferred unless it is full."""
+        """A context in which to run a B: unless the backward is full, its weight gradients are deferred."""
         split, key, deferring = self.splits.get(step.chunk), step.weight, not step.full
         return self.store.deferring_to(key if deferring else None) if split is None else split.backward(key, deferring)
 

@@ -33,7 +33,7 @@ _MODULE: Any = nn.modules.module
 _AUTOGRAD: Any = torch.autograd
 """``torch.autograd``; its ``_engine_run_backward``, which runs every backward that Python starts, is private."""
 _UNCHANGED: AbstractContextManager[None] = nullcontext()
-"""Around an F or B with a full backward, of a microbatch that is not watched: its layers stay as they are."""
+"""The context of an F or B with a full backward whose microbatch is not observed: its layers are not changed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ class SplitStage:
         self._first = None
 
     def forward(self, key: Hashable, split: bool) -> AbstractContextManager[None]:
-        """Around the F of a microbatch whose W is ``key``.  ``split``: that W is in a later slot than its B."""
+        """A context in which to run the F of a microbatch.
+
+        ``key`` identifies its W; ``split`` says whether that W is in a later slot than its B.
+        """
         if not self.learned:
             self._watched.add(key)
         if self._first is None:
@@ -83,7 +86,7 @@ class SplitStage:
         return self._forward(key, split) if split or key in self._watched else _UNCHANGED
 
     def backward(self, key: Hashable, split: bool) -> AbstractContextManager[None]:
-        """Around the B of the same microbatch; a checkpoint that recomputes a layer computes it as in F."""
+        """A context in which to run the B of the same microbatch.  Layers that a checkpoint recomputes run as in F."""
         return self._backward(key, split) if split or key in self._watched else _UNCHANGED
 
     @contextmanager

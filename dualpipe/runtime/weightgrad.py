@@ -105,7 +105,7 @@ class DeferredGradients:
 
     @contextmanager
     def deferring_to(self, key: Hashable | None) -> Iterator[None]:
-        """Around a B: within it weight gradients may be deferred to ``run(key)``; with ``None`` they may not."""
+        """A context for a B, in which weight gradients may be deferred to ``run(key)``; with ``None`` they may not."""
         outer = self.defer_to(key)
         try:
             yield

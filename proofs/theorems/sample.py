@@ -39,7 +39,7 @@ class Compute(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """``later`` starts once ``earlier`` has ended, or not before time 0 where that is ``None``."""
+    """``later`` starts once ``earlier`` has ended; if ``earlier`` is ``None``, it starts at time 0 or later."""
 
     earlier: Compute | None
     later: Compute

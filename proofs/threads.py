@@ -103,7 +103,7 @@ class Counters:
         return counter + 1 if counter in self.pairs.values() else counter - 1
 
     def start(self, model: Model) -> list[int]:
-        """The counters at the start.  Those of receives start at the capacity of the buffer, as they make room for sends."""
+        """The counters at the start.  Those of receives, which make room for sends, start at the buffer's capacity."""
         counts = [0] * len(self.wakes)
         counts[BUFFER] = model.capacity
         for send in self.pairs.values():

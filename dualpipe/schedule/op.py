@@ -57,7 +57,7 @@ MESSAGES = SENDS | RECEIVES
 COLLECTIVES = frozenset({Kind.AA, Kind.AR, Kind.US, Kind.RS, Kind.RG})
 """What the members of a group do together; all but ``RS``, with which a rank drops weights by itself."""
 WHOLE = COLLECTIVES - {Kind.AA}
-"""The kinds of ops that are about a stage as a whole and name no microbatch: their ``mb`` is 0."""
+"""The kinds of ops that concern a whole stage and no single microbatch: their ``mb`` is 0."""
 
 LARGEST = 999_999_999
 """The largest number in an op or a route; it fits into 32 bits."""

@@ -103,7 +103,7 @@ def dumps_csv(schedule: Schedule, compute_only: bool = False) -> str:
     """
     if schedule.failures:
         got = str(schedule.failures[0])
-        raise ScheduleError("a table of torch is of a program that did not fail", got, "print it as text")
+        raise ScheduleError("a table of torch cannot describe a program that failed", got, "print it as text")
     if tuple(schedule.routes) != (UP,):
         got = " and ".join(f"lane {lane}" for lane in schedule.routes)
         raise ScheduleError("a table of torch has the one lane >", f"there is {got}", "print it as text")

@@ -76,7 +76,7 @@ class Candidate:
     timeline:
         With the costs of the schedule's own stages.
     share:
-        What a stage is of a share: 1, or 1/2 for a schedule with 2P stages.
+        The size of a stage in shares: 1, or 1/2 for a schedule with 2P stages.
     """
 
     name: str

@@ -111,7 +111,7 @@ def forward_step(
 
 
 def no_loss(output: Tensor) -> NoReturn:
-    raise AssertionError("the loss function is of the last stage")
+    raise AssertionError("only the last stage calls the loss function")
 
 
 def inputs_of(gpt: Any, batch: Batch) -> tuple[Tensor | None, Tensor, None]:

@@ -83,7 +83,9 @@ def assemble_one(
     found = assemble_all(logs, step=step, lanes=lanes, ranks=None if ranks is None else tuple(ranks))
     if len(found) > 1:
         shown = " and ".join(" ".join(map(str, recording.pipeline_ranks)) for recording in found)
-        raise RecordError("a recording covers one pipeline", f"got those of ranks {shown}", "choose with pipeline_ranks")
+        raise RecordError(
+            "a recording covers one pipeline", f"got those of ranks {shown}", "choose with pipeline_ranks"
+        )
     return found[0]
 
 

@@ -36,7 +36,7 @@ class Failure(NamedTuple):
 
 
 def check_failures(failures: tuple[Failure, ...], ranks: int) -> None:
-    """Raise ``ScheduleError`` unless every failure names a rank that exists and its text is one printable line without ``#``."""
+    """Raise ``ScheduleError`` unless failures name existing ranks, each with one printable line without ``#``."""
     for failure in failures:
         rank, what = failure
         if type(rank) is not int or not 0 <= rank < ranks:

@@ -51,7 +51,7 @@ def read_whole(path: Path) -> bytes:
 
 def _require_size(path: Path, size: int) -> None:
     if size > MOST_BYTES:
-        raise RuleError(f"a file may have at most {MOST_BYTES >> 20} MiB", f"{path} has more", "is it the right one?")
+        raise RuleError(f"a file may have at most {MOST_BYTES >> 20} MiB", f"{path} has more", "name a schedule file")
 
 
 def _read_stream(path: Path) -> bytes:

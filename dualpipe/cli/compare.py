@@ -231,7 +231,7 @@ def _check_size(ranks: int | None, microbatches: int | None) -> None:
     """Raises ``RuleError`` for a size that no schedule has, or that would take hours."""
     for option, number in (("-P", ranks), ("-M", microbatches)):
         if number is not None and number < 1:
-            raise RuleError(f"{option} is 1 or more", f"got {number}", "correct it")
+            raise RuleError(f"{option} is 1 or more", f"got {number}", "use 1 or more")
     if ranks is not None and ranks > MOST_RANKS:
         raise RuleError(f"a comparison has at most {MOST_RANKS:,} ranks", f"got {ranks:,}", "compare a smaller size")
     if (ranks or 1) * (microbatches or 1) > MOST_TASKS:
@@ -269,14 +269,14 @@ def _costs(text: str | None, traces: Sequence[Path], latency: float | None, over
         if costs.FB is not None:
             raise RuleError("an F&B pair has one cost", "got --overlap and FB= in --cost", "leave one out")
         if not 0 < overlap <= 2:
-            raise RuleError("--overlap is more than 0 and at most 2", f"got {overlap:g}", "correct it")
+            raise RuleError("--overlap is more than 0 and at most 2", f"got {overlap:g}", "give a number in this range")
         costs = replace(costs, FB=overlap * (costs.F + costs.backward))
     return costs
 
 
 def _limit(option: str, value: float | None) -> float | None:
     if value is not None and not 0 <= value <= 1e100:
-        raise RuleError(f"{option} is a number from 0 to 1e100", f"got {value:g}", "correct it")
+        raise RuleError(f"{option} is a number from 0 to 1e100", f"got {value:g}", "give a number in this range")
     return value
 
 

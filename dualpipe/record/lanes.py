@@ -59,7 +59,9 @@ def check_ranks(lanes: Lanes, ranks: int) -> None:
     for holders in lanes.values():
         for rank, _ in holders:
             if rank >= ranks:
-                raise RecordError("--lanes names ranks of the program", f"rank {rank} of {ranks}", "correct it")
+                raise RecordError(
+                    "--lanes names ranks of the program", f"rank {rank} of {ranks}", f"use ranks 0 to {ranks - 1}"
+                )
 
 
 def guess(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> Lanes:

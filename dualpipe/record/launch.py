@@ -117,7 +117,7 @@ def run(launch: Launch, folder: Path, output: int) -> End:
                 )
             except OSError as error:
                 raise RuleError(
-                    "what follows -- is a command", f"{command[0]}: {error.strerror}", "correct it"
+                    "what follows -- is a command", f"{command[0]}: {error.strerror}", "correct the command"
                 ) from error
             processes.append(process)
         reason = _wait(codes, launch, folder, started)

@@ -48,5 +48,5 @@ def _ops(rank: int, task: Any) -> Slot:
     word = str(getattr(task.fwd_or_bwd, "name", task.fwd_or_bwd))
     if word not in _KINDS:
         got = f"rank {rank} has {word} of microbatch {task.mubatch_idx} at stage {task.stage_id}"
-        raise ScheduleError(f"a task's fwd_or_bwd is one of {', '.join(_KINDS)}", got, "correct it")
+        raise ScheduleError(f"a task's fwd_or_bwd is one of {', '.join(_KINDS)}", got, "use one of these")
     return tuple(Op(kind, UP, task.stage_id, task.mubatch_idx) for kind in _KINDS[word])

@@ -89,7 +89,9 @@ def _ops(chosen: Mapping[str, Any], tag: str, microbatch: str) -> Iterator[Op]:
     if word not in _KINDS or not chosen.keys() <= {"PASS", tag, microbatch}:
         got = f"got {dict(chosen)}"
         raise ScheduleError(
-            f"an order's filter has {tag}, the microbatch and PASS, one of {', '.join(_KINDS)}", got, "correct it"
+            f"an order's filter has {tag}, the microbatch and PASS, one of {', '.join(_KINDS)}",
+            got,
+            "write it in this form",
         )
     for kind in _KINDS[str(word)]:
         yield Op(kind, UP, _number(chosen, tag), _number(chosen, microbatch) if microbatch else 0)

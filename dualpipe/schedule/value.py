@@ -194,7 +194,7 @@ def check_group(number: int, members: tuple[int, ...], ranks: int) -> None:
         raise ScheduleError("a group's members are ranks that have programs", got, "add the rank or leave it out")
     if not members or len(set(members)) < len(members):
         got = f"group {number} has {' '.join(map(str, members)) or 'none'}"
-        raise ScheduleError("a group has members, each named once", got, "correct it")
+        raise ScheduleError("a group has members, each named once", got, "name each member once")
 
 
 def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]], groups: int = 0) -> None:
@@ -215,7 +215,9 @@ def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]], groups: int =
                 "correct the op or lengthen the lane",
             )
         if not 0 <= op.mb <= LARGEST or not 0 <= (op.peer or 0) <= LARGEST:
-            raise ScheduleError(f"microbatch and peer are numbers from 0 to {LARGEST}", f"there is {op}", "correct it")
+            raise ScheduleError(
+                f"microbatch and peer are numbers from 0 to {LARGEST}", f"there is {op}", "give numbers in this range"
+            )
         if op.peer is not None and op.kind in COMPUTE:
             raise ScheduleError("only a message has a peer", f"{op} is compute", f"leave out @{op.peer}")
         if op.kind in COLLECTIVES:

@@ -22,7 +22,10 @@ def record(*words):
         (["--name", "my run"], "one printable word without #"),
         (["--output", "nowhere/x.txt"], "--output is a file that can be written: there is no folder nowhere"),
         (["--output", "."], "--output is a file that can be written: . is a folder"),
-        (["--timeout", "-1"], "--timeout is more than 0 and at most 1000000 seconds: got -1; correct it"),
+        (
+            ["--timeout", "-1"],
+            "--timeout is more than 0 and at most 1000000 seconds: got -1; give a number in this range",
+        ),
         (["--timeout", "nan"], "--timeout is more than 0"),
         (["--stall", "0"], "--stall is more than 0"),
         (["--step", "0"], "--step"),

@@ -83,7 +83,7 @@ def test_a_fused_task_is_a_slot_and_an_idle_step_is_left_out():
 
 
 def test_a_task_of_another_type_is_refused():
-    with pytest.raises(ScheduleError, match="rank 0 has EVAL of microbatch 2 at stage 0; correct it"):
+    with pytest.raises(ScheduleError, match="rank 0 has EVAL of microbatch 2 at stage 0; use one of these"):
         from_tasks([[Task(0, 2, Enum("Other", ["EVAL"]).EVAL)]])
 
 

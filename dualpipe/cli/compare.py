@@ -171,7 +171,7 @@ def _size(ranks: int | None, microbatches: int | None, others: Sequence[tuple[st
     sizes = {(schedule.ranks, sum(schedule.microbatches.values())): name for name, schedule in others}
     if len(sizes) > 1:
         shown = ", ".join(f"{name} has {p} ranks and {m} microbatches" for (p, m), name in sizes.items())
-        raise RuleError("schedules that are compared have one size", shown, "compare those of one size")
+        raise RuleError("compared schedules must have the same size", shown, "compare schedules of one size")
     for size in sizes:
         return size
     chosen = 4 if ranks is None else ranks

@@ -26,7 +26,9 @@ def parse(text: str) -> Ranks:
     """The ranks of ``--pipeline-ranks``, such as ``0 2``.  Raises ``RecordError`` for anything else."""
     words = text.replace(",", " ").split()
     if not words or not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) < len(words):
-        raise RecordError("--pipeline-ranks are different ranks of one pipeline", f"got {text!r}", "give such as '0 2'")
+        raise RecordError(
+            "--pipeline-ranks are different ranks of one pipeline", f"got {text!r}", "write for instance '0 2'"
+        )
     return tuple(map(int, words))
 
 

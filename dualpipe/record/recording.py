@@ -131,7 +131,7 @@ def assemble(
         steps = [0]
     if not 1 <= step <= len(steps):
         got = f"got {step}, and there were {len(steps)}"
-        raise RecordError("--step counts the training steps", got, "use one of them")
+        raise RecordError("--step is the number of a training step, from 1", got, "use one of them")
     run = _Run(logs, name, steps, step, lanes, codes)
     try:
         return run.recording()
@@ -263,7 +263,7 @@ def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[Mess
             " and ".join(
                 f"lane {lane} has the ranks {' '.join(map(str, route))}" for lane, route in lineage.routes.items()
             ),
-            "if the program finished, record one pipeline alone",
+            "if the program finished, record only one pipeline",
         )
     for id, op in ops.items():
         try:

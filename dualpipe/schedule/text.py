@@ -101,7 +101,7 @@ def digest(schedule: Schedule) -> str:
 def load(path: Path) -> Schedule:
     """Read a schedule file.
 
-    Raises ``ScheduleSyntaxError`` for content that is not a schedule, and whatever ``dualpipe.files.read_whole`` raises.
+    Raises ``ScheduleSyntaxError`` if the content is not a schedule, and whatever ``dualpipe.files.read_whole`` raises.
     """
     return loads(read_text(path), str(path))
 

@@ -176,7 +176,7 @@ def check_name(name: str) -> None:
     """Raise ``ScheduleError`` unless the name is empty or one printable word, without ``#``, as the text form needs."""
     if name and (not name.isprintable() or " " in name or "#" in name):
         raise ScheduleError(
-            "a schedule's name is one printable word without #", f"it is {name!r}", "put dashes for what is not allowed"
+            "a schedule's name is one printable word without #", f"it is {name!r}", "replace other characters by dashes"
         )
 
 

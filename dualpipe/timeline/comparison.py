@@ -50,7 +50,9 @@ def parse_sizes(text: str) -> Sizes:
     given = parse_numbers("--bytes", text, SIZES)
     if not {"B", "W"} <= given.keys() or not all(0 <= size <= 1e100 for size in given.values()):
         raise RuleError(
-            "--bytes gives B and W, and may give weights, each 0 or more", f"got {text!r}", "use such as B=8e9,W=3e9"
+            "--bytes gives B and W, and may give weights, each 0 or more",
+            f"got {text!r}",
+            "write for instance B=8e9,W=3e9",
         )
     return Sizes(**given)
 

@@ -99,7 +99,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise RuleError(_RULE, f"{path}: {error.strerror or error}", "name another file") from error
     except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
-        raise RuleError(_RULE, f"{path} is no trace", "name such traces") from error
+        raise RuleError(_RULE, f"{path} is not a trace", "name such traces") from error
     return dict(content)
 
 

@@ -52,7 +52,7 @@ def test_an_existing_empty_file_may_be_the_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("x.txt").touch()
     result = record("--output", "x.txt")
-    assert "no process of it did" in str(result.exception)
+    assert "no process called it" in str(result.exception)
     assert Path("ran").exists()
 
 

@@ -153,9 +153,10 @@ class Fault:
 
     @contextmanager
     def during(self, step: int) -> Iterator[None]:
-        """Around a step: strike in time, if the trial says so; a step that ends too early leaves it to the next one.
+        """A context in which to run a step.  If the trial has its fault at this step, the fault strikes in time.
 
-        Not in the last step, whose end no other rank may wait for.
+        If the step ends too early, the fault strikes in the next one.  None strikes in the last step, since no other
+        rank may wait for the end of that.
         """
         trial, began = self.trial, time.monotonic()
         if isinstance(trial.at, int) or not trial.step <= step < STEPS - 1 or self.struck:

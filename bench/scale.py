@@ -2,8 +2,8 @@
 
     python bench/scale.py --sizes 8,16,32,64 --output scale.json
 
-Every measurement is a process of its own, which reports its seconds of CPU and its peak memory.  One that takes more
-than the limit is ended, and larger sizes of the same kind are left out.  Of ours, *generate* makes every rank's program
+Every measurement is a process of its own, which reports its seconds of CPU and its peak memory.  One above the
+limit is stopped, and larger sizes of the same kind are left out.  Of ours, *generate* makes every rank's program
 (for ZBV, *lower* adds the messages to torch's order of computes), *one rank* makes that of one rank alone, and *check*
 is ``dualpipe prove`` by plain search: all six checks, ``deadlock`` under each model.  *torch* is the constructor of its
 schedule: the table of computes of all ranks, and its own lowering.

@@ -45,7 +45,7 @@ class ScheduleChange:
 
     @property
     def diff(self) -> tuple[str, ...]:
-        """The lines that differ, as a diff of the text form; of a rank, only the slots around a difference."""
+        """A diff of the text forms.  A rank's line is cut to the slots around each difference."""
         return tuple(diff(self.before or "", self.after or ""))
 
     @property

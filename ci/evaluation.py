@@ -24,10 +24,10 @@ from ci.result import CheckResult, ExitCode, Finding, Verdict, exit_code
 from ci.selector import Selection, select
 
 _CHECKING = ("ci/", "tests/", "proofs/", "reference/", ".ci/", ".github/")
-"""What checks the rest, and so cannot be relied on to check itself."""
+"""The folders whose code checks the rest; a change there may weaken the checks of itself."""
 _RUNTIME_FIRST = ("dualpipe/", "reference/", "proofs/", "examples/", "ci/", "bench/", "tests/")
 _OF_SCHEDULES = ("prove", "prove, large", "generator")
-"""After one of these refuses, the tests would report the same faults again, at length."""
+"""If one of these checks refuses, the tests would report the same faults again, at greater length."""
 
 Progress = Callable[[str], None]
 """Takes a line about the progress of the checks."""
@@ -35,7 +35,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the gate found out about a change.
+    """What the gate has found about a change.
 
     The results are in the order of the reports: proofs, trials, theorems, tests, then bookkeeping.  ``texts`` are the
     schedules of the tree, by name.
@@ -56,7 +56,7 @@ class Evaluation:
 
     @property
     def checking(self) -> list[str]:
-        """The changed files that check the rest: the gate runs with them, so a reader must look at them."""
+        """The changed files whose code checks the rest.  The gate runs their new code, so a person must read them."""
         paths = (change.path for change in self.changed if change.path.startswith(_CHECKING))
         return [path for path in paths if not path.startswith(FOLDER)]  # goldens are compared with the generator
 
@@ -108,7 +108,7 @@ def evaluate(root: Path, base: str | None, options: Options, progress: Progress)
 def run_all(
     checks: Sequence[Check], root: Path, options: Options, progress: Progress, before: Sequence[CheckResult]
 ) -> list[CheckResult]:
-    """Run the checks, several at a time; with ``first`` one after the other, and none after a fault.
+    """Run the checks, several at a time; with ``first`` one at a time, until one finds a fault.
 
     ``before`` are the results so far.  After a schedule was refuted or could not be expanded, the tests run only with
     the option ``all``.
@@ -140,9 +140,9 @@ def run_all(
 
 
 def find_cause(repository: Repository, base: str, changed: Sequence[Changed]) -> Location:
-    """The location of findings without one: the first changed line of the first source whose code changed.
+    """The location for findings that have none: the first changed line of the most important changed source.
 
-    Runtime before tests; a file with changed comments only if there is no other.
+    Sources of the runtime come before tests.  A file in which only comments changed is used if there is no other.
     """
     candidates = [change for change in changed if change.after is not None] or list(changed)
     if not candidates:
@@ -156,7 +156,7 @@ def _changes_little(change: Changed) -> tuple[bool, bool]:
 
 
 def _nearness(path: str) -> int:
-    """How near to the runtime a file is, by its folder."""
+    """The place of the file's folder in ``_RUNTIME_FIRST``."""
     folders = enumerate(_RUNTIME_FIRST)
     return next((at for at, folder in folders if path.startswith(folder)), len(_RUNTIME_FIRST))
 

@@ -36,7 +36,7 @@ class Locator:
     lines:
         The line of each table's rows in ``dualpipe/schedule/generate.py``.
     changed:
-        The lines of that file that the change touches: of several locations of a finding, one there is preferred.
+        The lines of that file that the change touches.  A finding with several locations gets one of these if it can.
     cause:
         The first changed line of the change, for findings without another location.
     """

@@ -24,7 +24,7 @@ TRAINED_BLOCKING = ("dualpipe-P4-M8",)
 _FEW_RANKS, _MOST_RANKS = 4, 8
 """The most ranks of a changed schedule to train with; the second number if no schedule of that name has fewer."""
 _LARGE = 20_000
-"""Schedules of more characters are proved in a process of their own, so that the others need not wait for them."""
+"""Schedules of more characters are proved in a process of their own, so that the others do not wait for them."""
 _FEW_FILES = 8
 """Up to this many test files run in one process: more processes take longer to import torch than they save."""
 

@@ -36,7 +36,7 @@ class Completed:
 
     @property
     def last_line(self) -> str:
-        """The last line it printed, errors first; of a traceback that is the error itself."""
+        """The last line that it wrote to standard error, or else to standard output; the error, after a traceback."""
         for text in (self.err, self.out):
             lines = [line for line in text.splitlines() if line.strip()]
             if lines:
@@ -114,7 +114,7 @@ def end_all() -> None:
 
 
 def raise_on_termination() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, so that its children are ended too; a second SIGTERM is ignored."""
+    """Let SIGTERM end this process like Ctrl-C, so that its children are stopped too; ignore a second SIGTERM."""
 
     def terminated(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -33,7 +33,7 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Changed:
-    """A file that differs from the base; ``None`` where it did not or does not exist.
+    """A file that differs from the base; ``None`` if it did not exist there, or does not exist now.
 
     ``mode`` is the change of its mode, as ``100644 -> 100755``; empty if it kept its mode.
     """
@@ -142,7 +142,7 @@ class Repository:
         return file.read_bytes() if file.is_file() else None
 
     def texts(self, base: str, path: str) -> tuple[str, str]:
-        """A file as text, at the base and now; empty where it does not exist."""
+        """A file as text, at the base and now; empty if it does not exist."""
         before, after = self.at(base, path), self.now(path)
         return (before or b"").decode(errors="replace"), (after or b"").decode(errors="replace")
 
@@ -163,7 +163,7 @@ class Repository:
             archive.extractall(folder, filter="data")
 
     def _left(self, revision: str) -> str:
-        """Where HEAD left another revision's history; empty where they have none in common."""
+        """The last commit that HEAD and another revision have in common; empty if there is none."""
         return self._git("merge-base", revision, "HEAD", may_fail=True).decode().strip()
 
     def _hash(self, revision: str) -> str | None:

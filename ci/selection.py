@@ -106,7 +106,7 @@ TABLES = Row(
         "tests/megatron/test_iterators.py",
     ),
 )
-"""For a change to phase tables alone.
+"""For a change that touches only phase tables.
 
 The changed schedules are proved and trained with anyway, so the tests of the runtime, which runs any schedule, and
 those of the command line are left out.
@@ -302,7 +302,7 @@ ROWS: dict[str, Row] = {
     ".gitignore": Row((), ("tests/ci/test_repository.py", "tests/record/test_deepseek.py")),
     "LICENSE": Row(),
 }
-"""By prefix of a path; of two prefixes the longer one counts."""
+"""The rows by path prefix.  If a path has several of these prefixes, the longest one counts."""
 
 OWN = ("ci/", "tests/ci/", ".ci/", "pyproject.toml", "constraints.txt", "tests/conftest.py", "tests/__init__.py")
 """The gate and the build: everything else runs on them."""

@@ -51,7 +51,7 @@ def read_whole(path: Path) -> bytes:
 
 def _require_size(path: Path, size: int) -> None:
     if size > MOST_BYTES:
-        raise RuleError(f"a file may have at most {MOST_BYTES >> 20} MiB", f"{path} has more", "is it the right one?")
+        raise RuleError(f"a file may have at most {MOST_BYTES >> 20} MiB", f"{path} has more", "name a schedule file")
 
 
 def _read_stream(path: Path) -> bytes:
@@ -77,9 +77,9 @@ def _read_stream(path: Path) -> bytes:
 def write_whole(path: Path, data: bytes) -> None:
     """Write ``data`` to a new file in the same folder, and rename that to ``path``.
 
-    So a reader sees the old file or the new one, and an error leaves the old one; of two concurrent writers the later
-    one wins.  A symbolic link is kept and its target replaced.  A replaced file keeps its permissions.  A terminal, a
-    pipe or ``/dev/stdout`` is not a regular file, and is written to directly.
+    So a reader sees the old file or the new one, and after an error the old one is still there.  If two processes write
+    at once, the later one wins.  A symbolic link is kept and its target replaced.  A replaced file keeps its
+    permissions.  A terminal, a pipe or ``/dev/stdout`` is not a regular file, and is written to directly.
 
     Raises
     ------

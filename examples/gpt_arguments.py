@@ -27,7 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num-attention-heads", type=int, default=4)
     add("--seq-length", type=int, default=64)
     add("--num-experts", type=int, help="experts in each layer; by default the model is dense")
-    add("--mtp-num-layers", type=int, help="layers that predict further tokens; by default there are none")
+    add("--mtp-num-layers", type=int, help="multi-token prediction layers; by default there are none")
     add("--tied-embeddings", action="store_true", help="use the embedding as the output layer, too")
     add("--pipeline-model-parallel-layout", help="the layers of each stage, such as Et|tt|tt|ttmL; by default even")
     add("--dropout", type=float, default=0.0)

@@ -110,7 +110,7 @@ def provide_model(
 ) -> GPTModel:
     """Build the stage of the pipeline that ``pg_collection`` selects."""
     layer = get_gpt_layer_local_spec(num_experts=args.num_experts, moe_grouped_gemm=False)
-    further = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if args.mtp_num_layers else None
+    mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if args.mtp_num_layers else None
     return GPTModel(
         config=config,
         transformer_layer_spec=layer,
@@ -120,7 +120,7 @@ def provide_model(
         post_process=post_process,
         share_embeddings_and_output_weights=args.tied_embeddings,
         position_embedding_type="rope" if args.mtp_num_layers else "learned_absolute",
-        mtp_block_spec=further,
+        mtp_block_spec=mtp,
         pg_collection=pg_collection,
     )
 
@@ -184,12 +184,12 @@ def build_scheduler(args: argparse.Namespace, optimizer: Any) -> OptimizerParamS
 def forward_step(iterator: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, Any]:
     """Run a microbatch; only the first and the last stage read it."""
     names = ("pre_process", "post_process", "mtp_process")
-    first, last, further = (get_attr_wrapped_model(model, name) for name in names)
+    first, last, mtp = (get_attr_wrapped_model(model, name) for name in names)
     if not (first or last):
         return model(None, None, None), None
     batch = next(iterator)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens).contiguous()
-    tokens = batch.tokens if first or further else None
+    tokens = batch.tokens if first or mtp else None
     output = model(tokens, positions, None, labels=batch.labels if last else None)
     return output, loss_of
 

@@ -1,20 +1,21 @@
 """Where a schedule departs from another one, rank by rank: what ``dualpipe prove --against`` reports.
 
-Five aspects are compared, each by itself, and of each rank only the first departure in an aspect is reported.
+Five aspects are compared separately.  In each aspect only the first departure of a rank is reported.
 
-===========  ==================================================================================================
-order        the F and B of the rank, one after the other
-weights      where its W are among them, up to the first departure in the order
-messages     for each peer, what is sent to it and what is received from it, in the order posted
-collectives  which the rank launches in which group, one after the other; not compared if a schedule has none at all
-slots        what is issued together, and where the messages are among the computes
-===========  ==================================================================================================
+===========  =========================================================================================================
+order        the sequence of the rank's F and B
+weights      the positions of the W in that sequence
+messages     for each peer, the sequence of sends to it and that of receives from it
+collectives  for each group, the sequence of the rank's collectives; not compared if a schedule has no collectives
+slots        which ops are issued together, and between which computes the messages are posted
+===========  =========================================================================================================
 
-Ops of one slot are issued together, so in all aspects but slots their order within the slot does not count: ``F+B+W``
-is the same as ``F`` and ``B+W`` in two slots.  All others change what a rank computes, holds or exchanges.  Slots alone
-change neither, and are reported without being counted as a departure.
+Ops of one slot are issued together, so except in ``slots`` their order within the slot does not matter: ``F+B+W`` is
+the same as ``F`` and ``B+W`` in two slots.  A difference in one of the first four aspects changes what a rank computes,
+holds or exchanges.  A difference in slots alone does not; it is reported but not counted as a departure.
 
-What follows the first departure in the order of a rank is not compared, since it would be another report of the same.
+After a rank's first departure in ``order``, one in ``weights`` or ``messages`` is left out, and so is one in ``slots``
+after any other departure: it would show the same fault again.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ class Departure:
 
     @property
     def counts(self) -> bool:
-        """Whether the schedules are different ones for it."""
+        """Whether it makes the verdict ``departs``; a difference in slots does not."""
         return self.aspect is not Aspect.SLOTS
 
 
 @dataclass(frozen=True)
 class Misplaced:
-    """A stage that the two schedules have on different ranks; ``None`` where a schedule has no such stage."""
+    """A stage that the two schedules have on different ranks; ``None`` if a schedule has no such stage."""
 
     lane: Lane
     stage: int
@@ -156,9 +157,9 @@ def compare(here: Schedule, there: Schedule, name: str = "") -> Comparison:
     name = name or there.name or "the other schedule"
     if here.ranks != there.ranks:
         raise RuleError(
-            "--against compares schedules of as many ranks",
+            "--against compares schedules with the same number of ranks",
             f"the schedule has {here.ranks} and {name} has {there.ranks}",
-            "name one of the same size",
+            "name one with as many ranks",
         )
     misplaced = tuple(_misplaced(here, there))
     departures = () if misplaced else tuple(each for rank in range(here.ranks) for each in _of_rank(here, there, rank))
@@ -179,8 +180,8 @@ Group = tuple[Placed, ...]
 
 
 def _of_rank(here: Schedule, there: Schedule, rank: int) -> Iterator[Departure]:
-    order = _first(Aspect.ORDER, here, there, rank, frozenset({F, B}))
-    weights = _first(Aspect.WEIGHTS, here, there, rank, frozenset({F, B, W}))
+    order = _in_computes(Aspect.ORDER, here, there, rank, frozenset({F, B}))
+    weights = _in_computes(Aspect.WEIGHTS, here, there, rank, frozenset({F, B, W}))
     messages, slots = _in_messages(here, there, rank), _in_slots(here, there, rank)
     collectives = _in_collectives(here, there, rank)
     found = [] if order is None else [order]
@@ -196,12 +197,14 @@ def _of_rank(here: Schedule, there: Schedule, rank: int) -> Iterator[Departure]:
 
 
 def _slot(departure: Departure) -> float:
-    """The slot of this schedule in which it departs."""
+    """The slot in which this schedule departs from the other."""
     return float("inf") if departure.here is None else departure.here.slot
 
 
-def _first(aspect: Aspect, here: Schedule, there: Schedule, rank: int, kinds: frozenset[Kind]) -> Departure | None:
-    """The first difference between the ops of these kinds."""
+def _in_computes(
+    aspect: Aspect, here: Schedule, there: Schedule, rank: int, kinds: frozenset[Kind]
+) -> Departure | None:
+    """The first difference between the rank's computes of these kinds."""
     one, other = (_groups(schedule, rank, kinds) for schedule in (here, there))
     return _departure(aspect, here, there, rank, *_difference(one, other))
 
@@ -233,9 +236,10 @@ def _bare(op: Op) -> Op:
 def _difference(
     one: Iterable[Group], other: Iterable[Group], key: Callable[[Op], Op] = _bare
 ) -> tuple[Placed | None, Placed | None]:
-    """The first ops at which two sequences of groups differ, both ``None`` if they do not; ``key`` is what must agree.
+    """The first ops at which two sequences of groups differ, both ``None`` if they do not.
 
-    A group of one may be several groups of the other, and ops within a group have no order.
+    Ops are compared by ``key``.  Ops within a group have no order, and a group of one sequence may be split into
+    several groups of the other.
     """
     rest = iter(one), iter(other)
     open_ones: tuple[list[Placed], list[Placed]] = [], []

@@ -2,7 +2,7 @@
 
 The order in which ranks move makes no difference, since a move of one rank never prevents a move of another: the run
 ends or stops in one state, in linear time.  In that state every rank that is not done waits for something that another
-rank has not posted (``proofs.threads``).  Following these waits leads to something that nobody posts, or around a wait
+rank has not posted (``proofs.threads``).  Following these waits leads to something that no rank posts, or around a wait
 cycle.
 """
 
@@ -41,7 +41,7 @@ class Run:
         self.steps = [0] * schedule.ranks
         """How many steps of a rank are posted."""
         self.waits = [0] * schedule.ranks
-        """How many waits of a rank are over."""
+        """How many waits of a rank have ended."""
         self.used: list[int] = []
         """The counters in the order in which they were first increased."""
         waiting = deque(range(schedule.ranks))
@@ -54,18 +54,18 @@ class Run:
                 waiting.append(woken)
 
     def advance(self, rank: int) -> set[int]:
-        """Move one rank as far as it can; the ranks that it may have woken."""
+        """Move one rank as far as it can go; returns the ranks that may go on after that."""
         own, posted, wakes = self.threads[rank], self.posted, self.counters.wakes
         posts, post_ends, wait_ends = own.posts, own.post_ends, own.wait_ends
         waits, until, start = own.waits, own.until, self.start
-        step, over = self.steps[rank], self.waits[rank]
+        step, ended = self.steps[rank], self.waits[rank]
         woken: set[int] = set()
         last = len(post_ends)
         while True:
             end = wait_ends[step - 1] if step else 0
-            while over < end and posted[waits[over]] >= until[over]:
-                over += 1
-            if over < end or step == last:
+            while ended < end and posted[waits[ended]] >= until[ended]:
+                ended += 1
+            if ended < end or step == last:
                 break
             for counter in posts[post_ends[step - 1] if step else 0 : post_ends[step]]:
                 if posted[counter] == start[counter]:
@@ -73,15 +73,15 @@ class Run:
                 posted[counter] += 1
                 woken.update(wakes[counter])
             step += 1
-        self.steps[rank], self.waits[rank] = step, over
+        self.steps[rank], self.waits[rank] = step, ended
         return woken
 
     def received(self, send: int) -> int:
-        """How many receives are posted of the pair whose sends have this counter."""
+        """How many receives are posted by the pair of ranks whose sends have this counter."""
         return self.posted[send + 1] - self.start[send + 1]
 
     def stuck(self) -> Iterator[Stuck]:
-        """The waits that are not over, rank by rank."""
+        """The waits that have not ended, rank by rank."""
         for rank, own in enumerate(self.threads):
             step = self.steps[rank]
             end = own.wait_ends[step - 1] if step else 0
@@ -94,7 +94,7 @@ class Run:
 
 
 def deadlock(schedule: Schedule, model: Model) -> Verdict:
-    """Every rank reaches its end, every message is received and every collective joined, whatever computes take."""
+    """Decide whether all ranks reach their ends and all messages and collectives complete, for any compute times."""
     run = Run(schedule, model)
     sends = set(run.counters.pairs.values())
     buffered = [send for send in run.used if send in sends and run.received(send) < run.posted[send]]
@@ -122,7 +122,7 @@ def deadlock(schedule: Schedule, model: Model) -> Verdict:
 
 
 class Finder:
-    """Names the ops behind the waits of a run that does not end.  No verdict rests on it."""
+    """Finds the ops behind the waits of a run that does not end.  It explains a verdict, and does not decide it."""
 
     def __init__(self, counters: Counters, model: Model) -> None:
         self.counters, self.table, self.model = counters, counters.table, model
@@ -131,7 +131,10 @@ class Finder:
         self.of_members = {counter: rank for (_, rank), counter in counters.members.items()}
 
     def reason(self, stuck: Stuck) -> Wait | Unmatched | None:
-        """What a rank waits for, or what it posted without a counterpart; ``None`` at its end, if there is one."""
+        """What a rank waits for, or the message that it posted without a partner.
+
+        ``None`` if the rank waits at its end for a partner that another rank has but never reaches.
+        """
         rank, op, counter, until = stuck
         if counter in (NEVER, BUFFER):
             lost = [number for other, number in self.posts[NEVER] if other == rank]
@@ -148,13 +151,13 @@ class Finder:
         return self.unmatched(own, self.posts[own].index((rank, op)) if (rank, op) in self.posts[own] else len(row))
 
     def unmatched(self, counter: int, nth: int) -> Unmatched:
-        """The ``nth`` message of one side of a pair, which the other side has no counterpart of."""
+        """The ``nth`` message of one side of a pair of ranks, if the other side has no partner for it."""
         place = self.table.placed(*self.posts[counter][nth])
         posted = len(self.posts[self.counters.other_side(counter)])
         return Unmatched(self.model, place, self._peer(place), nth, posted)
 
     def nowhere(self, rank: int, number: int) -> Unmatched:
-        """A message with no other rank at its other end."""
+        """A message that has no other rank at its other end."""
         place = self.table.placed(rank, number)
         return Unmatched(self.model, place, self._peer(place), 0, 0, possible=False)
 
@@ -163,7 +166,7 @@ class Finder:
 
 
 def matched_pairs(schedule: Schedule) -> Iterator[tuple[Placed, Placed]]:
-    """Every send with the receive that it matches, and every collective of a group's first member with the others'."""
+    """Every send with its receive; and every collective of a group's first member with that of each other member."""
     table = table_of(schedule)
     counters = Counters(table)
     rows = posts(counters)
@@ -177,10 +180,11 @@ def matched_pairs(schedule: Schedule) -> Iterator[tuple[Placed, Placed]]:
 
 
 def cause(lost: Mapping[int, Unmatched], waits: Mapping[int, Sequence[Wait]]) -> Unmatched:
-    """Of all messages without a partner the one that explains the others.
+    """The message without a partner that explains the others.
 
-    It is one whose other rank is not blocked, so that it lacks the partner in any case.  If there is none, then ranks
-    that have no partner for each other wait in a circle, as those whose sends face each other: the first of them.
+    If there is a message whose peer is not blocked, it is the first such message: its partner is missing in any case.
+    If there is none, ranks wait for each other in a cycle, for instance two that both send; then it is the first
+    message of such a cycle.
     """
     for found in lost.values():
         if not found.possible or (found.peer not in lost and found.peer not in waits):

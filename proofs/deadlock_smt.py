@@ -3,8 +3,8 @@
 Matching is static, the k-th send of an ordered pair with its k-th receive.  So a run that completes is a set of times
 in which each step is after what it waits for.  Such times exist exactly if no wait leads back to itself, whatever the
 durations.  ``proofs.models`` defines what waits for what.  There is one variable for the time at which each message
-slot is posted (and, where computes overlap with messages, for the end of each compute and of each message slot).
-With a communicator for each ordered pair of ranks each message has these two times by itself::
+slot is posted and, if computes overlap with messages, one for the end of each compute and of each message slot.  With
+a communicator for each ordered pair of ranks each message has its own two times::
 
     blocking, eager     posted(slot) -> posted(next slot)       posted(partner) -> posted(next slot)
     all                 posted(the k-th collective of another member) -> the end of a member's k-th collective
@@ -33,7 +33,8 @@ HOLDS_UP = "{0.op} in slot {0.slot} of rank {0.rank} ends after rank {1.rank} re
 class Times:
     """The variables: when messages are posted and completed, and when each rank reaches its end.
 
-    A message is given by rank, slot and position, or by rank, slot and 0 where a slot is posted and ends as one.
+    A message is given by rank, slot and position; in a model in which all messages of a slot are posted and end
+    together, the position is 0.
     """
 
     model: Model
@@ -43,8 +44,8 @@ class Times:
 
     def at(self, placed: Placed) -> tuple[int, int, int]:
         """The key of a message or a collective."""
-        apart = self.model.edges and placed.op.kind in MESSAGES
-        return placed.rank, placed.slot, placed.position if apart else 0
+        by_itself = self.model.edges and placed.op.kind in MESSAGES
+        return placed.rank, placed.slot, placed.position if by_itself else 0
 
 
 def deadlock(schedule: Schedule, model: Model) -> Problem:

@@ -12,7 +12,7 @@ def never_joined(finding: Unmatched) -> str:
     """A collective that a member never joins."""
     place, model = finding.place, finding.model
     story = (
-        f"{_stream(model)}rank {place.rank} waits for ever {in_slot(place)} until rank {finding.peer} joins "
+        f"{_stream(model)}rank {place.rank} waits forever {in_slot(place)} until rank {finding.peer} joins "
         f"{collective(place.op)}: it is collective {finding.nth + 1} of its group, and rank {finding.peer} "
         f"joins only {finding.posted} ({model} messages)"
     )

@@ -150,37 +150,39 @@ def _failure(rank: int, comparison: Comparison) -> str:
 def _of_order(departure: Departure, comparison: Comparison) -> str:
     here, there, rank = departure.here, departure.there, departure.rank
     if here is None:
-        return "did the rank stop there, by an error or a wait for a message, or is a loop one iteration short?"
+        return "did an error or a wait for a message stop the rank there, or is a loop one iteration short?"
     if there is None or _is_repeated(departure, comparison):
         return "does a loop run one iteration too many, or is an op issued twice?"
     one, other = here.op, there.op
     if one.mb >= comparison.there.microbatches[one.lane]:
-        return "has the program more microbatches than the schedule that it is compared with?"
+        return "does the program have more microbatches than the schedule that it is compared with?"
     if one.kind is not other.kind:
         warm_up = not any(op.kind is B for slot in comparison.here.programs[rank][: here.slot] for op in slot)
         phase = "before its first backward" if warm_up else "in this phase"
         few = "many" if one.kind is F else "few"
-        return f"does the rank run too {few} forwards {phase}: is their count that of another rank or size?"
+        return f"does the rank run too {few} forwards {phase}: is their number that of another rank or size?"
     if one.chunk != other.chunk and departure.later is None:
-        return "does this rank hold that stage: is the chunk chosen by the lane alone, and not by the rank's half too?"
+        return "does this rank hold that stage? The chunk depends on the lane and on the rank's half of the pipeline."
     if one.chunk != other.chunk:
-        return "are the two chunks of the rank exchanged: is the phase swapped on the second half of the ranks?"
-    return "is the microbatch's number counted for each chunk apart, and increased after each use?"
+        return "are the rank's two chunks exchanged? On the second half of the ranks they must swap their roles."
+    return "does each chunk count its microbatches separately, and increase the count after each use?"
 
 
 def _of_weights(departure: Departure) -> str:
     here, there = departure.here, departure.there
     if here is None:
-        return "are the weight gradients taken from their store often enough, at the end as well?"
+        return "does the program run the stored weight gradients often enough, also at the end?"
     if there is None:
-        return "is a weight gradient run once for each microbatch?"
+        return "does each microbatch run its weight gradient exactly once?"
     if there.op.kind is W and departure.found is None:
         return "is the weight gradient stored and never run?"
     if here.op.kind is W and there.op.kind is W:
-        return "is the store for weight gradients a queue, which gives the oldest first?"
+        return "is the store for weight gradients first in, first out?"
     if here.op.kind is W:
-        return "is the store for weight gradients fed? A backward that adds them at once leaves nothing to defer."
-    return "is the weight gradient deferred that should run with its backward, or taken from the store too late?"
+        return (
+            "does the backward put weight gradients into the store? If it adds them at once, nothing is left to defer."
+        )
+    return "is a weight gradient deferred although it should run with its backward, or is it deferred too long?"
 
 
 def _of_messages(departure: Departure, comparison: Comparison) -> str:
@@ -188,12 +190,12 @@ def _of_messages(departure: Departure, comparison: Comparison) -> str:
     if here is None:
         return "is a send or a receive left out, or did the rank stop before it?"
     if _is_repeated(departure, comparison) or (there is None and later is None):
-        return "is a message posted once too often, as a receive that nobody consumes?"
+        return "is a message posted once too often, for instance a receive that nothing consumes?"
     if later is None or comparison.here.peer(here.op) != comparison.there.peer(later.op):
         return "is the peer the rank that holds the next or the previous stage of this lane?"
     if there is not None and departure.found is None:
         return f"is {there.op} left out?"
-    return "are the messages added to their batch in another order? They carry no tag, so both sides must agree on it."
+    return "are the messages added to their batch in another order? They carry no tag, so both sides must use the same."
 
 
 def _of_collectives(departure: Departure) -> str:
@@ -215,13 +217,15 @@ def _of_slots(departure: Departure, comparison: Comparison) -> str:
     if one[0].kind in COLLECTIVES or other[0].kind in COLLECTIVES:
         return "is a collective launched earlier or later?"
     if messages == (True, True) and ours < theirs:
-        return "are messages posted one by one, which another order at the peer can block, and not as one batch?"
+        return "are messages posted one by one and not as one batch? Then another order at the peer can block them."
     if messages == (True, True):
         return "are messages of two steps posted as one batch, or with no wait between them?"
     if messages == (False, False):
         if {op.kind for op in ours ^ theirs} == {W}:
-            return "are B and W run by one call of the engine in one of the two, and by two in the other?"
+            return "does one of the two run B and W in one call of the engine, and the other in two calls?"
         if ours < theirs:
-            return "does an overlapped pair run one after the other? Name a method that overlaps them with --together."
-        return "are computes joined that should run apart?"
+            return (
+                "do the F and B of a pair run one after the other? If a method overlaps them, name it with --together."
+            )
+        return "are computes in one slot that should be in several?"
     return "is a batch of messages posted earlier or later?"

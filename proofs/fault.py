@@ -17,7 +17,7 @@ class Place:
     """An op in a slot of a rank, or the whole slot where ``op`` is ``None``.
 
     ``target`` is the op that it waits for or clashes with.  Without one, ``peer`` may be the rank that should have such
-    an op; that rank need not exist.
+    an op; that rank may not exist.
     """
 
     rank: int
@@ -47,10 +47,10 @@ class Fault(ABC):
 
     @abstractmethod
     def places(self) -> tuple[Place, ...]:
-        """The places that the finding is about, the primary one first; none where there is no op to point at."""
+        """The places that the finding is about, the primary one first; empty if there is no op to point at."""
 
     def shown_by(self) -> tuple[Place | Placed, ...] | None:
-        """The places up to which the programs show the fault; ``None`` where only the whole schedule does.
+        """The places up to which the programs show the fault; ``None`` if only the whole schedule shows it.
 
         By default these are all places and their targets.
         """

@@ -156,7 +156,7 @@ class LeftOver(OfEither, Absence):
 
 @dataclass(frozen=True)
 class SentTwice(Pair):
-    """A message that is sent and received a second time, which nobody consumes."""
+    """A message that is sent and received a second time, although nothing consumes it."""
 
     check = "messages"
     fault = "sent twice"
@@ -164,7 +164,7 @@ class SentTwice(Pair):
 
 @dataclass(frozen=True)
 class NotMember(Fault):
-    """A rank joins a collective of a group that it is no member of."""
+    """A rank joins a collective of a group of which it is not a member."""
 
     check = "messages"
     fault = "no member"

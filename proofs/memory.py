@@ -70,9 +70,13 @@ PUBLISHED: Mapping[str, tuple[str, Callable[[Schedule], Iterator[int]]]] = {
     "interleaved": ("3P-1", _interleaved),
     "zbv": ("2P", _zbv),
 }
-"""The bounds that were published with the schedules: those of DualPipe and DualPipeV in DeepSeek's README (2P stages
-over P ranks for the latter), 1F1B's in arXiv 2104.04473, ZB1P's (ZB-H1) and ZBV's, both the memory of 1F1B, in arXiv
-2401.10241, that of interleaved 1F1B in arXiv 2205.05198: 1 + (P-1)/(2P) times 1F1B's, whose P are 2P with half stages.
+"""The bounds that were published with the schedules, in live microbatches of a rank::
+
+    dualpipe, dualpipev   DeepSeek's README; the latter has 2P stages on P ranks
+    1f1b                  arXiv 2104.04473
+    zb1p (ZB-H1), zbv     arXiv 2401.10241: the memory of 1F1B; at one of ZBV's 2P stages a microbatch counts as half
+    interleaved           arXiv 2205.05198: 1 + (P-1)/(2P) times the memory of 1F1B, which is 2P of such halves
+
 Late W keeps the bound of its schedule."""
 
 

@@ -1,31 +1,33 @@
 """The models of communication: what a rank waits for, and when a message counts as sent.
 
 In all of them messages carry no tag.  Between an ordered pair of ranks the k-th send matches the k-th receive.  A rank
-runs its computes in order, and a message starts only after the computes before it.  The models differ in this:
+runs its computes in order, and each side of a message starts only after the computes before it on its rank.  The models
+differ in this:
 
-=========  ============================================  ============================================================
-model      a send completes when                         a rank waits
-=========  ============================================  ============================================================
-blocking   its receive has started                       at each message slot, until its messages have completed
-eager(c)   the receive c messages before it has started  likewise
-edge       its receive has started                       at a compute, for the receives that bring what it needs
-=========  ============================================  ============================================================
+=========  =======================================================  ==================================================
+model      a send completes when                                    a rank waits
+=========  =======================================================  ==================================================
+blocking   its receive has started                                  at each message slot, until the slot has completed
+eager(c)   the receive c places before its own receive has started  at each message slot, until the slot has completed
+edge       its receive has started                                  at a compute, for the receives whose data it needs
+=========  =======================================================  ==================================================
 
 A receive completes when its send has started.  A program has run to its end when all its messages have completed and
 every message that it sent has been received.
 
 *blocking* is ``batch_isend_irecv`` and wait, the strictest.  *eager* has a buffer of ``capacity`` messages for each
-ordered pair of ranks: the k-th send needs room in it, which there is once receive k - c has started (the first c sends
-need nothing).  Capacity 0 is blocking.  *edge* has a communicator for each ordered pair of ranks, on which messages
-complete one by one in the order posted.  The host posts them without waiting, and computes go on meanwhile.
+ordered pair of ranks.  The k-th send needs room in the buffer; there is room once receive k - c has started (the first
+c sends always have room).  Capacity 0 is blocking.  *edge* has a communicator for each ordered pair of ranks, on which
+messages complete one by one in the order posted.  The rank posts them without waiting and goes on with its computes.
 
-*stream* has one communicator for all messages, as NCCL has for batches: its message slots run one after the other, and
-a compute waits only for those that bring what it needs.  It gives the verdict of *blocking* on every schedule.  What a
-rank computes in the meantime reaches others only by later message slots, and these wait for every earlier one under
-both.  So ``all`` leaves it out.  Plain search decides it as blocking; Z3 decides it by its definition.
+*stream* has one communicator for all messages, as NCCL has for batches: the message slots run one after the other, and
+a compute waits only for the slots whose data it needs.  It gives the verdict of *blocking* on every schedule: what a
+rank computes while messages are in flight reaches other ranks only through later message slots, and under both models
+these wait for every earlier one.  So ``all`` leaves *stream* out.  Plain search decides it by deciding blocking; Z3
+uses the definition of *stream* itself.
 
-A collective is the same under every model: it starts after everything that its rank posted before it has completed, and
-the next message starts after it.
+A collective behaves the same under every model: it starts after everything that its rank posted before it has
+completed, and the next message starts after it.
 """
 
 from __future__ import annotations

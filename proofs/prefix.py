@@ -20,9 +20,9 @@ def cut(schedule: Schedule, prefix: Prefix) -> Schedule:
 
 
 def smallest_prefix(schedule: Schedule, finding: Finding) -> Prefix | None:
-    """How many slots of each rank show the fault; ``None`` where something is missing.
+    """How many slots of each rank are enough to show the fault; ``None`` if the whole schedule is needed.
 
-    Most faults show on one rank or two, and the others need not run at all.  For a deadlock the prefix is closed:
+    Most faults show on one rank or two, and the others do not have to run at all.  For a deadlock the prefix is closed:
     no message in it loses its partner, so that its ranks stop for the reason in the story and for no other.
     """
     places = finding.shown_by()

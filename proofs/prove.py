@@ -100,7 +100,7 @@ def prove(
     BoundError
         For a negative bound or sizes that do not fit the stages.
     RuleError
-        For a name in ``waive`` that is no check.
+        For a name in ``waive`` that is not a check.
     """
     without = waived(waive)
     bound = bound_of(schedule, max_activations)
@@ -158,7 +158,7 @@ def after_failures(result: Result, failures: Sequence[Failure]) -> Result:
 def _follows_from_hang(finding: Finding, rank: int) -> bool:
     """Whether a fault may follow from the hang of a rank: what is never run, or has no partner on that rank.
 
-    A circle of ranks that wait for each other is the hang itself.
+    A wait cycle is the hang itself and follows from nothing else.
     """
     if isinstance(finding, LeftOver | Unmatched) and finding.peer == rank:
         return not (isinstance(finding, Unmatched) and finding.circle)

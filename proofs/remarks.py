@@ -73,9 +73,10 @@ def _placed(finding: Finding) -> Iterator[Placed]:
 
 
 def _sent_instead(schedule: Schedule) -> Iterator[tuple[Placed, Op]]:
-    """On each rank the first message of a chunk sent again though computed once, and the first computed but not sent.
+    """For each chunk: the first send that repeats a result computed only once, and a computed result that is not sent.
 
-    What is computed twice is sent twice, which is no fault of its own: another rank has sent it what it takes.
+    If a result is computed twice, it is also sent twice.  This is not a fault of the rank: another one sent the input
+    twice.
     """
     for rank, program in enumerate(schedule.programs):
         placed = [

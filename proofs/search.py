@@ -127,7 +127,7 @@ def _reduced_early(table: Table, rank: int, row: Row) -> Iterator[tuple[Placed, 
 
 
 class _Side(NamedTuple):
-    """The sends, or the receives, of an ordered pair: the number of each op in its rank, and what it carries."""
+    """The sends, or the receives, between an ordered pair of ranks: each op's number on its rank, and its content."""
 
     rank: int
     numbers: list[int]
@@ -169,9 +169,9 @@ def messages(schedule: Schedule) -> Verdict:
 
 
 def _content(table: Table, key: int) -> int | None:
-    """What a message carries but for its microbatch, as a number; ``None`` for what is no message.
+    """A number for the stage boundary and the direction of a message, without its microbatch; ``None`` for other ops.
 
-    It is the stage boundary and the direction: the key of its send.
+    It is the key of the message's send.
     """
     if not IS_MESSAGE[key % WIDTH]:
         return None
@@ -182,7 +182,7 @@ def _content(table: Table, key: int) -> int | None:
 
 
 def _wrong_collective(table: Table) -> NotMember | Mismatch | LeftOver | None:
-    """The first collective of a rank that is no member, of two members that disagree, or that a member never joins."""
+    """The first collective that is wrong: its rank is not a member, two members disagree, or a member never joins."""
     joins: list[dict[int, list[Placed]]] = [{rank: [] for rank in members} for members in table.groups]
     for rank, row in table.rows() if table.groups else ():
         for number, group in row.peers.items():

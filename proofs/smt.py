@@ -171,7 +171,7 @@ def messages(schedule: Schedule) -> Problem:
 
 
 def _same_collectives(problem: Problem, zero: int, schedule: Schedule, number: int, members: tuple[int, ...]) -> None:
-    """All members of a group have as many collectives, and the k-th ones are of one kind and stage."""
+    """All members of a group have equally many collectives, and their k-th ones have the same kind and stage."""
     rows: dict[int, list[Placed]] = defaultdict(list)
     for placed in schedule:
         if placed.op.kind in COLLECTIVES and placed.op.peer == number:
@@ -190,7 +190,7 @@ def _same_collectives(problem: Problem, zero: int, schedule: Schedule, number: i
             problem.exactly(zero, what[nth], content, WHERE + " is collective {1} of group {2}", placed, nth, number)
     for stranger in rows.keys() - set(members):
         outside = problem.variable(f"rank {stranger} outside of group {number}")
-        problem.later(zero, outside, WHERE + " is of a group without its rank", rows[stranger][0])
+        problem.later(zero, outside, WHERE + " joins a group without its rank", rows[stranger][0])
         problem.later(outside, zero, "only members join a collective", gap=0)
 
 

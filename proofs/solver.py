@@ -149,7 +149,7 @@ class Child:
         self.close()
         if code == _OUT_OF_MEMORY or any(words in last for words in _NO_MEMORY):
             return Unknown(self._why("out of memory", limit))
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return Unknown(f"Z3 gave up: its process {how}{last and f' ({last})'}")
 
     def _why(self, reason: str, limit: float) -> str:

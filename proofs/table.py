@@ -124,7 +124,7 @@ class Table:
 
     @cached_property
     def needs(self) -> list[tuple[int, ...]]:
-        """For each key the keys of what its op needs, which is of the same microbatch."""
+        """For each key the keys of the ops that its op needs, all of the same microbatch."""
         return [tuple(map(self.key, self.routes.needs(self.op(key, 0)))) for key in range(len(self.chunks) * WIDTH)]
 
     @cached_property

@@ -1,13 +1,13 @@
 """What each rank posts and waits for under a model of communication, as numbers (``proofs.models``).
 
-A *counter* counts what one side has posted: the sends of an ordered pair of ranks, its receives, or the collectives
-that a member joins of a group.  Matching is by position, so every wait is for a counter to reach a number.  A rank is a
-list of steps; it posts what a step posts, and goes on when all waits of the step are over::
+A *counter* counts what one side has posted: the sends of an ordered pair of ranks, its receives, or the collectives of
+a group that one member joins.  Matching is by position, so every wait is for a counter to reach a number.  A rank is a
+list of steps.  It posts the messages of a step, and goes to the next step when all waits of the step have ended::
 
     blocking      step = message slot    posts its messages       waits for the other side of each
-    eager(c)      likewise; the counters of receives start at c
-    edge          step = message slot    posts its messages       waits for what the next computes need of receives
-    all           a collective           posts it                 waits for the other members; under edge, before it,
+    eager(c)      as blocking, but the counters of receives start at c
+    edge          step = message slot    posts its messages       waits for the receives that the next computes need
+    all           step = collective      posts it                 waits for the other members; under edge, before it,
                                                                   for everything that the rank has posted
 """
 
@@ -21,9 +21,9 @@ from proofs.models import Model
 from proofs.table import IS_COMPUTE, IS_MESSAGE, IS_SEND, WIDTH, Row, Table
 
 NEVER = 0
-"""The counter that nobody increases."""
+"""The counter that is never increased."""
 BUFFER = 1
-"""The counter that a send waits for if no other rank receives it: nobody increases it, but it may start above zero."""
+"""The counter that a send waits for if no other rank receives it: never increased, but it may start above zero."""
 AT_END = -1
 """In place of the number of an op: the end of a rank's program."""
 
@@ -32,9 +32,10 @@ AT_END = -1
 class Thread:
     """The steps of one rank.
 
-    ``posts`` are the counters that steps increase, ``waits`` those that they wait for, each until it is at least the
-    number in ``until``; step s has its part of them up to ``post_ends[s]`` and ``wait_ends[s]``.  ``ops`` has for each
-    wait the number of the op that waits, if it is wanted.
+    ``posts`` are the counters that the steps increase.  ``waits`` are the counters that they wait for, each until it is
+    at least the number in ``until``.  Those of step s end at ``post_ends[s]`` and ``wait_ends[s]``, and begin where
+    those of the step before end.  ``ops`` has for each wait the number of the op that waits, or is ``None`` if the
+    caller does not need it.
     """
 
     posts: array[int] = field(default_factory=lambda: array("i"))
@@ -68,7 +69,7 @@ class Counters:
         self.members: dict[tuple[int, int], int] = {}
         """For each member of a group the counter of the collectives that it joins."""
         self.astray: dict[int, tuple[int, int]] = {}
-        """Sends that no other rank receives have a counter each: the rank, and the op's number there."""
+        """Each send that no other rank can receive has a counter of its own: the rank, and the op's number there."""
         self._ends: list[dict[tuple[int, int | None], tuple[int, int]]] = [{} for _ in range(table.ranks)]
 
     def joins(self, group: int, rank: int) -> int:
@@ -79,7 +80,7 @@ class Counters:
         return self.members[group, rank]
 
     def ends(self, rank: int, key: int, peer: int | None) -> tuple[int, int]:
-        """The counters of a message's own side and of the other side: ``NEVER`` where no other rank is there."""
+        """The counters of a message's own side and of the other side; ``NEVER`` if there is no other rank."""
         found = self._ends[rank].get((key, peer))
         if found is None:
             found = self._ends[rank][key, peer] = self._new_ends(rank, key, peer)
@@ -98,11 +99,11 @@ class Counters:
         return (counter, counter + 1) if sends else (counter + 1, counter)
 
     def other_side(self, counter: int) -> int:
-        """The counter of the receives of a pair for that of its sends, and the other way round."""
+        """For the counter of a pair's sends that of its receives, and the other way round."""
         return counter + 1 if counter in self.pairs.values() else counter - 1
 
     def start(self, model: Model) -> list[int]:
-        """The counters at the start: those of receives, which make room for sends, are ahead by what a buffer holds."""
+        """The counters at the start.  Those of receives, which make room for sends, start at the buffer's capacity."""
         counts = [0] * len(self.wakes)
         counts[BUFFER] = model.capacity
         for send in self.pairs.values():

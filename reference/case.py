@@ -53,7 +53,7 @@ class Case:
         if together is not None:
             got = f"rank {together.rank} has the collective {together.op} in slot {together.slot}"
             raise RuleError(
-                "a verification must have computes and messages alone", got, "use schedule.only(COMPUTE | MESSAGES)"
+                "a verification must have only computes and messages", got, "use schedule.only(COMPUTE | MESSAGES)"
             )
         if self.overlap and not any(overlapped_pairs(slot) for program in self.schedule.programs for slot in program):
             raise RuleError(

@@ -46,7 +46,7 @@ def _in_step(schedule: Schedule, step: int, truth: StepTruth, found: StepTrace) 
         for mb, loss in enumerate(losses):
             yield from compare(partial(Difference, step, "loss", last, f"{mb}{lane}"), loss, own.get(mb))
         for mb in sorted(own.keys() - set(range(len(losses)))):
-            yield Difference(step, "loss", last, f"{mb}{lane}", None, "is of a microbatch that does not exist")
+            yield Difference(step, "loss", last, f"{mb}{lane}", None, "belongs to a microbatch that does not exist")
     for stage in range(schedule.stages):
         for number, lane in enumerate(schedule.lanes):
             expected = {

@@ -35,7 +35,11 @@ class ModelError(RuleError):
 class ModelConfig:
     """The sizes of the decoder and of its microbatches.  The defaults are those of ``dualpipe verify``.
 
-    Raises ``ModelError`` for a size below 1 or a ``hidden`` that is not a multiple of ``heads``.
+    ``hidden`` is the width of a token's vector, ``batch`` the number of sequences in a microbatch, ``sequence`` the
+    number of tokens in each, ``vocab`` the number of different tokens.
+
+    Raises ``ModelError`` if a size is below 1, if ``hidden`` is not a multiple of ``heads``, or if ``dtype`` is not a
+    floating-point type.
     """
 
     hidden: int = 64
@@ -53,7 +57,7 @@ class ModelConfig:
                 raise ModelError("a model's sizes must be at least 1", f"got {name}={size}", f"use {name}=1 or more")
         if self.hidden % self.heads:
             raise ModelError(
-                "the hidden size must be a multiple of the heads",
+                "the hidden size must be a multiple of the number of heads",
                 f"got hidden={self.hidden} for {self.heads} heads",
                 f"use a multiple of {self.heads}",
             )
@@ -123,13 +127,17 @@ def build_stage(
     """Stage ``stage`` of ``stages``.  Its weights depend only on ``(seed, stage)``, whichever process builds it.
 
     The first stage takes tokens, int64 ``[batch, sequence]``, and the last returns logits, ``[batch, sequence,
-    vocab]``; between stages there are hidden states, ``[batch, sequence, hidden]``, in ``config.dtype``.  Weights are
-    drawn in float64 and then cast, without using the global random state.
+    vocab]``.  Stages pass each other hidden states, ``[batch, sequence, hidden]``.  Logits and hidden states are in
+    ``config.dtype``.  Weights are drawn in float64 and then cast, without using the global random state.
 
     Raises ``ModelError`` for a stage that the model does not have.
     """
     if not 0 <= stage < stages:
-        raise ModelError("stages are numbered from 0", f"got stage {stage} of {stages}", "use one that the model has")
+        raise ModelError(
+            "a stage's number must be from 0 to one below the number of stages",
+            f"got stage {stage} of {stages}",
+            f"use 0 to {stages - 1}" if stages > 0 else "build a model of at least one stage",
+        )
     module = nn.Sequential()
     if stage == 0:
         module.add_module("embedding", Embedding(config))
@@ -145,12 +153,15 @@ def build_stage(
 def build_stages(
     config: ModelConfig, stages: int, seed: int, device: torch.device | str = "cpu"
 ) -> tuple[nn.Sequential, ...]:
-    """The whole model, stage by stage."""
+    """All stages of the model, in order."""
     return tuple(build_stage(config, stage, stages, seed, device) for stage in range(stages))
 
 
 def _draw_weights(module: nn.Module, generator: torch.Generator) -> None:
-    """Fill in place.  Biases and norms are slightly off their neutral values, so that an error in them shows."""
+    """Fill the module's weights in place.
+
+    Biases and norms start slightly off their neutral values (0 and 1), so that a run that leaves them out differs.
+    """
     with torch.no_grad():
         for layer in module.modules():
             match layer:
@@ -167,8 +178,8 @@ def _draw_weights(module: nn.Module, generator: torch.Generator) -> None:
 def criterion(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """Cross-entropy, averaged over the tokens, times ``scale``: a scalar, float64 for float64 logits, else float32.
 
-    ``logits`` is ``[..., vocab]``, ``targets`` int64 ``[...]``.  If ``scale`` is one over the number of all
-    microbatches, the losses of a step add up to its mean.
+    ``logits`` is ``[..., vocab]``, ``targets`` int64 ``[...]``.  If ``scale`` is 1 over the number of microbatches of a
+    step, the results for all microbatches add up to the step's mean loss.
     """
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(exact.flatten(0, -2), targets.flatten()) * scale
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(wide.flatten(0, -2), targets.flatten()) * scale

@@ -60,7 +60,7 @@ class Comparison:
 
 
 class StageSize(NamedTuple):
-    """A stage in numbers.  ``ranks`` holds it, such as ``0>, 3<``; empty where several ranks hold parts of it."""
+    """A stage in numbers.  ``ranks`` names its holders, such as ``0>, 3<``; empty if several ranks hold parts of it."""
 
     ranks: str
     parameters: int
@@ -86,8 +86,8 @@ class Report(Generic[CaseT, ComparisonT]):
     facts:
         What was verified, as JSON.
     losses, norms:
-        Of the reference: the mean loss of each step in nats, and the gradient norm before each optimizer step (empty
-        where none is computed).
+        The reference's mean loss of each step, in nats, and its gradient norm before each optimizer step (empty if it
+        computes none).
     tensors:
         How many tensors of each implementation were compared.
     stages:

@@ -72,7 +72,7 @@ def _result(check: str, summary: str, findings: Sequence[Finding]) -> CheckResul
 
 
 def family(name: str) -> str:
-    """``dualpipe-lowered-P4-M8`` is of the family ``dualpipe-lowered``."""
+    """``dualpipe-lowered-P4-M8`` belongs to the family ``dualpipe-lowered``."""
     return name.partition("-P")[0]
 
 

@@ -1,4 +1,4 @@
-"""The check ``tests``: pytest on the selected files, read from its own report.
+"""The check ``tests``: runs pytest on the selected files and reads the JUnit report that pytest writes.
 
 pytest also loads this module, as a plugin that leaves out the tests marked ``long`` and counts them.
 """
@@ -20,22 +20,25 @@ if TYPE_CHECKING:
 LIMIT_S, LONG_LIMIT_S = 900.0, 1800.0
 _NOTHING_COLLECTED = 5  # pytest's exit code
 _MESSAGE, _TRACE = 2000, 4000
-"""Characters of a failed test's error, from its beginning, and of its trace, from its end."""
+"""How much of a failed test is kept: the first characters of its error, and the last ones of its trace."""
 
 
-def check(files: Sequence[str], why: str, report: Path, workers: int, first: bool, long: Sequence[str]) -> Check:
-    """Run tests in the given order; ``first`` stops at the first failure, pytest writes ``report``.
+def check(
+    files: Sequence[str], why: str, report: Path, workers: int, stop_at_failure: bool, with_long: Sequence[str]
+) -> Check:
+    """The check that runs the tests of ``files`` in the given order.
 
-    The tests marked ``long`` are left out and counted, except those of the files ``long``.
+    pytest writes its report to ``report``.  Tests marked ``long`` are left out and counted, except in the files
+    ``with_long``.  With ``stop_at_failure`` the run ends at the first test that fails.
     """
-    left_out = report.with_suffix(".long")
+    count_file = report.with_suffix(".long")
 
     def read(done: Completed) -> Reading:
-        not_run = _not_run(int(left_out.read_text()) if left_out.exists() else 0)
+        not_run = _not_run(int(count_file.read_text()) if count_file.exists() else 0)
         if done.code == _NOTHING_COLLECTED and not not_run:
             return Verdict.UNKNOWN, "no answer: the selected files have no test", ()
         if done.code == _NOTHING_COLLECTED:
-            return Verdict.SKIPPED, f"none of the selected files has a test that is not long{not_run}", ()
+            return Verdict.SKIPPED, f"all tests of the selected files are long{not_run}", ()
         passed, skipped, findings = read_report(report.read_text())
         summary = f"{passed} passed, {len(findings)} failed, {skipped} skipped{not_run}"
         if findings:
@@ -45,25 +48,25 @@ def check(files: Sequence[str], why: str, report: Path, workers: int, first: boo
         return (Verdict.PASSED if passed else Verdict.SKIPPED), summary, ()
 
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
-    options += ["-p", __name__, f"--long-left={left_out}", *(f"--long-of={file}" for file in long)]
+    options += ["-p", __name__, f"--long-count={count_file}", *(f"--with-long={file}" for file in with_long)]
     options += ["-n", str(workers), "--dist", "loadfile"] if workers else ["-p", "no:xdist"]
-    options += ["-x"] if first else []
-    limit = LONG_LIMIT_S if long else LIMIT_S
+    options += ["-x"] if stop_at_failure else []
+    limit = LONG_LIMIT_S if with_long else LIMIT_S
     return Check("tests", why, python("-m", "pytest", *options, *files), limit, read)
 
 
-def _not_run(long: int) -> str:
-    return f", {long} long test{'s' * (long > 1)} not run" if long else ""
+def _not_run(count: int) -> str:
+    return f", {count} long test{'s' * (count > 1)} not run" if count else ""
 
 
 def read_report(text: str) -> tuple[int, int, list[Finding]]:
-    """How many tests passed and were skipped, and the failures, of a JUnit report."""
+    """What a JUnit report says: the number of passed tests, that of skipped ones, and the failures."""
     passed = skipped = 0
     findings = []
     for case in ET.fromstring(text).iter("testcase"):
         failure = next((child for child in case if child.tag in ("failure", "error")), None)
         if failure is not None:
-            findings.append(_failed(case, failure))
+            findings.append(_finding(case, failure))
         elif case.find("skipped") is not None:
             skipped += 1
         else:
@@ -71,7 +74,7 @@ def read_report(text: str) -> tuple[int, int, list[Finding]]:
     return passed, skipped, findings
 
 
-def _failed(case: ET.Element, failure: ET.Element) -> Finding:
+def _finding(case: ET.Element, failure: ET.Element) -> Finding:
     path = case.get("file") or case.get("classname", "").replace(".", "/") + ".py"
     error = failure.get("message", "").strip() or "failed"
     trace = (failure.text or "").strip()
@@ -81,13 +84,13 @@ def _failed(case: ET.Element, failure: ET.Element) -> Finding:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gate")
-    group.addoption("--long-of", action="append", default=[], metavar="FILE", help="run the long tests of this file")
-    group.addoption("--long-left", metavar="FILE", help="write there how many long tests are not run")
+    group.addoption("--with-long", action="append", default=[], metavar="FILE", help="also run this file's long tests")
+    group.addoption("--long-count", metavar="FILE", help="write the number of long tests that do not run to this file")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = {(config.rootpath / file).resolve() for file in config.getoption("--long-of")}
+    wanted = {(config.rootpath / file).resolve() for file in config.getoption("--with-long")}
     left_out = [item for item in items if item.get_closest_marker("long") and item.path.resolve() not in wanted]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
-    Path(config.getoption("--long-left")).write_text(str(len(left_out)))
+    Path(config.getoption("--long-count")).write_text(str(len(left_out)))

@@ -22,10 +22,10 @@ def check(
     explained: Callable[[str], bool],
     bounds: Callable[[str, str], Location],
 ) -> Check:
-    """The theorems for every size, and their counts and makespans against the recorded ones.
+    """The check that proves the theorems for every size and compares their counts and makespans with the recorded ones.
 
-    If fewer obligations arise than at the base, or a makespan is another one, the changelog needs an entry:
-    ``explained(name)`` says whether it has one.  ``bounds(family, name)`` is the location of a written bound.
+    If fewer obligations arise than at the base, or a makespan differs from that of the base, the changelog needs an
+    entry: ``explained(name)`` says whether it has one.  ``bounds(family, name)`` is the line of a bound in the sources.
     """
 
     def read(done: Completed) -> Reading:
@@ -65,7 +65,7 @@ def _refuted(result: Mapping[str, Any], locator: Locator, bounds: Callable[[str,
 
 
 def stale_counts(recorded: Counts, counts: Counts) -> list[Finding]:
-    """The recorded counts that differ from those of the tree."""
+    """A finding for each recorded count that differs from that of the tree."""
     findings = []
     for name in {**recorded, **counts}:
         old, new = recorded.get(name), counts.get(name)
@@ -77,7 +77,7 @@ def stale_counts(recorded: Counts, counts: Counts) -> list[Finding]:
 
 
 def fallen_counts(base: Counts, counts: Counts, explained: Callable[[str], bool]) -> list[Finding]:
-    """Theorems of which fewer obligations arise than at the base, without an entry of the changelog."""
+    """A finding for each theorem with fewer arising obligations than at the base and no entry in the changelog."""
     findings = []
     for name, before in base.items():
         arising = counts[name].arising if name in counts else 0
@@ -89,7 +89,7 @@ def fallen_counts(base: Counts, counts: Counts, explained: Callable[[str], bool]
 
 
 def changed_makespans(base: Counts, counts: Counts, explained: Callable[[str], bool]) -> list[Finding]:
-    """Makespans that differ from those of the base, without an entry of the changelog."""
+    """A finding for each makespan that differs from that of the base and has no entry in the changelog."""
     return [
         Finding(
             "counts",
@@ -103,7 +103,7 @@ def changed_makespans(base: Counts, counts: Counts, explained: Callable[[str], b
 
 
 def _changed(base: Counts, counts: Counts) -> list[tuple[str, str, str]]:
-    """The theorems with another bound than at the base, and both bounds."""
+    """The theorems whose bound differs from that at the base, each with the bound before and now."""
     both = [(name, base[name].bound, count.bound) for name, count in counts.items() if name in base]
     return [(name, before, now) for name, before, now in both if before and now != before]
 

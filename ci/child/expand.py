@@ -98,5 +98,5 @@ def rows_of(planner: Any, ranks: int, microbatches: int) -> dict[str, Any] | Non
 
 
 if __name__ == "__main__":
-    answer, sys.stdout = sys.stdout, sys.stderr  # keeps what the tree prints out of the answer
-    json.dump(expand(Path(sys.argv[1])), answer)
+    output, sys.stdout = sys.stdout, sys.stderr  # whatever the imported code prints must not get into the JSON
+    json.dump(expand(Path(sys.argv[1])), output)

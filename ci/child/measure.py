@@ -31,5 +31,5 @@ def measure(text: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer, sys.stdout = sys.stdout, sys.stderr  # what the tree prints is not the answer
-    json.dump({name: measure(text) for name, text in json.load(sys.stdin).items()}, answer)
+    output, sys.stdout = sys.stdout, sys.stderr  # whatever the imported code prints must not get into the JSON
+    json.dump({name: measure(text) for name, text in json.load(sys.stdin).items()}, output)

@@ -1,9 +1,14 @@
-"""Prints the page with the timelines of the schedules that changed, before and after, as one HTML file.
+"""Prints an HTML page with the timelines of the schedules that a change affects, before and after the change.
 
     python -m ci.child.page < DATA > FILE
 
-The data is one JSON object: ``title``, ``verdict``, ``lead``, ``schedules`` with ``name``, ``what``, ``before`` and
-``after``, ``first`` the name of the one to show first, ``checks`` and ``findings`` as rows of text.
+The data is one JSON object::
+
+    title, verdict, lead    the head of the page
+    schedules               a list; each has ``name``, ``what`` (what has changed), and the texts ``before`` and
+                            ``after``, ``null`` for a schedule that was added or removed
+    first                   the name of the schedule to show first
+    checks, findings        the rows of two tables
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from typing import Any
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """The page as text."""
+    """The page as HTML."""
     from dualpipe.page.model import Page, Table
     from dualpipe.page.render import render
 
@@ -23,16 +28,16 @@ def page(data: Mapping[str, Any]) -> str:
     findings = Table("Findings", ("rule", "where", "story"), data["findings"])
     schedules = [(schedule["name"] == data["first"], _section(schedule)) for schedule in data["schedules"]]
     sections = [
-        *(section for first, section in schedules if first),
+        *(section for is_first, section in schedules if is_first),
         *([findings] if data["findings"] else []),
         checks,
-        *(section for first, section in schedules if not first),
+        *(section for is_first, section in schedules if not is_first),
     ]
     return render(Page(data["title"], data["verdict"], sections, data["lead"]))
 
 
 def _section(change: Mapping[str, Any]) -> Any:
-    """One schedule: its proof, its stories over the timeline, and beside it the schedule before the change."""
+    """The section of one schedule: its timelines before and after, and the verdicts and stories of plain search."""
     from dataclasses import replace
 
     from dualpipe.cli.page import comparison
@@ -53,5 +58,5 @@ def _section(change: Mapping[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    answer, sys.stdout = sys.stdout, sys.stderr  # what the tree prints is not the answer
-    answer.write(page(json.load(sys.stdin)))
+    output, sys.stdout = sys.stdout, sys.stderr  # whatever the imported code prints must not get into the page
+    output.write(page(json.load(sys.stdin)))

@@ -82,7 +82,7 @@ FAULTS = (
     ),
     fault(
         0,
-        "the B of an overlapped pair does not defer its weight gradients",
+        "the B of an F&B pair does not defer its weight gradients",
         EXECUTE,
         "            stack.enter_context(self.deferring(b))\n",
         "",

@@ -63,7 +63,7 @@ FAULTS = (
         '"2 weights deferred", r, "F0 SF0 W RB0 B0 SB0 RF0"',
         check="generator",
         rule="schedule",
-        says="row '2 weights deferred' runs a W and none is deferred",
+        says="row '2 weights deferred' runs a deferred W",
     ),
     fault(
         25,

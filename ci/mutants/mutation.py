@@ -138,7 +138,7 @@ def _apply(text: str, change: _Change) -> str:
 
 
 def _excluded(text: str) -> Iterator[tuple[Position, Position]]:
-    """Parts without meaning at run time, and texts: annotations, f-strings, code for type checkers alone."""
+    """Parts without meaning at run time, and texts: annotations, f-strings, code that only type checkers read."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             if node.name in _TEXTS or _named(node.decorator_list, "overload"):

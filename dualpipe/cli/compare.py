@@ -63,7 +63,7 @@ def compare(
     ] = None,
     overlap: Annotated[
         float | None,
-        typer.Option(help="What an overlapped pair takes, relative to F, B and W one after the other, as in 0.85."),
+        typer.Option(help="What an F&B pair takes, relative to F, B and W one after the other, as in 0.85."),
     ] = None,
     sizes: Annotated[
         str | None,
@@ -171,7 +171,7 @@ def _size(ranks: int | None, microbatches: int | None, others: Sequence[tuple[st
     sizes = {(schedule.ranks, sum(schedule.microbatches.values())): name for name, schedule in others}
     if len(sizes) > 1:
         shown = ", ".join(f"{name} has {p} ranks and {m} microbatches" for (p, m), name in sizes.items())
-        raise RuleError("schedules that are compared have one size", shown, "compare those of one size")
+        raise RuleError("compared schedules must have the same size", shown, "compare schedules of one size")
     for size in sizes:
         return size
     chosen = 4 if ranks is None else ranks
@@ -231,7 +231,7 @@ def _check_size(ranks: int | None, microbatches: int | None) -> None:
     """Raises ``RuleError`` for a size that no schedule has, or that would take hours."""
     for option, number in (("-P", ranks), ("-M", microbatches)):
         if number is not None and number < 1:
-            raise RuleError(f"{option} is 1 or more", f"got {number}", "correct it")
+            raise RuleError(f"{option} is 1 or more", f"got {number}", "use 1 or more")
     if ranks is not None and ranks > MOST_RANKS:
         raise RuleError(f"a comparison has at most {MOST_RANKS:,} ranks", f"got {ranks:,}", "compare a smaller size")
     if (ranks or 1) * (microbatches or 1) > MOST_TASKS:
@@ -267,16 +267,16 @@ def _costs(text: str | None, traces: Sequence[Path], latency: float | None, over
         costs = replace(costs, latency=latency)
     if overlap is not None:
         if costs.FB is not None:
-            raise RuleError("an overlapped pair has one cost", "got --overlap and FB= in --cost", "leave one out")
+            raise RuleError("an F&B pair has one cost", "got --overlap and FB= in --cost", "leave one out")
         if not 0 < overlap <= 2:
-            raise RuleError("--overlap is more than 0 and at most 2", f"got {overlap:g}", "correct it")
+            raise RuleError("--overlap is more than 0 and at most 2", f"got {overlap:g}", "give a number in this range")
         costs = replace(costs, FB=overlap * (costs.F + costs.backward))
     return costs
 
 
 def _limit(option: str, value: float | None) -> float | None:
     if value is not None and not 0 <= value <= 1e100:
-        raise RuleError(f"{option} is a number from 0 to 1e100", f"got {value:g}", "correct it")
+        raise RuleError(f"{option} is a number from 0 to 1e100", f"got {value:g}", "give a number in this range")
     return value
 
 

@@ -130,7 +130,7 @@ def _ending(name: str, folder: Path, code: int | None, limit: float) -> tuple[st
         return f"{name} had not returned after {limit:g} s{then}", "make it faster, or raise --entry-timeout"
     if code < 0:
         at = _innermost(trace)
-        return f"{name} was ended by {_signal(-code)}{f' ({at})' if at else ''}", "correct it"
+        return f"{name} was killed by {_signal(-code)}{f' ({at})' if at else ''}", "correct the function"
     return f"{name} ended its process with exit code {code}", "have it return instead"
 
 

@@ -35,7 +35,9 @@ def seconds(option: typer.CallbackParam, value: float | None) -> float | None:
     """Reject timeouts that are not positive, or too long for the clock."""
     if value is not None and not 0 < value <= MAX_SECONDS:
         raise RuleError(
-            f"{option.opts[-1]} is more than 0 and at most {MAX_SECONDS} seconds", f"got {value:g}", "correct it"
+            f"{option.opts[-1]} is more than 0 and at most {MAX_SECONDS} seconds",
+            f"got {value:g}",
+            "give a number in this range",
         )
     return value
 
@@ -44,7 +46,9 @@ def gibibytes(option: typer.CallbackParam, value: float | None) -> float | None:
     """Reject memory limits in which Z3 cannot even start."""
     if value is not None and not MIN_GIBIBYTES <= value <= MAX_GIBIBYTES:
         raise RuleError(
-            f"{option.opts[-1]} must be {MIN_GIBIBYTES} to {MAX_GIBIBYTES} GiB", f"got {value:g}", "correct it"
+            f"{option.opts[-1]} must be {MIN_GIBIBYTES} to {MAX_GIBIBYTES} GiB",
+            f"got {value:g}",
+            "give a number in this range",
         )
     return value
 
@@ -86,7 +90,7 @@ Blocking = Annotated[
 Cost = Annotated[
     str | None,
     typer.Option(
-        help="Times of F, B, W, a full backward (BW), an overlapped pair (FB), the latency of a message, and "
+        help="Times of F, B, W, a full backward (BW), an F&B pair (FB), the latency of a message, and "
         "collectives (AA, AR, US, RS, RG; 0 if not given).",
         metavar="NAME=NUMBER,...",
         show_default="F=1,B=1,W=1",

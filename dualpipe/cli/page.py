@@ -39,7 +39,7 @@ def _section(outcome: Outcome) -> Comparison:
 
 
 def comparison(report: Report, after: Schedule, before: Schedule | None = None, source: str = "") -> Comparison:
-    """The report on a schedule as a section of the page, beside the schedule that it replaces.
+    """The report on a schedule as a section of the page, together with the schedule that it replaces.
 
     If it deadlocks, its timeline is simulated with blocking messages, so that it stops where the story says.
     """

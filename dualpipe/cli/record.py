@@ -74,7 +74,7 @@ def record(
             show_default="every pipeline",
         ),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds after which the program is ended.", callback=seconds)] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds until the program is stopped.", callback=seconds)] = 120.0,
     stall: Annotated[
         float,
         typer.Option(help="It counts as a hang if all ranks wait for this many seconds.", callback=seconds),
@@ -186,7 +186,7 @@ def record(
         _report(recording, ending if number == 1 else (), end.seconds)
     _write_all(recordings, output)
     for recording in recordings:
-        caveats = [*([] if end.succeeded else ["the program failed or was ended"]), *recording.caveats]
+        caveats = [*([] if end.succeeded else ["the program failed or was stopped"]), *recording.caveats]
         result = {**recording.as_json(), "caveats": caveats, "exit_codes": end.codes}
         if prove:
             from proofs.models import parse_models
@@ -247,7 +247,7 @@ def _numbered(output: Path | None, number: int) -> Path | None:
 def _further(output: Path | None, ranks: int | None, is_one: bool) -> list[Target]:
     """The files that exist under the names of further pipelines: a job may have one for every two ranks.
 
-    ``is_one`` is whether the options leave one pipeline alone.
+    ``is_one`` is whether the options select a single pipeline.
     """
     if output is None or is_one or not output.parent.is_dir():
         return []
@@ -290,7 +290,7 @@ def _compare_with(other: Against, recording: Recording, succeeded: bool) -> Agai
 
 
 def _check_waived(waive: Sequence[str], prove: bool) -> None:
-    """Raise ``RuleError`` for a name that is no check, and for ``--waive`` without ``--prove``."""
+    """Raise ``RuleError`` for a name that is not a check, and for ``--waive`` without ``--prove``."""
     if not waive:
         return
     from proofs.waivers import waived
@@ -301,7 +301,7 @@ def _check_waived(waive: Sequence[str], prove: bool) -> None:
 
 
 def _check_model(model: str, prove: bool) -> None:
-    """Raise ``RuleError`` for a name that is no model, and for ``--model`` without ``--prove``."""
+    """Raise ``RuleError`` for a name that is not a model, and for ``--model`` without ``--prove``."""
     if model == "all":
         return
     from proofs.models import parse_models

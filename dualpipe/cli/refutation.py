@@ -14,8 +14,8 @@ from proofs.verdict import Refuted
 def refutation(name: str, schedule: Schedule, waive: Collection[str] = ()) -> Absent | None:
     """The first failure or refuted check that is not waived, without a run of Z3; ``None`` if there is none.
 
-    The published bound of ``memory`` is no reason to refuse a schedule.  Raises ``RuleError`` for a name in ``waive``
-    that is no check.
+    A schedule is not refused for exceeding the published bound of ``memory``.  Raises ``RuleError`` for a name in
+    ``waive`` that is not a check.
     """
     report = prove(schedule, smt=False, waive=waive)
     for failure in report.failures:

@@ -53,7 +53,7 @@ def show(
         bool, typer.Option("--csv", help="Print a table of torch.distributed.pipelining (compute_comms) instead.")
     ] = False,
     compute_only: Annotated[
-        bool, typer.Option("--compute-only", help="With --csv: computes alone, to which torch adds messages itself.")
+        bool, typer.Option("--compute-only", help="With --csv: only computes, to which torch adds messages itself.")
     ] = False,
     cost: options.Cost = None,
     entry_timeout: options.EntryTimeout = LIMIT_SECONDS,

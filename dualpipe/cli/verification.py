@@ -107,7 +107,7 @@ def describe_megatron(case: MegatronCase) -> str:
         "sequences of different lengths": case.variable_lengths,
         "experts balanced over all replicas": case.global_aux_loss,
         "clipping of queries and keys": case.qk_clip,
-        f"{case.further_layers} layers for further tokens": case.further_layers,
+        f"{case.mtp_layers} multi-token prediction layers": case.mtp_layers,
         "tied embeddings": case.tied,
         f"layout {case.layers_of_stages}": case.layers_of_stages,
         f"late W {case.late_w}": case.late_w != "none",

@@ -116,20 +116,18 @@ def verify(
     qk_clip: Annotated[
         bool, _flag("--qk-clip", "Clip query and key weights by the largest attention logits; needs --dtype bf16.")
     ] = False,
-    mtp: Annotated[int, _flag("--mtp", "Layers that predict further tokens.")] = 0,
+    mtp: Annotated[int, _flag("--mtp", "Multi-token prediction (MTP) layers.")] = 0,
     tied: Annotated[bool, _flag("--tied", "Tie the output layer to the embedding.")] = False,
     layout: Annotated[
         str | None,
-        _flag(
-            "--layout", "Layers of each stage, such as Et|tt|ttmL: E embedding, t decoder, m further tokens, L loss."
-        ),
+        _flag("--layout", "Layers of each stage, such as Et|tt|ttmL: E embedding, t decoder, m MTP, L loss."),
     ] = None,
     without: Annotated[
         list[Part] | None,
         _flag(
             "--without",
             "Leave a part out of --model deepseek: latent attention, groups of experts, the shared expert, the router "
-            "bias, the dense first layer, the layer for further tokens, or the uneven layout.",
+            "bias, the dense first layer, the multi-token prediction layer, or the uneven layout.",
         ),
     ] = None,
     dropout: Annotated[float, _flag("--dropout", "Probability of dropout.")] = 0.0,

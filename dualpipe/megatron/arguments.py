@@ -23,8 +23,8 @@ Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 def add_dualpipe_args(parser: Parser) -> Parser:
     """Add ``--use-dualpipe``, ``--use-dualpipev`` and the flags for them to a parser and return it.
 
-    Megatron-LM's ``extra_args_provider`` requires that.  A flag that the parser already has, as FlagScale's may have,
-    stays as it is.
+    Megatron-LM's ``extra_args_provider`` must return the parser.  If the parser already has one of the flags, as
+    FlagScale's may, that flag is left unchanged.
     """
     group = parser.add_argument_group("dualpipe", "bidirectional pipeline")
     present = parser._option_string_actions  # argparse has no public way to ask

@@ -86,7 +86,7 @@ def clips_shards(settings: Any) -> str | None:
     return is_set("qk_clip")(settings) if settings.use_distributed_optimizer else None
 
 
-def further_tokens_elsewhere(settings: Any) -> str | None:
+def mtp_before_last_stage(settings: Any) -> str | None:
     layout = settings.pipeline_model_parallel_layout
     if layout is None:
         return None

@@ -1,8 +1,8 @@
 """Embedding weights that a model uses at both of its ends: tied output weights, and multi-token prediction.
 
-Megatron keeps a copy of the embedding on the last stage if the output layer is tied to it, or if layers predict further
-tokens.  Both copies start equal, get the sum of their gradients at every step, and so stay equal.  Under DualPipe each
-stage has two replicas, so there are four copies::
+Megatron keeps a copy of the embedding on the last stage if the output layer is tied to it, or if there are multi-token
+prediction layers.  Both copies start equal, get the sum of their gradients at every step, and so stay equal.  Under
+DualPipe each stage has two replicas, so there are four copies::
 
     rank        0                       P-1
     lane >      stage 0, embedding      stage P-1, its copy
@@ -45,7 +45,7 @@ def require_ends(groups: Groups, built: Mapping[int, nn.Module]) -> None:
     for stage, module in built.items():
         if getattr(module, "mtp_process", False) and stage != groups.stages - 1:
             raise RuleError(
-                "layers that predict further tokens must be on the last stage, with the loss",
+                "multi-token prediction layers must be on the last stage, with the loss",
                 f"the provider built them in stage {stage} of {groups.stages}",
                 "put every m of --pipeline-model-parallel-layout into its last part",
             )

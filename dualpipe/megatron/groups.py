@@ -1,10 +1,10 @@
 """Process groups of DualPipe: those of each stage, and the pipeline position that Megatron reads for a chunk.
 
-``dualpipe.megatron.placement`` shows which stages a rank holds.  With one lane, Megatron's own groups serve.  With two,
-the gradients of a stage are reduced over both of its replicas and all data-parallel ranks at once.  Its group lists
-the replica of lane > first, then that of lane <, each in data-parallel order, so that sums are added in the order in
-which 1F1B with twice the data parallelism adds them.  (Before torch 2.12 a group's ranks are always sorted; then the
-sums of more than two replicas may differ from 1F1B's in their last bits.)
+``dualpipe.megatron.placement`` shows which stages a rank holds.  With one lane, Megatron's own groups are used.  With
+two lanes, the gradients of a stage are reduced over both of its replicas and all data-parallel ranks at once.  The
+group of the stage lists the replicas of lane > first, then those of lane <, each in data-parallel order.  So gradients
+are added in the same order as by 1F1B with twice the data parallelism.  (Before torch 2.12 a group's ranks are always
+sorted; then the sums of more than two replicas may differ from 1F1B's in their last bits.)
 
 With several instances of the distributed optimizer, that list is cut into as many blocks.  The replicas of a block
 share one copy of the optimizer's state, and the replicas at the same place in each block sum their shards::
@@ -84,9 +84,9 @@ class Groups:
     """The process groups of one rank.
 
     ``chunks`` has the groups of each of the rank's two chunks, in order of stage.  All ranks that hold a stage run
-    their collectives in this order.  With two lanes, ``pair`` joins the two ranks that hold the same two stages, the
-    one that holds the lower stage for lane > first; with one there is none.  ``embedding`` is Megatron's group of the
-    ranks with a copy of the embedding, if this rank is one of them and not the only one.
+    their collectives in this order.  With two lanes, ``pair`` has the two ranks that hold the same two stages; the one
+    that holds the lower stage for lane > comes first.  With one lane it is ``None``.  ``embedding`` is Megatron's group
+    of the ranks with a copy of the embedding, if this rank is one of several such ranks.
     """
 
     placement: Placement
@@ -123,7 +123,7 @@ class Groups:
 
 
 def create_groups(schedule: str) -> Groups:
-    """Create DualPipe's groups beside Megatron's own; every process of the job calls this together.
+    """Create DualPipe's groups in addition to Megatron's own; every process of the job calls this together.
 
     ``parallel_state.initialize_model_parallel`` must have run.  Raises ``RuleError`` if the schedule does not run on a
     pipeline of that size.

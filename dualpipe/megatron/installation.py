@@ -40,9 +40,9 @@ _source: Callable[[], Any] = lambda: None  # noqa: E731 - returns the arguments 
 def get_forward_backward_func(config_or_args: Any, *args: Any, **kwargs: Any) -> Function:
     """``forward_backward_dualpipe`` if ``use_dualpipe`` or ``use_dualpipev`` is set, else Megatron's own schedule.
 
-    ``config_or_args.dualpipe_late_w``, if there is one, becomes its ``late_w``, and ``dualpipe_overlap_moe`` its
-    ``overlap_moe``.  The other arguments are passed to
-    Megatron's selector, whose result is returned unchanged.
+    If set, ``config_or_args.dualpipe_late_w`` and ``.dualpipe_overlap_moe`` are passed to ``forward_backward_dualpipe``
+    as ``late_w`` and ``overlap_moe``.  The other arguments are for Megatron's selector, which is called without either
+    flag and whose result is returned unchanged.
     """
     if schedule_of(config_or_args) is not None:
         from dualpipe.megatron.schedule import forward_backward_dualpipe
@@ -57,10 +57,11 @@ def get_forward_backward_func(config_or_args: Any, *args: Any, **kwargs: Any) ->
 
 
 def install(args: Any = None) -> None:
-    """Replace Megatron's functions by stand-ins, in every module imported so far and in those imported later.
+    """Replace Megatron's functions by stand-ins in every module imported so far.
 
-    Call it after importing the training loop and before running it.  A second call covers the modules that were
-    imported in between, and takes the new ``args``; nothing is replaced twice.
+    Call it after importing the training loop and before running it.  A module that later imports one of the replaced
+    functions by name gets the stand-in.  A function whose own module is imported later, such as FlagScale's
+    ``get_model``, needs a second call.  That call also takes the new ``args``; nothing is replaced twice.
 
     Args:
         args: The arguments whose ``use_dualpipe`` or ``use_dualpipev`` decides.  ``None`` means Megatron-LM's global
@@ -130,7 +131,7 @@ def _original_selector() -> Function:
 def replace_everywhere(pairs: Sequence[tuple[Function, Function]]) -> None:
     """In every module outside this package, replace the first of each pair by the second, under whatever name."""
     replacement = {id(old): new for old, new in pairs}
-    if not replacement:  # thousands of modules need not be searched
+    if not replacement:  # so that thousands of modules are not searched in vain
         return
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and not name.startswith(_OWN_PACKAGE):

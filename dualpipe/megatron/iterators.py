@@ -6,17 +6,18 @@ The lanes take items in turn, and every rank assigns them in the same way::
     microbatch of lane >     0       1       2
     microbatch of lane <         0       1       2
 
-So each lane reads what a data-parallel replica with half the microbatches would read.  With Megatron's samplers and
-data parallelism d, the lanes read the samples of 2d replicas under 1F1B: lane ``>`` of rank j those of replica j, lane
-``<`` those of replica d + j.
+So each lane reads what a data-parallel replica with half the microbatches would read.  With Megatron's samplers and d
+data-parallel ranks, the lanes read the samples that 2d replicas read under 1F1B: lane ``>`` of data-parallel rank j
+reads those of replica j, and lane ``<`` those of replica d + j.
 
-Under DualPipe the first and the last rank each hold the first stage of one lane and the last stage of the other, and
-each reads its own copy of the stream: the tokens of a microbatch of lane ``>`` on rank 0 and its labels on the last
-rank are from the same item.  No rank reads an item twice.
+Under DualPipe the first and the last rank each hold the first stage of one lane and the last stage of the other.  Each
+of the two ranks has a stream of its own with the same items.  Rank 0 takes the tokens of a microbatch of lane ``>``
+from an item, and the last rank its labels from the same item.  No rank reads an item of its stream twice.
 
 Under DualPipeV there is one lane, and both chunks of a rank get every item: on the first rank the first stage takes its
-tokens, and later the last stage its labels.  Each chunk gets a dict or list of its own, with the same tensors: loops
-take out what a stage does not need (Megatron-LM's main sets the first stage's ``loss_mask`` to ``None``).
+tokens, and later the last stage its labels.  If an item is a dict or a list, each chunk gets a copy of it with the same
+tensors, because training loops remove what a stage does not need (Megatron-LM's main branch sets the first stage's
+``loss_mask`` to ``None``).
 """
 
 from __future__ import annotations
@@ -31,21 +32,22 @@ from dualpipe.schedule import DOWN, UP, Chunk, Lane
 
 LANES = (UP, DOWN)
 Reader = Lane | Chunk
-"""Who takes items: the chunk of a lane, or one of two chunks of the same lane."""
+"""What takes items: a lane, if the rank has one chunk of each lane; a chunk, if both are of the same lane."""
 
 
 def _lane(reader: Reader) -> Lane:
     return reader if isinstance(reader, Lane) else reader.lane
 
 
-def _in_order_of_data(chunk: Chunk) -> tuple[int, int]:
+def _by_lane_and_stage(chunk: Chunk) -> tuple[int, int]:
     return LANES.index(chunk.lane), chunk.stage
 
 
 class _Dealer:
-    """A stream, and the items read from it that their readers have not taken yet.
+    """Reads one stream and deals its items to ``lanes`` in turn.
 
-    ``lanes`` are those among which items are dealt in turn.
+    ``waiting`` has for each reader the items of its lane that it has not taken yet.  The items of a lane without a
+    reader are dropped.
     """
 
     def __init__(self, source: Iterator[Any], readers: Iterable[Reader], lanes: Sequence[Lane] = LANES) -> None:
@@ -55,7 +57,7 @@ class _Dealer:
         self.waiting: dict[Reader, deque[Any]] = {reader: deque() for reader in readers}
 
     def deal(self) -> None:
-        """Read an item and keep it for the readers of its lane; drop it if they read from another stream."""
+        """Read one item and keep it for the readers of its lane, if there are any."""
         item = next(self.source)
         owner = self.lanes[self.read % len(self.lanes)]
         self.read += 1
@@ -69,7 +71,7 @@ class _Dealer:
         return self.waiting[reader].popleft()
 
     def read_to(self, end: int) -> None:
-        """Read on up to item ``end``, unless nothing was read at all or the stream ends."""
+        """Read on until ``end`` items were read in all, or until the stream ends.  An unread stream is left alone."""
         while 0 < self.read < end:
             try:
                 self.deal()
@@ -93,7 +95,7 @@ class LaneIterator:
         """The lane's next microbatch.
 
         Raises:
-            RuleError: If the data ends before it.  A ``StopIteration`` would silently end some loop.
+            RuleError: If the data ends before it.  Not ``StopIteration``: a loop that calls this would end silently.
         """
         try:
             item = self._dealer.take(self.reader)
@@ -129,14 +131,15 @@ class LaneData:
 
     @property
     def waiting(self) -> int:
-        """The number of items that were read before a later one and have not been taken."""
+        """The number of items that were read and have not been taken."""
         return sum(len(items) for dealer in self._dealers for items in dealer.waiting.values())
 
     def finish(self, microbatches: int) -> None:
-        """End a step of ``microbatches`` in all lanes together: advance the stream to where the next step begins.
+        """End a step: advance the stream to the first item of the next step.
 
-        If only one lane's stage takes data on a rank, reading has stopped at an item of that lane.  Reading on to the
-        end of the step, and dropping the items that were not taken, keeps every rank at the same item of the stream.
+        ``microbatches`` counts those of the step on all lanes together.  A rank on which only one lane takes data has
+        stopped reading at the last item of that lane.  It reads on to the end of the step and drops what was not taken,
+        so all ranks begin the next step at the same item.
         """
         for dealer in self._dealers:
             dealer.read_to(microbatches)
@@ -147,24 +150,26 @@ class LaneData:
 def split_data_iterator(data_iterator: Any, chunks: Sequence[Chunk] | None = None) -> LaneData:
     """Split a step's data between the two lanes; call it once for each step, and ``finish`` at the end of the step.
 
-    The stream is read in its own order, only when a microbatch is taken, and only up to that microbatch; items of the
-    other lane on the way are kept.  So Megatron-LM's ``RerunDataIterator``, which records the reads of a step and
-    replays them after ``rewind()``, gets the same reads in the same order.
+    The stream is read in order, and only when a microbatch is taken, up to the item of that microbatch.  Items of the
+    other lane that are read on the way are kept.  So Megatron-LM's ``RerunDataIterator``, which records the reads of a
+    step and replays them after ``rewind()``, sees the same reads in the same order.
 
     Args:
         data_iterator: What Megatron passes to a schedule:
 
             - an iterator of microbatches (any object with ``__next__``),
-            - ``None``, on a rank without data: both lanes are ``None`` then,
-            - a list of one of these,
+            - ``None``, on a rank without data: both lanes get ``None``,
+            - a list with one of these,
             - a list of two, one for each model chunk, as Megatron builds it for two chunks: **each has the whole
-              stream**.  If both are the same object, it is split once.  If not, lane ``>`` takes its items from the
-              first and lane ``<`` from the second, and each drops the other's.  If one is ``None``, the other is split.
+              stream**.  If both are the same object, that stream is split.  If not, lane ``>`` takes its items from
+              the first stream and lane ``<`` from the second, and the items of the other lane are dropped.  If one is
+              ``None``, the other one is split.
 
-        chunks: The two chunks of a rank, each of which gets an iterator; items are dealt among their lanes.
+        chunks: The two chunks of the rank, if each of them is to get an iterator (in place of each lane).  Items are
+            dealt to the lanes of these chunks.
 
     Raises:
-        RuleError: If it is none of these.
+        RuleError: If ``data_iterator`` is none of these.
     """
     given = list(data_iterator) if isinstance(data_iterator, list | tuple) else [data_iterator]
     if not 1 <= len(given) <= len(LANES):
@@ -181,7 +186,7 @@ def split_data_iterator(data_iterator: Any, chunks: Sequence[Chunk] | None = Non
                 f"got a {type(stream).__name__}",
                 "pass iter(...) of it, created once for the run",
             )
-    readers: list[Reader] = [*LANES] if chunks is None else [*sorted(chunks, key=_in_order_of_data)]
+    readers: list[Reader] = [*LANES] if chunks is None else [*sorted(chunks, key=_by_lane_and_stage)]
     if not streams:
         return LaneData(dict.fromkeys(readers), [])
     lanes = list(dict.fromkeys(map(_lane, readers)))

@@ -5,9 +5,9 @@
 
 The second command rehearses the job on CPUs over gloo, as a small model allows (``dualpipe.megatron.on_cpu``).
 
-The script's command line gets the options of ``add_dualpipe_args`` beside its own, and the functions of Megatron that
-``dualpipe.megatron.install`` names are replaced by stand-ins.  Without ``--use-dualpipe`` or ``--use-dualpipev`` the
-script runs as it is.
+The script accepts the options of ``add_dualpipe_args`` in addition to its own, and ``dualpipe.megatron.install``
+replaces Megatron's functions by stand-ins.  Without ``--use-dualpipe`` or ``--use-dualpipev`` the script runs as if it
+were started directly.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _fix(missing: str | None) -> str:
 
 
 def with_dualpipe_args(parse_args: Callable[..., Any], *, on_cpu: bool = False) -> Callable[..., Any]:
-    """Megatron-LM's ``parse_args`` with DualPipe's options beside those that the script adds itself.
+    """Megatron-LM's ``parse_args`` with DualPipe's options in addition to those that the script adds itself.
 
     With ``on_cpu``, options that need a GPU get the values that a CPU needs.
     """

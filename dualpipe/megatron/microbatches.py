@@ -29,7 +29,7 @@ def data_parallel_size(args: Any) -> int:
 
 
 def training_batches(args: Any) -> Iterator[Batch]:
-    """Every global batch size of training: of a schedule of batch sizes, of a ramp-up, or the only one.
+    """Every global batch size of training: those of a schedule of batch sizes or of a ramp-up, or else the only one.
 
     Raises:
         ValueError: If a schedule of batch sizes cannot be read.

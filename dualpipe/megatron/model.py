@@ -68,7 +68,7 @@ class ChunkSetup:
     split: Split
 
     def drawing(self) -> AbstractContextManager[object]:
-        """Around a forward: random numbers come from this chunk's stream."""
+        """A context in which random numbers come from this chunk's stream; each forward runs in it."""
         return nullcontext() if self.chunk == self.shared.groups.own else self.shared.stream.drawing()
 
 
@@ -282,8 +282,8 @@ def _equalise(module: nn.Module, chunk: Chunk, groups: Groups) -> None:
 def _shard_over_stage(module: Any, collection: ProcessGroupCollection) -> None:
     """Number a stage's replicas over both lanes in checkpoints, so that exactly one is the main replica.
 
-    Experts number theirs by a group that they keep.  Megatron builds those of layers for further tokens without the
-    collection, so they keep the rank's own.
+    Experts number their replicas by a group that they keep.  Megatron builds the experts of multi-token prediction
+    layers without the collection, so these have kept the rank's own group.
     """
     stock = module.sharded_state_dict
     own = ProcessGroupCollection.use_mpu_process_groups()

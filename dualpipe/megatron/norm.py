@@ -1,11 +1,12 @@
 """The gradient norm of a rank with two stages, added up stage by stage as under 1F1B, so that it has the same bits.
 
 Under 1F1B a rank computes the sum of squares of its one stage, and an all-reduce adds these numbers.  Here a rank has
-two of them.  If it added them first, the total would differ in its last bits, and with clipping so would all weights.
-So each rank computes one number for each chunk, all ranks exchange them, and each adds them in the order in which
-gloo's all-reduce adds those of 1F1B: from the last rank to the first.  (NCCL chooses its own order.)  In that order, a
-rank of 1F1B is a stage and one of its replicas: those of lane > first, in each lane by data-parallel rank.  Several
-instances of the distributed optimizer have the same gradients in shards of their own, so those of the first one count.
+two such numbers.  If it added them first, the total would differ in its last bits, and with clipping all weights would
+differ too.  So each rank computes one number for each chunk, all ranks exchange their numbers, and each rank adds them
+in the order of gloo's all-reduce under 1F1B: from the last rank to the first.  (NCCL chooses its own order.)  Each rank
+of 1F1B stands for one replica of a stage: first the replicas of lane >, then those of lane <, in each lane by
+data-parallel rank.  Every instance of the distributed optimizer has all gradients, in shards of its own, so only those
+of the first instance count.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def _gradients(part: Any, owner: Mapping[int, Chunk], chunk: Chunk) -> list[Tens
 
 @contextmanager
 def _only(part: Any, parameters: list[Any]) -> Iterator[None]:
-    """Inside the block, the optimizer has these parameters alone."""
+    """Inside the block, the optimizer has only these parameters."""
     part.get_parameters = lambda: parameters
     try:
         yield

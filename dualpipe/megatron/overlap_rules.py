@@ -1,7 +1,7 @@
 """The settings with which ``--dualpipe-overlap-moe`` cannot overlap the communication of experts, as a table of rules.
 
-The reasons are from megatron-core 0.16.1.  Its own flag, ``overlap_moe_expert_parallel_comm``, and the settings that it
-requires, such as ``delay_wgrad_compute``, are refused with every schedule of ours: DualPipe decides when W runs.
+The reasons are from megatron-core 0.16.1.  Its own flag, ``overlap_moe_expert_parallel_comm``, is refused with every
+schedule of ours, because DualPipe decides when W runs (``dualpipe.megatron.rules``).
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from dualpipe.megatron.checks import (
     either,
     first,
     fp8_history,
-    further_tokens_elsewhere,
     has_any,
     is_above_one,
     is_given,
     is_other_than,
     is_set,
+    mtp_before_last_stage,
     odd_pipeline,
     ties_and_predicts,
     virtual_pipeline,
@@ -83,9 +83,9 @@ RULES: tuple[Rule, ...] = (
     ),
     # The model
     Rule(
-        "layers that predict further tokens must be on the last stage",
+        "multi-token prediction layers must be on the last stage",
         "only the first and the last stage sum their copies of the embedding",
-        further_tokens_elsewhere,
+        mtp_before_last_stage,
         "put every m of --pipeline-model-parallel-layout into its last part",
     ),
     Rule(
@@ -266,7 +266,7 @@ RULES_V: tuple[Rule, ...] = (
         "change --global-batch-size, --rampup-batch-size or --micro-batch-size",
     ),
 )
-"""Rules of DualPipeV alone."""
+"""Rules for DualPipeV only."""
 
 UPSTREAM: tuple[Rule, ...] = (
     Rule(

@@ -18,11 +18,11 @@ from dualpipe.megatron.arguments import validate_overlap
 from dualpipe.megatron.computation import Call, MegatronComputation, token_count
 from dualpipe.megatron.data_parallel import reduced_once, require_trainable
 from dualpipe.megatron.expert_overlap import PlannedComputation
-from dualpipe.megatron.further_losses import collect_further_losses
 from dualpipe.megatron.groups import groups_of_finalizing
 from dualpipe.megatron.iterators import split_data_iterator
 from dualpipe.megatron.losses import collect_losses
 from dualpipe.megatron.model import ChunkSetup, Shared, setup_of, setups_of
+from dualpipe.megatron.mtp_losses import collect_mtp_losses
 from dualpipe.megatron.statistics import combine_over_lanes
 from dualpipe.runtime.executor import Executor
 from dualpipe.runtime.transport import TensorSpec
@@ -53,9 +53,9 @@ def forward_backward_dualpipe(
 ) -> list[Any]:
     """Run the forwards and backwards of a step in the order of DualPipe or DualPipeV, for which the model was built.
 
-    The keywords are those of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later), and ``late_w``, which is
-    that of ``dualpipe.dualpipe``, and ``overlap_moe``, with which a training step runs the F&B pairs of the schedule as
-    one unit (see ``dualpipe.megatron.expert_overlap``); ``model`` is the list that ``build_dualpipe_model`` returned.
+    It takes the keywords of ``megatron.core.pipeline_parallel.schedules`` (0.16.1 and later) and two more: ``late_w``
+    as in ``dualpipe.dualpipe``, and ``overlap_moe``, with which a training step runs each F&B pair as one unit (see
+    ``dualpipe.megatron.expert_overlap``).  ``model`` is the list that ``build_dualpipe_model`` returned.
 
     ``num_microbatches`` counts both lanes of DualPipe: item 2k of the data is microbatch k of lane >, item 2k+1
     microbatch k of lane <.  Each lane is a data-parallel replica, so losses are scaled by half of ``num_microbatches``
@@ -139,7 +139,7 @@ def forward_backward_dualpipe(
     with transport.phase("collection of losses"):
         collected = collect_losses(computation.collected, where.ends(), transport, transport.device)
         if config.mtp_num_layers and not forward_only:
-            collect_further_losses(where.ends(), transport, transport.device)
+            collect_mtp_losses(where.ends(), transport, transport.device)
     if not forward_only:
         with transport.phase("reduction of gradients"):
             transport.meet()  # a collective cannot be interrupted, so it starts only if no rank has failed

@@ -132,7 +132,7 @@ def load_checkpoint(args: Any, original: Function, call: inspect.BoundArguments)
 def save_checkpoint(args: Any, original: Function, call: inspect.BoundArguments) -> Any:
     """``megatron.training.checkpointing.save_checkpoint``: saves only if both replicas of each stage are equal.
 
-    The random numbers of a second stage under DualPipeV are saved beside those of the first.
+    Under DualPipeV the random numbers of a rank's second stage are saved in addition to those of the first.
     """
     from dualpipe.megatron.checkpoint import random_stream_saved, require_equal_replicas
 

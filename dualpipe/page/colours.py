@@ -16,7 +16,7 @@ from dualpipe.timeline.palette import DARK, LIGHT, Colour, Scheme, colour, ink, 
 
 
 def style(counts: Iterable[int]) -> str:
-    """The properties for schedules with these numbers of tones: light ones, and dark ones for dark screens alone."""
+    """The properties for schedules with these numbers of tones: light ones, and dark ones used only on dark screens."""
     numbers = sorted(set(counts))
     light, dark = (_declarations(scheme, numbers) for scheme in (LIGHT, DARK))
     return (

@@ -118,7 +118,9 @@ def _ops(schedule: Schedule, starts: list[list[int]], rank: int, slot: int, op: 
     found = [first + position for position, other in enumerate(ops) if op in ("", str(other), str(other.bare))]
     if not found:
         raise RuleError(
-            "a mark names an op of its slot", f"slot {slot} of rank {rank} is {show_slot(ops)}, not {op}", "correct it"
+            "a mark names an op of its slot",
+            f"slot {slot} of rank {rank} is {show_slot(ops)}, not {op}",
+            "name one of them",
         )
     return found[-1:] if op else found
 

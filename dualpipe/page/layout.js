@@ -1,6 +1,6 @@
 /* Where every op is drawn: its time from x0 to x1, and within its rank's row from y0 to y1 in pixels.
 
-     row   | F5>  | F6> top, B2< W2< below |      computes in time; an overlapped slot has two decks
+     row   | F5>  | F6> top, B2< W2< below |      computes in time; an F&B pair is drawn as two halves
            ||||     |||                           messages below, side by side from when they are posted
 */
 

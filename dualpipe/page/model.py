@@ -12,7 +12,7 @@ from dualpipe.timeline.timeline import Costs, Timeline
 
 @dataclass(frozen=True)
 class Mark:
-    """One step of a counterexample: a place and, if there is one, the place that it waits for or clashes with.
+    """One step of a counterexample: a place and, if there is one, the place that it waits for or is matched with.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ class Mark:
     sentence:
         The step in words.
     peer_rank, peer_slot, peer_op:
-        The other end of the arrow.  Without a slot the arrow ends on the rank's row: it never gets there.  Without a
-        rank there is no arrow.
+        The other end of the arrow.  If ``peer_slot`` is ``None``, the arrow ends on the row of ``peer_rank``, which
+        never reaches such an op.  If ``peer_rank`` is ``None``, there is no arrow.
     """
 
     rank: int
@@ -61,16 +61,16 @@ class Comparison:
     Parameters
     ----------
     before, after:
-        Either may be missing: a schedule that is new, removed, or just looked at (``after`` alone).  With both, the
+        Either may be missing: a schedule that is new, removed, or just looked at (only ``after``).  With both, the
         page shows what changed, slot by slot.
     verdict:
         One of ``VERDICTS``, or any other short text.
     source:
         Where the schedule comes from, such as a file's path.
     counterexamples:
-        Their marks point into ``after`` (into ``before`` where that is all there is).
+        Their marks are places of ``after``, or of ``before`` if there is no ``after``.
     tables:
-        Shown below the timelines, before the numbers and the changed slots, which the page works out by itself.
+        Shown below the timelines.  The figures and the changed slots, which the page computes itself, come after them.
     costs, blocking:
         How the timelines are simulated; see ``dualpipe.timeline.simulate``.
     """

@@ -1,4 +1,4 @@
-"""Forwards and backwards that take a tensor from outside of torch's operators, which another stage may have made."""
+"""Finds forwards and backwards whose input came from outside of torch's operators, perhaps from another stage."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def note_arrivals(logs: Sequence[RankLog], everything: Sequence[RankLog]) -> Non
     """Add a doubt to the ``logs`` of one training step for every forward whose input may be an activation.
 
     ``everything`` are the logs of all steps.  The input may be an activation if it was made from NumPy, a list or the
-    like after one had left torch on that rank, or if it is from a collective or a pickled object into which some rank
-    had put one.
+    like after an activation had left torch on that rank, or if it comes from a collective or a pickled object into
+    which some rank had put an activation.
     """
     pickled = any("pickle" in log.left for log in everything)
     for log in logs:

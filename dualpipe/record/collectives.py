@@ -1,8 +1,8 @@
 """The op of every collective that the ranks of a pipeline run among themselves.
 
-On each communicator the k-th collective of one member meets the k-th of every other one.  Members that call another
-function there, or give it a tensor of another shape or the gradient of another parameter, do not meet: their ops are of
-different kinds or stages, so that ``dualpipe prove`` refutes ``messages``, and a note gives both lines.
+On each communicator the k-th collectives of all members are one operation.  If a member calls another function there,
+or passes a tensor of another shape or the gradient of another parameter, the ops of the members get different kinds or
+stages.  Then ``dualpipe prove`` refutes ``messages``, and a note names both lines of the program.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class _Met:
         return Op(kind, *(chunk or self._held(rank)), 0)
 
     def _held(self, rank: int) -> Chunk:
-        """The first chunk of a rank; for a collective that is of no stage alone."""
+        """The first chunk of a rank; for a collective that belongs to no single stage."""
         for lane in Lane:
             route = self._lineage.routes.get(lane, ())
             if rank in route:

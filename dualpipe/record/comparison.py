@@ -12,9 +12,9 @@ from dualpipe.schedule import Chunk, Lane
 class ChunkComparison:
     """A stage of a lane.
 
-    ``faults`` says what differs and ``unknown`` what could not be compared, in words; ``notes`` in what way gradients
-    agree.  ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show; ``scale``
-    is a factor of all of them that is no division by a number of microbatches or replicas; ``divided_by`` is such one.
+    As text, ``faults`` has what differs, ``unknown`` what could not be compared, and ``notes`` how gradients agree.
+    ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show.  ``divided_by`` is
+    the number of microbatches or replicas by which all of them are divided, ``scale`` any other factor of all of them.
     """
 
     chunk: Chunk
@@ -85,7 +85,7 @@ class LossComparison:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What may be wrong: a program need not read its losses."""
+        """What may be wrong.  It is not a fault: a program does not have to read its losses."""
         if self.collected and self.read == 0 and not self.faults:
             return (
                 f"none of them is ever read on rank {self.rank}: does the program read its losses on another rank?",

@@ -220,13 +220,13 @@ def read_folder(folder: Path, ranks: int | None, session: int, succeeded: bool =
     if not groups:
         raise RecordError(
             "a recorded program calls torch.distributed.init_process_group in Python",
-            "no process of it did",
-            "check that it runs; give -P if it expects to be started once a rank; do not start python with -I or -S",
+            "no process called it",
+            "check that it runs; give -P if it must be started once for each rank; do not start python with -I or -S",
         )
     fitting = [group for key, group in groups.items() if ranks in (None, key[0])] or list(groups.values())
     if not 1 <= session <= len(fitting):
         got = f"got {session}, and there were {len(fitting)}"
-        raise RecordError("--session counts the process groups", got, "use one of them")
+        raise RecordError("--session is the number of a process group, from 1", got, "use one of them")
     chosen = fitting[session - 1]
     size = next(key[0] for key, group in groups.items() if group is chosen)
     missing = [rank for rank in range(size) if rank not in chosen]

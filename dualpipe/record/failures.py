@@ -1,24 +1,25 @@
-"""How the ranks of a program failed, and during which op."""
+"""Finds which ranks of a recorded program failed, how, and during which op."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
 
-from dualpipe.record.events import ForwardId, Message, MessageId, RankLog
+from dualpipe.record.events import Message, MessageId, RankLog
 from dualpipe.record.lineage import Lineage, match
-from dualpipe.schedule import MESSAGES, RF, B, F, Failure, Kind, Op, Program, printable
+from dualpipe.schedule import MESSAGES, RF, B, F, Failure, Op, Program, printable
 from dualpipe.schedule.failure import LATER
 
 _COMPUTE = {"F": F, "B": B}
-_OF_TRANSPORT = frozenset({"RuntimeError", "DistBackendError", "DistNetworkError"})  # not of wrong arguments
+_TRANSPORT_ERRORS = frozenset({"RuntimeError", "DistBackendError", "DistNetworkError"})
+"""The errors that a transport raises if the peer or the network fails; for wrong arguments it raises others."""
 
 Codes = Sequence[int | None]
-"""The exit code of every rank, ``None`` for one that was ended; empty where only the command's own code is known."""
+"""The exit code of every rank, ``None`` for a rank that was stopped while it ran; empty if no rank's code is known."""
 
 
 def fails(log: RankLog, codes: Codes) -> bool:
-    """Whether the rank failed.  Its exit code is the last word: with 0 it did not, whatever was raised."""
+    """Whether the rank failed.  If its exit code is known, the code decides: a rank with code 0 did not fail."""
     if codes:
         return codes[log.rank] != 0
     return log.raised is not None or not log.ended
@@ -33,12 +34,13 @@ def failures(
     programs: Sequence[Program],
     step: int,
 ) -> tuple[tuple[Failure, ...], tuple[Program, ...]]:
-    """The failures, first the errors in the order of time, and the programs.
+    """The failures of all ranks, the likely causes first, and the programs, which end with the ops that failed.
 
-    ``logs`` and ``messages`` are those of all training steps, ``ops`` and ``programs`` those of one, whose number is
-    ``step``.
-    A rank's program ends with the op during which the rank failed, also if that had not begun: a failure between the
-    receive of a tensor and the computation on it is during that computation.
+    Errors raised by the program come first, in the order of time; then other exits, errors of the transport, and hangs.
+    ``logs`` and ``messages`` cover all training steps, ``ops`` and ``programs`` only the one with the number ``step``.
+
+    If a rank failed during a compute that its log does not have, the compute is appended to its program.  A failure
+    between the receive of a tensor and the computation on it counts as a failure during that computation.
     """
     found: list[tuple[tuple[int, float], Failure]] = []
     ended = list(programs)
@@ -47,17 +49,17 @@ def failures(
             continue
         reached = [f.step for f in log.forwards.values()] + [m.step for m in log.messages.values()]
         is_later = max(reached, default=step) > step
-        op = None if is_later else _during(log, ops, messages, lineage)
+        op = None if is_later else _op_that_failed(log, ops, messages, lineage)
         if op is not None and op.kind in (F, B) and all(op not in slot for slot in ended[log.rank]):
             ended[log.rank] = (*ended[log.rank], (op,))
         where = LATER if is_later else f"during {op}" if op is not None else _after(log, ended[log.rank])
         if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs, codes)) != log.rank:
             where += f", after rank {first} had failed"
-        lost = _left_waiting(log, messages)
-        if lost is not None and not fails(logs[lost.peer], codes):
-            name = ops[lost.id] if lost.id in ops else _unnamed(lost)
-            place = f"posted at {lost.at}" + (f" {LATER}" if is_later else "")
-            order, what = (3, 0.0), f"waited for {name}, {place}, until rank {lost.peer} had ended"
+        unmatched = _unmatched_at_failure(log, messages)
+        if unmatched is not None and not fails(logs[unmatched.peer], codes):  # gloo raises where NCCL would hang
+            name = ops[unmatched.id] if unmatched.id in ops else _unnamed(unmatched)
+            place = f"posted at {unmatched.at}" + (f" {LATER}" if is_later else "")
+            order, what = (3, 0.0), f"waited for {name}, {place}, until rank {unmatched.peer} had ended"
         else:
             order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages, is_later)
             if _raised_by_transport(log) and order[0] == 0:
@@ -67,10 +69,10 @@ def failures(
     return tuple(failure for _, failure in found), tuple(ended)
 
 
-def _left_waiting(log: RankLog, messages: Mapping[MessageId, Message]) -> Message | None:
-    """The message without a partner during which a rank failed, while its peer did not fail.
+def _unmatched_at_failure(log: RankLog, messages: Mapping[MessageId, Message]) -> Message | None:
+    """The message during which a rank failed, if it has no partner.
 
-    It is a hang: gloo raises an error once the peer has ended, where NCCL would wait.
+    If its peer ended without a failure, this is a hang: gloo raises an error once the peer has ended, NCCL would wait.
     """
     raised = log.raised
     if raised is None or raised.during is None or not _raised_by_transport(log):
@@ -81,15 +83,18 @@ def _left_waiting(log: RankLog, messages: Mapping[MessageId, Message]) -> Messag
 
 
 def _raised_by_transport(log: RankLog) -> bool:
-    """Whether a rank failed in a message, as one does whose peer has ended: that is never the first failure."""
+    """Whether the transport raised the rank's error, as when its peer has ended: this is never the first failure."""
     raised = log.raised
     return (
-        raised is not None and raised.error in _OF_TRANSPORT and raised.during is not None and raised.during[0] == "M"
+        raised is not None
+        and raised.error in _TRANSPORT_ERRORS
+        and raised.during is not None
+        and raised.during[0] == "M"
     )
 
 
 def _first_to_fail(logs: Sequence[RankLog], codes: Codes) -> int:
-    """The rank that ended first, by an error or without any; not one that still ran when it was ended."""
+    """The rank that ended first, with or without an error; ranks that were stopped while they ran are not counted."""
 
     def time(log: RankLog) -> float:
         if log.raised is not None:
@@ -108,7 +113,7 @@ def _describe(
     messages: Mapping[MessageId, Message],
     is_later: bool,
 ) -> tuple[tuple[int, float], str]:
-    """The place of a failure in the order of all, and what happened."""
+    """The key by which failures are sorted, and what happened in words."""
     raised = log.raised
     if raised is not None and raised.error != "SystemExit":
         text = f": {raised.text}" if raised.text.strip() else ""
@@ -123,14 +128,14 @@ def _describe(
         each = log.collectives[log.collecting]
         members = " ".join(map(str, each.group))
         place = f"called at {each.at}" + (f" {LATER}" if is_later else "")
-        return (3, 0.0), f"waited for {each.name} of the ranks {members}, {place}, until it was ended"
+        return (3, 0.0), f"waited for {each.name} of the ranks {members}, {place}, until it was stopped"
     waiting = [MessageId(log.rank, number) for number in log.waiting]
     if waiting:
         awaited = " and ".join(str(ops[id]) if id in ops else _unnamed(messages[id]) for id in waiting)
         place = f"posted at {messages[waiting[0]].at}" + (f" {LATER}" if is_later else "")
-        return (3, 0.0), f"waited for {awaited}, {place}, until it was ended"
+        return (3, 0.0), f"waited for {awaited}, {place}, until it was stopped"
     last = f", last seen at {log.events[-1]['at']}" if log.events else ""
-    return (2, 0.0), f"did not finish; it was ended {where}{last}"
+    return (2, 0.0), f"did not finish; it was stopped {where}{last}"
 
 
 def _unnamed(message: Message) -> str:
@@ -138,7 +143,10 @@ def _unnamed(message: Message) -> str:
 
 
 def _after(log: RankLog, program: Program) -> str:
-    """Where a rank failed outside of every op; a forward that is none may be that of a wrong module."""
+    """Where a rank failed outside of every op.
+
+    If that was in a forward without a received tensor, the program may have called the wrong one of its modules.
+    """
     where = f"after {'+'.join(map(str, program[-1]))}" if program else "before its first op"
     if log.raised is None or log.raised.during is None or log.raised.during[0] != "F":
         return where
@@ -153,17 +161,17 @@ def _after(log: RankLog, program: Program) -> str:
     )
 
 
-def _during(
+def _op_that_failed(
     log: RankLog, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message], lineage: Lineage
 ) -> Op | None:
-    """The op that the error left, or else the one whose received tensor was not used yet."""
+    """The op in which the error was raised; outside of all ops, the compute whose received tensor is still unused."""
     if log.raised is not None and log.raised.during is not None:
         what, numbers = log.raised.during
         if what == "C":
             return None
         if what == "M":
             return next((op for n in numbers if (op := ops.get(MessageId(log.rank, n))) is not None), None)
-        return next((op for n in numbers if (op := _of(_COMPUTE[what], log, n, lineage)) is not None), None)
+        return next((op for n in numbers if (op := lineage.op(_COMPUTE[what], log, n)) is not None), None)
     if log.waiting:
         return None
     used = {id for forward in log.forwards.values() for id in (*forward.messages, *forward.gradients)}
@@ -173,8 +181,3 @@ def _during(
             op = ops[id]
             return Op(F if op.kind is RF else B, *op.task)
     return None
-
-
-def _of(kind: Kind, log: RankLog, forward: int, lineage: Lineage) -> Op | None:
-    task = lineage.tasks.get(ForwardId(log.rank, log.find(forward)))
-    return None if task is None else Op(kind, *task)

@@ -38,13 +38,15 @@ def parse(given: Sequence[str]) -> Lanes:
     lanes = {lane: tuple(map(_holder, text.split())) for lane, text in zip(Lane, given, strict=False)}
     if len({len(holders) for holders in lanes.values()}) > 1:
         raise RecordError(
-            "both lanes run the same model", " and ".join(map(repr, given)), "give as many stages to both"
+            "both lanes run the same model", " and ".join(map(repr, given)), "give both the same number of stages"
         )
     for lane, holders in lanes.items():
         for one, other in pairwise(holders):
             if one == other and one.chunk is not None:
                 raise RecordError(
-                    "two stages are two modules", f"lane {lane} has {one.rank}.{one.chunk} twice", "number them apart"
+                    "two stages are two modules",
+                    f"lane {lane} has {one.rank}.{one.chunk} twice",
+                    "give each its own number",
                 )
     return lanes
 
@@ -59,7 +61,9 @@ def check_ranks(lanes: Lanes, ranks: int) -> None:
     for holders in lanes.values():
         for rank, _ in holders:
             if rank >= ranks:
-                raise RecordError("--lanes names ranks of the program", f"rank {rank} of {ranks}", "correct it")
+                raise RecordError(
+                    "--lanes names ranks of the program", f"rank {rank} of {ranks}", f"use ranks 0 to {ranks - 1}"
+                )
 
 
 def guess(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> Lanes:

@@ -48,9 +48,9 @@ class Launch:
     """What to run.
 
     ``together`` names methods that overlap a forward with a backward, ``containers`` module classes whose call is not
-    the forward of a stage.  Seconds until the program is ended: ``timeout`` since the start, ``stall`` since every rank
-    has been waiting for messages, ``grace`` since a rank failed.  ``plain_step`` is the training step to run plainly as
-    well, if there is one.
+    the forward of a stage.  The program is stopped ``timeout`` seconds after its start, ``stall`` seconds after every
+    rank began to wait for messages, and ``grace`` seconds after a rank failed.  ``plain_step`` is the training step to
+    run plainly as well, if there is one.
     """
 
     command: tuple[str, ...]
@@ -78,7 +78,7 @@ class End:
     def describe(self) -> str:
         """One line for each process that failed or was killed."""
         return "\n".join(
-            f"{self._name(n)} still ran after {self.seconds:.0f} s and was ended: {self.reason}"
+            f"{self._name(n)} still ran after {self.seconds:.0f} s and was stopped: {self.reason}"
             if code is None
             else f"{self._name(n)} ended with exit code {code}"
             for n, code in enumerate(self.codes)
@@ -117,7 +117,7 @@ def run(launch: Launch, folder: Path, output: int) -> End:
                 )
             except OSError as error:
                 raise RuleError(
-                    "what follows -- is a command", f"{command[0]}: {error.strerror}", "correct it"
+                    "what follows -- is a command", f"{command[0]}: {error.strerror}", "correct the command"
                 ) from error
             processes.append(process)
         reason = _wait(codes, launch, folder, started)

@@ -16,20 +16,25 @@ from dualpipe.record.events import Forward, ForwardId, Message, MessageId, Modul
 from dualpipe.record.lanes import Holder, Lanes, chains_of
 from dualpipe.record.microbatches import drop_evaluations, number
 from dualpipe.record.phrases import counted
-from dualpipe.schedule import Chunk, Lane, Task
+from dualpipe.schedule import Chunk, Kind, Lane, Op, Task
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """The lanes, the task of every forward in one, and notes.
+    """The lanes, the task of every forward that belongs to one, and notes.
 
-    ``data`` are the receives whose tensors forwards take though no stage made them: inputs, labels, masks.
+    ``data`` are the receives of tensors that forwards take but no stage computed: inputs, labels, masks.
     """
 
     routes: Mapping[Lane, tuple[int, ...]]
     tasks: Mapping[ForwardId, Task]
     data: frozenset[MessageId]
     notes: tuple[str, ...]
+
+    def op(self, kind: Kind, log: RankLog, forward: int) -> Op | None:
+        """The op of this kind for the task of a rank's forward, or ``None`` if the forward is in no lane."""
+        task = self.tasks.get(ForwardId(log.rank, log.find(forward)))
+        return None if task is None else Op(kind, *task)
 
 
 def match(messages: Sequence[Message]) -> dict[MessageId, MessageId]:

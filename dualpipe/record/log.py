@@ -151,8 +151,9 @@ class Forward:
 class Message:
     """One end of a message.
 
-    ``gradient_of`` and ``activation_of``: of a send, the forwards that its tensor belongs to.  ``memory``: the storage
-    and the offset of the tensor, or ``None`` if unknown.  ``weights``: of a send, parameters whose gradients it has.
+    ``memory`` is the storage and the offset of the tensor, or ``None`` if unknown.  Three fields are for sends only:
+    ``gradient_of`` and ``activation_of`` are the forwards to which the tensor belongs, ``weights`` the parameters whose
+    gradients it has.
     """
 
     id: MessageId

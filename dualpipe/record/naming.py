@@ -1,7 +1,7 @@
 """The op of every message end, found from its content, its use, its partner, or what its rank still had to do.
 
 Each end is named from its own side: a send from the tensor that it was given, a receive from the computation that later
-uses its tensor.  The two names need not agree; ``dualpipe prove`` finds where they do not.  An end that was never
+uses its tensor.  The two names may differ; ``dualpipe prove`` finds where they do not.  An end that was never
 matched always gets a name, so that ``prove`` finds it too.
 """
 
@@ -186,10 +186,10 @@ def _expected(
 ) -> tuple[Op, tuple[Op, ...]]:
     """The name of an unmatched end, and the others that it could have.
 
-    For each stage boundary between the two ranks it can be the earliest op that its rank still lacks, or one more than
-    it has.  Of these, it is one with the type and shape of the end, if there is one; then one that the program has, and
-    not one more; then one that the next forward or backward of the rank needs or made; then a gradient for a forward
-    that ran; and then the one of the earliest microbatch.
+    For each stage boundary between the two ranks there are two candidates: the earliest op that the rank still lacks,
+    and one for a microbatch beyond those that it has.  The candidates are compared by these preferences, in this order:
+    the type and shape of the message; an op of the program rather than one beyond; an op that the next forward or
+    backward of the rank needs or made; a gradient for a forward that ran; the earliest microbatch.
 
     Raises ``RecordError`` if the two ranks do not hold neighbouring stages.
     """

@@ -1,7 +1,7 @@
-"""The pipelines of a job: ranks that exchange no activations and gradients with each other are in different ones.
+"""Finds the pipelines of a job: ranks that exchange activations or gradients are in the same pipeline.
 
-The replicas of data parallelism, and the ranks of tensor parallelism, run a pipeline each.  The two lanes of one
-bidirectional pipeline have their ranks in common, so they stay together.
+Each data-parallel replica, and each rank of a tensor-parallel group, belongs to another pipeline.  The two lanes of a
+bidirectional pipeline share its ranks, so they are one pipeline.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def parse(text: str) -> Ranks:
     """The ranks of ``--pipeline-ranks``, such as ``0 2``.  Raises ``RecordError`` for anything else."""
     words = text.replace(",", " ").split()
     if not words or not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) < len(words):
-        raise RecordError("--pipeline-ranks are different ranks of one pipeline", f"got {text!r}", "give such as '0 2'")
+        raise RecordError(
+            "--pipeline-ranks are different ranks of one pipeline", f"got {text!r}", "write for instance '0 2'"
+        )
     return tuple(map(int, words))
 
 
@@ -38,7 +40,7 @@ def assemble_all(
     codes: Codes = (),
     ranks: Ranks | None = None,
 ) -> list[Recording]:
-    """The recording of every pipeline of a job, or of the one with these ``ranks``, as ``assemble`` makes it.
+    """The recording of every pipeline of a job, or only of the pipeline with these ``ranks`` (see ``assemble``).
 
     The ranks of a pipeline are numbered from 0 in its recording, in the order of ``ranks`` or of the job.  With
     ``lanes`` all ranks are one pipeline unless ``ranks`` chooses some.
@@ -46,7 +48,7 @@ def assemble_all(
     Raises
     ------
     RecordError
-        As ``assemble``; and for ``ranks`` that the job does not have.
+        If ``assemble`` raises it, or for ``ranks`` that the job does not have.
     """
     if ranks is not None and max(ranks) >= len(logs):
         got = f"got {max(ranks)}, and the job has the ranks 0 to {len(logs) - 1}"
@@ -83,7 +85,9 @@ def assemble_one(
     found = assemble_all(logs, step=step, lanes=lanes, ranks=None if ranks is None else tuple(ranks))
     if len(found) > 1:
         shown = " and ".join(" ".join(map(str, recording.pipeline_ranks)) for recording in found)
-        raise RecordError("a recording is of one pipeline", f"got those of ranks {shown}", "choose with pipeline_ranks")
+        raise RecordError(
+            "a recording covers one pipeline", f"got those of ranks {shown}", "choose with pipeline_ranks"
+        )
     return found[0]
 
 
@@ -118,10 +122,11 @@ def _caveat(message: Message) -> str:
 def pipelines(logs: Sequence[RankLog]) -> list[Ranks]:
     """The ranks of every pipeline, if there are several; each has two ranks or more.
 
-    Ranks are together if one sends an activation or a gradient that the other uses, or did not get to use before it
-    failed, or if they exchange tensors in a process group that is not of all ranks.  If no ranks do, nothing shows
-    several pipelines.  A rank that does not, as after an early hang, is with the ranks that it exchanges any other
-    messages with; so is one that did not end with the ranks whose messages it waited for.
+    Two ranks are in one pipeline if one sends an activation or a gradient that the other uses, or would have used but
+    for a failure, or if they exchange tensors in a process group that does not have all ranks.  If no ranks do either,
+    the log does not show several pipelines.  A rank that does neither, as after an early hang, is in the pipeline of
+    the ranks with which it exchanges any other messages.  A rank that did not end is in the pipeline of the ranks whose
+    messages it was waiting for.
     """
     messages = {m.id: m for log in logs for m in log.messages.values()}
     partner, used = match(list(messages.values())), uses(logs)
@@ -149,7 +154,7 @@ def pipelines(logs: Sequence[RankLog]) -> list[Ranks]:
 
 
 def _small_groups(logs: Sequence[RankLog]) -> Iterator[Sequence[int]]:
-    """The process groups, without those of all ranks, in which activations or gradients may be exchanged."""
+    """The process groups in which activations or gradients may be exchanged, except those that have all ranks."""
     for log in logs:
         for event in log.events:
             if event["event"] == "post":

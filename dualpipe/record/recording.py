@@ -112,7 +112,7 @@ def assemble(
     lanes:
         The ranks and modules of each lane, for a run whose messages do not show them.
     codes:
-        The exit code of each rank, ``None`` for one that was ended; empty if they are not known.
+        The exit code of each rank, ``None`` for a rank that was stopped while it ran; empty if they are not known.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def assemble(
         steps = [0]
     if not 1 <= step <= len(steps):
         got = f"got {step}, and there were {len(steps)}"
-        raise RecordError("--step counts the training steps", got, "use one of them")
+        raise RecordError("--step is the number of a training step, from 1", got, "use one of them")
     run = _Run(logs, name, steps, step, lanes, codes)
     try:
         return run.recording()
@@ -204,7 +204,7 @@ class _Run:
         messages: Mapping[MessageId, Message],
         partner: Mapping[MessageId, MessageId],
     ) -> tuple[Lineage, list[str]]:
-        """The lineage, with the given lanes, the observed ones or, of a program that failed, guessed ones; caveats."""
+        """The lineage and caveats.  The lanes are given or observed; if the program failed, they may be guessed."""
         if self.lanes is not None:
             return trace(logs, messages, partner, self.lanes), []
         observed: Mapping[Lane, tuple[int, ...]] = {}
@@ -263,7 +263,7 @@ def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[Mess
             " and ".join(
                 f"lane {lane} has the ranks {' '.join(map(str, route))}" for lane, route in lineage.routes.items()
             ),
-            "if the program finished, record one pipeline alone",
+            "if the program finished, record only one pipeline",
         )
     for id, op in ops.items():
         try:

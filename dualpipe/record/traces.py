@@ -136,7 +136,7 @@ def _run_name(log: RankLog, run: int, recording: Recording) -> str:
 def _first_stage(
     event: Event, index: int, log: RankLog, alone: Mapping[int, int], recording: Recording
 ) -> Collection[int]:
-    """Forwards of stage 0 whose backward is this run for gradients of weights alone."""
+    """Forwards of stage 0 whose backward is this run, which computes only gradients of weights."""
     found = [forward for forward in event["forwards"] if alone.get(log.find(forward)) == index]
     return [f for f in found if any(op.stage == 0 for op in _ops(B, log, [f], recording))]
 

@@ -2,11 +2,12 @@
 
 The interface is that of https://github.com/deepseek-ai/DualPipe: ``DualPipe``, ``DualPipeV``, ``WeightGradStore``,
 ``set_p2p_tensor_shapes`` and ``set_p2p_tensor_dtype``.  It keeps module-wide state because theirs does; new programs
-use ``dualpipe.pipeline``.  ``late_w`` is an argument of ours, that of ``dualpipe.dualpipe``.
+use ``dualpipe.pipeline``.  ``late_w`` is added here; it is that of ``dualpipe.dualpipe``.
 
-As in theirs, ``step`` does not sum the gradients of a stage's two replicas.  Stock ``nn.Linear`` layers are split into
-B and W without changing the model.  An overlapped pair is left to the ``overlapped_forward_backward`` of the modules'
-class (``dualpipe.runtime.overlap``); without one it runs its forward, then its backward.
+As in DeepSeek's package, ``step`` does not sum the gradients of a stage's two replicas.  The backward of stock
+``nn.Linear`` layers is split into B and W without changing the model.  If the modules' class has
+``overlapped_forward_backward``, that method runs the F&B pairs (``dualpipe.runtime.overlap``); otherwise F runs, and
+then B.
 """
 
 from __future__ import annotations

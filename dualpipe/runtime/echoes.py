@@ -12,7 +12,7 @@ from dualpipe.schedule import MESSAGES, RF, SENDS, SF, B, F, Op, Schedule
 def find_echoes(schedule: Schedule, rank: int) -> Mapping[Op, tuple[Op, ...]]:
     """For each receive of ``rank`` the F and B whose sends have been received once it has completed.
 
-    The k-th send of one rank to another meets the k-th receive there.  The peer's compute that needs it waits for it,
+    The k-th send of one rank to another matches the k-th receive there.  The peer's compute that needs it waits for it,
     so what the peer posts in a later slot proves that it has arrived.
     """
     mine = _messages(schedule, rank)

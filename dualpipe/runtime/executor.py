@@ -29,7 +29,7 @@ Observer = Callable[[Slot, Op, float, float], None]
 """Called after each op with its slot and when it began and ended, in seconds of ``time.monotonic``.
 
 A message op lasts as long as it takes to post its slot.  The W of a full backward is part of its B and takes no time.
-The F and B of an overlapped pair have the same times.  On a GPU it is the time to launch the work."""
+The F and B of an F&B pair have the same times.  On a GPU it is the time to launch the work."""
 
 
 class StepError(RuntimeError):
@@ -46,7 +46,7 @@ class StepError(RuntimeError):
 def describe_place(rank: int, number: int, slot: Slot | None, ops: Slot) -> str:
     """Where a rank stopped; no slot means after the last one, or with a negative number outside a step.
 
-    ``ops`` are those that it was running: both of an overlapped pair, else the first one of a message slot.
+    ``ops`` are those that it was running: both of an F&B pair, else the first one of a message slot.
     """
     elsewhere = "between steps" if number < 0 else "after its last slot"
     where = elsewhere if slot is None else f"in slot {number} ({show_slot(slot)})"
@@ -128,7 +128,7 @@ class Executor:
         self.forward_only, self.blocking, self.observer = forward_only, blocking, observe
         self.warned = set() if warned is None else warned
         self.waiting: Slot = ()
-        """The op of an overlapped pair that waits for its message."""
+        """The op of an F&B pair that waits for its message."""
         self.values: list[Any] = [None] * len(self.program.registers)  # the registers of dualpipe.runtime.program
         self.boundaries = Boundaries(boundary)
 
@@ -213,7 +213,7 @@ class Executor:
         return message
 
     def taken(self, step: Step) -> Tensors:
-        """What the op needs from another stage; waits for a message if need be."""
+        """What the op needs from another stage.  Waits if a message brings it."""
         values = self.values
         value, values[step.source] = values[step.source], None
         if not step.received:
@@ -265,7 +265,7 @@ class Executor:
         self.end_backward(step, live)
 
     def deferring(self, step: Step) -> AbstractContextManager[None]:
-        """Around a B, whose weight gradients are deferred unless it is full."""
+        """A context in which to run a B: unless the backward is full, its weight gradients are deferred."""
         split, key, deferring = self.splits.get(step.chunk), step.weight, not step.full
         return self.store.deferring_to(key if deferring else None) if split is None else split.backward(key, deferring)
 

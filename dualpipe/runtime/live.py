@@ -21,7 +21,7 @@ Tensors = tuple[Tensor, ...]
 class Live(NamedTuple):
     """``inputs`` are leaves; the backward starts at ``roots``, with ``seeds`` if the stage has computed the loss.
 
-    ``outputs`` are what the roots are of, kept only for a B in an overlapped pair.
+    ``outputs`` are what the roots are of, kept only for a B in an F&B pair.
     """
 
     inputs: Tensors

@@ -1,22 +1,22 @@
 """The announcements between the ranks of a pipeline: that a phase begins, that a rank has failed or ended.
 
 A *phase* is one call that exchanges messages: a step, an evaluation, a reduction of gradients, a copy of weights.
-Every rank announces each of its phases to the next rank as it begins, the last rank to the first: if two ranks differ,
-so do two neighbours.  Where it has to be known that all ranks are there, each announces it to all.  A rank that fails
-sends the reason to all others before it closes its connections.  A thread for each other rank receives these
-announcements::
+When a rank begins a phase, it announces it to the next rank (the last rank to the first).  If any two ranks are in
+different phases, two neighbours are, so this is enough to find out.  If a phase must not begin before all ranks are
+there, each rank announces its presence to all others.  A rank that fails sends the reason to all others before it
+closes its connections.  A thread for each other rank receives these announcements::
 
     received                              consequence
     the phase that this rank is in        none
     another phase                         this rank fails: one of the two left out a call
-    the presence of that rank             who waits for it goes on
+    the presence of that rank             a wait for this rank's presence ends
     a failure                             this rank fails with the same reason
     the end of that rank                  none
     an error: the connection is closed    messages with that rank fail, except sends to a rank that has ended
 
 Nothing waits for an announcement, so they add no wait to those that were proved free of deadlock.
 
-The messages go over process groups of the pipeline's own, so that these can be torn down without harm to the user's.
+The pipeline has process groups of its own, which can be torn down without harm to the user's.
 ``ProcessGroup.abort`` does that for NCCL, and nothing for gloo (observed with torch 2.13).  On gloo a wait that times
 out closes every connection of its group, so one is made to time out on purpose.
 """
@@ -56,7 +56,7 @@ class Peers:
     name:
         The name of the groups: the same on every rank, and new for each pipeline.
     parent:
-        The user's group, which is left as it is.
+        The user's group, which is not changed.
     order:
         ``order[r]`` is the group rank of pipeline rank ``r``.
     backend:

@@ -11,7 +11,7 @@ A *register* holds one value from the op that writes it to the one op that reads
 After its SF or SB the register of an F or B holds the message until its *echo* arrives: the first message that the
 peer posts after the compute that needs ours, which proves that ours has been received.
 
-What is compiled follows from the schedule alone, and ``Program.slots`` gives the slots back.  An op that cannot be run
+The result depends only on the schedule, and ``Program.slots`` gives the slots back.  An op that cannot be run
 because what it needs is not there has a ``fault``: the reason, with which a step ends when it reaches the op.
 """
 
@@ -102,7 +102,7 @@ class Step:
     full: bool = False
     """Whether B and W share a slot, after which W has nothing to do."""
     paired: bool = False
-    """Of an F: whether its B is in a ``Pair``, which needs the outputs of the stage."""
+    """Whether this is an F whose B is in a ``Pair``, which needs the outputs of the stage."""
 
     @property
     def ops(self) -> Slot:
@@ -162,7 +162,7 @@ class Program:
 def compile_program(
     schedule: Schedule, rank: int, forward_only: bool = False, overlaps: Overlaps = frozenset()
 ) -> Program:
-    """The program of ``rank``; with ``forward_only`` its forwards and their messages alone."""
+    """The program of ``rank``; with ``forward_only`` only its forwards and their messages."""
     if forward_only:
         schedule = schedule.only(frozenset({F, SF, RF, EXCHANGE}))
     return _Compiler(schedule, rank, forward_only, overlaps).compile()
@@ -242,7 +242,7 @@ class _Compiler:
         return [(f, b) for f, b in overlapped_pairs(slot) if (f.chunk, b.chunk) in self.overlaps]
 
     def units(self, number: int, slot: Slot) -> Iterator[Step | Pair]:
-        """The computes of a slot, with each overlapped pair as one."""
+        """The computes of a slot, with each F&B pair as one."""
         pairs = self.pairs(slot)
         steps = deque(self.computes(number, slot))
         while steps:

@@ -136,7 +136,7 @@ def _require_same(records: Sequence[Mapping[str, str]]) -> None:
                 ranks_of.setdefault(record[name], []).append(rank)
         if len(ranks_of) > 1:
             shown = "; ".join(f"{_ranks_have(ranks)} {_excerpt(value, ranks_of)}" for value, ranks in ranks_of.items())
-            raise DisagreementError(f"every rank runs with the same {name}: {shown}; set them up alike")
+            raise DisagreementError(f"every rank runs with the same {name}: {shown}; set all ranks up in the same way")
 
 
 def _excerpt(value: str, values: Mapping[str, Any]) -> str:

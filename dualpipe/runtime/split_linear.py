@@ -34,7 +34,7 @@ class _StockLinear:
 
     def unfit(self, x: Tensor) -> str | None:
         if functional.linear is not torch._C._nn.linear or _function_modes():
-            return "torch.nn.functional.linear is replaced or watched"
+            return "torch.nn.functional.linear is replaced or intercepted"
         if not self.weight.numel():
             return "its weight is empty"
         if x.dim() < 2 or not x.is_contiguous() or not self.weight.is_contiguous():  # PyTorch takes other products

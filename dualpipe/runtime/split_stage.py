@@ -6,8 +6,8 @@ bias from autograd.  Its backward gives the input gradient and defers the weight
 
 Not every use of a layer can be split.  Weights that a stage also uses outside their layer, differentiates within
 its forward, or computes anew at each call need the full backward.  So the first microbatch of a stage runs with full
-backwards and is watched.  Layers that cannot be split run unsplit from then on and are named once in the log.  A later
-microbatch that does what the first one did not ends in ``WeightGradError``, before a gradient is wrong.
+backwards and is observed.  Layers that cannot be split run unsplit from then on and are named once in the log.  If a
+later microbatch uses a layer as the first one did not, ``WeightGradError`` is raised before a gradient is wrong.
 
 Until W each split layer's input and output gradient stay allocated.  LayerNorm, embedding and every other parameter
 get their gradient in B.
@@ -33,7 +33,7 @@ _MODULE: Any = nn.modules.module
 _AUTOGRAD: Any = torch.autograd
 """``torch.autograd``; its ``_engine_run_backward``, which runs every backward that Python starts, is private."""
 _UNCHANGED: AbstractContextManager[None] = nullcontext()
-"""Around an F or B with a full backward, of a microbatch that is not watched: its layers stay as they are."""
+"""The context of an F or B with a full backward whose microbatch is not observed: its layers are not changed."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class SplitStage:
     _watched: set[Hashable] = field(default_factory=set)
     _first: Hashable | None = None
     _watching: bool = False
-    """Whether the running F or B is of the first microbatch, with full backwards."""
+    """Whether the running F or B belongs to the observed first microbatch, which has a full backward."""
     _at_first: bool = False
-    """Whether it is of the step's first microbatch."""
+    """Whether it belongs to the step's first microbatch."""
     _called: set[str] = field(default_factory=set)
     _names: dict[Tensor, str] = field(default_factory=dict)
     _nodes: set[Node] = field(default_factory=set)
@@ -75,7 +75,10 @@ class SplitStage:
         self._first = None
 
     def forward(self, key: Hashable, split: bool) -> AbstractContextManager[None]:
-        """Around the F of a microbatch whose W is ``key``.  ``split``: that W is in a later slot than its B."""
+        """A context in which to run the F of a microbatch.
+
+        ``key`` identifies its W; ``split`` says whether that W is in a later slot than its B.
+        """
         if not self.learned:
             self._watched.add(key)
         if self._first is None:
@@ -83,7 +86,7 @@ class SplitStage:
         return self._forward(key, split) if split or key in self._watched else _UNCHANGED
 
     def backward(self, key: Hashable, split: bool) -> AbstractContextManager[None]:
-        """Around the B of the same microbatch; a checkpoint that recomputes a layer computes it as in F."""
+        """A context in which to run the B of the same microbatch.  Layers that a checkpoint recomputes run as in F."""
         return self._backward(key, split) if split or key in self._watched else _UNCHANGED
 
     @contextmanager
@@ -108,7 +111,7 @@ class SplitStage:
         self._watched.discard(key)
         for parameter, gradient, version in before:
             if parameter.grad is not gradient or _version(parameter.grad) != version:
-                raise self.late(self._names[parameter], "adds in B, outside the layer, to the gradients of")
+                raise self.unlike_first(self._names[parameter], "adds in B, outside the layer, to the gradients of")
 
     def _patch(self, key: Hashable, split: bool) -> Callable[[], None]:
         """Let the layers compute by ``Layer.compute`` until the function that this returns is called.
@@ -133,7 +136,7 @@ class SplitStage:
         for wanted in inputs or ():
             tensor = wanted if isinstance(wanted, Tensor) else getattr(wanted.node, "variable", None)
             if tensor is not None and tensor in self._names and tensor not in self.unsplit:
-                raise self.late(self._names[tensor], "takes gradients of the weights of")
+                raise self.unlike_first(self._names[tensor], "takes gradients of the weights of")
         return engine(*arguments, **options)
 
     def learn(self, roots: Iterable[Node]) -> None:
@@ -156,7 +159,7 @@ class SplitStage:
 
         def differentiated(gradient: Tensor) -> None:
             if not self.learned or not all(map(self.reaches, parameters)):
-                self.leave_unsplit(use.name, parameters, "a gradient is taken through it within the stage")
+                self.leave_unsplit(use.name, parameters, "the stage's own code takes a gradient through it")
 
         y.register_hook(differentiated)  # type: ignore[no-untyped-call]
 
@@ -190,7 +193,7 @@ class SplitStage:
         reason = _hooked(within, use.trained) or _unfit(x, use.weight, use.bias) or use.unfit(x)
         if reason is not None:
             if not (self._watching or self._at_first):  # its gradient would be added before the deferred ones
-                raise self.late(use.name, f"cannot split ({reason})")
+                raise self.unlike_first(use.name, f"cannot split ({reason})")
             self.leave_unsplit(use.name, use.trained, reason)
             return stock()
         if self._watching:
@@ -205,7 +208,8 @@ class SplitStage:
     def _is_unsplit(self, use: Use) -> bool:
         return use.name in self.unsplit or any(parameter in self.unsplit for parameter in use.trained)
 
-    def late(self, name: str, what: str) -> WeightGradError:
+    def unlike_first(self, name: str, what: str) -> WeightGradError:
+        """The error for a later microbatch that does something with a layer that the first one did not do."""
         return WeightGradError(
             f"{self.name} {what} {name}, which its first microbatch did not, and only the first one decides what "
             "is split; build the pipeline with split_backward=False"
@@ -234,10 +238,10 @@ class _SplitLinear(torch.autograd.Function):
         stage: SplitStage = ctx.stage
         anchor = ctx.next_functions[1][0]
         if stage.store.key is None or torch.is_grad_enabled() or not _accumulates(anchor):
-            raise stage.late(use.name, "takes a gradient through")
+            raise stage.unlike_first(use.name, "takes a gradient through")
         for parameter in use.trained:
             if stage.reaches(parameter):
-                raise stage.late(use.name, "uses outside their layer the weights of")
+                raise stage.unlike_first(use.name, "uses outside their layer the weights of")
         stage.store.defer(use, x.detach(), dy)
         return (use.input_gradient(x, dy, weight) if ctx.needs_input_grad[0] else None), None, None, None
 
@@ -272,12 +276,12 @@ def _version(gradient: Tensor | None) -> int:
 
 
 def _hooked(within: Sequence[nn.Module], parameters: Sequence[Tensor]) -> str | None:
-    """Why a hook that runs in B may look at the layer's gradients, before W has computed them; else ``None``."""
+    """Why a hook that runs in B may read the layer's gradients, before W has computed them; else ``None``."""
     for module in within:  # a loop: any() with a generator takes several times as long
         if module._backward_hooks or module._backward_pre_hooks:
-            return "a backward hook of its module may look at its gradients"
+            return "a backward hook of its module may read its gradients"
     if _MODULE._global_backward_hooks or _MODULE._global_backward_pre_hooks:
-        return "a backward hook of all modules may look at its gradients"
+        return "a backward hook of all modules may read its gradients"
     for parameter in parameters:
         if parameter._backward_hooks:
             return "its weights have tensor hooks"

@@ -80,7 +80,7 @@ class _Deferred:
     def gradients(self) -> Sequence[Tensor]:
         if self.versions != (self.x._version, self.dy._version):
             raise WeightGradError(
-                f"a linear layer's input and output gradient stay as they are until W: those of {self.use.name} were "
+                f"a linear layer's input and output gradient must not change until W: those of {self.use.name} were "
                 "modified in place after B; do not reuse the buffer, or build the pipeline with split_backward=False"
             )
         return self.use.weight_gradients(self.x, self.dy)
@@ -105,7 +105,7 @@ class DeferredGradients:
 
     @contextmanager
     def deferring_to(self, key: Hashable | None) -> Iterator[None]:
-        """Around a B: within it weight gradients may be deferred to ``run(key)``; with ``None`` they may not."""
+        """A context for a B, in which weight gradients may be deferred to ``run(key)``; with ``None`` they may not."""
         outer = self.defer_to(key)
         try:
             yield

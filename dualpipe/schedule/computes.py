@@ -10,14 +10,14 @@ from dualpipe.schedule.value import Schedule
 
 
 def one_lane(programs: Sequence[Iterable[Slot]], name: str = "", stage: str = "stage") -> Schedule:
-    """The schedule of these programs, whose computes say which rank holds each stage; without messages it gets them.
+    """The schedule of these programs, with one lane; ``lower`` adds messages if the programs have none.
 
-    ``stage`` is what errors call a stage.
+    The rank that runs the computes of a stage holds the stage.  ``stage`` is the word for a stage in errors.
 
     Raises
     ------
     ScheduleError
-        For a stage that no rank or two ranks run, and as ``lower`` for an order of computes that cannot be run.
+        If no rank or two ranks run a stage, and if the order of computes cannot be run (raised by ``lower``).
     """
     programs = [tuple(program) for program in programs]
     schedule = Schedule({UP: _route(programs, stage)}, programs, name)

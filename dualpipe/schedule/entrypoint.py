@@ -160,7 +160,7 @@ def _reported(doing: str) -> Iterator[None]:
         raise RuleError(
             "an entry point must return a schedule without an error",
             f"{doing} {type(error).__name__}: {_first_line(error)} ({_where(error)})",
-            "correct it",
+            "correct the function",
         ) from error
 
 

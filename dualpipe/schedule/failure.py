@@ -18,7 +18,7 @@ class Failure(NamedTuple):
 
     @property
     def is_hang(self) -> bool:
-        """Whether the rank waited until it was ended, so that its failure may follow from the schedule itself."""
+        """Whether the rank waited until it was stopped, so that its failure may follow from the schedule itself."""
         return self.what.startswith("waited ")
 
     @property
@@ -36,7 +36,7 @@ class Failure(NamedTuple):
 
 
 def check_failures(failures: tuple[Failure, ...], ranks: int) -> None:
-    """Raise ``ScheduleError`` unless every failure is of a rank and its text is one printable line without ``#``."""
+    """Raise ``ScheduleError`` unless failures name existing ranks, each with one printable line without ``#``."""
     for failure in failures:
         rank, what = failure
         if type(rank) is not int or not 0 <= rank < ranks:

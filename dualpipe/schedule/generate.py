@@ -82,7 +82,7 @@ MIDDLE_ALL: Table = vary(MIDDLE, *ALL, Row("4 first", 1, "F0 SF1 RB1 B1 SF0 SB1 
 
 
 class TwoWay(NamedTuple):
-    """The tables of DualPipe or DualPipeV: of the ranks in the middle and of all others."""
+    """The tables of DualPipe and DualPipeV: ``middle`` for the ranks in the middle, ``outer`` for all others."""
 
     outer: Table
     middle: Table
@@ -272,7 +272,6 @@ PLANS: Mapping[str, Planner] = {
     "1f1b": plan_one_f_one_b,
     "zb1p": plan_zb1p,
 }
-
 """The schedules that are phase tables, by name."""
 
 ORDERS: Mapping[str, Callable[[int, int], Schedule]] = {"interleaved": interleaved, "zbv": zbv}
@@ -315,7 +314,7 @@ def generate(name: str, ranks: int, microbatches: int) -> Schedule:
 
 
 def _checked(plan: Plan) -> Program:
-    """The program of a rank, after the checks of a ``Schedule``; slots that differ in microbatches alone are alike."""
+    """The program of a rank, after the checks of a ``Schedule``; slots that differ only in microbatches are alike."""
     program = plan.program()
     for slot in {tuple([op[:3] for op in slot]): slot for slot in program}.values():
         check_slot(slot, plan.routes)

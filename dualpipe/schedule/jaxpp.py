@@ -1,7 +1,7 @@
 """Reads the schedules of NVIDIA's JaxPP: for each MPMD rank its list of ``Task``.
 
-``jaxpp.schedules`` has classes whose ``tasks(n_mubatches)`` makes such lists.  Nothing of theirs is imported: a task is
-anything with the attributes
+``jaxpp.schedules`` has classes whose ``tasks(n_mubatches)`` makes such lists.  JaxPP itself is not imported: a task is
+any object with the attributes
 
 ===========  ==========================================================
 stage_id     our stage
@@ -9,8 +9,8 @@ mubatch_idx  our microbatch
 fwd_or_bwd   an enum or a text: FWD, BWD, BWD_I, BWD_W
 ===========  ==========================================================
 
-A ``FusedTask`` is an iterable of tasks, and becomes a slot.  ``None`` is an idle step and is left out.  Their compiler
-adds the messages, so the schedule gets them from ``lower``.
+A ``FusedTask`` is an iterable of tasks, and becomes a slot.  ``None`` is an idle step and is left out.  In JaxPP the
+compiler adds the messages; here ``lower`` adds them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _KINDS: dict[str, tuple[Kind, ...]] = {"FWD": (F,), "BWD": (B, W), "BWD_I": (B,)
 
 
 def from_tasks(tasks: Sequence[Iterable[Any]], name: str = "") -> Schedule:
-    """The schedule of their tasks, one lane; ``tasks`` has those of each rank.
+    """The schedule of JaxPP's tasks, with one lane; ``tasks`` has one list for each rank.
 
     Raises
     ------
     ScheduleError
-        For a task of another type, a stage that no rank or two ranks run, and as ``lower`` for an order that cannot be
-        run.
+        If a task has another type; if no rank or two ranks run a stage; and if the order cannot be run (raised by
+        ``lower``).
     """
     return one_lane([[*_slots(rank, row)] for rank, row in enumerate(tasks)], name)
 
@@ -48,5 +48,5 @@ def _ops(rank: int, task: Any) -> Slot:
     word = str(getattr(task.fwd_or_bwd, "name", task.fwd_or_bwd))
     if word not in _KINDS:
         got = f"rank {rank} has {word} of microbatch {task.mubatch_idx} at stage {task.stage_id}"
-        raise ScheduleError(f"a task's fwd_or_bwd is one of {', '.join(_KINDS)}", got, "correct it")
+        raise ScheduleError(f"a task's fwd_or_bwd is one of {', '.join(_KINDS)}", got, "use one of these")
     return tuple(Op(kind, UP, task.stage_id, task.mubatch_idx) for kind in _KINDS[word])

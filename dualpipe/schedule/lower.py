@@ -45,12 +45,12 @@ class OrderError(ScheduleError):
 
 
 def lower(schedule: Schedule) -> Schedule:
-    """The schedule with the messages that its computes need; slots of several computes stay as they are.
+    """The schedule with the messages that its computes need; slots of several computes are kept.
 
     Parameters
     ----------
     schedule:
-        Computes only, each once and on the rank that holds its stage.  It need not be complete: a message is added
+        Computes only, each once and on the rank that holds its stage.  It may be incomplete: a message is added
         for each compute that needs one.
 
     Raises

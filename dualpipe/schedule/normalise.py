@@ -113,7 +113,9 @@ def number(given: object, what: str) -> int:
     except Exception as error:
         raise ScheduleError(f"{what} is a whole number", f"got {seen(given)}", "give an int") from error
     if abs(number) > LARGEST:
-        raise ScheduleError(f"{what} is a number from 0 to {LARGEST}", f"got {seen(number)}", "correct it")
+        raise ScheduleError(
+            f"{what} is a number from 0 to {LARGEST}", f"got {seen(number)}", "give a number in this range"
+        )
     return number
 
 
@@ -122,7 +124,7 @@ def member(kinds: type[_E], given: object) -> _E:
         with suppress(ValueError):
             return kinds(str.__str__(given))
     known = " ".join(kinds)
-    raise ScheduleError(f"a {kinds.__name__.lower()} is one of {known}", f"got {seen(given)}", "correct it")
+    raise ScheduleError(f"a {kinds.__name__.lower()} is one of {known}", f"got {seen(given)}", "use one of these")
 
 
 def seen(given: object) -> str:

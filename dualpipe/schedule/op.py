@@ -57,7 +57,7 @@ MESSAGES = SENDS | RECEIVES
 COLLECTIVES = frozenset({Kind.AA, Kind.AR, Kind.US, Kind.RS, Kind.RG})
 """What the members of a group do together; all but ``RS``, with which a rank drops weights by itself."""
 WHOLE = COLLECTIVES - {Kind.AA}
-"""The kinds of ops that are about a stage as a whole and name no microbatch: their ``mb`` is 0."""
+"""The kinds of ops that concern a whole stage and no single microbatch: their ``mb`` is 0."""
 
 LARGEST = 999_999_999
 """The largest number in an op or a route; it fits into 32 bits."""
@@ -96,9 +96,8 @@ class Task(NamedTuple):
 class Op(NamedTuple):
     """One thing that one rank does for one microbatch: ``Op(F, UP, stage=2, mb=3)``, printed ``2F3>``.
 
-    ``peer`` is the rank at the other end of a message where a file names it; ``None`` means the neighbour that
-    follows from the lane (see ``Schedule.peer``).  Of a collective it is the number of the group, and ``None`` if the
-    group is unknown.
+    For a message, ``peer`` is the rank at the other end if a file names it, else ``None``: the lane then determines the
+    rank (see ``Schedule.peer``).  For a collective, it is the number of the group, or ``None`` if that is unknown.
     """
 
     kind: Kind

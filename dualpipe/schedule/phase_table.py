@@ -1,15 +1,16 @@
 """A phase table: the order of a pipeline schedule as data, for every size at once.
 
-A row is a count and a body.  The count is an affine expression in the sizes.  So the same rows can be expanded for one
-size, and theorems can be proved about them for all sizes::
+A row has a name, a count and a body.  The count is an affine expression in the sizes.  So the same rows can be expanded
+for one size, and theorems can be proved about them for all sizes::
 
     Row("1", 2 * (N - h - 1), "RF0 F0 SF0")
 
-``F0`` is the forward of the rank's chunk 0.  The k-th F of a chunk is that of microbatch k, and likewise for B and
-the messages, so a table contains no microbatch numbers.  ``W0`` is the weight gradient of the ``B0`` before it; ``W``
-without a chunk is the W that has been deferred longest.  Ops joined by ``+`` share a slot.  The messages between two
-computes, of one row or of several, share a slot too.  A message beyond the end of a lane, or between two stages of
-the same rank, is left out.
+A body is a sequence of steps, and each step has one or several actions.  ``F0`` is the forward of the rank's chunk 0.
+The k-th F of a chunk, counted from 0, is that of microbatch k, and likewise for B and for each kind of message, so a
+table contains no microbatch numbers.  ``W0`` is the weight gradient of the ``B0`` before it; ``W`` without a chunk is
+the W that has been deferred longest.  Computes joined by ``+`` are one step and share a slot.  All messages between two
+computes share a slot, even if they are in different rows.  A message that would leave the end of a lane, or pass
+between two stages of one rank, is left out.
 """
 
 from __future__ import annotations
@@ -101,10 +102,11 @@ class Action(NamedTuple):
 
 
 Step = tuple[Action, ...]
+"""Actions joined by ``+`` in a body: computes that share a slot, or messages."""
 
 
 def steps(body: str) -> tuple[Step, ...]:
-    """Parse a row's body: ``"RF0 F0+B1+W1 W"``."""
+    """Parse a row's body, such as ``"RF0 F0+B1+W1 W"``."""
     return tuple(tuple(map(_action, step.split("+"))) for step in body.split())
 
 
@@ -127,6 +129,7 @@ class Row:
         return steps(self.body)
 
     def times(self, sizes: Mapping[str, int]) -> int:
+        """How often the body is repeated at the given sizes."""
         count = affine(self.count).at(sizes)
         if count < 0:
             raise AssertionError(f"row {self.name!r} repeats {count} times at {dict(sizes)}")
@@ -167,30 +170,30 @@ def _slots(
 ) -> Iterator[tuple[tuple[Op, ...], tuple[Row, ...]]]:
     """The slots of one rank, each with the rows that its ops were expanded from."""
     exists = _existing_messages(chunks, Routes(routes))
-    counts = [0] * (len(chunks) * len(Kind))  # how many ops of each kind and chunk there are so far
+    counts = [0] * (len(chunks) * len(Kind))  # for each chunk and kind, how many of its ops there are so far
     deferred: deque[Op] = deque()
     messages: list[Op] = []
     rows: list[Row] = []
     make = tuple.__new__  # Op(...) takes three times as long
     for row in table:
         times = row.times(sizes)
-        parts = [_part(step, chunks, exists) for step in row.steps]
+        templates = [_template(step, chunks, exists) for step in row.steps]
         for _ in range(times):
-            for part in parts:
+            for template in templates:
                 ops = []
-                for kind, lane, stage, counter in part.ops:
+                for kind, lane, stage, counter in template.ops:
                     if counter is None:
                         if not deferred:
-                            raise IndexError(f"row {row.name!r} runs a W and none is deferred at {dict(sizes)}")
+                            raise IndexError(f"row {row.name!r} runs a deferred W at {dict(sizes)}, but none is left")
                         ops.append(deferred.popleft()._replace(kind=W))
                         continue
                     mb = counts[counter]
                     if kind is W:
-                        mb -= 1  # the counter is that of B
+                        mb -= 1  # a W has the counter of its B, which has been increased already
                     else:
                         counts[counter] = mb + 1
                     ops.append(make(Op, (kind, lane, stage, mb, None)))
-                if part.defers is None:
+                if template.defers is None:
                     messages += ops
                     rows += [row] * len(ops)
                     continue
@@ -199,26 +202,26 @@ def _slots(
                     messages.clear()
                     rows.clear()
                 yield tuple(ops), (row,) * len(ops)
-                for position in part.defers:
+                for position in template.defers:
                     deferred.append(ops[position])
     if messages:
         yield tuple(messages), tuple(rows)
 
 
-class _Part(NamedTuple):
-    """A step for the chunks of one rank.
+class _Template(NamedTuple):
+    """A step for the chunks of one rank: its ops, still without microbatches.
 
-    ``ops`` are kinds with the chunks' lanes and stages, and the number of the counter that gives the microbatch: that
-    of its B for a W, and none for the W that has been deferred longest.  ``defers`` has the positions of the B whose W
-    is in a later step, and is ``None`` for messages.
+    ``ops`` gives each op's kind, lane and stage, and the index of the counter that yields its microbatch.  A W uses the
+    counter of its B.  The W that has been deferred longest has ``None``.  ``defers`` has the positions of those B whose
+    W is in a later step; it is ``None`` if the step is messages.
     """
 
     ops: tuple[tuple[Kind, Lane, int, int | None], ...]
     defers: tuple[int, ...] | None
 
 
-def _part(step: Step, chunks: tuple[Chunk, ...], exists: frozenset[Action]) -> _Part:
-    """A step without the messages that have no partner."""
+def _template(step: Step, chunks: tuple[Chunk, ...], exists: frozenset[Action]) -> _Template:
+    """The step for these chunks, without the messages that do not exist on this rank."""
     kinds = tuple(Kind)
     messages = step[0].kind in MESSAGES
     ops: list[tuple[Kind, Lane, int, int | None]] = []
@@ -229,14 +232,14 @@ def _part(step: Step, chunks: tuple[Chunk, ...], exists: frozenset[Action]) -> _
             counter = action.chunk * len(kinds) + kinds.index(B if action.kind is W else action.kind)
             ops.append((action.kind, *chunks[action.chunk], counter))
     if messages:
-        return _Part(tuple(ops), None)
+        return _Template(tuple(ops), None)
     with_w = {action.chunk: at for at, action in enumerate(step) if action.kind is W}
     backwards = ((at, action.chunk) for at, action in enumerate(step) if action.kind is B)
-    return _Part(tuple(ops), tuple(at for at, chunk in backwards if with_w.get(chunk, -1) < at))
+    return _Template(tuple(ops), tuple(at for at, chunk in backwards if with_w.get(chunk, -1) < at))
 
 
 def _existing_messages(chunks: Iterable[Chunk], routes: Routes) -> frozenset[Action]:
-    """The message actions whose partner is another rank."""
+    """The sends and receives of these chunks that have another rank at the other end."""
     return frozenset(
         Action(kind, number)
         for number, chunk in enumerate(chunks)

@@ -7,11 +7,11 @@ place        the devices of a stage: ``{"op": "place", "filter": {"PP": 0}, "dev
 split        the microbatches: ``{"op": "split", "filter": {}, "dim_name": "MB", "num_microbatches": 4}``
 order        the order of one rank: groups of ``{"PP": 0, "MB": 1, "PASS": "F"}``, where ``PASS`` is F, B (a full
              backward), BI or BW; a group of several becomes a slot
-others       nothing: ``replicate`` and ``shard`` are about the ranks of data and expert parallelism
+others       nothing: ``replicate`` and ``shard`` concern the ranks of data and expert parallelism
 ===========  ===========================================================================================
 
-The ranks are the sets of devices, in ascending order, as in their compiler, which also adds the messages.  Here the
-schedule gets them from ``lower``.  Nothing of theirs is imported.
+The sets of devices, in ascending order, are the ranks, as in Piper's compiler.  That compiler also adds the messages;
+here ``lower`` adds them.  Piper itself is not imported.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ Devices = tuple[int, ...]
 
 
 def from_directives(directives: Iterable[Directive], name: str = "", stage: str = "PP") -> Schedule:
-    """The schedule of their directives, one lane; ``stage`` is the model's tag for pipeline stages.
+    """The schedule of Piper's directives, with one lane; ``stage`` is the model's tag for pipeline stages.
 
     Raises
     ------
     ScheduleError
-        For a filter that is not one pass of one microbatch at one stage, a stage without a place or on two, a rank with
-        several orders or none, and as ``lower`` for an order that cannot be run.
+        If a filter is not one pass of one microbatch at one stage; if a stage has no ``place`` or two; if a rank has no
+        ``order`` or several; and if the order cannot be run (raised by ``lower``).
     """
     given = list(directives)
     devices = _places(given, stage)
-    ranks = {held: rank for rank, held in enumerate(sorted(set(devices.values())))}
+    rank_of = {held_by: rank for rank, held_by in enumerate(sorted(set(devices.values())))}
     split = [each for each in given if each.get("op") == "split"]
     microbatch = str(split[0]["dim_name"]) if split else ""
     programs: dict[int, list[Slot]] = {}
     for each in (each for each in given if each.get("op") == "order"):
         slots = [_slot(group, stage, microbatch) for group in each["filters"]]
-        held = {ranks[_place_of(op, devices, stage)] for slot in slots for op in slot}
-        if len(held) != 1 or not held.isdisjoint(programs):
-            got = f"the order that begins with {each['filters'][0]} is for the ranks {sorted(held)}"
-            taken = ", which have one already" if not held.isdisjoint(programs) else ""
+        ranks = {rank_of[_place_of(op, devices, stage)] for slot in slots for op in slot}
+        if len(ranks) != 1 or not ranks.isdisjoint(programs):
+            got = f"the order that begins with {each['filters'][0]} is for the ranks {sorted(ranks)}"
+            taken = ", which have one already" if not ranks.isdisjoint(programs) else ""
             raise ScheduleError("each rank has one order directive", got + taken, "give one for each rank")
-        programs[held.pop()] = slots
-    without = [rank for rank in ranks.values() if rank not in programs]
+        programs[ranks.pop()] = slots
+    without = [rank for rank in rank_of.values() if rank not in programs]
     if without:
         raise ScheduleError("each rank has one order directive", f"rank {without[0]} has none", "add it")
     return one_lane([programs[rank] for rank in sorted(programs)], name)
@@ -63,18 +63,20 @@ def _places(directives: Sequence[Directive], tag: str) -> dict[int, Devices]:
     found: dict[int, Devices] = {}
     for each in directives:
         if each.get("op") == "place" and tag in each["filter"]:
-            held = tuple(sorted(map(int, each["devices"])))
+            placed_on = tuple(sorted(map(int, each["devices"])))
             stage = _number(each["filter"], tag)
-            if found.setdefault(stage, held) != held:
-                got = f"{tag} {stage} is on {list(found[stage])} and on {list(held)}"
+            if found.setdefault(stage, placed_on) != placed_on:
+                got = f"{tag} {stage} is on {list(found[stage])} and on {list(placed_on)}"
                 raise ScheduleError("each stage has one place", got, "leave one out")
     return found
 
 
 def _place_of(op: Op, devices: Mapping[int, Devices], tag: str) -> Devices:
     if op.stage not in devices:
-        got = f"an order names {tag} {op.stage}, and the places are those of {sorted(devices)}"
-        raise ScheduleError("each stage has a place directive", got, "add it, or name the tag of stages")
+        got = f"an order names {tag} {op.stage}, and there are place directives for {sorted(devices)}"
+        raise ScheduleError(
+            "each stage has a place directive", got, "add it, or pass the tag that the model has for stages"
+        )
     return devices[op.stage]
 
 
@@ -87,14 +89,16 @@ def _ops(chosen: Mapping[str, Any], tag: str, microbatch: str) -> Iterator[Op]:
     if word not in _KINDS or not chosen.keys() <= {"PASS", tag, microbatch}:
         got = f"got {dict(chosen)}"
         raise ScheduleError(
-            f"an order's filter has {tag}, the microbatch and PASS, one of {', '.join(_KINDS)}", got, "correct it"
+            f"an order's filter has {tag}, the microbatch and PASS, one of {', '.join(_KINDS)}",
+            got,
+            "write it in this form",
         )
     for kind in _KINDS[str(word)]:
         yield Op(kind, UP, _number(chosen, tag), _number(chosen, microbatch) if microbatch else 0)
 
 
 def _number(chosen: Mapping[str, Any], tag: str) -> int:
-    """The number that a filter gives for a tag, which must be one."""
+    """The number that a filter gives for a tag; other values, such as ``"*"``, are refused."""
     value = chosen.get(tag)
     if not str(value).isdecimal():
         raise ScheduleError(f"a filter gives one number for {tag}", f"got {dict(chosen)}", "write one for each number")

@@ -128,4 +128,6 @@ def check_routes(routes: Mapping[Lane, tuple[int, ...]], ranks: int) -> None:
                 )
     depths = [f"lane {lane} has {len(route)} stage{'s' if len(route) > 1 else ''}" for lane, route in routes.items()]
     if len(set(map(len, routes.values()))) > 1:
-        raise ScheduleError("all lanes run the same model", " and ".join(depths), "give each lane as many stages")
+        raise ScheduleError(
+            "all lanes run the same model", " and ".join(depths), "give all lanes the same number of stages"
+        )

@@ -99,7 +99,10 @@ def digest(schedule: Schedule) -> str:
 
 
 def load(path: Path) -> Schedule:
-    """Read a schedule file.  Raises ``ScheduleSyntaxError`` for any content, and as ``dualpipe.files.read_whole``."""
+    """Read a schedule file.
+
+    Raises ``ScheduleSyntaxError`` if the content is not a schedule, and whatever ``dualpipe.files.read_whole`` raises.
+    """
     return loads(read_text(path), str(path))
 
 

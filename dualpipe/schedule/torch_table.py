@@ -93,7 +93,7 @@ def loads_csv(text: str, source: str = "<string>") -> Schedule:
 def dumps_csv(schedule: Schedule, compute_only: bool = False) -> str:
     """The schedule as a table, with the line endings that torch writes; ``compute_only`` leaves out all but computes.
 
-    Computes in one slot that are neither a full backward nor an overlapped pair get a cell each, and so do messages.
+    Computes in one slot that are neither a full backward nor an F&B pair get a cell each, and so do messages.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def dumps_csv(schedule: Schedule, compute_only: bool = False) -> str:
     """
     if schedule.failures:
         got = str(schedule.failures[0])
-        raise ScheduleError("a table of torch is of a program that did not fail", got, "print it as text")
+        raise ScheduleError("a table of torch cannot describe a program that failed", got, "print it as text")
     if tuple(schedule.routes) != (UP,):
         got = " and ".join(f"lane {lane}" for lane in schedule.routes)
         raise ScheduleError("a table of torch has the one lane >", f"there is {got}", "print it as text")

@@ -176,7 +176,7 @@ def check_name(name: str) -> None:
     """Raise ``ScheduleError`` unless the name is empty or one printable word, without ``#``, as the text form needs."""
     if name and (not name.isprintable() or " " in name or "#" in name):
         raise ScheduleError(
-            "a schedule's name is one printable word without #", f"it is {name!r}", "put dashes for what is not allowed"
+            "a schedule's name is one printable word without #", f"it is {name!r}", "replace other characters by dashes"
         )
 
 
@@ -194,7 +194,7 @@ def check_group(number: int, members: tuple[int, ...], ranks: int) -> None:
         raise ScheduleError("a group's members are ranks that have programs", got, "add the rank or leave it out")
     if not members or len(set(members)) < len(members):
         got = f"group {number} has {' '.join(map(str, members)) or 'none'}"
-        raise ScheduleError("a group has members, each named once", got, "correct it")
+        raise ScheduleError("a group has members, each named once", got, "name each member once")
 
 
 def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]], groups: int = 0) -> None:
@@ -215,7 +215,9 @@ def check_slot(slot: Slot, routes: Mapping[Lane, tuple[int, ...]], groups: int =
                 "correct the op or lengthen the lane",
             )
         if not 0 <= op.mb <= LARGEST or not 0 <= (op.peer or 0) <= LARGEST:
-            raise ScheduleError(f"microbatch and peer are numbers from 0 to {LARGEST}", f"there is {op}", "correct it")
+            raise ScheduleError(
+                f"microbatch and peer are numbers from 0 to {LARGEST}", f"there is {op}", "give numbers in this range"
+            )
         if op.peer is not None and op.kind in COMPUTE:
             raise ScheduleError("only a message has a peer", f"{op} is compute", f"leave out @{op.peer}")
         if op.kind in COLLECTIVES:
@@ -235,7 +237,7 @@ def _check_collective(op: Op, groups: int) -> None:
         return
     if op.kind is Kind.RS:
         raise ScheduleError(
-            "RS has no group, since a rank drops weights alone", f"there is {op}", "leave out the group"
+            "RS has no group, since a rank drops weights by itself", f"there is {op}", "leave out the group"
         )
     if op.peer >= groups:
         got = f"{op} names group {op.peer}, and there are {groups}, counted from 0"

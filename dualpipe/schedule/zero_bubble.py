@@ -1,20 +1,20 @@
 """Reads the schedules of sail-sg's zero-bubble-pipeline-parallelism: for each rank its list of ``ScheduledNode``.
 
-Their scheduler (``zerobubble/scheduler``) makes such lists, and their runtime walks through them.  Nothing of theirs is
-imported: a node is anything with the attributes
+Their scheduler (``zerobubble/scheduler``) makes such lists, and their runtime executes them.  Their package itself is
+not imported: a node is any object with the attributes
 
 ====================  ========================================================================================
 type                  an enum or a text: F, B, W, BW, SEND_FORWARD, RECV_FORWARD, SEND_BACKWARD, RECV_BACKWARD
-microbatch            as ours
+microbatch            our microbatch
 layer_group_idx       our stage
 seq_split_idx         0, or absent
-comm_peer_stage       of a message, the rank at the other end
-comm_direction        of a message, an enum or a text: NEXT or PREV
+comm_peer_stage       messages only: the rank at the other end
+comm_direction        messages only, an enum or a text: NEXT or PREV
 ====================  ========================================================================================
 
-``stage`` and ``chunk`` are the rank and the number of the chunk on it, and follow from the rest.  Nodes of the
-optimizer's post validation (``POST_VALIDATION``, ``SEND_POST_VALIDATION``, ``RECV_POST_VALIDATION``) carry scalars and
-are left out.  Lists without messages, as before their communication passes, get them from ``lower``.
+``stage`` and ``chunk``, the rank and the number of the chunk on it, are not read, since they follow from the rest.
+Nodes of the optimizer's post validation (``POST_VALIDATION``, ``SEND_POST_VALIDATION``, ``RECV_POST_VALIDATION``) carry
+scalars and are left out.  Lists from before the scheduler's communication passes have no messages; ``lower`` adds them.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _CONSUMER = {RF: F, RB: B}
 
 
 def from_nodes(order: Sequence[Iterable[Any]], name: str = "") -> Schedule:
-    """The schedule of their nodes, one lane; ``order`` has the nodes of each rank.
+    """The schedule of the scheduler's nodes, with one lane; ``order`` has the nodes of each rank.
 
-    Messages are in batches as their runtime posts them: those between two computes, except that a batch ends with a
-    receive that the next compute takes.
+    Messages form the batches that their runtime posts: all messages between two computes, except that a receive that
+    the next compute needs ends its batch.
 
     Raises
     ------
     ScheduleError
-        For a node of another type (those of vocabulary parallelism, say), one that splits a sequence, a stage that no
-        rank or two ranks run, and as ``lower`` for an order of computes that cannot be run.
+        If a node has another type, as those of vocabulary parallelism have; if it splits a sequence; if no rank or two
+        ranks run a stage; and if the order of computes cannot be run (raised by ``lower``).
     """
     ranks = [[node for node in nodes if _type_of(node) not in _OF_THE_OPTIMIZER] for nodes in order]
     for rank, nodes in enumerate(ranks):

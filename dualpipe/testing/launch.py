@@ -100,7 +100,8 @@ def launch(
     grace:
         Seconds that the other ranks have, once one has failed, to end by themselves and report what they waited for.
     backend:
-        Of the default process group, which every rank has joined when ``body`` is called; ``None``: no process group.
+        The backend of the default process group, which every rank joins before ``body`` is called; ``None`` for no
+        group.
     on_progress:
         Called in this process with the rank and the value that it reported.
     is_stuck:
@@ -189,7 +190,7 @@ def _collect(
             break
     for rank in range(len(pipes)):
         if rank not in results:
-            results[rank] = Failure(rank, TIME_UP, f"still running after {allowed:.0f} s, so it was ended", "", allowed)
+            results[rank] = Failure(rank, TIME_UP, f"still running after {allowed:.0f} s, so stopped", "", allowed)
     return [results[rank] for rank in range(len(pipes))]
 
 

@@ -1,21 +1,21 @@
-"""Streams of a GPU on the CPU that check what they stand for: a missing wait is found without a GPU.
+"""Stand-ins for GPU streams that run on the CPU and find missing waits between streams without a GPU.
 
-On a GPU two streams run at the same time, unless one waits for the other.  A program that forgets a wait reads a tensor
-before it is written, now and then.  On the CPU it never does.  Within ``checked_streams`` each operator belongs to the
-stream that is current, and ``StreamError`` is raised for
+On a GPU two streams run at the same time, unless one waits for the other.  If a program lacks a wait, it sometimes
+reads a tensor before that is written; on the CPU it never does.  Within ``checked_streams`` each operator belongs to
+the current stream, and ``StreamError`` is raised for
 
     a read     of a tensor that another stream has written, without a wait for that write,
-    a write    to a tensor that another stream has read or written, likewise.
+    a write    to a tensor that another stream has read or written, without a wait for that access.
 
 Every stream has a vector clock (Mattern, "Virtual Time and Global States of Distributed Systems", 1989): how much of
-each other stream is known to have ended.  ``wait_stream``, ``wait_event`` and ``Event.wait`` extend that of a stream;
-``synchronize`` and ``item`` extend that of the host, after which all new work runs.  Allocating counts as writing,
-because the caching allocator orders memory only within its stream.
+each other stream is known to have ended.  ``wait_stream``, ``wait_event`` and ``Event.wait`` extend the clock of a
+stream.  ``synchronize`` and ``item`` extend the clock of the host, and new work on any stream comes after that.
+Allocating counts as writing, because the caching allocator orders memory only within its stream.
 
-Not seen: that a tensor is freed while another stream uses it (``record_stream``), what is written through ``.data_ptr``
-or numpy, and the streams of asynchronous collectives, which count as work of the stream that is current when they are
-called.  A backward belongs to the stream that is current when it is called; on a GPU each of its operators runs on the
-stream of its forward.
+Not checked are tensors that are freed while another stream uses them (``record_stream``), writes through ``.data_ptr``
+or numpy, and the streams of asynchronous collectives: these count as work of the stream that is current when they are
+called.  A backward, too, belongs to the stream that is current when it is called; on a GPU each of its operators runs
+on the stream of its forward.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StreamError(RuleError):
 
 
 class Stream(plain.Stream):
-    """A stream whose waits count."""
+    """A stream that keeps a vector clock of its waits."""
 
     def __init__(self, device: Any = None, priority: int = 0, **more: Any) -> None:
         super().__init__(device, priority, **more)
@@ -60,7 +60,7 @@ class Stream(plain.Stream):
         self.clock: Clock = {}
 
     def work(self) -> int:
-        """Issue one operator: its number on this stream."""
+        """Issue one operator; returns its number on this stream."""
         _extend(self.clock, _checker().host)
         self.clock[self] = self.clock.get(self, 0) + 1
         return self.clock[self]
@@ -81,7 +81,7 @@ class Stream(plain.Stream):
 
 
 class Event(plain.Event):
-    """An event that knows what had been issued when it was recorded; before that, nothing."""
+    """An event with the clock of the stream at the time at which it was recorded; empty before that."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -109,7 +109,7 @@ class Access:
     line: str
 
     def before(self, stream: Stream) -> bool:
-        """Whether it has ended by the time the next operator of ``stream`` begins."""
+        """Whether this access has ended when the next operator of ``stream`` begins."""
         return self.stream is stream or stream.clock.get(self.stream, 0) >= self.number
 
 
@@ -124,8 +124,8 @@ class _Memory:
 
 
 class Checker(TorchDispatchMode):  # type: ignore[no-untyped-call] # __init_subclass__ of torch's class
-    """Keeps the accesses to every storage.  ``operators`` counts what was checked, ``waited`` the accesses to work of
-    another stream that were ordered."""
+    """Keeps the accesses to every storage.  ``operators`` counts the operators that were checked, ``waited`` the
+    accesses that a wait orders after one on another stream."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's
@@ -141,7 +141,7 @@ class Checker(TorchDispatchMode):  # type: ignore[no-untyped-call] # __init_subc
         inputs, written = _accesses(func, args, kwargs or {})
         used = {_key(tensor) for tensor in _tensors((args, kwargs))}
         fresh = [tensor for tensor in _tensors(returned) if _key(tensor) not in used]
-        if not (written or fresh) and _tensors(returned):  # views alone, whose data is not touched
+        if not (written or fresh) and _tensors(returned):  # only views, whose data is not touched
             return returned
         stream: Stream = plain.CURRENT[0]  # type: ignore[assignment] # checked_streams has put one of ours there
         access = Access(str(func), stream, stream.work(), _line(sys._getframe(1)))
@@ -262,7 +262,7 @@ def _extend(clock: Clock, other: Clock) -> None:
 
 def _accesses(func: Any, args: Sequence[Any], kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that an operator reads, and those of its arguments that it writes."""
-    if func.namespace == "c10d":  # whose schemas do not say what is written
+    if func.namespace == "c10d":  # its schemas do not tell which arguments are written
         name = func._schema.name.partition("::")[2]
         first, rest = _tensors(args[:1]), _tensors((args[1:], kwargs))
         if name == "send":

@@ -50,7 +50,9 @@ def parse_sizes(text: str) -> Sizes:
     given = parse_numbers("--bytes", text, SIZES)
     if not {"B", "W"} <= given.keys() or not all(0 <= size <= 1e100 for size in given.values()):
         raise RuleError(
-            "--bytes gives B and W, and may give weights, each 0 or more", f"got {text!r}", "use such as B=8e9,W=3e9"
+            "--bytes gives B and W, and may give weights, each 0 or more",
+            f"got {text!r}",
+            "write for instance B=8e9,W=3e9",
         )
     return Sizes(**given)
 
@@ -76,7 +78,7 @@ class Candidate:
     timeline:
         With the costs of the schedule's own stages.
     share:
-        What a stage is of a share: 1, or 1/2 for a schedule with 2P stages.
+        The size of a stage in shares: 1, or 1/2 for a schedule with 2P stages.
     """
 
     name: str
@@ -227,8 +229,8 @@ class Limits:
 class Ranking:
     """Candidates from the shortest makespan to the longest, those that are absent, and the limits of memory.
 
-    Of equal makespans the one that holds least comes first: bytes if they are known, else parameters, then live
-    microbatches; of those that hold as much, the one that was given first.
+    Candidates with equal makespans are ordered by what a rank holds: bytes if they are known, else parameters, then
+    live microbatches, then pending W.  If these are equal too, the candidate that was given first comes first.
     """
 
     candidates: tuple[Candidate, ...]

@@ -1,7 +1,7 @@
-"""Simulates collectives: the k-th of each member of a group meets the k-th of every other member.
+"""Simulates collectives: the k-th collectives of all members of a group are one operation.
 
-Each rank has one stream for them.  A collective begins when all members have posted it and the earlier collectives of
-each have ended, and takes its cost; those of one slot run at the same time.  Computes run beside them::
+Each rank has one stream for collectives.  A collective begins when all members have posted it and have ended their
+earlier ones, and takes its cost.  The collectives of one slot run at the same time.  Computes go on meanwhile::
 
     rank 0   0US> posted 0 |             | 0F0> waits for it
     rank 1   busy          | posted 3    | 1F0>

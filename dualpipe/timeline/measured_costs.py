@@ -1,7 +1,7 @@
 """The costs of a measured run, from the trace that ``dualpipe verify --trace`` wrote.
 
-Of each stage the median F, B and W; of the links the median time of the messages whose receiver was waiting when they
-were sent, since only then is the time until it goes on that of the message.
+Each stage gets the medians of its F, B and W.  The latency is the median over the messages whose receiver was already
+waiting when they were sent: only then is the time until the receiver goes on the time of the message.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Measured:
         return (mean(b for b, _ in split), mean(w for _, w in split)) if split else None
 
     def _whole(self) -> float:
-        """The mean time of B and W together, of the stages at which a backward was measured."""
+        """The time of B and W together, averaged over the stages at which a backward was measured."""
         return mean(whole for times in self.stages.values() if (whole := _backward(times)) is not None)
 
     @property

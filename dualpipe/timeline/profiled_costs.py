@@ -16,7 +16,7 @@ name                                  what is measured
                                       from before that post
 ====================================  ===============================================================================
 
-Latencies are measured between ranks of one host alone, which share a clock.
+Latencies are measured only between ranks of the same host, which share a clock.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _RULE = (
     "--cost-from is a trace of `dualpipe verify --trace`, or the torch.profiler traces of a recorded program's ranks"
 )
 _OTHER_END = {SF: (RF, 1), RF: (SF, -1), SB: (RB, -1), RB: (SB, 1)}
-"""Of each kind of message the kind of its other end, and by how many stages that is further."""
+"""For each kind of message the kind of its other end, and the difference between the stages of the two ends."""
 
 
 class Range(NamedTuple):
@@ -69,10 +69,10 @@ class Profile:
 
 
 def read(paths: Sequence[Path]) -> Measured:
-    """The costs in traces: one of ``dualpipe verify``, or those of torch.profiler, one or more of each rank.
+    """The costs in one trace of ``dualpipe verify``, or in traces of torch.profiler, one or more for each rank.
 
-    Of a folder all traces in it are read.  Raises ``RuleError`` for files that are something else, and for traces
-    that lack a stage, all forwards or all backwards.
+    For a folder, all traces in it are read.  Raises ``RuleError`` for other files, and for traces that lack a stage,
+    all forwards or all backwards.
     """
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _files(path)))
     contents = {file: _load(file) for file in files}
@@ -99,7 +99,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise RuleError(_RULE, f"{path}: {error.strerror or error}", "name another file") from error
     except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
-        raise RuleError(_RULE, f"{path} is no trace", "name such traces") from error
+        raise RuleError(_RULE, f"{path} is not a trace", "name such traces") from error
     return dict(content)
 
 

@@ -17,7 +17,7 @@ from dualpipe.timeline.chart import Cell, Chart, Tone, tone
 from dualpipe.timeline.palette import INK, LIGHT, colour, ink
 
 POINTS = 72.0
-"""Of an inch."""
+"""Points in an inch."""
 FRAME = 1.1
 """Points: the line of a frame, thinner where frames are narrow."""
 _GAP = 0.12

@@ -29,7 +29,10 @@ class Summary(TypedDict):
 
 
 def parse_costs(text: str) -> Costs:
-    """``"F=1,B=1,W=1,FB=2.5"`` as costs, with defaults for the rest.  Raises ``RuleError``."""
+    """Parse costs such as ``"F=1,B=1,W=1,FB=2.5"``; costs that are not given have their defaults.
+
+    Raises ``RuleError`` for any other text.
+    """
     given = parse_numbers("--cost", text, COSTS)
     return replace(Costs(), **given)  # type: ignore[arg-type] # stages is not one of COSTS
 
@@ -54,7 +57,7 @@ def parse_numbers(option: str, text: str, names: Sequence[str]) -> dict[str, flo
 
 
 def describe_costs(costs: Costs) -> str:
-    """Costs as ``parse_costs`` reads them; BW, FB and latency only where they differ from the default."""
+    """Costs in the form that ``parse_costs`` reads: F, B and W, and of the others those that are not the default."""
     default = Costs()
     given = {name: getattr(costs, name) for name in COSTS}
     shown = {n: value for n, value in given.items() if n in ("F", "B", "W") or value != getattr(default, n)}
@@ -71,7 +74,7 @@ def _headline(name: str, ranks: int, microbatches: int) -> tuple[str, str]:
 
 
 def count_collectives(schedule: Schedule) -> dict[str, int]:
-    """How many ops of each kind of collective a schedule has, without those of which it has none."""
+    """How many collectives of each kind a schedule has; kinds that it does not have are left out."""
     count = Counter(placed.op.kind for placed in schedule if placed.op.kind in COLLECTIVES)
     return {str(kind): count[kind] for kind in Kind if count[kind]}
 

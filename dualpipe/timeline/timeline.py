@@ -1,6 +1,6 @@
-"""The costs that a simulation takes and the timeline that it gives, with its bubble and its peaks.
+"""The input and the result of a simulation: costs, and a timeline with its bubble and its peaks.
 
-Times are in the unit of the costs.
+All times are in the unit of the costs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MOST = 1e100
 
 
 class CostError(RuleError):
-    """A cost outside its range."""
+    """A cost outside its range, or an ``FB`` that has nothing to scale."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,22 @@ class Costs:
     BW:
         B and W of one microbatch in one slot, the full backward; ``B + W`` if not given.
     FB:
-        An overlapped slot ``F+B+W``; ``F + BW``, no credit for the overlap, if not given.  A slot of F and B that
-        leaves W for later gets the same credit in proportion: it takes ``(F + B) * FB / (F + BW)``.
+        A slot with an F&B pair, ``F+B+W``.  If not given, it takes ``F + BW``, as if the overlap saved nothing.  A pair
+        that leaves W for later is shortened by the same factor: it takes ``(F + B) * FB / (F + BW)``.
     latency:
         The time from when both sides have posted a message to its completion.
     AA, AR, US, RS, RG:
         One collective of that kind, from when all members have posted it.
     stages:
-        For each stage its own F, B, W and BW, where stages differ; F to BW above are then those of a typical stage.
-        FB is a credit for all: a slot takes ``FB / (F + BW)`` times the sum of its ops.
+        If stages differ, the costs of each; their F, B, W and BW are used.  The F, B, W, BW and FB above are then those
+        of a typical stage, and a slot with an F&B pair takes ``FB / (F + BW)`` times the sum of its ops.
 
-    The model in which one full backward costs 2 however it is split is ``Costs(B=2, BW=2)``; an overlapped pair then
-    costs 3.
+    By default a full backward takes 2, and an F&B pair 3.
 
     Raises
     ------
     CostError
-        For a cost that is negative or above 1e100, so that sums stay finite, and for ``FB`` where ``F + BW`` is 0.
+        If a cost is negative or above 1e100 (so that sums stay finite), and if ``FB`` is given while ``F + BW`` is 0.
     """
 
     F: float = 1.0
@@ -66,13 +65,14 @@ class Costs:
     def __post_init__(self) -> None:
         for name, cost in self.numbers.items():
             if cost is not None and not 0 <= cost <= _MOST:
-                raise CostError(f"a cost must be a number from 0 to {_MOST:g}", f"{name} is {cost}", "correct it")
+                rule = f"a cost must be a number from 0 to {_MOST:g}"
+                raise CostError(rule, f"{name} is {cost}", f"give {name} a number in this range")
         if self.FB is not None and self.F + self.backward == 0:
             raise CostError("FB needs computes that take time", f"FB is {self.FB}", "give F, B or W a cost")
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """The costs by name, without those of single stages, and of collectives that take no time."""
+        """The costs by name, except ``stages`` and the collectives that take no time."""
         return {n: cost for n, cost in vars(self).items() if n != "stages" and (n not in COLLECTIVES or cost)}
 
     def of(self, op: Op) -> Costs:
@@ -81,21 +81,21 @@ class Costs:
 
     @property
     def backward(self) -> float:
-        """What B and W of one microbatch take in one slot."""
+        """The time of a full backward: B and W of one microbatch in one slot."""
         return self.B + self.W if self.BW is None else self.BW
 
     def times(self, factor: float) -> Costs:
-        """The costs of a stage that is ``factor`` times as large; messages take as long."""
+        """The costs of stages that are ``factor`` times as large: all times but the latency of messages are scaled."""
         scaled = {name: None if cost is None else cost * factor for name, cost in self.numbers.items()}
         stages = tuple(stage.times(factor) for stage in self.stages)
         return Costs(**scaled | {"latency": self.latency}, stages=stages)  # type: ignore[arg-type] # F, B, W: no None
 
     def collective(self, op: Op) -> float:
-        """What a collective takes."""
+        """The time of a collective."""
         return {Kind.AA: self.AA, Kind.AR: self.AR, Kind.US: self.US, Kind.RS: self.RS, Kind.RG: self.RG}[op.kind]
 
     def slot(self, slot: Slot) -> float:
-        """What a slot of computes takes."""
+        """The time of a slot of computes."""
         full = full_backwards(slot)
         total = sum(self._op(op, op.task in full) for op in slot)
         if self.FB is None or not {F, B} <= {op.kind for op in slot}:
@@ -103,7 +103,7 @@ class Costs:
         return total / (self.F + self.backward) * self.FB
 
     def _op(self, op: Op, full: bool) -> float:
-        """What an op takes; of a full backward B takes the time of both."""
+        """The time of an op.  In a full backward B takes the time of both, and W takes none."""
         costs = self.of(op)
         if full and op.kind is not F:
             return costs.backward if op.kind is B else 0.0
@@ -113,7 +113,8 @@ class Costs:
 class Span(NamedTuple):
     """One slot of one rank from start to end.
 
-    A slot of messages or collectives ends at once; if blocking, when the last of them has completed.
+    A slot of messages or collectives ends as soon as they are posted.  In a simulation with blocking messages it ends
+    when the last of them has completed.
     """
 
     slot: int
@@ -123,7 +124,10 @@ class Span(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A send and the receive that it matches: their places, when each was posted, when the message completed."""
+    """A send and the receive that it matches: their places, and the times of the message.
+
+    ``sent`` is when the send was posted, ``awaited`` when the receive was posted.
+    """
 
     send: Placed
     receive: Placed
@@ -133,9 +137,10 @@ class Message(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A member's part in a collective: its place, when it was posted, when all members had, when it ended.
+    """A member's part in a collective: its place, and three times.
 
-    One that an earlier collective of its rank held up counts as posted when that one ended.
+    ``posted`` is when this rank posted it; if an earlier collective of the rank was still running then, it is when that
+    one ended.  ``began`` is when all members had posted it, ``ended`` when it completed.
     """
 
     at: Placed
@@ -151,13 +156,13 @@ class Timeline:
     Attributes
     ----------
     schedule, costs:
-        What was run.
+        What was simulated.
     spans:
-        For each rank its slots in order.
+        The slots of each rank, in order.
     messages:
-        In the order in which their second side was posted.
+        All messages, in the order in which they were matched.
     collectives:
-        Each once for every member, in the order in which the first member posted it.
+        All collectives, each once for every member, in the order in which the first member posted them.
     """
 
     schedule: Schedule
@@ -175,37 +180,37 @@ class Timeline:
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
-        """For each rank the time that it computes."""
+        """For each rank the time during which it computes."""
         return tuple(
             sum(span.end - span.start for span in spans if span.ops[0].kind in COMPUTE) for spans in self.spans
         )
 
     @cached_property
     def bubble(self) -> tuple[float, ...]:
-        """For each rank the time that it does not compute, up to the makespan."""
+        """For each rank the time, up to the makespan, during which it does not compute."""
         return tuple(self.makespan - busy for busy in self.busy)
 
     @cached_property
     def bubble_share(self) -> float:
-        """Idle time of all ranks over ``ranks * makespan``: 0 if no rank ever waits."""
+        """The bubbles of all ranks divided by ``ranks * makespan``: 0 if no rank is ever idle."""
         return sum(self.bubble) / (len(self.spans) * self.makespan) if self.makespan else 0.0
 
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:
         """For each rank the most microbatches that are live at once, each from its F to the end of its W.
 
-        Counted per stage and lane.  Inside a slot, what is allocated counts before what is released.
+        A microbatch at two chunks of a rank counts twice.  If a slot has an F and a W, both microbatches count as live.
         """
         return tuple(_peak(spans, _forwards, _weights) for spans in self.spans)
 
     @cached_property
     def peak_pending_w(self) -> tuple[int, ...]:
-        """For each rank the most W that are deferred at once: B has run and W has not.
+        """For each rank the most W that are pending at once: B has run and W has not.
 
-        The W of a full backward, in one slot with its B, is not deferred.  Inside a slot, what is added counts before
-        what is removed.
+        The W of a full backward, in one slot with its B, is not deferred.  If a slot defers a W and runs another one,
+        both count as pending.
         """
-        return tuple(_peak(spans, _deferred, _caught_up) for spans in self.spans)
+        return tuple(_peak(spans, _newly_deferred, _deferred_run) for spans in self.spans)
 
 
 def _forwards(slot: Slot) -> int:
@@ -216,16 +221,16 @@ def _weights(slot: Slot) -> int:
     return sum(op.kind is W for op in slot)
 
 
-def _deferred(slot: Slot) -> int:
+def _newly_deferred(slot: Slot) -> int:
     return sum(op.kind is B for op in slot) - len(full_backwards(slot))
 
 
-def _caught_up(slot: Slot) -> int:
+def _deferred_run(slot: Slot) -> int:
     return _weights(slot) - len(full_backwards(slot))
 
 
 def _peak(spans: tuple[Span, ...], gained: Callable[[Slot], int], lost: Callable[[Slot], int]) -> int:
-    """The highest level, where each slot first gains and then loses."""
+    """The highest level, if each slot first adds what it gains and then subtracts what it loses."""
     level = peak = 0
     for span in spans:
         level += gained(span.ops)

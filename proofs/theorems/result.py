@@ -43,11 +43,11 @@ class Counterexample:
 class TheoremResult:
     """A theorem and its verdict.
 
-    ``bound`` is the makespan that is proved as an upper or lower bound, in ranks P and microbatches M; empty for other
-    theorems.  It is ``optimal`` if it is an upper bound and the lower bound at once.
-    ``obligations`` counts all cases, ``non_vacuous`` those that arise at some size.  ``Refuted`` means that the
-    statement is false at the size ``counterexample``.  ``Unknown`` may have one too: then the proof fails there (a time
-    does not fit), and the statement may still hold.
+    ``bound`` is the makespan that is proved as an upper or lower bound, in ranks P and microbatches M; empty for
+    theorems that prove no makespan.  ``optimal`` says whether the upper bound equals the lower bound.  ``obligations``
+    counts all cases, ``non_vacuous`` those that arise at some size.  If the verdict is ``Refuted``, the statement is
+    false at the size of ``counterexample``.  An ``Unknown`` may have a counterexample too: there the proof fails,
+    because a time does not fit, but the statement may still hold.
     """
 
     name: str

@@ -39,7 +39,7 @@ class Compute(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """``later`` starts once ``earlier`` has ended, or not before time 0 where that is ``None``."""
+    """``later`` starts once ``earlier`` has ended; if ``earlier`` is ``None``, it starts at time 0 or later."""
 
     earlier: Compute | None
     later: Compute
@@ -78,7 +78,7 @@ Node = tuple[int, int]
 
 
 def sample(family: Family, ranks: int, microbatches: int, waiting: Waiting = Waiting.BLOCKING) -> Sample:
-    """The family at one size.  Raises ``IndexError`` where a table runs a W and none is deferred."""
+    """The family at one size.  Raises ``IndexError`` if the table runs a deferred W and none is left."""
     plans = plans_at(family, ranks, microbatches)
     schedule = Schedule(plans[0].routes, tuple(plan.program() for plan in plans), family.name)
     rows = [list(_computes(family, plan)) for plan in plans]

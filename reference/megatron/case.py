@@ -24,9 +24,9 @@ class Model(StrEnum):
 
 
 class Part(StrEnum):
-    """What the miniature of DeepSeek-V3 has beside sigmoid routing: multi-head latent attention, routing to groups of
-    experts, a shared expert, a router bias that balances experts, a dense first layer, a layer that predicts further
-    tokens, and stages with different numbers of layers."""
+    """A part of the miniature of DeepSeek-V3.  In addition to sigmoid routing it has multi-head latent attention,
+    routing to groups of experts, a shared expert, a router bias that balances experts, a dense first layer, a
+    multi-token prediction layer, and stages with different numbers of layers."""
 
     MLA = "mla"
     GROUPS = "groups"
@@ -48,7 +48,7 @@ class Case:
 
     ``instances`` is the number of instances of the distributed optimizer over all replicas, each with a whole copy of
     its state.  With ``variable_lengths`` microbatches have sequences of different lengths.  ``mtp`` is the number of
-    layers that predict further tokens, ``tied`` ties the output layer to the embedding; ``layout`` distributes the
+    multi-token prediction layers, ``tied`` ties the output layer to the embedding; ``layout`` distributes the
     layers over the stages as Megatron's ``pipeline_model_parallel_layout`` does,
     by default evenly.  ``without`` has the parts to leave out of the miniature of DeepSeek-V3.  ``clip`` is the norm to
     which gradients are clipped, 0 for no clipping; by default small enough to clip at every step, or 0 under the
@@ -153,9 +153,9 @@ class Case:
                 "use 1, or --model moe with a multiple of it as dp",
             ),
             (
-                "F&B pairs overlap with experts on several ranks, without recompute and layers for further tokens",
-                not self.overlap_moe or (self.ep > 1 and not self.recompute and not self.further_layers),
-                f"got ep {self.ep}, recompute {self.recompute} and {self.further_layers} layers for further tokens",
+                "F&B pairs overlap with experts on several ranks, without recompute and multi-token prediction",
+                not self.overlap_moe or (self.ep > 1 and not self.recompute and not self.mtp_layers),
+                f"got ep {self.ep}, recompute {self.recompute} and {self.mtp_layers} multi-token prediction layers",
                 "set ep 2 and leave the others out",
             ),
             (
@@ -171,7 +171,7 @@ class Case:
                 "use --model deepseek --dtype bf16 and leave the distributed optimizer out",
             ),
             (
-                "the number of layers that predict further tokens must not be negative",
+                "the number of multi-token prediction layers must not be negative",
                 self.mtp >= 0,
                 f"got {self.mtp}",
                 "use 0 for none",
@@ -258,7 +258,7 @@ class Case:
 
     @property
     def layers(self) -> int:
-        """The layers of the decoder, two for each rank, without those that predict further tokens."""
+        """The layers of the decoder, two for each rank, without those of multi-token prediction."""
         return 2 * self.pp if self.layers_of_stages is None else self.layers_of_stages.count("t")
 
     @property
@@ -280,8 +280,8 @@ class Case:
         return self.expert_bias or Part.BIAS in self.parts
 
     @property
-    def further_layers(self) -> int:
-        """The layers that predict further tokens."""
+    def mtp_layers(self) -> int:
+        """The number of multi-token prediction layers."""
         return max(self.mtp, int(Part.MTP in self.parts))
 
     @property
@@ -289,17 +289,17 @@ class Case:
         """The layout as given; for the miniature of DeepSeek-V3 one with a short first stage; or ``None``."""
         if self.layout is not None or Part.LAYOUT not in self.parts:
             return self.layout
-        return "|".join(["Et", *["tt"] * (self.stages - 2), f"tt{'m' * self.further_layers}L"])
+        return "|".join(["Et", *["tt"] * (self.stages - 2), f"tt{'m' * self.mtp_layers}L"])
 
     @property
     def embedding_is_shared(self) -> bool:
         """Whether the last stage has a copy of the embedding, which gets the sum of both gradients."""
-        return self.tied or self.further_layers > 0
+        return self.tied or self.mtp_layers > 0
 
     @property
     def unused_weight(self) -> str | None:
         """A parameter without a use: Megatron allocates an output layer that is tied to the embedding of its stage."""
-        return "output_layer.weight" if self.tied and self.further_layers else None
+        return "output_layer.weight" if self.tied and self.mtp_layers else None
 
     @property
     def has_main_weights(self) -> bool:

@@ -35,7 +35,7 @@ def differences(
 
 
 def norm_difference(truth: Sequence[StepTrace], found: Sequence[StepTrace]) -> float:
-    """The largest relative difference of a gradient norm from the truth's; 0 where all are equal."""
+    """The largest relative difference of a gradient norm from the truth's; 0 if all are equal."""
     return max(
         abs(norm - true) / true
         for step, other in zip(truth, found, strict=True)

@@ -50,11 +50,11 @@ def options(case: Case) -> dict[str, Any]:
 
 
 def layer_specs(config: Any, stage: int) -> tuple[Any, Any]:
-    """The layers of a stage, and the layer for further tokens, which is a mixture of experts."""
+    """The layers of a stage, and the multi-token prediction layer, which is a mixture of experts."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, pp_rank=stage
     )
-    further = get_gpt_layer_local_spec(
+    mtp_layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=False,
         qk_layernorm=config.qk_layernorm,
@@ -62,9 +62,9 @@ def layer_specs(config: Any, stage: int) -> tuple[Any, Any]:
         normalization=config.normalization,
     )
     if config.multi_latent_attention:
-        for layer in (*block.layer_specs, further):
+        for layer in (*block.layer_specs, mtp_layer):
             layer.submodules.self_attention.submodules.core_attention = LatentAttention
-    return block, further
+    return block, mtp_layer
 
 
 class LatentAttention(nn.Module):

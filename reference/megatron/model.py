@@ -68,7 +68,7 @@ def transformer_config(case: Case) -> TransformerConfig:
         variable_seq_lengths=case.variable_lengths,
         cuda_graph_scope=[],  # the default is deprecated, and warns
         pipeline_model_parallel_layout=case.layers_of_stages,
-        mtp_num_layers=case.further_layers or None,
+        mtp_num_layers=case.mtp_layers or None,
         **experts,
         **recompute,
     )
@@ -96,8 +96,8 @@ def build_gpt(case: Case, config: TransformerConfig, pre_process: bool, post_pro
     else:
         experts = case.experts if case.has_experts else None
         layers = layer = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False)
-    further = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if case.further_layers else None
-    rotary = case.model is Model.DEEPSEEK or case.further_layers  # no learned positions on the last stage
+    mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if case.mtp_layers else None
+    rotary = case.model is Model.DEEPSEEK or case.mtp_layers  # no learned positions on the last stage
     return GPTModel(
         config=config,
         transformer_layer_spec=layers,
@@ -107,7 +107,7 @@ def build_gpt(case: Case, config: TransformerConfig, pre_process: bool, post_pro
         post_process=post_process,
         share_embeddings_and_output_weights=case.tied,
         position_embedding_type="rope" if rotary else "learned_absolute",
-        mtp_block_spec=further,
+        mtp_block_spec=mtp,
         pg_collection=groups,
     )
 

@@ -275,7 +275,7 @@ def _norm(gradients: Gradients, duplicates: Sequence[tuple[int, str]]) -> float:
 def _clip_queries_and_keys(stages: Sequence[Any], masters: Sequence[Mapping[str, nn.Parameter]]) -> None:
     """Scale the weights of each head by its largest logit over all replicas, which all ran through these layers.
 
-    Layers for further tokens are not clipped: Megatron clips those of the decoder alone.
+    Multi-token prediction layers are not clipped: Megatron clips those of the decoder alone.
     """
     for stage, master in zip(stages, masters, strict=True):
         for name, parameter in stage.named_parameters():

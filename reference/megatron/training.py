@@ -114,7 +114,7 @@ def forward_step(
 
 
 def no_loss(output: Tensor) -> NoReturn:
-    raise AssertionError("the loss function is of the last stage")
+    raise AssertionError("only the last stage calls the loss function")
 
 
 def inputs_of(gpt: Any, batch: Batch) -> tuple[Tensor | None, Tensor, None]:
@@ -123,7 +123,7 @@ def inputs_of(gpt: Any, batch: Batch) -> tuple[Tensor | None, Tensor, None]:
 
 
 def options_of(gpt: Any, batch: Batch) -> dict[str, Tensor | None]:
-    """Labels for the last stage, and the mask for the losses of further tokens, which the model computes itself."""
+    """Labels for the last stage, and the mask of the multi-token prediction losses, which the model computes itself."""
     labels = batch.labels if gpt.post_process else None
     return {"labels": labels, "loss_mask": batch.mask} if gpt.mtp_process else {"labels": labels}
 

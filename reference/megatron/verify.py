@@ -109,7 +109,7 @@ def _facts(case: Case) -> dict[str, Any]:
         "variable_lengths": case.variable_lengths,
         "global_aux_loss": case.global_aux_loss,
         "qk_clip": case.qk_clip,
-        "mtp": case.further_layers,
+        "mtp": case.mtp_layers,
         "tied": case.tied,
         "layout": case.layers_of_stages,
         "without": list(case.without),

@@ -205,7 +205,7 @@ def test_long_tests_of_changed_files_run_and_the_others_are_counted(marked, monk
     both = ("test_a.py", "test_b.py")
     one = (Verdict.REFUSED, "1 passed, 1 failed, 0 skipped, 1 long test not run")
     assert run_tests(*both, long=both[:1]) == run_tests(*both, long=both[:1], workers=1) == one
-    alone = "none of the selected files has a test that is not long, 1 long test not run"
+    alone = "all tests of the selected files are long, 1 long test not run"
     assert run_tests("test_a.py") == (Verdict.SKIPPED, alone)
 
 

@@ -167,7 +167,7 @@ BAD = {
     "a limit on unknown bytes": (["--max-bytes", 5], "--max-bytes needs the sizes"),
     "sizes of another name": (["--bytes", "B=1,V=2"], "got 'V=2'; names are B, W, weights"),
     "another size than the file's": (["{file}", "-P", 4], "{file} has 3, -P asks for 4"),
-    "files of two sizes": (["{file}", "{other}"], "schedules that are compared have one size"),
+    "files of two sizes": (["{file}", "{other}"], "compared schedules must have the same size"),
     "the picture over the file": (["{file}", "--svg", "{file}"], "is a schedule that the command reads"),
 }
 

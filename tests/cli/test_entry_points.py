@@ -231,8 +231,8 @@ def test_an_entry_point_that_returns_nothing_is_bad_input_however_it_ends(hostil
         "exits": "raised SystemExit: 0",
         "is_cancelled": "raised CancelledError: by whom",
         "is_skipped": "raised Skipped: no GPU",
-        "is_killed": "was ended by SIGKILL",
-        "crashes": f"was ended by SIGSEGV ({tmp_path}/hostile.py:12, in crashes)",
+        "is_killed": "was killed by SIGKILL",
+        "crashes": f"was killed by SIGSEGV ({tmp_path}/hostile.py:12, in crashes)",
         "replaces": "ended its process with exit code 1",
         "forges": "hostile:forges:1:1: found 'no'",
     }

@@ -158,7 +158,7 @@ def test_a_schedule_is_compared_with_a_named_one_of_its_size(run, tmp_path):
     (departure,) = [each for each in against["departures"] if each["rank"] == 1]
     assert (departure["aspect"], departure["here"]) == ("weights", {"slot": 22, "op": "2W3<"})
     assert departure["there"] == {"slot": 24, "op": "1B3>"}
-    assert "is the store for weight gradients fed?" in departure["meaning"]
+    assert "does the backward put weight gradients into the store?" in departure["meaning"]
     assert run("prove", file, "--against", file).code == 0
 
 

@@ -61,7 +61,7 @@ PLANTED = [
     ("the number of microbatches", {"global_batch_size": 54}, "is 9 microbatches, which is odd"),
     ("the number of microbatches", {"global_batch_size": 36}, "is 6 microbatches for pipeline size 4"),
     ("the number of microbatches", {"global_batch_size": 50}, "leaves 2 samples over"),
-    ("layers that predict further", {"pipeline_model_parallel_layout": "Et|t|tm|L"}, "'Et|t|tm|L'"),
+    ("multi-token prediction layers", {"pipeline_model_parallel_layout": "Et|t|tm|L"}, "'Et|t|tm|L'"),
     ("no checkpoints of a model", {**TIED, "mtp_num_layers": 1}, "save is 'checkpoints'"),
     ("no overlapped reduction", {**TIED, "mtp_num_layers": 1, "save": None, "overlap_grad_reduce": True}, "overlap_gr"),
     ("the model must be a single decoder", {"decoder_seq_length": 128}, "decoder_seq_length is 128"),

@@ -24,12 +24,12 @@ KINDS = {
     "distributed optimizer in bf16": "--use-distributed-optimizer --bf16 --overlap-grad-reduce --clip-grad 0",
     "experts": "--num-experts 2",
     "tied embeddings": "--tied-embeddings --use-distributed-optimizer",
-    "further tokens": "--mtp-num-layers 1 --num-experts 2 --use-distributed-optimizer --overlap-grad-reduce",
+    "multi-token prediction": "--mtp-num-layers 1 --num-experts 2 --use-distributed-optimizer --overlap-grad-reduce",
     "experts under the distributed optimizer": "--num-experts 2 --use-distributed-optimizer --clip-grad 0",
 }
 
 
-LONG = "experts", "experts under the distributed optimizer", "tied embeddings", "further tokens"
+LONG = "experts", "experts under the distributed optimizer", "tied embeddings", "multi-token prediction"
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_dualpipe_loads_what_1f1b_saved_at_another_pipeline_size(kind, tmp_path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["tied embeddings", "further tokens"])
+@pytest.mark.parametrize("kind", ["tied embeddings", "multi-token prediction"])
 def test_copies_of_the_embedding_load_at_any_pipeline_size_and_with_every_schedule(kind, interrupted):
     _, folder = interrupted(kind)
     at_two = resumed(folder, KINDS[kind], iterations=2)
@@ -114,7 +114,7 @@ def integrity(args):
     return len({shard.key for shard in nested_values(shards)})
 
 
-@pytest.mark.parametrize("kind", ["dropout", "experts under the distributed optimizer", "further tokens"])
+@pytest.mark.parametrize("kind", ["dropout", "experts under the distributed optimizer", "multi-token prediction"])
 def test_every_shard_has_one_main_replica(kind):
     assert in_ranks(4, f"{DUALPIPE}{KINDS[kind]}", integrity) > 40
 

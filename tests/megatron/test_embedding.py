@@ -21,7 +21,7 @@ from tests.megatron.ranks import on_each_rank
 from tests.megatron.test_planted_faults import complaint
 
 BOTH = Case(pp=2, mtp=1, tied=True, late_w="all", clip=0.0, microbatches=4, steps=1, timeout=10)
-FURTHER = replace(BOTH, tied=False)
+MTP = replace(BOTH, tied=False)
 
 
 def norm_counts_both_ends():
@@ -72,7 +72,7 @@ NEEDED = [
     (norm_counts_both_ends, BOTH, "gradient norm"),
     (copies_of_lane_down_not_summed, BOTH, "gradient of embedding.word_embeddings.weight"),
     (copies_on_a_rank_added_to_each_other, replace(BOTH, distributed_optimizer=True), "gradient of embedding"),
-    (two_uses_of_a_layer_accumulated_one_by_one, FURTHER, "gradient of output_layer.weight"),
+    (two_uses_of_a_layer_accumulated_one_by_one, MTP, "gradient of output_layer.weight"),
     (weight_that_is_also_looked_up_split, BOTH, "uses outside their layer the weights of output_layer"),
 ]
 
@@ -107,7 +107,7 @@ def test_each_end_of_the_pipeline_enters_the_embeddings_all_reduce_once_when_bui
 
 
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
-def test_the_losses_of_further_tokens_are_logged_on_the_last_rank(schedule):
+def test_the_losses_of_multi_token_prediction_are_logged_on_the_last_rank(schedule):
     """Megatron's loop divides what the last rank has tracked by the number of microbatches of all lanes."""
 
     def body(**keywords):
@@ -124,13 +124,13 @@ def test_the_losses_of_further_tokens_are_logged_on_the_last_rank(schedule):
         tracked = MTPLossLoggingHelper.tracker.get("values")
         return mine, tracked if tracked is None else tracked.item()
 
-    (first, on_first), (last, on_last) = on_each_rank(body, replace(FURTHER, schedule=schedule))
+    (first, on_first), (last, on_last) = on_each_rank(body, replace(MTP, schedule=schedule))
     assert on_first is None
     assert len(first + last) == BOTH.count
     assert on_last == pytest.approx(sum(first + last), rel=1e-6)  # float32, added lane by lane
 
 
-def test_layers_for_further_tokens_on_an_earlier_stage_are_refused():
+def test_multi_token_prediction_layers_on_an_earlier_stage_are_refused():
     def rank(context):
         real = production.build_gpt
 
@@ -141,7 +141,7 @@ def test_layers_for_further_tokens_on_an_earlier_stage_are_refused():
 
         production.build_gpt = build
         with pytest.raises(RuleError, match=r"must be on the last stage, with the loss: .* built them in stage 0"):
-            production.run_rank(replace(FURTHER, mtp=0), context)
+            production.run_rank(replace(MTP, mtp=0), context)
 
     launch(2, rank, BOTH.limit).values()
 

@@ -32,7 +32,7 @@ OPTIONS = shlex.split("""
     --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --log-interval 1 --eval-interval 2 --eval-iters 2
     --ckpt-format torch_dist --save-interval 2
 """)
-FURTHER = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
 LOSS = re.compile(r"lm loss(?: value)?: (\S+)")
 
 
@@ -75,7 +75,7 @@ def test_the_unchanged_script_trains_bitwise_as_with_1f1b(flag, stages, tmp_path
 
 @pytest.mark.parametrize("flag", ["--use-dualpipe", "--use-dualpipev"])
 def test_the_unchanged_script_resumes_bitwise_with_dropout(flag, tmp_path):
-    options = [flag, "--pipeline-model-parallel-size", "2", *FURTHER]
+    options = [flag, "--pipeline-model-parallel-size", "2", *DROPOUT]
     pretrain(2, tmp_path / "whole", *options)
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("2")
     pretrain(2, tmp_path / "resumed", *options, "--load", str(tmp_path / "whole"))

@@ -30,11 +30,11 @@ class Wide(Case):
 
 
 PADDED = Wide(pp=2, distributed_optimizer=True, overlap_grad_reduce=True, steps=2, microbatches=4)
-FURTHER = replace(CASE, mtp=1, layout="Et|ttmL", steps=4)
-V = replace(FURTHER, schedule="dualpipev", layout="Et|t|t|tmL", clip=0.1, dropout=0.1)
+MTP = replace(CASE, mtp=1, layout="Et|ttmL", steps=4)
+V = replace(MTP, schedule="dualpipev", layout="Et|t|t|tmL", clip=0.1, dropout=0.1)
 DEEPSEEK = Case(Model.DEEPSEEK, microbatches=4, steps=4)
 EVERY = {
-    "further tokens": (FURTHER, {}),
+    "multi-token prediction": (MTP, {}),
     "tied": (replace(CASE, tied=True, steps=4), {"bucket_size": 500}),
     "v, tied, plain optimizer": (Case(schedule="dualpipev", tied=True, microbatches=4, steps=4), {}),
     "deepseek": (DEEPSEEK, {}),

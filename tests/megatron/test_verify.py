@@ -13,7 +13,7 @@ from reference.megatron.case import Case, Model
 from reference.megatron.verify import ORACLE, PRODUCTION, verify
 
 SAMPLE = {
-    "two pipelines, two optimizer instances, further tokens, layout": Case(
+    "two pipelines, two optimizer instances, multi-token prediction, layout": Case(
         dp=2, distributed_optimizer=True, instances=2, mtp=1, layout="Et|ttmL", steps=2, per_token_loss=True
     ),
     "distributed optimizer, tied": Case(
@@ -22,7 +22,7 @@ SAMPLE = {
     "deepseek, bf16, overlapped, queries and keys clipped": Case(
         Model.DEEPSEEK, dtype="bf16", overlap_grad_reduce=True, qk_clip=True, microbatches=4, steps=2
     ),
-    "v, further tokens, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
+    "v, multi-token prediction, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
     "sequences of different lengths, dropout, recompute, late W in the tail": Case(
         variable_lengths=True, dropout=0.1, recompute=True, steps=2, late_w="tail"
     ),

@@ -28,7 +28,7 @@ def test_the_comparison_that_torchrun_starts_finds_no_difference():
 def test_collectives_which_nothing_would_run_are_refused_by_verification_and_pipeline():
     schedule = loads("lane > 0\nrank 0: 0US> 0F0> 0B0>+0W0> 0RG>\n")
     with pytest.raises(
-        RuleError, match="a verification must have computes and messages alone: rank 0 has the collective 0US>"
+        RuleError, match="a verification must have only computes and messages: rank 0 has the collective 0US>"
     ):
         Case(schedule)
     with pytest.raises(RuleError, match="a pipeline runs computes and messages: rank 0 is to run the collective 0US>"):

@@ -84,7 +84,7 @@ def watched(stage, x):
 
 
 UNSPLIT = {
-    "a gradient is taken through it": [
+    "takes a gradient through it": [
         lambda: Stage(forces, a=linear(), b=linear()),
         lambda: Stage(looked_at, a=linear(), b=linear()),
     ],
@@ -103,7 +103,7 @@ UNSPLIT = {
     "a transform of torch.func": [lambda: Stage(lambda s, x: torch.vmap(s.a)(x), a=linear())],
     "a backward hook of its module": [lambda: hooked()],
     "its weights have tensor hooks": [lambda: hooked(of_weight=True)],
-    "torch.nn.functional.linear is replaced or watched": [
+    "torch.nn.functional.linear is replaced or intercepted": [
         lambda: Stage(replaced, a=linear()),
         lambda: Stage(watched, a=linear()),
     ],

@@ -68,7 +68,7 @@ def test_where_a_program_failed_the_failure_is_the_cause():
     text = RECORDED.replace(" 0B0>+0W0> 0RB1>@1 0B1>+0W1>", " 0B0>").replace(" 1RF1>@0 1F1> 1B1>+1W1> 1SB1>@0", "")
     here, there = loads(f"{text}failure 0: {crash}\nfailure 1: {later}\n"), loads(RECORDED)
     assert stories(here, there)[0][1] == f"the program of this rank ended there: rank 0 {crash}"
-    assert stories(here, there)[1][1].startswith("did the rank stop there")
+    assert stories(here, there)[1][1].startswith("did an error or a wait for a message stop the rank there")
     shown = compare(here, there).as_json()["departures"]
     assert f"the program of this rank ended there: rank 0 {crash}" in [each["meaning"] for each in shown]
 
@@ -77,7 +77,7 @@ def test_an_unfed_store_shows_as_a_weight_gradient_that_the_other_schedule_defer
     found = stories(with_weights_at_once(dualpipe(4, 8)), dualpipe(4, 8), Aspect.WEIGHTS)
     assert found[1] == (
         "rank 1 runs 2W3< in slot 22 before 1B3>, which dualpipe runs first: dualpipe defers 2W3< to its slot 26",
-        "is the store for weight gradients fed? A backward that adds them at once leaves nothing to defer.",
+        "does the backward put weight gradients into the store? If it adds them at once, nothing is left to defer.",
     )
     assert sorted(found) == [1, 2]
 
@@ -139,12 +139,12 @@ PLANTED = {
     "the two chunks of a rank exchanged": (
         lambda: (swap(dualpipe(4, 8).only(COMPUTE), 1, 2), dualpipe(4, 8).only(COMPUTE)),
         (1, "rank 1 runs 2F1< in slot 2, which dualpipe runs in its slot 3; there dualpipe runs 1F1>"),
-        "chunks of the rank exchanged",
+        "two chunks exchanged",
     ),
     "a microbatch too early": (
         lambda: (swap(one_f_one_b(4, 8).only(COMPUTE), 0, 0), one_f_one_b(4, 8).only(COMPUTE)),
         (0, "rank 0 runs 0F1> in slot 0"),
-        "counted for each chunk apart",
+        "does each chunk count its microbatches separately",
     ),
     "a weight gradient never run": (
         lambda: (drop(zb1p(2, 4), 1, 15, 0), zb1p(2, 4)),

@@ -108,7 +108,7 @@ def test_a_member_that_never_joins_leaves_the_others_waiting():
         "rank 0 joins the all-reduce of stage 0 of lane > in group 1 as collective 1 of its group in slot 8 (0AR>@1), "
         "and rank 1, which is a member too, joins only 0"
     )
-    assert found["deadlock"].startswith("rank 0 waits for ever in slot 8 (0AR>@1) until rank 1 joins the all-reduce")
+    assert found["deadlock"].startswith("rank 0 waits forever in slot 8 (0AR>@1) until rank 1 joins the all-reduce")
 
 
 def test_a_rank_that_is_no_member_joins_nothing():

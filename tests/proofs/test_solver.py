@@ -47,8 +47,8 @@ def test_it_names_only_the_facts_that_contradict_each_other():
     [
         ("import sys; sys.exit(101)", "it needs more than"),
         ("raise MemoryError", "it needs more than"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its process was ended by SIGSEGV"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process was ended by SIGKILL"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its process was killed by SIGSEGV"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process was killed by SIGKILL"),
         ("raise ImportError('no z3 here')", "ended with exit code 1 (ImportError: no z3 here)"),
         ("import sys; sys.exit(0)", "its process ended with exit code 0"),
     ],

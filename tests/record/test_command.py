@@ -22,7 +22,10 @@ def record(*words):
         (["--name", "my run"], "one printable word without #"),
         (["--output", "nowhere/x.txt"], "--output is a file that can be written: there is no folder nowhere"),
         (["--output", "."], "--output is a file that can be written: . is a folder"),
-        (["--timeout", "-1"], "--timeout is more than 0 and at most 1000000 seconds: got -1; correct it"),
+        (
+            ["--timeout", "-1"],
+            "--timeout is more than 0 and at most 1000000 seconds: got -1; give a number in this range",
+        ),
         (["--timeout", "nan"], "--timeout is more than 0"),
         (["--stall", "0"], "--stall is more than 0"),
         (["--step", "0"], "--step"),
@@ -49,7 +52,7 @@ def test_an_existing_empty_file_may_be_the_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("x.txt").touch()
     result = record("--output", "x.txt")
-    assert "no process of it did" in str(result.exception)
+    assert "no process called it" in str(result.exception)
     assert Path("ran").exists()
 
 

@@ -130,7 +130,7 @@ FAULTS = {
     ),
     ("never fed", "swapped"): (
         "stage 0 of lane > on rank 0: microbatch 0 does not take the gradient that stage 1 has for it; ",
-        "weight: no gradient, and the plain run has one: is the store for weight gradients fed, and run?",
+        "weight: no gradient, but the plain run has one: are weight gradients put into the store, and run from it?",
     ),
     ("clipped apart",): (
         "rank 0 clips at ",

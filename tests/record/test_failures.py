@@ -197,7 +197,7 @@ def test_exit_codes_are_the_last_word():
     assert said == {
         (0, 0): [],
         (3, -9): ["rank 0 ended with exit code 3 after 0SF0>@1", "rank 1 was killed by signal 9 (SIGKILL) after 1F0>"],
-        (0, None): ["rank 1 waited for 1RF0>@0, posted at rank1.py:0, until it was ended"],
+        (0, None): ["rank 1 waited for 1RF0>@0, posted at rank1.py:0, until it was stopped"],
     }
 
 
@@ -240,7 +240,7 @@ def test_a_failure_after_the_recorded_step_says_so_and_explains_nothing_in_it():
     first, second = assemble(logs, codes=(None, 3)), assemble(logs, step=2, codes=(None, 3))
     assert [str(failure) for failure in first.schedule.failures] == [
         "rank 1 ended with exit code 3 in a later training step",
-        "rank 0 waited for a message from rank 1, posted at rank0.py:13 in a later training step, until it was ended",
+        "rank 0 waited for a message from rank 1, posted at rank0.py:13 in a later training step, until it was stopped",
     ]
     assert lines(first) == ["0F0> 0SF0> 0RB0> 0B0>+0W0>", "1RF0> 1F0> 1B0>+1W0> 1SB0>"]
     assert str(second.schedule.failures[0]) == "rank 1 ended with exit code 3 after 1RF0>@0"
@@ -295,7 +295,7 @@ def test_a_rank_that_ends_without_a_word_is_recorded():
             os._exit(0)
 
     recording = record_ranks(2, body, check=False)
-    assert first_failure(recording).startswith("rank 1 did not finish; it was ended after 1AR>@0, last seen at ")
+    assert first_failure(recording).startswith("rank 1 did not finish; it was stopped after 1AR>@0, last seen at ")
 
 
 EARLY = """
@@ -314,6 +314,6 @@ def test_the_command_records_an_error_before_a_rank_joined_the_process_group(tmp
     assert result.returncode == 1, result.stderr
     recorded = loads(result.stdout)
     assert str(recorded.failures[0]) == f"rank 1 raised KeyError at {tmp_path}/early.py:4 before its first op: 'option'"
-    assert str(recorded.failures[1]).startswith("rank 0 did not finish; it was ended before its first op")
+    assert str(recorded.failures[1]).startswith("rank 0 did not finish; it was stopped before its first op")
     assert recorded.routes == {UP: (1, 0)}
     assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in result.stdout

@@ -117,7 +117,7 @@ def test_one_of_several_training_steps_is_written():
     ("words", "message"),
     [
         (["-P", "2", "--", "no-such-program"], "what follows -- is a command: no-such-program: No such file"),
-        (["--", "true"], "calls torch.distributed.init_process_group in Python: no process of it did"),
+        (["--", "true"], "calls torch.distributed.init_process_group in Python: no process called it"),
     ],
 )
 def test_a_command_without_ranks_is_bad_input(words, message):

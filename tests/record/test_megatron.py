@@ -127,7 +127,7 @@ def test_the_interleaved_schedule_frees_outputs_whose_send_it_has_not_waited_for
     [(2, dualpipe), (2, dualpipev), pytest.param(4, dualpipe, marks=pytest.mark.long)],
 )
 def test_dualpipe_in_megatron_is_recorded_as_dualpipe(ranks, planned):
-    """Op by op; Megatron's messages are posted one by one, and of an overlapped pair the forward runs first."""
+    """Op by op; Megatron's messages are posted one by one, and of an F&B pair the forward runs first."""
 
     def body(rank):
         os.environ["WORLD_SIZE"] = str(ranks)

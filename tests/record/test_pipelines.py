@@ -110,7 +110,7 @@ def test_a_rank_that_fails_before_it_is_part_of_a_pipeline_is_a_caveat_of_all():
 
 
 def test_two_replicas_are_recorded_and_a_test_chooses_one():
-    with pytest.raises(RecordError, match="a recording is of one pipeline: got those of ranks 0 2 and 1 3; choose"):
+    with pytest.raises(RecordError, match="a recording covers one pipeline: got those of ranks 0 2 and 1 3; choose"):
         forked(4, "data_parallel.py")
     recording = forked(4, "data_parallel.py", "swapped", pipeline_ranks=(0, 2))
     assert lines(recording) == [f"{PLAIN[0]} 0RG> 0RG>", f"{PLAIN[1]} 1RG> 1RG>"]

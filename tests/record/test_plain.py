@@ -41,9 +41,9 @@ def weighted(*factors, far=()):
         ),
         (weighted(1, 2, 1), "microbatch 1 2 times: is a weight gradient run twice, or added by the backward as well?"),
         (weighted(1 / 4, 1 / 2, 1), "is the sum so far rescaled whenever a gradient is added? W is at here.py:1"),
-        (torch.zeros(4, 4), "the gradient is zero, and the plain run has one"),
+        (torch.zeros(4, 4), "the gradient is zero, but not in the plain run"),
         (torch.ones(4, 4), "the gradient differs by up to "),
-        (None, "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"),
+        (None, "no gradient, but the plain run has one: are weight gradients put into the store, and run from it?"),
     ],
 )
 def test_a_gradient_that_differs_is_told_in_terms_of_its_microbatches(final, says):
@@ -156,7 +156,7 @@ def replicas(one, other, **more):
         (
             {"names": ["v"]},
             True,
-            "have other parameters: v, w on rank 1 alone. Is the chunk built for the rank's number",
+            "have other parameters: v, w only on rank 1. Is the chunk built for the rank's number",
         ),
         ({"layers": {"layer_number": 4}}, True, "layer_number is 1 on rank 0 and 4 on rank 1"),
     ],

@@ -12,7 +12,7 @@ from tests.schedule import torch_tables
 
 
 def by_the_table(name: str, ranks: int, microbatches: int) -> list[list[str]]:
-    """The computations of torch's table, one by one, since torch runs an overlapped pair one after the other.
+    """The computations of torch's table, one by one, since torch runs an F&B pair one after the other.
 
     In stage 0 torch defers B, which no rank waits for, to its W and runs both together.
     """

@@ -83,7 +83,7 @@ def test_a_fused_task_is_a_slot_and_an_idle_step_is_left_out():
 
 
 def test_a_task_of_another_type_is_refused():
-    with pytest.raises(ScheduleError, match="rank 0 has EVAL of microbatch 2 at stage 0; correct it"):
+    with pytest.raises(ScheduleError, match="rank 0 has EVAL of microbatch 2 at stage 0; use one of these"):
         from_tasks([[Task(0, 2, Enum("Other", ["EVAL"]).EVAL)]])
 
 
@@ -109,7 +109,7 @@ def test_ranks_are_the_sets_of_devices_in_ascending_order():
         ([[[at(0, 0, "F")], [at(1, 0, "F")]]], r"is for the ranks \[0, 1\]; give one"),
         ([[[at(0, 0, "F")]], [[at(0, 0, "B")]]], r"the ranks \[0\], which have one already"),
         ([[[at(0, 0, "F")]]], "rank 1 has none"),
-        ([[[at(2, 0, "F")]]], r"names PP 2, and the places are those of \[0, 1\]"),
+        ([[[at(2, 0, "F")]]], r"names PP 2, and there are place directives for \[0, 1\]"),
         ([[[at(0, "*", "F")]]], "a filter gives one number for MB"),
         ([[[{"PP": 0, "PASS": "F"}]]], "a filter gives one number for MB"),
         ([[[at(0, 0, "FWD")]]], "PASS, one of F, B, BI, BW"),

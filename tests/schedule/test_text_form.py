@@ -73,7 +73,7 @@ def test_the_failures_of_a_recorded_program_are_read_and_printed():
 WHOLE = """\
 schedule recorded
 failure 1: raised IndexError at train.py:11 during 1B0>: list index out of range
-failure 0: waited for 0RB0>@1, posted at train.py:8, until it was ended
+failure 0: waited for 0RB0>@1, posted at train.py:8, until it was stopped
 lane > 0 1
 lane < 1 0
 group 0: 0 1

@@ -1,4 +1,4 @@
-"""Stand-ins that let the training loop of Megatron-LM run on a CPU over gloo, beside those of megatron-core.
+"""Stand-ins that let the training loop of Megatron-LM run on a CPU over gloo, in addition to those of megatron-core.
 
 The loop asks the GPU for its properties and its memory, and puts tensors there by name, in many modules that import one
 another late.  So these stand-ins replace functions of torch itself, for the whole process.

@@ -1,6 +1,6 @@
 """The part of the recorder that runs in the recorded process: it watches torch and writes events.
 
-It uses torch and the standard library alone, imports itself relatively and never names ``dualpipe``, because the
+It uses only torch and the standard library, imports itself relatively and never names ``dualpipe``, because the
 recorded program may have another package of that name.  ``startup`` loads this folder under the name
 ``_dualpipe_recorder``.
 

@@ -1,9 +1,9 @@
 """The memory of messages: who touches it while a message is in flight, and which received tensors a graph needs.
 
 NCCL reads a sent tensor, and writes a received one, at any time between the post and the wait.  So the program may not
-read a tensor that is being received, nor write, free or resize one that is being sent.  gloo would often deliver such a
-message as if nothing had happened, or not at all.  Here a send takes the values at its post, and a receive keeps its
-memory until the wait, so that the run does not depend on the time at which gloo moves the data.
+read a tensor that is being received, nor write, free or resize one that is being sent.  With gloo such a message often
+arrives correctly all the same, or not at all.  Under the recorder a send copies the values when it is posted, and a
+receive keeps its memory until the wait, so the run does not depend on the time at which gloo moves the data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .marks import Marks, weak_storage
 Write = Callable[..., None]
 Entry = TypeVar("Entry")
 _RESIZES = ("aten::resize_", "aten::set_")
-_WALKED = "dualpipe.record.walked"  # in a node's metadata: its saved tensors have been looked at
+_WALKED = "dualpipe.record.walked"  # in a graph node's metadata: its saved tensors have been read
 
 
 class Span(NamedTuple):

@@ -62,7 +62,7 @@ def _watched(collectives: Collectives, transport: Transport, name: str, original
         try:
             work = transport.run(original, *args, **kwargs)
         except BaseException as error:
-            flow.broke(error, "C", [number])
+            flow.note_error(error, "C", [number])
             raise
         if not is_async or work is None:
             flow.write("collected", collective=number)
@@ -87,7 +87,7 @@ class _Work(dist.Work):
         try:
             result = self._work.wait(*args, **kwargs)
         except BaseException as error:
-            self._flow.broke(error, "C", [self._number])
+            self._flow.note_error(error, "C", [self._number])
             raise
         self._completed = True
         self._flow.write("collected", collective=self._number)

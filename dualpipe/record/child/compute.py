@@ -43,7 +43,7 @@ def _call(flow: Flow, original: Callable[..., Any], containers: frozenset[str]) 
             output = original(self, *args, **kwargs)
         except BaseException as error:
             flow.end(call)
-            flow.broke(error, "F", (number for _, number in call.made or ()))
+            flow.note_error(error, "F", (number for _, number in call.made or ()))
             raise
         flow.end(call)
         if call.made is not None:
@@ -83,7 +83,7 @@ class _Engine:
             result = self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
         except BaseException as error:
             flow.ran(completed=False)
-            flow.broke(error, "B", (number for _, number in made))
+            flow.note_error(error, "B", (number for _, number in made))
             raise
         finally:
             flow.running -= 1
@@ -99,7 +99,7 @@ def _backward(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(tensors, *args, **kwargs)
         except BaseException as error:
-            flow.broke(error, "B", flow.makers((tensors,) if isinstance(tensors, Tensor) else tuple(tensors)))
+            flow.note_error(error, "B", flow.makers((tensors,) if isinstance(tensors, Tensor) else tuple(tensors)))
             raise
 
     return backward
@@ -152,7 +152,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of an operator, which are nested in lists and tuples alone."""
+    """The tensors among the arguments of an operator, which are nested only in lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

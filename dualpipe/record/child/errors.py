@@ -1,4 +1,4 @@
-"""Errors of the program: what each left on its way, and where it was raised."""
+"""Errors of the program: during which op each was raised, and at which line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 
 from .log import callers, line_of
 
-_DURING = "_dualpipe_during"  # an attribute of an error
+_DURING = "_dualpipe_during"  # the attribute of an error in which ``note`` keeps this
 
 
 def note(error: BaseException, what: str, numbers: Iterable[int]) -> None:
-    """Note in an error what it leaves, unless it has left something before."""
+    """Note in an error what was running when it was raised, unless an inner call has noted that already.
+
+    ``what`` is F, B, M (a message) or C (a collective), and ``numbers`` the numbers of these in the log.
+    """
     if not hasattr(error, _DURING):
-        with suppress(AttributeError, TypeError):  # a class without attributes of its own
+        with suppress(AttributeError, TypeError):  # raised for a class whose instances take no attributes
             setattr(error, _DURING, (what, sorted(numbers), callers()))
 
 
@@ -31,5 +34,5 @@ def describe(error: BaseException) -> dict[str, Any]:
     what, numbers, lines = during or (None, (), ())
     if outer := [line for line in lines if line != at]:
         at = f"{at} (called at {', '.join(outer)})"
-    left = None if what is None else (what, numbers)
-    return {"error": type(error).__name__, "text": str(error), "during": left, "time": time.time(), "place": at}
+    running = None if what is None else (what, numbers)
+    return {"error": type(error).__name__, "text": str(error), "during": running, "time": time.time(), "place": at}

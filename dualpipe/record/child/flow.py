@@ -47,14 +47,14 @@ def _only_shaped_like(operator: str) -> bool:
 class Call:
     """An outermost call of a module.
 
-    ``made`` are the marks of its results.  It is ``None`` for a call without tensors, which is no forward, until the
-    module reads a tensor that was received or detached for it, or a parameter of its own.
+    ``made`` are the marks of its results.  A call without tensors is not a forward yet, and ``made`` is ``None``, until
+    the module reads a tensor that was received or detached for it, or a parameter of its own.
     """
 
     module: nn.Module
     made: Marks | None = None
     left: Marks | None = None
-    is_open: bool = False  # whether everything that happens belongs to it
+    is_open: bool = False  # whether the operators that now run belong to it
     communicates: bool = False
 
     def holds(self, tensor: Tensor) -> bool:
@@ -308,7 +308,7 @@ class Flow:
 
     # errors
 
-    def broke(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
+    def note_error(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
         """An error has left a module call (F), a run of the engine (B), a message (M) or a collective (C)."""
         errors.note(error, what, numbers)
 

@@ -1,4 +1,4 @@
-"""The forwards of one rank by number: which of them are parts of one forward, and which modules they called."""
+"""The forwards of one rank by number: which of them belong together as one forward, and which modules they called."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .marks import Key, key_of, weak_storage
 
 
 class Forwards:
-    """A disjoint-set forest of forwards.  A forward that is found to be a part of another takes its number."""
+    """A disjoint-set forest of forwards.  If a forward turns out to be part of another, it gets the other's number."""
 
     def __init__(self) -> None:
         self._same: list[int] = []  # forward -> the one that it is a part of
         self._began: list[int] = []  # forward -> the uninterrupted period of compute in which it began
         self._modules: list[set[int]] = []  # forward -> the modules that were called for it
         self._posts: list[set[int]] = []  # forward -> the posts of messages whose tensors it takes
-        self._after: list[set[int]] = []  # forward -> those of whose outputs it takes detached leaves
+        self._after: list[set[int]] = []  # forward -> the earlier forwards whose detached outputs it takes
         self._period = 0
         self.backward_began: set[int] = set()
         self._in_graph: set[int] = set()  # forwards with an output in an autograd graph
@@ -48,7 +48,7 @@ class Forwards:
         self._modules[forward].add(module)
 
     def takes(self, forward: int, post: int) -> None:
-        """The forward takes a tensor of a post, that is, of messages posted together."""
+        """The forward takes a tensor that was received by a post: a call that posted one or several messages."""
         self._posts[forward].add(post)
 
     def follows(self, forward: int, earlier: int) -> None:
@@ -71,8 +71,8 @@ class Forwards:
     def join(self, forwards: set[int]) -> Iterator[tuple[int, int]]:
         """Join forwards that began in the current period and now feed one computation; yields pairs (whole, part).
 
-        Calls of one module are not joined, unless their messages were posted together: those are two microbatches.
-        Nor is a forward joined with one that it follows: those are two stages.
+        Two calls of one module are not joined, because they are two microbatches, unless their messages were posted
+        together.  A forward is not joined with one that it follows, because they are two stages.
         """
         if len(forwards) > 1 and all(self._began[f] == self._period and f not in self.backward_began for f in forwards):
             first, *others = sorted(forwards)
@@ -106,13 +106,13 @@ class Forwards:
 
 
 class Trials:
-    """Forwards that ran without gradients, by module and by the memory of its inputs."""
+    """Forwards that ran without gradients, by their module and the memory of their inputs."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, tuple[Key | None, ...]], tuple[Any, int]] = {}
 
     def earlier(self, module: int, inputs: Sequence[Tensor], forward: int) -> int | None:
-        """The forward without gradients that this one may repeat.  A forward without gradients is kept itself."""
+        """The forward without gradients that this one repeats, if any.  If this one has no gradients, it is kept."""
         call = module, tuple(map(key_of, inputs))
         if torch.is_grad_enabled():
             storage, earlier = self._kept.pop(call, (None, None))

@@ -104,7 +104,7 @@ def _program_lines(frames: Iterable[_Step]) -> Iterator[str]:
 
 
 def _is_launcher(module: str) -> bool:
-    """Whether a module runs programs, so that its callers are no part of the program."""
+    """Whether a module runs the recorded program, so that its own callers are not lines of the program."""
     return module.startswith(("dualpipe.testing.", "_pytest.", "pluggy."))
 
 

@@ -161,7 +161,7 @@ class _Watched:
                 self._transport.run(m.function, tensor, **m.given) for m, tensor in zip(messages, held, strict=True)
             ]
         except BaseException as error:
-            flow.broke(error, "M", flow.posted)
+            flow.note_error(error, "M", flow.posted)
             raise
         pending = []
         for number, message, alias, work in zip(numbers, messages, held, works, strict=True):

@@ -100,7 +100,7 @@ class Origins:
         return fresh, after
 
     def content(self, tensor: Tensor) -> Sequence[Mark]:
-        """What a tensor that is sent holds.  One computed from a leaf is of the forward that took the leaf."""
+        """What a sent tensor holds.  A tensor computed from a leaf belongs to the forward that took the leaf."""
         return sorted(set(map(self._content, self._table.get(tensor))))
 
     def _content(self, mark: Mark) -> Mark:

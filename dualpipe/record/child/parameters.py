@@ -91,7 +91,7 @@ class Parameters:
         ]
 
     def note_copy(self, made: Tensor, inputs: Collection[Tensor]) -> None:
-        """An operator has made a tensor; if it is of gradients alone and as large as these, it is a copy of them."""
+        """An operator has made a tensor.  One made only from gradients, and as large as these, is a copy of them."""
         of = [self.with_gradient_at(key_of(tensor)) for tensor in inputs]
         parameters = [parameter for parameter in of if parameter is not None]
         key = key_of(made)

@@ -1,4 +1,4 @@
-"""A message in flight, or a batch of them, as its work that the program waits for."""
+"""The ``dist.Work`` that the program gets for a message in flight, or for a batch of messages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from .log import call_path
 
 
 class Pending(dist.Work):
-    """Reports when the program waits for the messages, or learns in another way that they have completed.
+    """Stands for the works of the transport, and logs when the program waits for them or sees that they completed.
 
-    gloo completes a message only while somebody waits for it.  So a program that polls ``is_completed()`` starts a
-    thread that waits on its behalf.
+    ``numbers`` are the numbers of the messages in the log.  ``in_flight`` is the rank's list of works that have not
+    completed; this one adds and removes itself.
+
+    gloo completes a message only while a thread waits for it.  So ``is_completed()`` starts a thread that waits, for
+    programs that poll.
     """
 
     def __init__(self, flow: Flow, works: Sequence[Any], numbers: Sequence[int], in_flight: list[Pending]) -> None:
@@ -29,12 +32,12 @@ class Pending(dist.Work):
 
     @classmethod
     def of(cls, flow: Flow, parts: Sequence[Pending | None], in_flight: list[Pending]) -> Pending:
-        """One work for the works of several messages."""
-        there = [part for part in parts if part is not None]
-        for part in there:
+        """One work in place of several, each of one or more messages; ``None`` stands for no message."""
+        present = [part for part in parts if part is not None]
+        for part in present:
             in_flight.remove(part)
-        works = [work for part in there for work in part._works]
-        return cls(flow, works, [number for part in there for number in part._numbers], in_flight)
+        works = [work for part in present for work in part._works]
+        return cls(flow, works, [number for part in present for number in part._numbers], in_flight)
 
     def wait(self, *args: Any, **kwargs: Any) -> bool:
         if self._completed:
@@ -49,7 +52,7 @@ class Pending(dist.Work):
                 if self._error is not None:
                     raise self._error
         except BaseException as error:
-            self._flow.broke(error, "M", self._numbers)
+            self._flow.note_error(error, "M", self._numbers)
             raise
         self._note_completed()
         return True
@@ -58,19 +61,19 @@ class Pending(dist.Work):
         if self._completed:
             return True
         if self._waiter is None:
-            self._waiter = threading.Thread(target=self._wait_apart, daemon=True)
+            self._waiter = threading.Thread(target=self._wait_in_thread, daemon=True)
             self._waiter.start()
-        self._waiter.join(0.001)
+        self._waiter.join(0.001)  # seconds: lets the thread run, even if the program polls without a pause
         if self._waiter.is_alive():
             self._flow.poll(self._numbers)
             return False
         if self._error is not None:
-            self._flow.broke(self._error, "M", self._numbers)
+            self._flow.note_error(self._error, "M", self._numbers)
             raise self._error
         self._note_completed()
         return True
 
-    def _wait_apart(self) -> None:
+    def _wait_in_thread(self) -> None:
         try:
             for work in self._works:
                 work.wait()
@@ -94,11 +97,13 @@ class Pending(dist.Work):
             self._flow.write("completed", messages=list(self._numbers), at=call_path())
 
     def __getattribute__(self, name: str) -> Any:
+        """Take every attribute that is not defined here from the transport's first work, as ``dist.Work`` has them."""
         if name in _OWN or name.startswith("__"):
             return super().__getattribute__(name)
         return getattr(super().__getattribute__("_works")[0], name)
 
 
+# the attributes that are not passed on to the transport's work
 _OWN = frozenset({name for name in vars(Pending) if not name.startswith("__")}) | {
     "_flow",
     "_works",

@@ -1,12 +1,12 @@
-"""Run the modules of a recorded step once more, plainly: one microbatch after the other, without the schedule.
+"""Runs the modules of a recorded step again without the schedule, one microbatch after the other: the *plain run*.
 
-While the step runs, every outermost module call is kept: copies of what it takes, of what it returns, and of the
-gradient that reaches what it returned.  Before the first optimizer step that follows (or at the end of the process) the
-rank forks.  The fork calls the same modules on the same inputs with the weights that they had, runs stock autograd, and
-saves for each forward its outputs, its input gradient and its weight gradients, with what the program had in their
-place.  Nothing of that reaches the program: stores, hooks and random streams of the fork are copies.
+While the step runs, every outermost module call is kept: copies of its inputs, of its outputs, and of the gradients of
+its outputs.  Before the first optimizer step that follows (or at the end of the process) the rank forks.  The forked
+process calls the same modules on the same inputs with the same weights and runs stock autograd.  For each forward it
+saves the outputs, the input gradient and the weight gradients, and beside each the program's own.  The program itself
+is not affected: stores, hooks and random streams of the forked process are copies.
 
-``dualpipe.record.plain`` compares the ranks' files.
+``dualpipe.record.plain`` compares the files of the ranks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _POLL = 0.01
 
 
 class _Roots:
-    """Wraps the autograd engine, and notes what it runs from."""
+    """Wraps the autograd engine, and notes the tensors from which it runs."""
 
     def __init__(self, note: Callable[[Iterable[Any]], None], engine: Any) -> None:
         self._note, self._engine = note, engine
@@ -76,15 +76,15 @@ class Plain:
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         self._parameters: list[tuple[str, nn.Parameter]] = []
         self._weights: dict[int, Tensor] = {}  # by number: the value before the step
-        self._before: dict[int, Tensor] = {}  # by number: a gradient that was there before the step
+        self._before: dict[int, Tensor] = {}  # by number: the gradient before the step, if there was one
         self._read: set[int] = set()
         self._losses: dict[int, set[float]] = {}  # forward -> values of its loss that the program read or kept
         self._roots: dict[int, float] = {}  # forward -> the value of the scalar from which its backward began
-        self._looking = False  # whether the value of a tensor is taken for the recorder
+        self._looking = False  # whether the recorder itself is reading the value of a tensor
         self._clipped: dict[str, Any] | None = None
         self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
         self._begun: set[int] = set()  # forwards from whose loss a backward has begun
-        self._collected: set[int] = set()  # those whose loss was still there when a later one's backward began
+        self._collected: set[int] = set()  # forwards whose loss still existed when the backward of a later one began
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
@@ -111,7 +111,7 @@ class Plain:
         return clip
 
     def _ran_from(self, roots: Iterable[Any]) -> None:
-        """The engine runs from these; a scalar is a loss."""
+        """The engine is about to run from these tensors.  A scalar among them is taken for a loss."""
         losses = [root for root in roots if isinstance(root, Tensor) and root.numel() == 1]
         if not losses or self._done or self._step != self._wanted or self._flow.calling or self._flow.running:
             return
@@ -122,7 +122,7 @@ class Plain:
             self._roots.update(dict.fromkeys(begun, self._value(loss)))
 
     def _value(self, tensor: Tensor) -> float:
-        """The value of a scalar, which the program does not read by this."""
+        """The value of a scalar, without counting it as read by the program."""
         self._looking = True
         try:
             with _disable_current_modes():
@@ -221,7 +221,7 @@ class Plain:
         self._calls.setdefault(next(iter(forwards)), []).append(call)
 
     def end_step(self, by_optimizer: bool) -> None:
-        """The program is about to change its weights, or ends: run the step plainly, if it is the wanted one."""
+        """The program is about to change its weights, or ends.  If this is the wanted step, make the plain run."""
         if self._done or not self._computed:
             return
         self._computed = False
@@ -266,7 +266,7 @@ class Plain:
         self._calls.clear()
 
     def end(self) -> None:
-        """The program ends: run the step plainly if that has not been done, and save what happened after the step."""
+        """The program ends: make the plain run if there was none, and save what happened after the step."""
         self.end_step(False)
         if self._done:
             with _disable_current_modes():
@@ -275,7 +275,7 @@ class Plain:
                 self._save({"weights": self._changed, "clipped": self._clipped, "read": read}, ".after")
 
     def _keep_changed(self) -> None:
-        """The optimizers have changed the weights."""
+        """Keep the weights that the optimizers have changed, the first time that this is called."""
         if self._changed is None:
             with _disable_current_modes():
                 self._changed = {n: parameter.detach().clone() for n, (_, parameter) in enumerate(self._parameters)}
@@ -299,11 +299,11 @@ class Plain:
         os.replace(path + ".part", path)
 
     def _seen(self) -> set[int]:
-        """The forwards of which the program has read a result, or holds one that can be a loss or several."""
+        """The forwards with a result that the program has read, or holds as one or several scalars: possible losses."""
         return self._read | self._held_results(max(2, len(self._calls)))
 
     def _held_results(self, most: int) -> set[int]:
-        """The forwards of which the program holds a result of at most one dimension and ``most`` elements."""
+        """The forwards with a result that the program holds, of at most one dimension and ``most`` elements."""
         held: set[int] = set()
         for thing in gc.get_objects():
             if issubclass(type(thing), Tensor) and thing.dim() <= 1 and 0 < thing.numel() <= most:

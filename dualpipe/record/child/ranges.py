@@ -83,10 +83,10 @@ class RangedFlow(Flow):
         elif event == "weights" and fields["run"] is None:
             self._mark("weights", fields["forwards"])
 
-    def broke(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
+    def note_error(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
         numbers = list(numbers)
         self._leave(self._wait_of(numbers), "wait", [])
-        super().broke(error, what, numbers)
+        super().note_error(error, what, numbers)
 
     @staticmethod
     def _wait_of(messages: Sequence[int]) -> object:

@@ -10,7 +10,7 @@ import torch
 
 
 class Stream:
-    """A stream: it can be current, and it is equal to itself alone."""
+    """A stream: it can be current, and it is equal only to itself."""
 
     priority_range = staticmethod(lambda: (0, -1))
 

@@ -1,4 +1,4 @@
-"""How the gradient that a program has for a parameter relates to those of the single microbatches."""
+"""How a program's gradient of a parameter relates to the gradients of the single microbatches in the plain run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dualpipe.schedule import Lane
 _NEAR = 1e-3
 """Up to this difference, relative to the largest one, two factors are the same: gradients are rounded."""
 _MOST = 256
-"""Factors of up to so many microbatches are determined."""
+"""The most microbatches for which factors are determined."""
 
 Name = tuple[Lane, int]
 """A microbatch: its lane, and its number there."""
 
 
 class Agreement(NamedTuple):
-    """A gradient is the sum of those of its microbatches.
+    """How a gradient agrees with the sum of its microbatches' gradients.
 
     ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
-    ``scale`` is a factor that is no division by a number of microbatches or replicas, such as that of clipping.
-    ``divided_by`` is such a number.
+    ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
+    factor, such as that of clipping.
     """
 
     how: str
@@ -40,8 +40,8 @@ class Agreement(NamedTuple):
 class Parts:
     """The gradients of a parameter by microbatch: those of its own lane, and those of its replica on the other lane.
 
-    ``before`` is the gradient that was there before the step.  ``slopes`` take the place of gradients that the plain
-    run did not compute: the derivatives along the direction of the parameter with this ``number``.
+    ``before`` is the gradient before the step, if there was one.  If the plain run did not compute gradients,
+    ``slopes`` has derivatives instead, along a direction that the parameter's ``number`` determines.
     """
 
     number: int
@@ -68,14 +68,14 @@ class Parts:
 
 
 def factors_of(final: Tensor | None, parts: Parts) -> dict[Name, float] | None:
-    """The factor by which a gradient has each of its microbatches, if that can be determined."""
+    """Factors with which the gradients of the microbatches add up to ``final``, if they can be determined."""
     if final is None or parts.before is not None:
         return None
     return _factors(final, parts.columns())
 
 
 def scale_of(final: Tensor | None, parts: Parts) -> float | None:
-    """The factor by which a gradient has most of its microbatches, if that can be determined."""
+    """The factor that most microbatches have in ``final``, if it can be determined."""
     factors = factors_of(final, parts)
     return None if not factors or not any(factors.values()) else _usual([*factors.values()])
 
@@ -90,9 +90,9 @@ def agreement(
 ) -> Agreement | str:
     """How a gradient agrees with its microbatches' own, or what differs.
 
-    ``counts`` is what a program may divide gradients by, ``scales`` what it has scaled other gradients by, ``patterns``
-    the factors that other parameters have their microbatches by, which a small one does not show; ``place`` gives the
-    line of the program for a microbatch's W.
+    ``counts`` are numbers by which a program may divide gradients, ``scales`` are factors that it has applied to other
+    gradients.  ``patterns`` are the factors of the microbatches in other gradients: those of a small parameter cannot
+    be determined.  ``place`` gives the line of the program that runs a microbatch's W.
     """
     if parts.slopes:
         return _by_slope(final, parts, counts)
@@ -101,9 +101,9 @@ def agreement(
     both = None if parts.other is None else added(own, far)
     if own is None:
         nothing = final is None or not bool(final.any())
-        return Agreement("") if nothing else "there is a gradient, and the plain run has none"
+        return Agreement("") if nothing else "there is a gradient, but the plain run has none"
     if final is None:
-        return "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"
+        return "no gradient, but the plain run has one: are weight gradients put into the store, and run from it?"
     for total, over_both in ((own, False), (both, True)):
         if total is None:
             continue
@@ -114,7 +114,9 @@ def agreement(
                 lanes = "summed over both lanes and " if over_both else ""
                 return Agreement(f"{lanes}divided by {count}", None if both is None else over_both, 1.0, count)
     if not bool(final.any()) and bool(own.any()):
-        return "the gradient is zero, and the plain run has one: is the store for weight gradients fed, and run?"
+        return (
+            "the gradient is zero, but not in the plain run: are weight gradients put into the store, and run from it?"
+        )
     if final.shape != own.shape:
         return f"the gradient has the shape {list(final.shape)} and not {list(own.shape)}"
     for total, over_both in ((own, False), (both, True)):
@@ -134,7 +136,7 @@ def _size_of(final: Tensor, own: Tensor, both: Tensor | None) -> str:
     return f"the gradient differs by up to {most:.3g}"
 
 
-# a gradient as a sum of those of the microbatches, each times a factor
+# a gradient as a sum of the microbatches' gradients, each times a factor
 
 
 def _by_factors(
@@ -145,7 +147,7 @@ def _by_factors(
     patterns: Sequence[Mapping[Name, float]],
     place: Callable[[int], str],
 ) -> Agreement | str:
-    """What a gradient is in terms of the microbatches' own, or an empty text if it is no such sum."""
+    """Describe a gradient as a sum of factors times the microbatches' gradients; empty if it is not such a sum."""
     columns = parts.columns()
     factors = factors_of(final, parts) or next(
         (dict(pattern) for pattern in patterns if parts.before is None and _fits(final, columns, pattern)), None
@@ -182,7 +184,7 @@ def _scaled(factors: Mapping[int, float], lanes: str, summed: bool | None, count
 
 
 def _factors(final: Tensor, columns: Sequence[tuple[Name, Tensor]]) -> dict[Name, float] | None:
-    """The factor of every microbatch, ``None`` if there is no such sum or more than one."""
+    """The factor of every microbatch; ``None`` if no factors give the gradient, or if several do."""
     if not columns or len(columns) > _MOST or final.numel() < 2 * len(columns) + 2:
         return None
     matrix = torch.stack([gradient.double().reshape(-1) for _, gradient in columns], dim=1)
@@ -201,7 +203,7 @@ def _rounded(factor: float, largest: float) -> float:
 
 
 def _are_one(factors: Sequence[float]) -> bool:
-    """Whether factors are the same, up to rounding, and not zero."""
+    """Whether the factors are equal up to rounding, and positive."""
     return bool(factors) and max(factors) - min(factors) <= _NEAR * abs(max(factors)) and max(factors) > 0
 
 
@@ -220,7 +222,7 @@ def _story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> st
         return (
             f"the gradient has nothing of lane {lane}"
             f"{'' if _are_one([*far.values()]) else f', and of lane {other} {_listed(far, most)}'}: "
-            "is the store for weight gradients fed, and run?"
+            "are weight gradients put into the store, and run from it?"
         )
     if all(not factor or abs(factor - usual) <= _NEAR * abs(usual) for factor in (*own.values(), *far.values())):
         words = [f"microbatch{'es' * (len(lacking) > 1)} {_numbers(lacking)}"] if lacking else []
@@ -234,8 +236,8 @@ def _story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> st
 
 def _usual(factors: Sequence[float]) -> float:
     """The factor that most microbatches have, or else the largest one."""
-    there = [factor for factor in factors if factor]
-    return max(there, key=lambda one: (sum(abs(one - other) <= _NEAR * abs(one) for other in there), one))
+    nonzero = [factor for factor in factors if factor]
+    return max(nonzero, key=lambda one: (sum(abs(one - other) <= _NEAR * abs(one) for other in nonzero), one))
 
 
 def _listed(factors: Mapping[int, float], unit: float) -> str:
@@ -285,7 +287,7 @@ def _by_slope(final: Tensor | None, parts: Parts, counts: Sequence[int]) -> Agre
     own = sum(parts.slopes.values())
     if final is None or not bool(final.any()):
         return (
-            "no gradient, and the plain run has one: is the store for weight gradients fed, and run?"
+            "no gradient, but the plain run has one: are weight gradients put into the store, and run from it?"
             if own
             else (Agreement(""))
         )

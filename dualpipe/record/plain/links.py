@@ -19,9 +19,10 @@ def differences(
 ) -> Iterator[tuple[str, str]]:
     """What differs for one microbatch in its links: what it took, and the gradient that its output got.
 
-    Each is a ``fault``, ``unknown``, or computed ``outside`` of any module from what the other stage returns.  The
-    last is no fault, unless it is what some stage returns for another microbatch.  ``found`` is what the microbatch's
-    own rank has, ``forwards`` what all ranks have; ``foreign`` is as for ``compare``.
+    Each difference is a ``fault``, ``unknown``, or ``outside``: the tensor may be computed outside of any module from
+    the other stage's output, which is not a fault.  A tensor that some stage returns for another microbatch is always a
+    fault.  ``found`` is what the microbatch's own rank has, ``forwards`` what all ranks have; ``foreign`` is as for
+    ``compare``.
     """
     before = forwards.get(task._replace(stage=task.stage - 1))
     after = forwards.get(task._replace(stage=task.stage + 1))
@@ -41,7 +42,7 @@ def differences(
 
 
 def _which(foreign: Mapping[Op, bool], send: Op) -> str:
-    """What it means that another tensor than that of the stage arrives by a send."""
+    """The kind of difference, if ``send`` delivers another tensor than the one that the stage returned."""
     if send not in foreign:
         return "outside"
     return "fault" if foreign[send] else "unknown"
@@ -52,7 +53,7 @@ def all_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 
 def _among(taken: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> bool:
-    """Whether every tensor is bitwise one of the others, whatever its shape."""
+    """Whether every taken tensor is bitwise equal to a given one, whatever its shape."""
     flat = [tensor.reshape(-1) for tensor in given if tensor is not None]
     return all(any(equal(tensor.reshape(-1), other) for other in flat) for tensor in taken if tensor is not None)
 

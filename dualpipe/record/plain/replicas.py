@@ -66,7 +66,7 @@ def _unlike(
     if lone := sorted(one.keys() ^ other.keys()):
         holder = ranks[0] if lone[0] in one else ranks[1]
         yield (
-            f"the replicas of stage {stage} have other parameters: {_shown(lone)} on rank {holder} alone. Is the chunk "
+            f"the replicas of stage {stage} have other parameters: {_shown(lone)} only on rank {holder}. Is the chunk "
             "built for the rank's number instead of its stage's?"
         )
         return

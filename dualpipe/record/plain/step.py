@@ -1,4 +1,4 @@
-"""A recorded step beside its plain run: how each chunk's outputs, links and gradients agree."""
+"""A recorded step compared with its plain run: how each chunk's outputs, links and gradients agree."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The losses of layers that predict further tokens, which Megatron keeps apart from the results of the loss function.
+"""The losses of multi-token prediction (MTP) layers, which Megatron keeps apart from the results of the loss function.
 
-Megatron adds them to a tracker on the rank that computed them, and its training loop logs that of the last rank.  With
-two lanes half of them arise on the first rank, and in a V all of them.  So after each step they are moved to the last
-rank's tracker.
+Megatron adds each such loss to a tracker on the rank that computed it, and its training loop logs the tracker of the
+last rank.  With two lanes half of these losses are computed on the first rank, and in a V all of them.  So after each
+step the losses are moved to the last rank's tracker.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from dualpipe.runtime.transport import Transport
 from dualpipe.schedule import Lane
 
 
-def collect_further_losses(ends: Sequence[tuple[Lane, int]], transport: Transport, device: torch.device) -> None:
-    """Move the tracked losses, float32 ``[layers]``, from the rank at the end of each lane to the last rank."""
+def collect_mtp_losses(ends: Sequence[tuple[Lane, int]], transport: Transport, device: torch.device) -> None:
+    """Move the tracked losses, float32 ``[layers]``, to the last rank and sum them in its tracker.
+
+    ``ends`` names for each lane the rank of its last stage, which has tracked the losses of that lane.
+    """
     tracker = MTPLossLoggingHelper.tracker
     mine = tracker.pop("values", None)
     own = {lane: [mine] for lane, rank in ends if rank == transport.rank and mine is not None}

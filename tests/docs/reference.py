@@ -57,7 +57,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     "dualpipe.picture": ("dualpipe.timeline.picture:Form",),
     "dualpipe.simulate": ("dualpipe.timeline.timeline:Collective",),
     "dualpipe.pipeline": (
-        "dualpipe.runtime.executor:Boundary",
+        "dualpipe.runtime.boundary:Boundary",
         "dualpipe.runtime.executor:Observer",
         "dualpipe.runtime.executor:StepError",
         "dualpipe.runtime.live:Tensors",

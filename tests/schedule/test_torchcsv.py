@@ -115,7 +115,7 @@ def test_tables_whose_receives_torch_defers_are_refuted(name, check):
         ("lane > 0\nlane < 0\nrank 0: 0F0>", "the one lane >: there is lane > and lane <"),
         ("lane > 0 1\nrank 0: 0F0> 0SF0>@0\nrank 1: 1F0>", "goes to the neighbour: there is 0SF0>@0"),
         ("lane > 0\nrank 0: 0F0> 0AA0>", "no all-to-all or all-reduce: there is 0AA0>"),
-        ("lane > 0\nrank 0: 0F0>\nfailure 0: ended", "a program that did not fail: rank 0 ended"),
+        ("lane > 0\nrank 0: 0F0>\nfailure 0: ended", "cannot describe a program that failed: rank 0 ended"),
     ],
 )
 def test_what_torchs_tables_cannot_say_is_an_error(text, says):

@@ -113,6 +113,14 @@ TRIALS = {
         ),
         (TensorSpec((BATCH, 7), torch.float32), TensorSpec((BATCH,), torch.int64)),
     ),
+    "a weight that crosses to the next stage": Trial(
+        lambda: (
+            Stage(lambda s, x: (s.a(x), s.a.weight), a=linear()),
+            Stage(lambda s, x, weight: s.a(x) + weight.sum(), a=linear()),
+        ),
+        (REAL, TensorSpec((WIDTH, WIDTH), torch.float32)),
+        schedule="zb1p",
+    ),
     "bare tensors as microbatches": Trial(
         lambda: (plain(), plain()),
         change=lambda batches: {lane: [x for (x,) in given] for lane, given in batches.items()},

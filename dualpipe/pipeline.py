@@ -46,7 +46,7 @@ class Pipeline:
         The same value on every rank; compared at the first step.
     stages:
         The module of each (lane, stage) that the schedule places on this rank.  A module takes the tensors of a
-        microbatch and returns a tensor or a tuple of tensors.
+        microbatch and returns a tensor or a tuple of tensors.  It must not write to them in place.
     criterion:
         ``criterion(*outputs, *labels)``: a scalar loss, scaled as its gradient should be (for the mean, divided by the
         number of microbatches).  May be ``None`` on a rank that holds no last stage.

@@ -40,6 +40,7 @@ from dualpipe.runtime.transport import (
     Message,
     MessageError,
     SpoiledError,
+    writes,
 )
 from dualpipe.runtime.wire import Marks, Wire, connect
 
@@ -257,7 +258,7 @@ class ProcessGroupTransport:
     def _allocate(self, message: Message) -> None:
         if message.sends:
             message.tensors = tensors = [(_to_host if self.staged else _whole)(tensor) for tensor in message.tensors]
-            message.versions = tuple([tensor._version for tensor in tensors])
+            message.versions = tuple([writes(tensor) for tensor in tensors])
             return
         message.tensors = [torch.empty(shape, dtype=dtype, **self._buffers) for shape, dtype in message.specs]
         if not self.stream_ordered:

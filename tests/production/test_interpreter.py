@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dualpipe.errors import StageError
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
 from dualpipe.runtime.transport import TensorSpec
@@ -54,6 +55,19 @@ def test_an_input_that_a_stage_does_not_use_gets_zeros_and_is_named_once(caplog)
     assert all(used.any() and not unused.any() for used, unused in sent)
     assert [r.getMessage() for r in caplog.records if "does not use its inputs [1] at 1B0>" in r.getMessage()]
     assert sum("does not use its inputs" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_stage_that_writes_to_its_input_and_a_step_in_inference_mode_are_errors_with_the_way_out():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    with pytest.raises(RuntimeError, match="leaf Variable") as error:
+        step(generate("1f1b", 2, 3), 1, Doubling(4, 4))
+    assert any("clone them" in note for note in error.value.__notes__)
+    outside = r"training needs autograd: .*inference_mode\(\); call it outside"
+    with pytest.raises(StageError, match=outside), torch.inference_mode():
+        step(generate("1f1b", 2, 3), 1, nn.Linear(4, 4))
 
 
 def twice(slot: Slot) -> list[Slot]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Self
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.executor import Boundary, Executor, Observer, StepError, require_size
@@ -22,8 +22,8 @@ from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.schedule import COLLECTIVES, MESSAGES, Chunk, Lane, Schedule
 from dualpipe.schedule.text import digest
 
-_SUMMED: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
-"""The parameters whose ``.grad`` is already summed over the lanes: no step has added to it since."""
+_SUMMED: MutableMapping[nn.Parameter, TensorWeakRef] = WeakIdKeyDictionary()
+"""The parameters whose ``.grad`` is already summed over the lanes, with that sum: no step has added to it since."""
 
 __all__ = ["Feed", "Pipeline", "ProcessGroupTransport", "StepResult", "TensorSpec"]
 
@@ -131,22 +131,27 @@ class Pipeline:
         with self.transport.phase("evaluation" if forward_only else "step"):
             feed.require(self.schedule, self.transport.rank, self.criterion is not None)
             if not forward_only:
-                self._set_aside()
+                self._set_aside(copies=True)
             executor.run()
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
         return computation.result
 
     def reduce_gradients(self) -> None:
-        """Sum the gradients of a stage's replicas over the lanes; ``step`` does so by default."""
+        """Sum the gradients of a stage's replicas over the lanes; ``step`` does so by default.
+
+        A gradient that is already summed is not summed again.
+        """
         self._agree()
         with self._exchange("reduction of gradients", "summing the gradients of its stages' replicas"):
+            self._set_aside(copies=False)
             self._replicas.reduce_gradients()
         for parameter in self._parameters():
             earlier = self._earlier.pop(parameter, None)
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
-            _SUMMED[parameter] = True
+            if parameter.grad is not None:
+                _SUMMED[parameter] = TensorWeakRef(parameter.grad)
 
     def copy_weights(self) -> None:
         """Copy the weights and buffers of each stage's replica on the first lane to its other replicas."""
@@ -164,11 +169,16 @@ class Pipeline:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _set_aside(self) -> None:
-        """Set aside gradients that are summed over the lanes: the next step's sum must not include them again."""
+    def _set_aside(self, copies: bool) -> None:
+        """Set aside gradients that are summed over the lanes: the next sum must not include them again.
+
+        Another tensor in ``.grad`` may be a copy of the sum, which a clipping library made, or the gradient of a
+        backward outside the pipeline, after ``zero_grad()``.  With ``copies`` it counts as the sum.
+        """
         for parameter in self._parameters():
-            if _SUMMED.pop(parameter, False) and parameter.grad is not None:
-                self._earlier[parameter], parameter.grad = parameter.grad, None
+            summed, gradient = _SUMMED.pop(parameter, None), parameter.grad
+            if summed is not None and gradient is not None and (copies or summed() is gradient):
+                self._earlier[parameter], parameter.grad = gradient, None
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for stage in self.stages.values() for parameter in stage.parameters())

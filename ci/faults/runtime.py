@@ -162,7 +162,7 @@ FAULTS = (
         """        with self.transport.phase("evaluation" if forward_only else "step"):
             feed.require(self.schedule, self.transport.rank, self.criterion is not None)
             if not forward_only:
-                self._set_aside()
+                self._set_aside(copies=True)
             executor.run()
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
@@ -220,7 +220,7 @@ FAULTS = (
         0,
         "a second step sums the gradients of the first again",
         PIPELINE,
-        "            self._set_aside()\n",
+        "            self._set_aside(copies=True)\n",
         "            pass\n",
         check="tests",
         rule="test",

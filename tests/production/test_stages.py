@@ -293,8 +293,8 @@ def test_zeroed_gradients_are_not_added_twice():
         assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
 
 
-def test_a_gradient_that_was_summed_is_not_summed_again_by_another_pipeline():
-    """Also where a clipping library has replaced it by a copy."""
+def test_a_gradient_that_was_summed_is_not_summed_again():
+    """Nor by another pipeline, nor where a clipping library has replaced it by a copy; a new one is."""
     schedule = generate("dualpipe", 2, 4)
 
     def body(context):
@@ -310,9 +310,17 @@ def test_a_gradient_that_was_summed_is_not_summed_again_by_another_pipeline():
             parameter.grad = parameter.grad.clone()
         first.step(feed)
         second.step(feed)
-        return all(torch.equal(p.grad, one + one + one) for p, one in zip(parameters, once, strict=True))
+        thrice = all(torch.equal(p.grad, one + one + one) for p, one in zip(parameters, once, strict=True))
+        with torch.inference_mode():
+            first.step(feed, forward_only=True)
+        first.reduce_gradients()
+        again = all(torch.equal(p.grad, one + one + one) for p, one in zip(parameters, once, strict=True))
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)  # as of a backward outside the pipeline
+        first.reduce_gradients()
+        return {"thrice": thrice, "again": again, "new": all((p.grad == 2).all() for p in parameters)}
 
-    assert all(launch(2, body, timeout=30).values())
+    assert launch(2, body, timeout=30).values() == [{"thrice": True, "again": True, "new": True}] * 2
 
 
 def test_a_criterion_with_weights_of_its_own_is_refused_on_two_lanes():

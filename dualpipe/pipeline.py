@@ -20,7 +20,7 @@ from dualpipe.runtime.split_linear import split_linears
 from dualpipe.runtime.transport import MessageError, TensorSpec, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.schedule import COLLECTIVES, MESSAGES, Chunk, Lane, Schedule
-from dualpipe.schedule.text import digest
+from dualpipe.schedule.text import fingerprints
 
 _SUMMED: MutableMapping[nn.Parameter, TensorWeakRef] = WeakIdKeyDictionary()
 """The parameters whose ``.grad`` is already summed over the lanes, with that sum: no step has added to it since."""
@@ -204,8 +204,7 @@ class Pipeline:
         same = len(set(shapes)) == 1
         weights = {f"weights of stage {stage}": _describe_weights(module) for (_, stage), module in self.stages.items()}
         return {
-            "schedule": f"{schedule.name or 'unnamed'} of {schedule.ranks} ranks and "
-            f"{sum(schedule.microbatches.values())} microbatches, digest {digest(schedule)[:16]}",
+            **fingerprints(schedule, self.transport.rank),
             "boundary between stages": shapes[0] if same else f"digest {_digest(shapes)} of {shapes[:3]}...",
             "way of waiting": "blocking" if self._blocking else "at use",
             **weights,

@@ -93,9 +93,7 @@ class ModuleComputation:
 
     def require_criterion(self, op: Op) -> None:
         if self.criterion is None and torch.is_grad_enabled():
-            raise StageError(
-                "training needs a criterion where a lane ends", f"{op} has none", "give one to the pipeline"
-            )
+            raise StageError("training needs a criterion where a lane ends", f"{op} has none", "pass one as criterion")
 
     def loss(self, op: Op, outputs: Tensors) -> object:
         """What the criterion returns; ``None`` in an evaluation without one."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from dualpipe.errors import RuleError, StageError
+from dualpipe.runtime.arguments import boundary_of, require_callable, require_feed, require_modules
 from dualpipe.runtime.executor import Boundary, Executor, Observer, StepError, require_size
 from dualpipe.runtime.modules import Criterion, Feed, ModuleComputation, Stages, StepResult
 from dualpipe.runtime.overlap import find_overlaps
@@ -79,13 +80,14 @@ class Pipeline:
         overlap: bool = True,
     ) -> None:
         self.schedule, self.transport, self.criterion = schedule, transport, criterion
-        self.stages: Stages = {Chunk(*chunk): module for chunk, module in stages.items()}
+        self.stages: Stages = require_modules(stages)
         self.store = DeferredGradients()
+        require_size(schedule, transport)
         _require_stages(schedule, transport.rank, self.stages)
         _require_own_ops(schedule, transport.rank)
+        require_callable(criterion)
         _require_no_weights(schedule, criterion, self.stages)
-        require_size(schedule, transport)
-        self._boundary: Boundary = boundary if callable(boundary) else lambda stage: boundary
+        self._boundary: Boundary = boundary_of(boundary)
         self._blocking, self._observe = blocking, observe
         self._splits = {
             chunk: split_linears(module, self.store, str(chunk))
@@ -129,7 +131,7 @@ class Pipeline:
             overlaps=dict.fromkeys(self._overlaps, computation.overlap),
         )
         with self.transport.phase("evaluation" if forward_only else "step"):
-            feed.require(self.schedule, self.transport.rank, self.criterion is not None)
+            require_feed(feed, self.schedule, self.transport.rank, self.criterion is not None)
             if not forward_only:
                 self._set_aside(copies=True)
             executor.run()

@@ -160,7 +160,7 @@ FAULTS = (
         "gradients are reduced before the last W",
         PIPELINE,
         """        with self.transport.phase("evaluation" if forward_only else "step"):
-            feed.require(self.schedule, self.transport.rank, self.criterion is not None)
+            require_feed(feed, self.schedule, self.transport.rank, self.criterion is not None)
             if not forward_only:
                 self._set_aside(copies=True)
             executor.run()

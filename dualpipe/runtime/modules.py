@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -115,9 +115,15 @@ class ModuleComputation:
 
 def _require_microbatches(what: str, lanes: Mapping[Lane, Sequence[Tensors | Tensor]], lane: Lane, count: int) -> None:
     rule = f"the {what} of a lane must be a sequence of as many microbatches as the schedule has"
+    if not isinstance(lanes, Mapping):
+        raise StageError(
+            f"{what} must be a mapping from each lane to its microbatches", f"got {describe(lanes)}", "give a dict"
+        )
     given = lanes.get(lane, ())
     if isinstance(given, Tensor):
         raise StageError(rule, f"lane {lane} has a tensor of shape {list(given.shape)}", f"cut it into {count}")
+    if not isinstance(given, Sized):
+        raise StageError(rule, f"lane {lane} has {describe(given)}", "put them in a list")
     if len(given) != count:
         raise StageError(
             rule,

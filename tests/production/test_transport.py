@@ -100,13 +100,19 @@ def test_a_rank_that_has_ended_well_fails_no_send_to_it():
     assert all(launch(2, body, timeout=30).values())
 
 
-@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), "10", None, True])
-def test_a_timeout_that_is_not_positive_and_finite_is_refused(timeout):
+def test_arguments_that_no_transport_can_have_are_refused():
     def body(context):
-        with pytest.raises(RuleError, match="a timeout must be a positive number of seconds"):
-            ProcessGroupTransport(timeout=timeout)
+        for timeout in (0, -1.0, float("nan"), float("inf"), "10", None, True):
+            with pytest.raises(RuleError, match="a timeout must be a positive number of seconds"):
+                ProcessGroupTransport(timeout=timeout)
+        with pytest.raises(RuleError, match="backend for the device of the messages, meta: it has gloo for cpu"):
+            ProcessGroupTransport(device="meta")
+        alone = dist.new_group([0])
+        if context.rank == 1:
+            with pytest.raises(RuleError, match="on the ranks of its group alone: rank 1 is not in it"):
+                ProcessGroupTransport(alone)
 
-    launch(1, body, timeout=30).values()
+    launch(2, body, timeout=30).values()
 
 
 def test_set_ups_of_any_length_are_compared_and_a_rank_that_does_not_arrive_is_named():

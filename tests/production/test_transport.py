@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.outstanding import Outstanding
 from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.rendezvous import Rendezvous
 from dualpipe.runtime.transport import DisagreementError, Message, SpoiledError, TensorSpec
 from dualpipe.testing.launch import launch
 
@@ -126,6 +127,9 @@ def test_set_ups_of_any_length_are_compared_and_a_rank_that_does_not_arrive_is_n
             late.close()
         with pytest.raises((DisagreementError, SpoiledError)) as missing:
             late.agree({})
+        unconnected = r"waited 3 s for all of them \(one of them has not connected\)"
+        with pytest.raises(DisagreementError, match=unconnected), Rendezvous(late.group, late.order, 3.0):
+            raise TimeoutError
         dist.barrier()
         ProcessGroupTransport(timeout=10.0).agree({})
         return str(differing.value), str(missing.value)

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Self
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from dualpipe.errors import RuleError, StageError
+from dualpipe.runtime.arguments import boundary_of, require_callable, require_feed, require_modules
 from dualpipe.runtime.boundary import Boundary
 from dualpipe.runtime.executor import Executor, Observer, StepError, require_size
 from dualpipe.runtime.modules import Criterion, Feed, ModuleComputation, Stages, StepResult
@@ -22,10 +23,10 @@ from dualpipe.runtime.transport import MessageError, TensorSpec, Transport
 from dualpipe.runtime.weightgrad import DeferredGradients
 from dualpipe.schedule import COLLECTIVES, MESSAGES, Chunk, Lane, Schedule
 from dualpipe.schedule.shapes import with_shape_exchange
-from dualpipe.schedule.text import digest
+from dualpipe.schedule.text import fingerprints
 
-_SUMMED: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
-"""The parameters whose ``.grad`` is already summed over the lanes: no step has added to it since."""
+_SUMMED: MutableMapping[nn.Parameter, TensorWeakRef] = WeakIdKeyDictionary()
+"""The parameters whose ``.grad`` is already summed over the lanes, with that sum: no step has added to it since."""
 
 __all__ = ["Feed", "Pipeline", "ProcessGroupTransport", "StepResult", "TensorSpec"]
 
@@ -48,7 +49,7 @@ class Pipeline:
         The same value on every rank; compared at the first step.
     stages:
         The module of each (lane, stage) that the schedule places on this rank.  A module takes the tensors of a
-        microbatch and returns a tensor or a tuple of tensors.
+        microbatch and returns a tensor or a tuple of tensors.  It must not write to them in place.
     criterion:
         ``criterion(*outputs, *labels)``: a scalar loss, scaled as its gradient should be (for the mean, divided by the
         number of microbatches).  May be ``None`` on a rank that holds no last stage.
@@ -85,14 +86,15 @@ class Pipeline:
         variable_shapes: bool = False,
     ) -> None:
         self.schedule, self.transport, self.criterion = schedule, transport, criterion
-        self.stages: Stages = {Chunk(*chunk): module for chunk, module in stages.items()}
+        self.stages: Stages = require_modules(stages)
         self.store = DeferredGradients()
+        require_size(schedule, transport)
         _require_stages(schedule, transport.rank, self.stages)
         _require_own_ops(schedule, transport.rank)
+        require_callable(criterion)
         _require_no_weights(schedule, criterion, self.stages)
-        require_size(schedule, transport)
         self._run = with_shape_exchange(schedule) if variable_shapes else schedule
-        self._boundary: Boundary = boundary if callable(boundary) else lambda stage: boundary
+        self._boundary: Boundary = boundary_of(boundary)
         self._blocking, self._observe = blocking, observe
         self._splits = {
             chunk: split_linears(module, self.store, str(chunk))
@@ -136,24 +138,29 @@ class Pipeline:
             overlaps=dict.fromkeys(self._overlaps, computation.overlap),
         )
         with self.transport.phase("evaluation" if forward_only else "step"):
-            feed.require(self.schedule, self.transport.rank, self.criterion is not None)
+            require_feed(feed, self.schedule, self.transport.rank, self.criterion is not None)
             if not forward_only:
-                self._set_aside()
+                self._set_aside(copies=True)
             executor.run()
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
         return computation.result
 
     def reduce_gradients(self) -> None:
-        """Sum the gradients of a stage's replicas over the lanes; ``step`` does so by default."""
+        """Sum the gradients of a stage's replicas over the lanes; ``step`` does so by default.
+
+        A gradient that is already summed is not summed again.
+        """
         self._agree()
         with self._exchange("reduction of gradients", "summing the gradients of its stages' replicas"):
+            self._set_aside(copies=False)
             self._replicas.reduce_gradients()
         for parameter in self._parameters():
             earlier = self._earlier.pop(parameter, None)
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
-            _SUMMED[parameter] = True
+            if parameter.grad is not None:
+                _SUMMED[parameter] = TensorWeakRef(parameter.grad)
 
     def copy_weights(self) -> None:
         """Copy the weights and buffers of each stage's replica on the first lane to its other replicas."""
@@ -171,11 +178,16 @@ class Pipeline:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _set_aside(self) -> None:
-        """Set aside gradients that are summed over the lanes: the next step's sum must not include them again."""
+    def _set_aside(self, copies: bool) -> None:
+        """Set aside gradients that are summed over the lanes: the next sum must not include them again.
+
+        Another tensor in ``.grad`` may be a copy of the sum, which a clipping library made, or the gradient of a
+        backward outside the pipeline, after ``zero_grad()``.  With ``copies`` it counts as the sum.
+        """
         for parameter in self._parameters():
-            if _SUMMED.pop(parameter, False) and parameter.grad is not None:
-                self._earlier[parameter], parameter.grad = parameter.grad, None
+            summed, gradient = _SUMMED.pop(parameter, None), parameter.grad
+            if summed is not None and gradient is not None and (copies or summed() is gradient):
+                self._earlier[parameter], parameter.grad = gradient, None
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for stage in self.stages.values() for parameter in stage.parameters())
@@ -201,8 +213,7 @@ class Pipeline:
         same = len(set(shapes)) == 1
         weights = {f"weights of stage {stage}": _describe_weights(module) for (_, stage), module in self.stages.items()}
         return {
-            "schedule": f"{schedule.name or 'unnamed'} of {schedule.ranks} ranks and "
-            f"{sum(schedule.microbatches.values())} microbatches, digest {digest(schedule)[:16]}",
+            **fingerprints(schedule, self.transport.rank),
             "boundary between stages": shapes[0] if same else f"digest {_digest(shapes)} of {shapes[:3]}...",
             "way of waiting": "blocking" if self._blocking else "at use",
             **weights,

@@ -163,9 +163,9 @@ FAULTS = (
         "gradients are reduced before the last W",
         PIPELINE,
         """        with self.transport.phase("evaluation" if forward_only else "step"):
-            feed.require(self.schedule, self.transport.rank, self.criterion is not None)
+            require_feed(feed, self.schedule, self.transport.rank, self.criterion is not None)
             if not forward_only:
-                self._set_aside()
+                self._set_aside(copies=True)
             executor.run()
         if reduce_gradients and not forward_only:
             self.reduce_gradients()
@@ -223,7 +223,7 @@ FAULTS = (
         0,
         "a second step sums the gradients of the first again",
         PIPELINE,
-        "            self._set_aside()\n",
+        "            self._set_aside(copies=True)\n",
         "            pass\n",
         check="tests",
         rule="test",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +53,7 @@ class Shared:
     transport: ProcessGroupTransport
     stream: RandomStream
     store: DeferredGradients = field(default_factory=DeferredGradients)
-    agreed: set[str] = field(default_factory=set)
+    agreed: set[Hashable] = field(default_factory=set)
     optimizer: Callable[[], Any] = lambda: None
     replicas: ReplicaCheck = field(init=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -29,7 +29,7 @@ from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import RF, SF, UP, Chunk, F, Schedule
 from dualpipe.schedule.generate import generate, with_late_w
 from dualpipe.schedule.shapes import with_shape_exchange
-from dualpipe.schedule.text import digest
+from dualpipe.schedule.text import fingerprints
 
 
 def forward_backward_dualpipe(
@@ -96,12 +96,13 @@ def forward_backward_dualpipe(
         tp_group=groups.tp,
         cp_group=groups.cp,
     )
+    if config.variable_seq_lengths:
+        shapes = [(0,) * len(shape) for shape in shapes]  # of which the numbers of dimensions count alone
     boundary = [TensorSpec(tuple(shape), config.pipeline_dtype or config.params_dtype) for shape in shapes]
     where = shared.groups.placement
-    schedule = schedule_for(
-        where.schedule, where.ranks, num_microbatches, forward_only, late_w, bool(config.variable_seq_lengths)
-    )
-    _agree(shared, schedule, boundary)
+    kind = where.schedule, where.ranks, num_microbatches, forward_only, late_w, bool(config.variable_seq_lengths)
+    schedule = schedule_for(*kind)
+    _agree(shared, kind, schedule, boundary)
     data = split_data_iterator(data_iterator, where.chunks(shared.groups.rank))
     if not forward_only:
         shared.stream.begin_step()
@@ -182,17 +183,17 @@ def schedule_for(
     return replace(whole, programs=tuple(programs))
 
 
-def _agree(shared: Shared, schedule: Schedule, boundary: Sequence[TensorSpec]) -> None:
+def _agree(shared: Shared, kind: Hashable, schedule: Schedule, boundary: Sequence[TensorSpec]) -> None:
     """Before the first step of a kind, check that all ranks are about to run the same schedule and shapes."""
+    key = kind, tuple(boundary)
+    if key in shared.agreed:
+        return
     setup = {
-        "schedule": f"{schedule.name} of {schedule.ranks} ranks, microbatches "
-        f"{'+'.join(str(schedule.microbatches[lane]) for lane in schedule.lanes)}, digest {digest(schedule)[:16]}",
+        **fingerprints(schedule, shared.transport.rank),
         "boundary between stages": ", ".join(map(str, boundary)),
     }
-    key = str(setup)
-    if key not in shared.agreed:
-        shared.transport.agree(setup)
-        shared.agreed.add(key)
+    shared.transport.agree(setup)
+    shared.agreed.add(key)
 
 
 def _finalize(

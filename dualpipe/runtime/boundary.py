@@ -93,6 +93,6 @@ def require_specs(op: Op, tensors: Tensors, specs: Sequence[TensorSpec], exact: 
     found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
     raise StageError(
         "a stage must return the tensors that its boundary declares",
-        f"{op} sends {', '.join(map(str, found))} where the boundary is {', '.join(map(str, specs))}",
+        f"{op} sends {', '.join(map(str, found))} where the boundary is {', '.join(map(str, specs)) or 'empty'}",
         "declare the shapes and dtypes that the stage returns",
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from dualpipe.errors import RuleError, StageError
 from dualpipe.pipeline import Pipeline
-from dualpipe.runtime.live import Tensors
 from dualpipe.runtime.modules import Criterion, Feed, StepResult
 from dualpipe.runtime.overlap import method_of
 from dualpipe.runtime.process_group import ProcessGroupTransport
@@ -39,7 +39,11 @@ _active: DeferredGradients | None = None
 def set_p2p_tensor_shapes(shapes: Sequence[Sequence[int]]) -> None:
     """Set the shapes of the tensors that go from a stage to the next, for all pipelines built from now on."""
     global _shapes
-    _shapes = [tuple(shape) for shape in shapes]
+    rule, fix = "the shapes of messages must be a sequence of shapes", "write [(2, 3)] for one tensor of 2 by 3"
+    try:
+        _shapes = [tuple(index(size) for size in shape) for shape in shapes]
+    except TypeError as error:
+        raise RuleError(rule, f"got {shapes!r}", fix) from error
 
 
 def set_p2p_tensor_dtype(dtype: torch.dtype) -> None:
@@ -87,6 +91,12 @@ class _Stepper(nn.Module, ABC):
         late_w: str = "none",
     ) -> None:
         super().__init__()
+        if len(modules) != 2:
+            raise RuleError("a rank holds two modules", f"got {len(modules)}", "give one for each of its two stages")
+        if rank_mapping is not None and sorted(rank_mapping) != list(range(len(rank_mapping))):
+            raise RuleError(
+                "rank_mapping must name each pipeline rank once", f"got {list(rank_mapping)}", "give a permutation"
+            )
         self.module = nn.ModuleList(modules)
         self.batch_dim = batch_dim
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
@@ -96,7 +106,6 @@ class _Stepper(nn.Module, ABC):
         )
         self._transport = ProcessGroupTransport(process_group, order, device)
         self._pipelines: dict[int, Pipeline] = {}
-        self._criterion: Criterion | None = None
         self._schedule = with_late_w(self.name, late_w)
 
     @abstractmethod
@@ -108,20 +117,23 @@ class _Stepper(nn.Module, ABC):
         *inputs: Tensor | None,
         num_chunks: int = 0,
         criterion: Criterion | None = None,
-        labels: Sequence[Tensor | None] = (),
+        labels: Tensor | Sequence[Tensor | None] = (),
         return_outputs: bool = False,
     ) -> tuple[Tensor | None, Any]:
         """Run a training step, or under ``torch.no_grad()`` an evaluation.
 
         ``inputs`` and ``labels`` are cut into microbatches along ``batch_dim``; only ranks at an end of the pipeline
-        need them.  Returns the losses ``[microbatches]`` and the outputs where a lane ends, else ``None``.
+        need them.  The module and the criterion get a ``None`` among them as it is, and without labels the criterion
+        gets the outputs alone.  Returns the losses ``[microbatches]`` and the outputs where a lane ends, else ``None``;
+        an evaluation without a criterion has no losses.
         """
         global _active
         pipeline = self._pipeline(num_chunks)
-        self._criterion = criterion
+        pipeline.criterion = criterion
         chunks = num_chunks // len(self.lanes)
         data = _cut("inputs", inputs, chunks, self.batch_dim)
-        answers = _cut("labels", labels, chunks, self.batch_dim)
+        labels = (labels,) if isinstance(labels, Tensor) else tuple(labels)
+        answers = _cut("labels", labels, chunks, self.batch_dim) or [labels] * chunks
         feed = Feed(dict.fromkeys(self.lanes, data), dict.fromkeys(self.lanes, answers))
         _active = pipeline.store
         try:
@@ -145,13 +157,8 @@ class _Stepper(nn.Module, ABC):
                 )
             schedule = generate(self._schedule, self._transport.ranks, microbatches)
             boundary = [TensorSpec(shape, _dtype) for shape in _shapes]
-            self._pipelines[microbatches] = Pipeline(schedule, self.held(), self._loss, boundary, self._transport)
+            self._pipelines[microbatches] = Pipeline(schedule, self.held(), None, boundary, self._transport)
         return self._pipelines[microbatches]
-
-    def _loss(self, *tensors: Tensor) -> Tensor:
-        if self._criterion is None:
-            raise StageError("a rank where a lane ends needs a criterion", "got none", "pass criterion= to step()")
-        return self._criterion(*tensors)
 
 
 class DualPipe(_Stepper):
@@ -178,8 +185,8 @@ class DualPipeV(_Stepper):
         return {(UP, rank): self.module[0], (UP, 2 * self._transport.ranks - 1 - rank): self.module[1]}
 
 
-def _cut(what: str, tensors: Sequence[Tensor | None], chunks: int, dim: int) -> list[Tensors]:
-    """Cut the tensors that are not ``None`` into microbatches; an inner rank passes ``None`` and gets none.
+def _cut(what: str, tensors: Sequence[Tensor | None], chunks: int, dim: int) -> list[tuple[Any, ...]]:
+    """Cut the tensors into microbatches; a ``None`` is in each.  An inner rank passes none, and gets none.
 
     Raises ``StageError`` unless all tensors have the batch along ``dim``: sequence lengths, or other data without one
     row for each sample, would be cut apart as well.
@@ -195,7 +202,8 @@ def _cut(what: str, tensors: Sequence[Tensor | None], chunks: int, dim: int) -> 
             f"got shapes {[list(tensor.shape) for tensor in present]} for {chunks} microbatches",
             "pad them; put data that does not belong to single samples into the module",
         )
-    return list(zip(*(tensor.tensor_split(chunks, dim=dim) for tensor in present), strict=True))
+    pieces = [[None] * chunks if tensor is None else tensor.tensor_split(chunks, dim=dim) for tensor in tensors]
+    return list(zip(*pieces, strict=True))
 
 
 def _losses(result: StepResult) -> Tensor | None:

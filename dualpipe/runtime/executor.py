@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dualpipe.errors import RuleError
+from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.boundary import Boundaries, Boundary, require_specs
 from dualpipe.runtime.live import Live, Output, Tensors, leaf_of
 from dualpipe.runtime.program import PAIR, Overlaps, Pair, Post, Program, Step, compile_program
@@ -137,8 +137,15 @@ class Executor:
 
         With ``forward_only`` only the forwards and their messages are run, without autograd.  The caller has entered a
         phase of the transport, which an error spoils.  Raises ``StepError``.  An error of a stage is raised as it is,
-        with the place as a note.  Deferred weight gradients of a step that failed are dropped.
+        with the place as a note.  Deferred weight gradients of a step that failed are dropped.  Raises ``StageError``
+        for training in inference mode.
         """
+        if not self.forward_only and torch.is_inference_mode_enabled():
+            raise StageError(
+                "training needs autograd",
+                "the step was called within torch.inference_mode()",
+                "call it outside, or evaluate with forward_only",
+            )
         for split in self.splits.values():
             split.begin()
         handlers: dict[str, Callable[[Any], None]] = {
@@ -172,6 +179,8 @@ class Executor:
                 raise StepError(rank, number, slot, op, str(error), *beside) from error
             if isinstance(error, Exception):  # a stage's own
                 error.add_note(describe_place(rank, number, slot, self.waiting or ops))
+                if "leaf Variable that requires grad" in str(error):
+                    error.add_note("a stage must not write to its inputs, which are leaves of autograd: clone them")
             raise
 
     def observe(self, step: Step | Pair, handler: Callable[[Any], None]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualpipe.errors import StageError
+from dualpipe.runtime.transport import writes
 from dualpipe.schedule import Chunk, Op
 
 logger = logging.getLogger("dualpipe.runtime.executor")
@@ -92,12 +93,12 @@ class Output(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Output:
-        return cls(tuple(tensors), tuple([tensor._version for tensor in tensors]))
+        return cls(tuple(tensors), tuple([writes(tensor) for tensor in tensors]))
 
     def unchanged(self, op: Op, producer: Op | None) -> Tensors:
         """The tensors, for ``op``.  Raises ``StageError`` if something has written to them since."""
         for tensor, version in zip(self.tensors, self.versions, strict=True):
-            if tensor._version != version:
+            if writes(tensor) != version:
                 raise StageError(
                     "a stage must not write to what it returned until that is used",
                     f"{op} finds that the output of {producer} was written to since",

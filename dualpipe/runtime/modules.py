@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -93,9 +93,7 @@ class ModuleComputation:
 
     def require_criterion(self, op: Op) -> None:
         if self.criterion is None and torch.is_grad_enabled():
-            raise StageError(
-                "training needs a criterion where a lane ends", f"{op} has none", "give one to the pipeline"
-            )
+            raise StageError("training needs a criterion where a lane ends", f"{op} has none", "pass one as criterion")
 
     def loss(self, op: Op, outputs: Tensors) -> object:
         """What the criterion returns; ``None`` in an evaluation without one."""
@@ -117,9 +115,15 @@ class ModuleComputation:
 
 def _require_microbatches(what: str, lanes: Mapping[Lane, Sequence[Tensors | Tensor]], lane: Lane, count: int) -> None:
     rule = f"the {what} of a lane must be a sequence of as many microbatches as the schedule has"
+    if not isinstance(lanes, Mapping):
+        raise StageError(
+            f"{what} must be a mapping from each lane to its microbatches", f"got {describe(lanes)}", "give a dict"
+        )
     given = lanes.get(lane, ())
     if isinstance(given, Tensor):
         raise StageError(rule, f"lane {lane} has a tensor of shape {list(given.shape)}", f"cut it into {count}")
+    if not isinstance(given, Sized):
+        raise StageError(rule, f"lane {lane} has {describe(given)}", "put them in a list")
     if len(given) != count:
         raise StageError(
             rule,

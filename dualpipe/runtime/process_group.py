@@ -40,6 +40,7 @@ from dualpipe.runtime.transport import (
     Message,
     MessageError,
     SpoiledError,
+    writes,
 )
 from dualpipe.runtime.wire import Marks, Wire, connect
 
@@ -69,8 +70,9 @@ class ProcessGroupTransport:
         posted, so on a shared one a receive posted early holds up every later send.  Each communicator of NCCL takes
         GPU memory.
 
-    Raises ``RuleError`` if ``order`` is not a permutation, if ``timeout`` is not positive and finite, if ``edges`` is
-    neither of the two, and for CUDA tensors over gloo that are not staged.
+    Raises ``RuleError`` on a rank outside the group, if ``order`` is not a permutation, if ``timeout`` is not positive
+    and finite, if ``edges`` is neither of the two, if the group has no backend for the messages' device, and for CUDA
+    tensors over gloo that are not staged.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ProcessGroupTransport:
         edges: Literal["shared", "per-edge"] = "shared",
     ) -> None:
         self.group: dist.ProcessGroup = c10d._get_default_group() if group is None else group
+        _require_member(self.group)
         self.order = list(range(dist.get_world_size(self.group))) if order is None else list(order)
         self.ranks = len(self.order)
         if sorted(self.order) != list(range(dist.get_world_size(self.group))):
@@ -100,6 +103,7 @@ class ProcessGroupTransport:
         if edges not in ("shared", "per-edge"):
             raise RuleError('edges must be "shared" or "per-edge"', f"got {edges!r}", "give one of them")
         self.wire = torch.device("cpu") if staged else self.device
+        self._backend = _require_backend(self.group, self.wire.type)
         self.stream_ordered = self.wire.type != "cpu"
         self._buffers: dict[str, Any] = {"device": self.wire}
         if staged and self.device.type == "cuda":
@@ -212,11 +216,9 @@ class ProcessGroupTransport:
                 rendezvous.confirm(name)
 
     def _connect(self, name: str) -> Peers:
-        backends = dict(pair.split(":") for pair in dist.get_backend_config(self._parent).split(","))
-        backend = backends[self.wire.type]
         ring = {(rank, (rank + way) % self.ranks) for rank in range(self.ranks) for way in (1, -1)}
         edges = [edge for edge in ring if edge[0] != edge[1]] if self.edges == "per-edge" else []
-        peers = Peers(f"dualpipe-{name}", self._parent, self.order, backend, self.timeout, edges)
+        peers = Peers(f"dualpipe-{name}", self._parent, self.order, self._backend, self.timeout, edges)
         if self.stream_ordered:
             connect(peers.edges, self.rank, self.wire)
         return peers
@@ -257,7 +259,7 @@ class ProcessGroupTransport:
     def _allocate(self, message: Message) -> None:
         if message.sends:
             message.tensors = tensors = [(_to_host if self.staged else _whole)(tensor) for tensor in message.tensors]
-            message.versions = tuple([tensor._version for tensor in tensors])
+            message.versions = tuple([writes(tensor) for tensor in tensors])
             return
         message.tensors = [torch.empty(shape, dtype=dtype, **self._buffers) for shape, dtype in message.specs]
         if not self.stream_ordered:
@@ -297,6 +299,27 @@ def _to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, pinned if it is from a GPU; complete when this returns."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor.detach())
+
+
+def _require_member(group: dist.ProcessGroup) -> None:
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise RuleError(
+            "a transport must be made on the ranks of its group alone",
+            f"rank {dist.get_rank()} is not in it",
+            "make it where new_group() returned a group that the rank is a member of",
+        )
+
+
+def _require_backend(group: dist.ProcessGroup, device: str) -> str:
+    """The group's backend for tensors of a type of device."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    if device not in backends:
+        raise RuleError(
+            f"the process group must have a backend for the device of the messages, {device}",
+            f"it has {', '.join(f'{backend} for {kind}' for kind, backend in backends.items())}",
+            "pass device= for the tensors' device, or initialise the group with 'cpu:gloo,cuda:nccl'",
+        )
+    return backends[device]
 
 
 def _require_timeout(seconds: float) -> float:

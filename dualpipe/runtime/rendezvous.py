@@ -56,7 +56,8 @@ class Rendezvous:
         self._cancelled.set()
         self._helper.close()
         if isinstance(error, (MissingRankError, dist.DistError, TimeoutError)):
-            rank, reason = self._order.index(self._rank), first_sentence(error)
+            rank = self._order.index(self._rank)
+            reason = first_sentence(error) if str(error) else "one of them has not connected"
             raise DisagreementError(
                 f"every rank compares its set-up with the others' before the first message: rank {rank} waited "
                 f"{self._timeout:g} s for all of them ({reason}); see the logs of the others"

@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from dualpipe.errors import StageError
 from dualpipe.runtime.modules import Stages
-from dualpipe.runtime.transport import Message, TensorSpec, Transport
+from dualpipe.runtime.transport import Message, TensorSpec, Transport, writes
 from dualpipe.schedule import Chunk, Lane, Schedule
 
 _WORDS_AT_ONCE = 1 << 20
@@ -104,10 +104,10 @@ class Replicas:
         """
         before = self._compared.get((module, name))
         if before is not None:
-            same = before[0]() is tensor and before[1:] == (tensor._version, tensor.data_ptr())
+            same = before[0]() is tensor and before[1:] == (writes(tensor), tensor.data_ptr())
             if same or isinstance(tensor, nn.Parameter):
                 return None
-        self._compared[module, name] = TensorWeakRef(tensor), tensor._version, tensor.data_ptr()
+        self._compared[module, name] = TensorWeakRef(tensor), writes(tensor), tensor.data_ptr()
         return _digest(tensor)
 
     def _add_gradients(self, stage: int, module: nn.Module, replicas: Mapping[Lane, Tensor]) -> None:

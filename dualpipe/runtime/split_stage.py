@@ -247,8 +247,12 @@ class _SplitLinear(torch.autograd.Function):
 
 
 def _parameters(roots: Iterable[Node], above: Set[Node]) -> Iterator[tuple[Node, Tensor]]:
-    """The leaves of the graph below ``roots``, each with the node that uses it; not through the nodes ``above``."""
+    """The leaves of the graph below ``roots``, each with the node that uses it; not through the nodes ``above``.
+
+    A root that is a leaf itself, the output of a stage that returns its weight, uses itself.
+    """
     todo = list(roots)
+    yield from ((root, root.variable) for root in todo if hasattr(root, "variable"))
     seen = {*todo, *above}
     while todo:
         node = todo.pop()

@@ -56,7 +56,7 @@ class Message:
     def release(self) -> None:
         """Let go of a send's tensors.  Raises ``StageError`` if one was written to since the send was posted."""
         if self.sends:
-            written = self.versions != tuple(tensor._version for tensor in self.tensors)
+            written = self.versions != tuple([writes(tensor) for tensor in self.tensors])
             self.tensors, self.versions = (), ()
             if written:
                 raise StageError(
@@ -64,6 +64,11 @@ class Message:
                     f"a tensor of {self.label} to rank {self.peer} was written to while it was sent",
                     "return a new tensor for each microbatch, not a buffer that is used again",
                 )
+
+
+def writes(tensor: Tensor) -> int:
+    """Autograd's count of the writes to a tensor; 0 for one made in inference mode, where it does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Transport(Protocol):

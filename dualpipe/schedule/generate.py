@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import NamedTuple
+from operator import index
+from typing import NamedTuple, SupportsIndex
 
 from dualpipe.errors import RuleError, nearest
 from dualpipe.schedule import DOWN, UP, Chunk, Lane, Program, Schedule, check_slot
@@ -211,6 +212,18 @@ def _ranks(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
+def _whole(ranks: object, microbatches: object) -> tuple[int, int]:
+    """The sizes as ``int``; numpy's integers are accepted, a bool, a float and a text are not."""
+    for size in (ranks, microbatches):
+        _require(
+            isinstance(size, SupportsIndex) and type(size).__name__ not in ("bool", "bool_"),
+            "ranks and microbatches must be whole numbers",
+            f"{size!r}",
+            "give an int",
+        )
+    return index(ranks), index(microbatches)  # type: ignore[arg-type] # both have been checked
+
+
 def _require(holds: bool, rule: str, got: str, fix: str) -> None:
     if not holds:
         raise SizeError(rule, f"got {got}", fix)
@@ -244,6 +257,7 @@ def zb1p(ranks: int, microbatches: int) -> Schedule:
 
 def interleaved(ranks: int, microbatches: int) -> Schedule:
     """Interleaved 1F1B, two stages a rank: at least 2 ranks, and a multiple of ``ranks`` microbatches."""
+    ranks, microbatches = _whole(ranks, microbatches)
     _require(ranks >= 2, "interleaved needs at least two ranks", f"{ranks}", "use 2 or more, or 1f1b")
     multiple = max(1, -(-microbatches // ranks)) * ranks
     _require(
@@ -257,6 +271,7 @@ def interleaved(ranks: int, microbatches: int) -> Schedule:
 
 def zbv(ranks: int, microbatches: int) -> Schedule:
     """ZBV: one lane, ``2 * ranks`` stages in a V, B and W split; any number of ranks and microbatches."""
+    ranks, microbatches = _whole(ranks, microbatches)
     _require_rank("zbv", ranks)
     _require(microbatches >= 1, "zbv needs at least one microbatch", f"{microbatches}", "use 1 or more")
     return replace(lower(zbv_order(ranks, microbatches)), name="zbv")
@@ -305,6 +320,7 @@ def generate(name: str, ranks: int, microbatches: int) -> Schedule:
     """The named schedule for a size.  Raises ``SizeError`` for a size it cannot have, ``KeyError`` for the name."""
     if name in ORDERS:
         return ORDERS[name](ranks, microbatches)
+    ranks, microbatches = _whole(ranks, microbatches)
     plan = partial(PLANS[name], ranks, microbatches)
     routes = plan(0).routes
     if ranks * microbatches <= MOST_AT_ONCE:

@@ -14,9 +14,11 @@ tried; the theorems for all sizes are about the schedules without an exchange.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
-from dualpipe.schedule.op import COLLECTIVES, RF, SF, Kind, Op, Slot
+from dualpipe.schedule.on_demand import OnDemand
+from dualpipe.schedule.op import COLLECTIVES, RF, SF, Kind, Op, Program, Slot
 from dualpipe.schedule.value import Schedule
 
 EXCHANGE = Kind.AR
@@ -26,10 +28,13 @@ EXCHANGE = Kind.AR
 def with_shape_exchange(schedule: Schedule) -> Schedule:
     """The schedule with an exchange of shapes before each slot with activations, and without other collectives."""
     edges = _edges(schedule)
-    programs = [
-        [made for slot in program for made in _exchanged(schedule, rank, slot, edges)]
-        for rank, program in enumerate(schedule.programs)
-    ]
+
+    def program(rank: int) -> Program:
+        return tuple(made for slot in schedule.programs[rank] for made in _exchanged(schedule, rank, slot, edges))
+
+    programs: Sequence[Program] = OnDemand(schedule.ranks, program, schedule.microbatches)
+    if not isinstance(schedule.programs, OnDemand):
+        programs = tuple(programs)
     return Schedule(schedule.routes, programs, schedule.name, tuple(edges), failures=schedule.failures)
 
 

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, TypeVarTuple
 
 from dualpipe.files import read_whole
 from dualpipe.schedule import (
+    MESSAGES,
     Failure,
     Kind,
     Lane,
@@ -68,11 +69,9 @@ def dumps(schedule: Schedule, observed: bool = False) -> str:
     With ``observed`` the lines for what was observed when a program ran it follow.
     """
     head = [f"schedule {schedule.name}"] if schedule.name else []
-    lanes = [
-        f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)
-    ]
+    lanes = _lane_lines(schedule)
     groups = [f"group {number}: {' '.join(map(str, members))}" for number, members in enumerate(schedule.groups)]
-    ranks = [" ".join([f"rank {rank}:", *map(show_slot, program)]) for rank, program in enumerate(schedule.programs)]
+    ranks = [_program_line(rank, program) for rank, program in enumerate(schedule.programs)]
     lines = observed_text.lines_of(schedule.observed, schedule.programs) if observed else []
     failures = [f"failure {rank}: {what}" for rank, what in schedule.failures]
     return "\n".join([*head, *failures, *lanes, *groups, *ranks, *lines]) + "\n"
@@ -93,9 +92,35 @@ def as_json(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def digest(schedule: Schedule) -> str:
-    """SHA-256 of the schedule's text in hexadecimal, by which ranks check that they run the same schedule."""
-    return hashlib.sha256(dumps(schedule).encode()).hexdigest()
+def fingerprints(schedule: Schedule, rank: int) -> dict[str, str]:
+    """What ``rank`` compares with other ranks to see that they run the same schedule, by what it is of.
+
+    The size, the lanes, and the programs of the rank and of those with which it exchanges messages: no rank of a large
+    schedule generates all programs for it.  Where each rank agrees with its peers, all of them run one schedule.
+    """
+    counts = "+".join(str(schedule.microbatches[lane]) for lane in schedule.lanes)
+    found = {
+        "schedule": f"{schedule.name or 'unnamed'} of {schedule.ranks} ranks, microbatches {counts}",
+        "placement of stages": f"digest {_digest(' '.join(_lane_lines(schedule)))}",
+    }
+    own = schedule.programs[rank]
+    peers = {schedule.peer(op) for slot in own for op in slot if op.kind in MESSAGES}
+    for other in sorted({rank, *(peer for peer in peers if peer is not None and 0 <= peer < schedule.ranks)}):
+        program = schedule.programs[other]
+        found[f"program of rank {other}"] = f"{len(program)} slots, digest {_digest(_program_line(other, program))}"
+    return found
+
+
+def _lane_lines(schedule: Schedule) -> list[str]:
+    return [f"lane {lane} {' '.join(map(str, route))}" for lane, route in sorted(schedule.routes.items(), reverse=True)]
+
+
+def _program_line(rank: int, program: Program) -> str:
+    return " ".join([f"rank {rank}:", *map(show_slot, program)])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load(path: Path) -> Schedule:

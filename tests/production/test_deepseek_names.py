@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from dualpipe import DualPipe
+from dualpipe.errors import RuleError
 from dualpipe.testing.launch import launch
 
 HIDDEN, CHUNKS = 8, 8
@@ -104,10 +105,15 @@ def test_dualpipe_trains_and_evaluates_as_their_example_does(mapping, late_w):
             assert torch.equal(mine_p.grad, theirs.grad)
         assert DEFERRED
         with torch.no_grad():
-            again, outputs = model.step(mine, num_chunks=CHUNKS, criterion=loss, labels=(answers,), return_outputs=True)
+            again, outputs = model.step(mine, num_chunks=CHUNKS, criterion=loss, labels=answers, return_outputs=True)
+            unlabelled, _ = model.step(mine, num_chunks=CHUNKS, criterion=torch.sum)
+            nothing, inferred = model.step(mine, num_chunks=CHUNKS, return_outputs=True)
         _, wanted_outputs, _ = truth(2, half(x, 1 - rank), answers, CHUNKS // 2)
         assert torch.equal(again, wanted)
         assert torch.equal(outputs, wanted_outputs)
+        assert torch.equal(unlabelled, torch.stack([part.sum() for part in wanted_outputs.chunk(CHUNKS // 2)]))
+        assert nothing is None
+        assert torch.equal(inferred, wanted_outputs)
         return True
 
     assert run(body) == [True, True]
@@ -160,7 +166,7 @@ def test_dualpipev_trains_as_their_example_does_and_overlaps_pairs():
     assert run(body) == [True, True]
 
 
-def test_a_step_without_declared_shapes_names_the_call_that_is_missing(monkeypatch):
+def test_what_is_missing_or_wrong_before_a_step_is_named(monkeypatch):
     import dualpipe
     from dualpipe.runtime import deepseek
 
@@ -169,6 +175,12 @@ def test_a_step_without_declared_shapes_names_the_call_that_is_missing(monkeypat
     def body(context):
         with pytest.raises(ValueError, match="set_p2p_tensor_shapes"):
             dualpipe.DualPipe([stage(0), stage(1)]).step(num_chunks=CHUNKS, criterion=loss)
+        with pytest.raises(RuleError, match="a rank holds two modules: got 3"):
+            dualpipe.DualPipe([stage(0), stage(1), stage(2)])
+        with pytest.raises(RuleError, match=r"each pipeline rank once: got \[0, 0\]"):
+            dualpipe.DualPipe([stage(0), stage(1)], rank_mapping=[0, 0])
+        with pytest.raises(RuleError, match=r"sequence of shapes: got \(2, 3\)"):
+            dualpipe.set_p2p_tensor_shapes((2, 3))
         return True
 
     assert run(body) == [True, True]

@@ -188,8 +188,8 @@ def test_a_rank_with_another_schedule_is_found_before_the_first_message():
 
     failures = failures_of(verify(case, rank_body=rank))
     assert {failure.kind for failure in failures.values()} == {"DisagreementError"}
-    assert "rank 1 has dualpipe of 4 ranks and 10 microbatches" in failures[3].text
-    assert "ranks 0, 2, 3 have dualpipe of 4 ranks and 8 microbatches" in failures[3].text
+    assert "rank 1 has dualpipe of 4 ranks, microbatches 5+5" in failures[3].text
+    assert "ranks 0, 2, 3 have dualpipe of 4 ranks, microbatches 4+4" in failures[3].text
     page = ROOT / "docs" / "how-to" / "when-a-run-fails.md"
     (shown,) = [block for block in blocks_of(page.read_text(), page.name) if "held by" in block.notes]
     assert not unlike(shown.text, failures[3].text)
@@ -248,9 +248,9 @@ DIFFERENT = {
     ),
     "another dtype": (lambda case: replace(case, model=replace(case.model, dtype=torch.float64)), "float64"),
     "a deeper stage": (lambda case: replace(case, model=replace(case.model, blocks_per_stage=2)), "weights of stage"),
-    "another schedule of that size": (
-        lambda case: replace(case, schedule=generate("1f1b", 4, 8)),
-        "rank 1 has 1f1b of 4 ranks and 8 microbatches",
+    "another order of its messages": (
+        lambda case: replace(case, schedule=rewrite(case.schedule, 1, lambda slot: [slot[::-1]])),
+        "every rank runs with the same program of rank 1: ranks 0, 2 have 28 slots, digest",
     ),
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dualpipe.errors import RuleError, StageError
 from dualpipe.pipeline import Feed, Pipeline
 from dualpipe.runtime.executor import StepError
 from dualpipe.runtime.transport import TensorSpec
@@ -54,6 +55,44 @@ def test_an_input_that_a_stage_does_not_use_gets_zeros_and_is_named_once(caplog)
     assert all(used.any() and not unused.any() for used, unused in sent)
     assert [r.getMessage() for r in caplog.records if "does not use its inputs [1] at 1B0>" in r.getMessage()]
     assert sum("does not use its inputs" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_stage_that_writes_to_its_input_and_a_step_in_inference_mode_are_errors_with_the_way_out():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    with pytest.raises(RuntimeError, match="leaf Variable") as error:
+        step(generate("1f1b", 2, 3), 1, Doubling(4, 4))
+    assert any("clone them" in note for note in error.value.__notes__)
+    outside = r"training needs autograd: .*inference_mode\(\); call it outside"
+    with pytest.raises(StageError, match=outside), torch.inference_mode():
+        step(generate("1f1b", 2, 3), 1, nn.Linear(4, 4))
+
+
+MODULES, DATA = {(UP, 0): nn.Linear(4, 4)}, {UP: [torch.ones(2, 4)]}
+ARGUMENTS = {
+    "no mapping of stages": ({"stages": [nn.Linear(4, 4)]}, "must be a mapping .*: got a list of Linear"),
+    "a key that is no chunk": ({"stages": {UP: nn.Linear(4, 4)}}, "got the key"),
+    "a stage that is no module": ({"stages": {(UP, 0): len}}, "the stage of 0> is builtin_function"),
+    "a criterion by name": ({"criterion": "mse"}, "a criterion must be a function or a module: got str"),
+    "one spec as boundary": ({"boundary": SPEC}, "a boundary must be a list .*: got a TensorSpec"),
+    "shapes alone": ({"boundary": [(2, 4)]}, r"a boundary must be a list .*: got \(2, 4\)"),
+    "a negative size": ({"boundary": [TensorSpec((-1, 4), torch.float32)]}, "got TensorSpec"),
+    "a schedule of another size": ({"schedule": generate("1f1b", 2, 2)}, "the schedule has 2 and the process group 1"),
+    "a dict as feed": ({"feed": DATA}, "a step takes a Feed: got dict"),
+    "a list as inputs": ({"feed": Feed([torch.ones(2, 4)], DATA)}, "mapping from each lane .*: got a list of Tensor"),
+    "a generator of inputs": ({"feed": Feed({UP: iter(())}, DATA)}, "lane > has tuple_iterator"),
+}
+
+
+@pytest.mark.parametrize("what", ARGUMENTS)
+def test_an_argument_of_another_type_is_refused_with_the_rule(what):
+    given, text = ARGUMENTS[what]
+    options = {"schedule": generate("1f1b", 1, 1), "stages": MODULES, "criterion": None, "boundary": [], **given}
+    feed = options.pop("feed", Feed({}, {}))
+    with pytest.raises(RuleError, match=text):
+        Pipeline(**options, transport=Alone(0, 1)).step(feed)
 
 
 def twice(slot: Slot) -> list[Slot]:

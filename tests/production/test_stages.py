@@ -113,6 +113,14 @@ TRIALS = {
         ),
         (TensorSpec((BATCH, 7), torch.float32), TensorSpec((BATCH,), torch.int64)),
     ),
+    "a weight that crosses to the next stage": Trial(
+        lambda: (
+            Stage(lambda s, x: (s.a(x), s.a.weight), a=linear()),
+            Stage(lambda s, x, weight: s.a(x) + weight.sum(), a=linear()),
+        ),
+        (REAL, TensorSpec((WIDTH, WIDTH), torch.float32)),
+        schedule="zb1p",
+    ),
     "bare tensors as microbatches": Trial(
         lambda: (plain(), plain()),
         change=lambda batches: {lane: [x for (x,) in given] for lane, given in batches.items()},
@@ -285,8 +293,8 @@ def test_zeroed_gradients_are_not_added_twice():
         assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
 
 
-def test_a_gradient_that_was_summed_is_not_summed_again_by_another_pipeline():
-    """Also where a clipping library has replaced it by a copy."""
+def test_a_gradient_that_was_summed_is_not_summed_again():
+    """Nor by another pipeline, nor where a clipping library has replaced it by a copy; a new one is."""
     schedule = generate("dualpipe", 2, 4)
 
     def body(context):
@@ -302,9 +310,17 @@ def test_a_gradient_that_was_summed_is_not_summed_again_by_another_pipeline():
             parameter.grad = parameter.grad.clone()
         first.step(feed)
         second.step(feed)
-        return all(torch.equal(p.grad, one + one + one) for p, one in zip(parameters, once, strict=True))
+        thrice = all(torch.equal(p.grad, one + one + one) for p, one in zip(parameters, once, strict=True))
+        with torch.inference_mode():
+            first.step(feed, forward_only=True)
+        first.reduce_gradients()
+        again = all(torch.equal(p.grad, one + one + one) for p, one in zip(parameters, once, strict=True))
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)  # as of a backward outside the pipeline
+        first.reduce_gradients()
+        return {"thrice": thrice, "again": again, "new": all((p.grad == 2).all() for p in parameters)}
 
-    assert all(launch(2, body, timeout=30).values())
+    assert launch(2, body, timeout=30).values() == [{"thrice": True, "again": True, "new": True}] * 2
 
 
 def test_a_criterion_with_weights_of_its_own_is_refused_on_two_lanes():
@@ -323,7 +339,9 @@ def test_deepseeks_names_cut_only_what_has_the_batch():
     from dualpipe.runtime.deepseek import _cut
 
     x, lengths = torch.zeros(8, 3), torch.zeros(9)
-    assert [len(batch) for batch in _cut("inputs", [x, None, x], 4, 0)] == [2] * 4
+    for first, nothing, last in _cut("inputs", [x, None, x], 4, 0):
+        assert first.shape == last.shape == (2, 3)
+        assert nothing is None
     for tensors in ([x, lengths], [torch.zeros(6, 3)], [torch.zeros(())]):
         with pytest.raises(StageError, match="cut into microbatches along dimension 0"):
             _cut("inputs", tensors, 4, 0)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from dualpipe.errors import RuleError, StageError
 from dualpipe.runtime.outstanding import Outstanding
 from dualpipe.runtime.process_group import ProcessGroupTransport
+from dualpipe.runtime.rendezvous import Rendezvous
 from dualpipe.runtime.transport import DisagreementError, Message, MessageError, SpoiledError, TensorSpec
 from dualpipe.testing.launch import launch
 
@@ -124,13 +125,19 @@ def test_a_rank_that_has_ended_well_fails_no_send_to_it():
     assert all(launch(2, body, timeout=30).values())
 
 
-@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), "10", None, True])
-def test_a_timeout_that_is_not_positive_and_finite_is_refused(timeout):
+def test_arguments_that_no_transport_can_have_are_refused():
     def body(context):
-        with pytest.raises(RuleError, match="a timeout must be a positive number of seconds"):
-            ProcessGroupTransport(timeout=timeout)
+        for timeout in (0, -1.0, float("nan"), float("inf"), "10", None, True):
+            with pytest.raises(RuleError, match="a timeout must be a positive number of seconds"):
+                ProcessGroupTransport(timeout=timeout)
+        with pytest.raises(RuleError, match="backend for the device of the messages, meta: it has gloo for cpu"):
+            ProcessGroupTransport(device="meta")
+        alone = dist.new_group([0])
+        if context.rank == 1:
+            with pytest.raises(RuleError, match="on the ranks of its group alone: rank 1 is not in it"):
+                ProcessGroupTransport(alone)
 
-    launch(1, body, timeout=30).values()
+    launch(2, body, timeout=30).values()
 
 
 def test_set_ups_of_any_length_are_compared_and_a_rank_that_does_not_arrive_is_named():
@@ -144,6 +151,9 @@ def test_set_ups_of_any_length_are_compared_and_a_rank_that_does_not_arrive_is_n
             late.close()
         with pytest.raises((DisagreementError, SpoiledError)) as missing:
             late.agree({})
+        unconnected = r"waited 3 s for all of them \(one of them has not connected\)"
+        with pytest.raises(DisagreementError, match=unconnected), Rendezvous(late.group, late.order, 3.0):
+            raise TimeoutError
         dist.barrier()
         ProcessGroupTransport(timeout=10.0).agree({})
         return str(differing.value), str(missing.value)

@@ -135,6 +135,10 @@ REFUSED = {
     "got 0 for 4 ranks; use 4",
     ("zbv", 0, 4): "zbv needs at least one rank: got 0; use 1 or more",
     ("zbv", 2, 0): "zbv needs at least one microbatch: got 0; use 1 or more",
+    ("dualpipe", "4", 8): "ranks and microbatches must be whole numbers: got '4'; give an int",
+    ("zb1p", True, 8): "ranks and microbatches must be whole numbers: got True; give an int",
+    ("zbv", 4, 8.5): "ranks and microbatches must be whole numbers: got 8.5; give an int",
+    ("interleaved", 4, None): "ranks and microbatches must be whole numbers: got None; give an int",
     ("zb1p", 4, -8): "zb1p needs at least as many microbatches as ranks: got -8 for 4 ranks; use 4 or more",
 }
 

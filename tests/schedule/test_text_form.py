@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from dualpipe.schedule import DOWN, RB, RF, SB, SF, UP, B, F, Op, Schedule, ScheduleError, W, printable
 from dualpipe.schedule.generate import NAMES, generate
-from dualpipe.schedule.text import ScheduleSyntaxError, as_json, digest, dumps, load, loads
+from dualpipe.schedule.on_demand import OnDemand
+from dualpipe.schedule.text import ScheduleSyntaxError, as_json, dumps, fingerprints, load, loads
 from tests.schedule.hostile import is_schedule_or_points_into, outcome
 from tests.strategies import schedules
 
@@ -113,11 +114,32 @@ def test_equal_schedules_have_one_text_however_their_lanes_were_listed():
     other = Schedule({DOWN: (0,), UP: (0,)}, ((),))
     assert one == other
     assert dumps(one) == dumps(other)
-    assert digest(one) == digest(other)
+    assert fingerprints(one, 0) == fingerprints(other, 0)
 
 
-def test_digest_tells_schedules_apart():
-    assert digest(generate("dualpipe", 4, 8)) != digest(generate("dualpipe", 4, 10))
+def test_ranks_compare_the_size_the_lanes_and_the_programs_of_those_that_exchange_messages():
+    schedule = generate("dualpipe", 4, 8)
+    programs = list(schedule.programs)
+    programs[3] = programs[3][1:]
+    changed = Schedule(schedule.routes, programs, schedule.name)
+    reverse = Schedule({lane: route[::-1] for lane, route in schedule.routes.items()}, schedule.programs, schedule.name)
+    found = [fingerprints(schedule, rank) for rank in range(4)]
+    assert "program of rank 3" not in found[1]
+    assert fingerprints(changed, 1) == found[1]
+    for rank in (2, 3):
+        differing = dict(found[rank].items() ^ fingerprints(changed, rank).items())
+        assert list(differing) == ["program of rank 3"]
+    assert found[0].items() ^ fingerprints(reverse, 0).items() >= {
+        ("placement of stages", found[0]["placement of stages"])
+    }
+    assert found[0]["schedule"] == "dualpipe of 4 ranks, microbatches 4+4"
+
+
+def test_a_rank_of_a_large_schedule_generates_only_the_programs_that_it_compares():
+    schedule = generate("dualpipe", 128, 256)
+    assert isinstance(schedule.programs, OnDemand)
+    fingerprints(schedule, 5)
+    assert set(schedule.programs._held) == {4, 5, 6}
 
 
 BAD = {

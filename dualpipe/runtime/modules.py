@@ -30,8 +30,8 @@ class Feed:
     ``inputs[lane][mb]`` are the tensors of a microbatch for stage 0 (needed where the rank holds stage 0 of the
     lane), ``labels[lane][mb]`` those for the criterion (needed where it holds the last stage): a tensor or a tuple of
     them, for exactly the schedule's number of microbatches.  Data of a lane that neither begins nor ends on the rank
-    is not used.  For bitwise reproducibility all microbatches have the same shapes, and their tensors are contiguous,
-    in aligned storage.
+    is not used.  All microbatches have the same shapes, unless the pipeline has ``variable_shapes``.  For bitwise
+    reproducibility their tensors are contiguous, in aligned storage.
     """
 
     inputs: Mapping[Lane, Sequence[Tensors | Tensor]]

@@ -8,7 +8,9 @@ remembers the last B and W of each stage.  All of them read the numbers of ``pro
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import NamedTuple, assert_never
 
 from dualpipe.schedule import Kind, Op, Placed, Schedule
@@ -49,23 +51,28 @@ def complete(schedule: Schedule) -> Verdict:
 def _incomplete(table: Table) -> Finding | None:
     keys = len(table.chunks) * WIDTH
     computes = [IS_COMPUTE[key % WIDTH] for key in range(keys)]
-    ran: list[set[int]] = [set() for _ in range(keys)]
+    missing: dict[tuple[int, int], int] = {}  # by chunk, position in COMPUTES: the first microbatch that does not run
+    empty = True
     for rank, row in table.rows():
-        own = [holder == rank for holder in table.holder]
+        ran: dict[int, set[int]] = {chunk * WIDTH + kind: set() for chunk in table.held_by[rank] for kind in COMPUTES}
         for number, (key, mb) in enumerate(zip(row.keys, row.mbs, strict=True)):
             if computes[key]:
-                done = ran[key]
-                if mb in done or not own[key // WIDTH]:
+                done = ran.get(key)
+                if done is None or mb in done:
                     return _not_its_turn(table, rank, number)
                 done.add(mb)
-    if not any(ran):
+        empty = empty and not any(ran.values())
+        for chunk in table.held_by[rank]:
+            for position, kind in enumerate(COMPUTES):
+                done = ran[chunk * WIDTH + kind]
+                if len(done) < table.microbatches[chunk]:
+                    missing[chunk, position] = next(mb for mb in count() if mb not in done)
+    if empty:
         return Empty()
-    for chunk, count in enumerate(table.microbatches):
-        for kind in COMPUTES:
-            done = ran[chunk * WIDTH + kind]
-            if len(done) < count:
-                mb = next(number for number in range(count) if number not in done)
-                return Missing(table.op(chunk * WIDTH + kind, mb), table.holder[chunk], count - 1)
+    if missing:
+        chunk, position = min(missing)
+        op = table.op(chunk * WIDTH + COMPUTES[position], missing[chunk, position])
+        return Missing(op, table.holder[chunk], table.microbatches[chunk] - 1)
     return None
 
 
@@ -103,7 +110,7 @@ def order(schedule: Schedule) -> Verdict:
 
 def _first_early(table: Table, rank: int, row: Row, needs: Sequence[tuple[int, ...]]) -> Iterator[tuple[Placed, Op]]:
     """The first op of a rank that runs before something that it needs, with the first such need."""
-    done: list[set[int]] = [set() for _ in needs]
+    done: defaultdict[int, set[int]] = defaultdict(set)
     for number, (key, mb) in enumerate(zip(row.keys, row.mbs, strict=True)):
         for need in needs[key]:
             if mb not in done[need]:
@@ -134,13 +141,18 @@ class _Side(NamedTuple):
     contents: list[int]
 
 
+def _side(rank: int) -> _Side:
+    return _Side(rank, [], [])
+
+
 def messages(schedule: Schedule) -> Verdict:
     """Peers are the lane's neighbours, and the k-th send of every ordered pair is what its k-th receive expects.
 
     The k-th collective of a group is the same for all its members.
     """
     table = table_of(schedule)
-    sides: dict[tuple[int, int, bool], _Side] = {}
+    sides: dict[tuple[int, int, bool], _Side] = {}  # of pairs with a rank that is still to come
+    found: list[tuple[tuple[int, int], _PairFault]] = []
     carries = [_content(table, key) for key in range(len(table.chunks) * WIDTH)]
     most = 1 + max(table.microbatches)
     for rank, row in table.rows():
@@ -156,16 +168,16 @@ def messages(schedule: Schedule) -> Verdict:
                 neighbour, sends = table.neighbour(key), IS_SEND[key % WIDTH]
                 assert neighbour is not None
                 pair = (rank, neighbour, True) if sends else (neighbour, rank, False)
-                known[key] = sides.setdefault(pair, _Side(rank, [], []))
+                known[key] = sides.setdefault(pair, _side(rank))
             side = known[key]
             side.numbers.append(number)
             side.contents.append(content * most + mb)
-    found: list[_PairFault] = []
-    for sender, receiver in sorted({pair[:2] for pair in sides}):
-        send = sides.get((sender, receiver, True), _Side(sender, [], []))
-        receive = sides.get((sender, receiver, False), _Side(receiver, [], []))
-        found += _faults(table, send, receive)
-    return _verdict(min(found, key=_urgency, default=None) or _wrong_collective(table))
+        for one, other in {ends[:2] for ends in sides if max(ends[:2]) <= rank}:
+            send, receive = sides.pop((one, other, True), _side(one)), sides.pop((one, other, False), _side(other))
+            found += (((one, other), fault) for fault in _faults(table, send, receive))
+    found.sort(key=lambda of: of[0])
+    urgent = min((fault for _, fault in found), key=_urgency, default=None)
+    return _verdict(urgent or _wrong_collective(table))
 
 
 def _content(table: Table, key: int) -> int | None:

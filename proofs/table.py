@@ -25,8 +25,8 @@ IS_MESSAGE = tuple(kind in MESSAGES for kind in KINDS)
 IS_SEND = tuple(kind in SENDS for kind in KINDS)
 IS_RECEIVE = tuple(kind in RECEIVES for kind in KINDS)
 
-_MOST_HELD = 8_000_000
-"""The most ops whose rows are held; those of further ranks are made again for each check."""
+_MOST_HELD = 40_000_000
+"""The most ops whose rows are held, at about six bytes each; those of further ranks are made again for each check."""
 
 
 class Row(NamedTuple):
@@ -87,7 +87,9 @@ class Table:
         return ((rank, self.row(rank)) for rank in range(self.ranks))
 
     def _made(self, rank: int) -> Row:
-        keys, mbs, ends = array("i"), array("i"), array("i")
+        keys: list[int] = []
+        mbs: list[int] = []
+        ends: list[int] = []
         peers: dict[int, int] = {}
         numbers = {kind: number for number, kind in enumerate(KINDS)}
         firsts = {lane: first * WIDTH for lane, first in self._first.items()}
@@ -99,7 +101,7 @@ class Table:
                 key(firsts[lane] + stage * WIDTH + numbers[kind])
                 mb_of(mb)
             end(len(keys))
-        return Row(keys, mbs, ends, peers)
+        return Row(_compact(keys), _compact(mbs), _compact(ends), peers)
 
     def key(self, op: Op) -> int:
         """The key of an op."""
@@ -128,6 +130,19 @@ class Table:
         return [tuple(map(self.key, self.routes.needs(self.op(key, 0)))) for key in range(len(self.chunks) * WIDTH)]
 
     @cached_property
+    def held_by(self) -> list[list[int]]:
+        """For each rank the chunks that it holds."""
+        held: list[list[int]] = [[] for _ in range(self.ranks)]
+        for chunk, rank in enumerate(self.holder):
+            held[rank].append(chunk)
+        return held
+
+    @cached_property
+    def receives(self) -> list[tuple[int, ...]]:
+        """For each key the receives among what its op needs."""
+        return [tuple(need for need in needs if IS_RECEIVE[need % WIDTH]) for needs in self.needs]
+
+    @cached_property
     def microbatches(self) -> list[int]:
         """For each chunk how many microbatches the ops of its lane name: one more than the largest number."""
         largest = [-1] * len(self.chunks)
@@ -143,6 +158,11 @@ class Table:
     def neighbour(self, key: int) -> int | None:
         """The rank that a message's partner stage is on."""
         return self.routes.neighbour(self.op(key, 0))
+
+
+def _compact(numbers: list[int]) -> array[int]:
+    """Numbers from 0 on in an array: of two bytes each if all fit, else of four."""
+    return array("H" if max(numbers, default=0) < 1 << 16 else "i", numbers)
 
 
 _kept: list[tuple[weakref.ref[Schedule], Table]] = []

@@ -26,6 +26,9 @@ BUFFER = 1
 """The counter that a send waits for if no other rank receives it: never increased, but it may start above zero."""
 AT_END = -1
 """In place of the number of an op: the end of a rank's program."""
+_BITS = 32
+_COUNTER = (1 << _BITS) - 1
+"""A number and a counter in one integer: millions of pairs would cost the garbage collector more than the search."""
 
 
 @dataclass
@@ -203,12 +206,12 @@ def _join(counters: Counters, rank: int, number: int, group: int | None, posted:
 
 def _by_use(counters: Counters, rank: int, row: Row, made: Thread) -> None:
     """A rank that waits for a receive at the compute that needs it, and for all its messages at its end."""
-    keys, mbs, peers, posts = row.keys, row.mbs, row.peers, made.posts
-    needs = counters.table.needs
+    keys, mbs, peers, posts, waits, until = row.keys, row.mbs, row.peers, made.posts, made.waits, made.until
+    receives = counters.table.receives
     posted: dict[int, int] = {}
     opposite: dict[int, int] = {}
     ends: dict[int, tuple[int, int]] = {}
-    brought: dict[int, dict[int, tuple[int, int]]] = {}  # by key, microbatch: how far sends must get
+    brought: dict[int, dict[int, int]] = {}  # by key of a receive, microbatch: how many sends, and their counter
 
     def wait_for_all(op: int) -> None:
         for own, other in opposite.items():
@@ -217,10 +220,14 @@ def _by_use(counters: Counters, rank: int, row: Row, made: Thread) -> None:
     for start, end in row.slots():
         if IS_COMPUTE[keys[start] % WIDTH]:
             for number in range(start, end):
-                for need in needs[keys[number]]:
-                    if need in brought and mbs[number] in brought[need]:
-                        other, until = brought[need][mbs[number]]
-                        made.wait(other, until, number)
+                for receive in receives[keys[number]]:
+                    arrivals = brought.get(receive)
+                    arrival = None if arrivals is None else arrivals.get(mbs[number])
+                    if arrival is not None:
+                        waits.append(arrival & _COUNTER)
+                        until.append(arrival >> _BITS)
+                        if made.ops is not None:
+                            made.ops.append(number)
             continue
         collective = not IS_MESSAGE[keys[start] % WIDTH]
         if collective:
@@ -231,17 +238,19 @@ def _by_use(counters: Counters, rank: int, row: Row, made: Thread) -> None:
                 _join(counters, rank, number, peers.get(number), posted, made)
                 continue
             key = keys[number]
-            if number in peers or key not in ends:
-                own, other = counters.ends(rank, key, peers.get(number))
+            known = None if number in peers else ends.get(key)
+            if known is None:
+                known = counters.ends(rank, key, peers.get(number))
+                opposite[known[0]] = known[1]
                 if number not in peers:
-                    ends[key] = own, other
-            else:
-                own, other = ends[key]
+                    ends[key] = known
+                if not IS_SEND[key % WIDTH]:
+                    brought.setdefault(key, {})
+            own, other = known
             posted[own] = nth = posted.get(own, 0) + 1
-            opposite[own] = other
             if own != NEVER:
                 posts.append(own)
-            if not IS_SEND[key % WIDTH]:
-                brought.setdefault(key, {}).setdefault(mbs[number], (other, nth))
+            if key in brought:
+                brought[key].setdefault(mbs[number], nth << _BITS | other)
     wait_for_all(AT_END)
     made.end_step()

@@ -1,10 +1,16 @@
 """The numbers that plain search reads: of a schedule at once, or rank by rank."""
 
+import tracemalloc
+
+import pytest
+
 from dualpipe.schedule.generate import dualpipe, generate
 from dualpipe.schedule.on_demand import OnDemand
 from dualpipe.schedule.text import loads
+from proofs import search
 from proofs.prove import prove
 from proofs.table import table_of
+from proofs.verdict import Proved
 
 WITH_PEERS = """\
 lane > 0 1
@@ -32,3 +38,17 @@ def test_the_checks_of_a_schedule_that_is_never_held_as_a_whole_are_those_of_the
     assert given["verdict"] == expected["verdict"] == "proved"
     assert given["peak_activations"] == expected["peak_activations"]
     assert table_of(on_demand)._held == {}
+
+
+@pytest.mark.parametrize("check", [search.complete, search.messages])
+def test_a_check_holds_what_it_knows_of_a_few_ranks_at_a_time(check):
+    schedule = dualpipe(32, 128)
+    table = table_of(schedule)
+    ops = sum(len(row.keys) for _, row in table.rows())
+    tracemalloc.start()
+    try:
+        assert check(schedule) == Proved()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 15 * ops

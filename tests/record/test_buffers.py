@@ -6,11 +6,13 @@ import torch.distributed as dist
 from torch import nn
 
 from dualpipe.record.child.buffers import Buffers
+from dualpipe.record.child.marks import NONE, Table
+from dualpipe.record.child.regions import region_of
 from dualpipe.testing import record_ranks
 from proofs.buffers_search import buffers, faults
 from proofs.story import tell
 from proofs.verdict import Proved, Refuted
-from tests.record.two_ranks import SHAPE, assert_plain, receive
+from tests.record.two_ranks import SHAPE, assert_plain, receive, text
 
 
 def stories(recording, rank: int) -> dict[int, str]:
@@ -192,3 +194,60 @@ def test_a_message_may_arrive_in_another_thread_while_memory_is_received_into():
     held._kept |= {1}
     held.posted(2, False, tensor, tensor, None)
     assert held._received == {}
+
+
+PARTS = {
+    "rows": (lambda t: t[0], lambda t: t[1], False),
+    "a row and the rest": (lambda t: t[1], lambda t: t[2:], False),
+    "columns": (lambda t: t[:, :2], lambda t: t[:, 2:], False),
+    "a row and the columns beside it": (lambda t: t[1, 0], lambda t: t[:, 1:], False),
+    "every other row of a view and a row": (lambda t: t.view(2, 2, 4, 3)[:, 0], lambda t: t[1], False),
+    "every other row": (lambda t: t[::2], lambda t: t[1::2], False),
+    "columns that share one": (lambda t: t[:, :3], lambda t: t[:, 2:], True),
+    "the whole and a part": (lambda t: t, lambda t: t[2, 1:], True),
+    "a transposed whole and a part": (lambda t: t.transpose(0, 2), lambda t: t[3, 3, 2:], True),
+}
+"""Two parts of a tensor, and whether they have elements in common."""
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_of_a_tensor_share_memory_only_where_they_have_elements_in_common(parts):
+    whole = torch.zeros(4, 4, 3)
+    one, other, share = (*(part(whole) for part in PARTS[parts][:2]), PARTS[parts][2])
+    assert region_of(one).overlaps(region_of(other)) == region_of(other).overlaps(region_of(one)) == share
+    assert region_of(whole).covers(region_of(one))
+    assert region_of(one).covers(region_of(one))
+    table, first, second = Table(), frozenset({("M", 1)}), frozenset({("M", 2)})
+    table.put(one, first)
+    assert table.get(other) == (first if share else NONE)
+    table.put(other, second)
+    assert table.get(whole) == ({*second} if region_of(other).covers(region_of(one)) else {*first, *second})
+    table.put(whole, NONE)
+    assert table.get(one) == table.get(other) == NONE
+
+
+def test_a_part_of_a_buffer_that_nothing_was_received_into_is_no_activation():
+    """Rank 1 receives both microbatches into the first part of its buffer; the forward of the second gets zeros."""
+
+    def body(rank):
+        stage, buffer, kept = nn.Linear(4, 4), torch.zeros(2, *SHAPE), []
+        for mb in range(2):
+            if rank == 0:
+                y = stage(torch.randn(SHAPE))
+                dist.send(y.detach(), 1)
+                kept.append((None, y))
+            else:
+                dist.recv(buffer[0], 0)
+                x = buffer[mb].clone().requires_grad_()
+                kept.append((x, stage(x)))
+        for x, y in kept:
+            if rank == 0:
+                y.backward(receive(1))
+            else:
+                y.sum().backward()
+                dist.send(x.grad, 0)
+
+    recording = record_ranks(2, body)
+    assert text(recording, 1).startswith("1RF0>@0 1F0> 1RF1>@0 1F1> 1B0>+1W0> 1SB0>@0 1B1>")
+    assert any("does not take the activation of stage 0; it is named 1F1> by its order" in n for n in recording.notes)
+    assert "1 receive has a tensor that no observed forward or backward uses" in recording.caveats

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .marks import Marks, weak_storage
+from .marks import Marks
 from .origins import Origins
 from .patches import Patches
+from .regions import weak_storage
 
 _MAKERS = ("from_numpy", "tensor", "as_tensor", "asarray", "frombuffer", "from_dlpack")
 _MOST_ITEMS = 65536

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
 from .log import call_path
-from .marks import Marks, weak_storage
+from .marks import Marks
+from .regions import Region, region_of, weak_storage
 
 Write = Callable[..., None]
 Entry = TypeVar("Entry")
@@ -24,36 +25,14 @@ _RESIZES = ("aten::resize_", "aten::set_")
 _WALKED = "dualpipe.record.walked"  # in a graph node's metadata: its saved tensors have been read
 
 
-class Span(NamedTuple):
-    """A range of bytes in a storage."""
-
-    storage: int
-    start: int
-    end: int
-
-    def overlaps(self, other: Span) -> bool:
-        return self.storage == other.storage and self.start < other.end and other.start < self.end
-
-
 class Flight(NamedTuple):
     """A message in flight: its tensor, what is held for it, and the kinds of access that were written down."""
 
     send: bool
-    span: Span
+    region: Region
     tensor: Tensor
     held: Tensor
     noted: set[str]
-
-
-def span_of(tensor: Tensor) -> Span | None:
-    """The memory of a tensor, or ``None`` if it has no storage (fake tensors and wrappers raise)."""
-    try:
-        size, start = tensor.element_size(), int(tensor.storage_offset())
-        last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        end = start + last + 1 if tensor.numel() else start
-        return Span(tensor.untyped_storage()._cdata, start * size, end * size)
-    except (RuntimeError, NotImplementedError):  # of a tensor without storage
-        return None
 
 
 class Buffers:
@@ -66,7 +45,7 @@ class Buffers:
     def __init__(self, write: Write) -> None:
         self._write = write
         self._flights: dict[int, Flight] = {}
-        self._received: dict[int, tuple[Any, Span]] = {}  # message -> its storage (weak), and its memory
+        self._received: dict[int, tuple[Any, Region]] = {}  # message -> its storage (weak), and its memory
         self._kept: set[int] = set()  # messages whose memory a graph needs, or needed
         self._hooked: set[int] = set()  # messages that were read while saved tensors were packed by hooks
 
@@ -79,25 +58,25 @@ class Buffers:
 
     def posted(self, number: int, send: bool, tensor: Tensor, held: Tensor, by: Marks | None) -> None:
         """A message has been posted.  A receive into memory in use writes to it, a send from it reads it."""
-        span = span_of(tensor)
-        if span is None:
+        region = region_of(tensor)
+        if region is None:
             return
-        self._touch(span, "read" if send else "write", number, by)
+        self._touch(region, "read" if send else "write", number, by)
         if not send:
             for other, (_, received) in _now(self._received):
-                if not received.overlaps(span):
+                if not received.overlaps(region):
                     continue
                 if other in self._kept:
                     self._write("access", what="write", message=other, posted=number, by=[], at=call_path())
                 self._received.pop(other, None)
-        self._flights[number] = Flight(send, span, tensor, held, set())
+        self._flights[number] = Flight(send, region, tensor, held, set())
 
     def completed(self, numbers: Iterable[int]) -> None:
         """The program has waited for these messages."""
         for number in numbers:
             flight = self._flights.pop(number, None)
             if flight is not None and not flight.send:
-                self._received[number] = weak_storage(flight.held), flight.span
+                self._received[number] = weak_storage(flight.held), flight.region
         for number, (storage, _) in _now(self._received):
             if storage.expired():
                 self._received.pop(number, None)
@@ -108,15 +87,17 @@ class Buffers:
         """An operator is about to run."""
         if not (self._flights or self._received) or func.namespace == "c10d":
             return
-        spans = [(span, writes) for tensor, writes in _accesses(func, args, kwargs) if (span := span_of(tensor))]
-        for span, _ in spans if _packed_by_hooks() else ():
-            self._hooked |= {number for number, (_, received) in _now(self._received) if received.overlaps(span)}
+        regions = [
+            (region, writes) for tensor, writes in _accesses(func, args, kwargs) if (region := region_of(tensor))
+        ]
+        for region, _ in regions if _packed_by_hooks() else ():
+            self._hooked |= {number for number, (_, received) in _now(self._received) if received.overlaps(region)}
         reads = not _only_looks(func)
-        for span, writes in spans:
+        for region, writes in regions:
             if writes:
-                self._touch(span, "free" if func._schema.name in _RESIZES else "write", None, by)
+                self._touch(region, "free" if func._schema.name in _RESIZES else "write", None, by)
             elif reads:
-                self._touch(span, "read", None, by)
+                self._touch(region, "read", None, by)
 
     def replaced(self, tensor: Tensor, by: Marks | None) -> None:
         """The program is about to give a tensor another storage, which frees the old one."""
@@ -126,14 +107,14 @@ class Buffers:
 
     def resized(self, storage: int, by: Marks | None) -> bool:
         """The program is about to resize a storage; returns whether a message in flight uses it."""
-        found = [(number, flight) for number, flight in _now(self._flights) if flight.span.storage == storage]
+        found = [(number, flight) for number, flight in _now(self._flights) if flight.region.storage == storage]
         for number, flight in found:
             self._note(number, flight, "free", None, by)
         return bool(found)
 
-    def _touch(self, span: Span, what: str, posted: int | None, by: Marks | None) -> None:
+    def _touch(self, region: Region, what: str, posted: int | None, by: Marks | None) -> None:
         for number, flight in _now(self._flights):
-            if flight.span.overlaps(span) and not (flight.send and what == "read"):
+            if flight.region.overlaps(region) and not (flight.send and what == "read"):
                 self._note(number, flight, what, posted, by)
 
     def _note(self, number: int, flight: Flight, what: str, posted: int | None, by: Marks | None) -> None:
@@ -149,9 +130,9 @@ class Buffers:
             return
         found = self._hooked & self._received.keys()
         if not self._hooked:  # looking at a tensor that hooks have packed would unpack it
-            saved = {span for node in _new_nodes(roots) for tensor in _saved(node) if (span := span_of(tensor))}
-            for number, (_, span) in _now(self._received):
-                if any(span.overlaps(other) for other in saved):
+            saved = {region for node in _new_nodes(roots) for tensor in _saved(node) if (region := region_of(tensor))}
+            for number, (_, region) in _now(self._received):
+                if any(region.overlaps(other) for other in saved):
                     found.add(number)
         for number in sorted(found - self._kept):
             self._write("keep", message=number, forward=forward)

@@ -276,8 +276,7 @@ class Flow:
                 received = frozenset(mark for mark in found if mark[0] == "M" and mark[1] in transit)
                 self._table.put(output, found if self.context is None else self.context | received)
             elif not mutable:
-                if not self._table.get(output):
-                    self._table.put(output, self.origins.carried_by(aliased))
+                continue  # a view has the marks of its memory
             elif self.context is not None:
                 self._take_inside(self.origins.carried(inputs))
                 self._table.put(output, self.context)

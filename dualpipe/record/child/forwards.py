@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .marks import Key, key_of, weak_storage
+from .marks import Key, key_of
+from .regions import weak_storage
 
 
 class Forwards:

@@ -2,16 +2,18 @@
 
 A mark is a letter and a number: ``("F", 3)`` made by forward 3 of this rank, ``("B", 3)`` made by its backward,
 ``("M", 7)`` received by message 7, ``("C", 3)`` computed from a leaf that was detached from the output of forward 3.
-Marks are kept by storage and offset, so a view, a detached alias and ``.data`` of a tensor have the same marks, and two
-chunks of one tensor do not.
+Marks are kept by memory, so a view, a detached alias and ``.data`` of a tensor have the same marks, and two chunks of
+one tensor do not.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from .regions import Region, region_of, weak_storage
 
 Mark = tuple[str, int]
 Marks = frozenset[Mark]
@@ -27,35 +29,52 @@ def key_of(tensor: Tensor) -> Key | None:
         return None
 
 
-def weak_storage(tensor: Tensor) -> Any:
-    """A weak reference to a tensor's storage.  While it exists, no other storage gets the same number."""
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call] # torch's own
+class _Painted(NamedTuple):
+    """What has marks in one storage: regions in the order in which they got them, so that a later one hides others."""
+
+    storage: Any
+    regions: tuple[tuple[Region, Marks], ...]
 
 
 class Table:
-    """The marks of every live tensor."""
+    """The marks of every live tensor, by the memory that it has.
+
+    A tensor has the marks of all memory that it shares.  So a whole buffer has those of what was received into its
+    parts, and a part of it has none of those of another part.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[Key, tuple[Any, Marks]] = {}
+        self._entries: dict[int, _Painted] = {}
         self._sweep_at = 4096
+        self._lock = threading.Lock()  # other threads that post messages mark tensors too
 
     def get(self, tensor: Tensor) -> Marks:
-        key = key_of(tensor)
-        entry = self._entries.get(key) if key else None
-        return NONE if entry is None or entry[0].expired() else entry[1]
+        region = region_of(tensor)
+        entry = self._entries.get(region.storage) if region else None
+        if region is None or entry is None or entry.storage.expired():
+            return NONE
+        found = NONE
+        for painted, marks in reversed(entry.regions):
+            if painted.overlaps(region):
+                found |= marks
+                if painted.covers(region):
+                    break
+        return found
 
     def put(self, tensor: Tensor, marks: Marks) -> None:
-        key = key_of(tensor)
-        if key is None:
+        region = region_of(tensor)
+        if region is None or region.start == region.end:
             return
-        if not marks:
-            self._entries.pop(key, None)
-            return
-        self._entries[key] = (weak_storage(tensor), marks)
-        if len(self._entries) > self._sweep_at:
-            for old, entry in list(
-                self._entries.items()
-            ):  # a copy, as other threads that post messages put entries too
-                if entry[0].expired() and self._entries.get(old) is entry:
-                    del self._entries[old]
-            self._sweep_at = max(4096, 2 * len(self._entries))
+        with self._lock:
+            entry = self._entries.get(region.storage)
+            before = () if entry is None or entry.storage.expired() else entry.regions
+            kept = tuple(each for each in before if not region.covers(each[0]))
+            if marks or any(each.overlaps(region) for each, _ in kept):
+                kept = (*kept, (region, marks))
+            if not kept:
+                self._entries.pop(region.storage, None)
+                return
+            self._entries[region.storage] = _Painted(weak_storage(tensor), kept)
+            if len(self._entries) > self._sweep_at:
+                self._entries = {number: each for number, each in self._entries.items() if not each.storage.expired()}
+                self._sweep_at = max(4096, 2 * len(self._entries))

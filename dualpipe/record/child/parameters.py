@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .marks import Key, key_of, weak_storage
+from .marks import Key, key_of
+from .regions import weak_storage
 
 
 def state_of(module: nn.Module) -> Iterator[Tensor]:

@@ -272,6 +272,7 @@ def _chains(
     for earlier, later in votes:
         if earlier in module_of and later in module_of and module_of[earlier] != module_of[later]:
             ballot[module_of[later]][module_of[earlier]] += 1
+    _check_joins(forwards, module_of, votes)
     fed = Counter(module_of[o] for o, f in forwards.items() if o in module_of and (f.after or {*f.messages} - {*data}))
     total = Counter(module_of.values())
     previous: dict[ModuleId, ModuleId | None] = {}
@@ -314,6 +315,29 @@ def _chains(
             "give the ranks of one pipeline with --pipeline-ranks",
         )
     return sorted(chains, key=lambda chain: chain[0])
+
+
+def _check_joins(
+    forwards: Mapping[ForwardId, Forward],
+    module_of: Mapping[ForwardId, ModuleId],
+    votes: Mapping[tuple[ForwardId, ForwardId], None],
+) -> None:
+    """Raise ``RecordError`` if most forwards of a module take the outputs of two other modules, as skips do."""
+    origins: dict[ForwardId, set[ModuleId]] = defaultdict(set)
+    for earlier, later in votes:
+        if earlier in module_of and later in module_of and module_of[earlier] != module_of[later]:
+            origins[later].add(module_of[earlier])
+    total, several = Counter(module_of.values()), Counter(module_of[f] for f, made in origins.items() if len(made) > 1)
+    for module, count in sorted(several.items()):
+        if 2 * count > total[module] and count > 1:
+            later = next(f for f, made in origins.items() if module_of[f] == module and len(made) > 1)
+            one, other, *_ = sorted(origins[later])
+            raise RecordError(
+                "a stage takes the output of one stage",
+                f"{_where(forwards, module_of, module)} takes that of {_where(forwards, module_of, one)} and that of "
+                f"{_where(forwards, module_of, other)}",
+                "record a program without branches",
+            )
 
 
 def _where(forwards: Mapping[ForwardId, Forward], module_of: Mapping[ForwardId, ModuleId], module: ModuleId) -> str:

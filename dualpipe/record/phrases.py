@@ -32,6 +32,11 @@ DOUBTS: Final = {
         "the engine ran at {at} from a tensor of {op} from which it had run before; the file has that backward once",
         ("backward ran more than once and is written once", "backwards ran more than once and are written once"),
     ),
+    "sent before": (
+        "the engine ran at {at} once more for {op}, of which a gradient had been sent; whether what was sent "
+        "lacks that part could not be determined, and the file has that backward once",
+        ("backward ran again after its gradient was sent", "backwards ran again after their gradients were sent"),
+    ),
     "summed": (
         "the engine runs the backwards of more than two microbatches together at {at} and sums their gradients in its "
         "own order; the file has them in the order of microbatches",

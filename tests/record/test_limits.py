@@ -188,6 +188,19 @@ def test_more_than_two_places_where_data_enters_one_pipeline_are_an_error(record
         record_ranks(6, body, pipeline_ranks=range(6))
 
 
+def test_a_stage_that_takes_the_outputs_of_two_stages_is_an_error_and_no_message_to_a_wrong_rank(record_ranks):
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        for _ in range(2):
+            x = receive(rank - 1) if rank else torch.randn(SHAPE)
+            y = stage(x + receive(0) if rank == 2 else x).detach()
+            for peer in {0: (1, 2), 1: (2,), 2: ()}[rank]:
+                dist.send(y, peer)
+
+    with pytest.raises(RecordError, match="a stage takes the output of one stage"):
+        record_ranks(3, body)
+
+
 def test_an_error_on_a_rank_is_raised_with_its_traceback(record_ranks):
     def body(rank):
         raise LookupError(f"of rank {rank}")

@@ -241,6 +241,10 @@ class Flow:
         """The forwards that made the roots of a run."""
         return {forward for root in roots for forward in self._engine_runs.makers(root)}
 
+    def spares_weights(self) -> bool:
+        """Whether the run of the engine in progress was requested for no gradient of a weight."""
+        return self._engine_runs.spares_weights()
+
     def ran(self, completed: bool) -> None:
         """The engine has returned, or raised."""
         self._engine_runs.end(completed)
@@ -323,6 +327,9 @@ class Flow:
         numbers = [message["message"] for message in posted]
         self._forwards.interrupt()
         self.posted = numbers
+        self._engine_runs.sent |= {
+            forward for m in posted if not m["weights"] and m["real"] for letter, forward in m["marks"] if letter == "B"
+        }
         inside = ""
         if self.on_own_thread():
             self._engine_runs.post(numbers)

@@ -84,7 +84,9 @@ class Plain:
         self._clipped: dict[str, Any] | None = None
         self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
         self._begun: set[int] = set()  # forwards from whose loss a backward has begun
-        self._collected: set[int] = set()  # forwards whose loss still existed when the backward of a later one began
+        self._collected: set[int] = (
+            set()
+        )  # forwards with two or more losses left when the backward of a later one began
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
@@ -115,9 +117,11 @@ class Plain:
         losses = [root for root in roots if isinstance(root, Tensor) and root.numel() == 1]
         if not losses or self._done or self._step != self._wanted or self._flow.calling or self._flow.running:
             return
-        self._collected |= self._begun & self._held_results(2)
-        for loss in losses:
-            begun = {self._flow.find(number) for number in marks_below(loss)}
+        now = [{self._flow.find(number) for number in marks_below(loss)} for loss in losses]
+        earlier = self._begun.difference(*now) & self._held_results(2)
+        if len(earlier) > 1:  # one may be in a variable that is about to be assigned
+            self._collected |= earlier
+        for loss, begun in zip(losses, now, strict=True):
             self._begun |= begun
             self._roots.update(dict.fromkeys(begun, self._value(loss)))
 
@@ -217,8 +221,12 @@ class Plain:
             call.returned = [_leaf(leaf) for leaf in leaves]
         for at, leaf in enumerate(leaves):
             if leaf.grad_fn is not None:
-                leaf.register_hook(functools.partial(_keep_gradient, call, at))  # type: ignore[no-untyped-call]
+                leaf.register_hook(functools.partial(self._keep_gradient, call, at))  # type: ignore[no-untyped-call]
         self._calls.setdefault(next(iter(forwards)), []).append(call)
+
+    def _keep_gradient(self, call: Call, at: int, gradient: Tensor) -> None:
+        with _disable_current_modes():
+            call.reached(at, gradient.detach().clone(), self._flow.spares_weights())
 
     def end_step(self, by_optimizer: bool) -> None:
         """The program is about to change its weights, or ends.  If this is the wanted step, make the plain run."""
@@ -316,11 +324,6 @@ class Plain:
 
 def _leaf(tensor: Tensor) -> Leaf:
     return key_of(tensor), tuple(tensor.shape)
-
-
-def _keep_gradient(call: Call, at: int, gradient: Tensor) -> None:
-    with _disable_current_modes():
-        call.gradients[at] = gradient.detach().clone()
 
 
 def _held(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:

@@ -33,7 +33,7 @@ class Call:
 
     ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
     which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
-    step began.
+    step began.  ``with_weights`` are the outputs that a run of the engine has reached that was not for the input alone.
     """
 
     module: nn.Module
@@ -52,6 +52,20 @@ class Call:
     outputs: list[Tensor] = field(default_factory=list)
     returned: list[Leaf] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    with_weights: set[int] = field(default_factory=set)
+
+    def reached(self, at: int, gradient: Tensor, spares: bool) -> None:
+        """The engine has reached an output with a gradient, in a run that ``spares`` the weights or does not.
+
+        Several runs add up, as those of two losses.  But those for the weights and those for the input alone are two
+        halves of one backward, each with all of the gradient.
+        """
+        if spares and at in self.with_weights:
+            return
+        before = self.gradients.get(at) if spares or at in self.with_weights else None
+        self.gradients[at] = gradient if before is None else before + gradient
+        if not spares:
+            self.with_weights.add(at)
 
 
 @dataclass

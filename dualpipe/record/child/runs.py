@@ -24,7 +24,7 @@ class Run:
 
     ``forwards`` are those whose backward it is, ``unreached`` those of them whose backward has not begun.  A run that
     is ``for_weights`` alone begins no backward; ``requested`` says whether it returns gradients of weights, and
-    ``targets`` are the ids of those.
+    ``targets`` are the ids of those.  One that ``spares`` the weights was requested for other gradients alone.
     """
 
     number: int
@@ -33,6 +33,7 @@ class Run:
     for_weights: bool
     requested: bool
     targets: frozenset[int] = frozenset()
+    spares: bool = False
     received: set[int] = field(default_factory=set)
     began: int = 0  # how many backwards have begun since the last message
 
@@ -54,6 +55,7 @@ class Runs:
         self._owed = owed
         self.count = 0  # how many have begun
         self._current: Run | None = None
+        self.sent: set[int] = set()  # forwards of which a gradient has been sent
         self.gradient_of: dict[int, int] = {}  # message -> the forward whose backward takes its tensor
 
     def begin(
@@ -78,13 +80,17 @@ class Runs:
         fresh = set() if for_weights else found - self._forwards.backward_began
         if found and not for_weights and graph.has_run(roots):
             self._write("doubt", what="run again", forward=min(found))
+        elif not for_weights and (late := {f for f in map(self._forwards.find, self.sent) if f in found - fresh}):
+            self._write("doubt", what="sent before", forward=min(late))
         requested = any(weights) and bool(found)
         if not found:
             ends = [end for end in (*map(self._variable, roots), *targets) if end in self._parameters]
             holders = {holder for end in ends for holder in self._parameters.holders(id(end))}
             found = (owners(holders) if holders else set()) or owners(None)
         ids = frozenset(id(target) for target, is_weight in zip(targets, weights, strict=True) if is_weight)
-        self._current = Run(self.count, set(found), fresh, for_weights, requested, ids)
+        self._current = Run(
+            self.count, set(found), fresh, for_weights, requested, ids, bool(weights) and not any(weights)
+        )
         self._parameters.listen()
         self._owed.begin(grads)
         return found
@@ -100,6 +106,10 @@ class Runs:
         if not run.for_weights and (forward in run.unreached or forward not in self._forwards.backward_began):
             self._begin_backward(run, [forward])
         return {forward} if len(run.forwards) > 1 else set()
+
+    def spares_weights(self) -> bool:
+        """Whether the run in progress was requested for no gradient of a weight."""
+        return self._current is not None and self._current.spares
 
     def post(self, messages: Iterable[int]) -> None:
         """Messages have been posted, perhaps within the run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,8 @@ from dualpipe.schedule import SB, SF, Op, Task
 
 Plainly = Mapping[str, Any]
 """What a rank's file has for one forward."""
+ROUNDING = 1e-4
+"""How far a sum in another order may be off, relative to its largest element."""
 
 
 def differences(
@@ -19,25 +21,28 @@ def differences(
 ) -> Iterator[tuple[str, str]]:
     """What differs for one microbatch in its links: what it took, and the gradient that its output got.
 
-    Each difference is a ``fault``, ``unknown``, or ``outside``: the tensor may be computed outside of any module from
-    the other stage's output, which is not a fault.  A tensor that some stage returns for another microbatch is always a
-    fault.  ``found`` is what the microbatch's own rank has, ``forwards`` what all ranks have; ``foreign`` is as for
-    ``compare``.
+    Each difference is a ``fault``, ``unknown``, ``outside`` or ``near``.  ``outside``: the tensor may be computed outside
+    of any module from the other stage's output.  ``near``: it agrees up to rounding.  Neither is a fault.  A tensor that
+    some stage returns for another microbatch is always a fault.  ``found`` is what the microbatch's own rank has,
+    ``forwards`` what all ranks have; ``foreign`` is as for ``compare``.
     """
     before = forwards.get(task._replace(stage=task.stage - 1))
     after = forwards.get(task._replace(stage=task.stage + 1))
     if before is not None and not _among(found["took"], before.get("plainly", [])):
         what = f"microbatch {task.mb} does not take what stage {task.stage - 1} returns for it"
-        known = _another(found["took"], (each.get("returned", []) for each in forwards.values()))
-        which = "fault" if known else _which(foreign, Op(SF, task.lane, task.stage - 1, task.mb))
+        known = _another(found["took"], (each.get("returned", []) for other, each in forwards.items() if other != task))
+        near = not known and _among(found["took"], before.get("plainly", []), _near)
+        which = "fault" if known else "near" if near else _which(foreign, Op(SF, task.lane, task.stage - 1, task.mb))
         yield which, what if which == "fault" else f"{what}: is that computed further outside of a module?"
     if not found["ran"]:
         yield "fault", f"no gradient reaches microbatch {task.mb}"
     elif after is not None and not _among(found["gradients"], after.get("input gradients", [])):
         what = f"microbatch {task.mb} does not take the gradient that stage {task.stage + 1} has for it"
-        others = (each.get("input gradients", []) for each in forwards.values())
+        own = task.lane, task.mb  # a residual passes a gradient on from stage to stage
+        others = (each.get("input gradients", []) for one, each in forwards.items() if (one.lane, one.mb) != own)
         known = _another(found["gradients"], others)
-        which = "fault" if known else _which(foreign, Op(SB, task.lane, task.stage + 1, task.mb))
+        near = not known and _among(found["gradients"], after.get("input gradients", []), _near)
+        which = "fault" if known else "near" if near else _which(foreign, Op(SB, task.lane, task.stage + 1, task.mb))
         yield which, what if which == "fault" else f"{what}: is the output computed further outside of a module?"
 
 
@@ -52,10 +57,22 @@ def all_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return len(one) == len(other) and all(map(equal, one, other))
 
 
-def _among(taken: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> bool:
-    """Whether every taken tensor is bitwise equal to a given one, whatever its shape."""
+def _among(
+    taken: Sequence[Tensor | None],
+    given: Sequence[Tensor | None],
+    alike: Callable[[Tensor, Tensor], bool] = equal,
+) -> bool:
+    """Whether every taken tensor equals a given one, bitwise or by ``alike``, whatever its shape."""
     flat = [tensor.reshape(-1) for tensor in given if tensor is not None]
-    return all(any(equal(tensor.reshape(-1), other) for other in flat) for tensor in taken if tensor is not None)
+    return all(any(alike(tensor.reshape(-1), other) for other in flat) for tensor in taken if tensor is not None)
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same up to rounding."""
+    if one.shape != other.shape or not (one.is_floating_point() and other.is_floating_point()):
+        return False
+    most = float(other.double().abs().max()) if other.numel() else 0.0
+    return not one.numel() or float((one.double() - other.double()).abs().max()) <= ROUNDING * most
 
 
 def _another(taken: Sequence[Tensor | None], of_others: Iterator[Sequence[Tensor | None]]) -> bool:

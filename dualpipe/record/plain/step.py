@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison
+from dualpipe.record.phrases import counted
 from dualpipe.record.plain import links
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
 from dualpipe.record.plain.links import Plainly
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
-_ROUNDING = 1e-4
-"""How far a sum in another order may be off, relative to its largest element."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Step:
         faults: list[str] = []
         unknown: list[str] = [] if count else ["no microbatch was recorded"]
         outside: list[str] = []
+        near: list[str] = []
         for mb in range(count):
             found = self.forwards.get(Task(*chunk, mb))
             if found is None:
@@ -58,19 +58,19 @@ class Step:
                 else:
                     unknown.append(f"{what}, on the same input and weights: does its module keep a state of its own?")
             else:
-                lists = {"fault": faults, "unknown": unknown, "outside": outside}
+                lists = {"fault": faults, "unknown": unknown, "outside": outside, "near": near}
                 for which, what in links.differences(Task(*chunk, mb), found, self.forwards, self.foreign):
                     lists[which].append(what)
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
         kept = self._gradients(chunk, rank)
         if isinstance(kept, Agreement):
-            notes = (*([kept.how] if kept.how else []), *self._uncompared(outside))
+            notes = (*([kept.how] if kept.how else []), *self._on_links(outside, near))
             return ChunkComparison(
                 chunk, rank, count, _shown(faults), (), notes, kept.summed, kept.scale, kept.divided_by
             )
         if summed := self._over_pipelines(chunk):
-            return ChunkComparison(chunk, rank, count, _shown(faults), (), (summed, *self._uncompared(outside)))
+            return ChunkComparison(chunk, rank, count, _shown(faults), (), (summed, *self._on_links(outside, near)))
         if self.others:
             unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
         else:
@@ -78,7 +78,9 @@ class Step:
         return ChunkComparison(chunk, rank, count, _shown(faults), (*_shown(outside), *unknown), ())
 
     @staticmethod
-    def _uncompared(outside: Sequence[str]) -> Iterator[str]:
+    def _on_links(outside: Sequence[str], near: Sequence[str]) -> Iterator[str]:
+        if near:
+            yield f"{counted(len(near), 'link agrees', 'links agree')} with the neighbouring stages up to rounding"
         if outside:
             yield (
                 f"{len(outside)} links to neighbouring stages are not compared, because tensors are computed further "
@@ -270,7 +272,7 @@ def _divisor(final: Tensor, every: Sequence[Parts], counts: Sequence[int]) -> in
             continue
         total = torch.stack(there).sum(0)
         for by in counts:
-            if float((final.double() * by - total).abs().max()) <= _ROUNDING * float(total.abs().max()):
+            if float((final.double() * by - total).abs().max()) <= links.ROUNDING * float(total.abs().max()):
                 return by
     return None
 

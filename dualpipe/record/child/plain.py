@@ -84,9 +84,7 @@ class Plain:
         self._clipped: dict[str, Any] | None = None
         self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
         self._begun: set[int] = set()  # forwards from whose loss a backward has begun
-        self._collected: set[int] = (
-            set()
-        )  # forwards with two or more losses left when the backward of a later one began
+        self._collected: set[int] = set()  # forwards with two losses or more left when a later one's backward began
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""

@@ -23,8 +23,8 @@ def differences(
 
     Each difference is a ``fault``, ``unknown``, ``outside`` or ``near``.  ``outside``: the tensor may be computed
     outside of any module from the other stage's output.  ``near``: it agrees up to rounding.  Neither is a fault.  A
-    tensor that some stage returns for another microbatch is always a fault.  ``found`` is what the microbatch's own rank
-    has, ``forwards`` what all ranks have; ``foreign`` is as for ``compare``.
+    tensor that some stage returns for another microbatch is always a fault.  ``found`` is what the own rank of the
+    microbatch has, ``forwards`` what all ranks have; ``foreign`` is as for ``compare``.
     """
     before = forwards.get(task._replace(stage=task.stage - 1))
     after = forwards.get(task._replace(stage=task.stage + 1))

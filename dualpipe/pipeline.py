@@ -149,7 +149,7 @@ class Pipeline:
     def reduce_gradients(self) -> None:
         """Sum the gradients of a stage's replicas over the lanes; ``step`` does so by default.
 
-        A gradient that is already summed is not summed again.
+        A gradient that is already summed is not summed again, unless another tensor has been put into ``.grad`` since.
         """
         self._agree()
         with self._exchange("reduction of gradients", "summing the gradients of its stages' replicas"):

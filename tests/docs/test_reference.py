@@ -93,7 +93,7 @@ def test_a_docstring_is_complete(rendered):
     page = rendered["python.md"]
     for text in (
         "- `criterion`: `criterion(*outputs, *labels)`: a scalar loss, scaled as its gradient should be",
-        "For bitwise reproducibility all microbatches have the same shapes",
+        "All microbatches have the same shapes, unless the pipeline has `variable_shapes`",
         "  Raises `DisagreementError` at the first step if the ranks were set up differently",
         "**Raises**\n\n- `OrderError`: If the order already has messages",
     ):

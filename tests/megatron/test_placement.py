@@ -57,7 +57,7 @@ def test_the_flags_select_the_schedule_and_the_number_of_stages():
 def norm_of_a_rank_summed_first():
     from dualpipe.megatron import optimizer
 
-    optimizer.add_norms_by_stage = lambda built, model: None
+    optimizer.add_norms_by_stage = lambda built, model, groups: None
 
 
 def second_stage_built_with_the_generators_of_the_first():

@@ -85,6 +85,11 @@ MORE |= {
         dp=2, schedule="dualpipev", distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1
     ),
     "deepseek pp2": Case(Model.DEEPSEEK),
+    "deepseek pp2 cp2": Case(Model.DEEPSEEK, cp=2),
+    "deepseek pp4 dp2 cp2 ep2 all": Case(Model.DEEPSEEK, pp=4, dp=2, cp=2, ep=2, **OPTIONS["all"]),
+    "deepseek v pp2 cp2 bf16 per token": Case(
+        Model.DEEPSEEK, cp=2, schedule="dualpipev", dtype="bf16", per_token_loss=True
+    ),
     "deepseek pp2 bf16 qk": Case(Model.DEEPSEEK, dtype="bf16", qk_clip=True),
     "deepseek pp4 dp2 ep2 bf16 recompute qk": Case(
         Model.DEEPSEEK, pp=4, dp=2, ep=2, dtype="bf16", recompute=True, qk_clip=True

@@ -63,7 +63,7 @@ def print_megatron_report(report: Report[MegatronCase, Normed]) -> None:
     ]
     if not case.has_oracle:
         notes.append(
-            "not compared with plain PyTorch: that oracle is one process, without tensor or expert parallelism and "
+            "not compared with plain PyTorch: that oracle is one process, without tensor, expert or context parallelism and "
             "without clipping by the norm of a distributed optimizer"
         )
     print_report(
@@ -112,6 +112,7 @@ def describe_megatron(case: MegatronCase) -> str:
         f"layout {case.layers_of_stages}": case.layers_of_stages,
         f"late W {case.late_w}": case.late_w != "none",
         f"expert parallel {case.ep}": case.ep > 1,
+        f"context parallel {case.cp}": case.cp > 1,
         f"dropout {case.dropout}": case.dropout,
         f"clipping at {case.clip_norm}": case.clip_norm,
     }

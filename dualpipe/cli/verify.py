@@ -89,6 +89,7 @@ def verify(
     dp: Annotated[int, _flag("--dp", "Data parallel pipelines of DualPipe; 1F1B runs twice as many.")] = 1,
     tp: Annotated[int, _flag("--tp", "Tensor parallel ranks.")] = 1,
     ep: Annotated[int, _flag("--ep", "Expert parallel ranks, taken from the data parallel ones.")] = 1,
+    cp: Annotated[int, _flag("--cp", "Context parallel ranks, for --model deepseek.")] = 1,
     sequence_parallel: Annotated[
         bool, _flag("--sequence-parallel", "Split norms and dropout over the tensor parallel ranks, too.")
     ] = False,
@@ -182,6 +183,7 @@ def verify(
             "dp": dp,
             "tp": tp,
             "ep": ep,
+            "cp": cp,
             "instances": optimizer_instances,
             "microbatches": 2 * pp if microbatches is None else microbatches,
         }
@@ -194,6 +196,7 @@ def verify(
         "--dp": dp != 1,
         "--tp": tp != 1,
         "--ep": ep != 1,
+        "--cp": cp != 1,
         "--clip": clip is not None,
     }
     _refuse(given, "a small language model has no such option", "add --model gpt, --model moe or --model deepseek")

@@ -24,7 +24,7 @@ from dualpipe.megatron.losses import collect_losses
 from dualpipe.megatron.model import ChunkSetup, Shared, setup_of, setups_of
 from dualpipe.megatron.mtp_losses import collect_mtp_losses
 from dualpipe.megatron.statistics import combine_over_lanes
-from dualpipe.runtime.executor import Executor
+from dualpipe.runtime.executor import Executor, require_size
 from dualpipe.runtime.transport import TensorSpec
 from dualpipe.schedule import RF, SF, UP, Chunk, F, Schedule
 from dualpipe.schedule.generate import generate, with_late_w
@@ -102,6 +102,7 @@ def forward_backward_dualpipe(
     where = shared.groups.placement
     kind = where.schedule, where.ranks, num_microbatches, forward_only, late_w, bool(config.variable_seq_lengths)
     schedule = schedule_for(*kind)
+    require_size(schedule, shared.transport)
     _agree(shared, kind, schedule, boundary)
     data = split_data_iterator(data_iterator, where.chunks(shared.groups.rank))
     if not forward_only:

@@ -41,7 +41,8 @@ class Part(StrEnum):
 class Case:
     """One verification, the same for every implementation; the sizes are those of DualPipe.
 
-    ``pp`` ranks in a pipeline, ``dp`` pipelines, ``tp`` ranks that share a layer; ``microbatches`` for each pipeline.
+    ``pp`` ranks in a pipeline, ``dp`` pipelines, ``tp`` ranks that share a layer, ``cp`` that share a
+    sequence; ``microbatches`` for each pipeline.
     ``schedule`` is dualpipe or dualpipev.  Under dualpipe half of the microbatches are for each lane.  A lane is a
     data-parallel replica, so the ground truth, Megatron's 1F1B, has 2 x ``dp`` replicas with ``microbatches`` / 2 each.
     Under dualpipev it has the same replicas and microbatches, on twice the pipeline ranks.
@@ -64,6 +65,7 @@ class Case:
     dp: int = 1
     tp: int = 1
     ep: int = 1
+    cp: int = 1
     microbatches: int | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
@@ -138,6 +140,12 @@ class Case:
                 tp < 1 or self.heads % tp == 0,
                 f"got {self.heads} heads for {tp} ranks",
                 "use 1, 2 or 4",
+            ),
+            (
+                "context parallelism needs latent attention, tensor parallel size 1 and one sequence length",
+                self.cp == 1 or (self.cp > 1 and Part.MLA in self.parts and tp == 1 and not self.variable_lengths),
+                f"got cp {self.cp} for {self.model}, tp {tp}",
+                "use 1, or --model deepseek --cp 2",
             ),
             ("sequence parallelism needs tensor parallelism", tp > 1 or not parallel, f"got tp {tp}", "use tp 2"),
             (
@@ -221,7 +229,7 @@ class Case:
     def has_oracle(self) -> bool:
         """Whether one process can compute the result: no layer is split, no number depends on how it is sharded, and
         no forward on other replicas."""
-        return self.tp == self.ep == 1 and not self.clips_by_shards and not self.global_aux_loss
+        return self.tp == self.ep == self.cp == 1 and not self.clips_by_shards and not self.global_aux_loss
 
     @property
     def clips_by_shards(self) -> bool:
@@ -236,7 +244,7 @@ class Case:
         float32.  n positive numbers summed in two orders differ by at most 2 (n - 1) roundings of 2**-24, their roots
         by half of that; each stage's root is squared again, 4 more.
         """
-        ranks = self.replicas * self.stages * self.tp
+        ranks = self.replicas * self.stages * self.tp * self.cp
         return (ranks + 4) * 2.0**-24 if self.distributed_optimizer else 0.0
 
     @property

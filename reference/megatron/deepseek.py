@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from torch import Tensor, nn
 
@@ -85,20 +86,61 @@ class LatentAttention(nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
+        pg_collection: Any = None,
         **unused: Any,
     ) -> None:
         super().__init__()
-        self.records = config.qk_clip
+        self.records, self.context = config.qk_clip, pg_collection.cp
         self.scale = softmax_scale or 1 / math.sqrt(k_channels or config.kv_channels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **options: Any) -> Tensor:
-        """All are ``[sequence, batch, heads, size]``; returns ``[sequence, batch, heads x size of a value]``."""
+        """All are ``[sequence, batch, heads, size]``; returns ``[sequence, batch, heads x size of a value]``.
+
+        A context-parallel rank has its part of the sequence, and gathers the keys and values of all parts.
+        """
+        parts = [_positions(rank, self.context.size(), len(query)) for rank in range(self.context.size())]
+        if len(parts) > 1:
+            key, value = (_gather(each, self.context) for each in (key, value))
         q, k, v = (each.permute(1, 2, 0, 3) for each in (query, key, value))
         scores = torch.matmul(q, k.transpose(-1, -2)).float() * self.scale
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        own, whole = parts[self.context.rank()].to(scores.device), torch.cat(parts).to(scores.device)
+        later = whole[None, :] > own[:, None]
         scores = scores.masked_fill(later, float("-inf"))
         if self.records:
             largest, before = scores.detach().amax((0, 2, 3)), self.current_max_attn_logits
             self.current_max_attn_logits = largest if before is None else torch.maximum(before, largest)
         weights = scores.softmax(-1).to(v.dtype)
         return torch.matmul(weights, v).permute(2, 0, 1, 3).flatten(2)
+
+
+def _positions(rank: int, ranks: int, length: int) -> Tensor:
+    """Where a context-parallel rank's tokens are in the sequence: int64 ``[length]``.
+
+    Megatron cuts a sequence into twice as many blocks as ranks, and rank r has blocks r and 2 x ranks - 1 - r.
+    """
+    half = length // 2 if ranks > 1 else length
+    blocks = (rank, 2 * ranks - 1 - rank) if ranks > 1 else (0,)
+    return torch.cat([torch.arange(block * half, (block + 1) * half) for block in blocks])
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The parts of all ranks of the group, one after the other."""
+    gathered: Tensor = _Gathered.apply(tensor, group)  # type: ignore[no-untyped-call] # torch's own
+    return gathered
+
+
+class _Gathered(torch.autograd.Function):
+    """Gathers the parts of all ranks; a part's gradient is the sum of those on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed, group=ctx.group)
+        return summed.chunk(ctx.group.size())[ctx.group.rank()], None

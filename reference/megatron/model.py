@@ -55,6 +55,7 @@ def transformer_config(case: Case) -> TransformerConfig:
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.stages,
         sequence_parallel=case.sequence_parallel,
+        context_parallel_size=case.cp,
         hidden_dropout=case.dropout,
         attention_dropout=case.dropout,
         bf16=case.dtype == "bf16",

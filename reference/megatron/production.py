@@ -19,12 +19,12 @@ from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
 from reference.megatron.trace import Shard, StepTrace
-from reference.megatron.training import Checkpoints, train
+from reference.megatron.training import Checkpoints, rank_in_replica, train
 
 
 def ranks(case: Case) -> int:
     """The number of processes."""
-    return case.dp * case.pp * case.tp
+    return case.dp * case.pp * case.tp * case.cp
 
 
 @expected_warnings()
@@ -39,12 +39,13 @@ def run_rank(
     parallel_state.initialize_model_parallel(
         case.tp,
         case.pp,
+        context_parallel_size=case.cp,
         expert_model_parallel_size=case.ep,
         num_distributed_optimizer_instances=case.instances,
         create_gloo_process_groups=False,
     )
     rank, pipeline = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
-    tp = parallel_state.get_tensor_model_parallel_rank()
+    tp = rank_in_replica()
     seed(case, rank)
     config = transformer_config(case)
 

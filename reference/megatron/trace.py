@@ -12,7 +12,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class Shard(NamedTuple):
-    """A part of a model: the replica, the stage and the tensor parallel rank that hold it."""
+    """A part of a model: the replica, the stage and the tensor or context parallel rank that hold it."""
 
     replica: int
     stage: int

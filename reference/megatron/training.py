@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer.qk_clip import clip_qk
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
 from reference.megatron.case import Case
@@ -109,8 +109,20 @@ def forward_step(
     if not (gpt.pre_process or gpt.post_process):
         return run(None, None, None), no_loss
     assert iterator is not None, "the ends of a pipeline have data"
-    batch = next(iterator)
+    batch = on_this_context_rank(next(iterator))
     return run(*inputs_of(gpt, batch), **options_of(gpt, batch)), partial(loss, batch)
+
+
+def on_this_context_rank(batch: Batch) -> Batch:
+    """The tokens of a microbatch that this rank has under context parallelism."""
+    own = get_batch_on_this_cp_rank({"tokens": batch.tokens, "labels": batch.labels, "mask": batch.mask})
+    return batch._replace(**own)
+
+
+def rank_in_replica() -> int:
+    """The number of this rank among those that share its stage of a replica, by tensor or context parallelism."""
+    ranks = parallel_state.get_context_parallel_world_size()
+    return int(parallel_state.get_tensor_model_parallel_rank() * ranks + parallel_state.get_context_parallel_rank())
 
 
 def no_loss(output: Tensor) -> NoReturn:

@@ -18,12 +18,12 @@ from reference.megatron.case import Case
 from reference.megatron.importing import expected_warnings
 from reference.megatron.model import build_gpt, ddp_config, optimizer_config, seed, transformer_config
 from reference.megatron.trace import Shard, StepTrace
-from reference.megatron.training import Checkpoints, train
+from reference.megatron.training import Checkpoints, rank_in_replica, train
 
 
 def ranks(case: Case) -> int:
     """The number of processes."""
-    return case.replicas * case.stages * case.tp
+    return case.replicas * case.stages * case.tp * case.cp
 
 
 @expected_warnings()
@@ -33,6 +33,7 @@ def run_rank(case: Case, context: Context, checkpoints: Checkpoints | None = Non
     parallel_state.initialize_model_parallel(
         case.tp,
         case.stages,
+        context_parallel_size=case.cp,
         expert_model_parallel_size=case.ep,
         num_distributed_optimizer_instances=case.instances,
         create_gloo_process_groups=False,
@@ -54,7 +55,7 @@ def run_rank(case: Case, context: Context, checkpoints: Checkpoints | None = Non
         seq_length=case.sequence,
         micro_batch_size=case.batch,
     )
-    shard = Shard(replica, stage, parallel_state.get_tensor_model_parallel_rank())
+    shard = Shard(replica, stage, rank_in_replica())
     return train(
         case,
         [(shard, chunk)],

@@ -98,6 +98,7 @@ def _facts(case: Case) -> dict[str, Any]:
         "dp": case.dp,
         "tp": case.tp,
         "ep": case.ep,
+        "cp": case.cp,
         "microbatches": case.count,
         "sequence_parallel": case.sequence_parallel,
         "overlap_grad_reduce": case.overlap_grad_reduce,

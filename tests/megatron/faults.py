@@ -214,8 +214,8 @@ def one_receive_too_many_on_a_middle_rank() -> None:
 
     real = schedule.schedule_for
 
-    def schedule_for(name, ranks, microbatches, forward_only=False, late_w="none"):
-        made = real(name, ranks, microbatches, forward_only, late_w)
+    def schedule_for(name, ranks, microbatches, *more):
+        made = real(name, ranks, microbatches, *more)
         lane, stage = next((lane, route.index(1)) for lane, route in made.routes.items())
         extra = (Op(RF, lane, stage, microbatches),)
         programs = tuple((extra, *p) if rank == 1 else p for rank, p in enumerate(made.programs))

@@ -67,6 +67,15 @@ def test_equal_with_every_part_of_deepseek_v3():
 
 
 @pytest.mark.long
+def test_equal_with_sequences_split_over_two_ranks_which_train_as_one_does():
+    case = Case(Model.DEEPSEEK, cp=2, per_token_loss=True, steps=2)
+    report = verify(case)
+    assert report.equal
+    whole = verify(replace(case, cp=1))
+    assert report.norms == pytest.approx(whole.norms, rel=1e-5)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("model", [Model.GPT, Model.MOE])
 def test_equal_with_everything_at_once(model):
     case = Case(model, 4, 2, overlap_grad_reduce=True, distributed_optimizer=True, recompute=True, dtype="bf16")

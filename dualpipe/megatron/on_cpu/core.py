@@ -7,7 +7,7 @@ nothing if there is a GPU.  Written for megatron-core 0.16.1; of what later vers
 in Megatron                                stand-in
 =========================================  ==================================================================
 ``torch.cuda.current_device()`` as device  returns ``"cpu"``
-literal ``device="cuda"``                  these modules see a ``torch`` whose constructors read it as the CPU
+literal ``device="cuda"``, pinned memory   these modules see a ``torch`` whose constructors use the CPU's plain memory
 state of the GPU's random generator        the CPU generator's, kept apart in the tracker as on a GPU
 ``Tensor.type()`` compared with a string   a CPU tensor's type reads ``torch.cuda...``
 ``moe_utils.te_general_gemm``              ``None``, which Megatron tests for but never sets
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 _CONSTRUCTORS = ("empty", "ones", "tensor", "zeros")
 _LITERAL_CUDA = (
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.optimizer.optimizer",
@@ -152,13 +153,14 @@ class _TorchOnCpu(ModuleType):
 
 
 def on_cpu(construct: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A constructor of tensors that reads the device "cuda" as the CPU."""
+    """A constructor of tensors that reads the device "cuda" as the CPU, and pins no memory."""
 
     @functools.wraps(construct)
     def constructed(*args: Any, **kwargs: Any) -> Tensor:
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return construct(*args, **kwargs)
 
     return constructed

@@ -128,8 +128,8 @@ def test_hosts_do_not_share_a_clock(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "is no trace"),
-        (json.dumps({"traceEvents": 1}), "is no trace"),
+        ("{", "is not a trace"),
+        (json.dumps({"traceEvents": 1}), "is not a trace"),
         (json.dumps(trace([])), "0.json has none; profile the program while it runs under `dualpipe record`"),
         (
             json.dumps(trace([event("dualpipe:3", 0, 1)])),

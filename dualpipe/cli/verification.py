@@ -63,8 +63,8 @@ def print_megatron_report(report: Report[MegatronCase, Normed]) -> None:
     ]
     if not case.has_oracle:
         notes.append(
-            "not compared with plain PyTorch: that oracle is one process, without tensor, expert or context parallelism, "
-            "statistics over replicas, or clipping by the norm of a distributed optimizer"
+            "not compared with plain PyTorch: that oracle is one process, without tensor, expert or context "
+            "parallelism, statistics over replicas, or clipping by the norm of a distributed optimizer"
         )
     print_report(
         report, f"{describe_megatron(case)}\n{_losses(report)}; gradient norm {norms}", "Megatron's 1F1B", notes

@@ -188,6 +188,9 @@ class _Compiler:
         steps: list[Step | Pair] = []
         for number, slot in enumerate(self.program):
             if slot[0].kind in COLLECTIVES:
+                after = self.program[number + 1] if number + 1 < len(self.program) else ()
+                if not after or after[0].kind not in MESSAGES:
+                    steps.append(self.unknown(number, slot))
                 continue
             if slot[0].kind not in MESSAGES:
                 steps += self.units(number, slot)
@@ -237,6 +240,12 @@ class _Compiler:
         known = [op.kind for op in slot] == [EXCHANGE] * len(posts)
         fault = "" if known else f"{show_slot(slot)} is not the exchange of the shapes of {show_slot(step.slot)}"
         return replace(step, number=number, slot=slot, op=slot[0], kind=EXCHANGE, fault=fault, posts=posts)
+
+    def unknown(self, number: int, slot: Slot) -> Step:
+        """A slot of collectives that no messages follow."""
+        op = slot[0]
+        fault = f"{show_slot(slot)} is not the exchange of the shapes of a slot of messages"
+        return Step(number, slot, op, EXCHANGE, op.task, op.chunk, Op(W, *op.task), fault)
 
     def pairs(self, slot: Slot) -> list[tuple[Op, Op]]:
         return [(f, b) for f, b in overlapped_pairs(slot) if (f.chunk, b.chunk) in self.overlaps]

@@ -126,6 +126,8 @@ def test_another_collective_is_not_taken_for_an_exchange():
     text = dumps(with_shape_exchange(generate("dualpipe", 4, 8))).replace("0AR>@0 0SF0>", "0AA0>@0 0SF0>", 1)
     step = next(step for step in compile_program(loads(text), 0).steps if step.fault)
     assert step.fault == "0AA0>@0 is not the exchange of the shapes of 0SF0>"
+    last = next(step for step in compile_program(loads(f"{text.rstrip()} 3AR<@3\n"), 3).steps if step.fault)
+    assert last.fault == "3AR<@3 is not the exchange of the shapes of a slot of messages"
 
 
 def test_a_stage_that_returns_another_number_of_dimensions_is_refused():

@@ -44,7 +44,7 @@ _BYTES = 512
 _PHASE, _FAILURE, _END, _PRESENT = 1, 2, 3, 4  # the first byte of an announcement
 _CONTROL_TAG, _UNUSED_TAG = 0, 1  # of announcements; of a message that nobody sends
 _FIRST_DATA_TAG = 2
-_SECONDS_TO_NOTIFY = 1.0
+_SECONDS_TO_NOTIFY = 5.0
 _SECONDS_TO_END = 2.0
 
 

@@ -4,7 +4,7 @@ Under 1F1B a rank computes the sum of squares of its one stage, and an all-reduc
 two such numbers.  If it added them first, the total would differ in its last bits, and with clipping all weights would
 differ too.  So each rank computes one number for each chunk, all ranks exchange their numbers, and each rank adds them
 in the order of gloo's all-reduce under 1F1B: from the last rank to the first.  (NCCL chooses its own order.)  Each rank
-of 1F1B stands for one replica of a stage: first the replicas of lane >, then those of lane <, in each lane by
+of 1F1B has one replica of a stage: first the replicas of lane >, then those of lane <, in each lane by
 data-parallel rank.  Every instance of the distributed optimizer has all gradients, in shards of its own, so only those
 of the first instance count.
 """

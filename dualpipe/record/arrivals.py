@@ -1,4 +1,4 @@
-"""Finds forwards and backwards whose input came from outside of torch's operators, perhaps from another stage."""
+"""Finds forwards and backwards whose input no torch operator computed; it may be from another stage."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def _device_module(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fork_rng(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``fork_rng`` of only the CPU, whose random state stands for that of the GPUs."""
+    """``fork_rng`` of only the CPU, whose random state the program reads as that of the GPUs."""
 
     def fork_rng(devices: Any = None, enabled: bool = True, *args: Any, **kwargs: Any) -> Any:
         return original(devices=[], enabled=enabled)

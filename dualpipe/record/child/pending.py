@@ -32,7 +32,7 @@ class Pending(dist.Work):
 
     @classmethod
     def of(cls, flow: Flow, parts: Sequence[Pending | None], in_flight: list[Pending]) -> Pending:
-        """One work in place of several, each of one or more messages; ``None`` stands for no message."""
+        """One work in place of several, each of one or more messages; ``None`` means no message."""
         present = [part for part in parts if part is not None]
         for part in present:
             in_flight.remove(part)

@@ -110,14 +110,14 @@ class Trials:
     """Forwards that ran without gradients, by their module and the memory of their inputs."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, tuple[Key | None, ...]], tuple[Any, int]] = {}
+        self._kept: dict[tuple[int, tuple[Key | None, ...]], tuple[list[Any], int]] = {}
 
     def earlier(self, module: int, inputs: Sequence[Tensor], forward: int) -> int | None:
         """The forward without gradients that this one repeats, if any.  If this one has no gradients, it is kept."""
         call = module, tuple(map(key_of, inputs))
         if torch.is_grad_enabled():
-            storage, earlier = self._kept.pop(call, (None, None))
-            return None if storage is None or storage.expired() else earlier
-        if call[1][0] is not None:
-            self._kept[call] = weak_storage(inputs[0]), forward
+            storages, earlier = self._kept.pop(call, ([], None))
+            return None if any(storage.expired() for storage in storages) else earlier
+        if all(call[1]):  # while the weak references live, no other storage gets the same key
+            self._kept[call] = [weak_storage(tensor) for tensor in inputs], forward
         return None

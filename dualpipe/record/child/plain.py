@@ -32,6 +32,7 @@ from .graph import marks_below
 from .log import program_line
 from .marks import key_of
 from .patches import Patches
+from .regions import weak_storage
 from .replay import Call, Leaf, Replay, copy_of, gradient_of
 from .transport import Transport
 
@@ -73,6 +74,7 @@ class Plain:
         self._containers = frozenset(containers)
         self._step, self._computed, self._done = 1, False, False
         self._calls: dict[int, list[Call]] = {}
+        self._storages: list[Any] = []  # weak; while they live, no other storage gets the same key
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         self._parameters: list[tuple[str, nn.Parameter]] = []
         self._weights: dict[int, Tensor] = {}  # by number: the value before the step
@@ -181,7 +183,7 @@ class Plain:
                 module,
                 [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves],
                 spec,
-                [_leaf(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
+                [self._leaf(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
                 [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves],
                 [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and self._has_arrived(leaf)],
                 [(sub, name, t.detach().clone()) for sub, name, t in _held(module) if self._has_arrived(t)],
@@ -192,6 +194,10 @@ class Plain:
                 [part.training for part in module.modules()],
                 [name for name, before, now in weights if not torch.equal(before, now.detach())],
             )
+
+    def _leaf(self, tensor: Tensor) -> Leaf:
+        self._storages.append(weak_storage(tensor))
+        return key_of(tensor), tuple(tensor.shape)
 
     def _has_arrived(self, tensor: Tensor) -> bool:
         return tensor.is_floating_point() and bool(
@@ -216,7 +222,7 @@ class Plain:
             return
         with _disable_current_modes():
             call.outputs = [leaf.detach().clone() for leaf in leaves]
-            call.returned = [_leaf(leaf) for leaf in leaves]
+            call.returned = [self._leaf(leaf) for leaf in leaves]
         for at, leaf in enumerate(leaves):
             if leaf.grad_fn is not None:
                 leaf.register_hook(functools.partial(self._keep_gradient, call, at))  # type: ignore[no-untyped-call]
@@ -318,10 +324,6 @@ class Plain:
                 if found and thing.numel() == 1 and thing.is_floating_point():
                     self._note_loss(found, self._value(thing))
         return held
-
-
-def _leaf(tensor: Tensor) -> Leaf:
-    return key_of(tensor), tuple(tensor.shape)
 
 
 def _held(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:

@@ -70,9 +70,9 @@ class Call:
 
 @dataclass
 class _Made:
-    """What the calls returned again, the leaves that they took from other stages, and the weights by number."""
+    """What the calls returned again (copies), the leaves that they took from other stages, the weights by number."""
 
-    returned: list[tuple[Call, int, Tensor]]
+    returned: list[Tensor]
     inputs: list[Tensor]
     weights: dict[int, Tensor]
     roots: list[tuple[Tensor, Tensor]]
@@ -125,7 +125,7 @@ class Replay:
         return {
             "took": [copy for call in calls for copy in _arrivals(call)],
             "returned": [leaf for call in calls for leaf in call.outputs],
-            "plainly": [leaf.detach().clone() for _, _, leaf in made.returned],
+            "plainly": made.returned,
             "gradients": [last.gradients.get(at) for at in range(len(last.outputs))],
             "input gradients": [copy_of(leaf.grad) for leaf in made.inputs],
             "weights": weights,
@@ -166,8 +166,8 @@ class Replay:
         weights: dict[int, Tensor] = {}
         made: dict[Leaf, Tensor] = {}
         inputs: list[Tensor] = []
-        returned: list[tuple[Call, int, Tensor]] = []
-        taken: set[Leaf] = set()
+        returned: list[Tensor] = []
+        ends: dict[Leaf, tuple[Call, int]] = {}  # what no later call has taken
         for call in calls:
             names = {name: kept(buffer) for name, buffer in call.buffers.items()}
             for name, parameter in call.module.named_parameters(remove_duplicate=False):
@@ -182,7 +182,7 @@ class Replay:
             for at, known in enumerate(call.known):
                 if known in made:
                     leaves[at] = made[known]
-                    taken.add(known)
+                    ends.pop(known, None)
                 elif known is not None and with_grad and (call.needs_grad[at] or at in call.arrived):
                     leaves[at] = leaves[at].clone().requires_grad_(leaves[at].is_floating_point())
                     inputs += [leaves[at]] if at in call.arrived else []
@@ -201,11 +201,12 @@ class Replay:
                 output = functional_call(call.module, names, args, kwargs, strict=False)
             for at, leaf in enumerate(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
                 made[call.returned[at]] = leaf
-                returned.append((call, at, leaf))
+                ends[call.returned[at]] = call, at  # perhaps what the call has taken, as that of ``nn.Identity``
+                returned.append(leaf.detach().clone())  # a later call may change it in place
         roots = [
-            (leaf, call.gradients[at])
-            for call, at, leaf in returned
-            if at in call.gradients and call.returned[at] not in taken and (leaf.requires_grad or not with_grad)
+            (made[known], call.gradients[at])
+            for known, (call, at) in ends.items()
+            if at in call.gradients and (made[known].requires_grad or not with_grad)
         ]
         return _Made(returned, inputs, weights, roots)
 

@@ -168,5 +168,5 @@ def test_an_error_of_a_send_that_has_completed_is_an_error_of_the_step(monkeypat
         return works
 
     monkeypatch.setattr(dist, "batch_isend_irecv", post_and_break_one_send)
-    found = errors_of(lambda rank: pipeline_of(SOUND, rank, ProcessGroupTransport(timeout=5.0)))
+    found = errors_of(lambda rank: pipeline_of(SOUND, rank, ProcessGroupTransport(timeout=20.0)))
     assert "the connection broke" in found[1][0]

@@ -79,6 +79,21 @@ def at_stage(stage: int, stages: int) -> Iterator[None]:
         parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
 
 
+@contextmanager
+def building(collection: ProcessGroupCollection) -> Iterator[None]:
+    """Inside the block, a module that is built without process groups gets those of ``collection``.
+
+    Megatron passes a model's groups on to most of its modules, but not to the layer of a multi-token prediction.  Such
+    a module takes the groups of the rank instead, which are those of another stage.
+    """
+    stock = vars(ProcessGroupCollection)["use_mpu_process_groups"]
+    ProcessGroupCollection.use_mpu_process_groups = classmethod(lambda cls, required_pgs=None: collection)
+    try:
+        yield
+    finally:
+        ProcessGroupCollection.use_mpu_process_groups = stock
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups of one rank.

@@ -28,7 +28,7 @@ from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
 from dualpipe.megatron.data_parallel import StageDDP
 from dualpipe.megatron.embedding import copy_to_last, embedding_sum, refuse_saving, require_ends
-from dualpipe.megatron.groups import Groups, at_stage, create_groups
+from dualpipe.megatron.groups import Groups, at_stage, building, create_groups
 from dualpipe.megatron.layers import Split, split_layers
 from dualpipe.megatron.random_streams import RandomStream, States, capture, exchange, restore, seeded_for
 from dualpipe.megatron.replicas import ReplicaCheck, replica_check
@@ -143,7 +143,7 @@ def build_dualpipe_model(
     built: dict[int, nn.Module] = {}
 
     def build(chunk: Chunk) -> States:
-        with at_stage(chunk.stage, groups.stages):
+        with at_stage(chunk.stage, groups.stages), building(groups.chunks[chunk]):
             module = _provide(model_provider, chunk, groups, provider_options)
             validate_dualpipe_config(get_model_config(module), ddp_config, schedule)
             _require_stages(module, groups.stages)
@@ -280,17 +280,8 @@ def _equalise(module: nn.Module, chunk: Chunk, groups: Groups) -> None:
 
 
 def _shard_over_stage(module: Any, collection: ProcessGroupCollection) -> None:
-    """Number a stage's replicas over both lanes in checkpoints, so that exactly one is the main replica.
-
-    Experts number their replicas by a group that they keep.  Megatron builds the experts of multi-token prediction
-    layers without the collection, so these have kept the rank's own group.
-    """
+    """Number a stage's replicas over both lanes in checkpoints, so that exactly one is the main replica."""
     stock = module.sharded_state_dict
-    own = ProcessGroupCollection.use_mpu_process_groups()
-    for layer in module.modules():
-        if getattr(layer, "dp_group", None) is own.expt_dp:
-            layer.dp_group = collection.expt_dp
-
     stage, stages = collection.pp.rank(), collection.pp.size()
 
     def sharded_state_dict(

@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.errors import RuleError
 from dualpipe.megatron.arguments import validate_dualpipe_config
 from dualpipe.testing.launch import launch
 from reference.megatron import production
-from reference.megatron.case import Case
+from reference.megatron.case import Case, Model
+from tests.megatron.ranks import on_each_rank
 from tests.megatron.test_groups import config
 
 CASE = Case(pp=2, steps=1, timeout=10)
@@ -53,3 +55,16 @@ def test_more_optimizer_instances_than_groups_were_made_for_are_refused():
             production.run_rank(replace(CASE, distributed_optimizer=True), context)
 
     launch(production.ranks(CASE), rank, CASE.limit).values()
+
+
+def test_the_layer_of_multi_token_prediction_has_the_number_and_the_groups_of_its_stage():
+    def found(model, **keywords):
+        return [
+            (chunk.module.dualpipe_setup.chunk.stage, layer.layer_number, layer.mlp.router.tp_dp_cp_group.size())
+            for chunk in model
+            for layer in chunk.modules()
+            if isinstance(layer, TransformerLayer)
+        ]
+
+    first, second = on_each_rank(found, replace(CASE, model=Model.MOE, mtp=1, layout="Et|ttmL"))
+    assert first == second == [(0, 1, 2), (1, 2, 2), (1, 3, 2), (1, 4, 2)]

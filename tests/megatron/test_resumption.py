@@ -58,6 +58,7 @@ def resumed(folder, schedule, case=CASE, buckets=None):
     return train(case, schedule, Interruption(folder, case.steps // 2, True), buckets)[-1]
 
 
+@pytest.mark.long
 def test_a_resumed_run_of_dualpipev_equals_the_uninterrupted_one_and_1f1b_at_twice_the_ranks(tmp_path):
     """With dropout: the checkpoint has the random states of both stages of a rank."""
     last = whole(tmp_path, "dualpipe", V)

@@ -19,8 +19,16 @@ SAMPLE = {
     "distributed optimizer, tied": Case(
         pp=4, distributed_optimizer=True, overlap_grad_reduce=True, clip=0.1, tied=True, steps=2
     ),
-    "deepseek, bf16, overlapped, queries and keys clipped": Case(
-        Model.DEEPSEEK, dtype="bf16", overlap_grad_reduce=True, qk_clip=True, microbatches=4, steps=2
+    "deepseek, bf16, overlapped, queries and keys clipped, tensor and sequence parallel, balanced globally": Case(
+        Model.DEEPSEEK,
+        tp=2,
+        sequence_parallel=True,
+        global_aux_loss=True,
+        dtype="bf16",
+        overlap_grad_reduce=True,
+        qk_clip=True,
+        microbatches=4,
+        steps=2,
     ),
     "v, multi-token prediction, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
     "sequences of different lengths, dropout, recompute, late W in the tail": Case(
@@ -35,8 +43,11 @@ SAMPLE = {
 }
 
 
-LONG = ("moe, bf16, overlapped", "moe, expert parallel, routers with a bias, late W")
-"""Left to the long tests: the quick ones have another case of experts."""
+LONG = (
+    "moe, tensor and sequence parallel, balanced over all replicas",
+    "moe, expert parallel, routers with a bias, late W",
+)
+"""Left to the long tests: of the quick ones, that of DeepSeek-V3 has experts."""
 
 
 @pytest.mark.parametrize(

@@ -71,17 +71,17 @@ def test_a_process_that_ends_without_a_result_is_a_failure_even_if_a_child_of_it
     def body(context):
         if context.rank == 1 and os.fork():
             os._exit(3)  # the child sleeps on, with the rank's end of the pipe
-        time.sleep(2 * context.rank)
+        time.sleep(8 * context.rank)
 
     outcome = launch(2, body, timeout=50.0, backend=None)
     assert [str(failure) for failure in outcome.failures] == ["rank 1: Killed: ended with exit code 3 without a result"]
-    assert outcome.seconds < 2
+    assert outcome.seconds < 7
 
 
 def test_ranks_that_are_stuck_are_ended():
     outcome = launch(2, lambda context: time.sleep(60), timeout=50.0, backend=None, is_stuck=lambda: True)
     assert {failure.kind for failure in outcome.failures} == {TIME_UP}
-    assert outcome.seconds < 10
+    assert outcome.seconds < 30
 
 
 def test_ranks_that_do_not_end_are_ended():
@@ -94,7 +94,7 @@ def test_ranks_that_do_not_end_are_ended():
         on_progress=lambda rank, pid: pids.append(pid),
     )
     assert {failure.kind for failure in outcome.failures} == {TIME_UP}
-    assert outcome.seconds < 10
+    assert outcome.seconds < 30
     assert len(pids) == 2
     assert all(map(gone, pids))
 
@@ -107,7 +107,7 @@ def test_after_a_failure_the_other_ranks_have_the_grace_period():
 
     outcome = launch(2, body, timeout=50.0, grace=1.0, backend=None)
     assert [failure.kind for failure in outcome.failures] == ["ValueError", TIME_UP]
-    assert outcome.seconds < 10
+    assert outcome.seconds < 30
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)

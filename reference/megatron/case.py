@@ -179,6 +179,12 @@ class Case:
                 "use --model deepseek --dtype bf16 and leave the distributed optimizer out",
             ),
             (
+                "Megatron cannot overlap the reduction of gradients with tied embeddings and multi-token prediction",
+                not (self.overlap_grad_reduce and self.tied and self.mtp_layers),
+                f"got {self.mtp_layers} multi-token prediction layers",
+                "leave one of the three out",
+            ),
+            (
                 "the number of multi-token prediction layers must not be negative",
                 self.mtp >= 0,
                 f"got {self.mtp}",

@@ -28,6 +28,7 @@ from reference.megatron.case import Case, Model
         ({"schedule": "dualpipev", "microbatches": 3}, "at least twice the ranks"),
         ({"layout": "Et|tL", "schedule": "dualpipev"}, "got Et|tL for 4 stages"),
         ({"mtp": -1}, "must not be negative: got -1"),
+        ({"mtp": 1, "tied": True, "overlap_grad_reduce": True}, "cannot overlap the reduction of gradients with tied"),
         ({"timeout": 0}, "positive number of seconds"),
     ],
 )

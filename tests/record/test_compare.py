@@ -120,6 +120,7 @@ def test_deferred_weight_gradients_are_bitwise_those_of_a_plain_run():
         "  stage 1 of lane > on rank 1: outputs and gradients equal",
         "  losses of lane > on rank 1: 3 computed, 3 of them kept or read by the end of the step; none of them is ever "
         "read on rank 1: does the program read its losses on another rank?",
+        "  each loss enters the gradient with weight 0.3333: the gradient is the mean over 3 microbatches",
     ]
 
 

@@ -17,6 +17,11 @@ def mark(node: Any, forward: int) -> None:
     node.metadata[_FORWARD] = forward
 
 
+def is_marked(node: Any) -> bool:
+    """Whether a node made the output of a forward."""
+    return _FORWARD in node.metadata
+
+
 def marks_below(root: Tensor | GradientEdge) -> set[int]:
     """The forwards noted at the first marked nodes on every path from ``root``."""
     found: set[int] = set()

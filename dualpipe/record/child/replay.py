@@ -19,12 +19,32 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from .marks import Key
+from .marks import Key, key_of
 
 Leaf = tuple[Key | None, tuple[int, ...]]
 """By which a tensor is recognised: its memory and its shape."""
 _STEP = 1e-5
 """How far the weights are moved for a slope, relative to their size."""
+
+
+@dataclass
+class Total:
+    """The gradient of a tensor, summed over the runs of the engine.
+
+    Several runs add up, as those of two losses.  But those for the weights and those for the input alone are two halves
+    of one backward, each with all of the gradient.
+    """
+
+    gradient: Tensor | None = None
+    with_weights: bool = False
+
+    def add(self, gradient: Tensor, spares: bool) -> None:
+        """A run has this gradient; it ``spares`` the weights if it is for the input alone."""
+        if spares and self.with_weights:
+            return
+        before = self.gradient if spares or self.with_weights else None
+        self.gradient = gradient if before is None else before + gradient
+        self.with_weights = self.with_weights or not spares
 
 
 @dataclass
@@ -51,21 +71,16 @@ class Call:
     changed: list[str]
     outputs: list[Tensor] = field(default_factory=list)
     returned: list[Leaf] = field(default_factory=list)
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-    with_weights: set[int] = field(default_factory=set)
+    totals: dict[int, Total] = field(default_factory=dict)
 
     def reached(self, at: int, gradient: Tensor, spares: bool) -> None:
-        """The engine has reached an output with a gradient, in a run that ``spares`` the weights or does not.
+        """The engine has reached an output with a gradient, in a run that ``spares`` the weights or does not."""
+        self.totals.setdefault(at, Total()).add(gradient, spares)
 
-        Several runs add up, as those of two losses.  But those for the weights and those for the input alone are two
-        halves of one backward, each with all of the gradient.
-        """
-        if spares and at in self.with_weights:
-            return
-        before = self.gradients.get(at) if spares or at in self.with_weights else None
-        self.gradients[at] = gradient if before is None else before + gradient
-        if not spares:
-            self.with_weights.add(at)
+    @property
+    def gradients(self) -> dict[int, Tensor]:
+        """The gradient of each output that a run has reached."""
+        return {at: total.gradient for at, total in self.totals.items() if total.gradient is not None}
 
 
 @dataclass
@@ -225,6 +240,10 @@ def gradient_of(parameter: nn.Parameter) -> Tensor | None:
     """Where a program keeps a parameter's gradient: in ``main_grad``, as Megatron does, or else in ``grad``."""
     kept = getattr(parameter, "main_grad", None)
     return kept if isinstance(kept, Tensor) else parameter.grad
+
+
+def leaf_of(tensor: Tensor) -> Leaf:
+    return key_of(tensor), tuple(tensor.shape)
 
 
 def copy_of(tensor: Tensor | None) -> Tensor | None:

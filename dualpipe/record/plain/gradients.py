@@ -27,13 +27,15 @@ class Agreement(NamedTuple):
 
     ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
     ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
-    factor, such as that of clipping.
+    factor, such as that of clipping.  ``factor``, of the gradients of several parameters, is both together, ``None`` if
+    none of them shows it.
     """
 
     how: str
     summed: bool | None = None
     scale: float = 1.0
     divided_by: int = 1
+    factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,11 @@ def _are_one(factors: Sequence[float]) -> bool:
     return bool(factors) and max(factors) - min(factors) <= _NEAR * abs(max(factors)) and max(factors) > 0
 
 
+def alike(factors: Sequence[float]) -> bool:
+    """Whether factors are the same up to rounding, and not zero."""
+    return all(abs(factor - factors[0]) <= _NEAR * abs(factors[0]) and factor for factor in factors)
+
+
 def _story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> str:
     """The factors in words, with what usually causes them."""
     other = next(each for each in Lane if each is not lane)
@@ -299,9 +306,8 @@ def _by_slope(final: Tensor | None, parts: Parts, counts: Sequence[int]) -> Agre
             if abs(found * count - total) <= close * count:
                 lanes = ["summed over both lanes"] if over_both else []
                 how = [*lanes, *([f"divided by {count}"] if count > 1 else []), "compared with slopes, not bit by bit"]
-                return Agreement(
-                    " and ".join(how[:-1]) + ", " * (len(how) > 1) + how[-1], None if parts.other is None else over_both
-                )
+                shown = " and ".join(how[:-1]) + ", " * (len(how) > 1) + how[-1]
+                return Agreement(shown, None if parts.other is None else over_both, divided_by=count)
     return f"the slope along the gradient is {found:.4g}, and the module's is {own:.4g}"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.phrases import counted
 from dualpipe.record.plain import links
-from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
+from dualpipe.record.plain.gradients import Agreement, Parts, agreement, alike, equal, factors_of, scale_of
 from dualpipe.record.plain.links import Plainly
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
@@ -43,8 +44,7 @@ class Step:
             return ChunkComparison(chunk, rank, count, (), (str(file["error"]),), ())
         faults: list[str] = []
         unknown: list[str] = [] if count else ["no microbatch was recorded"]
-        outside: list[str] = []
-        near: list[str] = []
+        linked: dict[int, list[links.Difference]] = {}
         for mb in range(count):
             found = self.forwards.get(Task(*chunk, mb))
             if found is None:
@@ -58,34 +58,59 @@ class Step:
                 else:
                     unknown.append(f"{what}, on the same input and weights: does its module keep a state of its own?")
             else:
-                lists = {"fault": faults, "unknown": unknown, "outside": outside, "near": near}
-                for which, what in links.differences(Task(*chunk, mb), found, self.forwards, self.foreign):
-                    lists[which].append(what)
+                of_task = links.differences(Task(*chunk, mb), found, self.forwards, self.foreign, self.places)
+                linked[mb] = list(of_task)
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
+        every = [each for found in linked.values() for each in found]
+        faults += [each.what for each in every if each.which == "fault"]
+        apart = [
+            f"{each.what}: is it computed further outside of a module?" for each in every if each.which == "unknown"
+        ]
+        scales = {mb: next((e.factor for e in found if e.which == "scaled"), 1.0) for mb, found in linked.items()}
+        if scales and not alike([*scales.values()]):
+            shown = ", ".join(f"{scale:.4g} times that of microbatch {mb}" for mb, scale in scales.items())
+            faults.append(
+                f"it takes the gradients that stage {chunk.stage + 1} has for it at different scales: {shown}"
+            )
+        taken = None if faults or apart else next(iter(scales.values()), 1.0)
+        notes = self._on_links(every, taken)
         kept = self._gradients(chunk, rank)
         if isinstance(kept, Agreement):
-            notes = (*([kept.how] if kept.how else []), *self._on_links(outside, near))
+            notes = (*([kept.how] if kept.how else []), *notes)
             return ChunkComparison(
-                chunk, rank, count, _shown(faults), (), notes, kept.summed, kept.scale, kept.divided_by
+                chunk,
+                rank,
+                count,
+                _shown(faults),
+                _shown(apart),
+                notes,
+                kept.summed,
+                kept.scale,
+                kept.divided_by,
+                kept.factor,
+                taken,
             )
         if summed := self._over_pipelines(chunk):
-            return ChunkComparison(chunk, rank, count, _shown(faults), (), (summed, *self._on_links(outside, near)))
+            return ChunkComparison(chunk, rank, count, _shown(faults), _shown(apart), (summed, *notes), taken=taken)
         if self.others:
-            unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
+            apart.append(f"{kept}, which may be the sum over pipelines that are not in the file")
         else:
             faults.append(kept)
-        return ChunkComparison(chunk, rank, count, _shown(faults), (*_shown(outside), *unknown), ())
+        return ChunkComparison(chunk, rank, count, _shown(faults), _shown(apart), (), taken=taken)
 
     @staticmethod
-    def _on_links(outside: Sequence[str], near: Sequence[str]) -> Iterator[str]:
-        if near:
-            yield f"{counted(len(near), 'link agrees', 'links agree')} with the neighbouring stages up to rounding"
-        if outside:
-            yield (
-                f"{len(outside)} links to neighbouring stages are not compared, because tensors are computed further "
-                "outside of its module"
-            )
+    def _on_links(linked: Sequence[links.Difference], taken: float | None) -> tuple[str, ...]:
+        """Notes on links that agree, but not bitwise."""
+        counts = Counter(each.which for each in linked)
+        notes = [
+            f"{counted(count, 'link agrees', 'links agree')} with the neighbouring stages {how}"
+            for which, how in (("near", "up to rounding"), ("narrow", "after a cast to a narrower type"))
+            if (count := counts[which])
+        ]
+        if taken is not None and not alike([taken, 1.0]):
+            notes.append(f"it takes {taken:.4g} times the gradients that the next stage has for it")
+        return tuple(notes)
 
     def _over_pipelines(self, chunk: Chunk) -> str:
         """A note if the gradients are those of all pipelines of the job, summed and perhaps divided."""
@@ -123,6 +148,7 @@ class Step:
         file = self.files[rank]
         agree: list[Agreement] = []
         wrong: dict[str, list[str]] = {}
+        factors: dict[str, float] = {}  # of the gradients that show it
         shared = self._shared(chunk)
         fitted = [factors_of(file["final"][number], parts) for number, parts in self._parts(chunk).items()]
         patterns = [factors for factors in fitted if factors]
@@ -141,20 +167,24 @@ class Step:
                 found = _with_earlier(found, file["step"])
             if isinstance(found, Agreement):
                 agree.append(found)
+                if final is not None and bool(final.any()):
+                    factors[name] = found.scale / found.divided_by
             else:
                 wrong.setdefault(found, []).append(name)
-        scales = {round(each.scale, 3) for each in agree if each.how or each.summed is not None or each.scale != 1}
         if wrong:
             return "; ".join(f"{_names(names)}: {what}" for what, names in wrong.items())
-        if len(scales) > 1:
-            shown = " and ".join(f"{scale:g}" for scale in sorted(scales))
+        if factors and not alike([*factors.values()]):
+            least, most = (of(factors, key=factors.__getitem__) for of in (min, max))
+            shown = " and ".join(f"{name} by {factors[name]:.4g}" for name in (least, most))
             return f"the gradients of its parameters are scaled by different factors: {shown}"
         summed = {each.summed for each in agree if each.summed is not None}
         notes = {each.how for each in agree if each.how}
         scale = next((each.scale for each in agree if each.scale != 1), 1.0)
         divided = {each.divided_by for each in agree}
         by = divided.pop() if len(divided) == 1 else 1
-        return Agreement(", ".join(sorted(notes)), summed.pop() if len(summed) == 1 else None, scale, by)
+        factor = next(iter(factors.values()), None)
+        of_both = summed.pop() if len(summed) == 1 else None
+        return Agreement(", ".join(sorted(notes)), of_both, scale, by, factor)
 
     @cached_property
     def _scales(self) -> tuple[float, ...]:

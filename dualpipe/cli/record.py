@@ -55,8 +55,14 @@ def record(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
     name: Annotated[str, typer.Option(help="The schedule's name in the file.")] = "recorded",
     step: Annotated[
-        int, typer.Option(min=1, help="The training step to write; a step ends with an optimizer step.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="The training step to write; a step ends with an optimizer step, or when the program has looked at "
+            "its gradients and sets them to zero.",
+            show_default="the first with an optimizer step",
+        ),
+    ] = None,
     session: Annotated[
         int, typer.Option(min=1, help="The process group to write, if the program creates several in turn.")
     ] = 1,
@@ -180,7 +186,7 @@ def record(
             stall,
             together=tuple(together or ()),
             containers=tuple(container or ()),
-            plain_step=step if compare else None,
+            plain_step=(step or 0) if compare else None,
         )
         end = run(launch, folder, output=2)
         logs, groups = read_folder(folder, ranks, session, end.succeeded)

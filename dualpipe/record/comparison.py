@@ -165,6 +165,11 @@ class LossWeights:
         """Whether there is only one microbatch, whose loss is both mean and sum."""
         return all(len(each) == 1 for each in self.weights.values()) and not (self.summed and len(self.weights) > 1)
 
+    def is_divided_twice(self, lane: Lane) -> bool:
+        """Whether each loss of a lane has the weight of one that is divided by the microbatches' number twice."""
+        weights = self.weights.get(lane, ())
+        return len(weights) > 1 and all(abs(weight * len(weights) ** 2 - 1) < 1e-3 for weight in weights)
+
     def _line(self) -> str:
         every = [weight for each in self.weights.values() for weight in each]
         if not every or not self.reduction:

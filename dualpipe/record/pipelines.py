@@ -35,7 +35,7 @@ def parse(text: str) -> Ranks:
 def assemble_all(
     logs: Sequence[RankLog],
     name: str = "recorded",
-    step: int = 1,
+    step: int | None = None,
     lanes: Lanes | None = None,
     codes: Codes = (),
     ranks: Ranks | None = None,
@@ -80,7 +80,7 @@ def _with_clashes(recording: Recording, clash: Mapping[int, str]) -> Recording:
 
 def assemble_one(
     logs: Sequence[RankLog],
-    step: int = 1,
+    step: int | None = None,
     lanes: Lanes | None = None,
     ranks: Sequence[int] | None = None,
     name: str = "recorded",
@@ -95,7 +95,7 @@ def assemble_one(
     return found[0]
 
 
-def beside(recording: Recording, logs: Sequence[RankLog], step: int = 1) -> list[Recording]:
+def beside(recording: Recording, logs: Sequence[RankLog], step: int | None = None) -> list[Recording]:
     """The recordings of the other pipelines of a job; none if one of them cannot be recorded."""
     try:
         every = assemble_all(logs, step=step) if recording.pipeline_ranks else []
@@ -105,7 +105,7 @@ def beside(recording: Recording, logs: Sequence[RankLog], step: int = 1) -> list
 
 
 def _assemble(
-    logs: Sequence[RankLog], ranks: Ranks, name: str, step: int, lanes: Lanes | None, codes: Codes
+    logs: Sequence[RankLog], ranks: Ranks, name: str, step: int | None, lanes: Lanes | None, codes: Codes
 ) -> Recording:
     recording = assemble(select(logs, ranks), name, step, lanes, [codes[rank] for rank in ranks] if codes else ())
     notes = [

@@ -32,7 +32,7 @@ def record_ranks(
     together: Sequence[str] = (),
     containers: Sequence[str] = (),
     check: bool = True,
-    step: int = 1,
+    step: int | None = None,
     lanes: Sequence[str] = (),
     compare: bool = False,
     pipeline_ranks: Sequence[int] | None = None,
@@ -57,7 +57,8 @@ def record_ranks(
     check:
         Whether an error on a rank is raised here.  If not, the recording contains what was done until then.
     step:
-        Which training step to return, counted from 1; each ends with an optimizer's step.
+        Which training step to return, counted from 1.  Each ends with an optimizer's step, or without one if the body
+        looks at its gradients and throws them away, as after an overflow.  The default is the first that ends with one.
     lanes:
         The ranks of each lane's stages, such as ``"0 1 2 3"``, for a run that ends before its messages show them.
     compare:
@@ -94,7 +95,7 @@ def record_ranks(
                     patches = Patches()
                     stack.callback(patches.undo)
                     stack.enter_context(cuda.answer(patches, ranks))
-                plain = (str(folder / "plain" / f"{context.rank}.pt"), step, timeout) if compare else None
+                plain = (str(folder / "plain" / f"{context.rank}.pt"), step or 0, timeout) if compare else None
                 stack.enter_context(record(together, containers, sink, plain))
                 _call(body, context.rank)
 

@@ -18,12 +18,13 @@ _REPLACES = frozenset({"copy", "set", "zero", "fill", "normal", "uniform", "rand
 
 
 class Kind(NamedTuple):
-    """What an operator does to the tensors that it writes to: it ``adds`` something, or ``replaces`` their values."""
+    """What an operator does to the tensors that it writes to: it ``adds``, ``replaces`` their values, or ``zeroes``."""
 
     name: str
     mutable: bool
     adds: bool
     replaces: bool
+    zeroes: bool
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def kind_of(func: Any) -> Kind:
     name = schema.name.rpartition("::")[2]
     base = name.removeprefix("_foreach_").rstrip("_")
     out = any(each.kwarg_only and each.alias_info and each.alias_info.is_write for each in schema.arguments)
-    return Kind(name, schema.is_mutable, base in _ADDS, out or base in _REPLACES)
+    return Kind(name, schema.is_mutable, base in _ADDS, out or base in _REPLACES, base == "zero")
 
 
 def applied(

@@ -8,7 +8,7 @@ and output.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,11 @@ class Edges:
                     if known == leaf_of(root):
                         call.reached(at, copy, spares)
 
+    def forget(self) -> None:
+        """Forget all forwards so far."""
+        self._leaves.clear()
+        self._roots.clear()
+
     def of(self, forward: int) -> dict[str, Any]:
         """What the file of the rank has for a forward."""
         find = self._flow.find
@@ -79,6 +84,21 @@ class Edges:
             "leaves": [(leaf.value, leaf.parts) for leaf in leaves],
             "roots": [(root.value, root.total.gradient) for root in roots],
         }
+
+
+class Engine:
+    """Wraps the autograd engine, and notes the tensors from which it runs, their gradients, and for which inputs."""
+
+    def __init__(self, note: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], None], engine: Any) -> None:
+        self._note, self._engine = note, engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run_backward(self, tensors: Any, grad_tensors: Any = (), *args: Any, **kwargs: Any) -> Any:
+        inputs = args[2] if len(args) > 2 else kwargs.get("inputs", ())
+        self._note(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
+        return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
 
 
 def leaves_below(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from . import errors, graph
 from .applied import Kind
 from .arrivals import Arrivals
+from .attempts import Attempts
 from .buffers import Buffers
 from .forwards import Forwards, Trials
 from .gradients import Gradients
@@ -77,7 +78,8 @@ class Flow:
         self._owed = Owed(self.write, self._forwards, self.parameters)
         self._engine_runs = Runs(self.write, self._table, self._forwards, self.parameters, self._owed)
         self.origins = Origins(self.write, self._table, self._forwards, self.parameters, self._engine_runs)
-        self._gradients = Gradients(self.write, self._table, self.parameters, self.origins, self._owed)
+        self.attempts = Attempts(self.write, self._forwards)
+        self._gradients = Gradients(self.write, self._table, self.parameters, self.origins, self._owed, self.attempts)
         self._posts = Posts(self._table, self.origins, self.parameters)
         self.context: Marks | None = None  # the marks of the module call or the run of the engine in progress
         self.calling = 0  # depth of module calls
@@ -96,6 +98,7 @@ class Flow:
             fields["path"] = call_path()
             fields["together"] = call_number(self.together)
         self._sink({"event": event, "at": program_line(), **fields})
+        self.attempts.wrote(event)
 
     def poll(self, messages: Sequence[int]) -> None:
         """The program has looked whether messages have completed, and they have not; repeated looks are one event."""
@@ -274,8 +277,10 @@ class Flow:
             if key is None:
                 continue
             aliased = memory.get(key[0])
-            if aliased is None and self.context is None and output.numel() > 1:
-                self.parameters.note_copy(output, inputs)
+            if aliased is None and self.context is None:
+                self._gradients.read(output, inputs)
+                if output.numel() > 1:
+                    self.parameters.note_copy(output, inputs)
             if aliased is None:
                 found = NONE if _only_shaped_like(kind.name) else self.origins.carried(inputs)
                 self._take_inside(found)
@@ -303,6 +308,7 @@ class Flow:
             self._gradients.changed(kind)
             self._gradients.add(held, carried)
         else:
+            self._gradients.read(output, inputs)
             self._table.put(output, carried if kind.replaces else self._table.get(output) | carried)
 
     def assigned(self, parameter: Tensor, gradient: Tensor | None) -> None:

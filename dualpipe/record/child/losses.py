@@ -70,6 +70,12 @@ class Losses:
             "loss weights": {find(f): [weight.found() for weight in each] for f, each in self._weights.items()},
         }
 
+    def forget(self) -> None:
+        """Forget the losses so far, which belong to a step that the program threw away."""
+        for kept in (self._read, self._values, self._roots, self._weights, self._begun, self._collected):
+            kept.clear()
+        self._done = False
+
     def read(self) -> list[int]:
         """The forwards of which the program has read a result."""
         return sorted(map(self._flow.find, self._read))

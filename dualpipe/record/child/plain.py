@@ -15,7 +15,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,8 +26,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from .edges import Edges, leaves_below
+from .edges import Edges, Engine, leaves_below
 from .flow import Flow
+from .graph import marked_below
 from .log import program_line
 from .losses import Losses
 from .marks import key_of
@@ -37,27 +38,20 @@ from .transport import Transport
 
 _AUTOCAST = ("cpu", "cuda")
 _POLL = 0.01
-
-
-class _Roots:
-    """Wraps the autograd engine, and notes the tensors from which it runs."""
-
-    def __init__(self, note: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], None], engine: Any) -> None:
-        self._note, self._engine = note, engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def run_backward(self, tensors: Any, grad_tensors: Any = (), *args: Any, **kwargs: Any) -> Any:
-        inputs = args[2] if len(args) > 2 else kwargs.get("inputs", ())
-        self._note(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
-        return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+_OUTPUT = "dualpipe.record.output"  # in a node's metadata: the calls that returned its result, and the positions there
+FIRST_KEPT = 0
+"""Stands for the first training step whose gradients an optimizer uses."""
+DISCARDED = (
+    "the program threw away the gradients of this step before an optimizer's step, and computed again: compare the "
+    "next step, by its number"
+)
 
 
 class Plain:
     """The module calls of one step of one rank, and their plain run.
 
-    ``path`` is the file to write, ``step`` the training step (from 1), ``seconds`` the limit for the plain run.
+    ``path`` is the file to write, ``step`` the training step (from 1, or ``FIRST_KEPT``), ``seconds`` the limit for the
+    plain run.
     """
 
     def __init__(
@@ -73,6 +67,9 @@ class Plain:
         self._path, self._wanted, self._seconds = path, step, seconds
         self._containers = frozenset(containers)
         self._step, self._computed, self._done = 1, False, False
+        self._discarded = 0  # how often the program had thrown away its gradients by then
+        self._optimized = False  # whether an optimizer has made a step since the wanted one was computed
+        self._anew = 0  # how many training steps it has ended so
         self._calls: dict[int, list[Call]] = {}
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         self._parameters: list[tuple[str, nn.Parameter]] = []
@@ -87,10 +84,14 @@ class Plain:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
         self._losses.watch(patches)
-        patches.put(Variable, "_execution_engine", _Roots(self._ran_from, Variable._execution_engine))
-        patches.later(register_optimizer_step_pre_hook(lambda *args: self.end_step(True)).remove)
+        patches.put(Variable, "_execution_engine", Engine(self._ran_from, Variable._execution_engine))
+        patches.later(register_optimizer_step_pre_hook(lambda *args: self._optimize()).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
         patches.wrap(nn.utils.clip_grad_norm_, self._before_clipping)
+
+    def _optimize(self) -> None:
+        self._optimized = True
+        self.end_step(True)
 
     def _before_clipping(self, original: Any) -> Any:
         def clip(parameters: Any, limit: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Any:
@@ -108,14 +109,17 @@ class Plain:
 
     def _ran_from(self, roots: Sequence[Any], gradients: Sequence[Any], inputs: Sequence[Any]) -> None:
         """The engine is about to run from these tensors.  A scalar among them is taken for a loss."""
-        if self._done or self._step != self._wanted or self._flow.calling or self._flow.running:
+        if self._done or not self._is_wanted() or self._flow.calling or self._flow.running:
             return
         losses = [root for root in roots if isinstance(root, Tensor) and root.numel() == 1]
+        for root in roots:
+            for call, at in [output for node in marked_below(root) for output in node.metadata.get(_OUTPUT, ())]:
+                call.apart.add(at)
         if losses:
             self._losses.begin(losses, bool(inputs))
         spares = bool(inputs) and not any(target in self._flow.parameters for target in inputs)
         for root, gradient in zip(roots, gradients, strict=False):
-            if isinstance(root, Tensor) and isinstance(gradient, Tensor):
+            if isinstance(root, Tensor) and isinstance(gradient, Tensor) and root.numel() > 1:
                 made = {self._flow.find(number) for number in self._flow.makers((root,))}
                 for forward in made if len(made) == 1 else ():
                     self._edges.run_from(forward, root, gradient, spares, self._calls.get(forward, ()))
@@ -125,9 +129,11 @@ class Plain:
         def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - replaces that method
             flow = self._flow
             inside = flow.calling or flow.running or type(module).__qualname__ in self._containers
+            if not inside:
+                self._begin_anew()
             if not inside and self._done:
                 self._keep_changed()
-            if inside or self._done or self._step != self._wanted:
+            if inside or self._done or not self._is_wanted():
                 self._computed = self._computed or not inside
                 return original(module, *args, **kwargs)
             call = self._begin(module, args, kwargs)
@@ -139,12 +145,44 @@ class Plain:
 
         return __call__
 
+    def _is_wanted(self) -> bool:
+        return self._wanted in (FIRST_KEPT, self._step)
+
+    def _begin_anew(self) -> None:
+        """The program computes.  If it has thrown away its gradients before that, a new training step begins."""
+        if self._flow.attempts.count == self._discarded:
+            return
+        self._discarded = self._flow.attempts.count
+        if (self._done and self._optimized) or not (self._done or self._computed):
+            return
+        self._anew += 1
+        if self._done or self._step == self._wanted:
+            self._save({"error": DISCARDED, "discarded": self._anew})
+        if self._step == self._wanted:
+            self._done = self._optimized = True
+            return
+        self._done = False  # it is done if the program has clipped the gradients before it threw them away
+        self._step += 1
+        self._computed = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget what was kept of a step."""
+        self._clipped = self._changed = None
+        self._calls.clear()
+        self._numbers.clear()
+        self._parameters.clear()
+        self._weights.clear()
+        self._before.clear()
+        self._edges.forget()
+        self._losses.forget()
+
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Call | None:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or any(key_of(tensor) is None or tensor.is_meta for tensor in tensors):
             return None
-        self._computed = True
+        self._computed, self._optimized = True, False
         with _disable_current_modes():
             self._keep_weights(module)
             weights = [(name, self._weights[self._numbers[id(p)]], p) for name, p in module.named_parameters()]
@@ -189,7 +227,9 @@ class Plain:
             call.outputs = [leaf.detach().clone() for leaf in leaves]
             call.returned = [leaf_of(leaf) for leaf in leaves]
         for at, leaf in enumerate(leaves):
-            if leaf.grad_fn is not None:
+            node: Any = leaf.grad_fn
+            if node is not None:
+                node.metadata.setdefault(_OUTPUT, []).append((call, at))
                 leaf.register_hook(functools.partial(self._keep_gradient, call, at))  # type: ignore[no-untyped-call]
         (forward,) = forwards
         self._calls.setdefault(forward, []).append(call)
@@ -201,10 +241,11 @@ class Plain:
 
     def end_step(self, by_optimizer: bool) -> None:
         """The program is about to change its weights, or ends.  If this is the wanted step, make the plain run."""
+        self._discarded = self._flow.attempts.count
         if self._done or not self._computed:
             return
         self._computed = False
-        if self._step != self._wanted:
+        if not self._is_wanted():
             self._step += 1
             return
         self._done = True
@@ -213,7 +254,6 @@ class Plain:
         calls: dict[int, list[Call]] = {}
         for forward, each in self._calls.items():
             calls.setdefault(find(forward), []).extend(each)
-        os.makedirs(os.path.dirname(self._path), exist_ok=True)
         child = os.fork()
         if child == 0:
             code = 1
@@ -230,7 +270,8 @@ class Plain:
                             "names": [name for name, _ in self._parameters],
                             "final": final,
                             "before": self._before,
-                            "step": self._wanted,
+                            "step": self._step,
+                            "discarded": self._anew,
                             "by_optimizer": by_optimizer,
                             "weights": self._weights,
                             "layers": self._layers(),
@@ -274,6 +315,7 @@ class Plain:
 
     def _save(self, content: dict[str, Any], ending: str = "") -> None:
         path = self._path + ending
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.save(content, path + ".part")
         os.replace(path + ".part", path)
 

@@ -53,7 +53,8 @@ class Call:
 
     ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
     which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
-    step began.  ``with_weights`` are the outputs that a run of the engine has reached that was not for the input alone.
+    step began, ``totals`` the gradients of its outputs by position,
+    ``apart`` the outputs that the program uses outside of later calls, too.
     """
 
     module: nn.Module
@@ -72,6 +73,7 @@ class Call:
     outputs: list[Tensor] = field(default_factory=list)
     returned: list[Leaf] = field(default_factory=list)
     totals: dict[int, Total] = field(default_factory=dict)
+    apart: set[int] = field(default_factory=set)
 
     def reached(self, at: int, gradient: Tensor, spares: bool) -> None:
         """The engine has reached an output with a gradient, in a run that ``spares`` the weights or does not."""
@@ -148,6 +150,7 @@ class Replay:
             "wrong": wrong,
             "changed": sorted({name for call in calls for name in call.changed}),
             "ran": bool(made.roots),
+            "needs gradient": any(leaf.requires_grad for _, _, leaf in made.returned),
         }
 
     def _forget_gradients(self) -> None:
@@ -183,6 +186,7 @@ class Replay:
         inputs: list[Tensor] = []
         returned: list[tuple[Call, int, Tensor]] = []
         taken: set[Leaf] = set()
+        apart = {call.returned[at] for call in calls for at in call.apart}  # what a later call takes is a copy
         for call in calls:
             names = {name: kept(buffer) for name, buffer in call.buffers.items()}
             for name, parameter in call.module.named_parameters(remove_duplicate=False):
@@ -195,7 +199,7 @@ class Replay:
                 names[name] = weights[number]
             leaves = [kept(leaf) if isinstance(leaf, Tensor) and not with_grad else leaf for leaf in call.leaves]
             for at, known in enumerate(call.known):
-                if known in made:
+                if known in made and known not in apart:
                     leaves[at] = made[known]
                     taken.add(known)
                 elif known is not None and with_grad and (call.needs_grad[at] or at in call.arrived):

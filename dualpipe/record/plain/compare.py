@@ -93,8 +93,8 @@ def compare(
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
-    losses = tuple(losses_of(files, logs, tasks, routes, chunks))
     weights = weights_of(files, logs, tasks, routes, chunks, reduction)
+    losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     clipping = _clipping(chunks, files, forwards, clip_norm, others, weights)
     replicas = tuple(differences(chunks, files, forwards))
     found = Comparison(chunks, losses, replicas, clipping, weights)
@@ -139,6 +139,8 @@ def _step(
     ranks = ranks or range(len(logs))
     logs = [logs[rank] for rank in ranks]
     files = {rank: _load(folder / f"{ranks[rank]}.pt") for route in routes.values() for rank in route}
+    if any(files[rank].get("discarded", 0) > len(logs[rank].discarded) for rank in files):
+        files = {rank: {"error": _TWICE} for rank in files}
     forwards: dict[Task, Plainly] = {}
     for id, task in sorted(tasks.items()):
         file, number = files.get(id.rank, {}), logs[id.rank].find(id.number)
@@ -147,6 +149,12 @@ def _step(
             forwards[task] = found | {"layers": file.get("layers", {}).get(number, {})}
     counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
     return Step(files, forwards, routes, counts, others, places or {}, tuple(replicas))
+
+
+_TWICE = (
+    "some ranks threw away their gradients during the step and computed again, and others did not: run the program "
+    "without that, or give every rank an optimizer"
+)
 
 
 def _changes(logs: Sequence[RankLog], steps: Collection[int]) -> Iterator[str]:

@@ -77,7 +77,7 @@ def test_a_wrong_gradient_that_is_sent_or_kept_is_different(fault):
 def test_a_link_that_cannot_be_related_to_its_stages_is_unknown_and_never_equal():
     comparison = compared("computed apart")
     assert comparison.verdict == "unknown", comparison.text()
-    assert "microbatch 0 does not take what stage 0 returns for it: is it computed further outside of a module?" in (
+    assert "microbatch 0 does not take what stage 0 returns for it: is it computed further without autograd?" in (
         comparison.text()
     )
 

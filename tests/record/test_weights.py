@@ -53,8 +53,7 @@ def add_out(weight, found):
 
 
 def add_to_flat(weight, found):
-    weight.flat[2:].add_(torch.cat([found.reshape(-1)[2:], torch.zeros(4)]))  # of a buffer with the weight and more
-    weight.flat[:2].add_(found.reshape(-1)[:2])
+    weight.flat.add_(torch.cat([torch.zeros(4), found.reshape(-1)]))  # a buffer that begins before the gradient
 
 
 class Layer(nn.Module):
@@ -70,7 +69,7 @@ class Layer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(4)) if bias else None
         if keep is not assign:
             self.weight.flat = torch.zeros(20)
-            self.weight.grad = self.weight.flat[:16].view(4, 4)
+            self.weight.grad = self.weight.flat[4:].view(4, 4)
 
     def forward(self, x):
         y = Deferred.apply(x.requires_grad_(), None if self.dummy == "hidden" else self.weight, self)

@@ -57,7 +57,9 @@ def differences(
         others = [each.get("returned", []) for other, each in forwards.items() if other != task]
         if difference := _agreement(taken, given):
             known = difference.which == "unknown" and any(_another(each, others) for each in taken)
-            yield _told(difference, what, known, foreign, Op(SF, task.lane, task.stage - 1, task.mb))
+            yield _described(difference, what, known, foreign, Op(SF, task.lane, task.stage - 1, task.mb))
+    if not found.get("needs gradient", True):
+        return  # nothing in this stage or before it is trained
     if not found["ran"]:
         yield Difference("fault", f"no gradient reaches microbatch {task.mb}")
     elif after is not None:
@@ -93,10 +95,10 @@ def _of_gradient(
         return
     others.append(after.get("gradients", []))  # that of the output in place of that of the input
     known = difference.which in ("unknown", "scaled") and any(_another(each, others) for each in taken)
-    yield _told(difference, what, known, foreign, send)
+    yield _described(difference, what, known, foreign, send)
 
 
-def _told(difference: Difference, what: str, known: bool, foreign: Mapping[Op, bool], send: Op) -> Difference:
+def _described(difference: Difference, what: str, known: bool, foreign: Mapping[Op, bool], send: Op) -> Difference:
     """The difference in words.  It is a fault if the tensor is ``known`` as another's, or the send is of another."""
     if known or (difference.which in ("unknown", "scaled") and foreign.get(send)):
         return Difference("fault", what)

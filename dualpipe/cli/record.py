@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from enum import StrEnum
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from dualpipe.cli.proving import Against
     from dualpipe.record import Recording
     from proofs.against import Comparison as AgainstOther
+
+
+class Reduction(StrEnum):
+    """How the losses of the microbatches make that of the step."""
+
+    mean = "mean"
+    sum = "sum"
 
 
 @app.command(
@@ -47,8 +55,14 @@ def record(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The schedule file to write.")] = None,
     name: Annotated[str, typer.Option(help="The schedule's name in the file.")] = "recorded",
     step: Annotated[
-        int, typer.Option(min=1, help="The training step to write; a step ends with an optimizer step.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="The training step to write; a step ends with an optimizer step, or when the program has looked at "
+            "its gradients and sets them to zero.",
+            show_default="the first with an optimizer step",
+        ),
+    ] = None,
     session: Annotated[
         int, typer.Option(min=1, help="The process group to write, if the program creates several in turn.")
     ] = 1,
@@ -94,6 +108,12 @@ def record(
             min=0.0,
         ),
     ] = None,
+    reduction: Annotated[
+        Reduction | None,
+        typer.Option(
+            help="For --compare: what the gradient must be of the losses of all microbatches.", show_default="either"
+        ),
+    ] = None,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the recorded schedule.")] = False,
     against: Annotated[
         str | None,
@@ -133,12 +153,14 @@ def record(
     130: ended by Ctrl-C
     """
     from dualpipe.record import Launch, assemble_all, pipelines, read_folder, run
+    from dualpipe.record.comparison import check_expected
     from dualpipe.record.lanes import LANE, parse
     from dualpipe.record.traces import name_ranges
 
     check_name(name)
     _check_waived(waive or (), prove)
     _check_model(model, prove)
+    check_expected(compare, clip_norm, reduction)
     more = takewhile(LANE.fullmatch, command) if lanes else ()
     given = [*(lanes or []), *more]
     routes, command = (parse(given), command[len(given) - len(lanes or []) :]) if lanes else (None, command)
@@ -164,7 +186,7 @@ def record(
             stall,
             together=tuple(together or ()),
             containers=tuple(container or ()),
-            plain_step=step if compare else None,
+            plain_step=(step or 0) if compare else None,
         )
         end = run(launch, folder, output=2)
         logs, groups = read_folder(folder, ranks, session, end.succeeded)
@@ -174,7 +196,10 @@ def record(
             from dualpipe.record.plain import add_comparison
 
             plain = folder / "plain" / str(session)
-            recordings = [add_comparison(recording, plain, logs, clip_norm, recordings) for recording in recordings]
+            every = recordings if chosen is None else [*recordings, *pipelines.beside(recordings[0], logs, step)]
+            recordings = [
+                add_comparison(recording, plain, logs, clip_norm, every, reduction) for recording in recordings
+            ]
         renamed = name_ranges(logs, recordings[0].pipeline_ranks, routes, codes)
     if groups > 1:
         typer.echo(f"dualpipe: process group {session} of {groups}", err=True)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from dualpipe.errors import RuleError
+from dualpipe.record.phrases import counted
 from dualpipe.schedule import Chunk, Lane
+
+REDUCTIONS = ("mean", "sum")
+
+
+def check_expected(compare: bool, clip_norm: float | None, reduction: str | None) -> None:
+    """Raise ``RuleError`` for what is expected of a comparison if there is none, or for another value."""
+    for name, given in (("clip norm", clip_norm), ("reduction", reduction)):
+        if given is not None and not compare:
+            raise RuleError(f"a {name} is for a comparison", f"got {given} without one", "compare too, or leave it out")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise RuleError("a clip norm is a positive number", f"got {clip_norm}", "give the limit of the norm")
+    if reduction is not None and reduction not in REDUCTIONS:
+        raise RuleError("a reduction is mean or sum", f"got {reduction!r}", "give one of them")
 
 
 @dataclass(frozen=True)
@@ -15,6 +32,8 @@ class ChunkComparison:
     As text, ``faults`` has what differs, ``unknown`` what could not be compared, and ``notes`` how gradients agree.
     ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show.  ``divided_by`` is
     the number of microbatches or replicas by which all of them are divided, ``scale`` any other factor of all of them.
+    ``factor`` is both together, ``None`` if no gradient shows it.  ``taken`` is the factor by which the stage takes the
+    gradients that the next stage has for it, ``None`` if that is unknown.
     """
 
     chunk: Chunk
@@ -26,6 +45,8 @@ class ChunkComparison:
     summed: bool | None = None
     scale: float = 1.0
     divided_by: int = 1
+    factor: float | None = None
+    taken: float | None = 1.0
 
     def text(self) -> str:
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"
@@ -43,6 +64,7 @@ class ChunkComparison:
             "notes": list(self.notes),
             "summed": self.summed,
             "scale": self.scale,
+            "divided_by": self.divided_by,
         }
 
 
@@ -111,6 +133,69 @@ class LossComparison:
 
 
 @dataclass(frozen=True)
+class LossWeights:
+    """With which weights the losses of the microbatches enter the gradient.
+
+    ``reduction`` is ``mean`` if the weights add up to 1, ``sum`` if each is 1, ``other`` if neither is the case, and
+    empty if that could not be determined.  With ``summed`` the gradient is that of both lanes together.  ``expected``
+    is the reduction that the user expects, if any.
+    """
+
+    weights: Mapping[Lane, tuple[float, ...]] = field(default_factory=dict)
+    reduction: str = ""
+    expected: str | None = None
+    summed: bool = False
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        if self.expected is None or {self.reduction, self.expected} != {*REDUCTIONS} or self._one:
+            return ()
+        why = "is each loss divided by their number" if self.expected == "mean" else "are they divided by their number"
+        return (f"{self._line()}, and not the {self.expected}: {why}?",)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        if self.expected is None or self.reduction in REDUCTIONS:
+            return ()
+        known = self._line() or "with which weight a loss enters the gradient could not be determined"
+        return (f"{known}; so it is not known whether the gradient is the {self.expected} over the microbatches",)
+
+    @property
+    def _one(self) -> bool:
+        """Whether there is only one microbatch, whose loss is both mean and sum."""
+        return all(len(each) == 1 for each in self.weights.values()) and not (self.summed and len(self.weights) > 1)
+
+    def is_divided_twice(self, lane: Lane) -> bool:
+        """Whether each loss of a lane has the weight of one that is divided by the microbatches' number twice."""
+        weights = self.weights.get(lane, ())
+        return len(weights) > 1 and all(abs(weight * len(weights) ** 2 - 1) < 1e-3 for weight in weights)
+
+    def _line(self) -> str:
+        every = [weight for each in self.weights.values() for weight in each]
+        if not every or not self.reduction:
+            return ""
+        count = len(every) if self.summed else max(map(len, self.weights.values()))
+        low, high = f"{min(every):.4g}", f"{max(every):.4g}"
+        weight = low if low == high else f"{low} to {high}"
+        what = "neither the mean nor the sum" if self.reduction == "other" else f"the {self.reduction}"
+        over = counted(count, "microbatch", "microbatches")
+        return f"each loss enters the gradient with weight {weight}: the gradient is {what} over {over}"
+
+    def text(self) -> str:
+        """One line, or none if nothing is known and nothing was expected."""
+        return "; ".join([*self.faults, *self.unknown]) or self._line()
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "weights": {str(lane): list(each) for lane, each in self.weights.items()},
+            "reduction": self.reduction or None,
+            "expected": self.expected,
+            "faults": list(self.faults),
+            "unknown": list(self.unknown),
+        }
+
+
+@dataclass(frozen=True)
 class Clipping:
     """What is wrong with the norm by which gradients were clipped, what could not be determined, and notes."""
 
@@ -134,15 +219,17 @@ class Comparison:
     losses: tuple[LossComparison, ...]
     replicas: tuple[str, ...]
     clipping: Clipping = Clipping()
+    weights: LossWeights = LossWeights()
     changes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """``equal``, ``different`` or ``unknown``."""
         faults = [*(each.faults for each in self.chunks), *(each.faults for each in self.losses), self.clipping.faults]
-        if self.replicas or any(faults):
+        if self.replicas or self.weights.faults or any(faults):
             return "different"
-        return "unknown" if self.clipping.unknown or any(each.unknown for each in self.chunks) else "equal"
+        unknown = (self.clipping.unknown, self.weights.unknown, *(each.unknown for each in self.chunks))
+        return "unknown" if any(unknown) else "equal"
 
     def text(self) -> str:
         """A line for each stage and lane, then the losses and the replicas."""
@@ -150,7 +237,9 @@ class Comparison:
         lines += [f"  {each.text()}" for each in self.chunks]
         lines += [f"  {each.text()}" for each in self.losses]
         clipping = (*self.clipping.faults, *self.clipping.unknown, *self.clipping.notes)
-        return "\n".join([*lines, *(f"  {line}" for line in (*self.replicas, *clipping, *self.changes))]) + "\n"
+        weights = filter(None, [self.weights.text()])
+        rest = (*weights, *self.replicas, *clipping, *self.changes)
+        return "\n".join([*lines, *(f"  {line}" for line in rest)]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -159,5 +248,6 @@ class Comparison:
             "losses": [each.as_json() for each in self.losses],
             "replicas": list(self.replicas),
             "clipping": self.clipping.as_json(),
+            "loss_weights": self.weights.as_json(),
             "changes": list(self.changes),
         }

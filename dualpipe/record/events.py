@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,20 @@ from dualpipe.record.log import Raised as Raised
 from dualpipe.record.log import RankLog as RankLog
 from dualpipe.record.log import RecordError as RecordError
 from dualpipe.record.log import Taken as Taken
+
+
+def read_all(events: Mapping[int, Sequence[Event]]) -> list[RankLog]:
+    """Read the events of all ranks, in order of rank.
+
+    A training step without an optimizer's step counts only if all ranks that compute end it so.
+    """
+    logs = [read(rank, events[rank]) for rank in sorted(events)]
+    ends = {tuple(log.discarded) for log in logs if log.forwards}
+    return logs if len(ends) < 2 else [read(rank, _without_discarded(events[rank])) for rank in sorted(events)]
+
+
+def _without_discarded(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if event["event"] != "discarded"]
 
 
 def read(rank: int, events: Sequence[Event]) -> RankLog:
@@ -104,6 +118,8 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 during = event["during"] and tuple(event["during"])
                 log.raised = Raised(event["error"], event["text"], event["place"], event["time"], during)
             case "step":
+                if (at := event.get("discarded")) is not None:
+                    log.discarded[log.steps] = at
                 log.steps += 1
                 begun = False
             case "end":
@@ -112,12 +128,20 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
 
 
 def _merge_optimizer_steps(events: Sequence[Event]) -> list[Event]:
-    """The events with one optimizer step in place of consecutive ones, and none before the first computation."""
+    """The events with one optimizer step in place of consecutive ones, and none before the first computation.
+
+    Gradients that are thrown away are the end of a training step, too, if the program computes before the next one.
+    """
     kept: list[Event] = []
+    computes_later = False
     stepped = False  # reading backwards: whether there is a step between here and the next forward or backward
     for event in reversed(events):
         if event["event"] in ("forward", "backward"):
-            stepped = False
+            stepped, computes_later = False, True
+        if event["event"] == "discarded":
+            if stepped or not computes_later:
+                continue
+            event = {**event, "event": "step", "discarded": event["at"]}
         if event["event"] != "step" or not stepped:
             kept.append(event)
         stepped = stepped or event["event"] == "step"
@@ -236,4 +260,4 @@ def read_folder(folder: Path, ranks: int | None, session: int, succeeded: bool =
             f"rank {missing[0]} of {size} never joined the process group",
             "look at its output",
         )
-    return [read(rank, chosen.get(rank, [])) for rank in range(size)], len(groups)
+    return read_all({rank: chosen.get(rank, []) for rank in range(size)}), len(groups)

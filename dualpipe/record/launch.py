@@ -50,7 +50,7 @@ class Launch:
     ``together`` names methods that overlap a forward with a backward, ``containers`` module classes whose call is not
     the forward of a stage.  The program is stopped ``timeout`` seconds after its start, ``stall`` seconds after every
     rank began to wait for messages, and ``grace`` seconds after a rank failed.  ``plain_step`` is the training step to
-    run plainly as well, if there is one.
+    run plainly as well, if there is one: 0 for the first whose gradients an optimizer uses.
     """
 
     command: tuple[str, ...]

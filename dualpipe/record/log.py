@@ -212,6 +212,8 @@ class RankLog:
         torch.
     changed:
         What the program did to gradients in place: the operator, the line and the training step.
+    discarded:
+        The training steps whose gradients it threw away before an optimizer's step, and where.
     """
 
     rank: int
@@ -232,6 +234,7 @@ class RankLog:
     taken: list[Taken] = field(default_factory=list)
     left: set[str] = field(default_factory=set)
     changed: list[tuple[str, str, int]] = field(default_factory=list)
+    discarded: dict[int, str] = field(default_factory=dict)
 
     def find(self, forward: int) -> int:
         while forward in self.same:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
+
+_MOST_NAMES = 3
 
 
 def counted(count: int, one: str, several: str) -> str:
     """A count and what follows it: ``1 forward ran`` or ``2 forwards ran``."""
     return f"{count} {one if count == 1 else several}"
+
+
+def names_of(names: Sequence[str]) -> str:
+    """The first names, and how many there are more."""
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 _SUMMED = "gradients of several microbatches in an order that could not be determined"

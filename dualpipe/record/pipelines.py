@@ -35,7 +35,7 @@ def parse(text: str) -> Ranks:
 def assemble_all(
     logs: Sequence[RankLog],
     name: str = "recorded",
-    step: int = 1,
+    step: int | None = None,
     lanes: Lanes | None = None,
     codes: Codes = (),
     ranks: Ranks | None = None,
@@ -79,10 +79,14 @@ def _with_clashes(recording: Recording, clash: Mapping[int, str]) -> Recording:
 
 
 def assemble_one(
-    logs: Sequence[RankLog], step: int = 1, lanes: Lanes | None = None, ranks: Sequence[int] | None = None
+    logs: Sequence[RankLog],
+    step: int | None = None,
+    lanes: Lanes | None = None,
+    ranks: Sequence[int] | None = None,
+    name: str = "recorded",
 ) -> Recording:
     """The recording of the only pipeline, or of the one with these ranks.  Raises ``RecordError`` for several."""
-    found = assemble_all(logs, step=step, lanes=lanes, ranks=None if ranks is None else tuple(ranks))
+    found = assemble_all(logs, name, step, lanes, ranks=None if ranks is None else tuple(ranks))
     if len(found) > 1:
         shown = " and ".join(" ".join(map(str, recording.pipeline_ranks)) for recording in found)
         raise RecordError(
@@ -91,8 +95,17 @@ def assemble_one(
     return found[0]
 
 
+def beside(recording: Recording, logs: Sequence[RankLog], step: int | None = None) -> list[Recording]:
+    """The recordings of the other pipelines of a job; none if one of them cannot be recorded."""
+    try:
+        every = assemble_all(logs, step=step) if recording.pipeline_ranks else []
+    except RecordError:
+        return []
+    return [each for each in every if {*each.pipeline_ranks}.isdisjoint(recording.pipeline_ranks)]
+
+
 def _assemble(
-    logs: Sequence[RankLog], ranks: Ranks, name: str, step: int, lanes: Lanes | None, codes: Codes
+    logs: Sequence[RankLog], ranks: Ranks, name: str, step: int | None, lanes: Lanes | None, codes: Codes
 ) -> Recording:
     recording = assemble(select(logs, ranks), name, step, lanes, [codes[rank] for rank in ranks] if codes else ())
     notes = [

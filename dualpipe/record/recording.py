@@ -10,7 +10,7 @@ from typing import Any
 from dualpipe.record.arrivals import note_arrivals
 from dualpipe.record.collectives import name_collectives
 from dualpipe.record.comparison import Comparison
-from dualpipe.record.events import Doubt, Event, ForwardId, Message, MessageId, RankLog, RecordError, read
+from dualpipe.record.events import Doubt, Event, ForwardId, Message, MessageId, RankLog, RecordError, read_all
 from dualpipe.record.failures import Codes, fails
 from dualpipe.record.failures import failures as conclude_failures
 from dualpipe.record.lanes import Lanes, check_ranks, guess
@@ -103,12 +103,18 @@ class Recording:
 
 
 def assemble(
-    logs: Sequence[RankLog], name: str = "recorded", step: int = 1, lanes: Lanes | None = None, codes: Codes = ()
+    logs: Sequence[RankLog],
+    name: str = "recorded",
+    step: int | None = None,
+    lanes: Lanes | None = None,
+    codes: Codes = (),
 ) -> Recording:
     """The recording of the logs of all ranks, in order of rank.
 
     Parameters
     ----------
+    step:
+        The training step, from 1; by default the first whose gradients an optimizer uses.
     lanes:
         The ranks and modules of each lane, for a run whose messages do not show them.
     codes:
@@ -129,6 +135,9 @@ def assemble(
         if not failed:
             raise
         steps = [0]
+    thrown_away = {number: at for log in logs for number, at in log.discarded.items()}
+    if step is None:
+        step = next((count for count, number in enumerate(steps, start=1) if number not in thrown_away), 1)
     if not 1 <= step <= len(steps):
         got = f"got {step}, and there were {len(steps)}"
         raise RecordError("--step is the number of a training step, from 1", got, "use one of them")
@@ -159,6 +168,7 @@ class _Run:
         partner = match(list(everything.values()))
         check_within_step(number, everything, partner, uses(self.logs))
         notes = [f"step {self.step} of {steps}"] if steps > 1 else []
+        notes += _notes_on_discarded(self.logs, self.steps)
         logs = select_step(self.logs, number)
         messages = {m.id: m for log in logs for m in log.messages.values()}
         tagged = sorted({m.at for m in messages.values() if m.tag})
@@ -241,6 +251,17 @@ class _Run:
         return tuple(log.ended for log in self.logs)
 
 
+def _notes_on_discarded(logs: Sequence[RankLog], steps: Sequence[int]) -> list[str]:
+    """The training steps whose gradients no optimizer used."""
+    found = {number: at for log in reversed(logs) for number, at in log.discarded.items()}
+    return [
+        f"step {count} ends without an optimizer's step: its gradients are thrown away at {found[number]}, as those of "
+        "a step that is skipped or run again"
+        for count, number in enumerate(steps, start=1)
+        if number in found
+    ]
+
+
 def _has_boundary(message: Message, partner: Mapping[MessageId, MessageId], lineage: Lineage) -> bool:
     """Whether a message is matched or is between the ranks of neighbouring stages."""
     pair = {message.id.rank, message.peer}
@@ -275,7 +296,7 @@ def _check(lineage: Lineage, ops: Mapping[MessageId, Op], messages: Mapping[Mess
 
 
 def assemble_events(
-    events: Mapping[int, Sequence[Event]], name: str = "recorded", step: int = 1, lanes: Lanes | None = None
+    events: Mapping[int, Sequence[Event]], name: str = "recorded", step: int | None = None, lanes: Lanes | None = None
 ) -> Recording:
     """Like ``assemble``, from the events that each rank kept in memory."""
-    return assemble([read(rank, events[rank]) for rank in sorted(events)], name, step, lanes)
+    return assemble(read_all(events), name, step, lanes)

@@ -11,9 +11,10 @@ from pathlib import Path
 from dualpipe.record.child import cuda
 from dualpipe.record.child.log import to_file
 from dualpipe.record.child.patches import Patches
+from dualpipe.record.comparison import check_expected
 from dualpipe.record.events import read_folder
 from dualpipe.record.lanes import parse
-from dualpipe.record.pipelines import assemble_one
+from dualpipe.record.pipelines import assemble_one, beside
 from dualpipe.record.plain import add_comparison
 from dualpipe.record.processes import Watchdog
 from dualpipe.record.recording import Recording
@@ -31,10 +32,13 @@ def record_ranks(
     together: Sequence[str] = (),
     containers: Sequence[str] = (),
     check: bool = True,
-    step: int = 1,
+    step: int | None = None,
     lanes: Sequence[str] = (),
     compare: bool = False,
     pipeline_ranks: Sequence[int] | None = None,
+    clip_norm: float | None = None,
+    reduction: str | None = None,
+    name: str = "recorded",
 ) -> Recording:
     """Fork ``ranks`` processes with a gloo process group, call ``body(rank)`` in each, and record them.
 
@@ -53,7 +57,8 @@ def record_ranks(
     check:
         Whether an error on a rank is raised here.  If not, the recording contains what was done until then.
     step:
-        Which training step to return, counted from 1; each ends with an optimizer's step.
+        Which training step to return, counted from 1.  Each ends with an optimizer's step, or without one if the body
+        looks at its gradients and throws them away, as after an overflow.  The default is the first that ends with one.
     lanes:
         The ranks of each lane's stages, such as ``"0 1 2 3"``, for a run that ends before its messages show them.
     compare:
@@ -61,13 +66,24 @@ def record_ranks(
     pipeline_ranks:
         The ranks of one pipeline, if the ranks run several, as with data parallelism.
 
+    clip_norm:
+        For ``compare``: the norm to which the body scales all gradients together, if it does not call
+        ``clip_grad_norm_``.
+    reduction:
+        For ``compare``: ``mean`` or ``sum``, if the gradient must be that of the losses of all microbatches.
+    name:
+        The name of the schedule.
+
     Raises
     ------
+    RuleError
+        If ``clip_norm`` or ``reduction`` is given without ``compare``, or has no such value.
     RuntimeError
         If ``check`` is set and ``body`` raised on a rank (with that rank's traceback) or ended its process.
     RecordError
         If an op cannot be named, or the ranks run several pipelines and none was chosen.
     """
+    check_expected(compare, clip_norm, reduction)
     with tempfile.TemporaryDirectory(prefix="dualpipe-record-") as scratch:
         folder = Path(scratch)
 
@@ -79,7 +95,7 @@ def record_ranks(
                     patches = Patches()
                     stack.callback(patches.undo)
                     stack.enter_context(cuda.answer(patches, ranks))
-                plain = (str(folder / "plain" / f"{context.rank}.pt"), step, timeout) if compare else None
+                plain = (str(folder / "plain" / f"{context.rank}.pt"), step or 0, timeout) if compare else None
                 stack.enter_context(record(together, containers, sink, plain))
                 _call(body, context.rank)
 
@@ -92,9 +108,12 @@ def record_ranks(
             )
         logs, _ = read_folder(folder, ranks, 1, succeeded=not outcome.failures)
         routes = parse(lanes) if lanes else None
-        recording = assemble_one(logs, step, routes, ranks=pipeline_ranks)
+        recording = assemble_one(logs, step, routes, ranks=pipeline_ranks, name=name)
         name_ranges(logs, recording.pipeline_ranks, routes)
-        return add_comparison(recording, folder / "plain", logs) if compare else recording
+        if not compare:
+            return recording
+        others = beside(recording, logs, step)
+        return add_comparison(recording, folder / "plain", logs, clip_norm, others, reduction)
 
 
 def _call(body: Callable[[int], None], rank: int) -> None:

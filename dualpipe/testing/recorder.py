@@ -24,10 +24,12 @@ class LiveRecording:
     def __init__(self) -> None:
         self.events: list[Event] = []
 
-    def gather(self, group: dist.ProcessGroup | None = None, name: str = "recorded", step: int = 1) -> Recording:
+    def gather(
+        self, group: dist.ProcessGroup | None = None, name: str = "recorded", step: int | None = None
+    ) -> Recording:
         """The recording of all ranks; every rank of the group must call this, and every rank gets it.
 
-        ``step`` is the training step, counted from 1; each ends with an optimizer's step.
+        ``step`` is the training step, counted from 1; the default is the first that ends with an optimizer's step.
 
         Raises ``RecordError`` if an op cannot be named.
         """
@@ -54,8 +56,8 @@ def record(
     sink:
         Also called with every event as it happens.
     plain:
-        A file for a plain run of one training step, the step (from 1), and the seconds that the plain run may take: see
-        ``dualpipe.record.plain``.
+        A file for a plain run of one training step, the step (from 1, or 0 for the first that is not thrown away), and
+        the seconds that the plain run may take: see ``dualpipe.record.plain``.
 
     Raises ``RuntimeError`` inside another recording of the same process.
     """

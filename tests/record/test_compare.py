@@ -73,7 +73,7 @@ def gpipe(faults):
         for x, y in alive:
             STORE["on"] = True
             if rank:
-                loss = loss_of(y, torch.ones(SHAPE)) / MICROBATCHES
+                loss = loss_of(y, torch.ones(SHAPE)) / (1 if "averaged" in faults else MICROBATCHES)
                 loss.backward()
                 losses.append(loss.detach())
                 dist.send(x.grad, 0)
@@ -120,6 +120,7 @@ def test_deferred_weight_gradients_are_bitwise_those_of_a_plain_run():
         "  stage 1 of lane > on rank 1: outputs and gradients equal",
         "  losses of lane > on rank 1: 3 computed, 3 of them kept or read by the end of the step; none of them is ever "
         "read on rank 1: does the program read its losses on another rank?",
+        "  each loss enters the gradient with weight 0.3333: the gradient is the mean over 3 microbatches",
     ]
 
 
@@ -152,6 +153,7 @@ def test_gradients_divided_by_the_microbatches_agree_with_a_note_and_other_chang
     verdict, text = compared("averaged")
     assert verdict == "equal"
     assert "outputs and gradients equal; divided by 3" in text
+    assert "with weight 0.3333: the gradient is the mean over 3 microbatches" in text
     verdict, text = compared("spoiled")
     assert verdict == "different"
     assert "weight, bias: the gradient differs by up to 0.5" in text
@@ -318,6 +320,29 @@ def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):
     assert "may be the sum over pipelines that are not in the file" in comparison.text()
 
 
+@pytest.mark.parametrize(("changed", "verdict"), [(0.5, "equal"), (0.25, "unknown")])
+def test_pipelines_whose_weights_are_the_same_only_before_the_step_are_unknown(tmp_path, changed, verdict):
+    weights = torch.tensor([1.0, 2.0])
+    for rank, after in enumerate((0.5, changed)):
+        torch.save(FILE | {"final": {0: torch.full((2,), 3.0)}, "weights": {0: weights}}, tmp_path / f"{rank}.pt")
+        torch.save({"weights": {0: weights - after}, "clipped": None, "read": []}, tmp_path / f"{rank}.pt.after")
+    comparison = compared_pipelines(tmp_path)
+    assert comparison.verdict == verdict
+    assert ("w. Are the gradients summed over the pipelines?" in comparison.text()) == (verdict == "unknown")
+
+
+def compared_pipelines(folder):
+    """The comparison of the first of two pipelines of one rank each, whose files are in the folder."""
+    begun = {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
+    events = [
+        begun | {"grad": True, "at": "x.py:1"},
+        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
+    ]
+    logs = [read(rank, events) for rank in range(2)]
+    one, other = (({ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)}, (rank,)) for rank in (0, 1))
+    return compare(folder, logs, *one, pipelines=[other])
+
+
 @pytest.mark.parametrize(
     ("finals", "verdict", "says"),
     [
@@ -331,13 +356,6 @@ def test_gradients_may_be_summed_over_all_recorded_pipelines(tmp_path, finals, v
     for rank, (final, own) in enumerate(zip(finals, (3.0, 7.0), strict=True)):
         ran = RAN | {"weights": {0: torch.full((2,), own)}}
         torch.save(FILE | {"final": {0: torch.full((2,), final)}, "forwards": {0: ran}}, tmp_path / f"{rank}.pt")
-    events = [
-        {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
-        | {"grad": True, "at": "x.py:1"},
-        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
-    ]
-    logs = [read(rank, events) for rank in range(2)]
-    one, other = (({ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)}, (rank,)) for rank in (0, 1))
-    comparison = compare(tmp_path, logs, *one, pipelines=[other])
+    comparison = compared_pipelines(tmp_path)
     assert comparison.verdict == verdict
     assert says in comparison.text()

@@ -1,4 +1,4 @@
-"""Links between stages in a comparison: gradients of several losses, and gradients that a residual passes on."""
+"""Links between stages in a comparison: what is computed further outside of modules, several losses, scales."""
 
 import pytest
 import torch
@@ -9,49 +9,84 @@ from dualpipe.record.plain.links import differences
 from dualpipe.schedule import UP, Task
 from dualpipe.testing import record_ranks
 
+MICROBATCHES = 3
+SHAPE = (2, 4)
 
-def two_losses(rank, early: bool) -> None:
-    """The last stage runs the engine once for each of two losses; ``early`` sends what the first one gives."""
+
+def train(rank, fault="", wire=torch.float32, sent=lambda x, y: x.grad) -> None:
+    """Two ranks, microbatch by microbatch; the first one applies an activation outside of its module.
+
+    ``wire`` is the type of the messages, ``sent`` the gradient that rank 1 sends for its input and output.
+    """
     torch.manual_seed(rank)
     stage = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
-    for _ in range(3):
+    for _ in range(MICROBATCHES):
         if rank == 0:
-            y = stage(torch.randn(2, 4))
-            dist.send(y.detach(), 1)
-            gradient = torch.empty(2, 4)
+            y = stage(torch.randn(SHAPE)).tanh()
+            dist.send((y.detach() * 2 if fault == "computed apart" else y.detach()).to(wire), 1)
+            gradient = torch.empty(SHAPE, dtype=wire)
             dist.recv(gradient, 1)
-            y.backward(gradient)
+            y.backward(gradient.float())
         else:
-            x = torch.empty(2, 4)
-            dist.recv(x, 0)
-            y = stage(x.requires_grad_()).tanh()
-            first = y.square().mean()
+            received = torch.empty(SHAPE, dtype=wire)
+            dist.recv(received, 0)
+            x = received.float().requires_grad_()
+            y = stage(x)
+            y.retain_grad()
+            first, second = y.square().mean(), y.exp().mean()
             first.backward(retain_graph=True)
-            if early:
-                dist.send(x.grad, 0)
-            second = y.exp().mean()
+            early = x.grad.clone()
             second.backward()
-            if not early:
-                dist.send(x.grad, 0)
+            dist.send((early if fault == "early" else sent(x, y)).to(wire), 0)
+    if fault == "averaged on one rank" and rank == 0:
+        for parameter in stage.parameters():
+            parameter.grad /= MICROBATCHES
     optimizer.step()
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_two_losses_of_a_microbatch_are_equal_and_a_gradient_sent_between_them_is_a_caveat(early):
-    recording = record_ranks(2, lambda rank: two_losses(rank, early), compare=True)
-    assert recording.comparison.verdict == "equal", recording.comparison.text()
-    (note,) = recording.comparison.chunks[0].notes
-    assert ("3 links to neighbouring stages are not compared" in note) == early
-    assert (note == "3 links agree with the neighbouring stages up to rounding") == (not early)
-    assert ("3 backwards ran again after their gradients were sent" in recording.caveats) == early
+def compared(*arguments, **options):
+    return record_ranks(2, lambda rank: train(rank, *arguments, **options), compare=True).comparison
+
+
+def test_what_is_computed_and_cast_outside_of_modules_is_compared_at_the_ends_of_the_graph():
+    comparison = compared(wire=torch.bfloat16)
+    assert comparison.verdict == "equal", comparison.text()
+    first, last = comparison.chunks
+    assert first.notes == ("3 links agree with the neighbouring stages after a cast to a narrower type",)
+    assert "3 links agree with the neighbouring stages after a cast to a narrower type" in last.notes
+
+
+FAULTS = {
+    "early": ("microbatch 0 takes only a part of the gradient that stage 1 has for it, 1SB0> at ", "send it after the"),
+    "averaged on one rank": ("the gradients are scaled differently: by 0.3333 at stage 0 and by 1 at stage 1", ""),
+    "half": ("scaled differently: by 0.5 at stage 0 and by 1 at stage 1", "it takes 0.5 times the gradients that the"),
+    "of the output": ("microbatch 0 does not take the gradient that stage 1 has for it", ""),
+}
+SENT = {"half": lambda x, y: x.grad / 2, "of the output": lambda x, y: y.grad}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_gradient_that_is_sent_or_kept_is_different(fault):
+    comparison = compared(fault, **({"sent": SENT[fault]} if fault in SENT else {}))
+    assert comparison.verdict == "different", comparison.text()
+    for says in FAULTS[fault]:
+        assert says in comparison.text()
+
+
+def test_a_link_that_cannot_be_related_to_its_stages_is_unknown_and_never_equal():
+    comparison = compared("computed apart")
+    assert comparison.verdict == "unknown", comparison.text()
+    assert "microbatch 0 does not take what stage 0 returns for it: is it computed further without autograd?" in (
+        comparison.text()
+    )
 
 
 def test_a_gradient_that_a_residual_passes_on_is_not_that_of_another_microbatch():
-    gradient, other = torch.ones(3), torch.zeros(3)
+    gradient, other = torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3)
     found = {"took": [], "gradients": [gradient], "ran": True, "input gradients": [gradient]}
     first, after = Task(UP, 0, 0), Task(UP, 1, 0)
     forwards = {first: found, after: {"input gradients": [other]}}
-    assert [which for which, _ in differences(first, found, forwards, {})] == ["outside"]
+    assert [each.which for each in differences(first, found, forwards, {})] == ["unknown"]
     forwards[Task(UP, 1, 1)] = {"input gradients": [gradient]}
-    assert [which for which, _ in differences(first, found, forwards, {})] == ["fault"]
+    assert [each.which for each in differences(first, found, forwards, {})] == ["fault"]

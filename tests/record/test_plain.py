@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualpipe.record.child.transport import Transport
-from dualpipe.record.comparison import ChunkComparison
+from dualpipe.record.comparison import ChunkComparison, LossWeights
 from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain.clipping import judge
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement
@@ -174,14 +174,14 @@ def test_losses_are_counted_as_computed_kept_and_read():
     file = {"seen": [0], "collected": [0, 1], "read": [1], "by_optimizer": True}
     file |= {"roots": {0: 1.0, 1: 2.0}, "losses": {0: [2.0], 1: [4.0]}}
     compared = [ChunkComparison(Chunk(UP, 0), 0, 3, (), (), (), divided_by=2)]
-    (found,) = losses_of({0: file}, [read(0, events)], tasks, {UP: (0,)}, compared)
+    (found,) = losses_of({0: file}, [read(0, events)], tasks, {UP: (0,)}, compared, LossWeights())
     assert (found.microbatches, found.computed, found.seen, found.collected, found.read) == (3, 2, 1, True, 1)
     assert [fault.partition(":")[0] for fault in found.faults] == [
         "only 2 of 3 backwards began from a loss",
         "2 were computed and collected, and only 1 are kept or read by the end of the step",
         "each loss is divided by 2 before its backward, and the gradients are divided by 2 once more",
     ]
-    assert not list(losses_of({0: {"error": "no run"}}, [read(0, events)], tasks, {UP: (0,)}, compared))
+    assert not list(losses_of({0: {"error": "no run"}}, [read(0, events)], tasks, {UP: (0,)}, compared, LossWeights()))
 
 
 def test_the_fork_of_a_rank_uses_none_of_its_connections():

@@ -29,21 +29,47 @@ class Deferred(torch.autograd.Function):
         (x,), layer = ctx.saved_tensors, ctx.layer
 
         def add():
-            found, weight = gradient.T @ x, layer.weight
-            weight.grad = found if weight.grad is None else weight.grad + found
+            with torch.no_grad():
+                layer.keep(layer.weight, gradient.T @ x)
 
         STORE.append(add)
         return gradient @ layer.weight, torch.zeros_like(layer.weight) if layer.dummy == "zeros" else None, None
 
 
-class Layer(nn.Module):
-    """``dummy`` is what the backward gives autograd for the weight: ``none``, ``zeros``, or it hides the weight."""
+def assign(weight, found):
+    weight.grad = found if weight.grad is None else weight.grad + found
 
-    def __init__(self, dummy, bias=True):
+
+def add_list(weight, found):
+    torch._foreach_add_([weight.grad], [found])
+
+
+def copy_list(weight, found):
+    torch._foreach_copy_([weight.grad], torch._foreach_add([found], [weight.grad]))
+
+
+def add_out(weight, found):
+    torch.add(weight.grad, found, out=weight.grad)
+
+
+def add_to_flat(weight, found):
+    weight.flat.add_(torch.cat([torch.zeros(4), found.reshape(-1)]))  # a buffer that begins before the gradient
+
+
+class Layer(nn.Module):
+    """``dummy`` is what the backward gives autograd for the weight: ``none``, ``zeros``, or it hides the weight.
+
+    ``keep`` adds a weight gradient to ``.grad``, which is in a flat buffer if it is not ``assign``.
+    """
+
+    def __init__(self, dummy, bias=True, keep=assign):
         super().__init__()
-        self.dummy = dummy
+        self.dummy, self.keep = dummy, keep
         self.weight = nn.Parameter(torch.randn(4, 4))
         self.bias = nn.Parameter(torch.zeros(4)) if bias else None
+        if keep is not assign:
+            self.weight.flat = torch.zeros(20)
+            self.weight.grad = self.weight.flat[4:].view(4, 4)
 
     def forward(self, x):
         y = Deferred.apply(x.requires_grad_(), None if self.dummy == "hidden" else self.weight, self)
@@ -102,6 +128,14 @@ def test_a_weight_gradient_that_is_stored_and_never_run_is_no_w(dummies):
     assert "rank 0 never computes the weight gradient of microbatch 2" in story, story
     lost = "gives weight of stage 0 no gradient, and nothing adds one later in the step: it has no W (1 times)"
     assert lost in recording.notes[0]
+
+
+@pytest.mark.parametrize("ways", [(add_list, copy_list), (add_out, add_to_flat)])
+def test_a_weight_gradient_is_a_w_whichever_operator_adds_it(ways):
+    recording = record_ranks(2, gpipe([lambda keep=keep: Layer("none", False, keep) for keep in ways]), compare=True)
+    assert [weights(recording, rank) for rank in (0, 1)] == [[0, 1, 2], [0, 1, 2]], recording.text()
+    assert (recording.caveats, recording.notes) == ((), ())
+    assert recording.comparison.verdict == "equal", recording.comparison.text()
 
 
 def test_a_store_that_is_never_run_leaves_no_w():

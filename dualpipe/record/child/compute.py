@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .applied import applied, kind_of
 from .flow import Flow
 from .patches import Patches
 
@@ -145,16 +146,7 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         self._flow.buffers.operator(func, args, kwargs, self._flow.context)
         output = func(*args, **kwargs)
-        outputs = list(_tensors((output,)))
-        if outputs:
-            self._flow.operator(func, [*_tensors(args), *_tensors(kwargs.values())], outputs)
+        for inputs, outputs in applied(func, args, kwargs, output):
+            if outputs:
+                self._flow.operator(kind_of(func), inputs, outputs)
         return output
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of an operator, which are nested only in lists and tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import errors, graph
+from .applied import Kind
 from .arrivals import Arrivals
+from .attempts import Attempts
 from .buffers import Buffers
 from .forwards import Forwards, Trials
 from .gradients import Gradients
@@ -35,7 +37,6 @@ from .posts import Posted, Posts
 from .runs import Runs
 
 _COMPUTES = frozenset({"forward", "backward", "weights", "weights requested"})
-_REPLACED = frozenset({"copy_", "set_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"})
 
 
 def _only_shaped_like(operator: str) -> bool:
@@ -77,7 +78,8 @@ class Flow:
         self._owed = Owed(self.write, self._forwards, self.parameters)
         self._engine_runs = Runs(self.write, self._table, self._forwards, self.parameters, self._owed)
         self.origins = Origins(self.write, self._table, self._forwards, self.parameters, self._engine_runs)
-        self._gradients = Gradients(self.write, self._table, self.parameters, self.origins, self._owed)
+        self.attempts = Attempts(self.write, self._forwards)
+        self._gradients = Gradients(self.write, self._table, self.parameters, self.origins, self._owed, self.attempts)
         self._posts = Posts(self._table, self.origins, self.parameters)
         self.context: Marks | None = None  # the marks of the module call or the run of the engine in progress
         self.calling = 0  # depth of module calls
@@ -96,6 +98,7 @@ class Flow:
             fields["path"] = call_path()
             fields["together"] = call_number(self.together)
         self._sink({"event": event, "at": program_line(), **fields})
+        self.attempts.wrote(event)
 
     def poll(self, messages: Sequence[int]) -> None:
         """The program has looked whether messages have completed, and they have not; repeated looks are one event."""
@@ -245,6 +248,10 @@ class Flow:
         """Whether the run of the engine in progress was requested for no gradient of a weight."""
         return self._engine_runs.spares_weights()
 
+    def runs_for(self, forward: int) -> bool:
+        """Whether the run of the engine in progress is the backward of a forward, or one of its backwards."""
+        return self._engine_runs.runs_for(self._forwards.find(forward))
+
     def ran(self, completed: bool) -> None:
         """The engine has returned, or raised."""
         self._engine_runs.end(completed)
@@ -257,49 +264,52 @@ class Flow:
 
     # operators and gradients
 
-    def operator(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def operator(self, kind: Kind, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """An operator has run: its results get the marks of the context, or else of its inputs."""
         if self._calls and not self.calling and not self.running:
             self._open_inside(inputs)
         if self.calling and self._begun_with_grad and self.context is not None and len(self.context) == 1:
             ((_, forward),) = self.context
             self._owed.read(forward, inputs)
-        mutable, name = func._schema.is_mutable, func._schema.name.rpartition("::")[2]
         memory = {key[0]: tensor for tensor in inputs if (key := key_of(tensor))}
         for output in outputs:
             key = key_of(output)
             if key is None:
                 continue
             aliased = memory.get(key[0])
-            if aliased is None and self.context is None and output.numel() > 1:
-                self.parameters.note_copy(output, inputs)
+            if aliased is None and self.context is None:
+                self._gradients.read(output, inputs)
+                if output.numel() > 1:
+                    self.parameters.note_copy(output, inputs)
             if aliased is None:
-                found = NONE if _only_shaped_like(name) else self.origins.carried(inputs)
+                found = NONE if _only_shaped_like(kind.name) else self.origins.carried(inputs)
                 self._take_inside(found)
                 transit = self._engine_runs.in_transit()
                 received = frozenset(mark for mark in found if mark[0] == "M" and mark[1] in transit)
                 self._table.put(output, found if self.context is None else self.context | received)
-            elif not mutable:
+            elif not kind.mutable:
                 continue  # a view has the marks of its memory
             elif self.context is not None:
                 self._take_inside(self.origins.carried(inputs))
                 self._table.put(output, self.context)
-                if self.running and (parameter := self.parameters.with_gradient_at(key)) is not None:
-                    self.parameters.add_to(parameter)
-                    self._gradients.changed(name)
+                if self.running and (held := self.parameters.held_in(output)):
+                    for parameter in held:
+                        self.parameters.add_to(parameter)
+                    self._gradients.changed(kind)
             else:
-                self._written(name, output, inputs)
+                self._written(kind, output, inputs)
 
-    def _written(self, name: str, output: Tensor, inputs: list[Tensor]) -> None:
+    def _written(self, kind: Kind, output: Tensor, inputs: list[Tensor]) -> None:
         """An operator outside of every context has written to a tensor in place."""
         key = key_of(output)
         carried = self.origins.carried([tensor for tensor in inputs if key_of(tensor) != key])
-        parameter = self.parameters.with_gradient_at(key)
-        if parameter is not None:
-            self._gradients.changed(name)
-            self._gradients.add(parameter, carried)
+        held = self.parameters.held_in(output)
+        if held:
+            self._gradients.changed(kind)
+            self._gradients.add(held, carried)
         else:
-            self._table.put(output, carried if name in _REPLACED else self._table.get(output) | carried)
+            self._gradients.read(output, inputs)
+            self._table.put(output, carried if kind.replaces else self._table.get(output) | carried)
 
     def assigned(self, parameter: Tensor, gradient: Tensor | None) -> None:
         """The program has set ``parameter.grad``."""

@@ -26,6 +26,15 @@ class Forwards:
         self.backward_began: set[int] = set()
         self._in_graph: set[int] = set()  # forwards with an output in an autograd graph
 
+    def __len__(self) -> int:
+        """How many have begun."""
+        return len(self._same)
+
+    def all_ran_backward(self, first: int) -> bool:
+        """Whether the backward of every forward from number ``first`` on has begun that has a graph."""
+        began = {self.find(forward) for forward in self.backward_began}
+        return all(self.find(f) in began for f in range(first, len(self)) if self.find(f) in self._in_graph)
+
     def interrupt(self) -> None:
         """A message or a backward ends the period of compute."""
         self._period += 1

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
+from .applied import Kind
+from .attempts import Attempts
 from .log import call_path
 from .marks import Marks, Table, key_of
 from .origins import Origins
 from .owed import Owed
 from .parameters import Parameters
 
-_ADDS = frozenset({"add_", "copy_", "sub_", "_foreach_add_", "addcmul_"})
-
 
 class Gradients:
     """Turns changes of gradients into events: ``weights`` for what a forward adds, ``changed`` for anything else."""
 
     def __init__(
-        self, write: Callable[..., None], table: Table, parameters: Parameters, origins: Origins, owed: Owed
+        self,
+        write: Callable[..., None],
+        table: Table,
+        parameters: Parameters,
+        origins: Origins,
+        owed: Owed,
+        attempts: Attempts,
     ) -> None:
         self._write, self._table, self._parameters, self._origins = write, table, parameters, origins
-        self._owed = owed
+        self._owed, self._attempts = owed, attempts
 
-    def changed(self, name: str) -> None:
+    def changed(self, kind: Kind) -> None:
         """The program has changed a gradient in place; what only adds to it is no change."""
-        if name not in _ADDS:
-            self._write("changed", name=name, at=call_path())
+        if kind.name.startswith("_amp_foreach"):  # it looks for infinite values as well
+            self._attempts.look()
+        elif kind.zeroes:
+            self._attempts.reset()
+        if not kind.adds:
+            self._write("changed", name=kind.name, at=call_path())
+
+    def read(self, made: Tensor, inputs: Collection[Tensor]) -> None:
+        """An operator has made a tensor, or written to one that is no gradient, perhaps from gradients."""
+        if any(self._parameters.with_gradient_at(key_of(tensor)) is not None for tensor in inputs):
+            self._attempts.copy(made)
 
     def assigned(self, parameter: Tensor, gradient: Tensor | None, running: bool) -> None:
         """The program has set ``parameter.grad``, perhaps while the engine is running."""
-        if gradient is None or parameter not in self._parameters:
+        if parameter not in self._parameters:
+            return
+        if gradient is None:
+            self._attempts.reset()
             return
         if self._parameters.with_gradient_at(key_of(gradient)) == id(parameter):
             return  # the second half of `p.grad += g`
@@ -40,15 +58,16 @@ class Gradients:
         if running:
             self._parameters.add_to(id(parameter))
         else:
-            self.add(id(parameter), found)
+            self.add([id(parameter)], found)
 
-    def add(self, parameter: int, found: Marks) -> None:
-        """Something with these marks has been added to a gradient."""
+    def add(self, parameters: Collection[int], found: Marks) -> None:
+        """Something with these marks has been added to the gradients of parameters."""
         self.note_replaced()
-        forwards = self._origins.owners(found, self._parameters.holders(parameter))
+        holders = {holder for parameter in parameters for holder in self._parameters.holders(parameter)}
+        forwards = self._origins.owners(found, holders)
         if forwards:
             self._write("weights", forwards=sorted(forwards), run=None)
-            self._owed.pay(forwards, {parameter})
+            self._owed.pay(forwards, parameters)
 
     def note_replaced(self) -> None:
         """Note that gradients have become other tensors since the program last added to them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +17,18 @@ def mark(node: Any, forward: int) -> None:
     node.metadata[_FORWARD] = forward
 
 
+def is_marked(node: Any) -> bool:
+    """Whether a node made the output of a forward."""
+    return _FORWARD in node.metadata
+
+
 def marks_below(root: Tensor | GradientEdge) -> set[int]:
     """The forwards noted at the first marked nodes on every path from ``root``."""
-    found: set[int] = set()
+    return {node.metadata[_FORWARD] for node in marked_below(root)}
+
+
+def marked_below(root: Tensor | GradientEdge) -> Iterator[Any]:
+    """The first marked nodes on every path from ``root``."""
     seen: set[Any] = set()
     nodes = [_node(root)]
     while nodes:
@@ -27,12 +36,10 @@ def marks_below(root: Tensor | GradientEdge) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        forward = node.metadata.get(_FORWARD)
-        if forward is None:
-            nodes.extend(following for following, _ in node.next_functions)
+        if is_marked(node):
+            yield node
         else:
-            found.add(forward)
-    return found
+            nodes.extend(following for following, _ in node.next_functions)
 
 
 def has_run(roots: Sequence[Any]) -> bool:

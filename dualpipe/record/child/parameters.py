@@ -24,6 +24,7 @@ class Parameters:
         self._modules: dict[int, tuple[nn.Module, int]] = {}  # id -> module, kept alive, and its number
         self._parameters: dict[int, tuple[nn.Parameter, set[int]]] = {}  # id -> parameter and the modules that hold it
         self._gradients: dict[Key, tuple[Any, int]] = {}  # memory -> the storage (weak), and the parameter's id
+        self._sizes: dict[int, dict[int, int]] = {}  # storage -> the elements of each gradient in it, by offset
         self._copies: dict[Key, tuple[Any, list[int]]] = {}  # memory -> the storage (weak), and parameters' ids
         self._names: dict[int, str] = {}  # parameter's id -> its name in the largest module that was called
         self._main: dict[int, Key] = {}  # parameter's id -> the memory of its main_grad
@@ -60,6 +61,7 @@ class Parameters:
         for gradient in (parameter.grad, getattr(parameter, "main_grad", None)):
             if isinstance(gradient, Tensor) and (key := key_of(gradient)):
                 self._gradients[key] = (weak_storage(gradient), id(parameter))
+                self._sizes.setdefault(key[0], {})[key[1]] = gradient.numel()
         kept = getattr(parameter, "main_grad", None)
         if isinstance(kept, Tensor) and (key := key_of(kept)):
             if self._main.get(id(parameter), key) != key:
@@ -79,17 +81,20 @@ class Parameters:
     def with_gradients_in(self, tensor: Tensor) -> list[int]:
         """The ids of the parameters whose gradients are in the memory of a tensor, or that it was copied from."""
         key = key_of(tensor)
-        if key is None:
-            return []
-        storage, copied = self._copies.get(key, (None, []))
+        storage, copied = self._copies.get(key, (None, [])) if key else (None, [])
         if storage is not None and not storage.expired():
             return copied
+        return self.held_in(tensor)
+
+    def held_in(self, tensor: Tensor) -> list[int]:
+        """The ids of the parameters whose gradients share memory with a tensor: a part of one, or a buffer of many."""
+        key = key_of(tensor)
+        if key is None:
+            return []
         start, end = key[1], key[1] + max(tensor.numel(), 1)
-        return [
-            parameter
-            for (memory, offset), (kept, parameter) in self._gradients.items()
-            if memory == key[0] and start <= offset < end and not kept.expired()
-        ]
+        sizes = list(self._sizes.get(key[0], {}).items())  # other threads send, too
+        found = (self._gradients.get((key[0], at)) for at, size in sizes if at < end and start < at + size)
+        return [parameter for entry in found if entry is not None for kept, parameter in [entry] if not kept.expired()]
 
     def note_copy(self, made: Tensor, inputs: Collection[Tensor]) -> None:
         """An operator has made a tensor.  One made only from gradients, and as large as these, is a copy of them."""

@@ -12,11 +12,10 @@ is not affected: stores, hooks and random streams of the forked process are copi
 from __future__ import annotations
 
 import functools
-import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,37 +26,32 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from .edges import Edges, Engine, leaves_below
 from .flow import Flow
-from .graph import marks_below
+from .graph import marked_below
 from .log import program_line
+from .losses import Losses
 from .marks import key_of
 from .patches import Patches
-from .regions import weak_storage
-from .replay import Call, Leaf, Replay, copy_of, gradient_of
+from .replay import Call, Replay, copy_of, gradient_of, leaf_of
 from .transport import Transport
 
 _AUTOCAST = ("cpu", "cuda")
 _POLL = 0.01
-
-
-class _Roots:
-    """Wraps the autograd engine, and notes the tensors from which it runs."""
-
-    def __init__(self, note: Callable[[Iterable[Any]], None], engine: Any) -> None:
-        self._note, self._engine = note, engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def run_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        self._note(tensors)
-        return self._engine.run_backward(tensors, *args, **kwargs)
+_OUTPUT = "dualpipe.record.output"  # in a node's metadata: the calls that returned its result, and the positions there
+FIRST_KEPT = 0
+"""Stands for the first training step whose gradients an optimizer uses."""
+DISCARDED = (
+    "the program threw away the gradients of this step before an optimizer's step, and computed again: compare the "
+    "next step, by its number"
+)
 
 
 class Plain:
     """The module calls of one step of one rank, and their plain run.
 
-    ``path`` is the file to write, ``step`` the training step (from 1), ``seconds`` the limit for the plain run.
+    ``path`` is the file to write, ``step`` the training step (from 1, or ``FIRST_KEPT``), ``seconds`` the limit for the
+    plain run.
     """
 
     def __init__(
@@ -73,30 +67,31 @@ class Plain:
         self._path, self._wanted, self._seconds = path, step, seconds
         self._containers = frozenset(containers)
         self._step, self._computed, self._done = 1, False, False
+        self._discarded = 0  # how often the program had thrown away its gradients by then
+        self._optimized = False  # whether an optimizer has made a step since the wanted one was computed
+        self._anew = 0  # how many training steps it has ended so
         self._calls: dict[int, list[Call]] = {}
-        self._storages: list[Any] = []  # weak; while they live, no other storage gets the same key
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         self._parameters: list[tuple[str, nn.Parameter]] = []
         self._weights: dict[int, Tensor] = {}  # by number: the value before the step
         self._before: dict[int, Tensor] = {}  # by number: the gradient before the step, if there was one
-        self._read: set[int] = set()
-        self._losses: dict[int, set[float]] = {}  # forward -> values of its loss that the program read or kept
-        self._roots: dict[int, float] = {}  # forward -> the value of the scalar from which its backward began
-        self._looking = False  # whether the recorder itself is reading the value of a tensor
+        self._edges = Edges(flow)
+        self._losses = Losses(flow)
         self._clipped: dict[str, Any] | None = None
         self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
-        self._begun: set[int] = set()  # forwards from whose loss a backward has begun
-        self._collected: set[int] = set()  # forwards with two losses or more left when a later one's backward began
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
-        for name in ("item", "tolist", "__float__"):
-            patches.put(torch.Tensor, name, self._reading(getattr(torch.Tensor, name)))
-        patches.put(Variable, "_execution_engine", _Roots(self._ran_from, Variable._execution_engine))
-        patches.later(register_optimizer_step_pre_hook(lambda *args: self.end_step(True)).remove)
+        self._losses.watch(patches)
+        patches.put(Variable, "_execution_engine", Engine(self._ran_from, Variable._execution_engine))
+        patches.later(register_optimizer_step_pre_hook(lambda *args: self._optimize()).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
         patches.wrap(nn.utils.clip_grad_norm_, self._before_clipping)
+
+    def _optimize(self) -> None:
+        self._optimized = True
+        self.end_step(True)
 
     def _before_clipping(self, original: Any) -> Any:
         def clip(parameters: Any, limit: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Any:
@@ -106,76 +101,88 @@ class Plain:
             norm = original(parameters, limit, *args, **more, **kwargs)
             if isinstance(norm, Tensor) and self._done and self._changed is None and self._clipped is None:
                 with _disable_current_modes():
-                    found = {"limit": float(limit), "norm": self._value(norm), "type": float(norm_type)}
+                    found = {"limit": float(limit), "norm": self._losses.value(norm), "type": float(norm_type)}
                     self._clipped = found | {"at": program_line()}
             return norm
 
         return clip
 
-    def _ran_from(self, roots: Iterable[Any]) -> None:
+    def _ran_from(self, roots: Sequence[Any], gradients: Sequence[Any], inputs: Sequence[Any]) -> None:
         """The engine is about to run from these tensors.  A scalar among them is taken for a loss."""
-        losses = [root for root in roots if isinstance(root, Tensor) and root.numel() == 1]
-        if not losses or self._done or self._step != self._wanted or self._flow.calling or self._flow.running:
+        if self._done or not self._is_wanted() or self._flow.calling or self._flow.running:
             return
-        now = [{self._flow.find(number) for number in marks_below(loss)} for loss in losses]
-        earlier = self._begun.difference(*now) & self._held_results(2)
-        if len(earlier) > 1:  # one may be in a variable that is about to be assigned
-            self._collected |= earlier
-        for loss, begun in zip(losses, now, strict=True):
-            self._begun |= begun
-            self._roots.update(dict.fromkeys(begun, self._value(loss)))
-
-    def _value(self, tensor: Tensor) -> float:
-        """The value of a scalar, without counting it as read by the program."""
-        self._looking = True
-        try:
-            with _disable_current_modes():
-                return float(tensor.detach())
-        finally:
-            self._looking = False
+        losses = [root for root in roots if isinstance(root, Tensor) and root.numel() == 1]
+        for root in roots:
+            for call, at in [output for node in marked_below(root) for output in node.metadata.get(_OUTPUT, ())[-1:]]:
+                call.apart.add(at)
+        if losses:
+            self._losses.begin(losses, bool(inputs))
+        spares = bool(inputs) and not any(target in self._flow.parameters for target in inputs)
+        for root, gradient in zip(roots, gradients, strict=False):
+            if isinstance(root, Tensor) and isinstance(gradient, Tensor) and root.numel() > 1:
+                made = {self._flow.find(number) for number in self._flow.makers((root,))}
+                for forward in made if len(made) == 1 else ():
+                    self._edges.run_from(forward, root, gradient, spares, self._calls.get(forward, ()))
 
     def _watched(self, original: Any) -> Any:
         @functools.wraps(original)
         def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - replaces that method
             flow = self._flow
             inside = flow.calling or flow.running or type(module).__qualname__ in self._containers
+            if not inside:
+                self._begin_anew()
             if not inside and self._done:
                 self._keep_changed()
-            if inside or self._done or self._step != self._wanted:
+            if inside or self._done or not self._is_wanted():
                 self._computed = self._computed or not inside
                 return original(module, *args, **kwargs)
             call = self._begin(module, args, kwargs)
             output = original(module, *args, **kwargs)
             if call is not None:
-                self._end(call, output)
+                arrived = [tree_leaves((args, kwargs))[at] for at in call.arrived]
+                self._end(call, output, [*arrived, *(t for _, _, t in _held(module) if self._has_arrived(t))])
             return output
 
         return __call__
 
-    def _reading(self, original: Any) -> Any:
-        @functools.wraps(original)
-        def read(tensor: Tensor, *args: Any) -> Any:
-            if self._looking:
-                return original(tensor, *args)
-            found = self._flow.origins.forwards_of(tensor)
-            self._read |= found
-            value = original(tensor, *args)
-            if found and not self._done and isinstance(value, float):
-                self._note_loss(found, value)
-            return value
+    def _is_wanted(self) -> bool:
+        return self._wanted in (FIRST_KEPT, self._step)
 
-        return read
+    def _begin_anew(self) -> None:
+        """The program computes.  If it has thrown away its gradients before that, a new training step begins."""
+        if self._flow.attempts.count == self._discarded:
+            return
+        self._discarded = self._flow.attempts.count
+        if (self._done and self._optimized) or not (self._done or self._computed):
+            return
+        self._anew += 1
+        if self._done or self._step == self._wanted:
+            self._save({"error": DISCARDED, "discarded": self._anew})
+        if self._step == self._wanted:
+            self._done = self._optimized = True
+            return
+        self._done = False  # it is done if the program has clipped the gradients before it threw them away
+        self._step += 1
+        self._computed = False
+        self._forget()
 
-    def _note_loss(self, forwards: Iterable[int], value: float) -> None:
-        for forward in forwards:
-            self._losses.setdefault(forward, set()).add(value)
+    def _forget(self) -> None:
+        """Forget what was kept of a step."""
+        self._clipped = self._changed = None
+        self._calls.clear()
+        self._numbers.clear()
+        self._parameters.clear()
+        self._weights.clear()
+        self._before.clear()
+        self._edges.forget()
+        self._losses.forget()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Call | None:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or any(key_of(tensor) is None or tensor.is_meta for tensor in tensors):
             return None
-        self._computed = True
+        self._computed, self._optimized = True, False
         with _disable_current_modes():
             self._keep_weights(module)
             weights = [(name, self._weights[self._numbers[id(p)]], p) for name, p in module.named_parameters()]
@@ -183,7 +190,7 @@ class Plain:
                 module,
                 [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves],
                 spec,
-                [self._leaf(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
+                [leaf_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
                 [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves],
                 [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and self._has_arrived(leaf)],
                 [(sub, name, t.detach().clone()) for sub, name, t in _held(module) if self._has_arrived(t)],
@@ -194,10 +201,6 @@ class Plain:
                 [part.training for part in module.modules()],
                 [name for name, before, now in weights if not torch.equal(before, now.detach())],
             )
-
-    def _leaf(self, tensor: Tensor) -> Leaf:
-        self._storages.append(weak_storage(tensor))
-        return key_of(tensor), tuple(tensor.shape)
 
     def _has_arrived(self, tensor: Tensor) -> bool:
         return tensor.is_floating_point() and bool(
@@ -215,18 +218,22 @@ class Plain:
             if gradient is not None and bool(gradient.any()):
                 self._before[number] = gradient.detach().clone()
 
-    def _end(self, call: Call, output: Any) -> None:
+    def _end(self, call: Call, output: Any, inputs: Sequence[Tensor]) -> None:
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         forwards = {forward for leaf in leaves for forward in self._flow.origins.forwards_of(leaf)}
         if len(forwards) != 1:
             return
         with _disable_current_modes():
             call.outputs = [leaf.detach().clone() for leaf in leaves]
-            call.returned = [self._leaf(leaf) for leaf in leaves]
+            call.returned = [leaf_of(leaf) for leaf in leaves]
         for at, leaf in enumerate(leaves):
-            if leaf.grad_fn is not None:
+            node: Any = leaf.grad_fn
+            if node is not None:
+                node.metadata.setdefault(_OUTPUT, []).append((call, at))
                 leaf.register_hook(functools.partial(self._keep_gradient, call, at))  # type: ignore[no-untyped-call]
-        self._calls.setdefault(next(iter(forwards)), []).append(call)
+        (forward,) = forwards
+        self._calls.setdefault(forward, []).append(call)
+        self._edges.begins(forward, [leaf for leaf in leaves_below(inputs) if self._has_arrived(leaf)])
 
     def _keep_gradient(self, call: Call, at: int, gradient: Tensor) -> None:
         with _disable_current_modes():
@@ -234,16 +241,19 @@ class Plain:
 
     def end_step(self, by_optimizer: bool) -> None:
         """The program is about to change its weights, or ends.  If this is the wanted step, make the plain run."""
+        self._discarded = self._flow.attempts.count
         if self._done or not self._computed:
             return
         self._computed = False
-        if self._step != self._wanted:
+        if not self._is_wanted():
             self._step += 1
             return
         self._done = True
         find = self._flow.find
-        seen = self._seen()
-        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        losses = self._losses.end_step(len(self._calls))
+        calls: dict[int, list[Call]] = {}
+        for forward, each in self._calls.items():
+            calls.setdefault(find(forward), []).extend(each)
         child = os.fork()
         if child == 0:
             code = 1
@@ -256,18 +266,16 @@ class Plain:
                     replay = Replay(parameters, self._weights)
                     self._save(
                         {
-                            "forwards": {find(f): replay.run(calls) for f, calls in self._calls.items()},
+                            "forwards": {f: replay.run(each) | self._edges.of(f) for f, each in calls.items()},
                             "names": [name for name, _ in self._parameters],
                             "final": final,
                             "before": self._before,
-                            "step": self._wanted,
-                            "seen": sorted(find(forward) for forward in seen),
-                            "collected": sorted(find(forward) for forward in self._collected),
+                            "step": self._step,
+                            "discarded": self._anew,
                             "by_optimizer": by_optimizer,
                             "weights": self._weights,
                             "layers": self._layers(),
-                            "roots": {find(forward): value for forward, value in self._roots.items()},
-                            "losses": {find(forward): sorted(values) for forward, values in self._losses.items()},
+                            **losses,
                         }
                     )
                 code = 0
@@ -283,8 +291,8 @@ class Plain:
         if self._done:
             with _disable_current_modes():
                 self._keep_changed()
-                read = sorted(map(self._flow.find, self._read))
-                self._save({"weights": self._changed, "clipped": self._clipped, "read": read}, ".after")
+                content = {"weights": self._changed, "clipped": self._clipped, "read": self._losses.read()}
+                self._save(content, ".after")
 
     def _keep_changed(self) -> None:
         """Keep the weights that the optimizers have changed, the first time that this is called."""
@@ -307,23 +315,9 @@ class Plain:
 
     def _save(self, content: dict[str, Any], ending: str = "") -> None:
         path = self._path + ending
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.save(content, path + ".part")
         os.replace(path + ".part", path)
-
-    def _seen(self) -> set[int]:
-        """The forwards with a result that the program has read, or holds as one or several scalars: possible losses."""
-        return self._read | self._held_results(max(2, len(self._calls)))
-
-    def _held_results(self, most: int) -> set[int]:
-        """The forwards with a result that the program holds, of at most one dimension and ``most`` elements."""
-        held: set[int] = set()
-        for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor) and thing.dim() <= 1 and 0 < thing.numel() <= most:
-                found = self._flow.origins.forwards_of(thing)
-                held |= found
-                if found and thing.numel() == 1 and thing.is_floating_point():
-                    self._note_loss(found, self._value(thing))
-        return held
 
 
 def _held(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:

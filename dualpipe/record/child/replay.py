@@ -19,12 +19,43 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from .marks import Key
+from .marks import Key, key_of
+from .regions import weak_storage
 
-Leaf = tuple[Key | None, tuple[int, ...]]
-"""By which a tensor is recognised: its memory and its shape."""
 _STEP = 1e-5
 """How far the weights are moved for a slope, relative to their size."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """By which a tensor is recognised: its memory and its shape.
+
+    ``storage`` is a weak reference.  While it lives, no other storage gets the same key.
+    """
+
+    key: Key | None
+    shape: tuple[int, ...]
+    storage: Any = field(compare=False, repr=False)
+
+
+@dataclass
+class Total:
+    """The gradient of a tensor, summed over the runs of the engine.
+
+    Several runs add up, as those of two losses.  But those for the weights and those for the input alone are two halves
+    of one backward, each with all of the gradient.
+    """
+
+    gradient: Tensor | None = None
+    with_weights: bool = False
+
+    def add(self, gradient: Tensor, spares: bool) -> None:
+        """A run has this gradient; it ``spares`` the weights if it is for the input alone."""
+        if spares and self.with_weights:
+            return
+        before = self.gradient if spares or self.with_weights else None
+        self.gradient = gradient if before is None else before + gradient
+        self.with_weights = self.with_weights or not spares
 
 
 @dataclass
@@ -33,7 +64,8 @@ class Call:
 
     ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
     which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
-    step began.  ``with_weights`` are the outputs that a run of the engine has reached that was not for the input alone.
+    step began, ``totals`` the gradients of its outputs by position,
+    ``apart`` the outputs that the program uses outside of later calls, too.
     """
 
     module: nn.Module
@@ -51,21 +83,17 @@ class Call:
     changed: list[str]
     outputs: list[Tensor] = field(default_factory=list)
     returned: list[Leaf] = field(default_factory=list)
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-    with_weights: set[int] = field(default_factory=set)
+    totals: dict[int, Total] = field(default_factory=dict)
+    apart: set[int] = field(default_factory=set)
 
     def reached(self, at: int, gradient: Tensor, spares: bool) -> None:
-        """The engine has reached an output with a gradient, in a run that ``spares`` the weights or does not.
+        """The engine has reached an output with a gradient, in a run that ``spares`` the weights or does not."""
+        self.totals.setdefault(at, Total()).add(gradient, spares)
 
-        Several runs add up, as those of two losses.  But those for the weights and those for the input alone are two
-        halves of one backward, each with all of the gradient.
-        """
-        if spares and at in self.with_weights:
-            return
-        before = self.gradients.get(at) if spares or at in self.with_weights else None
-        self.gradients[at] = gradient if before is None else before + gradient
-        if not spares:
-            self.with_weights.add(at)
+    @property
+    def gradients(self) -> dict[int, Tensor]:
+        """The gradient of each output that a run has reached."""
+        return {at: total.gradient for at, total in self.totals.items() if total.gradient is not None}
 
 
 @dataclass
@@ -77,6 +105,8 @@ class _Made:
     weights: dict[int, Tensor]
     roots: list[tuple[Tensor, Tensor]]
     """The outputs that the recorded backward began from, with the gradients that it got for them."""
+    needs_gradient: bool
+    """Whether any output does."""
 
 
 class Replay:
@@ -133,6 +163,7 @@ class Replay:
             "wrong": wrong,
             "changed": sorted({name for call in calls for name in call.changed}),
             "ran": bool(made.roots),
+            "needs gradient": made.needs_gradient,
         }
 
     def _forget_gradients(self) -> None:
@@ -164,11 +195,12 @@ class Replay:
             return tensor.clone() if with_grad or not tensor.is_floating_point() else tensor.double()
 
         weights: dict[int, Tensor] = {}
-        made: dict[Leaf, Tensor] = {}
+        results: dict[tuple[int, int], Tensor] = {}  # by the number of the call, and the position in what it returned
+        made: dict[Leaf, tuple[int, int]] = {}  # which result the program had in this memory last
+        ends: set[tuple[int, int]] = set()  # what no later call has taken
         inputs: list[Tensor] = []
         returned: list[Tensor] = []
-        ends: dict[Leaf, tuple[Call, int]] = {}  # what no later call has taken
-        for call in calls:
+        for at_call, call in enumerate(calls):
             names = {name: kept(buffer) for name, buffer in call.buffers.items()}
             for name, parameter in call.module.named_parameters(remove_duplicate=False):
                 number = self._numbers[id(parameter)]
@@ -180,9 +212,9 @@ class Replay:
                 names[name] = weights[number]
             leaves = [kept(leaf) if isinstance(leaf, Tensor) and not with_grad else leaf for leaf in call.leaves]
             for at, known in enumerate(call.known):
-                if known in made:
-                    leaves[at] = made[known]
-                    ends.pop(known, None)
+                if known in made and made[known][1] not in calls[made[known][0]].apart:
+                    leaves[at] = results[made[known]]
+                    ends.discard(made[known])
                 elif known is not None and with_grad and (call.needs_grad[at] or at in call.arrived):
                     leaves[at] = leaves[at].clone().requires_grad_(leaves[at].is_floating_point())
                     inputs += [leaves[at]] if at in call.arrived else []
@@ -200,15 +232,16 @@ class Replay:
                     part.training = mode
                 output = functional_call(call.module, names, args, kwargs, strict=False)
             for at, leaf in enumerate(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
-                made[call.returned[at]] = leaf
-                ends[call.returned[at]] = call, at  # perhaps what the call has taken, as that of ``nn.Identity``
+                made[call.returned[at]] = at_call, at  # perhaps what the call has taken, as that of ``nn.Identity``
+                results[at_call, at] = leaf
+                ends.add((at_call, at))
                 returned.append(leaf.detach().clone())  # a later call may change it in place
         roots = [
-            (made[known], call.gradients[at])
-            for known, (call, at) in ends.items()
-            if at in call.gradients and (made[known].requires_grad or not with_grad)
+            (leaf, calls[number].gradients[at])
+            for (number, at), leaf in results.items()
+            if (number, at) in ends and at in calls[number].gradients and (leaf.requires_grad or not with_grad)
         ]
-        return _Made(returned, inputs, weights, roots)
+        return _Made(returned, inputs, weights, roots, any(leaf.requires_grad for leaf in results.values()))
 
 
 def direction(number: int, like: Tensor) -> Tensor:
@@ -226,6 +259,10 @@ def gradient_of(parameter: nn.Parameter) -> Tensor | None:
     """Where a program keeps a parameter's gradient: in ``main_grad``, as Megatron does, or else in ``grad``."""
     kept = getattr(parameter, "main_grad", None)
     return kept if isinstance(kept, Tensor) else parameter.grad
+
+
+def leaf_of(tensor: Tensor) -> Leaf:
+    return Leaf(key_of(tensor), tuple(tensor.shape), weak_storage(tensor))
 
 
 def copy_of(tensor: Tensor | None) -> Tensor | None:

@@ -111,6 +111,10 @@ class Runs:
         """Whether the run in progress was requested for no gradient of a weight."""
         return self._current is not None and self._current.spares
 
+    def runs_for(self, forward: int) -> bool:
+        """Whether the run in progress is one of this forward."""
+        return self._current is not None and forward in map(self._forwards.find, self._current.forwards)
+
     def post(self, messages: Iterable[int]) -> None:
         """Messages have been posted, perhaps within the run."""
         if self._current is not None:

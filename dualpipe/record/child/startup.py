@@ -117,7 +117,7 @@ def _record(folder: str, settings: dict[str, Any], session: int) -> None:
     transport = messages.watch(flow, patches)
     collectives.watch(flow, patches, transport)
     plain = None
-    if settings["plain_step"]:
+    if settings["plain_step"] is not None:
         from .plain import Plain
 
         path = str(Path(folder) / "plain" / str(session) / f"{dist.get_rank()}.pt")

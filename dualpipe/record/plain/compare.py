@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 
-from dualpipe.record.comparison import Comparison
+from dualpipe.record.comparison import ChunkComparison, Clipping, Comparison, LossWeights
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.record.plain.clipping import judge
+from dualpipe.record.plain.factors import factors, uneven, weights_of
+from dualpipe.record.plain.gradients import alike
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.replicas import differences
 from dualpipe.record.plain.step import Step
 from dualpipe.record.recording import Recording
-from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
+from dualpipe.schedule import Chunk, Lane, Op, Task
 
 
 def add_comparison(
@@ -39,10 +41,14 @@ def add_comparison(
     logs: Sequence[RankLog],
     clip_norm: float | None = None,
     pipelines: Sequence[Recording] = (),
+    reduction: str | None = None,
 ) -> Recording:
-    """The recording with its comparison; ``logs`` are those of all ranks of the job, ``pipelines`` all recordings."""
+    """The recording with its comparison; ``logs`` are those of all ranks of the job, ``pipelines`` all recordings.
+
+    ``clip_norm`` and ``reduction`` are as for ``compare``.
+    """
     schedule = recording.schedule
-    places = {placed.op: schedule.observed.place(placed) for placed in schedule if placed.op.kind in (B, W)}
+    places = {placed.op.bare: at for placed in schedule if (at := schedule.observed.place(placed))}
     ranks = recording.pipeline_ranks
     others = [(each.tasks, each.schedule.routes, each.pipeline_ranks) for each in pipelines if each is not recording]
     of_job = ranks or range(schedule.ranks)
@@ -52,7 +58,9 @@ def add_comparison(
         for op, message in sent
         if message.send and not message.activation_of and not message.gradient_of
     }
-    compared = compare(folder, logs, recording.tasks, schedule.routes, ranks, clip_norm, places, others, foreign)
+    compared = compare(
+        folder, logs, recording.tasks, schedule.routes, ranks, clip_norm, places, others, foreign, reduction
+    )
     return replace(recording, comparison=compared)
 
 
@@ -66,14 +74,16 @@ def compare(
     places: Mapping[Op, str] | None = None,
     pipelines: Sequence[tuple[Mapping[ForwardId, Task], Mapping[Lane, tuple[int, ...]], Sequence[int]]] = (),
     foreign: Mapping[Op, bool] | None = None,
+    reduction: str | None = None,
 ) -> Comparison:
     """Compare the step of the ``logs`` with the plain runs in the files ``RANK.pt`` of a folder.
 
     ``ranks`` are the ranks of the job that the recorded pipeline has, in the order of its own; none if it has all.
     ``clip_norm`` is the norm to which the program clips all gradients together, if the user says; ``places`` are the
-    lines of the program of B and W.  ``pipelines`` are the tasks, routes and ranks of the other pipelines of the job.
+    lines of the program of its ops.  ``pipelines`` are the tasks, routes and ranks of the other pipelines of the job.
     ``foreign`` are the sends of tensors that no forward or backward of a stage made, and whether they are certainly
-    something else, as the gradient of a parameter is.
+    something else, as the gradient of a parameter is.  ``reduction`` is ``mean`` or ``sum`` if the user says that the
+    gradient is that of the losses of all microbatches.
     """
     others = len(logs) > len({rank for route in routes.values() for rank in route})
     replicas_of = [_step(folder, logs, *each) for each in pipelines]
@@ -83,13 +93,36 @@ def compare(
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
-    losses = tuple(losses_of(files, logs, tasks, routes, chunks))
-    clipping = judge(chunks, files, forwards, clip_norm, others)
+    weights = weights_of(files, logs, tasks, routes, chunks, reduction)
+    losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
+    clipping = _clipping(chunks, files, forwards, clip_norm, others, weights)
     replicas = tuple(differences(chunks, files, forwards))
-    found = Comparison(chunks, losses, replicas, clipping)
+    found = Comparison(chunks, losses, replicas, clipping, weights)
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
     return replace(found, changes=tuple(_changes(logs, steps))) if scaled or found.verdict != "equal" else found
+
+
+def _clipping(
+    chunks: Sequence[ChunkComparison],
+    files: Mapping[int, Mapping[str, Any]],
+    forwards: Mapping[Task, Plainly],
+    limit: float | None,
+    others: bool,
+    weights: LossWeights,
+) -> Clipping:
+    """What is wrong with the scales of the gradients: with their clipping, or because they are uneven.
+
+    A scale that makes the gradient the mean or the sum over the losses undoes a loss scale, and clips nothing.
+    """
+    found = factors(chunks)
+    known = limit is None and weights.reduction in ("mean", "sum")
+    if known or (found and all(alike([1.0, factor]) for factor in found.values())):
+        chunks = [replace(each, scale=1.0) for each in chunks]
+    clipping = judge(chunks, files, forwards, limit, others)
+    if clipping.faults or not (text := uneven(found)):
+        return clipping
+    return replace(clipping, faults=(text,), unknown=())
 
 
 def _step(
@@ -106,6 +139,8 @@ def _step(
     ranks = ranks or range(len(logs))
     logs = [logs[rank] for rank in ranks]
     files = {rank: _load(folder / f"{ranks[rank]}.pt") for route in routes.values() for rank in route}
+    if any(files[rank].get("discarded", 0) > len(logs[rank].discarded) for rank in files):
+        files = {rank: {"error": _TWICE} for rank in files}
     forwards: dict[Task, Plainly] = {}
     for id, task in sorted(tasks.items()):
         file, number = files.get(id.rank, {}), logs[id.rank].find(id.number)
@@ -114,6 +149,12 @@ def _step(
             forwards[task] = found | {"layers": file.get("layers", {}).get(number, {})}
     counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
     return Step(files, forwards, routes, counts, others, places or {}, tuple(replicas))
+
+
+_TWICE = (
+    "some ranks threw away their gradients during the step and computed again, and others did not: run the program "
+    "without that, or give every rank an optimizer"
+)
 
 
 def _changes(logs: Sequence[RankLog], steps: Collection[int]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dualpipe.record.child.replay import along
+from dualpipe.record.plain.changes import describe
 from dualpipe.schedule import Lane
 
 _NEAR = 1e-3
@@ -27,21 +28,24 @@ class Agreement(NamedTuple):
 
     ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
     ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
-    factor, such as that of clipping.
+    factor, such as that of clipping.  ``factor``, of the gradients of several parameters, is both together, ``None`` if
+    none of them shows it.
     """
 
     how: str
     summed: bool | None = None
     scale: float = 1.0
     divided_by: int = 1
+    factor: float | None = None
 
 
 @dataclass(frozen=True)
 class Parts:
     """The gradients of a parameter by microbatch: those of its own lane, and those of its replica on the other lane.
 
-    ``before`` is the gradient before the step, if there was one.  If the plain run did not compute gradients,
-    ``slopes`` has derivatives instead, along a direction that the parameter's ``number`` determines.
+    ``before`` is the gradient before the step, if there was one, and ``weight`` the value of the parameter.  If the
+    plain run did not compute gradients, ``slopes`` has derivatives instead, along a direction that the parameter's
+    ``number`` determines.
     """
 
     number: int
@@ -51,6 +55,7 @@ class Parts:
     before: Tensor | None
     slopes: Mapping[int, float]
     other_slopes: Mapping[int, float]
+    weight: Tensor | None = None
 
     def total(self, final: Tensor | None, of_other: bool = False) -> Tensor | None:
         """The sum in microbatch order, in the dtype that the program keeps."""
@@ -80,6 +85,16 @@ def scale_of(final: Tensor | None, parts: Parts) -> float | None:
     return None if not factors or not any(factors.values()) else _usual([*factors.values()])
 
 
+def totals_of(final: Tensor | None, parts: Parts, counts: Sequence[int]) -> Iterator[tuple[Tensor, bool, int]]:
+    """The totals that a gradient may be: each with whether it is of both lanes, and by what it is divided."""
+    own = parts.total(final)
+    both = None if parts.other is None else added(own, parts.total(final, of_other=True))
+    for total, over_both in ((own, False), (both, True)):
+        for count in (1, *counts) if total is not None else ():
+            assert total is not None
+            yield total / count if count > 1 else total, over_both, count
+
+
 def agreement(
     final: Tensor | None,
     parts: Parts,
@@ -87,12 +102,14 @@ def agreement(
     scales: Sequence[float] = (),
     patterns: Sequence[Mapping[Name, float]] = (),
     place: Callable[[int], str] = lambda mb: "",
+    limits: Callable[[], Sequence[float]] = tuple,
 ) -> Agreement | str:
     """How a gradient agrees with its microbatches' own, or what differs.
 
     ``counts`` are numbers by which a program may divide gradients, ``scales`` are factors that it has applied to other
     gradients.  ``patterns`` are the factors of the microbatches in other gradients: those of a small parameter cannot
-    be determined.  ``place`` gives the line of the program that runs a microbatch's W.
+    be determined.  ``place`` gives the line of the program that runs a microbatch's W.  ``limits`` returns those
+    to which values of other gradients are clipped.
     """
     if parts.slopes:
         return _by_slope(final, parts, counts)
@@ -124,6 +141,10 @@ def agreement(
             if total is not None and _is_near(final, total.double() * scale):
                 factors, summed = dict.fromkeys(parts.own, scale), None if both is None else over_both
                 return _scaled(factors, "summed over both lanes and " * over_both, summed, counts)
+    for total, over_both, count in totals_of(final, parts, counts):
+        if changed := describe(final, total, parts.weight, limits()):
+            lanes = "summed over both lanes, " * over_both + f"divided by {count}, " * (count > 1)
+            return Agreement(f"{lanes}{changed}", None if both is None else over_both, 1.0, count)
     return _by_factors(final, parts, both is not None, counts, patterns, place) or _size_of(final, own, both)
 
 
@@ -189,6 +210,8 @@ def _factors(final: Tensor, columns: Sequence[tuple[Name, Tensor]]) -> dict[Name
         return None
     matrix = torch.stack([gradient.double().reshape(-1) for _, gradient in columns], dim=1)
     wanted = final.double().reshape(-1)
+    if not (bool(matrix.isfinite().all()) and bool(wanted.isfinite().all())):
+        return None
     if int(torch.linalg.matrix_rank(matrix, rtol=1e-6)) < len(columns):
         return None
     found = torch.linalg.lstsq(matrix, wanted).solution
@@ -205,6 +228,11 @@ def _rounded(factor: float, largest: float) -> float:
 def _are_one(factors: Sequence[float]) -> bool:
     """Whether the factors are equal up to rounding, and positive."""
     return bool(factors) and max(factors) - min(factors) <= _NEAR * abs(max(factors)) and max(factors) > 0
+
+
+def alike(factors: Sequence[float]) -> bool:
+    """Whether factors are the same up to rounding, and not zero."""
+    return all(abs(factor - factors[0]) <= _NEAR * abs(factors[0]) and factor for factor in factors)
 
 
 def _story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> str:
@@ -299,9 +327,8 @@ def _by_slope(final: Tensor | None, parts: Parts, counts: Sequence[int]) -> Agre
             if abs(found * count - total) <= close * count:
                 lanes = ["summed over both lanes"] if over_both else []
                 how = [*lanes, *([f"divided by {count}"] if count > 1 else []), "compared with slopes, not bit by bit"]
-                return Agreement(
-                    " and ".join(how[:-1]) + ", " * (len(how) > 1) + how[-1], None if parts.other is None else over_both
-                )
+                shown = " and ".join(how[:-1]) + ", " * (len(how) > 1) + how[-1]
+                return Agreement(shown, None if parts.other is None else over_both, divided_by=count)
     return f"the slope along the gradient is {found:.4g}, and the module's is {own:.4g}"
 
 

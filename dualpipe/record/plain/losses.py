@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dualpipe.record.comparison import ChunkComparison, LossComparison
+from dualpipe.record.comparison import ChunkComparison, LossComparison, LossWeights
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.schedule import Chunk, Lane, Task
 
@@ -16,8 +16,12 @@ def losses_of(
     tasks: Mapping[ForwardId, Task],
     routes: Mapping[Lane, tuple[int, ...]],
     chunks: Sequence[ChunkComparison],
+    weights: LossWeights,
 ) -> Iterator[LossComparison]:
-    """The losses of every lane whose last rank ended its step.  ``logs`` are those of the pipeline's ranks."""
+    """The losses of every lane whose last rank ended its step.
+
+    ``logs`` are those of the pipeline's ranks, ``weights`` those of the losses in the gradient.
+    """
     for lane, route in routes.items():
         last = [id for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1)]
         file = files[route[-1]]
@@ -30,7 +34,8 @@ def losses_of(
         numbers = [logs[id.rank].find(id.number) for id in computed]
         read = None if "read" not in file else len({*numbers} & {*file["read"]})
         divided = next((each.divided_by for each in chunks if each.chunk == Chunk(lane, len(route) - 1)), 1)
-        twice = divided if divided > 1 and _divided(file, numbers) == divided else None
+        again = _divided(file, numbers) == divided or (len(last) == divided and weights.is_divided_twice(lane))
+        twice = divided if divided > 1 and again and weights.reduction != "mean" else None
         yield LossComparison(lane, route[-1], len(last), len(computed), count, collected, read, twice)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison
-from dualpipe.record.phrases import counted
-from dualpipe.record.plain import links
-from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
+from dualpipe.record.phrases import counted, names_of
+from dualpipe.record.plain import links, pipelines
+from dualpipe.record.plain.changes import limit_of
+from dualpipe.record.plain.gradients import Agreement, Parts, agreement, alike, equal, factors_of, scale_of, totals_of
 from dualpipe.record.plain.links import Plainly
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
@@ -43,8 +44,7 @@ class Step:
             return ChunkComparison(chunk, rank, count, (), (str(file["error"]),), ())
         faults: list[str] = []
         unknown: list[str] = [] if count else ["no microbatch was recorded"]
-        outside: list[str] = []
-        near: list[str] = []
+        linked: dict[int, list[links.Difference]] = {}
         for mb in range(count):
             found = self.forwards.get(Task(*chunk, mb))
             if found is None:
@@ -54,86 +54,91 @@ class Step:
             elif not links.all_equal(found["returned"], found["plainly"]):
                 what = f"the output of microbatch {mb} differs from the plain one"
                 if changed := found.get("changed"):
-                    faults.append(f"{what}: {_names(changed)} had changed since the step began")
+                    faults.append(f"{what}: {names_of(changed)} had changed since the step began")
                 else:
                     unknown.append(f"{what}, on the same input and weights: does its module keep a state of its own?")
             else:
-                lists = {"fault": faults, "unknown": unknown, "outside": outside, "near": near}
-                for which, what in links.differences(Task(*chunk, mb), found, self.forwards, self.foreign):
-                    lists[which].append(what)
+                of_task = links.differences(Task(*chunk, mb), found, self.forwards, self.foreign, self.places)
+                linked[mb] = list(of_task)
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
-        kept = self._gradients(chunk, rank)
-        if isinstance(kept, Agreement):
-            notes = (*([kept.how] if kept.how else []), *self._on_links(outside, near))
-            return ChunkComparison(
-                chunk, rank, count, _shown(faults), (), notes, kept.summed, kept.scale, kept.divided_by
+        every = [each for found in linked.values() for each in found]
+        faults += [each.what for each in every if each.which == "fault"]
+        apart = [f"{each.what}: is it computed further without autograd?" for each in every if each.which == "unknown"]
+        scales = {mb: next((e.factor for e in found if e.which == "scaled"), 1.0) for mb, found in linked.items()}
+        if scales and not alike([*scales.values()]):
+            shown = ", ".join(f"{scale:.4g} times that of microbatch {mb}" for mb, scale in scales.items())
+            faults.append(
+                f"it takes the gradients that stage {chunk.stage + 1} has for it at different scales: {shown}"
             )
-        if summed := self._over_pipelines(chunk):
-            return ChunkComparison(chunk, rank, count, _shown(faults), (), (summed, *self._on_links(outside, near)))
+        taken = None if faults or apart else next(iter(scales.values()), 1.0)
+        notes = self._on_links(every, taken)
+        kept = self._gradients(chunk, rank)
+        apart += pipelines.updated_apart(self, chunk)
+        if isinstance(kept, Agreement):
+            notes = (*([kept.how] if kept.how else []), *notes)
+            return ChunkComparison(
+                chunk,
+                rank,
+                count,
+                _shown(faults),
+                _shown(apart),
+                notes,
+                kept.summed,
+                kept.scale,
+                kept.divided_by,
+                kept.factor,
+                taken,
+            )
+        if summed := pipelines.summed(self, chunk):
+            return ChunkComparison(chunk, rank, count, _shown(faults), _shown(apart), (summed, *notes), taken=taken)
         if self.others:
-            unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
+            apart.append(f"{kept}, which may be the sum over pipelines that are not in the file")
         else:
             faults.append(kept)
-        return ChunkComparison(chunk, rank, count, _shown(faults), (*_shown(outside), *unknown), ())
+        return ChunkComparison(chunk, rank, count, _shown(faults), _shown(apart), (), taken=taken)
 
     @staticmethod
-    def _on_links(outside: Sequence[str], near: Sequence[str]) -> Iterator[str]:
-        if near:
-            yield f"{counted(len(near), 'link agrees', 'links agree')} with the neighbouring stages up to rounding"
-        if outside:
-            yield (
-                f"{len(outside)} links to neighbouring stages are not compared, because tensors are computed further "
-                "outside of its module"
-            )
+    def _on_links(linked: Sequence[links.Difference], taken: float | None) -> tuple[str, ...]:
+        """Notes on links that agree, but not bitwise."""
+        counts = Counter(each.which for each in linked)
+        notes = [
+            f"{counted(count, 'link agrees', 'links agree')} with the neighbouring stages {how}"
+            for which, how in (("near", "up to rounding"), ("narrow", "after a cast to a narrower type"))
+            if (count := counts[which])
+        ]
+        if taken is not None and not alike([taken, 1.0]):
+            notes.append(f"it takes {taken:.4g} times the gradients that the next stage has for it")
+        return tuple(notes)
 
-    def _over_pipelines(self, chunk: Chunk) -> str:
-        """A note if the gradients are those of all pipelines of the job, summed and perhaps divided."""
-        file = self.files[self.routes[chunk.lane][chunk.stage]]
-        every = [each for each in self.replicas if each.has(chunk)]
-        if not every or len(every) < len(self.replicas):
-            return ""
-        of_others = [each.parts_by_name(chunk) for each in every]
-        found: set[int] = set()
-        for number, parts in self._parts(chunk).items():
-            alike = [named.get(file["names"][number]) for named in of_others]
-            final = file["final"][number]
-            if final is None or parts.slopes or not all(alike):
-                return ""
-            by = _divisor(final, [parts, *filter(None, alike)], (1, 1 + len(every), *self._counts()))
-            if by is None:
-                return ""
-            found.add(by)
-        if len(found) != 1:
-            return ""
-        by = found.pop()
-        return f"summed over {1 + len(every)} pipelines{f' and divided by {by}' if by > 1 else ''}, up to rounding"
+    def named(self, chunk: Chunk, of: str) -> dict[str, Tensor]:
+        """The weights of a chunk by name, before the optimizer's step (``weights``) or after it (``changed``)."""
+        file = self.files[self.routes[chunk.lane][chunk.stage]] if self.has(chunk) else {}
+        kept = file.get(of) or {} if file.get("by_optimizer") else {}
+        return {file["names"][n]: kept[n] for n in self._by_microbatch(chunk)[0] if n in kept} if kept else {}
 
     def has(self, chunk: Chunk) -> bool:
         """Whether there is such a chunk, and its rank has made a plain run."""
         route = self.routes.get(chunk.lane, ())
         return chunk.stage < len(route) and "error" not in self.files[route[chunk.stage]]
 
-    def parts_by_name(self, chunk: Chunk) -> dict[str, Parts]:
-        names = self.files[self.routes[chunk.lane][chunk.stage]]["names"]
-        return {names[number]: parts for number, parts in self._parts(chunk).items()}
-
     def _gradients(self, chunk: Chunk, rank: int) -> str | Agreement:
         """How the gradients of a chunk agree with the plain ones, or what differs."""
         file = self.files[rank]
         agree: list[Agreement] = []
         wrong: dict[str, list[str]] = {}
+        factors: dict[str, float] = {}  # of the gradients that show it
         shared = self._shared(chunk)
-        fitted = [factors_of(file["final"][number], parts) for number, parts in self._parts(chunk).items()]
+        fitted = [factors_of(file["final"][number], parts) for number, parts in self.parts(chunk).items()]
         patterns = [factors for factors in fitted if factors]
-        for number, parts in self._parts(chunk).items():
+        for number, parts in self.parts(chunk).items():
             name = file["names"][number]
             if number in shared:
                 agree.append(Agreement(f"{name} is used by another stage of the rank too, and not compared"))
                 continue
             final = file["final"][number]
             found = self._wrong(chunk, number) or agreement(
-                final, parts, self._counts(), self._scales, patterns, partial(self._place, chunk)
+                final, parts, self.counts(), self._scales, patterns, partial(self._place, chunk), lambda: self._limits
             )
             if not isinstance(found, Agreement) and (tied := self._tied(chunk, number, final)):
                 found = Agreement(tied)
@@ -141,20 +146,37 @@ class Step:
                 found = _with_earlier(found, file["step"])
             if isinstance(found, Agreement):
                 agree.append(found)
+                if final is not None and bool(final.any()):
+                    factors[name] = found.scale / found.divided_by
             else:
                 wrong.setdefault(found, []).append(name)
-        scales = {round(each.scale, 3) for each in agree if each.how or each.summed is not None or each.scale != 1}
         if wrong:
-            return "; ".join(f"{_names(names)}: {what}" for what, names in wrong.items())
-        if len(scales) > 1:
-            shown = " and ".join(f"{scale:g}" for scale in sorted(scales))
+            return "; ".join(f"{names_of(names)}: {what}" for what, names in wrong.items())
+        if factors and not alike([*factors.values()]):
+            least, most = (of(factors, key=factors.__getitem__) for of in (min, max))
+            shown = " and ".join(f"{name} by {factors[name]:.4g}" for name in (least, most))
             return f"the gradients of its parameters are scaled by different factors: {shown}"
         summed = {each.summed for each in agree if each.summed is not None}
         notes = {each.how for each in agree if each.how}
         scale = next((each.scale for each in agree if each.scale != 1), 1.0)
         divided = {each.divided_by for each in agree}
         by = divided.pop() if len(divided) == 1 else 1
-        return Agreement(", ".join(sorted(notes)), summed.pop() if len(summed) == 1 else None, scale, by)
+        factor = next(iter(factors.values()), None)
+        of_both = summed.pop() if len(summed) == 1 else None
+        return Agreement(", ".join(sorted(notes)), of_both, scale, by, factor)
+
+    @cached_property
+    def _limits(self) -> tuple[float, ...]:
+        """The values to which the program clips gradients, where they show it."""
+        found: set[float] = set()
+        for lane, route in self.routes.items():
+            for stage, rank in enumerate(route):
+                final = self.files[rank].get("final", {})
+                for number, parts in self.parts(Chunk(lane, stage)).items() if final else ():
+                    if final[number] is not None:
+                        totals = totals_of(final[number], parts, self.counts())
+                        found.update(filter(None, (limit_of(final[number], total) for total, _, _ in totals)))
+        return tuple(sorted(found))
 
     @cached_property
     def _scales(self) -> tuple[float, ...]:
@@ -163,7 +185,7 @@ class Step:
         for lane, route in self.routes.items():
             for stage, rank in enumerate(route):
                 final = self.files[rank].get("final", {})
-                for number, parts in self._parts(Chunk(lane, stage)).items() if final else ():
+                for number, parts in self.parts(Chunk(lane, stage)).items() if final else ():
                     scale = scale_of(final[number], parts)
                     if scale is not None and all(abs(scale - other) > 1e-4 * abs(other) for other in (1.0, *found)):
                         found.append(scale)
@@ -188,12 +210,12 @@ class Step:
                 )
         return ""
 
-    def _counts(self) -> tuple[int, ...]:
+    def counts(self) -> tuple[int, ...]:
         """What a program may divide gradients by: microbatches, replicas."""
         counts = {2, *self.microbatches.values(), sum(self.microbatches.values())}
         return tuple(sorted({count for one in counts for count in (one, 2 * one) if count > 1}))
 
-    def _parts(self, chunk: Chunk) -> dict[int, Parts]:
+    def parts(self, chunk: Chunk) -> dict[int, Parts]:
         """The gradients of every parameter of a chunk, microbatch by microbatch."""
         file = self.files[self.routes[chunk.lane][chunk.stage]]
         own, slopes = self._by_microbatch(chunk)
@@ -214,6 +236,7 @@ class Step:
                 file["before"].get(number),
                 slopes.get(number, {}),
                 far_slopes.get(file["names"][number], {}),
+                file.get("weights", {}).get(number),
             )
             for number, each in own.items()
         }
@@ -242,10 +265,10 @@ class Step:
 
     def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> str:
         """The parameter of another stage with which a gradient was summed, as those of tied embeddings are."""
-        own = self._parts(chunk)[number].total(final)
+        own = self.parts(chunk)[number].total(final)
         others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
         for other in (each for each in others if each != chunk):
-            for at, parts in self._parts(other).items():
+            for at, parts in self.parts(other).items():
                 total = parts.total(final)
                 if own is not None and total is not None and total.shape == own.shape and equal(final, own + total):
                     mine, theirs = self._name(chunk, number), self._name(other, at)
@@ -261,25 +284,6 @@ def _with_earlier(found: Agreement, step: int) -> Agreement | str:
     if step > 1:
         return "the gradient includes that of an earlier step: is it set to zero or None after the optimizer's step?"
     return found._replace(how=", ".join(filter(None, (found.how, "added to what was there before the step"))))
-
-
-def _divisor(final: Tensor, every: Sequence[Parts], counts: Sequence[int]) -> int | None:
-    """By what a gradient is divided that is otherwise the sum over pipelines, of one lane or of both."""
-    for of_both in (False, True):
-        totals = [parts.total(final, of_other=far) for parts in every for far in (False, True)[: 1 + of_both]]
-        there = [total.double() for total in totals if total is not None]
-        if not there or any(total.shape != final.shape for total in there):
-            continue
-        total = torch.stack(there).sum(0)
-        for by in counts:
-            if float((final.double() * by - total).abs().max()) <= links.ROUNDING * float(total.abs().max()):
-                return by
-    return None
-
-
-def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _shown(found: Sequence[str]) -> tuple[str, ...]:

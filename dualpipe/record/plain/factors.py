@@ -1,0 +1,104 @@
+"""How the gradients are scaled with respect to the losses: alike on all stages, and as their mean or their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dualpipe.record.comparison import ChunkComparison, LossWeights
+from dualpipe.record.events import ForwardId, RankLog
+from dualpipe.record.plain.gradients import alike
+from dualpipe.schedule import Chunk, Lane, Task
+
+
+def factors(chunks: Sequence[ChunkComparison]) -> dict[Chunk, float]:
+    """For each stage the factor of its gradients with respect to the losses, where it is known.
+
+    A stage that takes a multiple of the next one's gradient scales its own gradients, and those of all stages before.
+    """
+    found: dict[Chunk, float] = {}
+    of_lane: dict[Lane, float | None] = {}
+    for each in sorted(chunks, key=lambda each: -each.chunk.stage):
+        lane = each.chunk.lane
+        before = of_lane.get(lane, 1.0)
+        taken = None if before is None or each.taken is None else before * each.taken
+        of_lane[lane] = taken
+        if taken is not None and each.factor is not None:
+            found[each.chunk] = taken * each.factor
+    return found
+
+
+def uneven(found: Mapping[Chunk, float]) -> str:
+    """What is wrong if the stages are scaled differently."""
+    groups: dict[float, list[Chunk]] = {}
+    for chunk, factor in sorted(found.items()):
+        known = next((other for other in groups if alike([other, factor])), factor)
+        groups.setdefault(known, []).append(chunk)
+    if len(groups) < 2:
+        return ""
+    shown = " and ".join(
+        f"by {factor:.4g} at stage{'s' * (len(each) > 1)} {' '.join(dict.fromkeys(str(c.stage) for c in each))}"
+        for factor, each in groups.items()
+    )
+    return (
+        f"with respect to the losses the gradients are scaled differently: {shown}. Are they divided on some ranks "
+        "only, or is a gradient scaled before it is sent?"
+    )
+
+
+def weights_of(
+    files: Mapping[int, Mapping[str, Any]],
+    logs: Sequence[RankLog],
+    tasks: Mapping[ForwardId, Task],
+    routes: Mapping[Lane, tuple[int, ...]],
+    chunks: Sequence[ChunkComparison],
+    expected: str | None = None,
+) -> LossWeights:
+    """The weights with which the losses enter the gradient.
+
+    ``expected`` is ``mean`` or ``sum`` if the user says that the gradient is that of the microbatches.
+    """
+    found = factors(chunks)
+    values = list(found.values())
+    weights: dict[Lane, tuple[Mapping[str, float], ...]] = {}
+    known = bool(values) and all(alike([values[0], value]) for value in values)
+    for lane, route in routes.items():
+        last = sorted((task.mb, id) for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1))
+        kept = files[route[-1]].get("loss weights", {})
+        each = [_one(kept.get(logs[id.rank].find(id.number), ())) for _, id in last]
+        whole = [one for one in each if one is not None]
+        known = known and bool(each) and len(whole) == len(each)
+        weights[lane] = tuple(whole)
+    if not known:
+        return LossWeights({}, "", expected)
+    summed = any(each.summed for each in chunks)
+    groups = [[one for each in weights.values() for one in each]] if summed else list(weights.values())
+    reductions = {_reduction(group, values[0]) for group in groups}
+    shown = {lane: tuple(_shown(one) * values[0] for one in each) for lane, each in weights.items()}
+    return LossWeights(shown, reductions.pop() if len(reductions) == 1 else "", expected, summed)
+
+
+def _one(found: Sequence[Mapping[str, float] | None]) -> Mapping[str, float] | None:
+    """The weight of a forward: that of its only loss, or of several alike."""
+    if not found or any(one is None or one != found[0] for one in found):
+        return None
+    return found[0]
+
+
+def _reduction(group: Sequence[Mapping[str, float]], factor: float) -> str:
+    """Whether the weights, times ``factor``, make a mean or a sum; ``other`` for neither, empty if that is uncertain.
+
+    The weights are those of each whole loss, or of the mean of its elements: a loss that sums its tokens and is divided
+    by the number of all tokens is a mean, too.
+    """
+    ways = [key for key in ("whole", "mean") if all(key in one for one in group)]
+    is_mean = any(alike([1.0, sum(one[key] * factor for one in group)]) for key in ways)
+    is_sum = any(all(alike([1.0, one[key] * factor]) for one in group) for key in ways)
+    certain = all(one["certain"] for one in group)
+    if is_mean and is_sum:
+        return "mean" if len(group) == 1 else ""
+    return "mean" if is_mean else "" if not certain else "sum" if is_sum else "other"
+
+
+def _shown(one: Mapping[str, float]) -> float:
+    return one.get("whole", one["mean"])

@@ -1,0 +1,84 @@
+"""Right programs of many kinds, which a comparison must not call different, beside wrong ones that look alike."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from dualpipe.testing import record_ranks
+from tests.record.gpipe_ranks import SHAPE, GPipe
+
+
+def compared(program):
+    return record_ranks(2, program, compare=True).comparison
+
+
+def throw_away(loss, kept):
+    kept.append(loss)
+    loss.backward()
+
+
+def keep_with_input(loss, kept):
+    kept.append((torch.zeros(SHAPE), loss))
+    loss.backward()
+
+
+def test_a_list_of_two_losses_that_is_thrown_away_is_found():
+    comparison = compared(GPipe(2, lose=throw_away))
+    assert comparison.verdict == "different"
+    assert "2 were computed and collected, and none is kept or read by the end of the step" in comparison.text()
+
+
+def test_losses_that_are_kept_beside_larger_tensors_are_not_collected():
+    comparison = compared(GPipe(3, lose=keep_with_input))
+    assert comparison.verdict == "equal", comparison.text()
+
+
+def test_other_losses_beside_the_boundary_or_beside_a_module_are_part_of_the_gradient():
+    loss_module = nn.MSELoss()
+
+    def two_losses(y, count):
+        return loss_module(y, torch.ones_like(y)) / count + 0.1 * y.abs().mean() / count
+
+    def with_auxiliary(y, gradient):
+        torch.autograd.backward([y, 0.01 * y.square().mean()], [gradient, None])
+
+    comparison = compared(GPipe(loss_of=two_losses, feed=with_auxiliary))
+    assert comparison.verdict == "equal", comparison.text()
+
+
+def clip_or_decay(stage, optimizer):
+    """Clips the gradients by value, or adds a weight decay to them if this is the last stage."""
+    for parameter in stage.parameters():
+        if torch.distributed.get_rank() == 0:
+            parameter.grad.clamp_(-0.01, 0.01)
+        else:
+            parameter.grad.add_(parameter.detach(), alpha=0.1)
+    optimizer.step()
+
+
+def test_gradients_clipped_by_value_or_with_a_weight_decay_are_explained():
+    comparison = compared(GPipe(finish=clip_or_decay))
+    assert comparison.verdict == "equal", comparison.text()
+    assert "clipped to values up to 0.01" in comparison.text()
+    assert "with a weight decay of 0.1, up to rounding" in comparison.text()
+
+
+def test_a_first_stage_that_is_not_trained_needs_no_gradient():
+    comparison = compared(GPipe(frozen=True))
+    assert comparison.verdict == "equal", comparison.text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scale", [2.0**16])
+def test_a_gradient_scaler_undoes_its_scale(scale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    def finish(stage, optimizer):
+        scaler.scale(torch.zeros(1))  # on the first stage, which has no loss
+        scaler.step(optimizer)
+
+    program = GPipe(loss_of=lambda y, count: scaler.scale(mse_loss(y, torch.ones_like(y)) / count), finish=finish)
+    comparison = compared(program)
+    assert comparison.verdict == "equal", comparison.text()
+    assert comparison.weights.reduction == "mean"

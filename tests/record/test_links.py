@@ -55,3 +55,11 @@ def test_a_gradient_that_a_residual_passes_on_is_not_that_of_another_microbatch(
     assert [which for which, _ in differences(first, found, forwards, {})] == ["outside"]
     forwards[Task(UP, 1, 1)] = {"input gradients": [gradient]}
     assert [which for which, _ in differences(first, found, forwards, {})] == ["fault"]
+
+
+def test_a_link_to_a_stage_that_cannot_be_run_plainly_is_not_a_difference():
+    x, gradient = torch.ones(3), torch.zeros(3)
+    found = {"took": [x], "gradients": [gradient], "ran": True}
+    kept = {"returned": [2 * x], "plainly": [3 * x], "input gradients": [x]}
+    forwards = {Task(UP, 0, 0): kept, Task(UP, 1, 0): found, Task(UP, 2, 0): {"error": "ValueError: no peer"}}
+    assert [which for which, _ in differences(Task(UP, 1, 0), found, forwards, {})] == ["alone", "alone"]

@@ -21,14 +21,17 @@ def differences(
 ) -> Iterator[tuple[str, str]]:
     """What differs for one microbatch in its links: what it took, and the gradient that its output got.
 
-    Each difference is a ``fault``, ``unknown``, ``outside`` or ``near``.  ``outside``: the tensor may be computed
-    outside of any module from the other stage's output.  ``near``: it agrees up to rounding.  Neither is a fault.  A
-    tensor that some stage returns for another microbatch is always a fault.  ``found`` is what the own rank of the
+    Each difference is a ``fault``, ``unknown``, ``outside``, ``near`` or ``alone``.  ``outside``: the tensor may be
+    computed outside of any module from the other stage's output.  ``near``: it agrees up to rounding.  ``alone``: the
+    other stage could not be run plainly.  None of these three is a fault.  A tensor that some stage returns for another
+    microbatch is always a fault.  ``found`` is what the own rank of the
     microbatch has, ``forwards`` what all ranks have; ``foreign`` is as for ``compare``.
     """
     before = forwards.get(task._replace(stage=task.stage - 1))
     after = forwards.get(task._replace(stage=task.stage + 1))
-    if before is not None and not _among(found["took"], before.get("plainly", [])):
+    if before is not None and not _ran(before):
+        yield "alone", f"microbatch {task.mb} takes what stage {task.stage - 1} returns"
+    elif before is not None and not _among(found["took"], before.get("plainly", [])):
         what = f"microbatch {task.mb} does not take what stage {task.stage - 1} returns for it"
         known = _another(found["took"], (each.get("returned", []) for other, each in forwards.items() if other != task))
         near = not known and _among(found["took"], before.get("plainly", []), _near)
@@ -36,6 +39,8 @@ def differences(
         yield which, what if which == "fault" else f"{what}: is that computed further outside of a module?"
     if not found["ran"]:
         yield "fault", f"no gradient reaches microbatch {task.mb}"
+    elif after is not None and not _ran(after):
+        yield "alone", f"microbatch {task.mb} takes the gradient that stage {task.stage + 1} has for it"
     elif after is not None and not _among(found["gradients"], after.get("input gradients", [])):
         what = f"microbatch {task.mb} does not take the gradient that stage {task.stage + 1} has for it"
         own = task.lane, task.mb  # a residual passes a gradient on from stage to stage
@@ -44,6 +49,11 @@ def differences(
         near = not known and _among(found["gradients"], after.get("input gradients", []), _near)
         which = "fault" if known else "near" if near else _which(foreign, Op(SB, task.lane, task.stage + 1, task.mb))
         yield which, what if which == "fault" else f"{what}: is the output computed further outside of a module?"
+
+
+def _ran(found: Plainly) -> bool:
+    """Whether a forward could be run plainly, with the outputs of the recorded step."""
+    return "error" not in found and all_equal(found.get("returned", ()), found.get("plainly", ()))
 
 
 def _which(foreign: Mapping[Op, bool], send: Op) -> str:

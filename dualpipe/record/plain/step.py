@@ -45,6 +45,7 @@ class Step:
         unknown: list[str] = [] if count else ["no microbatch was recorded"]
         outside: list[str] = []
         near: list[str] = []
+        alone: list[str] = []
         for mb in range(count):
             found = self.forwards.get(Task(*chunk, mb))
             if found is None:
@@ -58,19 +59,19 @@ class Step:
                 else:
                     unknown.append(f"{what}, on the same input and weights: does its module keep a state of its own?")
             else:
-                lists = {"fault": faults, "unknown": unknown, "outside": outside, "near": near}
+                lists = {"fault": faults, "unknown": unknown, "outside": outside, "near": near, "alone": alone}
                 for which, what in links.differences(Task(*chunk, mb), found, self.forwards, self.foreign):
                     lists[which].append(what)
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
-        kept = self._gradients(chunk, rank)
+        kept, on_links = self._gradients(chunk, rank), self._on_links(outside, near, alone)
         if isinstance(kept, Agreement):
-            notes = (*([kept.how] if kept.how else []), *self._on_links(outside, near))
+            notes = (*([kept.how] if kept.how else []), *on_links)
             return ChunkComparison(
                 chunk, rank, count, _shown(faults), (), notes, kept.summed, kept.scale, kept.divided_by
             )
         if summed := self._over_pipelines(chunk):
-            return ChunkComparison(chunk, rank, count, _shown(faults), (), (summed, *self._on_links(outside, near)))
+            return ChunkComparison(chunk, rank, count, _shown(faults), (), (summed, *on_links))
         if self.others:
             unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
         else:
@@ -78,7 +79,7 @@ class Step:
         return ChunkComparison(chunk, rank, count, _shown(faults), (*_shown(outside), *unknown), ())
 
     @staticmethod
-    def _on_links(outside: Sequence[str], near: Sequence[str]) -> Iterator[str]:
+    def _on_links(outside: Sequence[str], near: Sequence[str], alone: Sequence[str]) -> Iterator[str]:
         if near:
             yield f"{counted(len(near), 'link agrees', 'links agree')} with the neighbouring stages up to rounding"
         if outside:
@@ -86,6 +87,9 @@ class Step:
                 f"{len(outside)} links to neighbouring stages are not compared, because tensors are computed further "
                 "outside of its module"
             )
+        if alone:
+            are = counted(len(alone), "link is", "links are")
+            yield f"{are} not compared, because the stage at the other end could not be run plainly"
 
     def _over_pipelines(self, chunk: Chunk) -> str:
         """A note if the gradients are those of all pipelines of the job, summed and perhaps divided."""

@@ -34,6 +34,7 @@ from .marks import key_of
 from .patches import Patches
 from .replay import Call, Leaf, Replay, copy_of, gradient_of
 from .transport import Transport
+from .values import Values
 
 _AUTOCAST = ("cpu", "cuda")
 _POLL = 0.01
@@ -77,10 +78,8 @@ class Plain:
         self._parameters: list[tuple[str, nn.Parameter]] = []
         self._weights: dict[int, Tensor] = {}  # by number: the value before the step
         self._before: dict[int, Tensor] = {}  # by number: the gradient before the step, if there was one
-        self._read: set[int] = set()
-        self._losses: dict[int, set[float]] = {}  # forward -> values of its loss that the program read or kept
+        self._values = Values(flow)
         self._roots: dict[int, float] = {}  # forward -> the value of the scalar from which its backward began
-        self._looking = False  # whether the recorder itself is reading the value of a tensor
         self._clipped: dict[str, Any] | None = None
         self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
         self._begun: set[int] = set()  # forwards from whose loss a backward has begun
@@ -89,8 +88,7 @@ class Plain:
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
-        for name in ("item", "tolist", "__float__"):
-            patches.put(torch.Tensor, name, self._reading(getattr(torch.Tensor, name)))
+        self._values.watch(patches)
         patches.put(Variable, "_execution_engine", _Roots(self._ran_from, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self.end_step(True)).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
@@ -104,7 +102,7 @@ class Plain:
             norm = original(parameters, limit, *args, **more, **kwargs)
             if isinstance(norm, Tensor) and self._done and self._changed is None and self._clipped is None:
                 with _disable_current_modes():
-                    found = {"limit": float(limit), "norm": self._value(norm), "type": float(norm_type)}
+                    found = {"limit": float(limit), "norm": self._values.of(norm), "type": float(norm_type)}
                     self._clipped = found | {"at": program_line()}
             return norm
 
@@ -112,8 +110,11 @@ class Plain:
 
     def _ran_from(self, roots: Iterable[Any]) -> None:
         """The engine is about to run from these tensors.  A scalar among them is taken for a loss."""
+        if self._done:
+            return
+        self._values.scalars.clear()
         losses = [root for root in roots if isinstance(root, Tensor) and root.numel() == 1]
-        if not losses or self._done or self._step != self._wanted or self._flow.calling or self._flow.running:
+        if not losses or self._step != self._wanted or self._flow.calling or self._flow.running:
             return
         now = [{self._flow.find(number) for number in marks_below(loss)} for loss in losses]
         earlier = self._begun.difference(*now) & self._held_results(2)
@@ -121,16 +122,7 @@ class Plain:
             self._collected |= earlier
         for loss, begun in zip(losses, now, strict=True):
             self._begun |= begun
-            self._roots.update(dict.fromkeys(begun, self._value(loss)))
-
-    def _value(self, tensor: Tensor) -> float:
-        """The value of a scalar, without counting it as read by the program."""
-        self._looking = True
-        try:
-            with _disable_current_modes():
-                return float(tensor.detach())
-        finally:
-            self._looking = False
+            self._roots.update(dict.fromkeys(begun, self._values.of(loss)))
 
     def _watched(self, original: Any) -> Any:
         @functools.wraps(original)
@@ -149,24 +141,6 @@ class Plain:
             return output
 
         return __call__
-
-    def _reading(self, original: Any) -> Any:
-        @functools.wraps(original)
-        def read(tensor: Tensor, *args: Any) -> Any:
-            if self._looking:
-                return original(tensor, *args)
-            found = self._flow.origins.forwards_of(tensor)
-            self._read |= found
-            value = original(tensor, *args)
-            if found and not self._done and isinstance(value, float):
-                self._note_loss(found, value)
-            return value
-
-        return read
-
-    def _note_loss(self, forwards: Iterable[int], value: float) -> None:
-        for forward in forwards:
-            self._losses.setdefault(forward, set()).add(value)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Call | None:
         leaves, spec = tree_flatten((args, kwargs))
@@ -235,6 +209,7 @@ class Plain:
             self._step += 1
             return
         self._done = True
+        self._values.step_ends()
         find = self._flow.find
         seen = self._seen()
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
@@ -261,7 +236,10 @@ class Plain:
                             "weights": self._weights,
                             "layers": self._layers(),
                             "roots": {find(forward): value for forward, value in self._roots.items()},
-                            "losses": {find(forward): sorted(values) for forward, values in self._losses.items()},
+                            "scalars": self._values.scalars,
+                            "losses": {
+                                find(forward): sorted(values) for forward, values in self._values.losses.items()
+                            },
                         }
                     )
                 code = 0
@@ -277,7 +255,7 @@ class Plain:
         if self._done:
             with _disable_current_modes():
                 self._keep_changed()
-                read = sorted(map(self._flow.find, self._read))
+                read = sorted(map(self._flow.find, self._values.read))
                 self._save({"weights": self._changed, "clipped": self._clipped, "read": read}, ".after")
 
     def _keep_changed(self) -> None:
@@ -306,7 +284,7 @@ class Plain:
 
     def _seen(self) -> set[int]:
         """The forwards with a result that the program has read, or holds as one or several scalars: possible losses."""
-        return self._read | self._held_results(max(2, len(self._calls)))
+        return self._values.read | self._held_results(max(2, len(self._calls)))
 
     def _held_results(self, most: int) -> set[int]:
         """The forwards with a result that the program holds, of at most one dimension and ``most`` elements."""
@@ -316,7 +294,7 @@ class Plain:
                 found = self._flow.origins.forwards_of(thing)
                 held |= found
                 if found and thing.numel() == 1 and thing.is_floating_point():
-                    self._note_loss(found, self._value(thing))
+                    self._values.note_loss(found, self._values.of(thing))
         return held
 
 

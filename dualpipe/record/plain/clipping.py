@@ -13,6 +13,8 @@ from dualpipe.schedule import Task
 
 _NEAR = 1e-3
 """Up to this relative difference two norms are the same: sums of squares are rounded."""
+_SAME = 1e-4
+"""The same for a value that the program computed, which may be something else than a norm."""
 
 
 def judge(
@@ -43,15 +45,22 @@ def judge(
         )
         return Clipping(tuple(faults))
     scale, norm = next(iter(scales.values())), _norm(each_once)
+    replicas = len(chunks) // len(by_stage)
+    counts = {1, replicas, *(count * each.microbatches for each in chunks for count in (1, replicas))}
+    by = next((by for by in sorted(counts) if _all_computed(norm / scale / by, files, scales)), 0)
+    scaled = f"divided by {by} and scaled by {scale * by:.4g}" if by > 1 else f"scaled by {scale:.4g}"
+    was = f"{norm / scale / (by or 1):.4g}{', as every rank computes it,' if by else ''}"
     shown = (
-        f"the gradients are scaled by {scale:.4g} on every rank; their norm over all stages, each parameter once, was "
-        f"{norm / scale:.4g} and is {norm:.4g}"
+        f"the gradients are {scaled} on every rank; their norm over all stages, each parameter once, was {was} and is "
+        f"{norm:.4g}"
     )
+    if limit is None and by:
+        return Clipping(tuple(faults), (), (shown,))
     if limit is None:
         return Clipping(tuple(faults), (f"{shown}: if they are clipped, give the limit with --clip-norm",))
     if abs(norm - limit) <= _NEAR * limit:
         return Clipping(tuple(faults), (), (shown,))
-    return Clipping((*faults, f"{shown}, and not {limit:g}{_reason(limit / norm, len(chunks) / len(by_stage))}"))
+    return Clipping((*faults, f"{shown}, and not {limit:g}{_reason(limit / norm, replicas)}"))
 
 
 def _of_calls(
@@ -75,6 +84,18 @@ def _of_calls(
             f"rank {rank} clips at {call['at']} by a norm of {used:.4g}{alone}; over all stages, each parameter once, "
             f"it is {whole:.4g}"
         )
+
+
+def _all_computed(norm: float, files: Mapping[int, Mapping[str, Any]], ranks: Iterable[int]) -> bool:
+    """Whether a norm or its square is among the values that each rank computed after its last backward."""
+    return all(
+        any(
+            abs(value - each) <= _SAME * each
+            for each in (norm, norm * norm)
+            for value in files[rank].get("scalars", ())
+        )
+        for rank in ranks
+    )
 
 
 def _factor(norm: float, limit: float) -> float:

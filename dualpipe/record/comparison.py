@@ -14,7 +14,8 @@ class ChunkComparison:
 
     As text, ``faults`` has what differs, ``unknown`` what could not be compared, and ``notes`` how gradients agree.
     ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show.  ``divided_by`` is
-    the number of microbatches or replicas by which all of them are divided, ``scale`` any other factor of all of them.
+    the number of microbatches or replicas by which all of them are divided, ``scale`` any other factor of all of them,
+    ``pipelines`` the number of pipelines over which they are summed.
     """
 
     chunk: Chunk
@@ -26,6 +27,7 @@ class ChunkComparison:
     summed: bool | None = None
     scale: float = 1.0
     divided_by: int = 1
+    pipelines: int = 1
 
     def text(self) -> str:
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"

@@ -324,13 +324,16 @@ def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):
         ((10.0, 10.0), "equal", "summed over 2 pipelines, up to rounding"),
         ((5.0, 5.0), "equal", "summed over 2 pipelines and divided by 2, up to rounding"),
         ((3.0, 7.0), "equal", "outputs and gradients equal"),
-        ((8.5, 8.5), "unknown", "may be the sum over pipelines that are not in the file"),
+        ((8.5, 8.5), "unknown", "was 14.14 and is 12.02: if they are clipped, give the limit with --clip-norm"),
+        ((4.0, 4.0), "equal", "divided by 2 and scaled by 0.8 on every rank; their norm over all stages"),
+        (([8.5, 1.0], [8.5, 1.0]), "unknown", "may be the sum over pipelines that are not in the file"),
     ],
 )
 def test_gradients_may_be_summed_over_all_recorded_pipelines(tmp_path, finals, verdict, says):
     for rank, (final, own) in enumerate(zip(finals, (3.0, 7.0), strict=True)):
         ran = RAN | {"weights": {0: torch.full((2,), own)}}
-        torch.save(FILE | {"final": {0: torch.full((2,), final)}, "forwards": {0: ran}}, tmp_path / f"{rank}.pt")
+        kept = {"final": {0: torch.ones(2) * torch.tensor(final)}, "scalars": [50.0]}  # the square of the norm
+        torch.save(FILE | kept | {"forwards": {0: ran}}, tmp_path / f"{rank}.pt")
     events = [
         {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
         | {"grad": True, "at": "x.py:1"},

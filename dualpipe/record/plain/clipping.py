@@ -26,10 +26,13 @@ def judge(
 ) -> Clipping:
     """What is wrong with the clipping of a step, if there was any.
 
-    ``limit`` is the norm to which the user says that the program clips.  With ``others``, ranks outside of the pipeline
-    hold parts of the model or of the gradients, and nothing is concluded.
+    ``limit`` is the norm to which the user says that the program clips.  With ``others`` there are ranks outside
+    of the pipeline.  Unless all gradients are summed over their pipelines, they may hold parts of the model or of the
+    gradients, and nothing is concluded.
     """
-    if others or any(each.faults or each.unknown for each in chunks):
+    if others and any(each.pipelines == 1 for each in chunks):
+        return Clipping()
+    if any(each.faults or each.unknown for each in chunks):
         return Clipping()
     by_stage = {each.chunk.stage: each for each in reversed(chunks)}
     each_once = [_finals(each, files, forwards) for _, each in sorted(by_stage.items())]
@@ -46,8 +49,10 @@ def judge(
         return Clipping(tuple(faults))
     scale, norm = next(iter(scales.values())), _norm(each_once)
     replicas = len(chunks) // len(by_stage)
-    counts = {1, replicas, *(count * each.microbatches for each in chunks for count in (1, replicas))}
-    by = next((by for by in sorted(counts) if _all_computed(norm / scale / by, files, scales)), 0)
+    whole = max(each.microbatches for each in chunks)
+    counts = {a * b * c for a in (1, replicas) for b in (1, whole) for c in (1, chunks[0].pipelines)}
+    shrinking = [by for by in sorted(counts) if scale * by < 1 + _NEAR]
+    by = next((by for by in shrinking if _all_computed(norm / scale / by, files, scales)), 0)
     scaled = f"divided by {by} and scaled by {scale * by:.4g}" if by > 1 else f"scaled by {scale:.4g}"
     was = f"{norm / scale / (by or 1):.4g}{', as every rank computes it,' if by else ''}"
     shown = (

@@ -27,13 +27,14 @@ class Agreement(NamedTuple):
 
     ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
     ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
-    factor, such as that of clipping.
+    factor, such as that of clipping.  ``pipelines`` is the number of pipelines over which the sum is.
     """
 
     how: str
     summed: bool | None = None
     scale: float = 1.0
     divided_by: int = 1
+    pipelines: int = 1
 
 
 @dataclass(frozen=True)

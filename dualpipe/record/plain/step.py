@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison
@@ -15,6 +14,7 @@ from dualpipe.record.phrases import counted
 from dualpipe.record.plain import links
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
 from dualpipe.record.plain.links import Plainly
+from dualpipe.record.plain.pipelines import agreement_over
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
@@ -64,14 +64,14 @@ class Step:
                     lists[which].append(what)
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
-        kept, on_links = self._gradients(chunk, rank), self._on_links(outside, near, alone)
+        on_links = self._on_links(outside, near, alone)
+        kept = self._gradients(chunk, rank)
+        if not isinstance(kept, Agreement):
+            kept = self._over_pipelines(chunk) or kept
         if isinstance(kept, Agreement):
             notes = (*([kept.how] if kept.how else []), *on_links)
-            return ChunkComparison(
-                chunk, rank, count, _shown(faults), (), notes, kept.summed, kept.scale, kept.divided_by
-            )
-        if summed := self._over_pipelines(chunk):
-            return ChunkComparison(chunk, rank, count, _shown(faults), (), (summed, *on_links))
+            agreed = kept.summed, kept.scale, kept.divided_by, kept.pipelines
+            return ChunkComparison(chunk, rank, count, _shown(faults), (), notes, *agreed)
         if self.others:
             unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
         else:
@@ -91,27 +91,22 @@ class Step:
             are = counted(len(alone), "link is", "links are")
             yield f"{are} not compared, because the stage at the other end could not be run plainly"
 
-    def _over_pipelines(self, chunk: Chunk) -> str:
-        """A note if the gradients are those of all pipelines of the job, summed and perhaps divided."""
+    def _over_pipelines(self, chunk: Chunk) -> Agreement | None:
+        """How the gradients agree with those of all pipelines of the job, summed."""
         file = self.files[self.routes[chunk.lane][chunk.stage]]
         every = [each for each in self.replicas if each.has(chunk)]
         if not every or len(every) < len(self.replicas):
-            return ""
+            return None
         of_others = [each.parts_by_name(chunk) for each in every]
-        found: set[int] = set()
+        parameters: list[tuple[Tensor, Sequence[Parts]]] = []
         for number, parts in self._parts(chunk).items():
             alike = [named.get(file["names"][number]) for named in of_others]
             final = file["final"][number]
             if final is None or parts.slopes or not all(alike):
-                return ""
-            by = _divisor(final, [parts, *filter(None, alike)], (1, 1 + len(every), *self._counts()))
-            if by is None:
-                return ""
-            found.add(by)
-        if len(found) != 1:
-            return ""
-        by = found.pop()
-        return f"summed over {1 + len(every)} pipelines{f' and divided by {by}' if by > 1 else ''}, up to rounding"
+                return None
+            parameters.append((final, [parts, *filter(None, alike)]))
+        counts = (1, *sorted({1 + len(every), *self._counts()}))
+        return agreement_over(parameters, len(self.routes) > 1, counts)
 
     def has(self, chunk: Chunk) -> bool:
         """Whether there is such a chunk, and its rank has made a plain run."""
@@ -149,7 +144,7 @@ class Step:
                 wrong.setdefault(found, []).append(name)
         scales = {round(each.scale, 3) for each in agree if each.how or each.summed is not None or each.scale != 1}
         if wrong:
-            return "; ".join(f"{_names(names)}: {what}" for what, names in wrong.items())
+            return "; ".join(_shown([f"{_names(names)}: {what}" for what, names in wrong.items()]))
         if len(scales) > 1:
             shown = " and ".join(f"{scale:g}" for scale in sorted(scales))
             return f"the gradients of its parameters are scaled by different factors: {shown}"
@@ -265,20 +260,6 @@ def _with_earlier(found: Agreement, step: int) -> Agreement | str:
     if step > 1:
         return "the gradient includes that of an earlier step: is it set to zero or None after the optimizer's step?"
     return found._replace(how=", ".join(filter(None, (found.how, "added to what was there before the step"))))
-
-
-def _divisor(final: Tensor, every: Sequence[Parts], counts: Sequence[int]) -> int | None:
-    """By what a gradient is divided that is otherwise the sum over pipelines, of one lane or of both."""
-    for of_both in (False, True):
-        totals = [parts.total(final, of_other=far) for parts in every for far in (False, True)[: 1 + of_both]]
-        there = [total.double() for total in totals if total is not None]
-        if not there or any(total.shape != final.shape for total in there):
-            continue
-        total = torch.stack(there).sum(0)
-        for by in counts:
-            if float((final.double() * by - total).abs().max()) <= links.ROUNDING * float(total.abs().max()):
-                return by
-    return None
 
 
 def _names(names: Sequence[str]) -> str:

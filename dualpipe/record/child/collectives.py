@@ -126,6 +126,7 @@ class Collectives:
             form=form,
             modules=sorted({module for p in parameters for module in flow.parameters.holders(p)}),
             names=[flow.parameters.name(p) for p in parameters],
+            values=[flow.parameters.value(p) for p in parameters],
             marks=marks,
             context=sorted(flow.context or ()),
             at=call_path(),

@@ -15,7 +15,8 @@ class ChunkComparison:
     As text, ``faults`` has what differs, ``unknown`` what could not be compared, and ``notes`` how gradients agree.
     ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show.  ``divided_by`` is
     the number of microbatches or replicas by which all of them are divided, ``scale`` any other factor of all of them,
-    ``pipelines`` the number of pipelines over which they are summed.
+    ``pipelines`` the number of pipelines over which they are summed.  ``copies`` are the numbers of parameters that are
+    tied to one of an earlier stage.
     """
 
     chunk: Chunk
@@ -28,6 +29,7 @@ class ChunkComparison:
     scale: float = 1.0
     divided_by: int = 1
     pipelines: int = 1
+    copies: frozenset[int] = frozenset()
 
     def text(self) -> str:
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"

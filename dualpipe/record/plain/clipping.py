@@ -113,7 +113,7 @@ def _finals(
     """The gradients of a chunk's parameters."""
     numbers = {n for task, found in forwards.items() if task.chunk == each.chunk for n in found.get("weights", {})}
     final = files[each.rank]["final"]
-    return [final[number] for number in sorted(numbers) if final[number] is not None]
+    return [final[number] for number in sorted(numbers - each.copies) if final[number] is not None]
 
 
 def _norm(gradients: Iterable[Iterable[Tensor]], kind: float = 2.0) -> float:

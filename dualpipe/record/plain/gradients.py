@@ -27,7 +27,8 @@ class Agreement(NamedTuple):
 
     ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
     ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
-    factor, such as that of clipping.  ``pipelines`` is the number of pipelines over which the sum is.
+    factor, such as that of clipping.  ``pipelines`` is the number of pipelines over which the sum is,
+    ``copies`` the parameters that are tied to one of an earlier stage.
     """
 
     how: str
@@ -35,6 +36,7 @@ class Agreement(NamedTuple):
     scale: float = 1.0
     divided_by: int = 1
     pipelines: int = 1
+    copies: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ def differences(
 
     Each difference is a ``fault``, ``unknown``, ``outside``, ``near`` or ``alone``.  ``outside``: the tensor may be
     computed outside of any module from the other stage's output.  ``near``: it agrees up to rounding.  ``alone``: the
-    other stage could not be run plainly.  None of these three is a fault.  A tensor that some stage returns for another
-    microbatch is always a fault.  ``found`` is what the own rank of the
+    other stage could not be run plainly.  None of these three is a fault.  A tensor of another microbatch is always a
+    fault, and so is a gradient in place of an activation, or vice versa.  ``found`` is what the own rank of the
     microbatch has, ``forwards`` what all ranks have; ``foreign`` is as for ``compare``.
     """
     before = forwards.get(task._replace(stage=task.stage - 1))
@@ -33,22 +33,27 @@ def differences(
         yield "alone", f"microbatch {task.mb} takes what stage {task.stage - 1} returns"
     elif before is not None and not _among(found["took"], before.get("plainly", [])):
         what = f"microbatch {task.mb} does not take what stage {task.stage - 1} returns for it"
-        known = _another(found["took"], (each.get("returned", []) for other, each in forwards.items() if other != task))
+        known = _another(found["took"], _tensors(forwards, "returned", task), _tensors(forwards, "input gradients"))
         near = not known and _among(found["took"], before.get("plainly", []), _near)
-        which = "fault" if known else "near" if near else _which(foreign, Op(SF, task.lane, task.stage - 1, task.mb))
-        yield which, what if which == "fault" else f"{what}: is that computed further outside of a module?"
+        which = "near" if near else _which(foreign, Op(SF, task.lane, task.stage - 1, task.mb))
+        yield _finding(which, what, known, "is that computed further outside of a module?")
     if not found["ran"]:
         yield "fault", f"no gradient reaches microbatch {task.mb}"
     elif after is not None and not _ran(after):
         yield "alone", f"microbatch {task.mb} takes the gradient that stage {task.stage + 1} has for it"
     elif after is not None and not _among(found["gradients"], after.get("input gradients", [])):
         what = f"microbatch {task.mb} does not take the gradient that stage {task.stage + 1} has for it"
-        own = task.lane, task.mb  # a residual passes a gradient on from stage to stage
-        others = (each.get("input gradients", []) for one, each in forwards.items() if (one.lane, one.mb) != own)
-        known = _another(found["gradients"], others)
+        others = {one: each for one, each in forwards.items() if (one.lane, one.mb) != (task.lane, task.mb)}
+        of_others = _tensors(others, "input gradients")  # a residual passes a gradient on from stage to stage
+        known = _another(found["gradients"], of_others, _tensors(forwards, "returned"))
         near = not known and _among(found["gradients"], after.get("input gradients", []), _near)
-        which = "fault" if known else "near" if near else _which(foreign, Op(SB, task.lane, task.stage + 1, task.mb))
-        yield which, what if which == "fault" else f"{what}: is the output computed further outside of a module?"
+        which = "near" if near else _which(foreign, Op(SB, task.lane, task.stage + 1, task.mb))
+        yield _finding(which, what, known, "is the output computed further outside of a module?")
+
+
+def _finding(which: str, what: str, known: str, question: str) -> tuple[str, str]:
+    """A difference of a kind; it is a fault if it is ``known`` what was taken instead."""
+    return ("fault", what + known) if known or which == "fault" else (which, f"{what}: {question}")
 
 
 def _ran(found: Plainly) -> bool:
@@ -85,6 +90,20 @@ def _near(one: Tensor, other: Tensor) -> bool:
     return not one.numel() or float((one.double() - other.double()).abs().max()) <= ROUNDING * most
 
 
-def _another(taken: Sequence[Tensor | None], of_others: Iterator[Sequence[Tensor | None]]) -> bool:
-    """Whether all tensors are among those of one of the others."""
-    return any(tensor is not None for tensor in taken) and any(_among(taken, given) for given in of_others)
+def _tensors(
+    forwards: Mapping[Task, Plainly], which: str, but: Task | None = None
+) -> Iterator[tuple[str, Sequence[Tensor | None]]]:
+    """The outputs or the input gradients of all forwards but one, each with a description."""
+    words = "the output of stage {}" if which == "returned" else "the gradient of the input of stage {}"
+    for task, found in forwards.items():
+        if task != but:
+            lane = "" if len({each.lane for each in forwards}) == 1 else f" of lane {task.lane}"
+            yield f"{words.format(task.stage)} for microbatch {task.mb}{lane}", found.get(which, [])
+
+
+def _another(taken: Sequence[Tensor | None], *of_others: Iterator[tuple[str, Sequence[Tensor | None]]]) -> str:
+    """What all tensors are instead, if they are among those of one of the others.  Zeros may be anything."""
+    if not any(tensor is not None and bool(tensor.any()) for tensor in taken):
+        return ""
+    found = (words for others in of_others for words, given in others if _among(taken, given))
+    return next((f", but {words}" for words in found), "")

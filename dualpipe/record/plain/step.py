@@ -14,7 +14,8 @@ from dualpipe.record.phrases import counted
 from dualpipe.record.plain import links
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
 from dualpipe.record.plain.links import Plainly
-from dualpipe.record.plain.pipelines import agreement_over
+from dualpipe.record.plain.names import unique
+from dualpipe.record.plain.sums import Partner, Summed, agreement_of_all
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
@@ -67,10 +68,10 @@ class Step:
         on_links = self._on_links(outside, near, alone)
         kept = self._gradients(chunk, rank)
         if not isinstance(kept, Agreement):
-            kept = self._over_pipelines(chunk) or kept
+            kept = self._of_all(chunk) or kept
         if isinstance(kept, Agreement):
             notes = (*([kept.how] if kept.how else []), *on_links)
-            agreed = kept.summed, kept.scale, kept.divided_by, kept.pipelines
+            agreed = kept.summed, kept.scale, kept.divided_by, kept.pipelines, kept.copies
             return ChunkComparison(chunk, rank, count, _shown(faults), (), notes, *agreed)
         if self.others:
             unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
@@ -91,22 +92,43 @@ class Step:
             are = counted(len(alone), "link is", "links are")
             yield f"{are} not compared, because the stage at the other end could not be run plainly"
 
-    def _over_pipelines(self, chunk: Chunk) -> Agreement | None:
-        """How the gradients agree with those of all pipelines of the job, summed."""
-        file = self.files[self.routes[chunk.lane][chunk.stage]]
-        every = [each for each in self.replicas if each.has(chunk)]
-        if not every or len(every) < len(self.replicas):
+    def _of_all(self, chunk: Chunk) -> Agreement | None:
+        """How all gradients of a chunk agree with one factor times sums, over all pipelines of the job if any."""
+        if any(not each.has(chunk) for each in self.replicas):
             return None
-        of_others = [each.parts_by_name(chunk) for each in every]
-        parameters: list[tuple[Tensor, Sequence[Parts]]] = []
+        file, names = self._file(chunk), self._names(chunk)
+        of_others = [each.parts_by_name(chunk) for each in self.replicas]
+        parameters: list[Summed] = []
         for number, parts in self._parts(chunk).items():
-            alike = [named.get(file["names"][number]) for named in of_others]
+            alike = [named.get(names[number]) for named in of_others]
             final = file["final"][number]
-            if final is None or parts.slopes or not all(alike):
+            if final is None or parts.slopes or parts.before is not None or not all(alike):
                 return None
-            parameters.append((final, [parts, *filter(None, alike)]))
-        counts = (1, *sorted({1 + len(every), *self._counts()}))
-        return agreement_over(parameters, len(self.routes) > 1, counts)
+            every = [parts, *filter(None, alike)]
+            parameters.append(Summed(number, final, every, partial(self._partners, chunk, number)))
+        counts = (1, *sorted({1 + len(of_others), *self._counts()}))
+        return agreement_of_all(parameters, chunk.stage, len(self.routes) > 1, counts) if parameters else None
+
+    def _partners(self, chunk: Chunk, number: int) -> Iterator[Partner]:
+        """The parameters of other stages, to which one may be tied as the embedding is to the output layer.
+
+        Tied weights are equal before the step.  So a gradient that is summed over stages by mistake is no such sum.
+        """
+        value = self._file(chunk).get("weights", {}).get(number)
+        if value is None or not value.numel() or bool((value == value.reshape(-1)[0]).all()):
+            return
+        for stage in range(len(self.routes[chunk.lane])):
+            other = Chunk(chunk.lane, stage)
+            if stage == chunk.stage or any(not each.has(other) for each in (self, *self.replicas)):
+                continue
+            names, values = self._names(other), self._file(other).get("weights", {})
+            of_others = [each.parts_by_name(other) for each in self.replicas]
+            for at, parts in self._parts(other).items():
+                if not equal(value, values.get(at)):
+                    continue
+                alike = [named[names[at]] for named in of_others if names[at] in named]
+                words = f"{self._name(chunk, number)} is summed with {names[at]} of stage {stage}, to which it is tied"
+                yield Partner(words, stage, [parts, *alike])
 
     def has(self, chunk: Chunk) -> bool:
         """Whether there is such a chunk, and its rank has made a plain run."""
@@ -114,19 +136,26 @@ class Step:
         return chunk.stage < len(route) and "error" not in self.files[route[chunk.stage]]
 
     def parts_by_name(self, chunk: Chunk) -> dict[str, Parts]:
-        names = self.files[self.routes[chunk.lane][chunk.stage]]["names"]
+        names = self._names(chunk)
         return {names[number]: parts for number, parts in self._parts(chunk).items()}
+
+    def _file(self, chunk: Chunk) -> Mapping[str, Any]:
+        return self.files[self.routes[chunk.lane][chunk.stage]]
+
+    def _names(self, chunk: Chunk) -> dict[int, str]:
+        """The names of the chunk's parameters by number."""
+        return unique(self._by_microbatch(chunk)[0], self._file(chunk).get("names", ()))
 
     def _gradients(self, chunk: Chunk, rank: int) -> str | Agreement:
         """How the gradients of a chunk agree with the plain ones, or what differs."""
-        file = self.files[rank]
+        file, names = self.files[rank], self._names(chunk)
         agree: list[Agreement] = []
         wrong: dict[str, list[str]] = {}
         shared = self._shared(chunk)
         fitted = [factors_of(file["final"][number], parts) for number, parts in self._parts(chunk).items()]
         patterns = [factors for factors in fitted if factors]
         for number, parts in self._parts(chunk).items():
-            name = file["names"][number]
+            name = names[number]
             if number in shared:
                 agree.append(Agreement(f"{name} is used by another stage of the rank too, and not compared"))
                 continue
@@ -134,8 +163,8 @@ class Step:
             found = self._wrong(chunk, number) or agreement(
                 final, parts, self._counts(), self._scales, patterns, partial(self._place, chunk)
             )
-            if not isinstance(found, Agreement) and (tied := self._tied(chunk, number, final)):
-                found = Agreement(tied)
+            if not isinstance(found, Agreement) and (tie := self._tied(chunk, number, final)):
+                found = Agreement(tie.words, copies=frozenset([number] * (tie.stage < chunk.stage)))
             if isinstance(found, Agreement) and parts.before is not None:
                 found = _with_earlier(found, file["step"])
             if isinstance(found, Agreement):
@@ -153,7 +182,9 @@ class Step:
         scale = next((each.scale for each in agree if each.scale != 1), 1.0)
         divided = {each.divided_by for each in agree}
         by = divided.pop() if len(divided) == 1 else 1
-        return Agreement(", ".join(sorted(notes)), summed.pop() if len(summed) == 1 else None, scale, by)
+        copies = frozenset(number for each in agree for number in each.copies)
+        how = ", ".join(sorted(notes))
+        return Agreement(how, summed.pop() if len(summed) == 1 else None, scale, by, copies=copies)
 
     @cached_property
     def _scales(self) -> tuple[float, ...]:
@@ -194,25 +225,26 @@ class Step:
 
     def _parts(self, chunk: Chunk) -> dict[int, Parts]:
         """The gradients of every parameter of a chunk, microbatch by microbatch."""
-        file = self.files[self.routes[chunk.lane][chunk.stage]]
+        file, names = self._file(chunk), self._names(chunk)
         own, slopes = self._by_microbatch(chunk)
         lane = next((lane for lane in self.routes if lane != chunk.lane), None)
         far: dict[str, dict[int, Tensor | None]] = {}
         far_slopes: dict[str, dict[int, float]] = {}
         if lane is not None:
-            names = self.files[self.routes[lane][chunk.stage]].get("names", [])
-            of_lane, slopes_of_lane = self._by_microbatch(Chunk(lane, chunk.stage))
-            far = {names[number]: each for number, each in of_lane.items()}
-            far_slopes = {names[number]: each for number, each in slopes_of_lane.items()}
+            replica = Chunk(lane, chunk.stage)
+            of_replica = self._names(replica)
+            of_lane, slopes_of_lane = self._by_microbatch(replica)
+            far = {of_replica[number]: each for number, each in of_lane.items()}
+            far_slopes = {of_replica[number]: each for number, each in slopes_of_lane.items()}
         return {
             number: Parts(
                 number,
                 chunk.lane,
                 each,
-                None if lane is None else far.get(file["names"][number], {}),
+                None if lane is None else far.get(names[number], {}),
                 file["before"].get(number),
                 slopes.get(number, {}),
-                far_slopes.get(file["names"][number], {}),
+                far_slopes.get(names[number], {}),
             )
             for number, each in own.items()
         }
@@ -239,20 +271,17 @@ class Step:
                     users.setdefault(number, set()).add(task.chunk)
         return {number for number, chunks in users.items() if len(chunks) > 1}
 
-    def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> str:
+    def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> Partner | None:
         """The parameter of another stage with which a gradient was summed, as those of tied embeddings are."""
         own = self._parts(chunk)[number].total(final)
-        others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
-        for other in (each for each in others if each != chunk):
-            for at, parts in self._parts(other).items():
-                total = parts.total(final)
-                if own is not None and total is not None and total.shape == own.shape and equal(final, own + total):
-                    mine, theirs = self._name(chunk, number), self._name(other, at)
-                    return f"{mine} is summed with {theirs} of stage {other.stage}, to which it is tied"
-        return ""
+        for each in self._partners(chunk, number) if own is not None else ():
+            total = each.every[0].total(final)
+            if own is not None and total is not None and total.shape == own.shape and equal(final, own + total):
+                return each
+        return None
 
     def _name(self, chunk: Chunk, number: int) -> str:
-        return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
+        return self._names(chunk)[number]
 
 
 def _with_earlier(found: Agreement, step: int) -> Agreement | str:

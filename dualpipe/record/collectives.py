@@ -138,8 +138,9 @@ class _Met:
         of_gradients = {rank: self._chunk(rank) for rank, each in joined.items() if each.name in _REDUCES}
         stages = {chunk.stage for chunk in of_gradients.values() if chunk is not None}
         all_of_gradients = len(of_gradients) == len(joined) and None not in of_gradients.values()
+        crossed = two_lanes and self._hold_each_other(stages) and not self._are_tied()
         self._kind = Kind.AR
-        if all_of_gradients and (len(stages) == 1 or (two_lanes and self._hold_each_other(stages))):
+        if all_of_gradients and (len(stages) == 1 or crossed):
             self._kind = Kind.RG
         elif {each.name for each in joined.values()} <= {"all_to_all", "all_to_all_single"}:
             tasks = {self._task(rank) for rank in joined}
@@ -165,6 +166,12 @@ class _Met:
             for rank in self._joined
             for stage in stages
         )
+
+    def _are_tied(self) -> bool:
+        """Whether the members reduce gradients of tied weights: these have other names, and equal values."""
+        members = list(self._joined.values())
+        values = {each.values for each in members}
+        return len({each.names for each in members}) > 1 and len(values) == 1 and all(values) and all(*values)
 
     def _content(self, each: Collective) -> tuple[object, ...]:
         return _shown(each if self._kind is Kind.RG else each._replace(names=()))

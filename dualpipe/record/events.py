@@ -176,6 +176,7 @@ def _read_collective(log: RankLog, event: Event, begun: bool) -> None:
         event["at"],
         log.steps,
         begun,
+        tuple(event.get("values", ())),
     )
 
 

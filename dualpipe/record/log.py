@@ -54,6 +54,8 @@ class Collective(NamedTuple):
         The types and shapes of its tensors, if all members give the same.
     modules, names:
         The modules that hold the parameters whose gradients it is on, and the names of these.
+    values:
+        Digests of the values of these parameters; empty for a parameter whose elements are all equal.
     carries:
         Whether a forward or a backward made one of its tensors.
     context:
@@ -74,6 +76,7 @@ class Collective(NamedTuple):
     at: str
     step: int
     within: bool
+    values: tuple[str, ...] = ()
 
 
 class Arrival(NamedTuple):

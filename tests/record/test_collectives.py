@@ -82,6 +82,27 @@ def test_reductions_in_another_order_on_another_rank_are_refuted_with_their_line
     assert f"is at {__file__}:" in shown
 
 
+def test_tied_weights_of_two_stages_are_summed_over_both_lanes():
+    """Rank 0 passes the gradient of its last stage and rank 1 that of its first one, as in Megatron with DualPipe."""
+
+    def body(rank):
+        tied = nn.Parameter(torch.ones(4, 4).tril())
+        modules = {stage: nn.Module() for stage in range(2)}
+        for stage, name in enumerate(("embedding", "output")):
+            modules[stage].register_parameter(name, nn.Parameter(tied.detach().clone()))
+            modules[stage].forward = lambda x, stage=stage, name=name: x @ getattr(modules[stage], name)
+        first, last = modules[0], modules[1]
+        y = first(torch.randn(SHAPE))
+        x = exchange(rank, y.detach()).requires_grad_()
+        last(x).square().mean().backward()
+        y.backward(exchange(rank, x.grad))
+        dist.all_reduce(last.output.grad if rank == 0 else first.embedding.grad)
+
+    recording = record_ranks(2, body)
+    assert prove(recording.schedule, smt=False).verdict == "proved"
+    assert text(recording, 0).endswith(" 0AR>@0")
+
+
 @pytest.mark.long
 def test_a_weight_gradient_after_its_reduction_is_refuted():
     _, report = proved({0: (0, 1), 1: (0, 1)}, late=True)

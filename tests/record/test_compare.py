@@ -130,7 +130,8 @@ FAULTS = {
         "3 were computed and collected, and none is kept or read by the end of the step: is their list cleared before",
     ),
     ("never fed", "swapped"): (
-        "stage 0 of lane > on rank 0: microbatch 0 does not take the gradient that stage 1 has for it; ",
+        "stage 0 of lane > on rank 0: microbatch 0 does not take the gradient that stage 1 has for it, but the "
+        "gradient of the input of stage 1 for microbatch 1; ",
         "weight: no gradient, but the plain run has one: are weight gradients put into the store, and run from it?",
     ),
     ("clipped apart",): (
@@ -160,12 +161,15 @@ def test_gradients_divided_by_the_microbatches_agree_with_a_note_and_other_chang
 
 
 def two_lanes(summed):
-    """Two stages on two ranks, a lane each way; the replicas of a stage have the same weights."""
+    """Two stages on two ranks, a lane each way; the replicas of a stage have the same weights.
+
+    The program calls the two layers of the first stage one by one, so their parameters have the same names.
+    """
 
     def body(rank):
         torch.manual_seed(0)
-        first, last = nn.Linear(4, 4), nn.Linear(4, 4)
-        parameters = [*first.parameters(), *last.parameters()]
+        layers, last = [nn.Linear(4, 4), nn.Linear(4, 4)], nn.Linear(4, 4)
+        parameters = [parameter for layer in (*layers, last) for parameter in layer.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.1)
 
         def exchange(tensor):
@@ -176,7 +180,7 @@ def two_lanes(summed):
             return other
 
         for _ in range(2):
-            y = first(torch.randn(SHAPE) + rank)
+            y = layers[1](layers[0](torch.randn(SHAPE) + rank))
             x = exchange(y.detach()).requires_grad_()
             last(x).square().mean().backward()
             y.backward(exchange(x.grad))
@@ -193,6 +197,7 @@ def test_replicas_that_are_summed_agree_with_the_sum_over_both_lanes():
     assert comparison.verdict == "equal", comparison.text()
     assert [each.summed for each in comparison.chunks] == [True] * 4
     assert "summed over both lanes" in comparison.text()
+    assert "tied" not in comparison.text()
 
 
 def test_replicas_that_are_never_summed_are_found_before_the_optimizers_step():
@@ -203,35 +208,28 @@ def test_replicas_that_are_never_summed_are_found_before_the_optimizers_step():
     assert comparison.as_json()["chunks"][0]["summed"] is False
 
 
-def two_forwards(folder, finals, shared=False):
-    """The comparison of two stages with one parameter each, on two ranks or sharing it on one."""
+def shared_by_two_stages(folder, final):
+    """The comparison of two stages on one rank, which share a parameter."""
     ran = [RAN | {"weights": {0: torch.full((2,), value)}} for value in (3.0, 4.0)]
-    begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
-    events = [begun | {"forward": n, "at": "x.py:1"} for n in range(2)]
-    events += [{"event": "backward", "forwards": [n], "untrainable": [], "run": n} for n in range(2)]
-    if shared:
-        torch.save(FILE | {"forwards": dict(enumerate(ran)), "final": finals}, folder / "0.pt")
-        tasks = {ForwardId(0, stage): Task(UP, stage, 0) for stage in range(2)}
-        return compare(folder, [read(0, events)], tasks, {UP: (0, 0)})
-    for rank in range(2):
-        torch.save(FILE | {"forwards": {0: ran[rank]}, "final": finals[rank : rank + 1]}, folder / f"{rank}.pt")
-    tasks = {ForwardId(rank, 0): Task(UP, rank, 0) for rank in range(2)}
-    return compare(folder, [read(rank, events) for rank in range(2)], tasks, {UP: (0, 1)})
+    torch.save(FILE | {"forwards": dict(enumerate(ran)), "final": {0: final}}, folder / "0.pt")
+    events = [event | {name: n} for n in range(2) for event, name in zip(BEGUN, ("forward", "run"), strict=True)]
+    events = [event | ({"forwards": [event["run"]]} if "run" in event else {}) for event in events]
+    tasks = {ForwardId(0, stage): Task(UP, stage, 0) for stage in range(2)}
+    return compare(folder, [read(0, events)], tasks, {UP: (0, 0)})
 
 
 def one_forward(folder, content):
     """The comparison of one rank with one forward; ``content`` is what its plain run saved, if it made one."""
     if content is not None:
         torch.save(content, folder / "0.pt")
-    begun = {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
-    events = [
-        begun | {"grad": True, "at": "x.py:1"},
-        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
-    ]
-    logs = [read(0, events)]
-    return compare(folder, logs, {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)})
+    return compare(folder, [read(0, BEGUN)], {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)})
 
 
+BEGUN = [
+    {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
+    | {"grad": True, "at": "x.py:1"},
+    {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
+]
 RAN = {
     "took": [],
     "returned": [torch.ones(1)],
@@ -295,26 +293,37 @@ def test_what_is_concluded_from_the_file_of_a_plain_run(tmp_path, content, verdi
     assert comparison.as_json()["verdict"] == verdict
 
 
-def test_weights_that_are_tied_over_stages_agree_with_the_sum_of_both(tmp_path):
-    comparison = two_forwards(tmp_path, [torch.full((2,), 7.0), torch.full((2,), 7.0)])
-    assert "w is summed with w of stage 1, to which it is tied" in comparison.text()
-    assert not any(each.faults for each in comparison.chunks)
+@pytest.mark.parametrize(("factor", "apart"), [(1.0, 0.0), (0.3, 0.0), (1.0, 1.0), (0.3, 1.0)])
+def test_weights_that_are_tied_over_stages_agree_with_the_sum_of_both(tmp_path, factor, apart):
+    """Their gradients are 3 and 4; the norm of clipping counts the sum once: 2 * 7 ** 2 + 5 * (3 ** 2 + 4 ** 2) = 223.
+
+    Without equal weights it is a sum over stages by mistake.
+    """
+    tasks, logs = {}, []
+    links = {"took": [torch.ones(1)], "gradients": [torch.ones(1)], "input gradients": [torch.ones(1)]}
+    for rank, own in enumerate((3.0, 4.0)):
+        ran = RAN | links | {"weights": {0: torch.full((2,), own), 1: torch.tensor([own, 2 * own])}}
+        final = {0: torch.full((2,), 7 * factor), 1: torch.tensor([own, 2 * own]) * factor}
+        weights = {0: torch.tensor([1.0, 2.0 + apart * rank]), 1: torch.tensor([5.0, own])}
+        file = FILE | {"forwards": {0: ran}, "final": final, "weights": weights, "names": ["w", "b"]}
+        torch.save(file | {"scalars": [223.0]}, tmp_path / f"{rank}.pt")
+        tasks[ForwardId(rank, 0)] = Task(UP, rank, 0)
+        logs.append(read(rank, BEGUN))
+    comparison = compare(tmp_path, logs, tasks, {UP: (0, 1)})
+    assert comparison.verdict == ("different" if apart else "equal"), comparison.text()
+    assert ("w is summed with w of stage 1, to which it is tied" in comparison.text()) == (not apart)
+    assert ("once, was 14.93, as every rank computes it" in comparison.text()) == (factor < 1 and not apart)
 
 
 def test_a_weight_that_two_stages_of_a_rank_share_is_not_compared(tmp_path):
-    comparison = two_forwards(tmp_path, [torch.full((2,), 5.0)], shared=True)
+    comparison = shared_by_two_stages(tmp_path, torch.full((2,), 5.0))
     assert "w is used by another stage of the rank too, and not compared" in comparison.text()
     assert not any(each.faults for each in comparison.chunks)
 
 
 def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):
     torch.save(FILE | {"final": {0: torch.full((2,), 3.5)}}, tmp_path / "0.pt")
-    events = [
-        {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
-        | {"grad": True, "at": "x.py:1"},
-        {"event": "backward", "forwards": [0], "untrainable": [], "run": 1},
-    ]
-    logs = [read(rank, events) for rank in range(2)]
+    logs = [read(rank, BEGUN) for rank in range(2)]
     comparison = compare(tmp_path, logs, {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)})
     assert comparison.verdict == "unknown"
     assert "may be the sum over pipelines that are not in the file" in comparison.text()
@@ -349,13 +358,16 @@ def compared_pipelines(folder):
         ((10.0, 10.0), "equal", "summed over 2 pipelines, up to rounding"),
         ((5.0, 5.0), "equal", "summed over 2 pipelines and divided by 2, up to rounding"),
         ((3.0, 7.0), "equal", "outputs and gradients equal"),
-        ((8.5, 8.5), "unknown", "may be the sum over pipelines that are not in the file"),
+        ((8.5, 8.5), "unknown", "was 14.14 and is 12.02: if they are clipped, give the limit with --clip-norm"),
+        ((4.0, 4.0), "equal", "divided by 2 and scaled by 0.8 on every rank; their norm over all stages"),
+        (([8.5, 1.0], [8.5, 1.0]), "unknown", "may be the sum over pipelines that are not in the file"),
     ],
 )
 def test_gradients_may_be_summed_over_all_recorded_pipelines(tmp_path, finals, verdict, says):
     for rank, (final, own) in enumerate(zip(finals, (3.0, 7.0), strict=True)):
         ran = RAN | {"weights": {0: torch.full((2,), own)}}
-        torch.save(FILE | {"final": {0: torch.full((2,), final)}, "forwards": {0: ran}}, tmp_path / f"{rank}.pt")
+        kept = {"final": {0: torch.ones(2) * torch.tensor(final)}, "scalars": [50.0]}  # the square of the norm
+        torch.save(FILE | kept | {"forwards": {0: ran}}, tmp_path / f"{rank}.pt")
     comparison = compared_pipelines(tmp_path)
     assert comparison.verdict == verdict
     assert says in comparison.text()

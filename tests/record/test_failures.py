@@ -51,7 +51,7 @@ def first_failure(recording) -> str:
     [("the forward", "1F1>", "1RF1>@0 1F1>"), ("the backward", "1B1>", "1RF1>@0 1F1> 1B1>")],
 )
 def test_an_error_is_the_first_thing_said_and_its_op_the_ranks_last(where, during, ends):
-    recording = record_ranks(2, lambda rank: train(rank, Faulty(where if rank else "")), check=False, stall=STALL)
+    recording = record_ranks(2, lambda rank: train(rank, Faulty(where if rank else "")), check=False, stall=20)
     assert first_failure(recording).startswith("rank 1 raised IndexError at ")
     assert f" during {during}: a bug" in first_failure(recording)
     assert text(recording, 1).endswith(ends)

@@ -90,3 +90,35 @@ def test_a_gradient_that_a_residual_passes_on_is_not_that_of_another_microbatch(
     assert [each.which for each in differences(first, found, forwards, {})] == ["unknown"]
     forwards[Task(UP, 1, 1)] = {"input gradients": [gradient]}
     assert [each.which for each in differences(first, found, forwards, {})] == ["fault"]
+
+
+def test_a_link_to_a_stage_that_cannot_be_run_plainly_is_not_a_difference():
+    x, gradient = torch.ones(3), torch.zeros(3)
+    found = {"took": [x], "gradients": [gradient], "ran": True}
+    kept = {"returned": [2 * x], "plainly": [3 * x], "input gradients": [x]}
+    forwards = {Task(UP, 0, 0): kept, Task(UP, 1, 0): found, Task(UP, 2, 0): {"error": "ValueError: no peer"}}
+    assert [each.which for each in differences(Task(UP, 1, 0), found, forwards, {})] == ["alone", "alone"]
+
+
+def test_a_gradient_in_place_of_an_activation_is_a_difference_that_names_it():
+    x, gradient = torch.ones(3), torch.full((3,), 2.0)
+    before = {"returned": [x], "plainly": [x], "input gradients": []}
+    found = {"took": [gradient], "gradients": [x], "ran": True, "input gradients": [x]}
+    after = {"returned": [], "plainly": [], "input gradients": [gradient]}
+    forwards = {Task(UP, 0, 0): before, Task(UP, 1, 0): found, Task(UP, 2, 0): after}
+    assert [each[:2] for each in differences(Task(UP, 1, 0), found, forwards, {})] == [
+        (
+            "fault",
+            "microbatch 0 does not take what stage 0 returns for it, but the gradient of the input of stage 2 for "
+            "microbatch 0",
+        ),
+        (
+            "fault",
+            "microbatch 0 does not take the gradient that stage 2 has for it, but the output of stage 0 for "
+            "microbatch 0",
+        ),
+    ]
+    after["input gradients"] = [torch.full((3,), 3.0)]
+    found["took"], found["gradients"] = [torch.zeros(3)], [torch.zeros(3)]
+    forwards[Task(UP, 0, 1)] = {"returned": [torch.zeros(3)]}
+    assert [each.which for each in differences(Task(UP, 1, 0), found, forwards, {})] == ["unknown", "unknown"]

@@ -72,10 +72,12 @@ def test_a_gradient_of_one_lane_and_half_of_the_other_is_told_with_the_lane():
     assert found.startswith("the gradient lacks microbatch 1 of lane <: is it reduced over the lanes before")
 
 
-def chunks(*scales, lanes=(UP,)):
+def chunks(*scales, lanes=(UP,), microbatches=1):
     """The comparison of a stage on each rank, whose gradients are scaled; with two lanes each stage is on two ranks."""
     return [
-        ChunkComparison(Chunk(lane, rank if lane is UP else len(scales) - 1 - rank), rank, 1, (), (), (), scale=scale)
+        ChunkComparison(
+            Chunk(lane, rank if lane is UP else len(scales) - 1 - rank), rank, microbatches, (), (), (), scale=scale
+        )
         for lane in lanes
         for rank, scale in enumerate(scales)
     ]
@@ -97,6 +99,25 @@ def test_gradients_scaled_alike_are_clipped_by_the_norm_of_the_whole_model():
     assert not judge(chunks(0.2, 0.2), files, forwards, 1.0).faults
     (unknown,) = judge(chunks(0.2, 0.2), files, forwards).unknown
     assert unknown.endswith("if they are clipped, give the limit with --clip-norm")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (25.0, "scaled by 0.2 on every rank; their norm over all stages, each parameter once, was 5, as every rank"),
+        (2.5, "divided by 2 and scaled by 0.4 on every rank; their norm over all stages, each parameter once, was 2.5"),
+        (50.0, "scaled by 0.2 on every rank; their norm over all stages, each parameter once, was 5 and is 1: if"),
+    ],
+)
+def test_a_norm_or_its_square_that_every_rank_computes_needs_no_limit(value, says):
+    files, forwards = clipped(0.2)
+    every = [each._replace(mb=mb) for each in forwards for mb in range(2)]
+    for file in files.values():
+        file["scalars"] = [0.1, value]
+    found = judge(chunks(0.2, 0.2, microbatches=2), files, {task: {"weights": {0: None}} for task in every})
+    assert says in "".join(found.unknown if value == 50.0 else found.notes)
+    files[1]["scalars"].clear()
+    assert judge(chunks(0.2, 0.2), files, forwards).unknown
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,11 @@ compute      watches torch: module calls, the autograd engine, every operator, `
 messages     watches torch.distributed's point-to-point calls
 pending      a message in flight, as its work that the program waits for
 collectives  watches torch.distributed's collectives
+singles      the collectives of groups with one member, in a plain run
 transport    calls torch's own functions
 arrivals     tensors that leave torch's operators and come back
 errors       errors of the program
+values       what the program reads from its tensors
 plain        runs the modules of a step once more, plainly, to compare with
 replay       the plain run of one forward
 buffers      the memory of messages: who touches it, and which of it graphs need

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from . import singles
 from .flow import Flow
 from .log import call_path
 from .patches import Patches
@@ -53,8 +54,10 @@ def _watched(collectives: Collectives, transport: Transport, name: str, original
         except TypeError:
             return transport.run(original, *args, **kwargs)
         group = given.get("group") or c10d._get_default_group()
-        if c10d._rank_not_in_group(group) or dist.get_world_size(group) < 2:
-            return transport.run(original, *args, **kwargs)
+        if c10d._rank_not_in_group(group):
+            return original(*args, **kwargs)  # returns at once, with a warning
+        if dist.get_world_size(group) < 2:
+            return singles.compute(name, given) if transport.alone else transport.run(original, *args, **kwargs)
         number = collectives.begin(name, group, given)
         is_async = bool(given.get("async_op"))
         if not is_async:
@@ -123,6 +126,7 @@ class Collectives:
             form=form,
             modules=sorted({module for p in parameters for module in flow.parameters.holders(p)}),
             names=[flow.parameters.name(p) for p in parameters],
+            values=[flow.parameters.value(p) for p in parameters],
             marks=marks,
             context=sorted(flow.context or ()),
             at=call_path(),

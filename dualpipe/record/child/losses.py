@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .flow import Flow
@@ -26,10 +27,14 @@ _DEPTH = 4
 
 
 class Losses:
-    """What the program does with the results of its forwards that may be losses."""
+    """What the program does with the results of its forwards that may be losses.
+
+    ``scalars`` are the values that it read or reduced since its last backward, as those of a norm are.
+    """
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
+        self.scalars: list[float] = []
         self._read: set[int] = set()
         self._values: dict[int, set[float]] = {}  # forward -> values of its loss that the program read or kept
         self._roots: dict[int, float] = {}  # forward -> the value of the scalar from which its backward began
@@ -40,9 +45,10 @@ class Losses:
         self._done = False
 
     def watch(self, patches: Patches) -> None:
-        """Watch what the program reads, until ``patches.undo()``."""
+        """Watch what the program reads and reduces, until ``patches.undo()``."""
         for name in ("item", "tolist", "__float__"):
             patches.put(torch.Tensor, name, self._reading(getattr(torch.Tensor, name)))
+        patches.wrap(c10d.all_reduce, self._reducing)
 
     def begin(self, losses: Sequence[Tensor], partial: bool) -> None:
         """The engine is about to run from these scalars; ``partial`` is whether it runs for some inputs only."""
@@ -64,6 +70,7 @@ class Losses:
         seen = self._read | self._held(max(2, calls))
         return {
             "seen": sorted(map(find, seen)),
+            "scalars": self.scalars,
             "collected": sorted(map(find, self._collected)),
             "roots": {find(forward): value for forward, value in self._roots.items()},
             "losses": {find(forward): sorted(values) for forward, values in self._values.items()},
@@ -72,7 +79,7 @@ class Losses:
 
     def forget(self) -> None:
         """Forget the losses so far, which belong to a step that the program threw away."""
-        for kept in (self._read, self._values, self._roots, self._weights, self._begun, self._collected):
+        for kept in (self._read, self._values, self._roots, self._weights, self._begun, self._collected, self.scalars):
             kept.clear()
         self._done = False
 
@@ -97,11 +104,22 @@ class Losses:
             found = self._flow.origins.forwards_of(tensor)
             self._read |= found
             value = original(tensor, *args)
-            if found and not self._done and isinstance(value, float):
+            if not self._done and isinstance(value, float):
+                self.scalars.append(value)
                 self._note(found, value)
             return value
 
         return read
+
+    def _reducing(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            work = original(tensor, *args, **kwargs)
+            if not self._done and work is None and tensor.numel() == 1 and tensor.is_floating_point():
+                self.scalars.append(self.value(tensor))
+            return work
+
+        return reduce
 
     def _note(self, forwards: Iterable[int], value: float) -> None:
         for forward in forwards:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .marks import Key, key_of
 from .regions import weak_storage
@@ -109,6 +112,17 @@ class Parameters:
     def name(self, parameter: int) -> str:
         """The name of a parameter in the largest module that holds it."""
         return self._names[parameter]
+
+    def value(self, parameter: int) -> str:
+        """A digest of a parameter's values, by which tied weights show; none if all elements are equal."""
+        with _disable_current_modes():
+            value = self._parameters[parameter][0].data
+            if type(value) is not Tensor or value.is_meta:  # a sharded tensor would communicate
+                return ""
+            flat = value.cpu().reshape(-1)
+            if not flat.numel() or bool((flat == flat[0]).all()):
+                return ""
+            return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
     def listen(self) -> None:
         """From now on note the memory of gradients before hooks of the program move them elsewhere."""

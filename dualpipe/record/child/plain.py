@@ -109,7 +109,10 @@ class Plain:
 
     def _ran_from(self, roots: Sequence[Any], gradients: Sequence[Any], inputs: Sequence[Any]) -> None:
         """The engine is about to run from these tensors.  A scalar among them is taken for a loss."""
-        if self._done or not self._is_wanted() or self._flow.calling or self._flow.running:
+        if self._done:
+            return
+        self._losses.scalars.clear()
+        if not self._is_wanted() or self._flow.calling or self._flow.running:
             return
         losses = [root for root in roots if isinstance(root, Tensor) and root.numel() == 1]
         for root in roots:

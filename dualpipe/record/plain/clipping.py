@@ -13,6 +13,8 @@ from dualpipe.schedule import Task
 
 _NEAR = 1e-3
 """Up to this relative difference two norms are the same: sums of squares are rounded."""
+_SAME = 1e-4
+"""The same for a value that the program computed, which may be something else than a norm."""
 
 
 def judge(
@@ -24,10 +26,13 @@ def judge(
 ) -> Clipping:
     """What is wrong with the clipping of a step, if there was any.
 
-    ``limit`` is the norm to which the user says that the program clips.  With ``others``, ranks outside of the pipeline
-    hold parts of the model or of the gradients, and nothing is concluded.
+    ``limit`` is the norm to which the user says that the program clips.  With ``others`` there are ranks outside
+    of the pipeline.  Unless all gradients are summed over their pipelines, they may hold parts of the model or of the
+    gradients, and nothing is concluded.
     """
-    if others or any(each.faults or each.unknown for each in chunks):
+    if others and any(each.pipelines == 1 for each in chunks):
+        return Clipping()
+    if any(each.faults or each.unknown for each in chunks):
         return Clipping()
     by_stage = {each.chunk.stage: each for each in reversed(chunks)}
     each_once = [_finals(each, files, forwards) for _, each in sorted(by_stage.items())]
@@ -43,15 +48,24 @@ def judge(
         )
         return Clipping(tuple(faults))
     scale, norm = next(iter(scales.values())), _norm(each_once)
+    replicas = len(chunks) // len(by_stage)
+    whole = max(each.microbatches for each in chunks)
+    counts = {a * b * c for a in (1, replicas) for b in (1, whole) for c in (1, chunks[0].pipelines)}
+    shrinking = [by for by in sorted(counts) if scale * by < 1 + _NEAR]
+    by = next((by for by in shrinking if _all_computed(norm / scale / by, files, scales)), 0)
+    scaled = f"divided by {by} and scaled by {scale * by:.4g}" if by > 1 else f"scaled by {scale:.4g}"
+    was = f"{norm / scale / (by or 1):.4g}{', as every rank computes it,' if by else ''}"
     shown = (
-        f"the gradients are scaled by {scale:.4g} on every rank; their norm over all stages, each parameter once, was "
-        f"{norm / scale:.4g} and is {norm:.4g}"
+        f"the gradients are {scaled} on every rank; their norm over all stages, each parameter once, was {was} and is "
+        f"{norm:.4g}"
     )
+    if limit is None and by:
+        return Clipping(tuple(faults), (), (shown,))
     if limit is None:
         return Clipping(tuple(faults), (f"{shown}: if they are clipped, give the limit with --clip-norm",))
     if abs(norm - limit) <= _NEAR * limit:
         return Clipping(tuple(faults), (), (shown,))
-    return Clipping((*faults, f"{shown}, and not {limit:g}{_reason(limit / norm, len(chunks) / len(by_stage))}"))
+    return Clipping((*faults, f"{shown}, and not {limit:g}{_reason(limit / norm, replicas)}"))
 
 
 def _of_calls(
@@ -77,6 +91,18 @@ def _of_calls(
         )
 
 
+def _all_computed(norm: float, files: Mapping[int, Mapping[str, Any]], ranks: Iterable[int]) -> bool:
+    """Whether a norm or its square is among the values that each rank computed after its last backward."""
+    return all(
+        any(
+            abs(value - each) <= _SAME * each
+            for each in (norm, norm * norm)
+            for value in files[rank].get("scalars", ())
+        )
+        for rank in ranks
+    )
+
+
 def _factor(norm: float, limit: float) -> float:
     return min(1.0, limit / (norm + 1e-6))
 
@@ -87,7 +113,7 @@ def _finals(
     """The gradients of a chunk's parameters."""
     numbers = {n for task, found in forwards.items() if task.chunk == each.chunk for n in found.get("weights", {})}
     final = files[each.rank]["final"]
-    return [final[number] for number in sorted(numbers) if final[number] is not None]
+    return [final[number] for number in sorted(numbers - each.copies) if final[number] is not None]
 
 
 def _norm(gradients: Iterable[Iterable[Tensor]], kind: float = 2.0) -> float:

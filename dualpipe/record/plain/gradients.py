@@ -29,7 +29,8 @@ class Agreement(NamedTuple):
     ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
     ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
     factor, such as that of clipping.  ``factor``, of the gradients of several parameters, is both together, ``None`` if
-    none of them shows it.
+    none of them shows it.  ``pipelines`` is the number of pipelines over which the sum is, ``copies`` the parameters
+    that are tied to one of an earlier stage.
     """
 
     how: str
@@ -37,6 +38,8 @@ class Agreement(NamedTuple):
     scale: float = 1.0
     divided_by: int = 1
     factor: float | None = None
+    pipelines: int = 1
+    copies: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

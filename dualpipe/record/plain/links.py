@@ -44,26 +44,35 @@ def differences(
 
     A stage takes the input of its module, or the leaf from which the program computes that; it gives the output of its
     module, or the tensor from which its backward runs.  Gradients are those of the same tensors.  So what a program
-    computes further outside of a module is compared at the ends of its graph.  A tensor that some stage returns for
-    another microbatch is always a fault.  ``found`` is what the own rank of the microbatch has, ``forwards`` what all
-    ranks have; ``foreign`` and ``places`` are as for ``compare``.
+    computes further outside of a module is compared at the ends of its graph.  A tensor of another microbatch is always
+    a fault, and so is a gradient in place of an activation, or vice versa.  ``found`` is what the own rank of the
+    microbatch has, ``forwards`` what all ranks have; ``foreign`` and ``places`` are as for ``compare``.
     """
     before = forwards.get(task._replace(stage=task.stage - 1))
     after = forwards.get(task._replace(stage=task.stage + 1))
-    if before is not None:
+    if before is not None and not _ran(before):
+        yield Difference("alone", f"microbatch {task.mb} takes what stage {task.stage - 1} returns")
+    elif before is not None:
         what = f"microbatch {task.mb} does not take what stage {task.stage - 1} returns for it"
         taken = [found["took"], [value for value, _ in found.get("leaves", ())]]
         given = [*before.get("plainly", ()), *(value for value, _ in before.get("roots", ()))]
-        others = [each.get("returned", []) for other, each in forwards.items() if other != task]
         if difference := _agreement(taken, given):
-            known = difference.which == "unknown" and any(_another(each, others) for each in taken)
+            others = [*_tensors(forwards, "returned", task), *_tensors(forwards, "input gradients")]
+            known = _another(taken, others) if difference.which == "unknown" else ""
             yield _described(difference, what, known, foreign, Op(SF, task.lane, task.stage - 1, task.mb))
     if not found.get("needs gradient", True):
         return  # nothing in this stage or before it is trained
     if not found["ran"]:
         yield Difference("fault", f"no gradient reaches microbatch {task.mb}")
+    elif after is not None and not _ran(after):
+        yield Difference("alone", f"microbatch {task.mb} takes the gradient that stage {task.stage + 1} has for it")
     elif after is not None:
         yield from _of_gradient(task, found, after, forwards, foreign, places or {})
+
+
+def _ran(found: Plainly) -> bool:
+    """Whether a forward could be run plainly, with the outputs of the recorded step."""
+    return "error" not in found and all_equal(found.get("returned", ()), found.get("plainly", ()))
 
 
 def _of_gradient(
@@ -79,8 +88,6 @@ def _of_gradient(
     parts = [parts for _, parts in after.get("leaves", ())]
     taken = [found["gradients"], [gradient for _, gradient in found.get("roots", ())]]
     given = [*after.get("input gradients", ()), *(_sum(each) for each in parts if each)]
-    own = task.lane, task.mb  # a residual passes a gradient on from stage to stage
-    others = [each.get("input gradients", []) for one, each in forwards.items() if (one.lane, one.mb) != own]
     difference = _agreement(taken, given, scaled=True)
     if difference is None:
         return
@@ -93,15 +100,18 @@ def _of_gradient(
             f"the backward at {have} gives, without that of the backward at {add}; send it after the last backward",
         )
         return
-    others.append(after.get("gradients", []))  # that of the output in place of that of the input
-    known = difference.which in ("unknown", "scaled") and any(_another(each, others) for each in taken)
+    own = task.lane, task.mb  # a residual passes a gradient on from stage to stage
+    of_others = {one: each for one, each in forwards.items() if (one.lane, one.mb) != own}
+    others = [*_tensors(of_others, "input gradients"), *_tensors(forwards, "returned")]
+    others.append((f"the gradient of the output of stage {task.stage + 1}", after.get("gradients", [])))
+    known = _another(taken, others) if difference.which in ("unknown", "scaled") else ""
     yield _described(difference, what, known, foreign, send)
 
 
-def _described(difference: Difference, what: str, known: bool, foreign: Mapping[Op, bool], send: Op) -> Difference:
+def _described(difference: Difference, what: str, known: str, foreign: Mapping[Op, bool], send: Op) -> Difference:
     """The difference in words.  It is a fault if the tensor is ``known`` as another's, or the send is of another."""
     if known or (difference.which in ("unknown", "scaled") and foreign.get(send)):
-        return Difference("fault", what)
+        return Difference("fault", what + known)
     return difference._replace(what=what)
 
 
@@ -188,6 +198,20 @@ def _factor(taken: _Tensors, given: _Tensors) -> float | None:
     return found[0]
 
 
-def _another(taken: _Tensors, of_others: Sequence[_Tensors]) -> bool:
-    """Whether all tensors are among those of one of the others."""
-    return any(tensor is not None for tensor in taken) and any(_among(taken, given) for given in of_others)
+def _tensors(forwards: Mapping[Task, Plainly], which: str, but: Task | None = None) -> Iterator[tuple[str, _Tensors]]:
+    """The outputs or the input gradients of all forwards but one, each with a description."""
+    words = "the output of stage {}" if which == "returned" else "the gradient of the input of stage {}"
+    for task, found in forwards.items():
+        if task != but:
+            lane = "" if len({each.lane for each in forwards}) == 1 else f" of lane {task.lane}"
+            yield f"{words.format(task.stage)} for microbatch {task.mb}{lane}", found.get(which, [])
+
+
+def _another(takens: Sequence[_Tensors], of_others: Sequence[tuple[str, _Tensors]]) -> str:
+    """What the tensors of a list are instead, if they are among those of one of the others.  Zeros may be anything."""
+    for taken in takens:
+        if any(tensor is not None and bool(tensor.any()) for tensor in taken):
+            for words, given in of_others:
+                if _among(taken, given):
+                    return f", but {words}"
+    return ""

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from dualpipe.record.phrases import names_of
-from dualpipe.record.plain import links
-from dualpipe.record.plain.gradients import Parts, equal
+from dualpipe.record.plain.gradients import Agreement, equal
+from dualpipe.record.plain.sums import Partner, Summed, agreement_of_all
 from dualpipe.schedule import Chunk
 
 if TYPE_CHECKING:
     from dualpipe.record.plain.step import Step
 
 
-def summed(step: Step, chunk: Chunk) -> str:
-    """A note if the gradients are those of all pipelines of the job, summed and perhaps divided."""
-    file = step.files[step.routes[chunk.lane][chunk.stage]]
-    every = [each for each in step.replicas if each.has(chunk)]
-    if not every or len(every) < len(step.replicas):
-        return ""
-    of_others = [_by_name(each, chunk) for each in every]
-    found: set[int] = set()
+def of_all(step: Step, chunk: Chunk) -> Agreement | None:
+    """How all gradients of a chunk agree with one factor times sums, over all pipelines of the job if any."""
+    if any(not each.has(chunk) for each in step.replicas):
+        return None
+    file, names = step.file(chunk), step.names(chunk)
+    of_others = [each.parts_by_name(chunk) for each in step.replicas]
+    parameters: list[Summed] = []
     for number, parts in step.parts(chunk).items():
-        alike = [named.get(file["names"][number]) for named in of_others]
+        matching = [named.get(names[number]) for named in of_others]
         final = file["final"][number]
-        if final is None or parts.slopes or not all(alike):
-            return ""
-        by = _divisor(final, [parts, *filter(None, alike)], (1, 1 + len(every), *step.counts()))
-        if by is None:
-            return ""
-        if bool(final.any()):  # zeros agree with every divisor
-            found.add(by)
-    if len(found) > 1:
-        return ""
-    by = found.pop() if found else 1
-    return f"summed over {1 + len(every)} pipelines{f' and divided by {by}' if by > 1 else ''}, up to rounding"
+        if final is None or parts.slopes or parts.before is not None or not all(matching):
+            return None
+        every = [parts, *filter(None, matching)]
+        parameters.append(Summed(number, final, every, partial(partners, step, chunk, number)))
+    counts = (1, *sorted({1 + len(of_others), *step.counts()}))
+    return agreement_of_all(parameters, chunk.stage, len(step.routes) > 1, counts) if parameters else None
+
+
+def partners(step: Step, chunk: Chunk, number: int) -> Iterator[Partner]:
+    """The parameters of other stages, to which one may be tied as the embedding is to the output layer.
+
+    Tied weights are equal before the step.  So a gradient that is summed over stages by mistake is no such sum.
+    """
+    value = step.file(chunk).get("weights", {}).get(number)
+    if value is None or not value.numel() or bool((value == value.reshape(-1)[0]).all()):
+        return
+    for stage in range(len(step.routes[chunk.lane])):
+        other = Chunk(chunk.lane, stage)
+        if stage == chunk.stage or any(not each.has(other) for each in (step, *step.replicas)):
+            continue
+        names, values = step.names(other), step.file(other).get("weights", {})
+        of_others = [each.parts_by_name(other) for each in step.replicas]
+        for at, parts in step.parts(other).items():
+            if not equal(value, values.get(at)):
+                continue
+            matching = [named[names[at]] for named in of_others if names[at] in named]
+            words = f"{step.name(chunk, number)} is summed with {names[at]} of stage {stage}, to which it is tied"
+            yield Partner(words, stage, [parts, *matching])
 
 
 def updated_apart(step: Step, chunk: Chunk) -> Iterator[str]:
@@ -62,22 +76,3 @@ def updated_apart(step: Step, chunk: Chunk) -> Iterator[str]:
                 f"{names_of(sorted(names))}. Are the gradients summed over the pipelines?"
             )
             return
-
-
-def _divisor(final: Tensor, every: Sequence[Parts], counts: Sequence[int]) -> int | None:
-    """By what a gradient is divided that is otherwise the sum over pipelines, of one lane or of both."""
-    for of_both in (False, True):
-        totals = [parts.total(final, of_other=far) for parts in every for far in (False, True)[: 1 + of_both]]
-        there = [total.double() for total in totals if total is not None]
-        if not there or any(total.shape != final.shape for total in there):
-            continue
-        total = torch.stack(there).sum(0)
-        for by in counts:
-            if float((final.double() * by - total).abs().max()) <= links.ROUNDING * float(total.abs().max()):
-                return by
-    return None
-
-
-def _by_name(step: Step, chunk: Chunk) -> Mapping[str, Parts]:
-    names = step.files[step.routes[chunk.lane][chunk.stage]]["names"]
-    return {names[number]: parts for number, parts in step.parts(chunk).items()}

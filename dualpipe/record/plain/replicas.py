@@ -10,6 +10,7 @@ from torch import Tensor
 from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.phrases import names_of
 from dualpipe.record.plain.gradients import equal
+from dualpipe.record.plain.names import unique
 from dualpipe.schedule import Chunk, Lane, Task
 
 
@@ -48,7 +49,8 @@ def _named(
     """The weights of a chunk by name: those of before the step (``weights``) or of after it (``changed``)."""
     file = files[each.rank]
     kept = file.get(of) or {}
-    return {file["names"][number]: kept[number] for number in _weights(each, forwards) if number in kept}
+    names = unique(_weights(each, forwards), file["names"])
+    return {name: kept[number] for number, name in names.items() if number in kept}
 
 
 def _unlike(

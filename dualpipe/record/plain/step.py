@@ -16,6 +16,8 @@ from dualpipe.record.plain import links, pipelines
 from dualpipe.record.plain.changes import limit_of
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, alike, equal, factors_of, scale_of, totals_of
 from dualpipe.record.plain.links import Plainly
+from dualpipe.record.plain.names import unique
+from dualpipe.record.plain.sums import Partner
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
@@ -75,23 +77,24 @@ class Step:
         notes = self._on_links(every, taken)
         kept = self._gradients(chunk, rank)
         apart += pipelines.updated_apart(self, chunk)
+        if not isinstance(kept, Agreement):
+            kept = pipelines.of_all(self, chunk) or kept
         if isinstance(kept, Agreement):
-            notes = (*([kept.how] if kept.how else []), *notes)
             return ChunkComparison(
                 chunk,
                 rank,
                 count,
                 _shown(faults),
                 _shown(apart),
-                notes,
+                (*([kept.how] if kept.how else []), *notes),
                 kept.summed,
                 kept.scale,
                 kept.divided_by,
                 kept.factor,
                 taken,
+                kept.pipelines,
+                kept.copies,
             )
-        if summed := pipelines.summed(self, chunk):
-            return ChunkComparison(chunk, rank, count, _shown(faults), _shown(apart), (summed, *notes), taken=taken)
         if self.others:
             apart.append(f"{kept}, which may be the sum over pipelines that are not in the file")
         else:
@@ -107,24 +110,38 @@ class Step:
             for which, how in (("near", "up to rounding"), ("narrow", "after a cast to a narrower type"))
             if (count := counts[which])
         ]
+        if alone := counts["alone"]:
+            are = counted(alone, "link is", "links are")
+            notes.append(f"{are} not compared, because the stage at the other end could not be run plainly")
         if taken is not None and not alike([taken, 1.0]):
             notes.append(f"it takes {taken:.4g} times the gradients that the next stage has for it")
         return tuple(notes)
 
     def named(self, chunk: Chunk, of: str) -> dict[str, Tensor]:
         """The weights of a chunk by name, before the optimizer's step (``weights``) or after it (``changed``)."""
-        file = self.files[self.routes[chunk.lane][chunk.stage]] if self.has(chunk) else {}
+        file = self.file(chunk) if self.has(chunk) else {}
         kept = file.get(of) or {} if file.get("by_optimizer") else {}
-        return {file["names"][n]: kept[n] for n in self._by_microbatch(chunk)[0] if n in kept} if kept else {}
+        return {name: kept[number] for number, name in self.names(chunk).items() if number in kept} if kept else {}
 
     def has(self, chunk: Chunk) -> bool:
         """Whether there is such a chunk, and its rank has made a plain run."""
         route = self.routes.get(chunk.lane, ())
         return chunk.stage < len(route) and "error" not in self.files[route[chunk.stage]]
 
+    def parts_by_name(self, chunk: Chunk) -> dict[str, Parts]:
+        names = self.names(chunk)
+        return {names[number]: parts for number, parts in self.parts(chunk).items()}
+
+    def file(self, chunk: Chunk) -> Mapping[str, Any]:
+        return self.files[self.routes[chunk.lane][chunk.stage]]
+
+    def names(self, chunk: Chunk) -> dict[int, str]:
+        """The names of the chunk's parameters by number."""
+        return unique(self._by_microbatch(chunk)[0], self.file(chunk).get("names", ()))
+
     def _gradients(self, chunk: Chunk, rank: int) -> str | Agreement:
         """How the gradients of a chunk agree with the plain ones, or what differs."""
-        file = self.files[rank]
+        file, names = self.files[rank], self.names(chunk)
         agree: list[Agreement] = []
         wrong: dict[str, list[str]] = {}
         factors: dict[str, float] = {}  # of the gradients that show it
@@ -132,7 +149,7 @@ class Step:
         fitted = [factors_of(file["final"][number], parts) for number, parts in self.parts(chunk).items()]
         patterns = [factors for factors in fitted if factors]
         for number, parts in self.parts(chunk).items():
-            name = file["names"][number]
+            name = names[number]
             if number in shared:
                 agree.append(Agreement(f"{name} is used by another stage of the rank too, and not compared"))
                 continue
@@ -140,8 +157,8 @@ class Step:
             found = self._wrong(chunk, number) or agreement(
                 final, parts, self.counts(), self._scales, patterns, partial(self._place, chunk), lambda: self._limits
             )
-            if not isinstance(found, Agreement) and (tied := self._tied(chunk, number, final)):
-                found = Agreement(tied)
+            if not isinstance(found, Agreement) and (tie := self._tied(chunk, number, final)):
+                found = Agreement(tie.words, copies=frozenset([number] * (tie.stage < chunk.stage)))
             if isinstance(found, Agreement) and parts.before is not None:
                 found = _with_earlier(found, file["step"])
             if isinstance(found, Agreement):
@@ -151,7 +168,7 @@ class Step:
             else:
                 wrong.setdefault(found, []).append(name)
         if wrong:
-            return "; ".join(f"{names_of(names)}: {what}" for what, names in wrong.items())
+            return "; ".join(_shown([f"{names_of(of_each)}: {what}" for what, of_each in wrong.items()]))
         if factors and not alike([*factors.values()]):
             least, most = (of(factors, key=factors.__getitem__) for of in (min, max))
             shown = " and ".join(f"{name} by {factors[name]:.4g}" for name in (least, most))
@@ -163,7 +180,8 @@ class Step:
         by = divided.pop() if len(divided) == 1 else 1
         factor = next(iter(factors.values()), None)
         of_both = summed.pop() if len(summed) == 1 else None
-        return Agreement(", ".join(sorted(notes)), of_both, scale, by, factor)
+        copies = frozenset(number for each in agree for number in each.copies)
+        return Agreement(", ".join(sorted(notes)), of_both, scale, by, factor, copies=copies)
 
     @cached_property
     def _limits(self) -> tuple[float, ...]:
@@ -217,25 +235,26 @@ class Step:
 
     def parts(self, chunk: Chunk) -> dict[int, Parts]:
         """The gradients of every parameter of a chunk, microbatch by microbatch."""
-        file = self.files[self.routes[chunk.lane][chunk.stage]]
+        file, names = self.file(chunk), self.names(chunk)
         own, slopes = self._by_microbatch(chunk)
         lane = next((lane for lane in self.routes if lane != chunk.lane), None)
         far: dict[str, dict[int, Tensor | None]] = {}
         far_slopes: dict[str, dict[int, float]] = {}
         if lane is not None:
-            names = self.files[self.routes[lane][chunk.stage]].get("names", [])
-            of_lane, slopes_of_lane = self._by_microbatch(Chunk(lane, chunk.stage))
-            far = {names[number]: each for number, each in of_lane.items()}
-            far_slopes = {names[number]: each for number, each in slopes_of_lane.items()}
+            replica = Chunk(lane, chunk.stage)
+            of_replica = self.names(replica)
+            of_lane, slopes_of_lane = self._by_microbatch(replica)
+            far = {of_replica[number]: each for number, each in of_lane.items()}
+            far_slopes = {of_replica[number]: each for number, each in slopes_of_lane.items()}
         return {
             number: Parts(
                 number,
                 chunk.lane,
                 each,
-                None if lane is None else far.get(file["names"][number], {}),
+                None if lane is None else far.get(names[number], {}),
                 file["before"].get(number),
                 slopes.get(number, {}),
-                far_slopes.get(file["names"][number], {}),
+                far_slopes.get(names[number], {}),
                 file.get("weights", {}).get(number),
             )
             for number, each in own.items()
@@ -263,20 +282,17 @@ class Step:
                     users.setdefault(number, set()).add(task.chunk)
         return {number for number, chunks in users.items() if len(chunks) > 1}
 
-    def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> str:
+    def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> Partner | None:
         """The parameter of another stage with which a gradient was summed, as those of tied embeddings are."""
         own = self.parts(chunk)[number].total(final)
-        others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
-        for other in (each for each in others if each != chunk):
-            for at, parts in self.parts(other).items():
-                total = parts.total(final)
-                if own is not None and total is not None and total.shape == own.shape and equal(final, own + total):
-                    mine, theirs = self._name(chunk, number), self._name(other, at)
-                    return f"{mine} is summed with {theirs} of stage {other.stage}, to which it is tied"
-        return ""
+        for each in pipelines.partners(self, chunk, number) if own is not None else ():
+            total = each.every[0].total(final)
+            if own is not None and total is not None and total.shape == own.shape and equal(final, own + total):
+                return each
+        return None
 
-    def _name(self, chunk: Chunk, number: int) -> str:
-        return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
+    def name(self, chunk: Chunk, number: int) -> str:
+        return self.names(chunk)[number]
 
 
 def _with_earlier(found: Agreement, step: int) -> Agreement | str:

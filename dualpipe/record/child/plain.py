@@ -216,7 +216,7 @@ class Plain:
             self._weights[number] = parameter.detach().clone()
             gradient = gradient_of(parameter)
             if gradient is not None and bool(gradient.any()):
-                self._before[number] = gradient.detach().clone()
+                self._before[number] = copy_of(gradient)
 
     def _end(self, call: Call, output: Any, inputs: Sequence[Tensor]) -> None:
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

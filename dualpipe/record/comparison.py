@@ -33,7 +33,8 @@ class ChunkComparison:
     ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show.  ``divided_by`` is
     the number of microbatches or replicas by which all of them are divided, ``scale`` any other factor of all of them.
     ``factor`` is both together, ``None`` if no gradient shows it.  ``taken`` is the factor by which the stage takes the
-    gradients that the next stage has for it, ``None`` if that is unknown.
+    gradients that the next stage has for it, ``None`` if that is unknown.  ``pipelines`` is the number of pipelines
+    over which the gradients are summed.
     """
 
     chunk: Chunk
@@ -47,6 +48,7 @@ class ChunkComparison:
     divided_by: int = 1
     factor: float | None = None
     taken: float | None = 1.0
+    pipelines: int = 1
 
     def text(self) -> str:
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"

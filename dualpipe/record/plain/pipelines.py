@@ -10,35 +10,37 @@ from torch import Tensor
 
 from dualpipe.record.phrases import names_of
 from dualpipe.record.plain import links
-from dualpipe.record.plain.gradients import Parts, equal
+from dualpipe.record.plain.gradients import Agreement, Parts, equal
 from dualpipe.schedule import Chunk
 
 if TYPE_CHECKING:
     from dualpipe.record.plain.step import Step
 
 
-def summed(step: Step, chunk: Chunk) -> str:
-    """A note if the gradients are those of all pipelines of the job, summed and perhaps divided."""
+def summed(step: Step, chunk: Chunk) -> Agreement | None:
+    """How the gradients agree if they are those of all pipelines of the job, summed and perhaps divided."""
     file = step.files[step.routes[chunk.lane][chunk.stage]]
     every = [each for each in step.replicas if each.has(chunk)]
     if not every or len(every) < len(step.replicas):
-        return ""
+        return None
     of_others = [_by_name(each, chunk) for each in every]
     found: set[int] = set()
     for number, parts in step.parts(chunk).items():
         alike = [named.get(file["names"][number]) for named in of_others]
         final = file["final"][number]
         if final is None or parts.slopes or not all(alike):
-            return ""
+            return None
         by = _divisor(final, [parts, *filter(None, alike)], (1, 1 + len(every), *step.counts()))
         if by is None:
-            return ""
+            return None
         if bool(final.any()):  # zeros agree with every divisor
             found.add(by)
     if len(found) > 1:
-        return ""
+        return None
+    shows = bool(found) and len(step.routes) == 1  # with two lanes it may be the sum over one or over both
     by = found.pop() if found else 1
-    return f"summed over {1 + len(every)} pipelines{f' and divided by {by}' if by > 1 else ''}, up to rounding"
+    how = f"summed over {1 + len(every)} pipelines{f' and divided by {by}' if by > 1 else ''}, up to rounding"
+    return Agreement(how, divided_by=by, factor=1 / by if shows else None)
 
 
 def updated_apart(step: Step, chunk: Chunk) -> Iterator[str]:

@@ -75,6 +75,9 @@ class Step:
         notes = self._on_links(every, taken)
         kept = self._gradients(chunk, rank)
         apart += pipelines.updated_apart(self, chunk)
+        over = 1
+        if not isinstance(kept, Agreement) and (summed := pipelines.summed(self, chunk)):
+            kept, over = summed, 1 + len(self.replicas)
         if isinstance(kept, Agreement):
             notes = (*([kept.how] if kept.how else []), *notes)
             return ChunkComparison(
@@ -89,9 +92,8 @@ class Step:
                 kept.divided_by,
                 kept.factor,
                 taken,
+                over,
             )
-        if summed := pipelines.summed(self, chunk):
-            return ChunkComparison(chunk, rank, count, _shown(faults), _shown(apart), (summed, *notes), taken=taken)
         if self.others:
             apart.append(f"{kept}, which may be the sum over pipelines that are not in the file")
         else:

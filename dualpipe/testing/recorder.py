@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from dualpipe.record.child import collectives, compute, messages, ranges
 from dualpipe.record.child.log import Event, Sink
 from dualpipe.record.child.patches import Patches
 from dualpipe.record.child.plain import Plain
+from dualpipe.record.lanes import parse
 from dualpipe.record.launch import TOGETHER
 from dualpipe.record.recording import Recording, assemble_events
 
@@ -25,17 +26,23 @@ class LiveRecording:
         self.events: list[Event] = []
 
     def gather(
-        self, group: dist.ProcessGroup | None = None, name: str = "recorded", step: int | None = None
+        self,
+        group: dist.ProcessGroup | None = None,
+        name: str = "recorded",
+        step: int | None = None,
+        lanes: Sequence[str] = (),
     ) -> Recording:
         """The recording of all ranks; every rank of the group must call this, and every rank gets it.
 
         ``step`` is the training step, counted from 1; the default is the first that ends with an optimizer's step.
 
+        ``lanes`` are the ranks of each lane's stages, such as ``"0 1 2 3"``, for a run whose messages do not show them.
+
         Raises ``RecordError`` if an op cannot be named.
         """
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, self.events, group=group)
-        return assemble_events(dict(enumerate(parts)), name, step)
+        return assemble_events(dict(enumerate(parts)), name, step, parse(lanes) if lanes else None)
 
 
 @contextmanager

@@ -35,12 +35,14 @@ class GPipe:
     lose: Callable[[Tensor, list], None] = run_from
     feed: Callable[[Tensor, Tensor], None] = backward_from
     finish: Callable[[nn.Module, torch.optim.Optimizer], None] = step
+    last: Callable[[], nn.Module] = lambda: nn.Linear(WIDTH, WIDTH)
+    """Makes the stage of rank 1."""
     frozen: bool = False
     """Whether rank 0 trains nothing and receives no gradient."""
 
     def __call__(self, rank: int) -> None:
         torch.manual_seed(rank)
-        stage = nn.Linear(WIDTH, WIDTH).requires_grad_(rank == 1 or not self.frozen)
+        stage = self.last() if rank else nn.Linear(WIDTH, WIDTH).requires_grad_(not self.frozen)
         optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
         self.train(rank, stage)
         self.finish(stage, optimizer)

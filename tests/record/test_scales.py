@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from dualpipe.errors import RuleError
 from dualpipe.record.child.weights import Weight
 from dualpipe.record.comparison import ChunkComparison, LossWeights, check_expected
-from dualpipe.record.plain.factors import _reduction, factors, uneven
+from dualpipe.record.plain.factors import Lasts, _reduction, factors, uneven, weights_of
 from dualpipe.schedule import UP, Chunk
 from dualpipe.testing import record_ranks
 from tests.record.gpipe_ranks import GPipe
@@ -117,6 +117,19 @@ def test_gradients_that_are_divided_as_well_as_the_losses_are_divided_twice():
     assert "each loss is divided by 3 before its backward, and the gradients are divided by 3 once more" in (
         comparison.text()
     )
+
+
+def test_the_weights_of_all_pipelines_over_which_gradients_are_summed_count():
+    one = {"whole": 1 / 2, "mean": 1 / 2, "certain": 1.0}  # of two microbatches in each of two pipelines
+    own, other = (Lasts({UP: (one, one)}) for _ in range(2))
+    averaged = [ChunkComparison(Chunk(UP, 0), 0, 2, (), (), (), divided_by=2, factor=1 / 2, pipelines=2)]
+    assert weights_of(own, [other], averaged, reduced=False).reduction == "mean"
+    added = [ChunkComparison(Chunk(UP, 0), 0, 2, (), (), (), factor=1.0, pipelines=2)]
+    assert weights_of(own, [other], added, reduced=False).reduction == "other"
+    alone = [ChunkComparison(Chunk(UP, 0), 0, 2, (), (), (), factor=1.0)]
+    assert weights_of(own, [other], alone, reduced=True).reduction == "mean"
+    assert weights_of(own, [other], alone, reduced=False).reduction == "", "they may be reduced later"
+    assert weights_of(Lasts({UP: (one, None)}), [], alone, reduced=True).reduction == ""
 
 
 def stages(*pairs):

@@ -23,7 +23,9 @@ def test_record_covers_the_with_block_and_gather_returns_it_on_every_rank():
         with record() as recording:
             train(context.rank, stage)
         train(context.rank, stage)
-        return [" ".join(map(show_slot, program)) for program in recording.gather().schedule.programs]
+        gathered = recording.gather(lanes=["0 1"])
+        assert gathered.schedule == recording.gather().schedule
+        return [" ".join(map(show_slot, program)) for program in gathered.schedule.programs]
 
     assert launch(2, body, timeout=60).values() == [list(PLAIN)] * 2
 

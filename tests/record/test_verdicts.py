@@ -47,6 +47,24 @@ def test_other_losses_beside_the_boundary_or_beside_a_module_are_part_of_the_gra
     assert comparison.verdict == "equal", comparison.text()
 
 
+class WithSum(nn.Module):
+    """Returns its result and something computed from that, and reads one row of a table with a sparse gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), nn.Embedding(5, 4, sparse=True)
+
+    def forward(self, x):
+        h = self.linear(x) + self.table(torch.zeros(len(x), dtype=torch.long))
+        return h, h.square().sum(1)
+
+
+def test_an_output_from_which_another_one_is_computed_and_a_sparse_gradient_are_compared():
+    program = GPipe(last=WithSum, loss_of=lambda y, count: (y[0].exp().mean() + y[1].mean()) / count)
+    comparison = compared(program)
+    assert comparison.verdict == "equal", comparison.text()
+
+
 def clip_or_decay(stage, optimizer):
     """Clips the gradients by value, or adds a weight decay to them if this is the last stage."""
     for parameter in stage.parameters():
@@ -82,3 +100,18 @@ def test_a_gradient_scaler_undoes_its_scale(scale):
     comparison = compared(program)
     assert comparison.verdict == "equal", comparison.text()
     assert comparison.weights.reduction == "mean"
+
+
+def clip_together(stage, optimizer):
+    """Clips all gradients together to a norm of 0.01, without torch's function."""
+    gradients = [parameter.grad for parameter in stage.parameters()]
+    squares = sum(norm.square() for norm in torch._foreach_norm(gradients))
+    torch.distributed.all_reduce(squares)
+    torch._foreach_mul_(gradients, 0.01 / squares.sqrt().item())
+    optimizer.step()
+
+
+def test_a_limit_of_the_norm_may_be_given_for_a_program_that_clips_itself():
+    recording = record_ranks(2, GPipe(finish=clip_together), compare=True, clip_norm=0.01, name="clipped")
+    assert recording.comparison.verdict == "equal", recording.comparison.text()
+    assert recording.schedule.name == "clipped"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .flow import Flow
+from .graph import nodes_below
 from .log import program_line
 from .replay import Call, Leaf, Total, leaf_of
 
@@ -103,19 +104,10 @@ class Engine:
 
 def leaves_below(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors at which the graphs of these begin."""
-    seen: set[Any] = set()
-    nodes: list[Any] = []
     for tensor in tensors:
-        if tensor.grad_fn is not None:
-            nodes.append(tensor.grad_fn)
-        elif tensor.requires_grad:
+        if tensor.grad_fn is None and tensor.requires_grad:
             yield tensor
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            yield variable
-        nodes.extend(following for following, _ in node.next_functions)
+        for node in nodes_below(tensor.grad_fn):
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, Tensor):
+                yield variable

@@ -42,6 +42,18 @@ def marked_below(root: Tensor | GradientEdge) -> Iterator[Any]:
             nodes.extend(following for following, _ in node.next_functions)
 
 
+def nodes_below(node: Any) -> Iterator[Any]:
+    """A node and all nodes behind it."""
+    seen: set[Any] = set()
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            nodes.extend(following for following, _ in node.next_functions)
+
+
 def has_run(roots: Sequence[Any]) -> bool:
     """Whether the engine has run from one of the roots before; from now on it has from all of them."""
     before = False

@@ -217,9 +217,9 @@ class Plain:
             number = self._numbers[id(parameter)] = len(self._parameters)
             self._parameters.append((name, parameter))
             self._weights[number] = parameter.detach().clone()
-            gradient = gradient_of(parameter)
-            if gradient is not None and bool(gradient.any()):
-                self._before[number] = gradient.detach().clone()
+            before = copy_of(gradient_of(parameter))
+            if before is not None and bool(before.any()):
+                self._before[number] = before
 
     def _end(self, call: Call, output: Any, inputs: Sequence[Tensor]) -> None:
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from . import graph
 from .marks import Key, key_of
 from .regions import weak_storage
 
@@ -136,7 +137,8 @@ class Replay:
         self._forget_gradients()
         made = self._call(calls)
         if made.roots:
-            torch.autograd.backward([leaf for leaf, _ in made.roots], [gradient for _, gradient in made.roots])
+            roots = _from_outside(made.roots)
+            torch.autograd.backward([leaf for leaf, _ in roots], [gradient for _, gradient in roots])
         weights = {number: copy_of(leaf.grad) for number, leaf in made.weights.items()}
         hidden = [n for n, leaf in made.weights.items() if leaf.requires_grad and leaf.grad is None and made.roots]
         slopes: dict[int, float] = {}
@@ -266,7 +268,29 @@ def leaf_of(tensor: Tensor) -> Leaf:
 
 
 def copy_of(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
+    """A copy, which is dense."""
+    if tensor is None:
+        return None
+    return tensor.detach().clone() if tensor.layout is torch.strided else tensor.detach().to_dense()
+
+
+def _from_outside(roots: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+    """The roots with the gradients that they get from outside of the modules.
+
+    The gradient of a root from which another one is computed has two parts.  The part of that other root comes again in
+    the plain run, so it is subtracted.
+    """
+    below = [set(graph.nodes_below(leaf.grad_fn)) for leaf, _ in roots]
+    after = [[b for b in range(len(roots)) if b != a and roots[a][0].grad_fn in below[b]] for a in range(len(roots))]
+    if not any(after):
+        return roots
+    found = {at: gradient for at, (_, gradient) in enumerate(roots)}
+    for at in sorted(found, key=lambda at: len(below[at]), reverse=True):  # a root has more nodes below it than those
+        if later := [b for b in after[at] if len(below[b]) > len(below[at])]:
+            leaves, gradients = [roots[b][0] for b in later], [found[b] for b in later]
+            (again,) = torch.autograd.grad(leaves, roots[at][0], gradients, retain_graph=True, allow_unused=True)
+            found[at] = found[at] if again is None else found[at] - again
+    return [(leaf, found[at]) for at, (leaf, _) in enumerate(roots)]
 
 
 def _arrivals(call: Call) -> list[Tensor]:

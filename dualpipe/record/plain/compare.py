@@ -25,7 +25,7 @@ import torch
 from dualpipe.record.comparison import ChunkComparison, Clipping, Comparison, LossWeights
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.record.plain.clipping import judge
-from dualpipe.record.plain.factors import factors, uneven, weights_of
+from dualpipe.record.plain.factors import Lasts, factors, uneven, weights_of
 from dualpipe.record.plain.gradients import alike
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.losses import losses_of
@@ -86,14 +86,18 @@ def compare(
     gradient is that of the losses of all microbatches.
     """
     others = len(logs) > len({rank for route in routes.values() for rank in route})
-    replicas_of = [_step(folder, logs, *each) for each in pipelines]
     if len({*ranks}.union(*(each[2] for each in pipelines))) < len(logs):
-        replicas_of = []  # some ranks are in no recording
+        pipelines = ()  # some ranks are in no recording
+    replicas_of = [_step(folder, logs, *each) for each in pipelines]
+    of_others = [
+        Lasts.of(each.files, [logs[rank] for rank in own], of, routes_of)
+        for each, (of, routes_of, own) in zip(replicas_of, pipelines, strict=True)
+    ]
     step = replace(_step(folder, logs, tasks, routes, ranks, others, places or {}, replicas_of), foreign=foreign or {})
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
-    weights = weights_of(files, logs, tasks, routes, chunks, reduction)
+    weights = weights_of(Lasts.of(files, logs, tasks, routes), of_others, chunks, not others, reduction)
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     clipping = _clipping(chunks, files, forwards, clip_norm, others, weights)
     replicas = tuple(differences(chunks, files, forwards))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dualpipe.record.comparison import ChunkComparison, LossWeights
@@ -46,35 +47,53 @@ def uneven(found: Mapping[Chunk, float]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Lasts:
+    """The losses of one pipeline: for each lane, the weights of those of its microbatches, where they are known."""
+
+    by_lane: Mapping[Lane, tuple[Mapping[str, float] | None, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        files: Mapping[int, Mapping[str, Any]],
+        logs: Sequence[RankLog],
+        tasks: Mapping[ForwardId, Task],
+        routes: Mapping[Lane, tuple[int, ...]],
+    ) -> Lasts:
+        """Those in the files of a pipeline's ranks; ``logs`` are those of the same ranks."""
+        found = {}
+        for lane, route in routes.items():
+            last = sorted((task.mb, id) for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1))
+            kept = files[route[-1]].get("loss weights", {})
+            found[lane] = tuple(_one(kept.get(logs[id.rank].find(id.number), ())) for _, id in last)
+        return cls(found)
+
+
 def weights_of(
-    files: Mapping[int, Mapping[str, Any]],
-    logs: Sequence[RankLog],
-    tasks: Mapping[ForwardId, Task],
-    routes: Mapping[Lane, tuple[int, ...]],
-    chunks: Sequence[ChunkComparison],
-    expected: str | None = None,
+    own: Lasts, others: Sequence[Lasts], chunks: Sequence[ChunkComparison], reduced: bool, expected: str | None = None
 ) -> LossWeights:
     """The weights with which the losses enter the gradient.
 
-    ``expected`` is ``mean`` or ``sum`` if the user says that the gradient is that of the microbatches.
+    ``own`` are the losses of the pipeline and ``others`` those of the other ones; the gradients may be summed over all
+    of them.  ``reduced`` is whether they are not reduced any further, over ranks outside of the pipeline.  ``expected``
+    is ``mean`` or ``sum`` if the user says that the gradient is that of the microbatches.
     """
-    found = factors(chunks)
-    values = list(found.values())
-    weights: dict[Lane, tuple[Mapping[str, float], ...]] = {}
-    known = bool(values) and all(alike([values[0], value]) for value in values)
-    for lane, route in routes.items():
-        last = sorted((task.mb, id) for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1))
-        kept = files[route[-1]].get("loss weights", {})
-        each = [_one(kept.get(logs[id.rank].find(id.number), ())) for _, id in last]
-        whole = [one for one in each if one is not None]
-        known = known and bool(each) and len(whole) == len(each)
-        weights[lane] = tuple(whole)
-    if not known:
+    values = list(factors(chunks).values())
+    over = {each.pipelines for each in chunks}
+    every = [own, *others] if over == {1 + len(others)} else [own]
+    entries = [one for each in every for lane in each.by_lane.values() for one in lane]
+    known = [one for one in entries if one is not None]
+    certain = bool(values) and all(alike([values[0], value]) for value in values) and bool(known)
+    if not certain or len(known) < len(entries) or len(over) > 1 or not (reduced or len(every) > 1):
         return LossWeights({}, "", expected)
     summed = any(each.summed for each in chunks)
-    groups = [[one for each in weights.values() for one in each]] if summed else list(weights.values())
+    lanes = [[one for each in every for one in each.by_lane[lane] if one is not None] for lane in own.by_lane]
+    groups = [known] if summed else lanes
     reductions = {_reduction(group, values[0]) for group in groups}
-    shown = {lane: tuple(_shown(one) * values[0] for one in each) for lane, each in weights.items()}
+    shown = {
+        lane: tuple(_shown(one) * values[0] for one in group) for lane, group in zip(own.by_lane, lanes, strict=True)
+    }
     return LossWeights(shown, reductions.pop() if len(reductions) == 1 else "", expected, summed)
 
 

@@ -33,8 +33,11 @@ def losses_of(
         collected = not {logs[id.rank].find(id.number) for id in computed}.isdisjoint(file.get("collected", ()))
         numbers = [logs[id.rank].find(id.number) for id in computed]
         read = None if "read" not in file else len({*numbers} & {*file["read"]})
-        divided = next((each.divided_by for each in chunks if each.chunk == Chunk(lane, len(route) - 1)), 1)
-        again = _divided(file, numbers) == divided or (len(last) == divided and weights.is_divided_twice(lane))
+        end = next(each for each in chunks if each.chunk == Chunk(lane, len(route) - 1))
+        divided = end.divided_by
+        replicas = end.pipelines > 1 or (end.summed is True and divided == len(routes))  # it may be their number
+        again = not replicas and _divided(file, numbers) == divided
+        again = again or (len(last) == divided and weights.is_divided_twice(lane))
         twice = divided if divided > 1 and again and weights.reduction != "mean" else None
         yield LossComparison(lane, route[-1], len(last), len(computed), count, collected, read, twice)
 

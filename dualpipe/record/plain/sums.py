@@ -54,7 +54,7 @@ def agreement_of_all(
                 "; ".join([*(tie.words for tie in ties.values()), f"{' and '.join(how) or 'equal'}, up to rounding"]),
                 of_both if two_lanes else None,
                 scale if by is None else 1.0,
-                factor=scale if pipelines == 1 else None,
+                factor=None if two_lanes and pipelines > 1 else scale,
                 pipelines=pipelines,
                 copies=frozenset(number for number, tie in ties.items() if tie.stage < stage),
             )

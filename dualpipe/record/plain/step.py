@@ -15,7 +15,7 @@ from dualpipe.record.plain import links
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.names import unique
-from dualpipe.record.plain.sums import Partner, Summed, agreement_of_all
+from dualpipe.record.plain.sums import Partner, Summed, agreement_of_all, are_shards
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
@@ -68,7 +68,7 @@ class Step:
         on_links = self._on_links(outside, near, alone)
         kept = self._gradients(chunk, rank)
         if not isinstance(kept, Agreement):
-            kept = self._of_all(chunk) or kept
+            kept = self._of_all(chunk) or self._in_shards(chunk) or kept
         if isinstance(kept, Agreement):
             notes = (*([kept.how] if kept.how else []), *on_links)
             agreed = kept.summed, kept.scale, kept.divided_by, kept.pipelines, kept.copies
@@ -108,6 +108,23 @@ class Step:
             parameters.append(Summed(number, final, every, partial(self._partners, chunk, number)))
         counts = (1, *sorted({1 + len(of_others), *self._counts()}))
         return agreement_of_all(parameters, chunk.stage, len(self.routes) > 1, counts) if parameters else None
+
+    def _in_shards(self, chunk: Chunk) -> Agreement | None:
+        """How the gradients agree if each replica of the stage, on a lane or in a pipeline, sums a shard of them."""
+        every = [(step, Chunk(lane, chunk.stage)) for step in (self, *self.replicas) for lane in step.routes]
+        if any(not step.has(each) for step, each in every):
+            return None
+        replicas = []
+        for step, each in every:
+            names, final = step._names(each), step._file(each)["final"]
+            own = {number: parts.total(final[number]) for number, parts in step._parts(each).items()}
+            both = {names[n]: (final[n], total) for n, total in own.items()}
+            replicas.append({k: (one, two) for k, (one, two) in both.items() if one is not None and two is not None})
+        by = next((by for by in (1, len(replicas), *self._counts()) if are_shards(replicas, by)), None)
+        if by is None or replicas[0].keys() != set(self._names(chunk).values()):
+            return None
+        how = f"summed in shards, one on each of {len(replicas)} replicas{f', and divided by {by}' * (by > 1)}"
+        return Agreement(f"{how}, up to rounding", True if len(self.routes) > 1 else None)
 
     def _partners(self, chunk: Chunk, number: int) -> Iterator[Partner]:
         """The parameters of other stages, to which one may be tied as the embedding is to the output layer.

@@ -6,7 +6,7 @@ factor.  So the factor of a chunk is taken from its largest gradient, and must g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,33 @@ def agreement_of_all(
                 copies=frozenset(number for number, tie in ties.items() if tie.stage < stage),
             )
     return None
+
+
+def are_shards(replicas: Sequence[Mapping[str, tuple[Tensor, Tensor]]], by: int) -> bool:
+    """Whether replicas of a stage hold the sum of their gradients, divided by a number, in shards, as ZeRO does.
+
+    Each has, by name, the program's gradients and its own sums over microbatches.  Every element must be the sum over
+    all replicas on exactly one of them, and the replica's own on the others.  Every replica must hold a shard.
+    """
+    holds = [False] * len(replicas)
+    for name in replicas[0]:
+        if any(name not in each or each[name][0].shape != each[name][1].shape for each in replicas):
+            return False
+        finals = [each[name][0].double() * by for each in replicas]
+        owns = [each[name][1].double() for each in replicas]
+        if len({own.shape for own in owns}) > 1:
+            return False
+        total = torch.stack(owns).sum(0)
+        near = ROUNDING * float(total.abs().max())
+        summed = [(final - total).abs() <= near for final in finals]
+        apart = [(final - own).abs() <= near for final, own in zip(finals, owns, strict=True)]
+        clear = torch.stack([(own - total).abs() > 2 * near for own in owns]).all(0)
+        if not all(bool((one | other).all()) for one, other in zip(summed, apart, strict=True)):
+            return False
+        if not bool((torch.stack(summed).sum(0)[clear] == 1).all()):
+            return False
+        holds = [held or bool((one & clear).any()) for held, one in zip(holds, summed, strict=True)]
+    return len(replicas) > 1 and all(holds)
 
 
 def _fitted(parameters: Sequence[Summed], stage: int, of_both: bool) -> tuple[float, dict[int, Partner]] | None:

@@ -16,7 +16,8 @@ class ChunkComparison:
     ``summed`` is whether the gradients are the sums over both lanes, ``None`` if that does not show.  ``divided_by`` is
     the number of microbatches or replicas by which all of them are divided, ``scale`` any other factor of all of them,
     ``pipelines`` the number of pipelines over which they are summed.  ``copies`` are the numbers of parameters that are
-    tied to one of an earlier stage.
+    tied to one of an earlier stage.  ``squares`` is the sum of the squares of all elements of the gradients, if each
+    replica holds a shard of them.
     """
 
     chunk: Chunk
@@ -30,6 +31,7 @@ class ChunkComparison:
     divided_by: int = 1
     pipelines: int = 1
     copies: frozenset[int] = frozenset()
+    squares: float | None = None
 
     def text(self) -> str:
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"

@@ -28,7 +28,8 @@ class Agreement(NamedTuple):
     ``how`` describes the agreement.  ``summed`` says whether the sum is over both lanes; ``None`` if there is one lane.
     ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
     factor, such as that of clipping.  ``pipelines`` is the number of pipelines over which the sum is,
-    ``copies`` the parameters that are tied to one of an earlier stage.
+    ``copies`` the parameters that are tied to one of an earlier stage.  ``squares`` is the sum of the squares of all
+    elements, for gradients of which each replica holds a shard.
     """
 
     how: str
@@ -37,6 +38,7 @@ class Agreement(NamedTuple):
     divided_by: int = 1
     pipelines: int = 1
     copies: frozenset[int] = frozenset()
+    squares: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.phrases import counted
 from dualpipe.record.plain import links
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
-from dualpipe.record.plain.links import Plainly
+from dualpipe.record.plain.links import ROUNDING, Plainly
 from dualpipe.record.plain.names import unique
-from dualpipe.record.plain.sums import Partner, Summed, agreement_of_all, are_shards
+from dualpipe.record.plain.sums import Partner, Replica, Summed, agreement_of_all, factor_of_shards
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
@@ -71,7 +72,7 @@ class Step:
             kept = self._of_all(chunk) or self._in_shards(chunk) or kept
         if isinstance(kept, Agreement):
             notes = (*([kept.how] if kept.how else []), *on_links)
-            agreed = kept.summed, kept.scale, kept.divided_by, kept.pipelines, kept.copies
+            agreed = kept.summed, kept.scale, kept.divided_by, kept.pipelines, kept.copies, kept.squares
             return ChunkComparison(chunk, rank, count, _shown(faults), (), notes, *agreed)
         if self.others:
             unknown.append(f"{kept}, which may be the sum over pipelines that are not in the file")
@@ -114,17 +115,28 @@ class Step:
         every = [(step, Chunk(lane, chunk.stage)) for step in (self, *self.replicas) for lane in step.routes]
         if any(not step.has(each) for step, each in every):
             return None
-        replicas = []
+        replicas: list[Replica] = []
         for step, each in every:
             names, final = step._names(each), step._file(each)["final"]
             own = {number: parts.total(final[number]) for number, parts in step._parts(each).items()}
-            both = {names[n]: (final[n], total) for n, total in own.items()}
-            replicas.append({k: (one, two) for k, (one, two) in both.items() if one is not None and two is not None})
-        by = next((by for by in (1, len(replicas), *self._counts()) if are_shards(replicas, by)), None)
-        if by is None or replicas[0].keys() != set(self._names(chunk).values()):
+            replicas.append({names[n]: (final[n], t) for n, t in own.items() if t is not None and final[n] is not None})
+        if any(len(each) < len(self._names(chunk)) for each in replicas):
             return None
-        how = f"summed in shards, one on each of {len(replicas)} replicas{f', and divided by {by}' * (by > 1)}"
-        return Agreement(f"{how}, up to rounding", True if len(self.routes) > 1 else None)
+        found = ((by, factor_of_shards(replicas, by)) for by in (1, len(replicas), *self._counts()))
+        by, factor = next(((by, factor) for by, factor in found if factor is not None), (1, None))
+        if factor is None:
+            return None
+        clipped = abs(factor - 1) > ROUNDING
+        how = [f"summed in shards, one on each of {len(replicas)} replicas"]
+        how += [f"scaled by {factor / by:.4g}"] if clipped else [f"divided by {by}"] if by > 1 else []
+        sums = [torch.stack([each[name][1].double() for each in replicas]).sum(0) for name in replicas[0]]
+        return Agreement(
+            f"{' and '.join(how)}, up to rounding",
+            True if len(self.routes) > 1 else None,
+            factor / by if clipped else 1.0,
+            pipelines=1 + len(self.replicas),
+            squares=sum(float(each.square().sum()) for each in sums) * (factor / by) ** 2,
+        )
 
     def _partners(self, chunk: Chunk, number: int) -> Iterator[Partner]:
         """The parameters of other stages, to which one may be tied as the embedding is to the output layer.

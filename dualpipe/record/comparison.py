@@ -35,7 +35,8 @@ class ChunkComparison:
     ``factor`` is both together, ``None`` if no gradient shows it.  ``taken`` is the factor by which the stage takes the
     gradients that the next stage has for it, ``None`` if that is unknown.  ``pipelines`` is the number of pipelines
     over which the gradients are summed.  ``copies`` are the numbers of parameters that are tied to one of an earlier
-    stage.
+    stage.  ``squares`` is the sum of the squares of all elements of the gradients, if each replica holds a shard of
+    them.
     """
 
     chunk: Chunk
@@ -51,6 +52,7 @@ class ChunkComparison:
     taken: float | None = 1.0
     pipelines: int = 1
     copies: frozenset[int] = frozenset()
+    squares: float | None = None
 
     def text(self) -> str:
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"

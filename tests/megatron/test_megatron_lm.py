@@ -1,4 +1,4 @@
-"""Megatron-LM's own ``pretrain_gpt.py``, unchanged, trains on the CPU with DualPipe as with 1F1B.
+"""Megatron-LM's own ``pretrain_gpt.py``, unchanged, trains on the CPU with DualPipe as with 1F1B, and is recorded.
 
 These tests need a clone of Megatron-LM, whose folder ``MEGATRON_LM`` names (see CONTRIBUTING.md), and the packages that
 its loop imports.  test_launch.py runs the launcher on a small stand-in for the loop.
@@ -6,16 +6,23 @@ its loop imports.  test_launch.py runs the launcher on a small stand-in for the 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+
+from dualpipe.schedule import MESSAGES, B, F
+from dualpipe.schedule.generate import dualpipe, one_f_one_b
+from dualpipe.schedule.text import loads
+from tests.record.megatron import flat, get_schedule_table, order
 
 FOLDER = os.environ.get("MEGATRON_LM")
 pytestmark = [
@@ -32,6 +39,8 @@ OPTIONS = shlex.split("""
     --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --log-interval 1 --eval-interval 2 --eval-iters 2
     --ckpt-format torch_dist --save-interval 2
 """)
+LAUNCH = ("-m", "dualpipe.megatron.launch", "--on-cpu", f"{FOLDER}/pretrain_gpt.py", *OPTIONS)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
 LOSS = re.compile(r"lm loss(?: value)?: (\S+)")
 
@@ -39,10 +48,8 @@ LOSS = re.compile(r"lm loss(?: value)?: (\S+)")
 def pretrain(ranks: int, save: Path, *options: str) -> list[float]:
     """Run the script; returns the losses of training and of the evaluations."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "dualpipe.megatron.launch", "--on-cpu", f"{FOLDER}/pretrain_gpt.py", *OPTIONS]
-    command += ["--save", str(save), *options]
-    environment = os.environ | {"PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command += [*LAUNCH, "--save", str(save), *options]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-5000:]
     return [float(loss) for loss in LOSS.findall(run.stdout + run.stderr)]
 
@@ -80,3 +87,33 @@ def test_the_unchanged_script_resumes_bitwise_with_dropout(flag, tmp_path):
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("2")
     pretrain(2, tmp_path / "resumed", *options, "--load", str(tmp_path / "whole"))
     assert_equal(tmp_path / "whole", tmp_path / "resumed")
+
+
+def record(folder: Path, ranks: int, *options: str) -> tuple[Any, dict[str, Any]]:
+    """Record two steps of the script, prove the first one and compare it; returns its schedule and the report."""
+    command = [sys.executable, "-m", "dualpipe", "record", "-P", str(ranks), "-o", str(folder / "theirs.txt")]
+    command += ["--prove", "--compare", "--json", "--timeout", "280", "--", sys.executable, *LAUNCH]
+    command += ["--pipeline-model-parallel-size", str(ranks), "--train-iters", "2", "--eval-iters", "0", *options]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode in (0, 1), run.stdout[-2000:] + run.stderr[-5000:]
+    return loads((folder / "theirs.txt").read_text()), json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(("options", "planned"), [((), one_f_one_b), (("--use-dualpipe",), dualpipe)])
+def test_the_unchanged_script_is_recorded_and_proved(options, planned, tmp_path):
+    schedule, report = record(tmp_path, 2, *options)
+    expected = planned(2, 8)
+    for kinds in (frozenset({F}), frozenset({B}), MESSAGES):
+        assert flat(schedule.only(kinds).programs) == flat(expected.only(kinds).programs)
+    assert report["proof"]["verdict"] == "proved"
+    assert report["comparison"]["verdict"] == "equal"
+
+
+def test_the_unchanged_script_is_recorded_with_interleaving_which_frees_outputs_too_early(tmp_path):
+    """Its order is that of Megatron's table.  It frees an output before it waits for the send of this output."""
+    schedule, report = record(tmp_path, 2, "--num-virtual-stages-per-pipeline-rank", "2")
+    table = [tuple(place) for place in get_schedule_table(8, 2, 2)]
+    assert [order(schedule, kind, rank) for kind in (F, B) for rank in range(2)] == [table] * 4
+    refuted = [name for name, check in report["proof"]["checks"].items() if check["verdict"] == "refuted"]
+    assert refuted == ["buffers"]
+    assert report["comparison"]["verdict"] == "equal"

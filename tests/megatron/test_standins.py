@@ -11,6 +11,7 @@ import torch
 
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.megatron.on_cpu import core as standins
+from dualpipe.megatron.on_cpu import install_loop_standins
 from reference.megatron.importing import expected_warnings
 
 
@@ -115,3 +116,12 @@ def test_an_unexpected_warning_is_still_raised():
     with warnings.catch_warnings(record=True) as seen, expected_warnings():
         warnings.warn("Apex is not installed. Falling back to Torch Norm", UserWarning, stacklevel=1)
     assert not seen
+
+
+def test_legacy_types_of_the_gpu_make_tensors_and_have_no_instances():
+    install_loop_standins()
+    try:
+        assert torch.equal(torch.cuda.LongTensor([1, 2]), torch.tensor([1, 2]))
+        assert not isinstance(torch.ones(1), (torch.cuda.FloatTensor, torch.cuda.DoubleTensor))
+    finally:
+        standins.remove_cpu_standins()

@@ -1,8 +1,9 @@
-"""One training step of a tiny GPT with Megatron-core, by any of its pipeline schedules, on a CPU."""
+"""One training step of a tiny GPT with Megatron-core, by any of its schedules, on a CPU; the order of a recording."""
 
 import torch
 
 from dualpipe.megatron.on_cpu import install_cpu_standins
+from dualpipe.schedule import F
 from reference.megatron.importing import expected_warnings
 
 with expected_warnings():
@@ -17,7 +18,7 @@ with expected_warnings():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.utils import get_attr_wrapped_model
 
-__all__ = ["get_schedule_table", "p2p_communication", "train"]
+__all__ = ["flat", "get_schedule_table", "order", "p2p_communication", "train"]
 VOCABULARY, LENGTH = 64, 8
 
 
@@ -60,7 +61,7 @@ def train(ranks, chunks=1, microbatches=4, batched=False, overlapped=False, free
     for chunk in model:
         chunk.zero_grad_buffer()
     data = iter([])
-    get_forward_backward_func()(
+    losses = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=[data] * chunks if virtual else data,
         model=model,
@@ -70,6 +71,7 @@ def train(ranks, chunks=1, microbatches=4, batched=False, overlapped=False, free
         forward_only=False,
     )
     optimizer.step()
+    assert len([each["loss"].item() for each in losses]) in (0, microbatches)
 
 
 def _chunk(config, number, virtual):
@@ -98,3 +100,16 @@ def _forward_step(iterator, model):
 
 def _loss(output):
     return output.float().sum(), torch.tensor(LENGTH, dtype=torch.int), {"loss": output.sum().detach()}
+
+
+def order(schedule, kind, rank):
+    """The microbatches and chunks of a rank's forwards or backwards, as Megatron's table counts them."""
+    chunks = schedule.stages // schedule.ranks
+    ops = [op for slot in schedule.only(frozenset({kind})).programs[rank] for op in slot]
+    chunk = {op: op.stage // schedule.ranks for op in ops}
+    return [(op.mb, chunk[op] if kind is F else chunks - 1 - chunk[op]) for op in ops]
+
+
+def flat(programs):
+    """The ops of each rank in order, without slots and peers."""
+    return [[op.bare for slot in program for op in slot] for program in programs]

@@ -15,28 +15,15 @@ from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from reference.megatron.importing import expected_warnings
 from tests.megatron.example import SMALL, example
-from tests.record.megatron import get_schedule_table, p2p_communication, train
+from tests.record.megatron import flat, get_schedule_table, order, p2p_communication, train
 
 
-def record(ranks, chunks=1, microbatches=4, **options):
+def record(ranks, chunks=1, microbatches=4, compare=False, **options):
     def body(rank):
         with expected_warnings():
             train(ranks, chunks, microbatches, **options)
 
-    return record_ranks(ranks, body, timeout=100, stall=20)
-
-
-def order(schedule, kind, rank):
-    """The microbatches and chunks of a rank's forwards or backwards, as Megatron's table counts them."""
-    chunks = schedule.stages // schedule.ranks
-    ops = [op for slot in schedule.only(frozenset({kind})).programs[rank] for op in slot]
-    chunk = {op: op.stage // schedule.ranks for op in ops}
-    return [(op.mb, chunk[op] if kind is F else chunks - 1 - chunk[op]) for op in ops]
-
-
-def flat(programs):
-    """The ops of each rank in order, without slots and peers."""
-    return [[op.bare for slot in program for op in slot] for program in programs]
+    return record_ranks(ranks, body, timeout=100, stall=20, compare=compare)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +35,12 @@ def flat(programs):
     ],
 )
 def test_megatrons_1f1b_is_recorded_as_1f1b(ranks, microbatches, options):
-    recording = record(ranks, 1, microbatches, **options)
+    recording = record(ranks, 1, microbatches, compare=True, **options)
     expected = one_f_one_b(ranks, microbatches).only(frozenset({F, B}))
     assert recording.schedule.only(frozenset({F, B})).programs == expected.programs
     assert prove(recording.schedule, smt=False).verdict == "proved"
     assert (recording.notes, recording.caveats) == ((), ())
+    assert recording.comparison.verdict == "equal", recording.comparison.text()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +54,7 @@ def test_megatrons_1f1b_is_recorded_as_1f1b(ranks, microbatches, options):
     ],
 )
 def test_megatrons_interleaved_schedule_is_recorded_in_the_order_of_its_table(ranks, microbatches, options):
-    recording = record(ranks, 2, microbatches, **options)
+    recording = record(ranks, 2, microbatches, compare=True, **options)
     table = [tuple(place) for place in get_schedule_table(microbatches, 2, ranks)]
     for rank in range(ranks):
         assert order(recording.schedule, F, rank) == table
@@ -74,6 +62,7 @@ def test_megatrons_interleaved_schedule_is_recorded_in_the_order_of_its_table(ra
     assert recording.schedule.routes == {">": (*range(ranks), *range(ranks))}
     assert prove(recording.schedule, smt=False).verdict == "proved"
     assert recording.caveats == ()
+    assert recording.comparison.verdict == "equal", recording.comparison.text()
 
 
 @pytest.mark.long
@@ -82,10 +71,14 @@ def test_the_interleaved_schedule_on_two_ranks_with_batches_is_refuted():
 
     Megatron-LM's own training loop refuses this setting.
     """
-    recording = record(2, 2, 4, batched=True)
+    recording = record(2, 2, 4, compare=True, batched=True)
     checks = prove(recording.schedule, smt=False).as_json()["checks"]
     assert checks["messages"]["verdict"] == "refuted"
     assert "rank 1 expects the activation of microbatch 2 of lane > (stage 0 to stage 1)" in checks["messages"]["story"]
+    assert recording.comparison.verdict == "different"
+    assert "microbatch 2 does not take what stage 0 returns for it, but the gradient of the input of stage 2" in (
+        recording.comparison.text()
+    )
 
 
 @pytest.mark.long
@@ -136,10 +129,11 @@ def test_dualpipe_in_megatron_is_recorded_as_dualpipe(ranks, planned):
         with expected_warnings():
             example.pretrain(example.parse_arguments(shlex.split(options)))
 
-    recording = record_ranks(ranks, body, timeout=100, stall=20)
+    recording = record_ranks(ranks, body, timeout=100, stall=20, compare=True)
     expected = planned(ranks, 8)
     for kinds in ({F}, {B}, MESSAGES):
         recorded, wanted = (of.only(frozenset(kinds)).programs for of in (recording.schedule, expected))
         assert flat(recorded) == flat(wanted)
     assert prove(recording.schedule, smt=False).verdict == "proved"
     assert recording.caveats == ("4 message ends are left out as control data",)
+    assert recording.comparison.verdict == "equal", recording.comparison.text()

@@ -10,6 +10,7 @@ from dualpipe.record.plain.clipping import judge
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement
 from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.replicas import differences
+from dualpipe.record.plain.sums import factor_of_shards
 from dualpipe.schedule import DOWN, UP, Chunk, Task
 
 MICROBATCHES = 3
@@ -211,3 +212,24 @@ def test_the_fork_of_a_rank_uses_none_of_its_connections():
     transport.alone = True
     with pytest.raises(RuntimeError, match="exchanges tensors with other ranks"):
         transport.run(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("finals", "expected"),
+    [
+        (([4, 6, 5, 7], [1, 2, 12, 14]), None),  # the second has the sums of the first as its own
+        (([6, 8, 3, 4], [5, 6, 10, 12]), 1.0),
+        (([0.6, 0.8, 3, 4], [5, 6, 1.0, 1.2]), 0.1),
+        (([0.6, 0.8, 3, 4], [5, 6, 2.0, 2.4]), None),  # two factors
+        (([6, 8, 10, 12], [5, 6, 7, 8]), None),  # one replica has all sums, and the other none
+        (([6, 8, 10, 12], [6, 8, 10, 12]), None),  # those are no shards
+        (([6, 8, 3, 4], [5, 6, 10, 11]), None),
+    ],
+)
+def test_replicas_may_hold_the_sum_of_their_gradients_in_shards(finals, expected):
+    owns = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 6.0, 7.0, 8.0])
+    for by in (1, 2):
+        replicas = [{"w": (torch.tensor(final) / by, own)} for final, own in zip(finals, owns, strict=True)]
+        found = factor_of_shards(replicas, by)
+        assert found == (None if expected is None else pytest.approx(expected))
+        assert factor_of_shards(replicas[:1], by) is None

@@ -89,7 +89,7 @@ def install_loop_standins() -> None:
     for name in _CONSTRUCTORS:
         replace(torch, name, on_cpu(getattr(torch, name)))
     for name, dtype in _LEGACY.items():
-        replace(cuda, name, functools.partial(torch.tensor, dtype=dtype))
+        replace(cuda, name, _legacy_type(name, dtype))
     for name in _WITHOUT_EFFECT:
         replace(cuda, name, _nothing)
     for name in _MEMORY:
@@ -140,6 +140,14 @@ def with_cpu_arguments(args: Any) -> Any:
 def _announce(text: str) -> None:
     """Print a text once, since Megatron-LM parses its command line more than once."""
     print(text, file=sys.stderr)
+
+
+def _legacy_type(name: str, dtype: torch.dtype) -> type:
+    """A type such as ``torch.cuda.FloatTensor``: a call makes a tensor on the CPU, and no tensor is an instance.
+
+    Megatron-LM asks for instances before it converts inputs to half precision.
+    """
+    return type(name, (), {"__new__": lambda cls, data=(): torch.tensor(data, dtype=dtype)})
 
 
 def _nothing(*args: Any, **options: Any) -> None:

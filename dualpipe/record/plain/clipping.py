@@ -36,7 +36,8 @@ def judge(
         return Clipping()
     by_stage = {each.chunk.stage: each for each in reversed(chunks)}
     each_once = [_finals(each, files, forwards) for _, each in sorted(by_stage.items())]
-    faults = [*_of_calls(chunks, files, forwards, each_once)]
+    in_shards = any(each.squares is not None for each in chunks)
+    faults = [] if in_shards else [*_of_calls(chunks, files, forwards, each_once)]
     scales = {each.rank: each.scale for each in chunks}
     if all(abs(scale - 1) <= _NEAR for scale in scales.values()):
         return Clipping(tuple(faults))
@@ -47,7 +48,8 @@ def judge(
             "in place of that of the whole model?"
         )
         return Clipping(tuple(faults))
-    scale, norm = next(iter(scales.values())), _norm(each_once)
+    scale, shards = next(iter(scales.values())), [each.squares for each in by_stage.values()]
+    norm = math.sqrt(sum(filter(None, shards))) if None not in shards else _norm(each_once)
     replicas = len(chunks) // len(by_stage)
     whole = max(each.microbatches for each in chunks)
     counts = {a * b * c for a in (1, replicas) for b in (1, whole) for c in (1, chunks[0].pipelines)}

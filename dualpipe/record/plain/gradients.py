@@ -30,7 +30,8 @@ class Agreement(NamedTuple):
     ``divided_by`` is the number of microbatches or replicas by which the sum is divided.  ``scale`` is any other
     factor, such as that of clipping.  ``factor``, of the gradients of several parameters, is both together, ``None`` if
     none of them shows it.  ``pipelines`` is the number of pipelines over which the sum is, ``copies`` the parameters
-    that are tied to one of an earlier stage.
+    that are tied to one of an earlier stage.  ``squares`` is the sum of the squares of all elements, for gradients of
+    which each replica holds a shard.
     """
 
     how: str
@@ -40,6 +41,7 @@ class Agreement(NamedTuple):
     factor: float | None = None
     pipelines: int = 1
     copies: frozenset[int] = frozenset()
+    squares: float | None = None
 
 
 @dataclass(frozen=True)

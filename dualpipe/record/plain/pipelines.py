@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from dualpipe.record.phrases import names_of
 from dualpipe.record.plain.gradients import Agreement, equal
-from dualpipe.record.plain.sums import Partner, Summed, agreement_of_all
+from dualpipe.record.plain.links import ROUNDING
+from dualpipe.record.plain.sums import Partner, Replica, Summed, agreement_of_all, factor_of_shards
 from dualpipe.schedule import Chunk
 
 if TYPE_CHECKING:
@@ -31,6 +34,36 @@ def of_all(step: Step, chunk: Chunk) -> Agreement | None:
         parameters.append(Summed(number, final, every, partial(partners, step, chunk, number)))
     counts = (1, *sorted({1 + len(of_others), *step.counts()}))
     return agreement_of_all(parameters, chunk.stage, len(step.routes) > 1, counts) if parameters else None
+
+
+def in_shards(step: Step, chunk: Chunk) -> Agreement | None:
+    """How the gradients agree if each replica of the stage, on a lane or in a pipeline, sums a shard of them."""
+    every = [(one, Chunk(lane, chunk.stage)) for one in (step, *step.replicas) for lane in one.routes]
+    if any(not one.has(each) for one, each in every):
+        return None
+    replicas: list[Replica] = []
+    for one, each in every:
+        names, final = one.names(each), one.file(each)["final"]
+        own = {number: parts.total(final[number]) for number, parts in one.parts(each).items()}
+        replicas.append({names[n]: (final[n], t) for n, t in own.items() if t is not None and final[n] is not None})
+    if any(len(each) < len(step.names(chunk)) for each in replicas):
+        return None
+    found = ((by, factor_of_shards(replicas, by)) for by in (1, len(replicas), *step.counts()))
+    by, factor = next(((by, factor) for by, factor in found if factor is not None), (1, None))
+    if factor is None:
+        return None
+    clipped = abs(factor - 1) > ROUNDING
+    how = [f"summed in shards, one on each of {len(replicas)} replicas"]
+    how += [f"scaled by {factor / by:.4g}"] if clipped else [f"divided by {by}"] if by > 1 else []
+    sums = [torch.stack([each[name][1].double() for each in replicas]).sum(0) for name in replicas[0]]
+    return Agreement(
+        f"{' and '.join(how)}, up to rounding",
+        True if len(step.routes) > 1 else None,
+        factor / by if clipped else 1.0,
+        factor=factor / by,
+        pipelines=1 + len(step.replicas),
+        squares=sum(float(each.square().sum()) for each in sums) * (factor / by) ** 2,
+    )
 
 
 def partners(step: Step, chunk: Chunk, number: int) -> Iterator[Partner]:

@@ -78,7 +78,7 @@ class Step:
         kept = self._gradients(chunk, rank)
         apart += pipelines.updated_apart(self, chunk)
         if not isinstance(kept, Agreement):
-            kept = pipelines.of_all(self, chunk) or kept
+            kept = pipelines.of_all(self, chunk) or pipelines.in_shards(self, chunk) or kept
         if isinstance(kept, Agreement):
             return ChunkComparison(
                 chunk,
@@ -94,6 +94,7 @@ class Step:
                 taken,
                 kept.pipelines,
                 kept.copies,
+                kept.squares,
             )
         if self.others:
             apart.append(f"{kept}, which may be the sum over pipelines that are not in the file")

@@ -6,7 +6,7 @@ factor.  So the factor of a chunk is taken from its largest gradient, and must g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,58 @@ def agreement_of_all(
                 copies=frozenset(number for number, tie in ties.items() if tie.stage < stage),
             )
     return None
+
+
+Replica = Mapping[str, tuple[Tensor, Tensor]]
+"""By name, the program's gradients on one replica of a stage, and its own sums over microbatches."""
+
+
+def factor_of_shards(replicas: Sequence[Replica], by: int) -> float | None:
+    """The factor of the sums that replicas of a stage hold in shards, as ZeRO does; ``None`` if they do not.
+
+    Every element, times ``by``, must be the sum over all replicas times the factor on exactly one of them, and the
+    replica's own on the others.  Every replica must hold a shard.  The factor is that of clipping, or 1.
+    """
+    if len(replicas) < 2 or any(each.keys() != replicas[0].keys() for each in replicas):
+        return None
+    pairs = [[each[name] for each in replicas] for name in replicas[0]]
+    if any(len({*(final.shape for final, _ in each), *(own.shape for _, own in each)}) > 1 for each in pairs):
+        return None
+    factor = _factor_of_sums(pairs, by)
+    if factor is None or not 0 < factor < 1 + ROUNDING:
+        return None
+    holds = [False] * len(replicas)
+    for each in pairs:
+        finals, owns, total, near = _opened(each, by)
+        summed = [(final - factor * total).abs() <= near for final in finals]
+        apart = [(final - own).abs() <= near for final, own in zip(finals, owns, strict=True)]
+        if not all(bool((one | other).all()) for one, other in zip(summed, apart, strict=True)):
+            return None
+        clear = torch.stack([(own - factor * total).abs() > 2 * near for own in owns]).all(0)
+        if not bool((torch.stack(summed).sum(0)[clear] == 1).all()):
+            return None
+        holds = [held or bool((one & clear).any()) for held, one in zip(holds, summed, strict=True)]
+    return factor if all(holds) else None
+
+
+def _factor_of_sums(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]], by: int) -> float | None:
+    """The usual ratio of the elements that are not a replica's own to the sums."""
+    ratios = []
+    for each in pairs:
+        finals, owns, total, near = _opened(each, by)
+        large = total.abs() > 0.1 * total.abs().max()
+        ratios += [
+            (final / total)[large & ((final - own).abs() > near)] for final, own in zip(finals, owns, strict=True)
+        ]
+    every = torch.cat(ratios)
+    return float(every.median()) if every.numel() else None
+
+
+def _opened(each: Sequence[tuple[Tensor, Tensor]], by: int) -> tuple[list[Tensor], list[Tensor], Tensor, float]:
+    """The gradients of a parameter times ``by``, the replicas' own, their sum, and how far rounding may be off."""
+    finals, owns = [final.double() * by for final, _ in each], [own.double() for _, own in each]
+    total = torch.stack(owns).sum(0)
+    return finals, owns, total, ROUNDING * float(total.abs().max())
 
 
 def _fitted(parameters: Sequence[Summed], stage: int, of_both: bool) -> tuple[float, dict[int, Partner]] | None:

@@ -5,9 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain import compare
-from dualpipe.schedule import UP, Task
+from dualpipe.record.plain.copies import perhaps_tied
+from dualpipe.record.plain.step import Step
+from dualpipe.schedule import UP, Chunk, Task
 from dualpipe.testing import record_ranks
 
 MICROBATCHES = 3
@@ -201,7 +204,7 @@ def test_replicas_that_are_never_summed_are_found_before_the_optimizers_step():
     assert comparison.as_json()["chunks"][0]["summed"] is False
 
 
-def two_forwards(folder, finals, shared=False):
+def two_forwards(folder, finals, shared=False, weights=(1.0, 1.0)):
     """The comparison of two stages with one parameter each, on two ranks or sharing it on one."""
     ran = [RAN | {"weights": {0: torch.full((2,), value)}} for value in (3.0, 4.0)]
     begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
@@ -212,7 +215,8 @@ def two_forwards(folder, finals, shared=False):
         tasks = {ForwardId(0, stage): Task(UP, stage, 0) for stage in range(2)}
         return compare(folder, [read(0, events)], tasks, {UP: (0, 0)})
     for rank in range(2):
-        torch.save(FILE | {"forwards": {0: ran[rank]}, "final": finals[rank : rank + 1]}, folder / f"{rank}.pt")
+        kept = {"final": finals[rank : rank + 1], "weights": {0: torch.full((2,), weights[rank])}}
+        torch.save(FILE | {"forwards": {0: ran[rank]}} | kept, folder / f"{rank}.pt")
     tasks = {ForwardId(rank, 0): Task(UP, rank, 0) for rank in range(2)}
     return compare(folder, [read(rank, events) for rank in range(2)], tasks, {UP: (0, 1)})
 
@@ -299,10 +303,34 @@ def test_weights_that_are_tied_over_stages_agree_with_the_sum_of_both(tmp_path):
     assert not any(each.faults for each in comparison.chunks)
 
 
+def test_gradients_of_different_weights_that_are_summed_over_stages_are_a_fault(tmp_path):
+    comparison = two_forwards(tmp_path, [torch.full((2,), 7.0), torch.full((2,), 7.0)], weights=(1.0, 2.0))
+    assert comparison.verdict == "different"
+    assert "w: the gradient is summed with that of w of stage 1, which is another weight: " in comparison.text()
+
+
 def test_a_weight_that_two_stages_of_a_rank_share_is_not_compared(tmp_path):
     comparison = two_forwards(tmp_path, [torch.full((2,), 5.0)], shared=True)
     assert "w is used by another stage of the rank too, and not compared" in comparison.text()
     assert not any(each.faults for each in comparison.chunks)
+
+
+@pytest.mark.parametrize(
+    ("own", "changed", "asks"), [(5.0, 3.0, True), (5.0, 2.0, False), (0.0, 3.0, False)], ids=["apart", "alike", "seed"]
+)
+def test_a_weight_that_has_the_value_of_another_stage_before_the_step_alone_may_be_tied(own, changed, asks):
+    shared, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    files = {
+        0: {"names": ["embed", "a"], "weights": {0: shared, 1: other}, "changed": {0: shared + 2.0, 1: other}},
+        1: {"names": ["head", "b"], "weights": {0: shared, 1: other + own}, "changed": {0: shared + changed, 1: other}},
+    }
+    forwards = {Task(UP, stage, 0): {"weights": {0: None, 1: None}} for stage in files}
+    for file in files.values():
+        file["before"] = {}
+    step = Step(files, forwards, {UP: (0, 1)}, {UP: 1}, False, {})
+    chunks = [ChunkComparison(Chunk(UP, stage), stage, 1, (), (), ()) for stage in files]
+    says = "embed has the values of head of stage 1 before the step and not after it: if they are tied, is the gradient"
+    assert [(chunk.stage, note.startswith(says)) for chunk, note in perhaps_tied(step, chunks)] == [(0, True)] * asks
 
 
 def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):
@@ -328,9 +356,31 @@ def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):
     ],
 )
 def test_gradients_may_be_summed_over_all_recorded_pipelines(tmp_path, finals, verdict, says):
+    comparison = two_pipelines(tmp_path, finals)
+    assert comparison.verdict == verdict
+    assert says in comparison.text()
+
+
+@pytest.mark.parametrize(
+    ("weights", "changed", "verdict"),
+    [((1.0, 1.0), (2.0, 3.0), "different"), ((1.0, 1.0), (2.0, 2.0), "equal"), ((1.0, 4.0), (2.0, 3.0), "equal")],
+)
+def test_weights_that_pipelines_share_are_the_same_after_the_step(tmp_path, weights, changed, verdict):
+    comparison = two_pipelines(tmp_path, (3.0, 7.0), weights, changed)
+    assert comparison.verdict == verdict
+    says = "stage 0 of lane > has the same weights on ranks 0 and 1 of the job before the step and different ones after"
+    assert (says in comparison.text()) == (verdict == "different")
+
+
+def two_pipelines(folder, finals, weights=(), changed=()):
+    """The comparison of the first of two data-parallel pipelines of one rank, with one parameter each."""
     for rank, (final, own) in enumerate(zip(finals, (3.0, 7.0), strict=True)):
         ran = RAN | {"weights": {0: torch.full((2,), own)}}
-        torch.save(FILE | {"final": {0: torch.full((2,), final)}, "forwards": {0: ran}}, tmp_path / f"{rank}.pt")
+        kept = {"weights": {0: torch.full((2,), weights[rank])}} if weights else {}
+        torch.save(FILE | {"final": {0: torch.full((2,), final)}, "forwards": {0: ran}} | kept, folder / f"{rank}.pt")
+        if changed:
+            after = {"weights": {0: torch.full((2,), changed[rank])}, "clipped": None, "read": []}
+            torch.save(after, folder / f"{rank}.pt.after")
     events = [
         {"event": "forward", "forward": 0, "module": 0, "messages": [], "after": [], "first": True, "again": None}
         | {"grad": True, "at": "x.py:1"},
@@ -338,6 +388,4 @@ def test_gradients_may_be_summed_over_all_recorded_pipelines(tmp_path, finals, v
     ]
     logs = [read(rank, events) for rank in range(2)]
     one, other = (({ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)}, (rank,)) for rank in (0, 1))
-    comparison = compare(tmp_path, logs, *one, pipelines=[other])
-    assert comparison.verdict == verdict
-    assert says in comparison.text()
+    return compare(folder, logs, *one, pipelines=[other])

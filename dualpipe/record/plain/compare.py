@@ -25,6 +25,7 @@ import torch
 from dualpipe.record.comparison import Comparison
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.record.plain.clipping import judge
+from dualpipe.record.plain.copies import perhaps_tied, updated_apart
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.replicas import differences
@@ -83,9 +84,14 @@ def compare(
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
+    tied = [*perhaps_tied(step, chunks)]
+    chunks = tuple(
+        replace(each, notes=(*each.notes, *(note for chunk, note in tied if chunk == each.chunk))) for each in chunks
+    )
     losses = tuple(losses_of(files, logs, tasks, routes, chunks))
     clipping = judge(chunks, files, forwards, clip_norm, others)
-    replicas = tuple(differences(chunks, files, forwards))
+    apart = updated_apart(step, chunks, [ranks, *(each[2] for each in pipelines)])
+    replicas = (*differences(chunks, files, forwards), *apart)
     found = Comparison(chunks, losses, replicas, clipping)
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}

@@ -66,14 +66,14 @@ def _unlike(
     if lone := sorted(one.keys() ^ other.keys()):
         holder = ranks[0] if lone[0] in one else ranks[1]
         yield (
-            f"the replicas of stage {stage} have other parameters: {_shown(lone)} only on rank {holder}. Is the chunk "
+            f"the replicas of stage {stage} have other parameters: {shown(lone)} only on rank {holder}. Is the chunk "
             "built for the rank's number instead of its stage's?"
         )
         return
     if apart := [name for name in one if not equal(one[name], other[name])]:
         yield (
             f"the replicas of stage {stage} on ranks {ranks[0]} and {ranks[1]} have different weights before the step: "
-            f"{_shown(apart)}. Are the weights of one broadcast to the other at the start?"
+            f"{shown(apart)}. Are the weights of one broadcast to the other at the start?"
         )
     layers = [_layers(each.chunk, files[each.rank], forwards) for each in both]
     unlike = sorted(name for name in layers[0] if layers[1].get(name, layers[0][name]) != layers[0][name])
@@ -119,10 +119,11 @@ def _updated_apart(
         which = f": that on rank {still[0]} is not updated" if len(still) == 1 else ""
         yield (
             f"the replicas of stage {stage} on ranks {both[0].rank} and {both[1].rank} have different weights after "
-            f"the optimizer's step: {_shown(apart)}{which}"
+            f"the optimizer's step: {shown(apart)}{which}"
         )
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """The first of several names, and how many there are more."""
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more

@@ -114,6 +114,23 @@ class Step:
         route = self.routes.get(chunk.lane, ())
         return chunk.stage < len(route) and "error" not in self.files[route[chunk.stage]]
 
+    def ran(self, chunk: Chunk) -> bool:
+        """Whether all forwards of a chunk have been run plainly."""
+        found = [self.forwards.get(Task(*chunk, mb), {"error": ""}) for mb in range(self.microbatches[chunk.lane])]
+        return self.has(chunk) and all("error" not in each for each in found)
+
+    def rank(self, chunk: Chunk) -> int:
+        return self.routes[chunk.lane][chunk.stage]
+
+    def weights(self, chunk: Chunk, of: str) -> dict[str, Tensor]:
+        """The weights of a chunk by name: those of before the step (``weights``) or of after it (``changed``)."""
+        kept = self._kept(chunk, of)
+        return {self._name(chunk, number): kept[number] for number in self._parts(chunk) if number in kept}
+
+    def _kept(self, chunk: Chunk, of: str) -> Mapping[int, Tensor]:
+        kept: Mapping[int, Tensor] | None = self.files[self.rank(chunk)].get(of)
+        return kept or {}
+
     def parts_by_name(self, chunk: Chunk) -> dict[str, Parts]:
         names = self.files[self.routes[chunk.lane][chunk.stage]]["names"]
         return {names[number]: parts for number, parts in self._parts(chunk).items()}
@@ -135,8 +152,8 @@ class Step:
             found = self._wrong(chunk, number) or agreement(
                 final, parts, self._counts(), self._scales, patterns, partial(self._place, chunk)
             )
-            if not isinstance(found, Agreement) and (tied := self._tied(chunk, number, final)):
-                found = Agreement(tied)
+            if not isinstance(found, Agreement):
+                found = self._summed_with(chunk, number, final) or found
             if isinstance(found, Agreement) and parts.before is not None:
                 found = _with_earlier(found, file["step"])
             if isinstance(found, Agreement):
@@ -240,20 +257,28 @@ class Step:
                     users.setdefault(number, set()).add(task.chunk)
         return {number for number, chunks in users.items() if len(chunks) > 1}
 
-    def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> str:
-        """The parameter of another stage with which a gradient was summed, as those of tied embeddings are."""
-        own = self._parts(chunk)[number].total(final)
+    def _summed_with(self, chunk: Chunk, number: int, final: Tensor | None) -> Agreement | str:
+        """The parameter of another stage with which a gradient was summed: a tied weight, or by mistake another one."""
+        own, at_other = self._parts(chunk)[number].total(final), ""
         others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
         for other in (each for each in others if each != chunk):
             for at, parts in self._parts(other).items():
                 total = parts.total(final)
-                if own is not None and total is not None and total.shape == own.shape and equal(final, own + total):
-                    mine, theirs = self._name(chunk, number), self._name(other, at)
-                    return f"{mine} is summed with {theirs} of stage {other.stage}, to which it is tied"
+                if own is None or total is None or total.shape != own.shape or not equal(final, own + total):
+                    continue
+                theirs = f"{self._name(other, at)} of stage {other.stage}"
+                if equal(self._kept(chunk, "weights").get(number), self._kept(other, "weights").get(at)):
+                    return Agreement(f"{self._name(chunk, number)} is summed with {theirs}, to which it is tied")
+                at_other = at_other or theirs
+        if at_other:
+            return (
+                f"the gradient is summed with that of {at_other}, which is another weight: does "
+                "the reduction have ranks of different stages?"
+            )
         return ""
 
     def _name(self, chunk: Chunk, number: int) -> str:
-        return str(self.files[self.routes[chunk.lane][chunk.stage]]["names"][number])
+        return str(self.files[self.rank(chunk)]["names"][number])
 
 
 def _with_earlier(found: Agreement, step: int) -> Agreement | str:

@@ -43,6 +43,15 @@ def test_one_step_needs_no_optimizer():
     assert_plain(record_ranks(2, lambda rank: steps(rank, 1 - rank, count=1)))
 
 
+def test_a_collective_after_the_optimizers_step_of_some_ranks_comes_after_their_ops():
+    def body(rank):
+        steps(rank, 1 - rank, count=1)
+        dist.barrier()
+
+    recording = record_ranks(2, body)
+    assert [text(recording, rank) for rank in range(2)] == [f"{PLAIN[0]} 0AR>@0", f"{PLAIN[1]} 1AR>@0"]
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_message_from_one_step_to_the_next_is_an_error(step):
     def body(rank):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from .ends import run_backward
 from .marks import Key
 
 Leaf = tuple[Key | None, tuple[int, ...]]
@@ -94,6 +95,7 @@ class Replay:
         self._parameters, self._weights = parameters, weights
         self._numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
         self._checked: set[int] = set()  # parameters whose gradients were compared with a slope
+        self._outside: dict[int, Tensor | None] = {}  # of the current forward: see ``run_backward``
 
     def run(self, calls: Sequence[Call]) -> dict[str, Any]:
         """What the plain run of one forward gives, or an ``error``.  Changes the gradients of the parameters."""
@@ -105,8 +107,7 @@ class Replay:
     def _run(self, calls: Sequence[Call]) -> dict[str, Any]:
         self._forget_gradients()
         made = self._call(calls)
-        if made.roots:
-            torch.autograd.backward([leaf for leaf, _ in made.roots], [gradient for _, gradient in made.roots])
+        self._outside = run_backward(made.roots)
         weights = {number: copy_of(leaf.grad) for number, leaf in made.weights.items()}
         hidden = [n for n, leaf in made.weights.items() if leaf.requires_grad and leaf.grad is None and made.roots]
         slopes: dict[int, float] = {}
@@ -121,12 +122,13 @@ class Replay:
                 slope, own = self._slope(calls, number), along(kept, number)
                 if abs(slope - own) > 1e-2 * max(abs(slope), abs(own)):
                     wrong[number] = own, slope
-        last = calls[-1]
+        gradients = [[self._outer(call.gradients.get(at)) for at in range(len(call.outputs))] for call in calls]
         return {
             "took": [copy for call in calls for copy in _arrivals(call)],
             "returned": [leaf for call in calls for leaf in call.outputs],
             "plainly": made.returned,
-            "gradients": [last.gradients.get(at) for at in range(len(last.outputs))],
+            "gradients": gradients[-1],
+            "output gradients": [gradient for each in gradients for gradient in each],
             "input gradients": [copy_of(leaf.grad) for leaf in made.inputs],
             "weights": weights,
             "slopes": slopes,
@@ -134,6 +136,10 @@ class Replay:
             "changed": sorted({name for call in calls for name in call.changed}),
             "ran": bool(made.roots),
         }
+
+    def _outer(self, gradient: Tensor | None) -> Tensor | None:
+        """The part of an output's gradient that does not come through other outputs."""
+        return self._outside.get(id(gradient), gradient)
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:
@@ -149,7 +155,8 @@ class Replay:
         for sign in (1, -1):
             with torch.no_grad():
                 made = self._call(calls, (number, sign * _STEP * size))
-                ends.append(sum(float((leaf.double() * gradient.double()).sum()) for leaf, gradient in made.roots))
+                outer = [(leaf, self._outer(gradient)) for leaf, gradient in made.roots]
+                ends.append(sum(float((leaf.double() * g.double()).sum()) for leaf, g in outer if g is not None))
         return (ends[0] - ends[1]) / (2 * _STEP * size)
 
     def _call(self, calls: Sequence[Call], moved: tuple[int, float] | None = None) -> _Made:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.phrases import counted
 from dualpipe.record.plain import links
+from dualpipe.record.plain.crossed import crossed
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, equal, factors_of, scale_of
 from dualpipe.record.plain.links import Plainly
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
@@ -61,6 +62,12 @@ class Step:
                 lists = {"fault": faults, "unknown": unknown, "outside": outside, "near": near}
                 for which, what in links.differences(Task(*chunk, mb), found, self.forwards, self.foreign):
                     lists[which].append(what)
+                after = chunk.stage + 1
+                if crossed(found, self.forwards.get(Task(chunk.lane, after, mb))):
+                    faults.append(
+                        f"microbatch {mb} uses the gradient that stage {after} has for one output for another "
+                        "one: are they sent in another order, or does the backward run from what was not sent?"
+                    )
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
         kept = self._gradients(chunk, rank)

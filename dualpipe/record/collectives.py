@@ -24,7 +24,7 @@ _REDUCES = frozenset(
 
 @dataclass(frozen=True)
 class Collectives:
-    """The ops of collectives, the members of each group, and notes.
+    """The ops of the collectives of one training step, the members of each group, and notes.
 
     A reduction of gradients with ranks outside of the pipeline has no group; other such collectives are left out.
     """
@@ -32,6 +32,7 @@ class Collectives:
     ops: Mapping[CollectiveId, Op]
     groups: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
+    step: int = 0
 
 
 NONE = Collectives({}, (), ())
@@ -77,7 +78,7 @@ def name_collectives(logs: Sequence[RankLog], lineage: Lineage, step: int) -> Co
             notes += [f"the members of group {number} disagree on their collective {nth + 1}: {met.clash}"] * bool(
                 met.clash
             )
-    return Collectives(ops, tuple(groups), tuple(notes))
+    return Collectives(ops, tuple(groups), tuple(notes), step)
 
 
 def clashes(logs: Sequence[RankLog], pipelines: Sequence[Sequence[int]]) -> dict[int, str]:

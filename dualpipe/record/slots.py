@@ -283,8 +283,7 @@ def _in_other_steps(log: RankLog, collectives: Collectives, later: bool) -> list
     """The collectives that the rank launched in a later (or earlier) training step and other ranks in this one."""
     here = {event["collective"] for event in log.events if event["event"] == "collective"}
     own = [id.number for id in collectives.ops if id.rank == log.rank and id.number not in here]
-    first = min(here, default=0)
-    return sorted(number for number in own if (number > first) == later)
+    return sorted(number for number in own if (log.collectives[number].step > collectives.step) == later)
 
 
 def last_weights(log: RankLog) -> dict[int, int]:

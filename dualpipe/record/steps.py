@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from dualpipe.record.events import Message, MessageId, RankLog, RecordError
+from dualpipe.record.events import Forward, Message, MessageId, RankLog, RecordError
 
 
 def computing_steps(logs: Sequence[RankLog]) -> list[int]:
     """The steps in which a forward ran, numbered by the optimizer steps before them.
 
+    Forwards without gradients after the last step, as in an evaluation, are no step.
+
     Raises ``RecordError`` if a rank finished with fewer steps than another one.
     """
-    last = [max((forward.step for forward in log.forwards.values()), default=-1) for log in logs]
+    last = [max((forward.step for forward in _training(log)), default=-1) for log in logs]
     most = max(range(len(logs)), key=last.__getitem__)
     for log in logs:
         if log.ended and log.forwards and last[log.rank] < last[most]:
@@ -22,8 +24,14 @@ def computing_steps(logs: Sequence[RankLog]) -> list[int]:
                 f"rank {log.rank} computed in {last[log.rank] + 1} steps and rank {most} in {last[most] + 1}",
                 "record a program of one step, or give every rank an optimizer",
             )
-    steps = {forward.step for log in logs for forward in log.forwards.values()}
+    steps = {forward.step for log in logs for forward in log.forwards.values() if forward.step <= max(last)}
     return sorted(steps) or [0]
+
+
+def _training(log: RankLog) -> list[Forward]:
+    """The forwards with gradients, or all if there are none."""
+    every = [*log.forwards.values()]
+    return [forward for forward in every if forward.grad] or every
 
 
 def select_step(logs: Sequence[RankLog], step: int) -> list[RankLog]:

@@ -5,9 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain import compare
-from dualpipe.schedule import UP, Task
+from dualpipe.record.plain.copies import perhaps_tied
+from dualpipe.record.plain.step import Step
+from dualpipe.schedule import UP, Chunk, Task
 from dualpipe.testing import record_ranks
 
 MICROBATCHES = 3
@@ -312,6 +315,7 @@ def test_weights_that_are_tied_over_stages_agree_with_the_sum_of_both(tmp_path, 
     comparison = compare(tmp_path, logs, tasks, {UP: (0, 1)})
     assert comparison.verdict == ("different" if apart else "equal"), comparison.text()
     assert ("w is summed with w of stage 1, to which it is tied" in comparison.text()) == (not apart)
+    assert ("summed with that of w of stage 1, which is another" in comparison.text()) == (factor == 1 and apart == 1)
     assert ("once, was 14.93, as every rank computes it" in comparison.text()) == (factor < 1 and not apart)
 
 
@@ -319,6 +323,24 @@ def test_a_weight_that_two_stages_of_a_rank_share_is_not_compared(tmp_path):
     comparison = shared_by_two_stages(tmp_path, torch.full((2,), 5.0))
     assert "w is used by another stage of the rank too, and not compared" in comparison.text()
     assert not any(each.faults for each in comparison.chunks)
+
+
+@pytest.mark.parametrize(
+    ("own", "changed", "asks"), [(5.0, 3.0, True), (5.0, 2.0, False), (0.0, 3.0, False)], ids=["apart", "alike", "seed"]
+)
+def test_a_weight_that_has_the_value_of_another_stage_before_the_step_alone_may_be_tied(own, changed, asks):
+    shared, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    files = {
+        0: {"names": ["embed", "a"], "weights": {0: shared, 1: other}, "changed": {0: shared + 2.0, 1: other}},
+        1: {"names": ["head", "b"], "weights": {0: shared, 1: other + own}, "changed": {0: shared + changed, 1: other}},
+    }
+    forwards = {Task(UP, stage, 0): {"weights": {0: None, 1: None}} for stage in files}
+    for file in files.values():
+        file |= {"before": {}, "by_optimizer": True}
+    step = Step(files, forwards, {UP: (0, 1)}, {UP: 1}, False, {})
+    chunks = [ChunkComparison(Chunk(UP, stage), stage, 1, (), (), ()) for stage in files]
+    says = "embed has the values of head of stage 1 before the step and not after it: if they are tied, is the gradient"
+    assert [(chunk.stage, note.startswith(says)) for chunk, note in perhaps_tied(step, chunks)] == [(0, True)] * asks
 
 
 def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):

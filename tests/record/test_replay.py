@@ -1,12 +1,15 @@
 """Module calls that a plain run repeats one by one, as of a stage whose ``forward`` is called by its name."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe.record.child.ends import run_backward
 from dualpipe.record.child.forwards import Trials
 from dualpipe.record.child.marks import Table
 from dualpipe.testing import record_ranks
+from tests.record.two_ranks import receive
 
 
 class Stage(nn.Module):
@@ -59,6 +62,67 @@ def test_parts_of_a_stage_are_run_one_by_one_and_their_tensors_are_not_taken_for
     comparison = record_ranks(2, train, compare=True).comparison
     assert comparison.verdict == "equal", comparison.text()
     assert [chunk.notes for chunk in comparison.chunks] == [(), ()]
+
+
+class Cell(nn.Module):
+    """Returns two tensors, one of which is computed from the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.state = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden, state):
+        state = torch.sigmoid(self.gate(hidden)) * state + self.state(hidden)
+        return torch.tanh(state), state
+
+
+def two_outputs(rank, swapped):
+    torch.manual_seed(rank)
+    cell = Cell()
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+    for _ in range(2):
+        if rank == 0:
+            outputs = cell(torch.randn(2, 4), torch.randn(2, 4))
+            for output in outputs:
+                dist.send(output.detach(), 1)
+            gradients = [receive(1), receive(1)]
+            torch.autograd.backward(outputs, gradients[::-1] if swapped else gradients)
+        else:
+            inputs = [receive(0).requires_grad_(), receive(0).requires_grad_()]
+            hidden, state = cell(*inputs)
+            (hidden.square().mean() + state.mean()).backward()
+            for tensor in inputs:
+                dist.send(tensor.grad, 0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_output_from_which_another_is_computed_has_its_own_gradient(swapped):
+    first, last = record_ranks(2, lambda rank: two_outputs(rank, swapped), compare=True).comparison.chunks
+    assert (last.text(), last.faults) == (f"{last.chunk} on rank 1: outputs and gradients equal", ())
+    assert first.notes == ()
+    says = "microbatch 0 uses the gradient that stage 1 has for one output for another one"
+    assert [fault.startswith(says) for fault in first.faults[:1]] == [True] * swapped
+
+
+def test_the_backward_runs_from_an_output_to_which_another_one_gives_no_gradient():
+    weight = torch.ones(2, requires_grad=True)
+    hidden = weight * 3
+    output = Blind.apply(hidden)
+    gradient = torch.full((2,), 5.0)
+    outside = run_backward([(output, torch.ones(2)), (hidden, gradient)])
+    assert outside == {id(gradient): gradient}
+    assert weight.grad.tolist() == [15.0, 15.0]
+
+
+class Blind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from dualpipe.record import RecordError
 from dualpipe.testing import record, record_ranks
 from dualpipe.testing.launch import launch
-from tests.record.two_ranks import PLAIN, SHAPE, assert_plain, text, train
+from tests.record.two_ranks import PLAIN, SHAPE, assert_plain, receive, text, train
 
 
 def steps(rank: int, optimizers: int = 1, count: int = 3) -> None:
@@ -43,6 +43,15 @@ def test_one_step_needs_no_optimizer():
     assert_plain(record_ranks(2, lambda rank: steps(rank, 1 - rank, count=1)))
 
 
+def test_a_collective_after_the_optimizers_step_of_some_ranks_comes_after_their_ops():
+    def body(rank):
+        steps(rank, 1 - rank, count=1)
+        dist.barrier()
+
+    recording = record_ranks(2, body)
+    assert [text(recording, rank) for rank in range(2)] == [f"{PLAIN[0]} 0AR>@0", f"{PLAIN[1]} 1AR>@0"]
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_message_from_one_step_to_the_next_is_an_error(step):
     def body(rank):
@@ -68,6 +77,37 @@ def test_a_message_from_one_step_to_the_next_is_an_error(step):
 
     with pytest.raises(RecordError, match=r"rank . \w+ at .* after . optimizer steps, and rank . \w+ at .* after"):
         record_ranks(2, body, step=step)
+
+
+def test_an_evaluation_after_a_step_and_a_late_reset_of_gradients_belong_to_no_step():
+    """The evaluation uses averaged weights for a while, and the gradients are reset between forward and backward."""
+
+    def body(rank):
+        torch.manual_seed(rank)
+        stage = nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+        averaged = {name: weight.clone() for name, weight in stage.state_dict().items()}
+        for _ in range(2):
+            x = receive(0).requires_grad_() if rank else torch.randn(SHAPE)
+            y = stage(x)
+            if rank == 0:
+                dist.send(y.detach(), 1)
+            optimizer.zero_grad()
+            if rank == 0:
+                y.backward(receive(1))
+            else:
+                y.square().sum().backward()
+                dist.send(x.grad, 0)
+            optimizer.step()
+            trained = {name: weight.clone() for name, weight in stage.state_dict().items()}
+            stage.load_state_dict(averaged)
+            with torch.no_grad():
+                dist.send(stage(torch.randn(SHAPE)), 1) if rank == 0 else stage(receive(0))
+            stage.load_state_dict(trained)
+
+    recording = record_ranks(2, body, compare=True, step=2)
+    assert recording.steps == 2
+    assert recording.comparison.verdict == "equal", recording.comparison.text()
 
 
 def test_record_counts_steps_and_leaves_no_hook_behind():

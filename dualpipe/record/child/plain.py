@@ -75,6 +75,8 @@ class Plain:
         self._parameters: list[tuple[str, nn.Parameter]] = []
         self._weights: dict[int, Tensor] = {}  # by number: the value before the step
         self._before: dict[int, Tensor] = {}  # by number: the gradient before the step, if there was one
+        self._trained: set[int] = set()  # the parameters with which a module has computed with gradients
+        self._reached: set[int] = set()  # the parameters of modules for which the engine has run
         self._edges = Edges(flow)
         self._losses = Losses(flow)
         self._clipped: dict[str, Any] | None = None
@@ -177,6 +179,8 @@ class Plain:
         self._parameters.clear()
         self._weights.clear()
         self._before.clear()
+        self._trained.clear()
+        self._reached.clear()
         self._edges.forget()
         self._losses.forget()
 
@@ -211,15 +215,26 @@ class Plain:
         )
 
     def _keep_weights(self, module: nn.Module) -> None:
+        """Keep the weights of a module as they are when it first computes with gradients, after any evaluation."""
         for name, parameter in module.named_parameters():
-            if id(parameter) in self._numbers:
-                continue
-            number = self._numbers[id(parameter)] = len(self._parameters)
-            self._parameters.append((name, parameter))
-            self._weights[number] = parameter.detach().clone()
-            before = copy_of(gradient_of(parameter))
-            if before is not None and bool(before.any()):
-                self._before[number] = before
+            if id(parameter) not in self._numbers:
+                self._numbers[id(parameter)] = len(self._parameters)
+                self._parameters.append((name, parameter))
+            number = self._numbers[id(parameter)]
+            if number not in self._trained:
+                self._weights[number] = parameter.detach().clone()
+                if torch.is_grad_enabled():
+                    self._trained.add(number)
+
+    def _keep_before(self, module: nn.Module) -> None:
+        """Keep the gradients of a module of before the engine first runs for it: a program may reset them late."""
+        for parameter in module.parameters():
+            number = self._numbers[id(parameter)]
+            if number not in self._reached:
+                self._reached.add(number)
+                before = copy_of(gradient_of(parameter))
+                if before is not None and bool(before.any()):
+                    self._before[number] = before
 
     def _end(self, call: Call, output: Any, inputs: Sequence[Tensor]) -> None:
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -240,6 +255,7 @@ class Plain:
 
     def _keep_gradient(self, call: Call, at: int, gradient: Tensor) -> None:
         with _disable_current_modes():
+            self._keep_before(call.module)
             call.reached(at, gradient.detach().clone(), self._flow.spares_weights())
 
     def end_step(self, by_optimizer: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from . import graph
+from .ends import run_backward
 from .marks import Key, key_of
 from .regions import weak_storage
 
@@ -125,6 +125,7 @@ class Replay:
         self._parameters, self._weights = parameters, weights
         self._numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
         self._checked: set[int] = set()  # parameters whose gradients were compared with a slope
+        self._outside: dict[int, Tensor | None] = {}  # of the current forward: see ``run_backward``
 
     def run(self, calls: Sequence[Call]) -> dict[str, Any]:
         """What the plain run of one forward gives, or an ``error``.  Changes the gradients of the parameters."""
@@ -136,9 +137,7 @@ class Replay:
     def _run(self, calls: Sequence[Call]) -> dict[str, Any]:
         self._forget_gradients()
         made = self._call(calls)
-        if made.roots:
-            roots = _from_outside(made.roots)
-            torch.autograd.backward([leaf for leaf, _ in roots], [gradient for _, gradient in roots])
+        self._outside = run_backward(made.roots)
         weights = {number: copy_of(leaf.grad) for number, leaf in made.weights.items()}
         hidden = [n for n, leaf in made.weights.items() if leaf.requires_grad and leaf.grad is None and made.roots]
         slopes: dict[int, float] = {}
@@ -153,12 +152,13 @@ class Replay:
                 slope, own = self._slope(calls, number), along(kept, number)
                 if abs(slope - own) > 1e-2 * max(abs(slope), abs(own)):
                     wrong[number] = own, slope
-        last = calls[-1]
+        gradients = [[self._outer(call.gradients.get(at)) for at in range(len(call.outputs))] for call in calls]
         return {
             "took": [copy for call in calls for copy in _arrivals(call)],
             "returned": [leaf for call in calls for leaf in call.outputs],
             "plainly": made.returned,
-            "gradients": [last.gradients.get(at) for at in range(len(last.outputs))],
+            "gradients": gradients[-1],
+            "output gradients": [gradient for each in gradients for gradient in each],
             "input gradients": [copy_of(leaf.grad) for leaf in made.inputs],
             "weights": weights,
             "slopes": slopes,
@@ -167,6 +167,10 @@ class Replay:
             "ran": bool(made.roots),
             "needs gradient": made.needs_gradient,
         }
+
+    def _outer(self, gradient: Tensor | None) -> Tensor | None:
+        """The part of an output's gradient that does not come through other outputs."""
+        return self._outside.get(id(gradient), gradient)
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:
@@ -182,7 +186,8 @@ class Replay:
         for sign in (1, -1):
             with torch.no_grad():
                 made = self._call(calls, (number, sign * _STEP * size))
-                ends.append(sum(float((leaf.double() * gradient.double()).sum()) for leaf, gradient in made.roots))
+                outer = [(leaf, self._outer(gradient)) for leaf, gradient in made.roots]
+                ends.append(sum(float((leaf.double() * g.double()).sum()) for leaf, g in outer if g is not None))
         return (ends[0] - ends[1]) / (2 * _STEP * size)
 
     def _call(self, calls: Sequence[Call], moved: tuple[int, float] | None = None) -> _Made:
@@ -272,25 +277,6 @@ def copy_of(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     return tensor.detach().clone() if tensor.layout is torch.strided else tensor.detach().to_dense()
-
-
-def _from_outside(roots: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
-    """The roots with the gradients that they get from outside of the modules.
-
-    The gradient of a root from which another one is computed has two parts.  The part of that other root comes again in
-    the plain run, so it is subtracted.
-    """
-    below = [set(graph.nodes_below(leaf.grad_fn)) for leaf, _ in roots]
-    after = [[b for b in range(len(roots)) if b != a and roots[a][0].grad_fn in below[b]] for a in range(len(roots))]
-    if not any(after):
-        return roots
-    found = {at: gradient for at, (_, gradient) in enumerate(roots)}
-    for at in sorted(found, key=lambda at: len(below[at]), reverse=True):  # a root has more nodes below it than those
-        if later := [b for b in after[at] if len(below[b]) > len(below[at])]:
-            leaves, gradients = [roots[b][0] for b in later], [found[b] for b in later]
-            (again,) = torch.autograd.grad(leaves, roots[at][0], gradients, retain_graph=True, allow_unused=True)
-            found[at] = found[at] if again is None else found[at] - again
-    return [(leaf, found[at]) for at, (leaf, _) in enumerate(roots)]
 
 
 def _arrivals(call: Call) -> list[Tensor]:

@@ -25,6 +25,7 @@ import torch
 from dualpipe.record.comparison import ChunkComparison, Clipping, Comparison, LossWeights
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.record.plain.clipping import judge
+from dualpipe.record.plain.copies import perhaps_tied
 from dualpipe.record.plain.factors import Lasts, factors, uneven, weights_of
 from dualpipe.record.plain.gradients import alike
 from dualpipe.record.plain.links import Plainly
@@ -97,6 +98,10 @@ def compare(
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
+    tied = [*perhaps_tied(step, chunks)]
+    chunks = tuple(
+        replace(each, notes=(*each.notes, *(note for chunk, note in tied if chunk == each.chunk))) for each in chunks
+    )
     weights = weights_of(Lasts.of(files, logs, tasks, routes), of_others, chunks, not others, reduction)
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     clipping = _clipping(chunks, files, forwards, clip_norm, others, weights)

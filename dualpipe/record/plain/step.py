@@ -14,10 +14,10 @@ from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.phrases import counted, names_of
 from dualpipe.record.plain import links, pipelines
 from dualpipe.record.plain.changes import limit_of
+from dualpipe.record.plain.crossed import crossed
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement, alike, equal, factors_of, scale_of, totals_of
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.names import unique
-from dualpipe.record.plain.sums import Partner
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
@@ -62,6 +62,12 @@ class Step:
             else:
                 of_task = links.differences(Task(*chunk, mb), found, self.forwards, self.foreign, self.places)
                 linked[mb] = list(of_task)
+                after = chunk.stage + 1
+                if crossed(found, self.forwards.get(Task(chunk.lane, after, mb))):
+                    faults.append(
+                        f"microbatch {mb} uses the gradient that stage {after} has for one output for another "
+                        "one: are they sent in another order, or does the backward run from what was not sent?"
+                    )
         if unknown:
             return ChunkComparison(chunk, rank, count, _shown(faults), _shown(unknown), ())
         every = [each for found in linked.values() for each in found]
@@ -158,8 +164,8 @@ class Step:
             found = self._wrong(chunk, number) or agreement(
                 final, parts, self.counts(), self._scales, patterns, partial(self._place, chunk), lambda: self._limits
             )
-            if not isinstance(found, Agreement) and (tie := self._tied(chunk, number, final)):
-                found = Agreement(tie.words, copies=frozenset([number] * (tie.stage < chunk.stage)))
+            if not isinstance(found, Agreement):
+                found = self._summed_with(chunk, number, final) or found
             if isinstance(found, Agreement) and parts.before is not None:
                 found = _with_earlier(found, file["step"])
             if isinstance(found, Agreement):
@@ -283,14 +289,27 @@ class Step:
                     users.setdefault(number, set()).add(task.chunk)
         return {number for number, chunks in users.items() if len(chunks) > 1}
 
-    def _tied(self, chunk: Chunk, number: int, final: Tensor | None) -> Partner | None:
-        """The parameter of another stage with which a gradient was summed, as those of tied embeddings are."""
+    def _summed_with(self, chunk: Chunk, number: int, final: Tensor | None) -> Agreement | str:
+        """The parameter of another stage with which a gradient was summed: a tied weight, or by mistake another one."""
         own = self.parts(chunk)[number].total(final)
-        for each in pipelines.partners(self, chunk, number) if own is not None else ():
-            total = each.every[0].total(final)
-            if own is not None and total is not None and total.shape == own.shape and equal(final, own + total):
-                return each
-        return None
+
+        def is_sum(total: Tensor | None) -> bool:
+            return own is not None and total is not None and total.shape == own.shape and equal(final, own + total)
+
+        for each in pipelines.partners(self, chunk, number):
+            if is_sum(each.every[0].total(final)):
+                return Agreement(each.words, copies=frozenset([number] * (each.stage < chunk.stage)))
+        own_value = self.file(chunk).get("weights", {}).get(number)
+        others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
+        for other in (each for each in others if each != chunk and self.has(each)):
+            values = self.file(other).get("weights", {})
+            for at, parts in self.parts(other).items():
+                if is_sum(parts.total(final)) and not equal(own_value, values.get(at)):
+                    return (
+                        f"the gradient is summed with that of {self.name(other, at)} of stage {other.stage}, which is "
+                        "another weight: does the reduction have ranks of different stages?"
+                    )
+        return ""
 
     def name(self, chunk: Chunk, number: int) -> str:
         return self.names(chunk)[number]

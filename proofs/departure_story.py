@@ -29,7 +29,9 @@ def text(comparison: Comparison) -> str:
 
 def _size(comparison: Comparison, lane: Lane) -> str:
     counts = (schedule.microbatches[lane] for schedule in (comparison.here, comparison.there))
-    return f"lane {lane} has {next(counts)} microbatches, and in {comparison.name} {next(counts)}"
+    one, other = counts
+    failed = ", since the program ended before the others" if comparison.here.failures and one < other else ""
+    return f"lane {lane} has {one} microbatches{failed}, and in {comparison.name} {other}"
 
 
 def _misplaced(found: Misplaced, name: str) -> str:
@@ -51,6 +53,8 @@ def tell(departure: Departure, comparison: Comparison) -> str:
     if here is None:
         return f"rank {rank} {_lacks(departure, name)}"
     does = f"rank {rank} {_verb(here.op)} {here.op} in slot {here.slot}"
+    if departure.surplus:
+        return _has_more(departure, here, comparison)
     if _is_repeated(departure, comparison):
         return f"{does} once more than {name}"
     if departure.later is not None and departure.aspect is Aspect.MESSAGES:
@@ -66,6 +70,20 @@ def tell(departure: Departure, comparison: Comparison) -> str:
         return f"{does}, which {name} {also}"
     where = "" if departure.found is None else f", which this rank {_verb(there.op)} in slot {departure.found.slot}"
     return f"{does}, which {name} {also}; there {name} {_verb(there.op)} {there.op}{where}"
+
+
+def _has_more(departure: Departure, here: Placed, comparison: Comparison) -> str:
+    """The words for messages too many: all later ones of the channel are shifted, and so are their names."""
+    count, sends = departure.surplus, here.op.kind in SENDS
+    noun = f"{'one' if count == 1 else count} {'send' if sends else 'receive'}{'s' * (count > 1)}"
+    towards = f"{'to' if sends else 'from'} rank {comparison.here.peer(here.op)}"
+    which = "the first is " if count > 1 else ""
+    before = [op for slot in comparison.here.programs[here.rank][: here.slot] for op in slot if op.kind in (F, B)]
+    after = f"after {before[-1]}" if before else "before its first forward"
+    return (
+        f"rank {here.rank} posts {noun} {towards} more than {comparison.name}: {which}{here.op} in slot {here.slot}, "
+        f"{after}"
+    )
 
 
 def _lacks(departure: Departure, name: str) -> str:
@@ -187,6 +205,12 @@ def _of_weights(departure: Departure) -> str:
 
 def _of_messages(departure: Departure, comparison: Comparison) -> str:
     here, there, later = departure.here, departure.there, departure.later
+    if departure.surplus:
+        which = "it" if departure.surplus == 1 else "each of them"
+        return (
+            f"is {which} posted once too often? Then all later messages in that direction between the two ranks meet "
+            "the wrong partners."
+        )
     if here is None:
         return "is a send or a receive left out, or did the rank stop before it?"
     if _is_repeated(departure, comparison) or (there is None and later is None):

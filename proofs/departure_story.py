@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, W, show_slot
+from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, Schedule, W, show_slot
 from proofs.against import Aspect, Comparison, Departure, Misplaced
 
 
@@ -144,7 +144,7 @@ def meaning(departure: Departure, comparison: Comparison) -> str:
         case Aspect.ORDER:
             return _of_order(departure, comparison)
         case Aspect.WEIGHTS:
-            return _of_weights(departure)
+            return _of_weights(departure, comparison)
         case Aspect.MESSAGES:
             return _of_messages(departure, comparison)
         case Aspect.COLLECTIVES:
@@ -186,7 +186,7 @@ def _of_order(departure: Departure, comparison: Comparison) -> str:
     return "does each chunk count its microbatches separately, and increase the count after each use?"
 
 
-def _of_weights(departure: Departure) -> str:
+def _of_weights(departure: Departure, comparison: Comparison) -> str:
     here, there = departure.here, departure.there
     if here is None:
         return "does the program run the stored weight gradients often enough, also at the end?"
@@ -194,6 +194,8 @@ def _of_weights(departure: Departure) -> str:
         return "does each microbatch run its weight gradient exactly once?"
     if there.op.kind is W and departure.found is None:
         return "is the weight gradient stored and never run?"
+    if here.op.kind is W and there.op.kind is W and _is_at_once(here, comparison.here):
+        return "does the backward put this weight gradient into the store, and is what the store has run at the end?"
     if here.op.kind is W and there.op.kind is W:
         return "is the store for weight gradients first in, first out?"
     if here.op.kind is W:
@@ -201,6 +203,11 @@ def _of_weights(departure: Departure) -> str:
             "does the backward put weight gradients into the store? If it adds them at once, nothing is left to defer."
         )
     return "is a weight gradient deferred although it should run with its backward, or is it deferred too long?"
+
+
+def _is_at_once(weight: Placed, schedule: Schedule) -> bool:
+    """Whether a W is in the slot of its B, so that it does not come from a store."""
+    return any(op.kind is B and op.task == weight.op.task for op in schedule.programs[weight.rank][weight.slot])
 
 
 def _of_messages(departure: Departure, comparison: Comparison) -> str:

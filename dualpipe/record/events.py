@@ -55,6 +55,9 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
             case "owed":
                 if (known := log.forwards.get(log.find(event["forward"]))) is not None:
                     known.owed |= {number: Owed(name, how, event["at"]) for number, name, how in event["parameters"]}
+            case "fed":
+                if (known := log.forwards.get(log.find(event["forward"]))) is not None:
+                    known.fed |= set(event["parameters"])
             case "paid":
                 known = log.forwards.get(log.find(event["forward"]))
                 if known is not None and known.step == log.steps:

@@ -126,8 +126,10 @@ class Forward:
     owed:
         The parameters whose gradients its backward left out, by number: the name, how it did so (``none``, ``unseen``,
         ``zero``, ``all zero``) and where.
+    fed:
+        Those that the engine did not reach, but that the program gave a gradient during the backward.
     paid:
-        Those of them that got a gradient later in the step; ``paid_at`` is where others got one in a later step.
+        Those of ``owed`` that got a gradient later in the step; ``paid_at`` is where others got one in a later step.
     """
 
     id: ForwardId
@@ -143,6 +145,7 @@ class Forward:
     untrainable: bool = False
     step: int = 0
     owed: dict[int, Owed] = field(default_factory=dict)
+    fed: set[int] = field(default_factory=set)
     paid: set[int] = field(default_factory=set)
     paid_at: str = ""
 

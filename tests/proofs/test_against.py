@@ -83,6 +83,18 @@ def test_an_unfed_store_shows_as_a_weight_gradient_that_the_other_schedule_defer
     assert sorted(found) == [1, 2]
 
 
+def test_a_weight_gradient_in_the_slot_of_its_backward_does_not_come_from_a_store():
+    there = dualpipe(4, 10)
+    (*rest, _) = there.programs[1]
+    at = next(number for number, slot in enumerate(rest) if Op(B, UP, 1, 4) in slot)
+    here = with_program(there, 1, [*rest[:at], (Op(B, UP, 1, 4), Op(W, UP, 1, 4)), *rest[at + 1 :]])
+    story, cause = stories(here, there, Aspect.WEIGHTS)[1]
+    assert story.endswith("there dualpipe runs 2W4<, which this rank runs in slot 30")
+    assert (
+        cause == "does the backward put this weight gradient into the store, and is what the store has run at the end?"
+    )
+
+
 def test_ops_issued_together_have_no_order_so_that_an_overlapped_pair_may_run_one_after_the_other():
     schedule = dualpipe(4, 8)
     split = [[part for slot in program for part in _forward_apart(slot)] for program in schedule.programs]

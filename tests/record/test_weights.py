@@ -32,16 +32,23 @@ class Deferred(torch.autograd.Function):
             found, weight = gradient.T @ x, layer.weight
             weight.grad = found if weight.grad is None else weight.grad + found
 
-        STORE.append(add)
+        if layer.at_once:
+            layer.at_once -= 1
+            add()
+        else:
+            STORE.append(add)
         return gradient @ layer.weight, torch.zeros_like(layer.weight) if layer.dummy == "zeros" else None, None
 
 
 class Layer(nn.Module):
-    """``dummy`` is what the backward gives autograd for the weight: ``none``, ``zeros``, or it hides the weight."""
+    """``dummy`` is what the backward gives autograd for the weight: ``none``, ``zeros``, or it hides the weight.
 
-    def __init__(self, dummy, bias=True):
+    The first ``at_once`` weight gradients are not deferred.
+    """
+
+    def __init__(self, dummy, bias=True, at_once=0):
         super().__init__()
-        self.dummy = dummy
+        self.dummy, self.at_once = dummy, at_once
         self.weight = nn.Parameter(torch.randn(4, 4))
         self.bias = nn.Parameter(torch.zeros(4)) if bias else None
 
@@ -107,6 +114,14 @@ def test_a_weight_gradient_that_is_stored_and_never_run_is_no_w(dummies):
 def test_a_store_that_is_never_run_leaves_no_w():
     recording = record_ranks(2, gpipe([lambda: Layer("none"), lambda: Layer("none", bias=False)], run=0))
     assert [weights(recording, rank) for rank in (0, 1)] == [[], []]
+
+
+def test_only_the_last_weight_gradient_is_stored_and_never_run():
+    stages = [lambda: Layer("hidden", at_once=MICROBATCHES - 1)] * 2
+    recording = record_ranks(2, gpipe(stages, run=0))
+    assert [weights(recording, rank) for rank in (0, 1)] == [[0, 1], [0, 1]]
+    assert recording.caveats == ()
+    assert "nothing adds one later in the step: it has no W (1 times)" in recording.notes[0]
 
 
 def test_a_weight_that_never_gets_a_gradient_and_that_autograd_does_not_see_is_a_caveat():

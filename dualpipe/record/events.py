@@ -105,7 +105,9 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 log.doubts.append(Doubt(event["what"], log.find(event["forward"]), event["at"], log.steps))
             case "raised":
                 during = event["during"] and tuple(event["during"])
-                log.raised = Raised(event["error"], event["text"], event["place"], event["time"], during)
+                log.raised = Raised(
+                    event["error"], event["text"], event["place"], event["time"], during, event.get("freed", "")
+                )
             case "step":
                 log.steps += 1
                 begun = False

@@ -188,7 +188,8 @@ class Raised(NamedTuple):
     """The error that ended a rank.
 
     ``at`` is the line of the program and ``time`` in seconds since the epoch.  ``during`` is what the error left: a
-    forward (F), a backward (B) or a wait for messages (M), and its numbers.
+    forward (F), a backward (B) or a wait for messages (M), and its numbers.  ``freed`` is where the program had freed
+    the output of that backward, or empty.
     """
 
     error: str
@@ -196,6 +197,7 @@ class Raised(NamedTuple):
     at: str
     time: float
     during: tuple[str, list[int]] | None
+    freed: str = ""
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Programs that crash, hang before any data crosses, or end with an exit code: there is always a recording."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -61,6 +62,24 @@ def test_an_error_is_the_first_thing_said_and_its_op_the_ranks_last(where, durin
     assert report.as_json()["failures"][0]["rank"] == 1
     assert report.as_json()["checks"]["complete"]["may_follow_from"] == first_failure(recording)
     assert "this may be a consequence of the failure: rank 1 ended early" in report.text()
+
+
+def test_an_error_of_a_backward_from_an_output_that_was_freed_says_where():
+    """Megatron frees an output after its send; then its backward must be run by the engine itself."""
+
+    def body(rank):
+        if rank:
+            train(rank, nn.Linear(4, 4))
+            return
+        y = nn.Linear(4, 4)(torch.randn(SHAPE))
+        dist.send(y.detach(), 1)
+        y.data = torch.empty(1)
+        torch.autograd.backward(y, receive(1))
+
+    failed = first_failure(record_ranks(2, body, check=False, stall=STALL))
+    assert re.search(
+        r" during 0B0>, whose output was freed \(its \.data replaced\) at \S+\.py:\d+: Mismatch in", failed
+    )
 
 
 def test_an_error_of_a_rank_whose_peer_has_failed_says_so():

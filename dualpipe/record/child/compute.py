@@ -99,7 +99,8 @@ def _backward(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(tensors, *args, **kwargs)
         except BaseException as error:
-            flow.note_error(error, "B", flow.makers((tensors,) if isinstance(tensors, Tensor) else tuple(tensors)))
+            roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+            flow.note_error(error, "B", flow.makers(roots), flow.buffers.shrunk_at(roots))
             raise
 
     return backward
@@ -119,7 +120,7 @@ def _data(flow: Flow) -> property:
     original: Any = torch.Tensor.data
 
     def put(self: Tensor, value: Tensor) -> None:
-        flow.buffers.replaced(self, flow.context)
+        flow.buffers.replaced(self, value, flow.context)
         original.__set__(self, value)
 
     return property(original.__get__, put, original.__delete__)

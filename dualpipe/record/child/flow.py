@@ -311,9 +311,12 @@ class Flow:
 
     # errors
 
-    def note_error(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
-        """An error has left a module call (F), a run of the engine (B), a message (M) or a collective (C)."""
-        errors.note(error, what, numbers)
+    def note_error(self, error: BaseException, what: str, numbers: Iterable[int], freed: str = "") -> None:
+        """An error has left a module call (F), a run of the engine (B), a message (M) or a collective (C).
+
+        ``freed`` is where the program had freed the output from which the engine was to run.
+        """
+        errors.note(error, what, numbers, freed)
 
     def raised(self, error: BaseException) -> None:
         """The program ends by an error."""

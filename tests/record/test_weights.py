@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe.record.child import compute
+from dualpipe.record.child.flow import Flow
+from dualpipe.record.child.patches import Patches
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from tests.record.two_ranks import SHAPE, receive
@@ -136,3 +139,26 @@ def test_deferred_weight_gradients_and_parameters_without_one_are_no_caveat():
     assert [weights(recording, rank) for rank in (0, 1)] == [[0, 1, 2], [0, 1, 2]]
     assert (recording.caveats, recording.notes) == ((), ())
     assert prove(recording.schedule).exit_code == 0
+
+
+@pytest.mark.parametrize("by_setter", [True, False])
+def test_a_main_grad_that_is_replaced_is_noted_where_it_is_set(by_setter):
+    events, patches, layer = [], Patches(), nn.Linear(4, 4)
+    flow = Flow(events.append)
+    with compute.watch(flow, patches, (), ()):
+        try:
+            layer.weight.main_grad = torch.zeros(4, 4)  # the first one replaces nothing
+            layer(torch.randn(SHAPE)).sum().backward()
+            new = torch.zeros(4, 4)
+            if by_setter:
+                layer.weight.main_grad = new
+            else:
+                layer.weight.__dict__["main_grad"] = new
+            layer(torch.randn(SHAPE)).sum().backward()
+        finally:
+            patches.undo()
+    (changed,) = [event for event in events if event["event"] == "changed"]
+    assert changed["name"] == ("replaced" if by_setter else "found replaced")
+    set_at = next(n for n, line in enumerate(open(__file__), 1) if line.strip() == "layer.weight.main_grad = new")
+    assert changed["at"].startswith(f"{__file__}:{set_at}") == by_setter
+    assert "__setattr__" not in vars(nn.Parameter)

@@ -248,7 +248,7 @@ class Flow:
     def ran(self, completed: bool) -> None:
         """The engine has returned, or raised."""
         self._engine_runs.end(completed)
-        self._gradients.note_replaced()
+        self._gradients.note_replaced("found replaced")
 
     def _reach(self, forward: int, gradients: Sequence[Any]) -> None:
         """The engine is about to run the node of an output of a forward."""
@@ -304,6 +304,13 @@ class Flow:
     def assigned(self, parameter: Tensor, gradient: Tensor | None) -> None:
         """The program has set ``parameter.grad``."""
         self._gradients.assigned(parameter, gradient, bool(self.running))
+
+    def set_main_grad(self, parameter: Tensor) -> None:
+        """The program has set ``parameter.main_grad``."""
+        if parameter in self.parameters:
+            self._gradients.note_replaced("found replaced")
+            self.parameters.note_gradient(parameter)
+            self._gradients.note_replaced("replaced")
 
     def stop(self) -> None:
         """Take back what was changed in the program's objects."""

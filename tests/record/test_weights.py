@@ -1,6 +1,7 @@
 """A W is in the file only if the gradients of the stage's parameters were really computed."""
 
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +160,7 @@ def test_a_main_grad_that_is_replaced_is_noted_where_it_is_set(by_setter):
             patches.undo()
     (changed,) = [event for event in events if event["event"] == "changed"]
     assert changed["name"] == ("replaced" if by_setter else "found replaced")
-    set_at = next(n for n, line in enumerate(open(__file__), 1) if line.strip() == "layer.weight.main_grad = new")
+    source = Path(__file__).read_text().splitlines()
+    set_at = next(n for n, line in enumerate(source, 1) if line.strip() == "layer.weight.main_grad = new")
     assert changed["at"].startswith(f"{__file__}:{set_at}") == by_setter
     assert "__setattr__" not in vars(nn.Parameter)

@@ -78,6 +78,15 @@ def test_a_gradient_of_one_lane_and_half_of_the_other_is_told_with_the_lane():
     assert found.startswith("the gradient lacks microbatch 1 of lane <: is it reduced over the lanes before")
 
 
+@pytest.mark.parametrize(("far", "rest"), [((0, 1, 1), " and microbatch 0 of lane <"), ((0, 0, 0), "")])
+def test_a_gradient_of_few_elements_is_told_in_terms_of_consecutive_microbatches(far, rest):
+    own, other = ({mb: g[:1] for mb, g in each.items()} for each in (OWN, FAR))
+    found = agreement(weighted(0, 0.2, 0.2, far=[0.2 * f for f in far])[:1], Parts(0, UP, own, other, None, {}, {}), ())
+    assert found.startswith(f"the gradient lacks microbatch 0{rest}{'' if rest else ' and is not summed over both'}")
+    unlike = agreement(torch.ones(1, 4), Parts(0, UP, own, other, None, {}, {}), ())
+    assert unlike.startswith("the gradient differs by up to ")
+
+
 def chunks(*scales, lanes=(UP,)):
     """The comparison of a stage on each rank, whose gradients are scaled; with two lanes each stage is on two ranks."""
     return [
@@ -152,7 +161,7 @@ def replicas(one, other, **more):
     ("other", "summed", "says"),
     [
         ({}, True, ""),
-        ({}, False, "were not summed before the optimizer's step"),
+        ({}, False, "the replicas of stage 0 were not summed before the optimizer's step: each would be updated by"),
         (
             {"weights": {0: torch.full((2,), 2.0)}},
             True,
@@ -170,6 +179,21 @@ def replicas(one, other, **more):
 def test_what_is_wrong_with_replicas(other, summed, says):
     found = replicas({"layers": {"layer_number": 1}}, {"layers": {"layer_number": 1}} | other, summed=summed)
     assert [says in fault for fault in found] == ([True] if says else [])
+
+
+def test_stages_that_were_summed_are_told_from_those_that_were_not():
+    """Two ranks with two stages on both lanes, of which only the first chunk of each rank is finalized."""
+    found = [
+        ChunkComparison(Chunk(lane, stage), stage if lane is UP else 1 - stage, 1, (), (), (), summed=stage == 0)
+        for lane in (UP, DOWN)
+        for stage in (0, 1)
+    ]
+    files = {rank: {"names": ["w"], "by_optimizer": True} for rank in (0, 1)}
+    (line,) = differences(found, files, {}, lambda each: f"all_reduce at ddp.py:{each.rank}")
+    assert line == (
+        "the replicas of stage 1 were not summed before the optimizer's step, and those of stage 0 were (all_reduce at "
+        "ddp.py:0). Is only one chunk of each rank finalized?"
+    )
 
 
 def test_losses_are_counted_as_computed_kept_and_read():

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dualpipe.record.comparison import Comparison
+from dualpipe.record.comparison import ChunkComparison, Comparison
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.record.plain.clipping import judge
 from dualpipe.record.plain.links import Plainly
@@ -83,13 +83,25 @@ def compare(
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
+    chunks = tuple(
+        replace(each, summed=step.is_summed(each.chunk)) if each.summed is None and each.faults else each
+        for each in chunks
+    )
     losses = tuple(losses_of(files, logs, tasks, routes, chunks))
     clipping = judge(chunks, files, forwards, clip_norm, others)
-    replicas = tuple(differences(chunks, files, forwards))
+    replicas = tuple(differences(chunks, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
     found = Comparison(chunks, losses, replicas, clipping)
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
     return replace(found, changes=tuple(_changes(logs, steps))) if scaled or found.verdict != "equal" else found
+
+
+def _reduced(each: ChunkComparison, log: RankLog, tasks: Mapping[ForwardId, Task]) -> str:
+    """The collective of a rank on gradients of a chunk's parameters, with its line."""
+    called = {log.forwards[log.find(id.number)].module for id, task in tasks.items() if task.chunk == each.chunk}
+    modules = called.union(*(log.modules[module][1] for module in called))
+    own = (found for found in log.collectives.values() if not modules.isdisjoint(found.modules))
+    return next((f"{found.name} at {found.at}" for found in own), "")
 
 
 def _step(

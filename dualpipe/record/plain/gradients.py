@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dualpipe.record.child.replay import along
+from dualpipe.record.plain.stretches import stretch_of
 from dualpipe.schedule import Lane
 
 _NEAR = 1e-3
@@ -153,6 +154,8 @@ def _by_factors(
         (dict(pattern) for pattern in patterns if parts.before is None and _fits(final, columns, pattern)), None
     )
     if factors is None:
+        factors = _of_stretch(final, columns, parts)
+    if factors is None:
         return ""
     own = {mb: factors[parts.lane, mb] for lane, mb in factors if lane is parts.lane}
     far = {mb: factor for (lane, mb), factor in factors.items() if lane is not parts.lane}
@@ -164,6 +167,20 @@ def _by_factors(
     unusual = [mb for mb, factor in own.items() if abs(factor - _usual([*factors.values()])) > _NEAR * abs(factor)]
     at = place(unusual[-1]) if unusual else ""
     return _story(parts.lane, own, far) + (f" {at}" if at else "")
+
+
+def _of_stretch(final: Tensor, columns: Sequence[tuple[Name, Tensor]], parts: Parts) -> dict[Name, float] | None:
+    """The factors of a gradient of few elements that is the sum over consecutive microbatches."""
+    if parts.before is not None or len(columns) > _MOST or any(g.shape != final.shape for _, g in columns):
+        return None
+    names = [[name for name, _ in columns if (name[0] is parts.lane) == is_own] for is_own in (True, False)]
+    given = dict(columns)
+    found = stretch_of(final, *([given[name] for name in each] for each in names))
+    return (
+        None
+        if found is None
+        else {n: f for each, of in zip(names, found, strict=True) for n, f in zip(each, of, strict=True)}
+    )
 
 
 def _fits(final: Tensor, columns: Sequence[tuple[Name, Tensor]], factors: Mapping[Name, float]) -> bool:

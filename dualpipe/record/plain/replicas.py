@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,24 +18,50 @@ def differences(
     chunks: Sequence[ChunkComparison],
     files: Mapping[int, Mapping[str, Any]],
     forwards: Mapping[Task, Mapping[str, Any]],
+    reduced: Callable[[ChunkComparison], str] = lambda each: "",
 ) -> Iterator[str]:
-    """What is wrong with the replicas of each stage, one sentence each."""
+    """What is wrong with the replicas of each stage, one sentence each.
+
+    ``reduced`` gives the collective that sums the gradients of a chunk, and its line, if there is one.
+    """
+    yield from _unsummed(chunks, files, reduced)
     by_stage: dict[int, list[ChunkComparison]] = {}
     for each in chunks:
         by_stage.setdefault(each.chunk.stage, []).append(each)
     for stage, both in by_stage.items():
         if len(both) < len(Lane) or any("error" in files[each.rank] for each in both):
             continue
-        ranks = " and ".join(f"{each.rank}" for each in both)
         yield from _unlike(stage, both, files, forwards)
         updated = all(files[each.rank].get("by_optimizer") for each in both)
-        if updated and any(each.summed is False for each in both):
-            yield (
-                f"the replicas of stage {stage} on ranks {ranks} were not summed before the optimizer's step: each "
-                "would be updated by its own gradient"
-            )
-        elif updated:
+        if updated and not any(each.summed is False for each in both):
             yield from _updated_apart(stage, both, files, forwards)
+
+
+def _unsummed(
+    chunks: Sequence[ChunkComparison],
+    files: Mapping[int, Mapping[str, Any]],
+    reduced: Callable[[ChunkComparison], str],
+) -> Iterator[str]:
+    """The stages whose replicas were not summed, though the optimizer updates them, beside those that were."""
+    by_optimizer = [each for each in chunks if files[each.rank].get("by_optimizer")]
+    apart = sorted({each.chunk.stage for each in by_optimizer if each.summed is False})
+    if not apart:
+        return
+    summed = [each for each in by_optimizer if each.summed and each.chunk.stage not in apart]
+    what = f"the replicas of {_stages(apart)} were not summed before the optimizer's step"
+    if not summed:
+        yield f"{what}: each would be updated by its own gradient. Are the gradients finalized at all?"
+        return
+    at = next(filter(None, map(reduced, summed)), "")
+    those = f"those of {_stages(sorted({each.chunk.stage for each in summed}))} were{f' ({at})' if at else ''}"
+    of_rank = {rank: {each.summed for each in chunks if each.rank == rank} for rank in {each.rank for each in chunks}}
+    one_each = all(found == {True, False} for found in of_rank.values())
+    why = "Is only one chunk of each rank finalized?" if one_each else "Are all chunks of each rank finalized?"
+    yield f"{what}, and {those}. {why}"
+
+
+def _stages(numbers: Sequence[int]) -> str:
+    return f"stage{'s' * (len(numbers) > 1)} {' '.join(map(str, numbers))}"
 
 
 def _weights(each: ChunkComparison, forwards: Mapping[Task, Mapping[str, Any]]) -> list[int]:

@@ -53,7 +53,8 @@ class LossComparison:
     ``seen`` is ``None`` for a program without an optimizer, as its variables are gone when it ends.  ``collected`` is
     whether the program held losses whose backward had run, as a list of them does; a program that never did may have no
     use for its losses.  ``read`` is how many of them the program had read when it ended, ``None`` if that is unknown.
-    ``divided_twice`` is the number by which both the losses and the gradients were divided, if there is one.
+    ``divided_twice`` is the number by which both the losses and the gradients were divided, if there is one.  ``sent``
+    is how and where the program gives them to other ranks, in a collective or a message; empty if it does not.
     """
 
     lane: Lane
@@ -64,6 +65,7 @@ class LossComparison:
     collected: bool
     read: int | None = None
     divided_twice: int | None = None
+    sent: str = ""
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -86,6 +88,8 @@ class LossComparison:
     @property
     def notes(self) -> tuple[str, ...]:
         """What may be wrong.  It is not a fault: a program does not have to read its losses."""
+        if self.collected and self.read == 0 and not self.faults and self.sent:
+            return (f"they go to other ranks in the {self.sent}",)
         if self.collected and self.read == 0 and not self.faults:
             return (
                 f"none of them is ever read on rank {self.rank}: does the program read its losses on another rank?",

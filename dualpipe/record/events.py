@@ -157,6 +157,7 @@ def _read_collective(log: RankLog, event: Event, begun: bool) -> None:
         event["at"],
         log.steps,
         begun,
+        tuple(sorted({log.find(number) for letter, number in event["marks"] if letter == "F"})),
     )
 
 

@@ -60,6 +60,8 @@ class Collective(NamedTuple):
         The forwards in whose computation it was called.
     within:
         Whether a forward, a backward or a message of its training step precedes it.
+    outputs:
+        The forwards from whose results its tensors are made, as losses are.
     """
 
     id: CollectiveId
@@ -74,6 +76,7 @@ class Collective(NamedTuple):
     at: str
     step: int
     within: bool
+    outputs: tuple[int, ...] = ()
 
 
 class Arrival(NamedTuple):

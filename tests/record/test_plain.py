@@ -214,6 +214,23 @@ def test_losses_are_counted_as_computed_kept_and_read():
     assert not list(losses_of({0: {"error": "no run"}}, [read(0, events)], tasks, {UP: (0,)}, compared))
 
 
+def test_losses_that_only_other_ranks_read_go_there_in_a_collective():
+    begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
+    reduced = {"event": "collective", "collective": 0, "name": "all_reduce", "group": [0, 1], "group_name": "0"}
+    reduced |= {"form": [], "modules": [], "names": [], "marks": [("F", 0)], "context": [], "at": "x.py:9"}
+    backward = {"event": "backward", "forwards": [0], "untrainable": [], "run": 0}
+    file = {"seen": [0], "collected": [0], "read": [], "by_optimizer": True}
+
+    def notes(*events):
+        log = read(0, [begun | {"forward": 0, "at": "x.py:1"}, backward, *events])
+        (found,) = losses_of({0: file}, [log], {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)}, [])
+        return found.notes
+
+    assert notes(reduced) == ("they go to other ranks in the all_reduce at x.py:9",)
+    for other in ({"marks": []}, {"context": [("F", 0)]}):  # on something else, or in a layer of the stage
+        assert notes(reduced | other)[0].startswith("none of them is ever read on rank 0: does the program read its")
+
+
 def test_the_fork_of_a_rank_uses_none_of_its_connections():
     transport = Transport()
     assert transport.run(lambda: transport.inside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from dualpipe.record.comparison import ChunkComparison, LossComparison
@@ -20,7 +20,7 @@ def losses_of(
     """The losses of every lane whose last rank ended its step.  ``logs`` are those of the pipeline's ranks."""
     for lane, route in routes.items():
         last = [id for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1)]
-        file = files[route[-1]]
+        file, log = files[route[-1]], logs[route[-1]]
         seen = set(file.get("seen", ()))
         computed = [id for id in last if logs[id.rank].forwards[logs[id.rank].find(id.number)].backward_began]
         if "error" in file:
@@ -31,7 +31,20 @@ def losses_of(
         read = None if "read" not in file else len({*numbers} & {*file["read"]})
         divided = next((each.divided_by for each in chunks if each.chunk == Chunk(lane, len(route) - 1)), 1)
         twice = divided if divided > 1 and _divided(file, numbers) == divided else None
-        yield LossComparison(lane, route[-1], len(last), len(computed), count, collected, read, twice)
+        yield LossComparison(
+            lane, route[-1], len(last), len(computed), count, collected, read, twice, sent=_sent(log, numbers)
+        )
+
+
+def _sent(log: RankLog, forwards: Collection[int]) -> str:
+    """The first collective, outside of all modules, or message of a rank that has the results of these forwards."""
+    for collective in log.collectives.values():
+        if not collective.context and not {*forwards}.isdisjoint(collective.outputs):
+            return f"{collective.name} at {collective.at}"
+    for message in log.messages.values():
+        if message.send and any(id.number in forwards for id in message.activation_of):
+            return f"message to rank {message.peer} at {message.at}"
+    return ""
 
 
 def _divided(file: Mapping[str, Any], forwards: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,14 @@ class ChunkComparison:
     scale: float = 1.0
     divided_by: int = 1
 
-    def text(self) -> str:
+    @property
+    def says(self) -> str:
+        """What was found, without the name of the stage."""
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"
-        return "; ".join([f"{self.chunk} on rank {self.rank}: {found}", *self.notes])
+        return "; ".join([found, *self.notes])
+
+    def text(self) -> str:
+        return f"{self.chunk} on rank {self.rank}: {self.says}"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -149,12 +155,16 @@ class Comparison:
         return "unknown" if self.clipping.unknown or any(each.unknown for each in self.chunks) else "equal"
 
     def text(self) -> str:
-        """A line for each stage and lane, then the losses and the replicas."""
-        lines = [f"compared with a plain run of the same modules: {self.verdict}"]
-        lines += [f"  {each.text()}" for each in self.chunks]
-        lines += [f"  {each.text()}" for each in self.losses]
-        clipping = (*self.clipping.faults, *self.clipping.unknown, *self.clipping.notes)
-        return "\n".join([*lines, *(f"  {line}" for line in (*self.replicas, *clipping, *self.changes))]) + "\n"
+        """What differs, and the lines of the program that change gradients; then what was not compared or is equal."""
+        faults = [each.text() for each in self.chunks if each.faults]
+        faults += [each.text() for each in self.losses if each.faults]
+        faults += [*self.replicas, *self.clipping.faults]
+        others = _grouped([each for each in self.chunks if not each.faults])
+        others += [each.text() for each in self.losses if not each.faults]
+        others += [*self.clipping.unknown, *self.clipping.notes]
+        lines = [*faults, *self.changes, *others] if faults else [*others, *self.changes]
+        head = f"compared with a plain run of the same modules: {self.verdict}"
+        return "\n".join([head, *(f"  {line}" for line in lines)]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -165,3 +175,25 @@ class Comparison:
             "clipping": self.clipping.as_json(),
             "changes": list(self.changes),
         }
+
+
+_FEWEST = 3
+"""So many stages of which the same is said share a line."""
+
+
+def _grouped(chunks: Sequence[ChunkComparison]) -> list[str]:
+    """A line for each stage and lane, or one for several of which the same is said."""
+    alike: dict[str, list[ChunkComparison]] = {}
+    for each in chunks:
+        alike.setdefault(each.says, []).append(each)
+    lines = []
+    for says, group in alike.items():
+        if len(group) < _FEWEST:
+            lines += [each.text() for each in group]
+            continue
+        of_lane: dict[Lane, list[str]] = {}
+        for each in group:
+            of_lane.setdefault(each.chunk.lane, []).append(str(each.chunk.stage))
+        where = [f"stage{'s' * (len(found) > 1)} {' '.join(found)} of lane {lane}" for lane, found in of_lane.items()]
+        lines.append(f"{' and '.join(where)}: {says}")
+    return lines

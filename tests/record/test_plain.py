@@ -1,10 +1,12 @@
 """What is concluded from gradients, norms, weights and losses of a recorded step, one function at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dualpipe.record.child.transport import Transport
-from dualpipe.record.comparison import ChunkComparison
+from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison
 from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain.clipping import judge
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement
@@ -229,6 +231,21 @@ def test_losses_that_only_other_ranks_read_go_there_in_a_collective():
     assert notes(reduced) == ("they go to other ranks in the all_reduce at x.py:9",)
     for other in ({"marks": []}, {"context": [("F", 0)]}):  # on something else, or in a layer of the stage
         assert notes(reduced | other)[0].startswith("none of them is ever read on rank 0: does the program read its")
+
+
+def test_the_reason_is_directly_below_the_verdict_and_stages_of_which_the_same_is_said_share_a_line():
+    divided = [LossComparison(lane, rank, 5, 5, 5, True, 5, 5) for lane, rank in ((UP, 1), (DOWN, 0))]
+    every = chunks(1.0, 1.0, lanes=(UP, DOWN))
+    shown = Comparison(tuple(every), tuple(divided), (), changes=("rank 0 changes gradients in place: div_ at x.py:3",))
+    lines = shown.text().splitlines()
+    assert lines[0].endswith(": different")
+    assert [line.strip().partition(" ")[0] for line in lines[1:4]] == ["losses", "losses", "rank"]
+    assert lines[4:] == ["  stages 0 1 of lane > and stages 1 0 of lane <: outputs and gradients equal"]
+    apart = Comparison((every[0], replace(every[1], faults=("w: the gradient is zero",)), *every[2:]), (), ())
+    assert [line.partition(":")[0] for line in apart.text().splitlines()[1:]] == [
+        "  stage 1 of lane > on rank 1",
+        "  stage 0 of lane > and stages 1 0 of lane <",
+    ]
 
 
 def test_the_fork_of_a_rank_uses_none_of_its_connections():

@@ -31,7 +31,7 @@ def _size(comparison: Comparison, lane: Lane) -> str:
     counts = (schedule.microbatches[lane] for schedule in (comparison.here, comparison.there))
     one, other = counts
     failed = ", since the program ended before the others" if comparison.here.failures and one < other else ""
-    return f"lane {lane} has {one} microbatches{failed}, and in {comparison.name} {other}"
+    return f"lane {lane} has {one} microbatch{'es' * (one != 1)}{failed}, and in {comparison.name} {other}"
 
 
 def _misplaced(found: Misplaced, name: str) -> str:

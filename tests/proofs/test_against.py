@@ -36,6 +36,11 @@ def stories(here, there, aspect=None):
     return {each.rank: (tell(each, found), meaning(each, found)) for each in reversed(chosen)}
 
 
+def text_of(here, there):
+    """The whole comparison as text."""
+    return text(compare(here, there))
+
+
 def with_weights_at_once(schedule):
     """Every W in the slot of its B, as when the store for weight gradients is never fed."""
     programs = []
@@ -70,6 +75,8 @@ def test_where_a_program_failed_the_failure_is_the_cause():
     here, there = loads(f"{text}failure 0: {crash}\nfailure 1: {later}\n"), loads(RECORDED)
     assert stories(here, there)[0][1] == f"the program of this rank ended there: rank 0 {crash}"
     assert stories(here, there)[1][1].startswith("did an error or a wait for a message stop the rank there")
+    short = loads(f"lane > 0 1\nfailure 0: {crash}\nrank 0: 0F0>\nrank 1:\n")
+    assert "lane > has 1 microbatch, since the program ended before the others, and in" in text_of(short, there)
     shown = compare(here, there).as_json()["departures"]
     assert f"the program of this rank ended there: rank 0 {crash}" in [each["meaning"] for each in shown]
 

@@ -328,11 +328,13 @@ dist.init_process_group("gloo")
 @pytest.mark.long
 def test_the_command_records_an_error_before_a_rank_joined_the_process_group(tmp_path):
     (tmp_path / "early.py").write_text(EARLY)
-    words = ["-P", 2, "--timeout", 30, "--lanes", "1 0", "--", sys.executable, tmp_path / "early.py"]
-    result = command(*words)
+    words = ["-P", 2, "--timeout", 30, "--prove", "-o", tmp_path / "recorded.txt", "--lanes", "1 0"]
+    result = command(*words, "--", sys.executable, tmp_path / "early.py")
     assert result.returncode == 1, result.stderr
-    recorded = loads(result.stdout)
+    assert (result.stdout + result.stderr).count("rank 1 raised KeyError at ") == 1
+    written = (tmp_path / "recorded.txt").read_text()
+    recorded = loads(written)
     assert str(recorded.failures[0]) == f"rank 1 raised KeyError at {tmp_path}/early.py:4 before its first op: 'option'"
     assert str(recorded.failures[1]).startswith("rank 0 did not finish; it was stopped before its first op")
     assert recorded.routes == {UP: (1, 0)}
-    assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in result.stdout
+    assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in written

@@ -28,13 +28,23 @@ def differences(
     by_stage: dict[int, list[ChunkComparison]] = {}
     for each in chunks:
         by_stage.setdefault(each.chunk.stage, []).append(each)
+    numbered: dict[int, str] = {}
     for stage, both in by_stage.items():
         if len(both) < len(Lane) or any("error" in files[each.rank] for each in both):
             continue
         yield from _unlike(stage, both, files, forwards)
+        if found := _numbered_apart(both, files, forwards):
+            numbered[stage] = found
         updated = all(files[each.rank].get("by_optimizer") for each in both)
         if updated and not any(each.summed is False for each in both):
             yield from _updated_apart(stage, both, files, forwards)
+    if numbered:
+        first = min(numbered)
+        what = f"of stage {first} {numbered[first]}" if len(numbered) > 1 else numbered[first]
+        yield (
+            f"the replicas of {_stages(sorted(numbered))} number their layers differently: {what}. "
+            "Is the mirror chunk numbered as if it were a stage of the rank's own number?"
+        )
 
 
 def _unsummed(
@@ -84,7 +94,7 @@ def _unlike(
     files: Mapping[int, Mapping[str, Any]],
     forwards: Mapping[Task, Mapping[str, Any]],
 ) -> Iterator[str]:
-    """What is different between the modules of two replicas before the step: names, weights, numbers of layers."""
+    """What is different between the modules of two replicas before the step: names, weights."""
     one, other = (_named(each, "weights", files, forwards) for each in both)
     if not one or not other:
         return
@@ -101,16 +111,22 @@ def _unlike(
             f"the replicas of stage {stage} on ranks {ranks[0]} and {ranks[1]} have different weights before the step: "
             f"{_shown(apart)}. Are the weights of one broadcast to the other at the start?"
         )
-    layers = [_layers(each.chunk, files[each.rank], forwards) for each in both]
-    unlike = sorted(name for name in layers[0] if layers[1].get(name, layers[0][name]) != layers[0][name])
-    if unlike:
-        name = unlike[0]
-        yield (
-            f"the replicas of stage {stage} number their layers differently: {name} is {layers[0][name]} on rank "
-            f"{ranks[0]} and {layers[1][name]} on rank {ranks[1]}"
-            f"{f', and {len(unlike) - 1} more' if len(unlike) > 1 else ''}. Is the mirror chunk numbered as if it were "
-            "a stage of the rank's own number?"
-        )
+
+
+def _numbered_apart(
+    both: Sequence[ChunkComparison],
+    files: Mapping[int, Mapping[str, Any]],
+    forwards: Mapping[Task, Mapping[str, Any]],
+) -> str:
+    """A number of a layer that two replicas with the same parameters have different, and how many more there are."""
+    named = [_named(each, "weights", files, forwards).keys() for each in both]
+    one, other = (_layers(each.chunk, files[each.rank], forwards) for each in both)
+    unlike = sorted(name for name in one if other.get(name, one[name]) != one[name])
+    if not unlike or named[0] != named[1]:
+        return ""
+    more = f", and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+    name, ranks = unlike[0], [each.rank for each in both]
+    return f"{name} is {one[name]} on rank {ranks[0]} and {other[name]} on rank {ranks[1]}{more}"
 
 
 def _layers(chunk: Chunk, file: Mapping[str, Any], forwards: Mapping[Task, Mapping[str, Any]]) -> Mapping[str, int]:

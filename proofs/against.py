@@ -20,13 +20,14 @@ after any other departure: it would show the same fault again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COLLECTIVES, MESSAGES, SENDS, B, F, Kind, Lane, Op, Placed, Schedule, W
+from dualpipe.schedule import COLLECTIVES, B, F, Kind, Lane, Op, Placed, Schedule, W
+from proofs.channels import apart
 from proofs.verdict import ExitCode
 
 
@@ -52,6 +53,9 @@ class Departure:
         Where the other schedule has the op of ``here`` on this rank; ``None`` if it never has.
     found:
         Where this schedule has the op of ``there`` on this rank; ``None`` if it never has.
+    surplus:
+        In ``messages``, how many messages the rank has more than in the other schedule, of which ``here`` is the first;
+        0 if none, or if that does not show.
     """
 
     aspect: Aspect
@@ -60,6 +64,7 @@ class Departure:
     there: Placed | None
     later: Placed | None
     found: Placed | None
+    surplus: int = 0
 
     @property
     def counts(self) -> bool:
@@ -182,7 +187,7 @@ Group = tuple[Placed, ...]
 def _of_rank(here: Schedule, there: Schedule, rank: int) -> Iterator[Departure]:
     order = _in_computes(Aspect.ORDER, here, there, rank, frozenset({F, B}))
     weights = _in_computes(Aspect.WEIGHTS, here, there, rank, frozenset({F, B, W}))
-    messages, slots = _in_messages(here, there, rank), _in_slots(here, there, rank)
+    messages, slots = _in_messages(here, there, rank, order), _in_slots(here, there, rank)
     collectives = _in_collectives(here, there, rank)
     found = [] if order is None else [order]
     if weights is not None and W in {placed.op.kind for placed in (weights.here, weights.there) if placed is not None}:
@@ -281,15 +286,17 @@ def _placed(schedule: Schedule, rank: int) -> Iterator[Placed]:
             yield Placed(rank, number, position, op)
 
 
-def _in_messages(here: Schedule, there: Schedule, rank: int) -> Departure | None:
+def _in_messages(here: Schedule, there: Schedule, rank: int, order: Departure | None) -> Departure | None:
     """The first difference in what the rank sends to a peer or receives from one."""
-    one, other = _by_peer(here, rank), _by_peer(there, rank)
+    end = None if order is None else order.here
+    agreed = here.programs[rank] if end is None else here.programs[rank][: end.slot]
+    computes = sum(op.kind in (F, B) for slot in agreed for op in slot)
+    is_cut_short = order is not None and order.here is None
     found = []
-    for key in one.keys() | other.keys():
-        ours, theirs = (((placed,) for placed in side.get(key, ())) for side in (one, other))
-        departure = _departure(Aspect.MESSAGES, here, there, rank, *_difference(ours, theirs))
+    for each in apart(here, there, rank, computes, is_cut_short):
+        departure = _departure(Aspect.MESSAGES, here, there, rank, each.here, each.there)
         if departure is not None:
-            found.append(departure)
+            found.append(replace(departure, surplus=each.surplus))
     return min(found, key=lambda each: _position(each, len(here.programs[rank])), default=None)
 
 
@@ -299,15 +306,6 @@ def _position(departure: Departure, end: int) -> tuple[int, int, int]:
     return (*own, 0 if there is None else there.slot)
 
 
-def _by_peer(schedule: Schedule, rank: int) -> Mapping[tuple[int | None, bool], list[Placed]]:
-    """The messages of a rank by the rank at the other end, and whether they are sends."""
-    found: dict[tuple[int | None, bool], list[Placed]] = {}
-    for placed in _placed(schedule, rank):
-        if placed.op.kind in MESSAGES:
-            found.setdefault((schedule.peer(placed.op), placed.op.kind in SENDS), []).append(placed)
-    return found
-
-
 def _in_slots(here: Schedule, there: Schedule, rank: int) -> Departure | None:
     ignored = frozenset() if _have_collectives(here, there) else COLLECTIVES
     rows = (
@@ -315,14 +313,13 @@ def _in_slots(here: Schedule, there: Schedule, rank: int) -> Departure | None:
         for schedule in (here, there)
     )
     for (here_number, one), (there_number, other) in zip(*rows, strict=False):
-        if {op.bare for op in one} != {op.bare for op in other}:
+        ours, theirs = {op.bare for op in one}, {op.bare for op in other}
+        unsure = {placed.op.bare for placed in here.observed.guesses if placed[:2] == (rank, here_number)}
+        if ours != theirs and (ours - unsure - theirs or len(one) != len(other)):
             alone = next((at for at, op in enumerate(one) if op.bare not in {o.bare for o in other}), 0)
             missing = next((at for at, op in enumerate(other) if op.bare not in {o.bare for o in one}), 0)
-            ours, theirs = (
-                Placed(rank, here_number, alone, one[alone]),
-                Placed(rank, there_number, missing, other[missing]),
-            )
-            return _departure(Aspect.SLOTS, here, there, rank, ours, theirs)
+            at = Placed(rank, here_number, alone, one[alone]), Placed(rank, there_number, missing, other[missing])
+            return _departure(Aspect.SLOTS, here, there, rank, *at)
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, W, show_slot
+from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, Schedule, W, show_slot
 from proofs.against import Aspect, Comparison, Departure, Misplaced
 
 
@@ -29,7 +29,9 @@ def text(comparison: Comparison) -> str:
 
 def _size(comparison: Comparison, lane: Lane) -> str:
     counts = (schedule.microbatches[lane] for schedule in (comparison.here, comparison.there))
-    return f"lane {lane} has {next(counts)} microbatches, and in {comparison.name} {next(counts)}"
+    one, other = counts
+    failed = ", since the program ended before the others" if comparison.here.failures and one < other else ""
+    return f"lane {lane} has {one} microbatch{'es' * (one != 1)}{failed}, and in {comparison.name} {other}"
 
 
 def _misplaced(found: Misplaced, name: str) -> str:
@@ -51,6 +53,8 @@ def tell(departure: Departure, comparison: Comparison) -> str:
     if here is None:
         return f"rank {rank} {_lacks(departure, name)}"
     does = f"rank {rank} {_verb(here.op)} {here.op} in slot {here.slot}"
+    if departure.surplus:
+        return _has_more(departure, here, comparison)
     if _is_repeated(departure, comparison):
         return f"{does} once more than {name}"
     if departure.later is not None and departure.aspect is Aspect.MESSAGES:
@@ -66,6 +70,20 @@ def tell(departure: Departure, comparison: Comparison) -> str:
         return f"{does}, which {name} {also}"
     where = "" if departure.found is None else f", which this rank {_verb(there.op)} in slot {departure.found.slot}"
     return f"{does}, which {name} {also}; there {name} {_verb(there.op)} {there.op}{where}"
+
+
+def _has_more(departure: Departure, here: Placed, comparison: Comparison) -> str:
+    """The words for messages too many: all later ones of the channel are shifted, and so are their names."""
+    count, sends = departure.surplus, here.op.kind in SENDS
+    noun = f"{'one' if count == 1 else count} {'send' if sends else 'receive'}{'s' * (count > 1)}"
+    towards = f"{'to' if sends else 'from'} rank {comparison.here.peer(here.op)}"
+    which = "the first is " if count > 1 else ""
+    before = [op for slot in comparison.here.programs[here.rank][: here.slot] for op in slot if op.kind in (F, B)]
+    after = f"after {before[-1]}" if before else "before its first forward"
+    return (
+        f"rank {here.rank} posts {noun} {towards} more than {comparison.name}: {which}{here.op} in slot {here.slot}, "
+        f"{after}"
+    )
 
 
 def _lacks(departure: Departure, name: str) -> str:
@@ -126,7 +144,7 @@ def meaning(departure: Departure, comparison: Comparison) -> str:
         case Aspect.ORDER:
             return _of_order(departure, comparison)
         case Aspect.WEIGHTS:
-            return _of_weights(departure)
+            return _of_weights(departure, comparison)
         case Aspect.MESSAGES:
             return _of_messages(departure, comparison)
         case Aspect.COLLECTIVES:
@@ -168,7 +186,7 @@ def _of_order(departure: Departure, comparison: Comparison) -> str:
     return "does each chunk count its microbatches separately, and increase the count after each use?"
 
 
-def _of_weights(departure: Departure) -> str:
+def _of_weights(departure: Departure, comparison: Comparison) -> str:
     here, there = departure.here, departure.there
     if here is None:
         return "does the program run the stored weight gradients often enough, also at the end?"
@@ -176,6 +194,8 @@ def _of_weights(departure: Departure) -> str:
         return "does each microbatch run its weight gradient exactly once?"
     if there.op.kind is W and departure.found is None:
         return "is the weight gradient stored and never run?"
+    if here.op.kind is W and there.op.kind is W and _is_at_once(here, comparison.here):
+        return "does the backward put this weight gradient into the store, and is what the store has run at the end?"
     if here.op.kind is W and there.op.kind is W:
         return "is the store for weight gradients first in, first out?"
     if here.op.kind is W:
@@ -185,8 +205,19 @@ def _of_weights(departure: Departure) -> str:
     return "is a weight gradient deferred although it should run with its backward, or is it deferred too long?"
 
 
+def _is_at_once(weight: Placed, schedule: Schedule) -> bool:
+    """Whether a W is in the slot of its B, so that it does not come from a store."""
+    return any(op.kind is B and op.task == weight.op.task for op in schedule.programs[weight.rank][weight.slot])
+
+
 def _of_messages(departure: Departure, comparison: Comparison) -> str:
     here, there, later = departure.here, departure.there, departure.later
+    if departure.surplus:
+        which = "it" if departure.surplus == 1 else "each of them"
+        return (
+            f"is {which} posted once too often? Then all later messages in that direction between the two ranks meet "
+            "the wrong partners."
+        )
     if here is None:
         return "is a send or a receive left out, or did the rank stop before it?"
     if _is_repeated(departure, comparison) or (there is None and later is None):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from dualpipe.schedule import COMPUTE, MESSAGES, SB, SENDS, SF, B, Chunk, F, Kind, Op, Placed, Schedule
+from proofs.channels import shifted_by
 from proofs.findings import (
     Finding,
     LeftOver,
@@ -41,9 +42,11 @@ def remarks(schedule: Schedule, finding: Finding) -> Iterator[str]:
             )
             found.append(again)
     elif isinstance(finding, Mismatch | LeftOver | Unmatched):
-        extras = [extra for placed in found for extra in _superfluous(schedule, placed)]
-        yield from dict.fromkeys(_on_superfluous(schedule, extra) for extra in extras)
-        found += extras
+        extras = dict.fromkeys(extra for placed in found for extra in _superfluous(schedule, placed))
+        for extra in extras:
+            earlier = shifted_by(schedule, extra)
+            yield _on_superfluous(schedule, extra) if earlier is None else _on_shift(schedule, extra, earlier)
+            found += [extra] if earlier is None else [earlier, extra]
     for placed in dict.fromkeys(found):
         yield from _on_place(schedule, placed)
 
@@ -128,10 +131,20 @@ def _on_superfluous(schedule: Schedule, extra: Placed) -> str:
     verb, noun, other = ("sends", "send", "receives") if sends else ("receives", "receive", "sends")
     what = f"rank {extra.rank} {verb} {extra.op.bare} more than once"
     if extra in schedule.observed.guesses and not sends:
-        what += f", and nothing uses what it receives in slot {extra.slot} as message {extra.position + 1} of that slot"
+        which = "one of those" if schedule.programs[extra.rank][extra.slot].count(extra.op) > 1 else "that"
+        what += f", and nothing uses {which} in slot {extra.slot}"
     else:
         what += f", again in slot {extra.slot}"
     return f"{what}: this is one {noun} too many, or rank {schedule.peer(extra.op)} {other} one too few"
+
+
+def _on_shift(schedule: Schedule, extra: Placed, earlier: Placed) -> str:
+    peer = schedule.peer(extra.op)
+    return (
+        f"rank {extra.rank} posts one receive from rank {peer} too many, probably {earlier.op} in slot {earlier.slot}: "
+        f"without it, its later receives from rank {peer} would fit what that rank sends, and now nothing uses what it "
+        f"receives in slot {extra.slot} ({extra.op})"
+    )
 
 
 def _on_place(schedule: Schedule, placed: Placed) -> Iterator[str]:

@@ -34,4 +34,7 @@ def _of_size(name: str, schedule: Schedule, ranks: int | None, microbatches: int
     try:
         return generate(name, schedule.ranks if ranks is None else ranks, microbatches)
     except SizeError as error:
-        raise RuleError(error.rule, error.got, f"{error.fix}, with -M if the schedule was cut short") from error
+        own = "give with -M how many microbatches the program has"
+        cut = f"{own}, since it ended before it ran all of them" if schedule.failures else ""
+        fix = cut or f"{error.fix}; if the schedule was cut short, {own}"
+        raise RuleError(error.rule, error.got, fix) from error

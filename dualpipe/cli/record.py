@@ -208,7 +208,8 @@ def record(
         typer.echo(f"dualpipe: {line}", err=True)
     results, exit_codes = [], [0 if end.succeeded else 1]
     for number, recording in enumerate(recordings, start=1):
-        _report(recording, ending if number == 1 else (), end.seconds)
+        failures = [] if prove and not as_json else list(map(str, recording.schedule.failures))  # the report has them
+        _report(recording, [*failures, *(ending if number == 1 else ())], end.seconds)
     _write_all(recordings, output)
     for recording in recordings:
         caveats = [*([] if end.succeeded else ["the program failed or was stopped"]), *recording.caveats]
@@ -258,8 +259,8 @@ def _worst(codes: Sequence[int]) -> int:
 
 
 def _report(recording: Recording, ending: Sequence[str], seconds: float) -> None:
-    """Print how the program failed, the notes and the sizes."""
-    for line in (*map(str, recording.schedule.failures), *ending, *recording.notes):
+    """Print how the program ended, the notes and the sizes."""
+    for line in (*ending, *recording.notes):
         typer.echo(f"dualpipe: {line}", err=True)
     typer.echo(f"dualpipe: {recording.summary()}, in {seconds:.1f} s", err=True)
 

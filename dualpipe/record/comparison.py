@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +54,14 @@ class ChunkComparison:
     copies: frozenset[int] = frozenset()
     squares: float | None = None
 
-    def text(self) -> str:
+    @property
+    def says(self) -> str:
+        """What was found, without the name of the stage."""
         found = "; ".join([*self.faults, *self.unknown]) or "outputs and gradients equal"
-        return "; ".join([f"{self.chunk} on rank {self.rank}: {found}", *self.notes])
+        return "; ".join([found, *self.notes])
+
+    def text(self) -> str:
+        return f"{self.chunk} on rank {self.rank}: {self.says}"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -81,7 +86,8 @@ class LossComparison:
     ``seen`` is ``None`` for a program without an optimizer, as its variables are gone when it ends.  ``collected`` is
     whether the program held losses whose backward had run, as a list of them does; a program that never did may have no
     use for its losses.  ``read`` is how many of them the program had read when it ended, ``None`` if that is unknown.
-    ``divided_twice`` is the number by which both the losses and the gradients were divided, if there is one.
+    ``divided_twice`` is the number by which both the losses and the gradients were divided, if there is one.  ``sent``
+    is how and where the program gives them to other ranks, in a collective or a message; empty if it does not.
     """
 
     lane: Lane
@@ -92,6 +98,7 @@ class LossComparison:
     collected: bool
     read: int | None = None
     divided_twice: int | None = None
+    sent: str = ""
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -114,6 +121,8 @@ class LossComparison:
     @property
     def notes(self) -> tuple[str, ...]:
         """What may be wrong.  It is not a fault: a program does not have to read its losses."""
+        if self.collected and self.read == 0 and not self.faults and self.sent:
+            return (f"they go to other ranks in the {self.sent}",)
         if self.collected and self.read == 0 and not self.faults:
             return (
                 f"none of them is ever read on rank {self.rank}: does the program read its losses on another rank?",
@@ -238,14 +247,17 @@ class Comparison:
         return "unknown" if any(unknown) else "equal"
 
     def text(self) -> str:
-        """A line for each stage and lane, then the losses and the replicas."""
-        lines = [f"compared with a plain run of the same modules: {self.verdict}"]
-        lines += [f"  {each.text()}" for each in self.chunks]
-        lines += [f"  {each.text()}" for each in self.losses]
-        clipping = (*self.clipping.faults, *self.clipping.unknown, *self.clipping.notes)
-        weights = filter(None, [self.weights.text()])
-        rest = (*weights, *self.replicas, *clipping, *self.changes)
-        return "\n".join([*lines, *(f"  {line}" for line in rest)]) + "\n"
+        """What differs, and the lines of the program that change gradients; then what was not compared or is equal."""
+        faults = [each.text() for each in self.chunks if each.faults]
+        faults += [each.text() for each in self.losses if each.faults]
+        faults += [*self.weights.faults, *self.replicas, *self.clipping.faults]
+        others = _grouped([each for each in self.chunks if not each.faults])
+        others += [each.text() for each in self.losses if not each.faults]
+        others += [] if self.weights.faults else filter(None, [self.weights.text()])
+        others += [*self.clipping.unknown, *self.clipping.notes]
+        lines = [*faults, *self.changes, *others] if faults else [*others, *self.changes]
+        head = f"compared with a plain run of the same modules: {self.verdict}"
+        return "\n".join([head, *(f"  {line}" for line in lines)]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -257,3 +269,25 @@ class Comparison:
             "loss_weights": self.weights.as_json(),
             "changes": list(self.changes),
         }
+
+
+_FEWEST = 3
+"""So many stages of which the same is said share a line."""
+
+
+def _grouped(chunks: Sequence[ChunkComparison]) -> list[str]:
+    """A line for each stage and lane, or one for several of which the same is said."""
+    alike: dict[str, list[ChunkComparison]] = {}
+    for each in chunks:
+        alike.setdefault(each.says, []).append(each)
+    lines = []
+    for says, group in alike.items():
+        if len(group) < _FEWEST:
+            lines += [each.text() for each in group]
+            continue
+        of_lane: dict[Lane, list[str]] = {}
+        for each in group:
+            of_lane.setdefault(each.chunk.lane, []).append(str(each.chunk.stage))
+        where = [f"stage{'s' * (len(found) > 1)} {' '.join(found)} of lane {lane}" for lane, found in of_lane.items()]
+        lines.append(f"{' and '.join(where)}: {says}")
+    return lines

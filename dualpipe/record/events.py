@@ -69,6 +69,9 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
             case "owed":
                 if (known := log.forwards.get(log.find(event["forward"]))) is not None:
                     known.owed |= {number: Owed(name, how, event["at"]) for number, name, how in event["parameters"]}
+            case "fed":
+                if (known := log.forwards.get(log.find(event["forward"]))) is not None:
+                    known.fed |= set(event["parameters"])
             case "paid":
                 known = log.forwards.get(log.find(event["forward"]))
                 if known is not None and known.step == log.steps:
@@ -116,7 +119,9 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                 log.doubts.append(Doubt(event["what"], log.find(event["forward"]), event["at"], log.steps))
             case "raised":
                 during = event["during"] and tuple(event["during"])
-                log.raised = Raised(event["error"], event["text"], event["place"], event["time"], during)
+                log.raised = Raised(
+                    event["error"], event["text"], event["place"], event["time"], during, event.get("freed", "")
+                )
             case "step":
                 if (at := event.get("discarded")) is not None:
                     log.discarded[log.steps] = at
@@ -177,6 +182,7 @@ def _read_collective(log: RankLog, event: Event, begun: bool) -> None:
         log.steps,
         begun,
         tuple(event.get("values", ())),
+        tuple(sorted({log.find(number) for letter, number in event["marks"] if letter == "F"})),
     )
 
 

@@ -12,11 +12,17 @@ def lacking(log: RankLog) -> Mapping[int, tuple[Owed, ...]]:
 
     The engine reached such a parameter without a gradient, and nothing added one later.  A parameter that the engine
     did not reach, or reached with zeros, may be used without a gradient; but not if it got one later, from outside of
-    the backward, for another forward of the rank.
+    the backward, for another forward of the rank.  Nor one that the engine did not reach, if for another forward the
+    program itself set or changed its gradient during the backward.
     """
     late = {number for forward in log.forwards.values() for number in forward.paid}
+    fed = {number for forward in log.forwards.values() for number in forward.fed}
+
+    def is_certain(at: int, owed: Owed) -> bool:
+        return owed.how == "none" or at in late or (owed.how == "unseen" and at in fed)
+
     found = {
-        number: tuple(owed for at, owed in _unpaid(forward) if owed.how == "none" or at in late)
+        number: tuple(owed for at, owed in _unpaid(forward) if is_certain(at, owed))
         for number, forward in log.forwards.items()
     }
     return {number: owed for number, owed in found.items() if owed}

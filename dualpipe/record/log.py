@@ -62,6 +62,8 @@ class Collective(NamedTuple):
         The forwards in whose computation it was called.
     within:
         Whether a forward, a backward or a message of its training step precedes it.
+    outputs:
+        The forwards from whose results its tensors are made, as losses are.
     """
 
     id: CollectiveId
@@ -77,6 +79,7 @@ class Collective(NamedTuple):
     step: int
     within: bool
     values: tuple[str, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
 class Arrival(NamedTuple):
@@ -129,8 +132,10 @@ class Forward:
     owed:
         The parameters whose gradients its backward left out, by number: the name, how it did so (``none``, ``unseen``,
         ``zero``, ``all zero``) and where.
+    fed:
+        Those that the engine did not reach, but that the program gave a gradient during the backward.
     paid:
-        Those of them that got a gradient later in the step; ``paid_at`` is where others got one in a later step.
+        Those of ``owed`` that got a gradient later in the step; ``paid_at`` is where others got one in a later step.
     """
 
     id: ForwardId
@@ -146,6 +151,7 @@ class Forward:
     untrainable: bool = False
     step: int = 0
     owed: dict[int, Owed] = field(default_factory=dict)
+    fed: set[int] = field(default_factory=set)
     paid: set[int] = field(default_factory=set)
     paid_at: str = ""
 
@@ -188,7 +194,8 @@ class Raised(NamedTuple):
     """The error that ended a rank.
 
     ``at`` is the line of the program and ``time`` in seconds since the epoch.  ``during`` is what the error left: a
-    forward (F), a backward (B) or a wait for messages (M), and its numbers.
+    forward (F), a backward (B) or a wait for messages (M), and its numbers.  ``freed`` is where the program had freed
+    the output of that backward, or empty.
     """
 
     error: str
@@ -196,6 +203,7 @@ class Raised(NamedTuple):
     at: str
     time: float
     during: tuple[str, list[int]] | None
+    freed: str = ""
 
 
 @dataclass

@@ -192,6 +192,10 @@ def test_the_size_of_a_named_schedule_to_compare_with_can_be_given(run, tmp_path
     result = run("prove", file, "--against", "dualpipe", "-M", 4, "--model", "blocking")
     assert result.code == 1
     assert "rank 0 never runs 1F0<" in result.out
+    file.write_text("lane > 0 1\nlane < 1 0\nfailure 0: raised IndexError at x.py:3\nrank 0: 0F0>\nrank 1: 0F0<\n")
+    result = run("prove", file, "--against", "dualpipe")
+    own = "give with -M how many microbatches the program has, since it ended before it ran all of them"
+    assert own in " ".join(result.err.split()), result.err
     assert run("prove", "zb1p", "-P", 2, "-M", 4, "--against", "1f1b", "--model", "blocking").code == 1
     assert run("prove", "--all-sizes", "--against", "1f1b").code == 2
 

@@ -20,13 +20,13 @@ def command_line() -> str:
     """The page of the command line, from the application itself."""
     root: Any = typer.main.get_command(app)
     commands: dict[str, Any] = dict(sorted(root.commands.items()))
-    lines = ["# The command line", "", HOW_MADE, "", *_prose(root.help), ""]
+    lines = ["# The command line", "", HOW_MADE, "", *prose(root.help), ""]
     lines += ["| command | what it does |", "|---|---|"]
     lines += [f"| [`{name}`](#dualpipe-{name}) | {_first_sentence(command)} |" for name, command in commands.items()]
     lines += ["", *_table(root.params, "option", {})]
     for name, command in commands.items():
         types_of = typing.get_type_hints(inspect.unwrap(command.callback))
-        lines += [f"## dualpipe {name}", "", *_prose(command.help), ""]
+        lines += [f"## dualpipe {name}", "", *prose(command.help), ""]
         groups: dict[str, list[Any]] = {}
         for parameter in command.params:
             groups.setdefault(parameter.rich_help_panel or parameter.param_type_name, []).append(parameter)
@@ -40,8 +40,11 @@ def _first_sentence(command: Any) -> str:
     return _cell(inspect.cleandoc(command.help).split("\n\n")[0])
 
 
-def _prose(help_text: str) -> list[str]:
-    """Help as Markdown: ``0: proved`` are rows of a table of exit codes, ``- `` items of a list."""
+def prose(help_text: str) -> list[str]:
+    """Help as Markdown: ``0: proved`` are rows of a table of exit codes, ``- `` items of a list.
+
+    A line after such a row that begins with a small letter continues it.
+    """
     lines: list[str] = []
     for line in inspect.cleandoc(help_text).replace("\f", "").splitlines():
         code = re.fullmatch(r"\s*([0-9]+): (.+)", line)
@@ -49,6 +52,8 @@ def _prose(help_text: str) -> list[str]:
             if lines and not lines[-1].startswith("|"):
                 lines += ["", "| exit code | meaning |", "|---|---|"]
             lines.append(f"| {code[1]} | {_cell(code[2])} |")
+        elif lines and lines[-1].startswith("| ") and line[:1].islower():
+            lines[-1] = f"{lines[-1].removesuffix(' |')} {_cell(line)} |"
         else:
             starts_list = line.startswith("- ") and lines and lines[-1] and not lines[-1].startswith("- ")
             after_table = line and lines and lines[-1].startswith("|")

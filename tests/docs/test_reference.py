@@ -9,7 +9,7 @@ import pytest
 
 from dualpipe.cli import app
 from tests.docs import reference
-from tests.docs.command_line import command_line
+from tests.docs.command_line import command_line, prose
 from tests.docs.docstrings import markdown
 from tests.docs.reference import FOLDER, MODULES, PAGES, public_names, python_api
 
@@ -162,3 +162,16 @@ def test_docstrings_of_both_styles_become_lists():
 
         - `ValueError`: If not."""
     )
+
+
+def test_a_meaning_of_an_exit_code_may_go_on_in_the_next_line():
+    found = prose("Exit codes:\n0: proved\n1: refuted, or\ndeparts\n2: bad input\nWith several, the worst one.")
+    assert found[2:] == [
+        "| exit code | meaning |",
+        "|---|---|",
+        "| 0 | proved |",
+        "| 1 | refuted, or departs |",
+        "| 2 | bad input |",
+        "",
+        "With several, the worst one.",
+    ]

@@ -3,12 +3,13 @@
 import pytest
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COMPUTE, MESSAGES, RECEIVES, UP, B, F, Op, Schedule, W
+from dualpipe.schedule import COMPUTE, MESSAGES, RB, RECEIVES, RF, UP, B, F, Op, Placed, Schedule, W
 from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
+from dualpipe.schedule.observed import Guess, Observed
 from dualpipe.schedule.text import loads
 from proofs.against import Aspect, compare
 from proofs.departure_story import meaning, place, tell, text
-from tests.mutations import drop, duplicate, insert, redirect, reorder, split_all, swap
+from tests.mutations import drop, duplicate, insert, move, redirect, reorder, split_all, swap, with_program
 
 GPIPE = """\
 lane > 0 1
@@ -33,6 +34,11 @@ def stories(here, there, aspect=None):
     found = compare(here, there)
     chosen = [each for each in found.departures if (each.counts if aspect is None else each.aspect is aspect)]
     return {each.rank: (tell(each, found), meaning(each, found)) for each in reversed(chosen)}
+
+
+def text_of(here, there):
+    """The whole comparison as text."""
+    return text(compare(here, there))
 
 
 def with_weights_at_once(schedule):
@@ -69,6 +75,8 @@ def test_where_a_program_failed_the_failure_is_the_cause():
     here, there = loads(f"{text}failure 0: {crash}\nfailure 1: {later}\n"), loads(RECORDED)
     assert stories(here, there)[0][1] == f"the program of this rank ended there: rank 0 {crash}"
     assert stories(here, there)[1][1].startswith("did an error or a wait for a message stop the rank there")
+    short = loads(f"lane > 0 1\nfailure 0: {crash}\nrank 0: 0F0>\nrank 1:\n")
+    assert "lane > has 1 microbatch, since the program ended before the others, and in" in text_of(short, there)
     shown = compare(here, there).as_json()["departures"]
     assert f"the program of this rank ended there: rank 0 {crash}" in [each["meaning"] for each in shown]
 
@@ -80,6 +88,18 @@ def test_an_unfed_store_shows_as_a_weight_gradient_that_the_other_schedule_defer
         "does the backward put weight gradients into the store? If it adds them at once, nothing is left to defer.",
     )
     assert sorted(found) == [1, 2]
+
+
+def test_a_weight_gradient_in_the_slot_of_its_backward_does_not_come_from_a_store():
+    there = dualpipe(4, 10)
+    (*rest, _) = there.programs[1]
+    at = next(number for number, slot in enumerate(rest) if Op(B, UP, 1, 4) in slot)
+    here = with_program(there, 1, [*rest[:at], (Op(B, UP, 1, 4), Op(W, UP, 1, 4)), *rest[at + 1 :]])
+    story, cause = stories(here, there, Aspect.WEIGHTS)[1]
+    assert story.endswith("there dualpipe runs 2W4<, which this rank runs in slot 30")
+    assert (
+        cause == "does the backward put this weight gradient into the store, and is what the store has run at the end?"
+    )
 
 
 def test_ops_issued_together_have_no_order_so_that_an_overlapped_pair_may_run_one_after_the_other():
@@ -168,7 +188,7 @@ PLANTED = {
     ),
     "a receive too many at the end": (
         lambda: (insert(one_f_one_b(2, 2), 1, 8, (Op("RF", UP, 1, 2),)), one_f_one_b(2, 2)),
-        (1, "rank 1 receives 1RF2> in slot 7, which 1f1b never receives on this rank"),
+        (1, "rank 1 posts one receive from rank 0 more than 1f1b: 1RF2> in slot 7, after 1B1>"),
         "once too often",
     ),
     "two sends of a batch swapped": (
@@ -268,3 +288,51 @@ def test_with_a_schedule_that_has_none_collectives_are_not_compared_and_the_repo
     assert (found.verdict, found.as_json()["collectives_compared"]) == ("same", False)
     assert "collectives were not compared, since theirs has none" in text(found)
     assert "since the schedule has none" in text(compare(ours.only(COMPUTE | MESSAGES), ours, "theirs"))
+
+
+def shifted(schedule, rank, slot, lane, cut=None):
+    """One more receive of an activation in front of a slot; each is used for the microbatch before.
+
+    With ``cut`` the rank's program ends after so many slots.
+    """
+    program = schedule.programs[rank]
+    taken = [op for each in program for op in each if op.kind is RF and op.lane is lane]
+    number = sum(op in taken for each in program[:slot] for op in each)
+    later = [tuple(op._replace(mb=op.mb + (op in taken)) for op in each) for each in program[slot:]]
+    return with_program(schedule, rank, [*program[:slot], (taken[0]._replace(mb=number),), *later][:cut])
+
+
+@pytest.mark.parametrize("cut", [None, 20])
+def test_a_receive_too_many_is_named_where_it_is_posted_though_the_names_of_all_later_ones_shift(cut):
+    """A middle rank of DualPipe posts a receive before a forward that has its input already."""
+    there = dualpipe(4, 10)
+    told = stories(shifted(there, 1, 8, UP, cut), there, Aspect.MESSAGES)
+    assert told == {
+        1: (
+            "rank 1 posts one receive from rank 0 more than dualpipe: 1RF3> in slot 8, after 2F1<",
+            "is it posted once too often? Then all later messages in that direction between the two ranks meet the "
+            "wrong partners.",
+        )
+    }
+
+
+@pytest.mark.parametrize(("there", "slot"), [(one_f_one_b(2, 4), 4), (loads(GPIPE), 3)])
+def test_a_receive_too_many_is_named_where_it_is_posted_though_all_names_of_the_direction_are_alike(there, slot):
+    (told, _) = stories(shifted(there, 1, slot, UP), there, Aspect.MESSAGES)[1]
+    assert told.startswith("rank 1 posts one receive from rank 0 more than ")
+    assert f"in slot {slot}, after 1" in told
+
+
+def test_receives_that_are_posted_earlier_are_not_too_many():
+    there = dualpipe(4, 10)
+    swapped = reorder(move(there, 1, 13, 12), 1, 12, 1, 0, 2, 3)
+    assert "posts" not in stories(swapped, there, Aspect.MESSAGES)[1][0]
+
+
+def test_a_receive_whose_name_is_a_guess_does_not_depart():
+    there = one_f_one_b(2, 4)
+    wrong = with_program(there, 0, (*there.programs[0][:3], (Op(RB, UP, 0, 1),)))
+    assert Aspect.MESSAGES in {each.aspect for each in compare(wrong, there).departures}
+    guess = Guess(Placed(0, 3, 0, wrong.programs[0][3][0]), (Op(RB, UP, 0, 0),))
+    guessed = Schedule(wrong.routes, wrong.programs, observed=Observed([(), ()], [guess]))
+    assert {each.aspect for each in compare(guessed, there).departures} == {Aspect.ORDER, Aspect.SLOTS}

@@ -165,7 +165,7 @@ def test_a_buffer_may_be_used_again_after_the_backward():
     "touch",
     [
         lambda held, tensor: held.operator(torch.ops.aten.fill_.Scalar, (tensor, 0.0), {}, None),
-        lambda held, tensor: held.replaced(tensor, None),
+        lambda held, tensor: held.replaced(tensor, torch.empty(1), None),
         lambda held, tensor: held.posted(9, False, tensor, tensor, None),
     ],
     ids=["operator", "replaced", "posted"],

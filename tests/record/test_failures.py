@@ -1,6 +1,7 @@
 """Programs that crash, hang before any data crosses, or end with an exit code: there is always a recording."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -61,6 +62,24 @@ def test_an_error_is_the_first_thing_said_and_its_op_the_ranks_last(where, durin
     assert report.as_json()["failures"][0]["rank"] == 1
     assert report.as_json()["checks"]["complete"]["may_follow_from"] == first_failure(recording)
     assert "this may be a consequence of the failure: rank 1 ended early" in report.text()
+
+
+def test_an_error_of_a_backward_from_an_output_that_was_freed_says_where():
+    """Megatron frees an output after its send; then its backward must be run by the engine itself."""
+
+    def body(rank):
+        if rank:
+            train(rank, nn.Linear(4, 4))
+            return
+        y = nn.Linear(4, 4)(torch.randn(SHAPE))
+        dist.send(y.detach(), 1)
+        y.data = torch.empty(1)
+        torch.autograd.backward(y, receive(1))
+
+    failed = first_failure(record_ranks(2, body, check=False, stall=STALL))
+    assert re.search(
+        r" during 0B0>, whose output was freed \(its \.data replaced\) at \S+\.py:\d+: Mismatch in", failed
+    )
 
 
 def test_an_error_of_a_rank_whose_peer_has_failed_says_so():
@@ -309,11 +328,13 @@ dist.init_process_group("gloo")
 @pytest.mark.long
 def test_the_command_records_an_error_before_a_rank_joined_the_process_group(tmp_path):
     (tmp_path / "early.py").write_text(EARLY)
-    words = ["-P", 2, "--timeout", 30, "--lanes", "1 0", "--", sys.executable, tmp_path / "early.py"]
-    result = command(*words)
+    words = ["-P", 2, "--timeout", 30, "--prove", "-o", tmp_path / "recorded.txt", "--lanes", "1 0"]
+    result = command(*words, "--", sys.executable, tmp_path / "early.py")
     assert result.returncode == 1, result.stderr
-    recorded = loads(result.stdout)
+    assert (result.stdout + result.stderr).count("rank 1 raised KeyError at ") == 1
+    written = (tmp_path / "recorded.txt").read_text()
+    recorded = loads(written)
     assert str(recorded.failures[0]) == f"rank 1 raised KeyError at {tmp_path}/early.py:4 before its first op: 'option'"
     assert str(recorded.failures[1]).startswith("rank 0 did not finish; it was stopped before its first op")
     assert recorded.routes == {UP: (1, 0)}
-    assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in result.stdout
+    assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in written

@@ -1,10 +1,12 @@
 """What is concluded from gradients, norms, weights and losses of a recorded step, one function at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dualpipe.record.child.transport import Transport
-from dualpipe.record.comparison import ChunkComparison, LossWeights
+from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison, LossWeights
 from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain.clipping import judge
 from dualpipe.record.plain.gradients import Agreement, Parts, agreement
@@ -40,8 +42,14 @@ def weighted(*factors, far=()):
             weighted(1, 0, 1),
             "the gradient lacks microbatch 1: is it without a weight gradient that is stored and never",
         ),
-        (weighted(1, 2, 1), "microbatch 1 2 times: is a weight gradient run twice, or added by the backward as well?"),
+        (weighted(1, 2, 1), "microbatch 1 twice: is a weight gradient run twice, or added by the backward as well?"),
         (weighted(1 / 4, 1 / 2, 1), "is the sum so far rescaled whenever a gradient is added? W is at here.py:1"),
+        (
+            weighted(0, 1 / 5, 2 / 5),
+            "lacks microbatch 0, and has microbatch 1 once and microbatch 2 twice: is it set to",
+        ),
+        (weighted(0, 1, 2), "in the middle of the step? Is a weight gradient run twice, or added by the backward as"),
+        (weighted(0, 1, 2), "W is at here.py:2"),
         (torch.zeros(4, 4), "the gradient is zero, but not in the plain run"),
         (torch.ones(4, 4), "the gradient differs by up to "),
         (None, "no gradient, but the plain run has one: are weight gradients put into the store, and run from it?"),
@@ -71,6 +79,15 @@ def test_a_gradient_agrees_up_to_rounding_with_its_own_lane_or_with_both(final, 
 def test_a_gradient_of_one_lane_and_half_of_the_other_is_told_with_the_lane():
     found = agreement(weighted(1, 1, 1, far=(1, 0, 1)), Parts(0, UP, OWN, FAR, None, {}, {}), (3,))
     assert found.startswith("the gradient lacks microbatch 1 of lane <: is it reduced over the lanes before")
+
+
+@pytest.mark.parametrize(("far", "rest"), [((0, 1, 1), " and microbatch 0 of lane <"), ((0, 0, 0), "")])
+def test_a_gradient_of_few_elements_is_told_in_terms_of_consecutive_microbatches(far, rest):
+    own, other = ({mb: g[:1] for mb, g in each.items()} for each in (OWN, FAR))
+    found = agreement(weighted(0, 0.2, 0.2, far=[0.2 * f for f in far])[:1], Parts(0, UP, own, other, None, {}, {}), ())
+    assert found.startswith(f"the gradient lacks microbatch 0{rest}{'' if rest else ' and is not summed over both'}")
+    unlike = agreement(torch.ones(1, 4), Parts(0, UP, own, other, None, {}, {}), ())
+    assert unlike.startswith("the gradient differs by up to ")
 
 
 def chunks(*scales, lanes=(UP,), microbatches=1):
@@ -168,7 +185,7 @@ def replicas(one, other, **more):
     ("other", "summed", "says"),
     [
         ({}, True, ""),
-        ({}, False, "were not summed before the optimizer's step"),
+        ({}, False, "the replicas of stage 0 were not summed before the optimizer's step: each would be updated by"),
         (
             {"weights": {0: torch.full((2,), 2.0)}},
             True,
@@ -188,6 +205,21 @@ def test_what_is_wrong_with_replicas(other, summed, says):
     assert [says in fault for fault in found] == ([True] if says else [])
 
 
+def test_stages_that_were_summed_are_told_from_those_that_were_not():
+    """Two ranks with two stages on both lanes, of which only the first chunk of each rank is finalized."""
+    found = [
+        ChunkComparison(Chunk(lane, stage), stage if lane is UP else 1 - stage, 1, (), (), (), summed=stage == 0)
+        for lane in (UP, DOWN)
+        for stage in (0, 1)
+    ]
+    files = {rank: {"names": ["w"], "by_optimizer": True} for rank in (0, 1)}
+    (line,) = differences(found, files, {}, lambda each: f"all_reduce at ddp.py:{each.rank}")
+    assert line == (
+        "the replicas of stage 1 were not summed before the optimizer's step, and those of stage 0 were (all_reduce at "
+        "ddp.py:0). Is only one chunk of each rank finalized?"
+    )
+
+
 def test_losses_are_counted_as_computed_kept_and_read():
     begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
     events = [begun | {"forward": n, "at": "x.py:1"} for n in range(3)]
@@ -204,6 +236,39 @@ def test_losses_are_counted_as_computed_kept_and_read():
         "each loss is divided by 2 before its backward, and the gradients are divided by 2 once more",
     ]
     assert not list(losses_of({0: {"error": "no run"}}, [read(0, events)], tasks, {UP: (0,)}, compared, LossWeights()))
+
+
+def test_losses_that_only_other_ranks_read_go_there_in_a_collective():
+    begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
+    reduced = {"event": "collective", "collective": 0, "name": "all_reduce", "group": [0, 1], "group_name": "0"}
+    reduced |= {"form": [], "modules": [], "names": [], "marks": [("F", 0)], "context": [], "at": "x.py:9"}
+    backward = {"event": "backward", "forwards": [0], "untrainable": [], "run": 0}
+    file = {"seen": [0], "collected": [0], "read": [], "by_optimizer": True}
+
+    def notes(*events):
+        log = read(0, [begun | {"forward": 0, "at": "x.py:1"}, backward, *events])
+        end = ChunkComparison(Chunk(UP, 0), 0, 1, (), (), ())
+        (found,) = losses_of({0: file}, [log], {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)}, [end], LossWeights())
+        return found.notes
+
+    assert notes(reduced) == ("they go to other ranks in the all_reduce at x.py:9",)
+    for other in ({"marks": []}, {"context": [("F", 0)]}):  # on something else, or in a layer of the stage
+        assert notes(reduced | other)[0].startswith("none of them is ever read on rank 0: does the program read its")
+
+
+def test_the_reason_is_directly_below_the_verdict_and_stages_of_which_the_same_is_said_share_a_line():
+    divided = [LossComparison(lane, rank, 5, 5, 5, True, 5, 5) for lane, rank in ((UP, 1), (DOWN, 0))]
+    every = chunks(1.0, 1.0, lanes=(UP, DOWN))
+    shown = Comparison(tuple(every), tuple(divided), (), changes=("rank 0 changes gradients in place: div_ at x.py:3",))
+    lines = shown.text().splitlines()
+    assert lines[0].endswith(": different")
+    assert [line.strip().partition(" ")[0] for line in lines[1:4]] == ["losses", "losses", "rank"]
+    assert lines[4:] == ["  stages 0 1 of lane > and stages 1 0 of lane <: outputs and gradients equal"]
+    apart = Comparison((every[0], replace(every[1], faults=("w: the gradient is zero",)), *every[2:]), (), ())
+    assert [line.partition(":")[0] for line in apart.text().splitlines()[1:]] == [
+        "  stage 1 of lane > on rank 1",
+        "  stage 0 of lane > and stages 1 0 of lane <",
+    ]
 
 
 def test_the_fork_of_a_rank_uses_none_of_its_connections():

@@ -1,12 +1,16 @@
 """A W is in the file only if the gradients of the stage's parameters were really computed."""
 
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe.record.child import compute
+from dualpipe.record.child.flow import Flow
+from dualpipe.record.child.patches import Patches
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from tests.record.two_ranks import SHAPE, receive
@@ -32,7 +36,11 @@ class Deferred(torch.autograd.Function):
             with torch.no_grad():
                 layer.keep(layer.weight, gradient.T @ x)
 
-        STORE.append(add)
+        if layer.at_once:
+            layer.at_once -= 1
+            add()
+        else:
+            STORE.append(add)
         return gradient @ layer.weight, torch.zeros_like(layer.weight) if layer.dummy == "zeros" else None, None
 
 
@@ -59,12 +67,13 @@ def add_to_flat(weight, found):
 class Layer(nn.Module):
     """``dummy`` is what the backward gives autograd for the weight: ``none``, ``zeros``, or it hides the weight.
 
-    ``keep`` adds a weight gradient to ``.grad``, which is in a flat buffer if it is not ``assign``.
+    ``keep`` adds a weight gradient to ``.grad``, which is in a flat buffer if it is not ``assign``.  The first
+    ``at_once`` weight gradients are not deferred.
     """
 
-    def __init__(self, dummy, bias=True, keep=assign):
+    def __init__(self, dummy, bias=True, keep=assign, at_once=0):
         super().__init__()
-        self.dummy, self.keep = dummy, keep
+        self.dummy, self.keep, self.at_once = dummy, keep, at_once
         self.weight = nn.Parameter(torch.randn(4, 4))
         self.bias = nn.Parameter(torch.zeros(4)) if bias else None
         if keep is not assign:
@@ -143,6 +152,14 @@ def test_a_store_that_is_never_run_leaves_no_w():
     assert [weights(recording, rank) for rank in (0, 1)] == [[], []]
 
 
+def test_only_the_last_weight_gradient_is_stored_and_never_run():
+    stages = [lambda: Layer("hidden", at_once=MICROBATCHES - 1)] * 2
+    recording = record_ranks(2, gpipe(stages, run=0))
+    assert [weights(recording, rank) for rank in (0, 1)] == [[0, 1], [0, 1]]
+    assert recording.caveats == ()
+    assert "nothing adds one later in the step: it has no W (1 times)" in recording.notes[0]
+
+
 def test_a_weight_that_never_gets_a_gradient_and_that_autograd_does_not_see_is_a_caveat():
     recording = record_ranks(2, gpipe([lambda: Layer("hidden"), lambda: Layer("zeros", bias=False)], run=0))
     assert recording.caveats == ("whether 6 backwards get all their weight gradients could not be determined",)
@@ -155,3 +172,27 @@ def test_deferred_weight_gradients_and_parameters_without_one_are_no_caveat():
     assert [weights(recording, rank) for rank in (0, 1)] == [[0, 1, 2], [0, 1, 2]]
     assert (recording.caveats, recording.notes) == ((), ())
     assert prove(recording.schedule).exit_code == 0
+
+
+@pytest.mark.parametrize("by_setter", [True, False])
+def test_a_main_grad_that_is_replaced_is_noted_where_it_is_set(by_setter):
+    events, patches, layer = [], Patches(), nn.Linear(4, 4)
+    flow = Flow(events.append)
+    with compute.watch(flow, patches, (), ()):
+        try:
+            layer.weight.main_grad = torch.zeros(4, 4)  # the first one replaces nothing
+            layer(torch.randn(SHAPE)).sum().backward()
+            new = torch.zeros(4, 4)
+            if by_setter:
+                layer.weight.main_grad = new
+            else:
+                layer.weight.__dict__["main_grad"] = new
+            layer(torch.randn(SHAPE)).sum().backward()
+        finally:
+            patches.undo()
+    (changed,) = [event for event in events if event["event"] == "changed"]
+    assert changed["name"] == ("replaced" if by_setter else "found replaced")
+    source = Path(__file__).read_text().splitlines()
+    set_at = next(n for n, line in enumerate(source, 1) if line.strip() == "layer.weight.main_grad = new")
+    assert changed["at"].startswith(f"{__file__}:{set_at}") == by_setter
+    assert "__setattr__" not in vars(nn.Parameter)

@@ -8,6 +8,7 @@ receive keeps its memory until the wait, so the run does not depend on the time 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,6 +48,7 @@ class Buffers:
         self._flights: dict[int, Flight] = {}
         self._received: dict[int, tuple[Any, Region]] = {}  # message -> its storage (weak), and its memory
         self._kept: set[int] = set()  # messages whose memory a graph needs, or needed
+        self._shrunk: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # id of a tensor that has lost elements -> where
         self._hooked: set[int] = set()  # messages that were read while saved tensors were packed by hooks
 
     # messages
@@ -99,11 +101,22 @@ class Buffers:
             elif reads:
                 self._touch(region, "read", None, by)
 
-    def replaced(self, tensor: Tensor, by: Marks | None) -> None:
-        """The program is about to give a tensor another storage, which frees the old one."""
+    def replaced(self, tensor: Tensor, value: Tensor, by: Marks | None) -> None:
+        """The program is about to give a tensor the storage of another one, which frees its own."""
+        if isinstance(value, Tensor) and value.numel() < tensor.numel():
+            self._shrunk = {number: each for number, each in self._shrunk.items() if each[0]() is not None}
+            self._shrunk[id(tensor)] = weakref.ref(tensor), call_path()
         for number, flight in _now(self._flights):
             if flight.tensor is tensor:
                 self._note(number, flight, "free", None, by)
+
+    def shrunk_at(self, tensors: Iterable[Any]) -> str:
+        """Where the program has given one of the tensors a smaller storage; empty if it has not."""
+        for tensor in tensors:
+            kept, place = self._shrunk.get(id(tensor), (None, ""))
+            if kept is not None and kept() is tensor:
+                return place
+        return ""
 
     def resized(self, storage: int, by: Marks | None) -> bool:
         """The program is about to resize a storage; returns whether a message in flight uses it."""

@@ -25,6 +25,7 @@ def watch(flow: Flow, patches: Patches, together: Collection[str], containers: C
     patches.wrap(torch.autograd.backward, lambda original: _backward(flow, original))
     patches.put(torch.Tensor, "grad", _gradient(flow))
     patches.put(torch.Tensor, "data", _data(flow))
+    patches.put(nn.Parameter, "__setattr__", _attribute(flow))
     patches.put(torch.UntypedStorage, "resize_", _resize(flow, torch.UntypedStorage.resize_))
     flow.arrivals.watch(patches)
     flow.together = frozenset(together)
@@ -100,7 +101,8 @@ def _backward(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(tensors, *args, **kwargs)
         except BaseException as error:
-            flow.note_error(error, "B", flow.makers((tensors,) if isinstance(tensors, Tensor) else tuple(tensors)))
+            roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+            flow.note_error(error, "B", flow.makers(roots), flow.buffers.shrunk_at(roots))
             raise
 
     return backward
@@ -120,10 +122,22 @@ def _data(flow: Flow) -> property:
     original: Any = torch.Tensor.data
 
     def put(self: Tensor, value: Tensor) -> None:
-        flow.buffers.replaced(self, flow.context)
+        flow.buffers.replaced(self, value, flow.context)
         original.__set__(self, value)
 
     return property(original.__get__, put, original.__delete__)
+
+
+def _attribute(flow: Flow) -> Callable[..., None]:
+    """Note where the program gives a parameter another ``main_grad``."""
+    original: Any = nn.Parameter.__setattr__
+
+    def __setattr__(self: nn.Parameter, name: str, value: Any) -> None:  # noqa: N807 - replaces that method
+        original(self, name, value)
+        if name == "main_grad":
+            flow.set_main_grad(self)
+
+    return __setattr__
 
 
 def _resize(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:

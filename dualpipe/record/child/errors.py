@@ -12,14 +12,15 @@ from .log import callers, line_of
 _DURING = "_dualpipe_during"  # the attribute of an error in which ``note`` keeps this
 
 
-def note(error: BaseException, what: str, numbers: Iterable[int]) -> None:
+def note(error: BaseException, what: str, numbers: Iterable[int], freed: str = "") -> None:
     """Note in an error what was running when it was raised, unless an inner call has noted that already.
 
-    ``what`` is F, B, M (a message) or C (a collective), and ``numbers`` the numbers of these in the log.
+    ``what`` is F, B, M (a message) or C (a collective), and ``numbers`` the numbers of these in the log; ``freed`` is
+    where the output of a backward had been freed, if it had.
     """
     if not hasattr(error, _DURING):
         with suppress(AttributeError, TypeError):  # raised for a class whose instances take no attributes
-            setattr(error, _DURING, (what, sorted(numbers), callers()))
+            setattr(error, _DURING, (what, sorted(numbers), callers(), freed))
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -31,8 +32,9 @@ def describe(error: BaseException) -> dict[str, Any]:
         error = next((other for other in chain[1:] if isinstance(other, Exception)), error)
     during = next((found for other in chain if (found := getattr(other, _DURING, None)) is not None), None)
     at = line_of(error)
-    what, numbers, lines = during or (None, (), ())
+    what, numbers, lines, freed = during or (None, (), (), "")
     if outer := [line for line in lines if line != at]:
         at = f"{at} (called at {', '.join(outer)})"
     running = None if what is None else (what, numbers)
-    return {"error": type(error).__name__, "text": str(error), "during": running, "time": time.time(), "place": at}
+    found = {"error": type(error).__name__, "text": str(error), "during": running, "time": time.time(), "place": at}
+    return found | {"freed": freed}

@@ -255,7 +255,7 @@ class Flow:
     def ran(self, completed: bool) -> None:
         """The engine has returned, or raised."""
         self._engine_runs.end(completed)
-        self._gradients.note_replaced()
+        self._gradients.note_replaced("found replaced")
 
     def _reach(self, forward: int, gradients: Sequence[Any]) -> None:
         """The engine is about to run the node of an output of a forward."""
@@ -315,15 +315,25 @@ class Flow:
         """The program has set ``parameter.grad``."""
         self._gradients.assigned(parameter, gradient, bool(self.running))
 
+    def set_main_grad(self, parameter: Tensor) -> None:
+        """The program has set ``parameter.main_grad``."""
+        if parameter in self.parameters:
+            self._gradients.note_replaced("found replaced")
+            self.parameters.note_gradient(parameter)
+            self._gradients.note_replaced("replaced")
+
     def stop(self) -> None:
         """Take back what was changed in the program's objects."""
         self.parameters.stop_listening()
 
     # errors
 
-    def note_error(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
-        """An error has left a module call (F), a run of the engine (B), a message (M) or a collective (C)."""
-        errors.note(error, what, numbers)
+    def note_error(self, error: BaseException, what: str, numbers: Iterable[int], freed: str = "") -> None:
+        """An error has left a module call (F), a run of the engine (B), a message (M) or a collective (C).
+
+        ``freed`` is where the program had freed the output from which the engine was to run.
+        """
+        errors.note(error, what, numbers, freed)
 
     def raised(self, error: BaseException) -> None:
         """The program ends by an error."""

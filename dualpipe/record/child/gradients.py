@@ -62,15 +62,15 @@ class Gradients:
 
     def add(self, parameters: Collection[int], found: Marks) -> None:
         """Something with these marks has been added to the gradients of parameters."""
-        self.note_replaced()
+        self.note_replaced("found replaced")
         holders = {holder for parameter in parameters for holder in self._parameters.holders(parameter)}
         forwards = self._origins.owners(found, holders)
         if forwards:
             self._write("weights", forwards=sorted(forwards), run=None)
             self._owed.pay(forwards, parameters)
 
-    def note_replaced(self) -> None:
-        """Note that gradients have become other tensors since the program last added to them."""
+    def note_replaced(self, how: str) -> None:
+        """Note that gradients have become other tensors: ``replaced`` here, or ``found replaced`` by something else."""
         if self._parameters.replaced:
-            self._write("changed", name="replaced", at=call_path())
+            self._write("changed", name=how, at=call_path())
             self._parameters.replaced.clear()

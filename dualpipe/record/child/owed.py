@@ -26,6 +26,7 @@ class Owed:
     ``none`` if the engine reached the parameter without a gradient, ``unseen`` if it did not reach the parameter, and
     ``zero`` if the gradient was zero, which may stand for one that is computed later (``all zero`` if all gradients of
     the forward were).  An event ``paid`` has a forward and the numbers of parameters that got their gradients later.
+    An event ``fed`` has those that the forward read and the engine did not reach, but that got gradients while it ran.
     """
 
     def __init__(self, write: Callable[..., None], forwards: Forwards, parameters: Parameters) -> None:
@@ -34,6 +35,7 @@ class Owed:
         self._outstanding: dict[int, set[int]] = {}  # forward -> ids of parameters
         self._without: set[int] = set()  # ids of the parameters that the current run reached without a gradient
         self._zero: set[int] = set()  # ids of those that it reached with a gradient of zeros
+        self._reached: set[int] = set()  # ids of those that it reached with a gradient
         self._from_zeros = False  # whether the gradients that the run begins with are zeros
         self._hooks: list[tuple[Any, Any]] = []  # nodes that accumulate gradients, kept alive, and their hooks
 
@@ -51,6 +53,7 @@ class Owed:
             self._from_zeros = bool(given) and not any(bool(gradient.any()) for gradient in given)
         self._without.clear()
         self._zero.clear()
+        self._reached.clear()
         with _disable_current_modes():
             for parameter in self._parameters.leaves():
                 node = get_gradient_edge(parameter).node
@@ -61,6 +64,7 @@ class Owed:
         if gradient is None or getattr(parameter, "grad_added_to_main_grad", False):  # then it is a dummy
             self._without.add(id(parameter))
             return
+        self._reached.add(id(parameter))
         with _disable_current_modes():
             if not self._from_zeros and not gradient.any():
                 self._zero.add(id(parameter))
@@ -84,6 +88,9 @@ class Owed:
                 self._outstanding.setdefault(forward, set()).update(how)
                 numbered = [(*self._parameters.numbered(p), how[p]) for p in how]
                 self._write("owed", forward=forward, parameters=sorted(numbered))
+            if hidden := (read & set(added)) - self._reached:
+                numbers = sorted(self._parameters.numbered(p)[0] for p in hidden)
+                self._write("fed", forward=forward, parameters=numbers)
 
     def pay(self, forwards: Iterable[int], added: Collection[int]) -> None:
         """The parameters ``added`` have got gradients for these forwards."""

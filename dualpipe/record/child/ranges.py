@@ -83,10 +83,10 @@ class RangedFlow(Flow):
         elif event == "weights" and fields["run"] is None:
             self._mark("weights", fields["forwards"])
 
-    def note_error(self, error: BaseException, what: str, numbers: Iterable[int]) -> None:
+    def note_error(self, error: BaseException, what: str, numbers: Iterable[int], freed: str = "") -> None:
         numbers = list(numbers)
         self._leave(self._wait_of(numbers), "wait", [])
-        super().note_error(error, what, numbers)
+        super().note_error(error, what, numbers, freed)
 
     @staticmethod
     def _wait_of(messages: Sequence[int]) -> object:

@@ -98,6 +98,10 @@ def compare(
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
     chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
+    chunks = tuple(
+        replace(each, summed=step.is_summed(each.chunk)) if each.summed is None and each.faults else each
+        for each in chunks
+    )
     tied = [*perhaps_tied(step, chunks)]
     chunks = tuple(
         replace(each, notes=(*each.notes, *(note for chunk, note in tied if chunk == each.chunk))) for each in chunks
@@ -105,7 +109,7 @@ def compare(
     weights = weights_of(Lasts.of(files, logs, tasks, routes), of_others, chunks, not others, reduction)
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     clipping = _clipping(chunks, files, forwards, clip_norm, others, weights)
-    replicas = tuple(differences(chunks, files, forwards))
+    replicas = tuple(differences(chunks, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
     found = Comparison(chunks, losses, replicas, clipping, weights)
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
@@ -132,6 +136,14 @@ def _clipping(
     if clipping.faults or not (text := uneven(found)):
         return clipping
     return replace(clipping, faults=(text,), unknown=())
+
+
+def _reduced(each: ChunkComparison, log: RankLog, tasks: Mapping[ForwardId, Task]) -> str:
+    """The collective of a rank on gradients of a chunk's parameters, with its line."""
+    called = {log.forwards[log.find(id.number)].module for id, task in tasks.items() if task.chunk == each.chunk}
+    modules = called.union(*(log.modules[module][1] for module in called))
+    own = (found for found in log.collectives.values() if not modules.isdisjoint(found.modules))
+    return next((f"{found.name} at {found.at}" for found in own), "")
 
 
 def _step(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dualpipe.record.child.replay import along
 from dualpipe.record.plain.changes import describe
+from dualpipe.record.plain.stretches import stretch_of
 from dualpipe.schedule import Lane
 
 _NEAR = 1e-3
@@ -179,6 +180,8 @@ def _by_factors(
         (dict(pattern) for pattern in patterns if parts.before is None and _fits(final, columns, pattern)), None
     )
     if factors is None:
+        factors = _of_stretch(final, columns, parts)
+    if factors is None:
         return ""
     own = {mb: factors[parts.lane, mb] for lane, mb in factors if lane is parts.lane}
     far = {mb: factor for (lane, mb), factor in factors.items() if lane is not parts.lane}
@@ -190,6 +193,20 @@ def _by_factors(
     unusual = [mb for mb, factor in own.items() if abs(factor - _usual([*factors.values()])) > _NEAR * abs(factor)]
     at = place(unusual[-1]) if unusual else ""
     return _story(parts.lane, own, far) + (f" {at}" if at else "")
+
+
+def _of_stretch(final: Tensor, columns: Sequence[tuple[Name, Tensor]], parts: Parts) -> dict[Name, float] | None:
+    """The factors of a gradient of few elements that is the sum over consecutive microbatches."""
+    if parts.before is not None or len(columns) > _MOST or any(g.shape != final.shape for _, g in columns):
+        return None
+    names = [[name for name, _ in columns if (name[0] is parts.lane) == is_own] for is_own in (True, False)]
+    given = dict(columns)
+    found = stretch_of(final, *([given[name] for name in each] for each in names))
+    return (
+        None
+        if found is None
+        else {n: f for each, of in zip(names, found, strict=True) for n, f in zip(each, of, strict=True)}
+    )
 
 
 def _fits(final: Tensor, columns: Sequence[tuple[Name, Tensor]], factors: Mapping[Name, float]) -> bool:
@@ -257,31 +274,46 @@ def _story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> st
             f"{'' if _are_one([*far.values()]) else f', and of lane {other} {_listed(far, most)}'}: "
             "are weight gradients put into the store, and run from it?"
         )
-    if all(not factor or abs(factor - usual) <= _NEAR * abs(usual) for factor in (*own.values(), *far.values())):
-        words = [f"microbatch{'es' * (len(lacking) > 1)} {_numbers(lacking)}"] if lacking else []
-        if lacking_far:
-            words.append(f"microbatch{'es' * (len(lacking_far) > 1)} {_numbers(lacking_far)} of lane {other}")
-        if words:
-            return f"the gradient lacks {' and '.join(words)}{rest}{_cause(own, lacking)}"
-    listed = _listed(own, usual) + (f", and of lane {other} {_listed(far, usual)}" if far else "")
-    return f"the gradient has {listed}{rest}{_cause_of_factors(own)}"
+    words = [f"microbatch{'es' * (len(lacking) > 1)} {_numbers(lacking)}"] if lacking else []
+    if lacking_far:
+        words.append(f"microbatch{'es' * (len(lacking_far) > 1)} {_numbers(lacking_far)} of lane {other}")
+    lacks = f"lacks {' and '.join(words)}" if words else ""
+    if lacks and all(abs(factor - usual) <= _NEAR * abs(usual) for factor in (*own.values(), *far.values()) if factor):
+        return f"the gradient {lacks}{rest}{_asked(_cause(own, lacking))}"
+    there, there_far = ({mb: factor for mb, factor in each.items() if factor} for each in (own, far))
+    has = "has " + _listed(there, usual) + (f", and of lane {other} {_listed(there_far, usual)}" if there_far else "")
+    causes = [*([_cause(own, lacking)] if lacks else []), _cause_of_factors(own)]
+    return f"the gradient {f'{lacks}, and ' if lacks else ''}{has}{rest}{_asked(*causes)}"
+
+
+def _asked(*causes: str) -> str:
+    """The questions for the causes that are known, the first one after a colon."""
+    first, *others = [*filter(None, causes), ""]
+    return "".join([f": {first}" if first else "", *(f" {each[0].upper()}{each[1:]}" for each in others if each)])
 
 
 def _usual(factors: Sequence[float]) -> float:
-    """The factor that most microbatches have, or else the largest one."""
+    """The factor that most microbatches have, or else the largest one; or half of that, if the others are that."""
     nonzero = [factor for factor in factors if factor]
+    least, most = min(nonzero, key=abs), max(nonzero, key=abs)
+    if all(abs(one - least) <= _NEAR * abs(least) or abs(one - 2 * least) <= _NEAR * abs(one) for one in nonzero):
+        of_most = sum(abs(one - most) <= _NEAR * abs(most) for one in nonzero)
+        return most if 2 * of_most > len(nonzero) else least
     return max(nonzero, key=lambda one: (sum(abs(one - other) <= _NEAR * abs(one) for other in nonzero), one))
 
 
 def _listed(factors: Mapping[int, float], unit: float) -> str:
-    """``microbatches 0 1 once and 2 2 times``."""
+    """``microbatches 0 1 once and microbatch 2 twice``."""
     groups: dict[str, list[int]] = {}
     for mb, factor in factors.items():
         groups.setdefault(f"{factor / unit:.3g}", []).append(mb)
     return " and ".join(
-        f"microbatch{'es' * (len(mbs) > 1)} {_numbers(mbs)} {'once' if times == '1' else f'{times} times'}"
+        f"microbatch{'es' * (len(mbs) > 1)} {_numbers(mbs)} {_TIMES.get(times, f'{times} times')}"
         for times, mbs in groups.items()
     )
+
+
+_TIMES = {"1": "once", "2": "twice"}
 
 
 def _numbers(numbers: Sequence[int]) -> str:
@@ -291,7 +323,7 @@ def _numbers(numbers: Sequence[int]) -> str:
 def _cause(own: Mapping[int, float], lacking: Sequence[int]) -> str:
     order = sorted(own)
     if not lacking:
-        return ": is it reduced over the lanes before the other rank's last weight gradient?"
+        return "is it reduced over the lanes before the other rank's last weight gradient?"
     first = next((at for at, mb in enumerate(order) if mb not in lacking), len(order))
     rest = [mb for mb in lacking if mb not in order[:first]]
     causes = ["set to zero or None, or replaced, in the middle of the step"] * bool(first)
@@ -299,16 +331,16 @@ def _cause(own: Mapping[int, float], lacking: Sequence[int]) -> str:
         causes.append("finalized or used before the last weight gradients, or are these never run")
     elif rest:
         causes.append("without a weight gradient that is stored and never run")
-    return f": is it {', or '.join(causes)}?"
+    return f"is it {', or '.join(causes)}?"
 
 
 def _cause_of_factors(own: Mapping[int, float]) -> str:
     values = [own[mb] for mb in sorted(own)]
     steps = [one / two for one, two in pairwise(values) if two]
     if len(steps) == len(values) - 1 and _are_one([abs(step) for step in steps]) and abs(steps[0] - 1) > _NEAR:
-        return ": is the sum so far rescaled whenever a gradient is added?"
+        return "is the sum so far rescaled whenever a gradient is added?"
     if any(factor > 1.5 * min(filter(None, values), default=factor) for factor in values):
-        return ": is a weight gradient run twice, or added by the backward as well?"
+        return "is a weight gradient run twice, or added by the backward as well?"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from dualpipe.record.comparison import ChunkComparison, LossComparison, LossWeights
@@ -24,7 +24,7 @@ def losses_of(
     """
     for lane, route in routes.items():
         last = [id for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1)]
-        file = files[route[-1]]
+        file, log = files[route[-1]], logs[route[-1]]
         seen = set(file.get("seen", ()))
         computed = [id for id in last if logs[id.rank].forwards[logs[id.rank].find(id.number)].backward_began]
         if "error" in file:
@@ -39,7 +39,20 @@ def losses_of(
         again = not replicas and _divided(file, numbers) == divided
         again = again or (len(last) == divided and weights.is_divided_twice(lane))
         twice = divided if divided > 1 and again and weights.reduction != "mean" else None
-        yield LossComparison(lane, route[-1], len(last), len(computed), count, collected, read, twice)
+        yield LossComparison(
+            lane, route[-1], len(last), len(computed), count, collected, read, twice, sent=_sent(log, numbers)
+        )
+
+
+def _sent(log: RankLog, forwards: Collection[int]) -> str:
+    """The first collective, outside of all modules, or message of a rank that has the results of these forwards."""
+    for collective in log.collectives.values():
+        if not collective.context and not {*forwards}.isdisjoint(collective.outputs):
+            return f"{collective.name} at {collective.at}"
+    for message in log.messages.values():
+        if message.send and any(id.number in forwards for id in message.activation_of):
+            return f"message to rank {message.peer} at {message.at}"
+    return ""
 
 
 def _divided(file: Mapping[str, Any], forwards: Sequence[int]) -> int:

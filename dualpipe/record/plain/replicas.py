@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,24 +18,60 @@ def differences(
     chunks: Sequence[ChunkComparison],
     files: Mapping[int, Mapping[str, Any]],
     forwards: Mapping[Task, Mapping[str, Any]],
+    reduced: Callable[[ChunkComparison], str] = lambda each: "",
 ) -> Iterator[str]:
-    """What is wrong with the replicas of each stage, one sentence each."""
+    """What is wrong with the replicas of each stage, one sentence each.
+
+    ``reduced`` gives the collective that sums the gradients of a chunk, and its line, if there is one.
+    """
+    yield from _unsummed(chunks, files, reduced)
     by_stage: dict[int, list[ChunkComparison]] = {}
     for each in chunks:
         by_stage.setdefault(each.chunk.stage, []).append(each)
+    numbered: dict[int, str] = {}
     for stage, both in by_stage.items():
         if len(both) < len(Lane) or any("error" in files[each.rank] for each in both):
             continue
-        ranks = " and ".join(f"{each.rank}" for each in both)
         yield from _unlike(stage, both, files, forwards)
+        if found := _numbered_apart(both, files, forwards):
+            numbered[stage] = found
         updated = all(files[each.rank].get("by_optimizer") for each in both)
-        if updated and any(each.summed is False for each in both):
-            yield (
-                f"the replicas of stage {stage} on ranks {ranks} were not summed before the optimizer's step: each "
-                "would be updated by its own gradient"
-            )
-        elif updated:
+        if updated and not any(each.summed is False for each in both):
             yield from _updated_apart(stage, both, files, forwards)
+    if numbered:
+        first = min(numbered)
+        what = f"of stage {first} {numbered[first]}" if len(numbered) > 1 else numbered[first]
+        yield (
+            f"the replicas of {_stages(sorted(numbered))} number their layers differently: {what}. "
+            "Is the mirror chunk numbered as if it were a stage of the rank's own number?"
+        )
+
+
+def _unsummed(
+    chunks: Sequence[ChunkComparison],
+    files: Mapping[int, Mapping[str, Any]],
+    reduced: Callable[[ChunkComparison], str],
+) -> Iterator[str]:
+    """The stages whose replicas were not summed, though the optimizer updates them, beside those that were."""
+    by_optimizer = [each for each in chunks if files[each.rank].get("by_optimizer")]
+    apart = sorted({each.chunk.stage for each in by_optimizer if each.summed is False})
+    if not apart:
+        return
+    summed = [each for each in by_optimizer if each.summed and each.chunk.stage not in apart]
+    what = f"the replicas of {_stages(apart)} were not summed before the optimizer's step"
+    if not summed:
+        yield f"{what}: each would be updated by its own gradient. Are the gradients finalized at all?"
+        return
+    at = next(filter(None, map(reduced, summed)), "")
+    those = f"those of {_stages(sorted({each.chunk.stage for each in summed}))} were{f' ({at})' if at else ''}"
+    of_rank = {rank: {each.summed for each in chunks if each.rank == rank} for rank in {each.rank for each in chunks}}
+    one_each = all(found == {True, False} for found in of_rank.values())
+    why = "Is only one chunk of each rank finalized?" if one_each else "Are all chunks of each rank finalized?"
+    yield f"{what}, and {those}. {why}"
+
+
+def _stages(numbers: Sequence[int]) -> str:
+    return f"stage{'s' * (len(numbers) > 1)} {' '.join(map(str, numbers))}"
 
 
 def _weights(each: ChunkComparison, forwards: Mapping[Task, Mapping[str, Any]]) -> list[int]:
@@ -59,7 +95,7 @@ def _unlike(
     files: Mapping[int, Mapping[str, Any]],
     forwards: Mapping[Task, Mapping[str, Any]],
 ) -> Iterator[str]:
-    """What is different between the modules of two replicas before the step: names, weights, numbers of layers."""
+    """What is different between the modules of two replicas before the step: names, weights."""
     one, other = (_named(each, "weights", files, forwards) for each in both)
     if not one or not other:
         return
@@ -76,16 +112,22 @@ def _unlike(
             f"the replicas of stage {stage} on ranks {ranks[0]} and {ranks[1]} have different weights before the step: "
             f"{names_of(apart)}. Are the weights of one broadcast to the other at the start?"
         )
-    layers = [_layers(each.chunk, files[each.rank], forwards) for each in both]
-    unlike = sorted(name for name in layers[0] if layers[1].get(name, layers[0][name]) != layers[0][name])
-    if unlike:
-        name = unlike[0]
-        yield (
-            f"the replicas of stage {stage} number their layers differently: {name} is {layers[0][name]} on rank "
-            f"{ranks[0]} and {layers[1][name]} on rank {ranks[1]}"
-            f"{f', and {len(unlike) - 1} more' if len(unlike) > 1 else ''}. Is the mirror chunk numbered as if it were "
-            "a stage of the rank's own number?"
-        )
+
+
+def _numbered_apart(
+    both: Sequence[ChunkComparison],
+    files: Mapping[int, Mapping[str, Any]],
+    forwards: Mapping[Task, Mapping[str, Any]],
+) -> str:
+    """A number of a layer that two replicas with the same parameters have different, and how many more there are."""
+    named = [_named(each, "weights", files, forwards).keys() for each in both]
+    one, other = (_layers(each.chunk, files[each.rank], forwards) for each in both)
+    unlike = sorted(name for name in one if other.get(name, one[name]) != one[name])
+    if not unlike or named[0] != named[1]:
+        return ""
+    more = f", and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+    name, ranks = unlike[0], [each.rank for each in both]
+    return f"{name} is {one[name]} on rank {ranks[0]} and {other[name]} on rank {ranks[1]}{more}"
 
 
 def _layers(chunk: Chunk, file: Mapping[str, Any], forwards: Mapping[Task, Mapping[str, Any]]) -> Mapping[str, int]:

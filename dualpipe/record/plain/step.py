@@ -216,6 +216,13 @@ class Step:
                         found.append(scale)
         return tuple(found)
 
+    def is_summed(self, chunk: Chunk) -> bool | None:
+        """Whether the gradients of a chunk have a part of its replica's; ``None`` if that does not show."""
+        final = self.file(chunk).get("final", {})
+        found = [factors_of(final[number], parts) for number, parts in self.parts(chunk).items() if final]
+        far = [factor for each in found if each for (lane, _), factor in each.items() if lane is not chunk.lane]
+        return any(far) if far else None
+
     def _place(self, chunk: Chunk, mb: int) -> str:
         """The line of the program for the W of a microbatch, or else for its B."""
         for kind in (W, B):

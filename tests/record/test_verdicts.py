@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from dualpipe.testing import record_ranks
-from tests.record.gpipe_ranks import SHAPE, GPipe
+from tests.record.gpipe_ranks import SHAPE, WIDTH, GPipe
 
 
 def compared(program):
@@ -115,3 +115,33 @@ def test_a_limit_of_the_norm_may_be_given_for_a_program_that_clips_itself():
     recording = record_ranks(2, GPipe(finish=clip_together), compare=True, clip_norm=0.01, name="clipped")
     assert recording.comparison.verdict == "equal", recording.comparison.text()
     assert recording.schedule.name == "clipped"
+
+
+class OwnInputGradient(torch.autograd.Function):
+    """A linear layer that keeps the gradient of its input itself, and gives autograd none."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.leaf = x
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        ctx.leaf.grad = gradient @ weight
+        return None, gradient.T @ x
+
+
+class KeepsInputGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return OwnInputGradient.apply(x, self.weight)
+
+
+def test_a_function_that_gives_its_input_no_gradient_runs_as_without_the_recorder():
+    comparison = compared(GPipe(last=KeepsInputGradient))
+    assert comparison.verdict == "equal", comparison.text()

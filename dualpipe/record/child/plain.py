@@ -253,7 +253,9 @@ class Plain:
         self._calls.setdefault(forward, []).append(call)
         self._edges.begins(forward, [leaf for leaf in leaves_below(inputs) if self._has_arrived(leaf)])
 
-    def _keep_gradient(self, call: Call, at: int, gradient: Tensor) -> None:
+    def _keep_gradient(self, call: Call, at: int, gradient: Tensor | None) -> None:
+        if gradient is None:  # a node gives none to an input that its function leaves out
+            return
         with _disable_current_modes():
             self._keep_before(call.module)
             call.reached(at, gradient.detach().clone(), self._flow.spares_weights())

@@ -132,6 +132,12 @@ def test_the_weights_of_all_pipelines_over_which_gradients_are_summed_count():
     assert weights_of(Lasts({UP: (one, None)}), [], alone, reduced=True).reduction == ""
 
 
+def test_gradients_that_may_be_clipped_leave_the_weight_open():
+    one = {"whole": 1 / 2, "mean": 1 / 2, "certain": 1.0}
+    scaled = [ChunkComparison(Chunk(UP, 0), 0, 2, (), (), (), scale=0.3, factor=0.3)]
+    assert weights_of(Lasts({UP: (one, one)}), [], scaled, reduced=True) == LossWeights({}, "", None)
+
+
 def stages(*pairs):
     return [ChunkComparison(Chunk(UP, n), n, 4, (), (), (), factor=f, taken=t) for n, (f, t) in enumerate(pairs)]
 

@@ -115,3 +115,4 @@ def test_a_limit_of_the_norm_may_be_given_for_a_program_that_clips_itself():
     recording = record_ranks(2, GPipe(finish=clip_together), compare=True, clip_norm=0.01, name="clipped")
     assert recording.comparison.verdict == "equal", recording.comparison.text()
     assert recording.schedule.name == "clipped"
+    assert recording.comparison.weights.reduction == "mean", "the clipping does not count"

@@ -107,6 +107,7 @@ def test_a_loss_that_is_not_divided_is_a_sum_and_different_if_a_mean_is_expected
     assert comparison.as_json()["loss_weights"]["weights"] == {">": [1.0] * 3}
 
 
+@pytest.mark.long
 def test_gradients_that_are_divided_as_well_as_the_losses_are_divided_twice():
     def finish(stage, optimizer):
         torch._foreach_mul_([parameter.grad for parameter in stage.parameters()], 1 / 3)

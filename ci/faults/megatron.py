@@ -151,7 +151,7 @@ FAULTS = (
         "        with at_stage(chunk.stage, groups.stages):\n",
         check="tests",
         rule="test",
-        says="test_the_layer_of_multi_token_prediction_has_the_number_and_the_groups_of_its_stage|test_equal.deepseek"
+        says="test_the_layer_of_multi_token_prediction_has_the_number_and_the_groups_of_its_stage|test_equal"
         "|test_every_shard_has_one_main_replica",
     ),
     fault(

@@ -319,10 +319,18 @@ def test_weights_that_are_tied_over_stages_agree_with_the_sum_of_both(tmp_path, 
     assert ("once, was 14.93, as every rank computes it" in comparison.text()) == (factor < 1 and not apart)
 
 
-def test_a_weight_that_two_stages_of_a_rank_share_is_not_compared(tmp_path):
-    comparison = shared_by_two_stages(tmp_path, torch.full((2,), 5.0))
-    assert "w is used by another stage of the rank too, and not compared" in comparison.text()
-    assert not any(each.faults for each in comparison.chunks)
+@pytest.mark.parametrize(
+    ("final", "verdict", "says"),
+    [
+        (7.0, "equal", "w is summed over the stages that use it, up to rounding"),
+        (3.5, "equal", "w is summed over the stages that use it and divided by 2, up to rounding"),
+        (4.0, "different", "w: the gradient is not the sum over the stages of the rank that use the parameter"),
+    ],
+)
+def test_a_weight_that_two_stages_of_a_rank_share_is_summed_over_both(tmp_path, final, verdict, says):
+    comparison = shared_by_two_stages(tmp_path, torch.full((2,), final))
+    assert says in comparison.text()
+    assert any(each.faults for each in comparison.chunks) == (verdict == "different")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,10 @@ FAULTS = {
 SENT = {"half": lambda x, y: x.grad / 2, "of the output": lambda x, y: y.grad}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+LONG = ("half", "of the output")
+
+
+@pytest.mark.parametrize("fault", [pytest.param(each, marks=[pytest.mark.long] * (each in LONG)) for each in FAULTS])
 def test_a_wrong_gradient_that_is_sent_or_kept_is_different(fault):
     comparison = compared(fault, **({"sent": SENT[fault]} if fault in SENT else {}))
     assert comparison.verdict == "different", comparison.text()

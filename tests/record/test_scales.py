@@ -107,6 +107,7 @@ def test_a_loss_that_is_not_divided_is_a_sum_and_different_if_a_mean_is_expected
     assert comparison.as_json()["loss_weights"]["weights"] == {">": [1.0] * 3}
 
 
+@pytest.mark.long
 def test_gradients_that_are_divided_as_well_as_the_losses_are_divided_twice():
     def finish(stage, optimizer):
         torch._foreach_mul_([parameter.grad for parameter in stage.parameters()], 1 / 3)
@@ -130,6 +131,12 @@ def test_the_weights_of_all_pipelines_over_which_gradients_are_summed_count():
     assert weights_of(own, [other], alone, reduced=True).reduction == "mean"
     assert weights_of(own, [other], alone, reduced=False).reduction == "", "they may be reduced later"
     assert weights_of(Lasts({UP: (one, None)}), [], alone, reduced=True).reduction == ""
+
+
+def test_gradients_that_may_be_clipped_leave_the_weight_open():
+    one = {"whole": 1 / 2, "mean": 1 / 2, "certain": 1.0}
+    scaled = [ChunkComparison(Chunk(UP, 0), 0, 2, (), (), (), scale=0.3, factor=0.3)]
+    assert weights_of(Lasts({UP: (one, one)}), [], scaled, reduced=True) == LossWeights({}, "", None)
 
 
 def stages(*pairs):

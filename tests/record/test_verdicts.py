@@ -29,6 +29,7 @@ def test_a_list_of_two_losses_that_is_thrown_away_is_found():
     assert "2 were computed and collected, and none is kept or read by the end of the step" in comparison.text()
 
 
+@pytest.mark.long
 def test_losses_that_are_kept_beside_larger_tensors_are_not_collected():
     comparison = compared(GPipe(3, lose=keep_with_input))
     assert comparison.verdict == "equal", comparison.text()
@@ -59,6 +60,7 @@ class WithSum(nn.Module):
         return h, h.square().sum(1)
 
 
+@pytest.mark.long
 def test_an_output_from_which_another_one_is_computed_and_a_sparse_gradient_are_compared():
     program = GPipe(last=WithSum, loss_of=lambda y, count: (y[0].exp().mean() + y[1].mean()) / count)
     comparison = compared(program)
@@ -75,6 +77,7 @@ def clip_or_decay(stage, optimizer):
     optimizer.step()
 
 
+@pytest.mark.long
 def test_gradients_clipped_by_value_or_with_a_weight_decay_are_explained():
     comparison = compared(GPipe(finish=clip_or_decay))
     assert comparison.verdict == "equal", comparison.text()
@@ -82,6 +85,7 @@ def test_gradients_clipped_by_value_or_with_a_weight_decay_are_explained():
     assert "with a weight decay of 0.1, up to rounding" in comparison.text()
 
 
+@pytest.mark.long
 def test_a_first_stage_that_is_not_trained_needs_no_gradient():
     comparison = compared(GPipe(frozen=True))
     assert comparison.verdict == "equal", comparison.text()
@@ -111,10 +115,12 @@ def clip_together(stage, optimizer):
     optimizer.step()
 
 
+@pytest.mark.long
 def test_a_limit_of_the_norm_may_be_given_for_a_program_that_clips_itself():
     recording = record_ranks(2, GPipe(finish=clip_together), compare=True, clip_norm=0.01, name="clipped")
     assert recording.comparison.verdict == "equal", recording.comparison.text()
     assert recording.schedule.name == "clipped"
+    assert recording.comparison.weights.reduction == "mean", "the clipping does not count"
 
 
 class OwnInputGradient(torch.autograd.Function):

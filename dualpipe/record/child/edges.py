@@ -56,7 +56,8 @@ class Edges:
                 leaf.register_hook(add)  # type: ignore[no-untyped-call] # torch's own
 
     def _add(self, forward: int, begins: Beginning, gradient: Tensor | None) -> None:
-        if gradient is not None and self._flow.runs_for(forward):  # and not for a later one whose graph begins in the same memory
+        # and not for a later one whose graph begins in the same memory
+        if gradient is not None and self._flow.runs_for(forward):
             with _disable_current_modes():
                 begins.parts.append((program_line(), gradient.detach().clone()))
 

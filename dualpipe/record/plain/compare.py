@@ -106,7 +106,8 @@ def compare(
     chunks = tuple(
         replace(each, notes=(*each.notes, *(note for chunk, note in tied if chunk == each.chunk))) for each in chunks
     )
-    weights = weights_of(Lasts.of(files, logs, tasks, routes), of_others, chunks, not others, reduction)
+    unclipped = [each if clip_norm is None else _without_scale(each) for each in chunks]
+    weights = weights_of(Lasts.of(files, logs, tasks, routes), of_others, unclipped, not others, reduction)
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     clipping = _clipping(chunks, files, forwards, clip_norm, others, weights)
     replicas = tuple(differences(chunks, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
@@ -114,6 +115,10 @@ def compare(
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
     return replace(found, changes=tuple(_changes(logs, steps))) if scaled or found.verdict != "equal" else found
+
+
+def _without_scale(each: ChunkComparison) -> ChunkComparison:
+    return replace(each, scale=1.0, factor=None if each.factor is None else each.factor / each.scale)
 
 
 def _clipping(

@@ -91,6 +91,8 @@ def weights_of(
     lanes = [[one for each in every for one in each.by_lane[lane] if one is not None] for lane in own.by_lane]
     groups = [known] if summed else lanes
     reductions = {_reduction(group, values[0]) for group in groups}
+    if "other" in reductions and any(not alike([1.0, each.scale]) for each in chunks):
+        return LossWeights({}, "", expected)  # they may be clipped
     shown = {
         lane: tuple(_shown(one) * values[0] for one in group) for lane, group in zip(own.by_lane, lanes, strict=True)
     }

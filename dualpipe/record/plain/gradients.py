@@ -375,6 +375,12 @@ def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one + other
 
 
+def sum_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum in order; ``None`` if there is nothing to add, or if the shapes differ."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(there).sum(0) if there and len({tensor.shape for tensor in there}) == 1 else None
+
+
 def equal(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors have the same shape and, bit by bit, the same values in the first one's dtype."""
     if one is None or other is None or one.shape != other.shape:

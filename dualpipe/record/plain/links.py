@@ -118,7 +118,7 @@ def _described(difference: Difference, what: str, known: str, foreign: Mapping[O
 def _agreement(takens: Sequence[_Tensors], given: _Tensors, scaled: bool = False) -> Difference | None:
     """How what a stage takes, one list or the other, agrees with what it is given; ``None`` if bitwise."""
     present = [taken for taken in takens if any(tensor is not None for tensor in taken)]
-    for which, alike in (("", equal), ("narrow", _narrowed), ("near", _near)):
+    for which, alike in (("", equal), ("narrow", _narrowed), ("near", near)):
         if any(_among(taken, given, alike) for taken in present):
             return Difference(which) if which else None
     for taken in present if scaled else ():
@@ -143,7 +143,7 @@ def _early(takens: Sequence[_Tensors], leaves: Sequence[Sequence[tuple[str, Tens
 
 def _are(taken: _Tensors, partial: Tensor) -> bool:
     present = [tensor for tensor in taken if tensor is not None]
-    return bool(present) and any(_among(present, [partial], alike) for alike in (equal, _narrowed, _near))
+    return bool(present) and any(_among(present, [partial], alike) for alike in (equal, _narrowed, near))
 
 
 def _sum(parts: Sequence[tuple[str, Tensor]]) -> Tensor:
@@ -168,7 +168,7 @@ def _narrowed(one: Tensor, other: Tensor) -> bool:
     return any(equal(one, other.to(narrow).to(one.dtype)) for narrow in _NARROW)
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
+def near(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same up to rounding."""
     if one.shape != other.shape or not (one.is_floating_point() and other.is_floating_point()):
         return False

@@ -11,6 +11,7 @@ from torch.distributed import distributed_c10d as c10d
 from dualpipe.record.child import singles
 from dualpipe.testing import record_ranks
 from dualpipe.testing.launch import launch
+from tests.record.two_ranks import train
 
 CALLS = {
     "all_reduce": lambda x: {"tensor": x},
@@ -72,18 +73,7 @@ def step(counted):
         groups = [dist.new_group([each]) for each in range(2)]
         stage = Stage(groups[rank])
         optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
-        for _ in range(2):
-            if rank == 0:
-                y = stage(torch.randn(2, 4))
-                dist.send(y.detach(), 1)
-                gradient = torch.empty(2, 4)
-                dist.recv(gradient, 1)
-                y.backward(gradient)
-            else:
-                x = torch.empty(2, 4)
-                dist.recv(x, 0)
-                stage(x.requires_grad_()).square().sum().backward()
-                dist.send(x.grad, 0)
+        train(rank, stage)
         gradients = [parameter.grad for parameter in stage.parameters()]
         norm = counted * sum(gradient.square().sum() for gradient in gradients)
         dist.all_reduce(norm)

@@ -1,4 +1,4 @@
-"""Comparisons of programs with groups of one member, as Megatron has wherever a size is 1, and a norm of their own."""
+"""Comparisons of programs like Megatron: groups of one member, random states of their own, a norm of their own."""
 
 import warnings
 
@@ -50,11 +50,12 @@ def test_a_collective_of_one_member_gives_what_torch_gives():
 
 
 class Stage(nn.Module):
-    """A stage whose forward runs collectives of its group."""
+    """A stage whose forward runs collectives of its group, and draws a dropout mask from a random state of its own."""
 
     def __init__(self, group):
         super().__init__()
         self.linear, self.group = nn.Linear(4, 4), group
+        self.tracker = {"state": torch.get_rng_state()}
 
     def forward(self, x):
         y = self.linear(x)
@@ -62,7 +63,12 @@ class Stage(nn.Module):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         gathered = [torch.empty_like(y)]
         dist.all_gather(gathered, y.detach(), group=self.group)
-        return y - largest + gathered[0].mean()
+        running = torch.get_rng_state()
+        torch.set_rng_state(self.tracker["state"])
+        dropped = nn.functional.dropout(y, 0.2)
+        self.tracker["state"] = torch.get_rng_state()
+        torch.set_rng_state(running)
+        return dropped - largest + gathered[0].mean()
 
 
 def step(counted):

@@ -33,6 +33,7 @@ from .log import program_line
 from .marks import key_of
 from .patches import Patches
 from .replay import Call, Leaf, Replay, copy_of, gradient_of
+from .states import States
 from .transport import Transport
 from .values import Values
 
@@ -79,6 +80,7 @@ class Plain:
         self._weights: dict[int, Tensor] = {}  # by number: the value before the step
         self._before: dict[int, Tensor] = {}  # by number: the gradient before the step, if there was one
         self._values = Values(flow)
+        self._states = States()
         self._roots: dict[int, float] = {}  # forward -> the value of the scalar from which its backward began
         self._clipped: dict[str, Any] | None = None
         self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
@@ -89,6 +91,7 @@ class Plain:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
         self._values.watch(patches)
+        self._states.watch(patches)
         patches.put(Variable, "_execution_engine", _Roots(self._ran_from, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self.end_step(True)).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
@@ -135,7 +138,8 @@ class Plain:
                 self._computed = self._computed or not inside
                 return original(module, *args, **kwargs)
             call = self._begin(module, args, kwargs)
-            output = original(module, *args, **kwargs)
+            with self._states.kept([] if call is None else call.states):
+                output = original(module, *args, **kwargs)
             if call is not None:
                 self._end(call, output)
             return output
@@ -222,7 +226,7 @@ class Plain:
                     self._transport.alone = True
                     parameters = [parameter for _, parameter in self._parameters]
                     final = {n: copy_of(gradient_of(parameter)) for n, parameter in enumerate(parameters)}
-                    replay = Replay(parameters, self._weights)
+                    replay = Replay(parameters, self._weights, self._states)
                     self._save(
                         {
                             "forwards": {find(f): replay.run(calls) for f, calls in self._calls.items()},

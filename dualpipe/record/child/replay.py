@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from .marks import Key
+from .states import States
 
 Leaf = tuple[Key | None, tuple[int, ...]]
 """By which a tensor is recognised: its memory and its shape."""
@@ -33,7 +34,8 @@ class Call:
 
     ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
     which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
-    step began.  ``with_weights`` are the outputs that a run of the engine has reached that was not for the input alone.
+    step began, ``states`` the states of the random generator that it set. ``with_weights`` are the outputs that a run
+    of the engine has reached that was not for the input alone.
     """
 
     module: nn.Module
@@ -49,6 +51,7 @@ class Call:
     autocast: dict[str, torch.dtype]
     training: list[bool]
     changed: list[str]
+    states: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     returned: list[Leaf] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
@@ -88,10 +91,12 @@ class Replay:
         The parameters by number.
     weights:
         Their values before the step.
+    states:
+        Sets the states of the random generator that a call has set.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], weights: Mapping[int, Tensor]) -> None:
-        self._parameters, self._weights = parameters, weights
+    def __init__(self, parameters: Sequence[nn.Parameter], weights: Mapping[int, Tensor], states: States) -> None:
+        self._parameters, self._weights, self._states = parameters, weights, states
         self._numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
         self._checked: set[int] = set()  # parameters whose gradients were compared with a slope
 
@@ -194,6 +199,7 @@ class Replay:
             args, kwargs = tree_unflatten(leaves, call.spec)
             with ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(with_grad))
+                stack.enter_context(self._states.given(call.states))
                 for device, dtype in call.autocast.items() if with_grad else ():
                     stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
                 for part, mode in zip(call.module.modules(), call.training, strict=False):

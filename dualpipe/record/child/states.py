@@ -1,7 +1,8 @@
-"""Random states that modules switch between, as Megatron's tracker does for the dropout of each tensor-parallel rank.
+"""Random states that modules switch between with ``torch.set_rng_state``, as for a dropout with a state of its own.
 
-A plain run comes after the step, when such a tracker holds later states.  So the states that a call sets are kept, and
-set again in their order when the call is repeated.
+A plain run comes after the step, when such a module holds later states.  So the states that a call sets are kept, and
+set again in their order when the call is repeated.  States that a module sets on the generator itself, as Megatron's
+tracker does, are not seen.
 """
 
 from __future__ import annotations

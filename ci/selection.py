@@ -275,7 +275,7 @@ ROWS: dict[str, Row] = {
     ),
     "tests/proofs/": Row((), ("tests/proofs",), ("tests/page", "tests/docs/test_museum.py")),
     "tests/record/": Row((), ("tests/record",)),
-    "tests/record/megatron.py": Row((), ("tests/record/test_megatron.py", "tests/megatron/test_megatron_lm.py")),
+    "tests/record/megatron.py": Row((), ("tests/record",), ("tests/megatron/test_megatron_lm.py",)),
     "tests/record/test_limits.py": Row((), ("tests/record",)),
     "tests/reference/": Row((), ("tests/reference",), ("tests/proofs/test_memory.py",)),
     "tests/schedule/": Row((), ("tests/schedule",), ("tests/cli/test_entry_points.py", "tests/record/test_torch.py")),

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,17 +40,24 @@ OPTIONS = shlex.split("""
     --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --log-interval 1 --eval-interval 2 --eval-iters 2
     --ckpt-format torch_dist --save-interval 2
 """)
-LAUNCH = ("-m", "dualpipe.megatron.launch", "--on-cpu", f"{FOLDER}/pretrain_gpt.py", *OPTIONS)
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
 LOSS = re.compile(r"lm loss(?: value)?: (\S+)")
+
+
+def launch(clone: str | Path | None = FOLDER) -> list[str]:
+    """The module and the arguments that run a clone's script on the CPU."""
+    return ["-m", "dualpipe.megatron.launch", "--on-cpu", f"{clone}/pretrain_gpt.py", *OPTIONS]
+
+
+def environment(clone: str | Path | None = FOLDER) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def pretrain(ranks: int, save: Path, *options: str) -> list[float]:
     """Run the script; returns the losses of training and of the evaluations."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [*LAUNCH, "--save", str(save), *options]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    command += [*launch(), "--save", str(save), *options]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-5000:]
     return [float(loss) for loss in LOSS.findall(run.stdout + run.stderr)]
 
@@ -89,12 +97,12 @@ def test_the_unchanged_script_resumes_bitwise_with_dropout(flag, tmp_path):
     assert_equal(tmp_path / "whole", tmp_path / "resumed")
 
 
-def record(folder: Path, ranks: int, *options: str) -> tuple[Any, dict[str, Any]]:
+def record(folder: Path, ranks: int, *options: str, clone: str | Path | None = FOLDER) -> tuple[Any, dict[str, Any]]:
     """Record two steps of the script, prove the first one and compare it; returns its schedule and the report."""
     command = [sys.executable, "-m", "dualpipe", "record", "-P", str(ranks), "-o", str(folder / "theirs.txt")]
-    command += ["--prove", "--compare", "--json", "--timeout", "280", "--", sys.executable, *LAUNCH]
+    command += ["--prove", "--compare", "--json", "--timeout", "280", "--", sys.executable, *launch(clone)]
     command += ["--pipeline-model-parallel-size", str(ranks), "--train-iters", "2", "--eval-iters", "0", *options]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, env=environment(clone), capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode in (0, 1), run.stdout[-2000:] + run.stderr[-5000:]
     return loads((folder / "theirs.txt").read_text()), json.loads(run.stdout)
 
@@ -117,3 +125,35 @@ def test_the_unchanged_script_is_recorded_with_interleaving_which_frees_outputs_
     refuted = [name for name, check in report["proof"]["checks"].items() if check["verdict"] == "refuted"]
     assert refuted == ["buffers"]
     assert report["comparison"]["verdict"] == "equal"
+
+
+P2P = "megatron/core/pipeline_parallel/p2p_communication.py"
+SIZE = "args.pipeline_model_parallel_size"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "ranks", "options", "check", "verdict"),
+    [
+        # issue 5100: in an exchange around a ring all ranks send first
+        (P2P, "if group.rank() % 2 == 0:", "if True:", 4, "", "deadlock", "equal"),
+        # issue 1450: a batch has two messages between the same two ranks, which the script's own check refuses
+        (
+            *("megatron/training/arguments.py", f"{SIZE} > 2", f"{SIZE} > 1"),
+            *(2, "--no-overlap-p2p-communication", "messages", "different"),
+        ),
+    ],
+)
+def test_known_faults_planted_in_a_copy_are_refuted_with_the_line(
+    file, old, new, ranks, options, check, verdict, tmp_path
+):
+    clone = tmp_path / "clone"
+    shutil.copytree(FOLDER, clone, ignore=shutil.ignore_patterns(".git", "docs", "images", "tests"))
+    source = (clone / file).read_text()
+    assert source.count(old) == 1
+    (clone / file).write_text(source.replace(old, new))
+    options = f"--num-layers {2 * ranks} --num-virtual-stages-per-pipeline-rank 2 {options}".split()
+    _, report = record(tmp_path, ranks, *options, clone=clone)
+    found = report["proof"]["checks"][check]
+    assert found["verdict"] == "refuted"
+    assert f"{clone}/{P2P}:" in found["story"]
+    assert report["comparison"]["verdict"] == verdict

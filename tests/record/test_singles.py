@@ -1,4 +1,4 @@
-"""Comparisons of programs with groups of one member, as Megatron has wherever a size is 1, and a norm of their own."""
+"""Comparisons of programs like Megatron: groups of one member, random states of their own, a norm of their own."""
 
 import warnings
 
@@ -11,6 +11,7 @@ from torch.distributed import distributed_c10d as c10d
 from dualpipe.record.child import singles
 from dualpipe.testing import record_ranks
 from dualpipe.testing.launch import launch
+from tests.record.two_ranks import train
 
 CALLS = {
     "all_reduce": lambda x: {"tensor": x},
@@ -49,11 +50,12 @@ def test_a_collective_of_one_member_gives_what_torch_gives():
 
 
 class Stage(nn.Module):
-    """A stage whose forward runs collectives of its group."""
+    """A stage whose forward runs collectives of its group, and draws a dropout mask from a random state of its own."""
 
     def __init__(self, group):
         super().__init__()
         self.linear, self.group = nn.Linear(4, 4), group
+        self.tracker = {"state": torch.get_rng_state()}
 
     def forward(self, x):
         y = self.linear(x)
@@ -61,7 +63,12 @@ class Stage(nn.Module):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         gathered = [torch.empty_like(y)]
         dist.all_gather(gathered, y.detach(), group=self.group)
-        return y - largest + gathered[0].mean()
+        running = torch.get_rng_state()
+        torch.set_rng_state(self.tracker["state"])
+        dropped = nn.functional.dropout(y, 0.2)
+        self.tracker["state"] = torch.get_rng_state()
+        torch.set_rng_state(running)
+        return dropped - largest + gathered[0].mean()
 
 
 def step(counted):
@@ -72,18 +79,7 @@ def step(counted):
         groups = [dist.new_group([each]) for each in range(2)]
         stage = Stage(groups[rank])
         optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
-        for _ in range(2):
-            if rank == 0:
-                y = stage(torch.randn(2, 4))
-                dist.send(y.detach(), 1)
-                gradient = torch.empty(2, 4)
-                dist.recv(gradient, 1)
-                y.backward(gradient)
-            else:
-                x = torch.empty(2, 4)
-                dist.recv(x, 0)
-                stage(x.requires_grad_()).square().sum().backward()
-                dist.send(x.grad, 0)
+        train(rank, stage)
         gradients = [parameter.grad for parameter in stage.parameters()]
         norm = counted * sum(gradient.square().sum() for gradient in gradients)
         dist.all_reduce(norm)

@@ -22,6 +22,7 @@ singles      the collectives of groups with one member, in a plain run
 transport    calls torch's own functions
 arrivals     tensors that leave torch's operators and come back
 errors       errors of the program
+states       random states that modules switch between
 values       what the program reads from its tensors
 plain        runs the modules of a step once more, plainly, to compare with
 replay       the plain run of one forward

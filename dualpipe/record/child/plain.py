@@ -34,6 +34,7 @@ from .losses import Losses
 from .marks import key_of
 from .patches import Patches
 from .replay import Call, Replay, copy_of, gradient_of, leaf_of
+from .states import States
 from .transport import Transport
 
 _AUTOCAST = ("cpu", "cuda")
@@ -79,6 +80,7 @@ class Plain:
         self._reached: set[int] = set()  # the parameters of modules for which the engine has run
         self._edges = Edges(flow)
         self._losses = Losses(flow)
+        self._states = States()
         self._clipped: dict[str, Any] | None = None
         self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
 
@@ -86,6 +88,7 @@ class Plain:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
         self._losses.watch(patches)
+        self._states.watch(patches)
         patches.put(Variable, "_execution_engine", Engine(self._ran_from, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self._optimize()).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
@@ -142,7 +145,8 @@ class Plain:
                 self._computed = self._computed or not inside
                 return original(module, *args, **kwargs)
             call = self._begin(module, args, kwargs)
-            output = original(module, *args, **kwargs)
+            with self._states.kept([] if call is None else call.states):
+                output = original(module, *args, **kwargs)
             if call is not None:
                 arrived = [tree_leaves((args, kwargs))[at] for at in call.arrived]
                 self._end(call, output, [*arrived, *(t for _, _, t in _held(module) if self._has_arrived(t))])
@@ -284,7 +288,7 @@ class Plain:
                     self._transport.alone = True
                     parameters = [parameter for _, parameter in self._parameters]
                     final = {n: copy_of(gradient_of(parameter)) for n, parameter in enumerate(parameters)}
-                    replay = Replay(parameters, self._weights)
+                    replay = Replay(parameters, self._weights, self._states)
                     self._save(
                         {
                             "forwards": {f: replay.run(each) | self._edges.of(f) for f, each in calls.items()},

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from .ends import run_backward
 from .marks import Key, key_of
 from .regions import weak_storage
+from .states import States
 
 _STEP = 1e-5
 """How far the weights are moved for a slope, relative to their size."""
@@ -66,7 +67,8 @@ class Call:
     ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
     which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
     step began, ``totals`` the gradients of its outputs by position,
-    ``apart`` the outputs that the program uses outside of later calls, too.
+    ``apart`` the outputs that the program uses outside of later calls, too, ``states`` the states of the random
+    generator that it set.
     """
 
     module: nn.Module
@@ -82,6 +84,7 @@ class Call:
     autocast: dict[str, torch.dtype]
     training: list[bool]
     changed: list[str]
+    states: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     returned: list[Leaf] = field(default_factory=list)
     totals: dict[int, Total] = field(default_factory=dict)
@@ -119,10 +122,12 @@ class Replay:
         The parameters by number.
     weights:
         Their values before the step.
+    states:
+        Sets the states of the random generator that a call has set.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], weights: Mapping[int, Tensor]) -> None:
-        self._parameters, self._weights = parameters, weights
+    def __init__(self, parameters: Sequence[nn.Parameter], weights: Mapping[int, Tensor], states: States) -> None:
+        self._parameters, self._weights, self._states = parameters, weights, states
         self._numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
         self._checked: set[int] = set()  # parameters whose gradients were compared with a slope
         self._outside: dict[int, Tensor | None] = {}  # of the current forward: see ``run_backward``
@@ -233,6 +238,7 @@ class Replay:
             args, kwargs = tree_unflatten(leaves, call.spec)
             with ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(with_grad))
+                stack.enter_context(self._states.given(call.states))
                 for device, dtype in call.autocast.items() if with_grad else ():
                     stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
                 for part, mode in zip(call.module.modules(), call.training, strict=False):

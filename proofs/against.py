@@ -15,7 +15,7 @@ the same as ``F`` and ``B+W`` in two slots.  A difference in one of the first fo
 holds or exchanges.  A difference in slots alone does not; it is reported but not counted as a departure.
 
 After a rank's first departure in ``order``, one in ``weights`` or ``messages`` is left out, and so is one in ``slots``
-after any other departure: it would show the same fault again.
+after any other departure: it would show the same fault again.  So would what a rank that failed lacks at its end.
 """
 
 from __future__ import annotations
@@ -190,6 +190,12 @@ def _of_rank(here: Schedule, there: Schedule, rank: int) -> Iterator[Departure]:
     messages, slots = _in_messages(here, there, rank, order), _in_slots(here, there, rank)
     collectives = _in_collectives(here, there, rank)
     found = [] if order is None else [order]
+    failed = any(each.rank == rank and each.ends_early and not each.is_later for each in here.failures)
+    if failed and order is not None and order.here is None:
+        if weights is not None and weights.here is None:
+            weights = None  # the same end
+        if slots is not None and _slot(slots) == len(here.programs[rank]) - 1:
+            slots = None  # the op that failed
     if weights is not None and W in {placed.op.kind for placed in (weights.here, weights.there) if placed is not None}:
         found.append(weights)
     if messages is not None and (order is None or _slot(messages) < _slot(order)):

@@ -75,6 +75,7 @@ def test_where_a_program_failed_the_failure_is_the_cause():
     here, there = loads(f"{text}failure 0: {crash}\nfailure 1: {later}\n"), loads(RECORDED)
     assert stories(here, there)[0][1] == f"the program of this rank ended there: rank 0 {crash}"
     assert stories(here, there)[1][1].startswith("did an error or a wait for a message stop the rank there")
+    assert [each.aspect for each in compare(here, there).departures if each.rank == 0] == [Aspect.ORDER]
     short = loads(f"lane > 0 1\nfailure 0: {crash}\nrank 0: 0F0>\nrank 1:\n")
     assert "lane > has 1 microbatch, since the program ended before the others, and in" in text_of(short, there)
     shown = compare(here, there).as_json()["departures"]

@@ -220,6 +220,23 @@ def test_stages_that_were_summed_are_told_from_those_that_were_not():
     )
 
 
+def test_layers_that_are_numbered_differently_at_several_stages_are_one_line():
+    found = [
+        ChunkComparison(Chunk(lane, stage), stage if lane is UP else 1 - stage, 1, (), (), ())
+        for lane in (UP, DOWN)
+        for stage in (0, 1)
+    ]
+    files = {rank: {"names": ["w"], "weights": {0: torch.ones(2)}} for rank in (0, 1)}
+    forwards = {
+        Task(*each.chunk, 0): {"weights": {0: None}, "layers": {"layer_number": each.rank + 1}} for each in found
+    }
+    (line,) = differences(found, files, forwards)
+    assert line.startswith(
+        "the replicas of stages 0 1 number their layers differently: at stage 0, layer_number is 1 on rank 0 and 2 on "
+        "rank 1. Is the mirror chunk numbered"
+    )
+
+
 def test_losses_are_counted_as_computed_kept_and_read():
     begun = {"event": "forward", "module": 0, "messages": [], "after": [], "first": True, "again": None, "grad": True}
     events = [begun | {"forward": n, "at": "x.py:1"} for n in range(3)]

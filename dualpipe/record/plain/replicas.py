@@ -40,7 +40,7 @@ def differences(
             yield from _updated_apart(stage, both, files, forwards)
     if numbered:
         first = min(numbered)
-        what = f"of stage {first} {numbered[first]}" if len(numbered) > 1 else numbered[first]
+        what = f"at stage {first}, {numbered[first]}" if len(numbered) > 1 else numbered[first]
         yield (
             f"the replicas of {_stages(sorted(numbered))} number their layers differently: {what}. "
             "Is the mirror chunk numbered as if it were a stage of the rank's own number?"

@@ -38,6 +38,7 @@ from .transport import Transport
 
 _AUTOCAST = ("cpu", "cuda")
 _POLL = 0.01
+_SHARDED = "its weights are sharded over ranks (DTensor, as with fully_shard)"
 
 
 class _Roots:
@@ -178,6 +179,10 @@ class Plain:
         if not tensors or any(key_of(tensor) is None or tensor.is_meta for tensor in tensors):
             return None
         self._computed = True
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module  # the wrapper exchanges messages on its own, which no other rank does in a plain run
+        if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+            return Call(module, [], spec, [], [], [], [], {}, torch.empty(0), True, {}, [], [], refused=_SHARDED)
         with _disable_current_modes():
             self._keep_weights(module)
             weights = [(name, self._weights[self._numbers[id(p)]], p) for name, p in module.named_parameters()]
@@ -236,7 +241,7 @@ class Plain:
         with _disable_current_modes():
             call.outputs = [leaf.detach().clone() for leaf in leaves]
             call.returned = [self._leaf(leaf) for leaf in leaves]
-        for at, leaf in enumerate(leaves):
+        for at, leaf in enumerate(leaves if not call.refused else ()):
             if leaf.grad_fn is not None:
                 leaf.register_hook(functools.partial(self._keep_gradient, call, at))  # type: ignore[no-untyped-call]
         self._calls.setdefault(next(iter(forwards)), []).append(call)

@@ -35,6 +35,7 @@ class Call:
     ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
     which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
     step began.  ``with_weights`` are the outputs that a run of the engine has reached that was not for the input alone.
+    ``refused`` is the reason why it cannot be run plainly, if there is one.
     """
 
     module: nn.Module
@@ -54,6 +55,7 @@ class Call:
     returned: list[Leaf] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     with_weights: set[int] = field(default_factory=set)
+    refused: str = ""
 
     def reached(self, at: int, gradient: Tensor, spares: bool) -> None:
         """The engine has reached an output with a gradient, in a run that ``spares`` the weights or does not.
@@ -99,6 +101,8 @@ class Replay:
 
     def run(self, calls: Sequence[Call]) -> dict[str, Any]:
         """What the plain run of one forward gives, or an ``error``.  Changes the gradients of the parameters."""
+        if refused := next((call.refused for call in calls if call.refused), ""):
+            return {"error": refused}
         try:
             return self._run([call for call in calls if call.grad] or list(calls))
         except Exception as error:  # of a module that cannot be called by itself

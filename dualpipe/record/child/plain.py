@@ -38,7 +38,6 @@ from .transport import Transport
 
 _AUTOCAST = ("cpu", "cuda")
 _POLL = 0.01
-_SHARDED = "its weights are sharded over ranks (DTensor, as with fully_shard)"
 
 
 class _Roots:
@@ -181,8 +180,8 @@ class Plain:
         self._computed = True
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module  # the wrapper exchanges messages on its own, which no other rank does in a plain run
-        if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
-            return Call(module, [], spec, [], [], [], [], {}, torch.empty(0), True, {}, [], [], refused=_SHARDED)
+        if refused := refusal(module):
+            return Call(module, [], spec, [], [], [], [], {}, torch.empty(0), True, {}, [], [], refused=refused)
         with _disable_current_modes():
             self._keep_weights(module)
             weights = [(name, self._weights[self._numbers[id(p)]], p) for name, p in module.named_parameters()]
@@ -343,6 +342,15 @@ class Plain:
                 if found and thing.numel() == 1 and thing.is_floating_point():
                     self._note_loss(found, self._value(thing))
         return held
+
+
+def refusal(module: nn.Module) -> str:
+    """Why a module cannot be run plainly with its own weights; empty if it can be."""
+    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+        return "its weights are sharded over ranks (DTensor, as with fully_shard)"
+    if not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters()):
+        return "it is called with other weights than its own (torch.func.functional_call)"
+    return ""
 
 
 def _held(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:

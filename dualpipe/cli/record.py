@@ -146,8 +146,7 @@ def record(
 
     Exit codes:
     0: recorded; with --prove, also proved; with --compare, also equal
-    1: recorded, but the program failed or hung, --prove refuted the schedule, --compare found a difference, or a rank
-    departs from the schedule of --against
+    1: recorded, but the program failed or hung, or --prove, --compare or --against found something wrong
     2: bad input, or an op could not be named
     3: unknown: with --prove a solver gave up, or with --compare something could not be run plainly
     130: ended by Ctrl-C

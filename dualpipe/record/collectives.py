@@ -158,7 +158,8 @@ class _Met:
                 if self._unlike
                 else next(each for rank, each in joined.items() if self._chunk(rank) != self._chunk(first.id.rank))
             )
-            self.clash = f"{_what(first)}, and {_what(other)}"
+            one, two = (_what(each, self._chunk(each.id.rank)) for each in (first, other))
+            self.clash = f"{one}, and {two}"
 
     def _hold_each_other(self, stages: set[int]) -> bool:
         """Whether every member holds a replica of each of the stages."""
@@ -206,11 +207,18 @@ class _Met:
         return Chunk(lane, 0)
 
 
-def _what(each: Collective) -> str:
-    return f"rank {each.id.rank} {_call(each)}"
+def _what(each: Collective, chunk: Chunk | None) -> str:
+    return f"rank {each.id.rank} {_call(each, chunk)}"
 
 
-def _call(each: Collective) -> str:
+def _call(each: Collective, chunk: Chunk | None = None) -> str:
     names = [*each.names[:2], *(["..."] if len(each.names) > 2 else [])]
-    of = f" on the gradient of {', '.join(names)}" if names else f" on {', '.join(each.form)}" if each.form else ""
+    at_stage = f" of stage {chunk.stage}" if chunk is not None else ""
+    of = (
+        f" on the gradient of {', '.join(names)}{at_stage}"
+        if names
+        else f" on {', '.join(each.form)}"
+        if each.form
+        else ""
+    )
     return f"calls {each.name}{of} at {each.at}"

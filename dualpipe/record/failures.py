@@ -118,7 +118,8 @@ def _describe(
     if raised is not None and raised.error != "SystemExit":
         text = f": {raised.text}" if raised.text.strip() else ""
         freed = f", whose output was freed (its .data replaced) at {raised.freed}" if raised.freed else ""
-        return (0, raised.time), f"raised {raised.error} at {raised.at} {where}{freed}{text}"
+        at = f" at {raised.at}" if raised.at else ""
+        return (0, raised.time), f"raised {raised.error}{at} {where}{freed}{text}"
     if code is not None and code < 0:
         return (1, 0.0), f"was killed by signal {-code} ({signal.Signals(-code).name}) {where}"
     if code is not None:

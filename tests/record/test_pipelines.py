@@ -3,14 +3,21 @@
 import json
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from dualpipe.record import RecordError, assemble_all
 from dualpipe.record.events import read
 from dualpipe.record.pipelines import parse, pipelines
+from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from proofs.verdict import Refuted
 from tests.record.logs import Rank, lines
 from tests.record.run import command, forked, python
+from tests.record.two_ranks import SHAPE, receive, train
 
 PLAIN = [
     "0F0> 0F1> 0SF0> 0SF1> 0RB0> 0B0>+0W0> 0RB1> 0B1>+0W1>",
@@ -115,6 +122,46 @@ def test_two_replicas_are_recorded_and_a_test_chooses_one():
     recording = forked(4, "data_parallel.py", "swapped", pipeline_ranks=(0, 2))
     assert lines(recording) == [f"{PLAIN[0]} 0RG> 0RG>", f"{PLAIN[1]} 1RG> 1RG>"]
     assert prove(recording.schedule).verdict == "proved"
+
+
+def in_ddp(rank):
+    """Two pipelines of two ranks with the same data; the wrapper exchanges its buckets in the forward that follows."""
+    torch.manual_seed(rank % 2)
+    groups = [dist.new_group([stage, stage + 2]) for stage in range(2)]
+    stage = nn.parallel.DistributedDataParallel(nn.Linear(4, 4), process_group=groups[rank % 2])
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+    if rank % 2 == 0:
+        y = stage(torch.randn(SHAPE))
+        dist.send(y.detach(), rank + 1)
+        y.backward(receive(rank + 1))
+    else:
+        x = receive(rank - 1).requires_grad_()
+        stage(x).square().mean().backward()
+        dist.send(x.grad, rank - 1)
+    optimizer.step()
+
+
+def test_a_stage_in_ddp_is_run_plainly_without_the_other_pipelines():
+    comparison = record_ranks(4, in_ddp, compare=True, pipeline_ranks=(0, 1), timeout=30).comparison
+    assert comparison.verdict == "equal", comparison.text()
+
+
+def sharded(rank):
+    """A stage of ``fully_shard`` on each of two ranks."""
+    torch.manual_seed(rank)
+    stage = nn.Sequential(nn.Linear(4, 4))
+    fully_shard(stage, mesh=DeviceMesh("cpu", [[0], [1]], mesh_dim_names=("pp", "dp"))["dp"])
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+    train(rank, stage, 1)
+    optimizer.step()
+
+
+@pytest.mark.long
+def test_a_stage_whose_weights_are_sharded_is_not_run_plainly():
+    comparison = record_ranks(2, sharded, compare=True).comparison
+    assert comparison.verdict == "unknown"
+    reason = "microbatch 0 cannot be run plainly: its weights are sharded over ranks (DTensor, as with fully_shard)"
+    assert [chunk.unknown for chunk in comparison.chunks] == [(reason,)] * 2
 
 
 @pytest.mark.parametrize(("orders", "verdict"), [(("ab", "ab"), "proved"), (("ab", "ba"), "refuted")])

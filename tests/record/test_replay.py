@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.func import functional_call, vjp
 
 from dualpipe.record.child.ends import run_backward
 from dualpipe.record.child.forwards import Trials
 from dualpipe.record.child.marks import Table
+from dualpipe.record.child.plain import refusal
 from dualpipe.testing import record_ranks
 from tests.record.two_ranks import receive
 
@@ -62,6 +64,32 @@ def test_parts_of_a_stage_are_run_one_by_one_and_their_tensors_are_not_taken_for
     comparison = record_ranks(2, train, compare=True).comparison
     assert comparison.verdict == "equal", comparison.text()
     assert [chunk.notes for chunk in comparison.chunks] == [(), ()]
+
+
+def functional(rank):
+    """A stage as a function of its weights, and its backward by ``vjp``."""
+    torch.manual_seed(rank)
+    stage = nn.Linear(4, 4)
+    weights = {name: weight.detach() for name, weight in stage.named_parameters()}
+    x = receive(0) if rank else torch.randn(2, 4)
+    y, backward = vjp(lambda weights, x: functional_call(stage, weights, (x,)), weights, x)
+    if rank == 0:
+        dist.send(y.detach(), 1)
+        backward(receive(1))
+    else:
+        dist.send(backward(2 * y.detach())[1], 0)
+
+
+def test_a_module_with_other_weights_than_its_own_is_not_run_plainly():
+    comparison = record_ranks(2, functional, compare=True, timeout=30).comparison
+    assert comparison.verdict == "unknown"
+
+
+def test_why_a_module_is_not_run_plainly():
+    module = nn.Linear(2, 2)
+    assert refusal(module) == ""
+    module._parameters["weight"] = torch.ones(2, 2)
+    assert refusal(module) == "it is called with other weights than its own (torch.func.functional_call)"
 
 
 class Cell(nn.Module):

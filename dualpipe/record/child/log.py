@@ -19,6 +19,7 @@ _Step = tuple[FrameType, int]  # a frame and the line that it is at
 
 _OURS = str(Path(__file__).parent)
 _CALLERS = 3  # lines, besides that of the call itself
+_PACKAGES = ("torch", "typing_extensions")  # torch wraps functions of its own in ``typing_extensions.deprecated``
 _LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 
 
@@ -94,7 +95,7 @@ def _program_lines(frames: Iterable[_Step]) -> Iterator[str]:
         file, module = frame.f_code.co_filename, str(frame.f_globals.get("__name__", ""))
         if _is_launcher(module):
             return
-        of_library = module.partition(".")[0] == "torch" or (
+        of_library = module.partition(".")[0] in _PACKAGES or (
             file.startswith(_LIBRARIES) and "site-packages" not in file
         )
         line = f"{file}:{number}"

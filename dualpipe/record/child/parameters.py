@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .marks import Key, key_of
@@ -44,6 +45,8 @@ class Parameters:
         self._modules[id(module)] = (module, number)
         held = [self.number(child)[0] for child in nn.Module.modules(module) if child is not module]
         for name, parameter in nn.Module.named_parameters(module):
+            if is_functorch_wrapped_tensor(parameter):
+                continue  # what torch.func puts there for one call
             self._parameters.setdefault(id(parameter), (parameter, set()))[1].add(number)
             self._names[id(parameter)] = name
             self.note_gradient(parameter)

@@ -194,6 +194,10 @@ class Plain:
         if not tensors or any(key_of(tensor) is None or tensor.is_meta for tensor in tensors):
             return None
         self._computed, self._optimized = True, False
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module  # the wrapper exchanges messages on its own, which no other rank does in a plain run
+        if refused := refusal(module):
+            return Call(module, [], spec, [], [], [], [], {}, torch.empty(0), True, {}, [], [], refused=refused)
         with _disable_current_modes():
             self._keep_weights(module)
             weights = [(name, self._weights[self._numbers[id(p)]], p) for name, p in module.named_parameters()]
@@ -248,7 +252,7 @@ class Plain:
         with _disable_current_modes():
             call.outputs = [leaf.detach().clone() for leaf in leaves]
             call.returned = [leaf_of(leaf) for leaf in leaves]
-        for at, leaf in enumerate(leaves):
+        for at, leaf in enumerate(leaves if not call.refused else ()):
             node: Any = leaf.grad_fn
             if node is not None:
                 node.metadata.setdefault(_OUTPUT, []).append((call, at))
@@ -343,6 +347,15 @@ class Plain:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.save(content, path + ".part")
         os.replace(path + ".part", path)
+
+
+def refusal(module: nn.Module) -> str:
+    """Why a module cannot be run plainly with its own weights; empty if it can be."""
+    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+        return "its weights are sharded over ranks (DTensor, as with fully_shard)"
+    if not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters()):
+        return "it is called with other weights than its own (torch.func.functional_call)"
+    return ""
 
 
 def _held(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:

@@ -68,7 +68,7 @@ class Call:
     which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
     step began, ``totals`` the gradients of its outputs by position,
     ``apart`` the outputs that the program uses outside of later calls, too, ``states`` the states of the random
-    generator that it set.
+    generator that it set, ``refused`` the reason why it cannot be run plainly, if there is one.
     """
 
     module: nn.Module
@@ -89,6 +89,7 @@ class Call:
     returned: list[Leaf] = field(default_factory=list)
     totals: dict[int, Total] = field(default_factory=dict)
     apart: set[int] = field(default_factory=set)
+    refused: str = ""
 
     def reached(self, at: int, gradient: Tensor, spares: bool) -> None:
         """The engine has reached an output with a gradient, in a run that ``spares`` the weights or does not."""
@@ -134,6 +135,8 @@ class Replay:
 
     def run(self, calls: Sequence[Call]) -> dict[str, Any]:
         """What the plain run of one forward gives, or an ``error``.  Changes the gradients of the parameters."""
+        if refused := next((call.refused for call in calls if call.refused), ""):
+            return {"error": refused}
         try:
             return self._run([call for call in calls if call.grad] or list(calls))
         except Exception as error:  # of a module that cannot be called by itself

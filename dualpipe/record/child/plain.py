@@ -29,11 +29,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from .edges import Edges, Engine, leaves_below
 from .flow import Flow
 from .graph import marked_below
+from .kept import Kept
 from .log import program_line
 from .losses import Losses
 from .marks import key_of
 from .patches import Patches
-from .replay import Call, Replay, copy_of, gradient_of, leaf_of
+from .replay import Call, Replay, leaf_of
 from .states import States
 from .transport import Transport
 
@@ -72,17 +73,11 @@ class Plain:
         self._optimized = False  # whether an optimizer has made a step since the wanted one was computed
         self._anew = 0  # how many training steps it has ended so
         self._calls: dict[int, list[Call]] = {}
-        self._numbers: dict[int, int] = {}  # id of a parameter -> its number
-        self._parameters: list[tuple[str, nn.Parameter]] = []
-        self._weights: dict[int, Tensor] = {}  # by number: the value before the step
-        self._before: dict[int, Tensor] = {}  # by number: the gradient before the step, if there was one
-        self._trained: set[int] = set()  # the parameters with which a module has computed with gradients
-        self._reached: set[int] = set()  # the parameters of modules for which the engine has run
+        self._kept = Kept()
         self._edges = Edges(flow)
         self._losses = Losses(flow)
         self._states = States()
         self._clipped: dict[str, Any] | None = None
-        self._changed: dict[int, Tensor] | None = None  # by number: the weights after the step
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
@@ -104,7 +99,7 @@ class Plain:
             self.end_step(True)
             more = {} if original.__name__ == "clip_grad_value_" else {"norm_type": norm_type}
             norm = original(parameters, limit, *args, **more, **kwargs)
-            if isinstance(norm, Tensor) and self._done and self._changed is None and self._clipped is None:
+            if isinstance(norm, Tensor) and self._done and self._kept.changed is None and self._clipped is None:
                 with _disable_current_modes():
                     found = {"limit": float(limit), "norm": self._losses.value(norm), "type": float(norm_type)}
                     self._clipped = found | {"at": program_line()}
@@ -140,7 +135,7 @@ class Plain:
             if not inside:
                 self._begin_anew()
             if not inside and self._done:
-                self._keep_changed()
+                self._kept.step_ends()
             if inside or self._done or not self._is_wanted():
                 self._computed = self._computed or not inside
                 return original(module, *args, **kwargs)
@@ -177,14 +172,9 @@ class Plain:
 
     def _forget(self) -> None:
         """Forget what was kept of a step."""
-        self._clipped = self._changed = None
+        self._clipped = None
         self._calls.clear()
-        self._numbers.clear()
-        self._parameters.clear()
-        self._weights.clear()
-        self._before.clear()
-        self._trained.clear()
-        self._reached.clear()
+        self._kept.forget()
         self._edges.forget()
         self._losses.forget()
 
@@ -199,8 +189,7 @@ class Plain:
         if refused := refusal(module):
             return Call(module, [], spec, [], [], [], [], {}, torch.empty(0), True, {}, [], [], refused=refused)
         with _disable_current_modes():
-            self._keep_weights(module)
-            weights = [(name, self._weights[self._numbers[id(p)]], p) for name, p in module.named_parameters()]
+            changed = self._kept.module_runs(module)
             return Call(
                 module,
                 [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves],
@@ -214,35 +203,13 @@ class Plain:
                 torch.is_grad_enabled(),
                 {device: torch.get_autocast_dtype(device) for device in _AUTOCAST if torch.is_autocast_enabled(device)},
                 [part.training for part in module.modules()],
-                [name for name, before, now in weights if not torch.equal(before, now.detach())],
+                changed,
             )
 
     def _has_arrived(self, tensor: Tensor) -> bool:
         return tensor.is_floating_point() and bool(
             {"M", "C"} & {letter for letter, _ in self._flow.origins.carried_by(tensor)}
         )
-
-    def _keep_weights(self, module: nn.Module) -> None:
-        """Keep the weights of a module as they are when it first computes with gradients, after any evaluation."""
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in self._numbers:
-                self._numbers[id(parameter)] = len(self._parameters)
-                self._parameters.append((name, parameter))
-            number = self._numbers[id(parameter)]
-            if number not in self._trained:
-                self._weights[number] = parameter.detach().clone()
-                if torch.is_grad_enabled():
-                    self._trained.add(number)
-
-    def _keep_before(self, module: nn.Module) -> None:
-        """Keep the gradients of a module of before the engine first runs for it: a program may reset them late."""
-        for parameter in module.parameters():
-            number = self._numbers[id(parameter)]
-            if number not in self._reached:
-                self._reached.add(number)
-                before = copy_of(gradient_of(parameter))
-                if before is not None and bool(before.any()):
-                    self._before[number] = before
 
     def _end(self, call: Call, output: Any, inputs: Sequence[Tensor]) -> None:
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -265,7 +232,7 @@ class Plain:
         if gradient is None:  # a node gives none to an input that its function leaves out
             return
         with _disable_current_modes():
-            self._keep_before(call.module)
+            self._kept.engine_runs(call.module)
             call.reached(at, gradient.detach().clone(), self._flow.spares_weights())
 
     def end_step(self, by_optimizer: bool) -> None:
@@ -290,19 +257,19 @@ class Plain:
                 with _disable_current_modes():
                     self._flow.calling = 1  # so that nothing of the plain run is recorded
                     self._transport.alone = True
-                    parameters = [parameter for _, parameter in self._parameters]
-                    final = {n: copy_of(gradient_of(parameter)) for n, parameter in enumerate(parameters)}
-                    replay = Replay(parameters, self._weights, self._states)
+                    kept = self._kept
+                    final = kept.gradients()
+                    replay = Replay(kept.parameters, kept.weights, self._states)
                     self._save(
                         {
                             "forwards": {f: replay.run(each) | self._edges.of(f) for f, each in calls.items()},
-                            "names": [name for name, _ in self._parameters],
+                            "names": [name for name, _ in kept.named],
                             "final": final,
-                            "before": self._before,
+                            "before": kept.before,
                             "step": self._step,
                             "discarded": self._anew,
                             "by_optimizer": by_optimizer,
-                            "weights": self._weights,
+                            "weights": kept.weights,
                             "layers": self._layers(),
                             **losses,
                         }
@@ -319,15 +286,9 @@ class Plain:
         self.end_step(False)
         if self._done:
             with _disable_current_modes():
-                self._keep_changed()
-                content = {"weights": self._changed, "clipped": self._clipped, "read": self._losses.read()}
+                self._kept.step_ends()
+                content = {"weights": self._kept.changed, "clipped": self._clipped, "read": self._losses.read()}
                 self._save(content, ".after")
-
-    def _keep_changed(self) -> None:
-        """Keep the weights that the optimizers have changed, the first time that this is called."""
-        if self._changed is None:
-            with _disable_current_modes():
-                self._changed = {n: parameter.detach().clone() for n, (_, parameter) in enumerate(self._parameters)}
 
     def _layers(self) -> dict[int, dict[str, int]]:
         """By forward, the numbers of layers that its modules have as attributes, such as ``layer_number``."""

@@ -25,12 +25,12 @@ import torch
 from dualpipe.record.comparison import ChunkComparison, Clipping, Comparison, LossWeights
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.record.plain.clipping import judge
-from dualpipe.record.plain.copies import perhaps_tied
 from dualpipe.record.plain.factors import Lasts, factors, uneven, weights_of
-from dualpipe.record.plain.gradients import alike
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.losses import losses_of
+from dualpipe.record.plain.proportions import alike
 from dualpipe.record.plain.replicas import differences
+from dualpipe.record.plain.shared import perhaps_tied
 from dualpipe.record.plain.step import Step
 from dualpipe.record.recording import Recording
 from dualpipe.schedule import Chunk, Lane, Op, Task

@@ -8,7 +8,7 @@ from typing import Any
 
 from dualpipe.record.comparison import ChunkComparison, LossWeights
 from dualpipe.record.events import ForwardId, RankLog
-from dualpipe.record.plain.gradients import alike
+from dualpipe.record.plain.proportions import alike
 from dualpipe.schedule import Chunk, Lane, Task
 
 

@@ -11,7 +11,8 @@ import torch
 from dualpipe.record.phrases import names_of
 from dualpipe.record.plain.gradients import Agreement, equal
 from dualpipe.record.plain.links import ROUNDING
-from dualpipe.record.plain.sums import Partner, Replica, Summed, agreement_of_all, factor_of_shards
+from dualpipe.record.plain.shared import partners
+from dualpipe.record.plain.sums import Replica, Summed, agreement_of_all, factor_of_shards
 from dualpipe.schedule import Chunk
 
 if TYPE_CHECKING:
@@ -64,28 +65,6 @@ def in_shards(step: Step, chunk: Chunk) -> Agreement | None:
         pipelines=1 + len(step.replicas),
         squares=sum(float(each.square().sum()) for each in sums) * (factor / by) ** 2,
     )
-
-
-def partners(step: Step, chunk: Chunk, number: int) -> Iterator[Partner]:
-    """The parameters of other stages, to which one may be tied as the embedding is to the output layer.
-
-    Tied weights are equal before the step.  So a gradient that is summed over stages by mistake is no such sum.
-    """
-    value = step.file(chunk).get("weights", {}).get(number)
-    if value is None or not value.numel() or bool((value == value.reshape(-1)[0]).all()):
-        return
-    for stage in range(len(step.routes[chunk.lane])):
-        other = Chunk(chunk.lane, stage)
-        if stage == chunk.stage or any(not each.has(other) for each in (step, *step.replicas)):
-            continue
-        names, values = step.names(other), step.file(other).get("weights", {})
-        of_others = [each.parts_by_name(other) for each in step.replicas]
-        for at, parts in step.parts(other).items():
-            if not equal(value, values.get(at)):
-                continue
-            matching = [named[names[at]] for named in of_others if names[at] in named]
-            words = f"{step.name(chunk, number)} is summed with {names[at]} of stage {stage}, to which it is tied"
-            yield Partner(words, stage, [parts, *matching])
 
 
 def updated_apart(step: Step, chunk: Chunk) -> Iterator[str]:

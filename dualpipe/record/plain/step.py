@@ -12,22 +12,20 @@ from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.phrases import counted, names_of
-from dualpipe.record.plain import links, pipelines
+from dualpipe.record.plain import links, pipelines, shared
 from dualpipe.record.plain.changes import limit_of
 from dualpipe.record.plain.crossed import crossed
 from dualpipe.record.plain.gradients import (
     Agreement,
     Parts,
     agreement,
-    alike,
-    equal,
     factors_of,
     scale_of,
-    sum_of,
     totals_of,
 )
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.names import unique
+from dualpipe.record.plain.proportions import alike
 from dualpipe.schedule import B, Chunk, Lane, Op, Task, W
 
 _MOST_NAMES = 3
@@ -162,24 +160,24 @@ class Step:
         agree: list[Agreement] = []
         wrong: dict[str, list[str]] = {}
         factors: dict[str, float] = {}  # of the gradients that show it
-        shared = {number for number, chunks in self._users(rank).items() if len(chunks) > 1}
+        of_several = {number for number, chunks in shared.users(self, rank).items() if len(chunks) > 1}
         fitted = [factors_of(file["final"][number], parts) for number, parts in self.parts(chunk).items()]
         patterns = [factors for factors in fitted if factors]
         for number, parts in self.parts(chunk).items():
             name = names[number]
             final = file["final"][number]
-            if number in shared:
-                found = self._over_stages(rank, number)
+            if number in of_several:
+                found = shared.over_stages(self, rank, number)
                 if isinstance(found, Agreement):
                     agree.append(found)
                 else:
                     wrong.setdefault(found, []).append(name)
                 continue
             found = self._wrong(chunk, number) or agreement(
-                final, parts, self.counts(), self._scales, patterns, partial(self._place, chunk), lambda: self._limits
+                final, parts, self.counts(), self.scales, patterns, partial(self._place, chunk), lambda: self._limits
             )
             if not isinstance(found, Agreement):
-                found = self._summed_with(chunk, number, final) or found
+                found = shared.summed_with(self, chunk, number, final) or found
             if isinstance(found, Agreement) and parts.before is not None:
                 found = _with_earlier(found, file["step"])
             if isinstance(found, Agreement):
@@ -218,7 +216,7 @@ class Step:
         return tuple(sorted(found))
 
     @cached_property
-    def _scales(self) -> tuple[float, ...]:
+    def scales(self) -> tuple[float, ...]:
         """The factors that the program has scaled gradients by, where a gradient is large enough to show it."""
         found: list[float] = []
         for lane, route in self.routes.items():
@@ -299,65 +297,6 @@ class Step:
             for number, slope in found.get("slopes", {}).items():
                 slopes.setdefault(number, {})[mb] = slope
         return gradients, slopes
-
-    def _users(self, rank: int) -> dict[int, set[Chunk]]:
-        """By parameter of a rank the stages that use it."""
-        users: dict[int, set[Chunk]] = {}
-        for task, found in self.forwards.items():
-            if self.routes[task.lane][task.stage] == rank:
-                for number in found.get("weights", {}):
-                    users.setdefault(number, set()).add(task.chunk)
-        return users
-
-    def _over_stages(self, rank: int, number: int) -> Agreement | str:
-        """How the gradient of a parameter that several stages of a rank use agrees with the sum over them.
-
-        In which order they add to it is not fixed.  It may be summed over the ranks that hold the same parameter, too.
-        """
-        final, name = self.files[rank]["final"][number], self.files[rank]["names"][number]
-        own = self._sum_over(rank, number)
-        every = [own]
-        for other in {rank for route in self.routes.values() for rank in route} - {rank}:
-            shared = [n for n, chunks in self._users(other).items() if len(chunks) > 1]
-            every += [self._sum_over(other, n) for n in shared if self.files[other]["names"][n] == name]
-        if own is None or final is None:
-            zero = (own is None or not bool(own.any())) and (final is None or not bool(final.any()))
-            return Agreement("") if zero else "only one of the gradient and the sum over the stages that use it exists"
-        sums = [own, *([total for total in [sum_of(every)] if total is not None and total.shape == own.shape])]
-        ways = [(by, 1.0) for by in (1, *self.counts())] + [(1, scale) for scale in self._scales]
-        for by, scale in ways:
-            if any(links.near(final.double() * by / scale, total) for total in sums):
-                how = f" and divided by {by}" * (by > 1) + f" and scaled by {scale:.4g}" * (scale != 1)
-                shown = f"{name} is summed over the stages that use it{how}, up to rounding"
-                return Agreement(shown, scale=scale, divided_by=by)
-        return "the gradient is not the sum over the stages of the rank that use the parameter"
-
-    def _sum_over(self, rank: int, number: int) -> Tensor | None:
-        """The total gradient of a parameter over all stages of a rank, in double precision."""
-        totals = [self.parts(chunk)[number].total(None) for chunk in self._users(rank).get(number, ())]
-        return sum_of([None if total is None else total.double() for total in totals])
-
-    def _summed_with(self, chunk: Chunk, number: int, final: Tensor | None) -> Agreement | str:
-        """The parameter of another stage with which a gradient was summed: a tied weight, or by mistake another one."""
-        own = self.parts(chunk)[number].total(final)
-
-        def is_sum(total: Tensor | None) -> bool:
-            return own is not None and total is not None and total.shape == own.shape and equal(final, own + total)
-
-        for each in pipelines.partners(self, chunk, number):
-            if is_sum(each.every[0].total(final)):
-                return Agreement(each.words, copies=frozenset([number] * (each.stage < chunk.stage)))
-        own_value = self.file(chunk).get("weights", {}).get(number)
-        others = [Chunk(lane, stage) for lane, route in self.routes.items() for stage in range(len(route))]
-        for other in (each for each in others if each != chunk and self.has(each)):
-            values = self.file(other).get("weights", {})
-            for at, parts in self.parts(other).items():
-                if is_sum(parts.total(final)) and not equal(own_value, values.get(at)):
-                    return (
-                        f"the gradient is summed with that of {self.name(other, at)} of stage {other.stage}, which is "
-                        "another weight: does the reduction have ranks of different stages?"
-                    )
-        return ""
 
     def name(self, chunk: Chunk, number: int) -> str:
         return self.names(chunk)[number]

@@ -1,0 +1,81 @@
+"""What is kept of the parameters of a training step: weights before and after it, and gradients before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .replay import copy_of, gradient_of
+
+
+class Kept:
+    """The parameters that a rank's modules have used, numbered in the order of use.
+
+    Attributes
+    ----------
+    named:
+        The parameters with their names, by number.
+    weights:
+        By number, the value before the step.
+    before:
+        By number, the gradient before the step, where there was one.
+    changed:
+        By number, the value after the step; ``None`` until ``step_ends``.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget everything: another step begins."""
+        self.named: list[tuple[str, nn.Parameter]] = []
+        self.weights: dict[int, Tensor] = {}
+        self.before: dict[int, Tensor] = {}
+        self.changed: dict[int, Tensor] | None = None
+        self._numbers: dict[int, int] = {}  # id of a parameter -> its number
+        self._trained: set[int] = set()  # the parameters with which a module has computed with gradients
+        self._reached: set[int] = set()  # the parameters of modules for which the engine has run
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named]
+
+    def module_runs(self, module: nn.Module) -> list[str]:
+        """A module is about to compute: keep its weights, and return the names of those that the step has changed.
+
+        They are kept as they are when it first computes with gradients, after any evaluation.
+        """
+        changed = []
+        for name, parameter in module.named_parameters():
+            if id(parameter) not in self._numbers:
+                self._numbers[id(parameter)] = len(self.named)
+                self.named.append((name, parameter))
+            number = self._numbers[id(parameter)]
+            if number not in self._trained:
+                self.weights[number] = parameter.detach().clone()
+                if torch.is_grad_enabled():
+                    self._trained.add(number)
+            if not torch.equal(self.weights[number], parameter.detach()):
+                changed.append(name)
+        return changed
+
+    def engine_runs(self, module: nn.Module) -> None:
+        """The engine runs for a module: keep its gradients of before that.  A program may reset them late."""
+        for parameter in module.parameters():
+            number = self._numbers[id(parameter)]
+            if number not in self._reached:
+                self._reached.add(number)
+                before = copy_of(gradient_of(parameter))
+                if before is not None and bool(before.any()):
+                    self.before[number] = before
+
+    def gradients(self) -> dict[int, Tensor | None]:
+        """A copy of each gradient as it is now."""
+        return {number: copy_of(gradient_of(parameter)) for number, parameter in enumerate(self.parameters)}
+
+    def step_ends(self) -> None:
+        """Keep the weights that the optimizers have changed, the first time that this is called."""
+        if self.changed is None:
+            with _disable_current_modes():
+                self.changed = {n: parameter.detach().clone() for n, parameter in enumerate(self.parameters)}

@@ -278,7 +278,8 @@ def gradient_of(parameter: nn.Parameter) -> Tensor | None:
 
 
 def leaf_of(tensor: Tensor) -> Leaf:
-    return Leaf(key_of(tensor), tuple(tensor.shape), weak_storage(tensor))
+    key = key_of(tensor)
+    return Leaf(key, tuple(tensor.shape), weak_storage(tensor) if key else None)
 
 
 def copy_of(tensor: Tensor | None) -> Tensor | None:

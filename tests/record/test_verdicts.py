@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import mse_loss
 
 from dualpipe.testing import record_ranks
 from tests.record.gpipe_ranks import SHAPE, WIDTH, GPipe
+from tests.record.two_ranks import receive
 
 
 def compared(program):
@@ -150,4 +152,29 @@ class KeepsInputGradient(nn.Module):
 
 def test_a_function_that_gives_its_input_no_gradient_runs_as_without_the_recorder():
     comparison = compared(GPipe(last=KeepsInputGradient))
+    assert comparison.verdict == "equal", comparison.text()
+
+
+class Recomputed(GPipe):
+    """Forwards keep no graph; each backward computes its forward again."""
+
+    def train(self, rank, stage):
+        inputs = []
+        for _ in range(self.microbatches):
+            inputs.append(receive(0) if rank else torch.randn(SHAPE))
+            with torch.no_grad():
+                y = stage(inputs[-1])
+            if rank == 0:
+                dist.send(y, 1)
+        for x in inputs:
+            y = stage(x.requires_grad_())
+            if rank:
+                self.loss_of(y, self.microbatches).backward()
+                dist.send(x.grad, 0)
+            else:
+                y.backward(receive(1))
+
+
+def test_a_forward_that_is_computed_again_by_hand_has_the_gradients_of_that_run():
+    comparison = compared(Recomputed())
     assert comparison.verdict == "equal", comparison.text()

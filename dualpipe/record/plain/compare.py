@@ -169,10 +169,11 @@ def _step(
         files = {rank: {"error": _TWICE} for rank in files}
     forwards: dict[Task, Plainly] = {}
     for id, task in sorted(tasks.items()):
-        file, number = files.get(id.rank, {}), logs[id.rank].find(id.number)
-        found = file.get("forwards", {}).get(number)
-        if found is not None:
-            forwards[task] = found | {"layers": file.get("layers", {}).get(number, {})}
+        file, log = files.get(id.rank, {}), logs[id.rank]
+        parts = {n: each for n, each in file.get("forwards", {}).items() if log.find(n) == log.find(id.number)}
+        if parts:  # several if the program computes a forward again, by hand: the one that its backward ran from counts
+            number = max(parts, key=lambda n: bool(parts[n].get("ran")))
+            forwards[task] = parts[number] | {"layers": file.get("layers", {}).get(number, {})}
     counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
     return Step(files, forwards, routes, counts, others, places or {}, tuple(replicas))
 

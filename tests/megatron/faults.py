@@ -240,6 +240,7 @@ def mirror_chunk_numbered_as_rank_r() -> None:
 
     from dualpipe.megatron import model
 
+    model.building = lambda collection: nullcontext()
     real = model._provide
 
     def provide(provider, chunk, groups, options):

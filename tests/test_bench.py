@@ -70,6 +70,7 @@ def test_mutants_are_proved_and_run(capsys):
     assert "3 mutants" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_cells_of_the_matrix_are_verified(monkeypatch, capsys):
     """One schedule in one format, and each size of it the smallest there is."""
     main = script("matrix.py")["main"]

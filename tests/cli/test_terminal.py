@@ -67,6 +67,7 @@ def test_the_report_goes_to_standard_output_although_the_bar_is_on_the_terminal(
     assert "proved" not in done.out
 
 
+@pytest.mark.long
 def test_a_verification_shows_a_bar_for_each_party_on_a_terminal():
     shown = on_a_terminal("verify", "-P", "2", "-M", "4", "--steps", "1")
     assert shown.code == 0

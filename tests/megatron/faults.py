@@ -26,7 +26,7 @@ from tests.megatron.faults_of_replicas import (
     replicas_not_reduced_together,
 )
 
-BASE = Case(pp=2, steps=2, timeout=10)
+BASE = Case(pp=2, steps=1, timeout=10)
 
 
 @dataclass(frozen=True)
@@ -261,29 +261,38 @@ def fault(number: int, title: str, plant: Callable[[], None], says: str, case: C
 
 
 UNCLIPPED = replace(BASE, clip=0.0)  # the norm alone is wrong, and nothing that follows from it
-OVERLAPPED = replace(BASE, overlap_grad_reduce=True)
-FOUR = replace(BASE, pp=4, steps=1)
+TWO_STEPS = replace(BASE, steps=2)
+OVERLAPPED = replace(TWO_STEPS, overlap_grad_reduce=True)
+FOUR = replace(BASE, pp=4)
 
 FAULTS = [
     fault(11, "W stored and never run", weights_never_run, "gradient of .* differs"),
     fault(12, "a weight counted twice in the W split", layer_counted_twice, "gradient of .*linear_fc1.weight"),
     fault(13, "the split backward bypasses DDP's hooks", hooks_bypassed, "gradient of .*weight .* differs"),
-    fault(14, "a weight gradient arrives after the all-reduce", weight_gradient_after_the_reduction, "differs between"),
-    fault(15, "the replicas are not reduced together", replicas_not_reduced_together, "differs between ranks"),
+    fault(
+        14,
+        "a weight gradient arrives after the all-reduce",
+        weight_gradient_after_the_reduction,
+        "differs between",
+        TWO_STEPS,
+    ),
+    fault(
+        15, "the replicas are not reduced together", replicas_not_reduced_together, "differs between ranks", TWO_STEPS
+    ),
     fault(15, "the replicas start apart", initial_weights_differ, "differs between ranks"),
     fault(
         15,
         "queries and keys clipped by the logits of one lane",
         logits_of_one_lane,
         "weight of .*linear_q_up_proj",
-        replace(BASE, model=Model.DEEPSEEK, dtype="bf16", qk_clip=True, steps=1),
+        replace(BASE, model=Model.DEEPSEEK, dtype="bf16", qk_clip=True),
     ),
     fault(
         15,
         "experts balanced over the tokens of one lane",
         experts_balanced_in_one_lane,
         "gradient of",
-        replace(BASE, model=Model.MOE, global_aux_loss=True, steps=1),
+        replace(BASE, model=Model.MOE, global_aux_loss=True),
     ),
     fault(16, "the norm counts a parameter twice", norm_counts_both_replicas, "gradient norm", UNCLIPPED),
     fault(
@@ -291,7 +300,7 @@ FAULTS = [
         "the norm counts every instance of the distributed optimizer",
         norm_counts_every_optimizer_instance,
         "gradient norm",
-        replace(UNCLIPPED, dp=2, distributed_optimizer=True, instances=2, steps=1),
+        replace(UNCLIPPED, dp=2, distributed_optimizer=True, instances=2),
     ),
     fault(17, "the norm of one stage only", norm_of_one_stage_only, "gradient norm", UNCLIPPED),
     fault(18, "gradients rescaled at each accumulation", gradients_rescaled_at_each_accumulation, "gradient of"),
@@ -313,7 +322,7 @@ FAULTS = [
         "a message on the default group",
         messages_on_the_default_group,
         "RuleError: a schedule must run on as many processes as it has ranks",
-        replace(BASE, dp=2, steps=1),
+        replace(BASE, dp=2),
     ),
     fault(30, "a delayed weight gradient overwrites", delayed_gradient_overwrites, "gradient of .*weight"),
     fault(32, "the losses are cleared before they are returned", losses_cleared_before_they_are_returned, "loss of"),

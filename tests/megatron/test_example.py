@@ -56,6 +56,7 @@ def test_dualpipe_prints_the_digest_of_1f1b_at_twice_the_data_parallelism_and_of
     assert digest != pretrain(2, f"{FOUR}{options} --use-dualpipe --seed 2")
 
 
+@pytest.mark.long
 def test_dualpipev_prints_the_digest_of_1f1b_on_twice_the_ranks():
     options = "--train-iters 2 --eval-interval 1 --mtp-num-layers 1 --tied-embeddings --dropout 0.1"
     of_v = pretrain(2, f"{options} --pipeline-model-parallel-size 2 --use-dualpipev")

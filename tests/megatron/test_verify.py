@@ -28,7 +28,7 @@ SAMPLE = {
         overlap_grad_reduce=True,
         qk_clip=True,
         microbatches=4,
-        steps=2,
+        steps=1,
     ),
     "v, multi-token prediction, tied, dropout": Case(schedule="dualpipev", mtp=1, tied=True, dropout=0.1, steps=2),
     "sequences of different lengths, dropout, recompute, late W in the tail": Case(

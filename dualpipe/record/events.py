@@ -226,6 +226,7 @@ def _read_post(log: RankLog, event: Event) -> None:
             tag=posted["tag"],
             weights=tuple(posted["weights"]),
             memory=None if posted["memory"] is None else tuple(posted["memory"]),
+            passed_on=tuple(MessageId(log.rank, number) for letter, number in posted["marks"] if letter == "M"),
         )
 
 

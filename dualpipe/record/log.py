@@ -160,9 +160,9 @@ class Forward:
 class Message:
     """One end of a message.
 
-    ``memory`` is the storage and the offset of the tensor, or ``None`` if unknown.  Three fields are for sends only:
+    ``memory`` is the storage and the offset of the tensor, or ``None`` if unknown.  Four fields are for sends only:
     ``gradient_of`` and ``activation_of`` are the forwards to which the tensor belongs, ``weights`` the parameters whose
-    gradients it has.
+    gradients it has, ``passed_on`` the receives whose tensor it is.
     """
 
     id: MessageId
@@ -179,6 +179,7 @@ class Message:
     tag: int = 0
     memory: tuple[int, int] | None = None
     weights: tuple[str, ...] = ()
+    passed_on: tuple[MessageId, ...] = ()
 
 
 class Doubt(NamedTuple):

@@ -27,8 +27,8 @@ class Named:
 
     ``control`` counts the ends that were left out, ``unknown`` the sends whose tensor no observed computation made, and
     ``weights`` those whose tensor is the gradient of a parameter;
-    ``unused`` are the receives whose tensor no observed computation used.  ``guesses`` has all ends that neither their
-    content nor their use names, with the other ops that each could be.
+    ``unused`` are the receives whose tensor no observed computation used, and no send passed on.  ``guesses`` has all
+    ends that neither their content nor their use names, with the other ops that each could be.
     """
 
     ops: Mapping[MessageId, Op]
@@ -59,6 +59,7 @@ def name_messages(
             ops[id] = found
     unknown: list[Message] = []
     unused: list[Message] = []
+    passed_on = {receive for message in messages.values() for receive in message.passed_on}
     notes = _drop_outputs(ops, messages, partner, lineage)
     for id, message in messages.items():
         other = partner.get(id)
@@ -66,7 +67,8 @@ def name_messages(
             op = _mirrored(ops[other], message)
             if _is_in_a_lane(op, lineage):
                 ops[id] = op
-                (unknown if message.send else unused).append(message)
+                if id not in passed_on:
+                    (unknown if message.send else unused).append(message)
     guesses: dict[MessageId, tuple[Op, ...]] = {message.id: () for message in (*unknown, *unused)}
     forms = _forms(ops, messages)
     next_computes = {log.rank: _next_computes(log, lineage) for log in logs}

@@ -121,9 +121,11 @@ class Plain:
         if losses:
             self._losses.begin(losses, bool(inputs))
         spares = bool(inputs) and not any(target in self._flow.parameters for target in inputs)
+        every = {self._flow.find(number) for number in self._flow.makers(roots)}
         for root, gradient in zip(roots, gradients, strict=False):
             if isinstance(root, Tensor) and isinstance(gradient, Tensor) and root.numel() > 1:
-                made = {self._flow.find(number) for number in self._flow.makers((root,))}
+                # an input that a module returns as it is has no maker of its own
+                made = {self._flow.find(number) for number in self._flow.makers((root,))} or every
                 for forward in made if len(made) == 1 else ():
                     self._edges.run_from(forward, root, gradient, spares, self._calls.get(forward, ()))
 

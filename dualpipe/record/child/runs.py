@@ -73,7 +73,8 @@ class Runs:
         made_by = [self.makers(root) for root in roots]
         found = {forward for made in made_by for forward in made}
         for made, gradient in zip(made_by, grads, strict=False):
-            self._take([gradient], made)
+            # a root that no forward made may be an input that the only one has returned as it is
+            self._take([gradient], made or (found if len(found) == 1 else set()))
         targets = [self._variable(target) for target in inputs]
         weights = [target in self._parameters for target in targets]
         for_weights = bool(weights) and all(weights)

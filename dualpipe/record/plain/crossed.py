@@ -1,8 +1,8 @@
-"""Gradients that a stage uses for another output than the one that it has sent."""
+"""Gradients that a stage uses for another output than the one that it has sent, or does not use at all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -15,19 +15,26 @@ def crossed(found: Plainly, after: Plainly | None) -> bool:
 
     ``found`` and ``after`` are what the ranks of the two stages have for one microbatch.
     """
-    if after is None or "error" in after or "output gradients" not in found:
-        return False
-    taken, gradients = after["took"], after["input gradients"]
-    if len(taken) != len(gradients):
-        return False
-    for tensor, gradient in zip(taken, gradients, strict=True):
-        if gradient is None or not bool(gradient.any()):
-            continue
-        sent = _equal_to(tensor, found["plainly"])
+    for sent, gradient in _sent(found, after):
         used = _equal_to(gradient, found["output gradients"])
-        if sent and used and sent.isdisjoint(used):
+        if used and sent.isdisjoint(used):
             return True
     return False
+
+
+def left_out(found: Plainly, after: Plainly | None) -> bool:
+    """Whether the next stage has a gradient for an output, and the backward ran without any for that output."""
+    return any(all(found["output gradients"][at] is None for at in sent) for sent, _ in _sent(found, after))
+
+
+def _sent(found: Plainly, after: Plainly | None) -> Iterator[tuple[set[int], Tensor]]:
+    """For what the next stage takes and has a gradient for: which outputs it is, and the gradient."""
+    if after is None or "error" in after or "output gradients" not in found:
+        return
+    taken, gradients = after["took"], after["input gradients"]
+    for tensor, gradient in zip(taken, gradients, strict=True) if len(taken) == len(gradients) else ():
+        if gradient is not None and bool(gradient.any()) and (sent := _equal_to(tensor, found["plainly"])):
+            yield sent, gradient
 
 
 def _equal_to(tensor: Tensor, others: Sequence[Tensor | None]) -> set[int]:

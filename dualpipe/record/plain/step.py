@@ -14,7 +14,7 @@ from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.phrases import counted, names_of
 from dualpipe.record.plain import links, pipelines, shared
 from dualpipe.record.plain.changes import limit_of
-from dualpipe.record.plain.crossed import crossed
+from dualpipe.record.plain.crossed import crossed, left_out
 from dualpipe.record.plain.gradients import (
     Agreement,
     Parts,
@@ -71,7 +71,11 @@ class Step:
                 of_task = links.differences(Task(*chunk, mb), found, self.forwards, self.foreign, self.places)
                 linked[mb] = list(of_task)
                 after = chunk.stage + 1
-                if crossed(found, self.forwards.get(Task(chunk.lane, after, mb))):
+                following = self.forwards.get(Task(chunk.lane, after, mb))
+                if left_out(found, following):
+                    what = f"microbatch {mb} uses no gradient for an output of which stage {after} has one"
+                    linked[mb].append(links.Difference("unknown", what))
+                if crossed(found, following):
                     faults.append(
                         f"microbatch {mb} uses the gradient that stage {after} has for one output for another "
                         "one: are they sent in another order, or does the backward run from what was not sent?"

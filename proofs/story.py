@@ -168,7 +168,7 @@ def _nowhere(place: Placed, peer: int | None, ranks: int, holder: int, neighbour
     if named and peer == place.rank:
         return f"it names its own rank as the other end; {reason}"
     if named and neighbour is None:
-        return f"lane {op.lane} has no stage {side} stage {op.stage}, and rank {peer} has no part in it"
+        return f"lane {op.lane} has no stage {side} stage {op.stage} that rank {peer} could hold"
     return reason
 
 

@@ -35,7 +35,7 @@ FAULTS = [
         "no peer",
         "1RF0>",
         "0RF0>@0",
-        "lane > has no stage before stage 0, and rank 0 has no part in it",
+        "lane > has no stage before stage 0 that rank 0 could hold",
     ),
     (findings.Mismatch, "mismatch", "0SF0> 0F1> 0SF1>", "0F1> 0SF1> 0SF0>", "but the next message from rank 0 is the"),
     (findings.LeftOver, "left over", "1SB1>", "", "as message 2 from rank 1, which sends only 1"),

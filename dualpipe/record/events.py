@@ -58,6 +58,7 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
                     if (known := log.forwards.get(log.find(forward))) is not None:
                         known.backward_began = True
                         known.untrainable = forward in event["untrainable"]
+                        known.sharded = forward in event.get("sharded", ())
             case "gradients":
                 for forward, messages in zip(event["forwards"], event["messages"], strict=True):
                     if (known := log.forwards.get(log.find(forward))) is not None:

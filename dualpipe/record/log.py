@@ -129,6 +129,8 @@ class Forward:
         Where the program requested gradients of weights from the engine; it may keep them elsewhere than in ``.grad``.
     untrainable:
         Whether none of its modules has a parameter to train.
+    sharded:
+        Whether its weights are sharded over ranks, so that their gradients are not observed.
     owed:
         The parameters whose gradients its backward left out, by number: the name, how it did so (``none``, ``unseen``,
         ``zero``, ``all zero``) and where.
@@ -149,6 +151,7 @@ class Forward:
     grad: bool = True
     requested_at: str = ""
     untrainable: bool = False
+    sharded: bool = False
     step: int = 0
     owed: dict[int, Owed] = field(default_factory=dict)
     fed: set[int] = field(default_factory=set)

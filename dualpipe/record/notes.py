@@ -49,7 +49,7 @@ def notes_on_weights(log: RankLog, lineage: Lineage) -> list[str]:
                 f"the backward at {owed[0].at} gives {_names(owed)} of stage {task.stage} {what}; whether the program "
                 "computes that gradient at all could not be determined"
             ] += 1
-        elif forward.weights:
+        elif forward.weights or forward.sharded:
             continue
         elif forward.requested_at:
             notes[f"weight gradients computed at {forward.requested_at} reach no .grad; their W is there"] += 1

@@ -51,6 +51,14 @@ DOUBTS: Final = {
         "own order; the file has them in the order of microbatches",
         (f"run of the engine sums {_SUMMED}", f"runs of the engine sum {_SUMMED}"),
     ),
+    "sharded": (
+        "the weights of {op} are sharded over ranks (fully_shard); when their gradients are computed could not be "
+        "observed, and the file has its W in the slot of its B",
+        (
+            "backward has weight gradients that could not be observed",
+            "backwards have weight gradients that could not be observed",
+        ),
+    ),
     "outside": (
         "the computation at {at} takes a tensor that was made outside of torch's operators (NumPy, a list), after an "
         "activation or gradient had left torch; whether it is that one could not be determined for {op}",

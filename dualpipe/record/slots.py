@@ -232,7 +232,8 @@ def _program(
                 compute([lineage.op(F, log, event["forward"])])
             case "backward":
                 compute([lineage.op(B, log, forward) for forward in event["forwards"]], event["run"])
-                compute([lineage.op(W, log, forward) for forward in event["untrainable"]], event["run"])
+                with_b = (*event["untrainable"], *event.get("sharded", ()))
+                compute([lineage.op(W, log, forward) for forward in with_b], event["run"])
             case "weights requested":
                 alone = [f for f in event["forwards"] if only_weights.get(log.find(f)) == index]
                 compute([op for f in alone if (op := lineage.op(B, log, f)) and op.stage == 0], event["run"])
@@ -290,10 +291,10 @@ def last_weights(log: RankLog) -> dict[int, int]:
     """For every forward the index of the last event that adds to its weight gradients; its W ends there.
 
     If no event adds to them, it is the last run of the engine in which the program requested gradients of weights.  A
-    forward with a parameter whose gradient was never computed has no W.
+    forward with a parameter whose gradient was never computed has no W; that of one with sharded weights is with its B.
     """
     last: dict[str, dict[int, int]] = {"weights requested": {}, "weights": {}}
-    without = lacking(log)
+    without = {*lacking(log), *(number for number, forward in log.forwards.items() if forward.sharded)}
     for index, event in enumerate(log.events):
         if event["event"] in last:
             computed = [forward for forward in map(log.find, event["forwards"]) if forward not in without]

@@ -122,7 +122,7 @@ def _run_name(log: RankLog, run: int, recording: Recording) -> str:
             continue
         if event["event"] == "backward":
             backwards += event["forwards"]
-            weights += event["untrainable"]
+            weights += [*event["untrainable"], *event.get("sharded", ())]
         elif event["event"] in ("weights", "weights requested"):
             for forward in event["forwards"]:
                 (weights if last.get(log.find(forward)) == index else parts).append(forward)

@@ -152,16 +152,20 @@ def sharded(rank):
     stage = nn.Sequential(nn.Linear(4, 4))
     fully_shard(stage, mesh=DeviceMesh("cpu", [[0], [1]], mesh_dim_names=("pp", "dp"))["dp"])
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
-    train(rank, stage, 1)
+    for is_last in (False, True):
+        stage.set_requires_gradient_sync(is_last)
+        train(rank, stage, 1)
     optimizer.step()
 
 
 @pytest.mark.long
-def test_a_stage_whose_weights_are_sharded_is_not_run_plainly():
-    comparison = record_ranks(2, sharded, compare=True).comparison
-    assert comparison.verdict == "unknown"
+def test_a_stage_whose_weights_are_sharded_is_not_run_plainly_and_its_w_is_with_its_b():
+    recording = record_ranks(2, sharded, compare=True)
+    assert recording.comparison.verdict == "unknown"
     reason = "microbatch 0 cannot be run plainly: its weights are sharded over ranks (DTensor, as with fully_shard)"
-    assert [chunk.unknown for chunk in comparison.chunks] == [(reason,)] * 2
+    assert [chunk.unknown[0] for chunk in recording.comparison.chunks] == [reason] * 2
+    assert "4 backwards have weight gradients that could not be observed" in recording.caveats
+    assert prove(recording.schedule, smt=False).verdict == "proved"
 
 
 @pytest.mark.parametrize(("orders", "verdict"), [(("ab", "ab"), "proved"), (("ab", "ba"), "refuted")])

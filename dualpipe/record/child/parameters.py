@@ -59,6 +59,10 @@ class Parameters:
         """Whether any of the modules has a parameter that requires a gradient."""
         return any(p.requires_grad and not held.isdisjoint(modules) for p, held in self._parameters.values())
 
+    def sharded(self, modules: Collection[int]) -> bool:
+        """Whether any of the modules has a parameter that is sharded over ranks, as by ``fully_shard``."""
+        return any(hasattr(p, "to_local") and not held.isdisjoint(modules) for p, held in self._parameters.values())
+
     def holders(self, parameter: int) -> set[int]:
         return self._parameters[parameter][1]
 

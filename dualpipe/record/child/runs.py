@@ -150,8 +150,12 @@ class Runs:
         if run.began > _COMMUTE >= run.began - len(forwards):
             self._write("doubt", what="summed", forward=forwards[0])
         self._forwards.backward_began.update(forwards)
-        untrainable = [f for f in forwards if not self._parameters.trainable(self._forwards.modules(f))]
-        self._write("backward", forwards=forwards, run=run.number, untrainable=untrainable)
+        modules = {forward: self._forwards.modules(forward) for forward in forwards}
+        sharded = [forward for forward in forwards if self._parameters.sharded(modules[forward])]
+        for forward in sharded:
+            self._write("doubt", what="sharded", forward=forward)
+        untrainable = [forward for forward in forwards if not self._parameters.trainable(modules[forward])]
+        self._write("backward", forwards=forwards, run=run.number, untrainable=untrainable, sharded=sharded)
 
     def _take(self, gradients: Iterable[Any], forwards: set[int]) -> None:
         """Assign to forwards the messages with the gradient of one of their outputs that had no taker yet."""

@@ -65,7 +65,8 @@ def check_within_step(
             raise RecordError(
                 "both ends of a message are in the same training step",
                 f"{_end(one)}, and {_end(two)}",
-                "post it after the optimizer's step, or record a program of one step",
+                "post it after the optimizer's step, make that step after all backwards and not in their hooks, or "
+                "record a program of one step",
             )
 
 

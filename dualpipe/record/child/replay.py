@@ -110,8 +110,8 @@ class _Made:
     weights: dict[int, Tensor]
     roots: list[tuple[Tensor, Tensor]]
     """The outputs that the recorded backward began from, with the gradients that it got for them."""
-    needs_gradient: bool
-    """Whether any output does."""
+    need_gradients: list[bool]
+    """Whether each of the outputs in ``returned`` does."""
 
 
 class Replay:
@@ -173,7 +173,8 @@ class Replay:
             "wrong": wrong,
             "changed": sorted({name for call in calls for name in call.changed}),
             "ran": bool(made.roots),
-            "needs gradient": made.needs_gradient,
+            "needs gradient": any(made.need_gradients),
+            "need gradients": made.need_gradients,
         }
 
     def _outer(self, gradient: Tensor | None) -> Tensor | None:
@@ -257,7 +258,7 @@ class Replay:
             for (number, at), leaf in results.items()
             if (number, at) in ends and at in calls[number].gradients and (leaf.requires_grad or not with_grad)
         ]
-        return _Made(returned, inputs, weights, roots, any(leaf.requires_grad for leaf in results.values()))
+        return _Made(returned, inputs, weights, roots, [leaf.requires_grad for leaf in results.values()])
 
 
 def direction(number: int, like: Tensor) -> Tensor:

@@ -23,8 +23,12 @@ def crossed(found: Plainly, after: Plainly | None) -> bool:
 
 
 def left_out(found: Plainly, after: Plainly | None) -> bool:
-    """Whether the next stage has a gradient for an output, and the backward ran without any for that output."""
-    return any(all(found["output gradients"][at] is None for at in sent) for sent, _ in _sent(found, after))
+    """Whether the next stage has a gradient for an output that needs one, and the backward ran without any for it."""
+
+    def lacks(at: int) -> bool:
+        return found["need gradients"][at] and found["output gradients"][at] is None
+
+    return any(all(map(lacks, sent)) for sent, _ in _sent(found, after))
 
 
 def _sent(found: Plainly, after: Plainly | None) -> Iterator[tuple[set[int], Tensor]]:

@@ -20,6 +20,7 @@ from tests.megatron.faults_of_replicas import (
     experts_balanced_in_one_lane,
     initial_weights_differ,
     logits_of_one_lane,
+    mirror_chunk_numbered_as_rank_r,
     norm_counts_both_replicas,
     norm_counts_every_optimizer_instance,
     norm_of_one_stage_only,
@@ -233,21 +234,6 @@ def outputs_freed_under_the_backward() -> None:
         return torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None
 
     live._edge = edge
-
-
-def mirror_chunk_numbered_as_rank_r() -> None:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from dualpipe.megatron import model
-
-    model.building = lambda collection: nullcontext()
-    real = model._provide
-
-    def provide(provider, chunk, groups, options):
-        own = ProcessGroupCollection.use_mpu_process_groups()
-        return real(provider, chunk, replace(groups, chunks=dict.fromkeys(groups.chunks, own)), options)
-
-    model._provide = provide
 
 
 def gradients_never_finalized() -> None:

@@ -5,6 +5,8 @@ Each function plants one in the running drop-in; ``tests.megatron.faults`` has t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 
@@ -60,3 +62,18 @@ def experts_balanced_in_one_lane() -> None:
         return real(own, stage, stages, embd=embd, **made | {"tp_dp_cp": own.tp_dp_cp})
 
     groups._collection = collection
+
+
+def mirror_chunk_numbered_as_rank_r() -> None:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from dualpipe.megatron import model
+
+    model.building = lambda collection: nullcontext()
+    real = model._provide
+
+    def provide(provider, chunk, groups, options):
+        own = ProcessGroupCollection.use_mpu_process_groups()
+        return real(provider, chunk, replace(groups, chunks=dict.fromkeys(groups.chunks, own)), options)
+
+    model._provide = provide

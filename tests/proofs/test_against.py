@@ -268,8 +268,8 @@ def test_collectives_in_another_order_of_groups_depart():
 
 
 def test_a_collective_that_is_left_out_departs():
-    told = stories(loads(REDUCED.replace(" 1AR>@1", "")), loads(REDUCED))
-    assert told == {
+    found = stories(loads(REDUCED.replace(" 1AR>@1", "")), loads(REDUCED))
+    assert found == {
         1: (
             "rank 1 never launches 1AR>@1, which the other schedule launches in its slot 5",
             "does a member of the group leave a collective out, or launch one too many?",
@@ -307,8 +307,8 @@ def shifted(schedule, rank, slot, lane, cut=None):
 def test_a_receive_too_many_is_named_where_it_is_posted_though_the_names_of_all_later_ones_shift(cut):
     """A middle rank of DualPipe posts a receive before a forward that has its input already."""
     there = dualpipe(4, 10)
-    told = stories(shifted(there, 1, 8, UP, cut), there, Aspect.MESSAGES)
-    assert told == {
+    found = stories(shifted(there, 1, 8, UP, cut), there, Aspect.MESSAGES)
+    assert found == {
         1: (
             "rank 1 posts one receive from rank 0 more than dualpipe: 1RF3> in slot 8, after 2F1<",
             "is it posted once too often? Then all later messages in that direction between the two ranks meet the "
@@ -319,9 +319,9 @@ def test_a_receive_too_many_is_named_where_it_is_posted_though_the_names_of_all_
 
 @pytest.mark.parametrize(("there", "slot"), [(one_f_one_b(2, 4), 4), (loads(GPIPE), 3)])
 def test_a_receive_too_many_is_named_where_it_is_posted_though_all_names_of_the_direction_are_alike(there, slot):
-    (told, _) = stories(shifted(there, 1, slot, UP), there, Aspect.MESSAGES)[1]
-    assert told.startswith("rank 1 posts one receive from rank 0 more than ")
-    assert f"in slot {slot}, after 1" in told
+    (story, _) = stories(shifted(there, 1, slot, UP), there, Aspect.MESSAGES)[1]
+    assert story.startswith("rank 1 posts one receive from rank 0 more than ")
+    assert f"in slot {slot}, after 1" in story
 
 
 def test_receives_that_are_posted_earlier_are_not_too_many():

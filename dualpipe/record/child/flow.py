@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from .applied import Kind
 from .arrivals import Arrivals
 from .attempts import Attempts
 from .buffers import Buffers
+from .calls import Call
 from .forwards import Forwards, Trials
 from .gradients import Gradients
 from .log import Sink, call_number, call_path, program_line
@@ -42,24 +42,6 @@ _COMPUTES = frozenset({"forward", "backward", "weights", "weights requested"})
 def _only_shaped_like(operator: str) -> bool:
     """Whether an operator uses the shape of a tensor and none of its values."""
     return operator.endswith("_like") or operator.startswith("new_")
-
-
-@dataclass
-class Call:
-    """An outermost call of a module.
-
-    ``made`` are the marks of its results.  A call without tensors is not a forward yet, and ``made`` is ``None``, until
-    the module reads a tensor that was received or detached for it, or a parameter of its own.
-    """
-
-    module: nn.Module
-    made: Marks | None = None
-    left: Marks | None = None
-    is_open: bool = False  # whether the operators that now run belong to it
-    communicates: bool = False
-
-    def holds(self, tensor: Tensor) -> bool:
-        return any(tensor is parameter for parameter in self.module._parameters.values())
 
 
 class Flow:

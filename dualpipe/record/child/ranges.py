@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.profiler.profiler import _KinetoProfile
 
-from .flow import Call, Flow
+from .calls import Call
+from .flow import Flow
 from .log import Sink
 from .marks import Marks
 from .patches import Patches

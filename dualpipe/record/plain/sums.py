@@ -1,7 +1,7 @@
 """Gradients of a whole chunk as one factor times sums: over lanes, over pipelines, with those of tied weights.
 
-With data parallelism the sum is over all pipelines of a job.  Clipping multiplies all gradients of the model by one
-factor.  So the factor of a chunk is taken from its largest gradient, and must give all of them.
+With data parallelism a gradient is summed over all pipelines of a job.  Clipping multiplies all gradients of the model
+by one factor.  So the factor of a chunk is taken from its largest gradient, and must give all of them.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 -q -m "not long" tests/test_architecture.py tests/schedule tests/cli/test_show_and_simulate.py
+	$(BIN)/pytest -n 2 -q -m "not long" tests/test_architecture.py tests/schedule tests/cli/test_show_and_simulate.py \
+		tests/docs/test_museum.py tests/docs/test_links.py tests/ci/test_selection.py
 
 gate: $(READY)
 	$(BIN)/python -m ci.gate $(if $(BASE),--base "$(BASE)") $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(FIRST),--first) $(if $(ALL),--all) $(if $(TESTED),--tested)

@@ -41,6 +41,10 @@ OPTIONS = shlex.split("""
     --ckpt-format torch_dist --save-interval 2
 """)
 DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+RECOMPUTED = (
+    *DROPOUT,
+    *shlex.split("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+)
 LOSS = re.compile(r"lm loss(?: value)?: (\S+)")
 
 
@@ -107,7 +111,7 @@ def record(folder: Path, ranks: int, *options: str, clone: str | Path | None = F
     return loads((folder / "theirs.txt").read_text()), json.loads(run.stdout)
 
 
-@pytest.mark.parametrize(("options", "planned"), [((), one_f_one_b), (("--use-dualpipe",), dualpipe)])
+@pytest.mark.parametrize(("options", "planned"), [((), one_f_one_b), (("--use-dualpipe", *RECOMPUTED), dualpipe)])
 def test_the_unchanged_script_is_recorded_and_proved(options, planned, tmp_path):
     schedule, report = record(tmp_path, 2, *options)
     expected = planned(2, 8)

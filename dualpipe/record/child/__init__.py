@@ -22,10 +22,9 @@ singles      the collectives of groups with one member, in a plain run
 transport    calls torch's own functions
 arrivals     tensors that leave torch's operators and come back
 errors       errors of the program
-states       random states that modules switch between
-values       what the program reads from its tensors
 plain        runs the modules of a step once more, plainly, to compare with
 replay       the plain run of one forward
+draws        the random numbers that modules draw, for the plain run
 buffers      the memory of messages: who touches it, and which of it graphs need
 cuda         answers CUDA calls on the CPU: devices and tensors
 torch_cuda   the same for torch.cuda: devices, memory, random states

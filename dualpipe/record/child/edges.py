@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,10 +90,18 @@ class Edges:
 
 
 class Engine:
-    """Wraps the autograd engine, and notes the tensors from which it runs, their gradients, and for which inputs."""
+    """Wraps the autograd engine: notes the tensors from which it runs, their gradients, and for which inputs.
 
-    def __init__(self, note: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], None], engine: Any) -> None:
-        self._note, self._engine = note, engine
+    ``within`` gives the context of each run.
+    """
+
+    def __init__(
+        self,
+        note: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], None],
+        within: Callable[[], AbstractContextManager[None]],
+        engine: Any,
+    ) -> None:
+        self._note, self._within, self._engine = note, within, engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -100,7 +109,8 @@ class Engine:
     def run_backward(self, tensors: Any, grad_tensors: Any = (), *args: Any, **kwargs: Any) -> Any:
         inputs = args[2] if len(args) > 2 else kwargs.get("inputs", ())
         self._note(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
-        return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+        with self._within():
+            return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
 
 
 def leaves_below(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from .draws import Draws, Generators
 from .edges import Edges, Engine, leaves_below
 from .flow import Flow
 from .graph import marked_below
@@ -35,7 +36,6 @@ from .losses import Losses
 from .marks import key_of
 from .patches import Patches
 from .replay import Call, Replay, leaf_of
-from .states import States
 from .transport import Transport
 
 _AUTOCAST = ("cpu", "cuda")
@@ -76,15 +76,16 @@ class Plain:
         self._kept = Kept()
         self._edges = Edges(flow)
         self._losses = Losses(flow)
-        self._states = States()
+        self._draws = Draws()
         self._clipped: dict[str, Any] | None = None
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
         self._losses.watch(patches)
-        self._states.watch(patches)
-        patches.put(Variable, "_execution_engine", Engine(self._ran_from, Variable._execution_engine))
+        patches.put(
+            Variable, "_execution_engine", Engine(self._ran_from, self._draws_of_run, Variable._execution_engine)
+        )
         patches.later(register_optimizer_step_pre_hook(lambda *args: self._optimize()).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
         patches.wrap(nn.utils.clip_grad_norm_, self._before_clipping)
@@ -129,6 +130,10 @@ class Plain:
                 for forward in made if len(made) == 1 else ():
                     self._edges.run_from(forward, root, gradient, spares, self._calls.get(forward, ()))
 
+    def _draws_of_run(self) -> AbstractContextManager[None]:
+        """What sees the draws of a run of the engine, as long as calls are kept."""
+        return nullcontext() if self._done or not self._is_wanted() else self._draws.engine_run()
+
     def _watched(self, original: Any) -> Any:
         @functools.wraps(original)
         def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - replaces that method
@@ -142,7 +147,7 @@ class Plain:
                 self._computed = self._computed or not inside
                 return original(module, *args, **kwargs)
             call = self._begin(module, args, kwargs)
-            with self._states.kept([] if call is None else call.states):
+            with self._draws.kept([] if call is None else call.drawn.forward):
                 output = original(module, *args, **kwargs)
             if call is not None:
                 arrived = [tree_leaves((args, kwargs))[at] for at in call.arrived]
@@ -189,7 +194,7 @@ class Plain:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module  # the wrapper exchanges messages on its own, which no other rank does in a plain run
         if refused := refusal(module):
-            return Call(module, [], spec, [], [], [], [], {}, torch.empty(0), True, {}, [], [], refused=refused)
+            return Call(module, [], spec, [], [], [], [], {}, Generators.now(), True, {}, [], [], refused=refused)
         with _disable_current_modes():
             changed = self._kept.module_runs(module)
             return Call(
@@ -201,7 +206,7 @@ class Plain:
                 [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and self._has_arrived(leaf)],
                 [(sub, name, t.detach().clone()) for sub, name, t in _held(module) if self._has_arrived(t)],
                 {name: buffer.detach().clone() for name, buffer in module.named_buffers()},
-                torch.get_rng_state(),
+                Generators.now(),
                 torch.is_grad_enabled(),
                 {device: torch.get_autocast_dtype(device) for device in _AUTOCAST if torch.is_autocast_enabled(device)},
                 [part.training for part in module.modules()],
@@ -236,6 +241,7 @@ class Plain:
         with _disable_current_modes():
             self._kept.engine_runs(call.module)
             call.reached(at, gradient.detach().clone(), self._flow.spares_weights())
+        self._draws.reached(call.drawn)
 
     def end_step(self, by_optimizer: bool) -> None:
         """The program is about to change its weights, or ends.  If this is the wanted step, make the plain run."""
@@ -261,7 +267,7 @@ class Plain:
                     self._transport.alone = True
                     kept = self._kept
                     final = kept.gradients()
-                    replay = Replay(kept.parameters, kept.weights, self._states)
+                    replay = Replay(kept.parameters, kept.weights, self._draws)
                     self._save(
                         {
                             "forwards": {f: replay.run(each) | self._edges.of(f) for f, each in calls.items()},

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from .draws import Drawn, Draws, Generators
 from .ends import run_backward
 from .marks import Key, key_of
 from .regions import weak_storage
-from .states import States
 
 _STEP = 1e-5
 """How far the weights are moved for a slope, relative to their size."""
@@ -67,8 +67,9 @@ class Call:
     ``arrived`` are the positions of tensors that come from another stage, ``autocast`` the type of each device for
     which autocast was on, ``training`` the modes of its modules, ``changed`` the weights that had changed since the
     step began, ``totals`` the gradients of its outputs by position,
-    ``apart`` the outputs that the program uses outside of later calls, too, ``states`` the states of the random
-    generator that it set, ``refused`` the reason why it cannot be run plainly, if there is one.
+    ``apart`` the outputs that the program uses outside of later calls, too, ``random`` the states of the random
+    generators before the call, ``drawn`` those from which it drew, ``refused`` the reason why it cannot be run plainly,
+    if there is one.
     """
 
     module: nn.Module
@@ -79,12 +80,12 @@ class Call:
     arrived: list[int]
     held: list[tuple[nn.Module, str, Tensor]]
     buffers: dict[str, Tensor]
-    random: Tensor
+    random: Generators
     grad: bool
     autocast: dict[str, torch.dtype]
     training: list[bool]
     changed: list[str]
-    states: list[Tensor] = field(default_factory=list)
+    drawn: Drawn = field(default_factory=Drawn)
     outputs: list[Tensor] = field(default_factory=list)
     returned: list[Leaf] = field(default_factory=list)
     totals: dict[int, Total] = field(default_factory=dict)
@@ -123,12 +124,12 @@ class Replay:
         The parameters by number.
     weights:
         Their values before the step.
-    states:
-        Sets the states of the random generator that a call has set.
+    draws:
+        Lets the modules draw the same random numbers again.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], weights: Mapping[int, Tensor], states: States) -> None:
-        self._parameters, self._weights, self._states = parameters, weights, states
+    def __init__(self, parameters: Sequence[nn.Parameter], weights: Mapping[int, Tensor], draws: Draws) -> None:
+        self._parameters, self._weights, self._draws = parameters, weights, draws
         self._numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
         self._checked: set[int] = set()  # parameters whose gradients were compared with a slope
         self._outside: dict[int, Tensor | None] = {}  # of the current forward: see ``run_backward``
@@ -144,8 +145,10 @@ class Replay:
 
     def _run(self, calls: Sequence[Call]) -> dict[str, Any]:
         self._forget_gradients()
+        self._draws.forget()
         made = self._call(calls)
-        self._outside = run_backward(made.roots)
+        with self._draws.engine_run():
+            self._outside = run_backward(made.roots)
         weights = {number: copy_of(leaf.grad) for number, leaf in made.weights.items()}
         hidden = [n for n, leaf in made.weights.items() if leaf.requires_grad and leaf.grad is None and made.roots]
         slopes: dict[int, float] = {}
@@ -171,6 +174,7 @@ class Replay:
             "weights": weights,
             "slopes": slopes,
             "wrong": wrong,
+            "drawn": next(filter(None, (call.drawn.other() for call in calls)), ""),
             "changed": sorted({name for call in calls for name in call.changed}),
             "ran": bool(made.roots),
             "needs gradient": any(made.need_gradients),
@@ -238,11 +242,11 @@ class Replay:
                 leaf = kept(tensor).requires_grad_(with_grad)
                 inputs.append(leaf)
                 _put(module, name, leaf)
-            torch.set_rng_state(call.random)
+            call.random.restore()
             args, kwargs = tree_unflatten(leaves, call.spec)
             with ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(with_grad))
-                stack.enter_context(self._states.given(call.states))
+                stack.enter_context(self._draws.given(call.drawn.forward))
                 for device, dtype in call.autocast.items() if with_grad else ():
                     stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
                 for part, mode in zip(call.module.modules(), call.training, strict=False):
@@ -252,6 +256,8 @@ class Replay:
                 made[call.returned[at]] = at_call, at  # perhaps what the call has taken, as that of ``nn.Identity``
                 results[at_call, at] = leaf
                 ends.add((at_call, at))
+                if leaf.requires_grad:
+                    leaf.register_hook(lambda _, drawn=call.drawn: self._draws.reached_again(drawn))  # type: ignore[no-untyped-call]
                 returned.append(leaf.detach().clone())  # a later call may change it in place
         roots = [
             (leaf, calls[number].gradients[at])

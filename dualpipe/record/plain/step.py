@@ -68,6 +68,11 @@ class Step:
                 else:
                     unknown.append(f"{what}, on the same input and weights: does its module keep a state of its own?")
             else:
+                if at := found.get("drawn"):
+                    faults.append(
+                        f"microbatch {mb} is computed again in the backward, with other random numbers than in its "
+                        f"forward, at {at}: are the states of all random generators kept and set again?"
+                    )
                 of_task = links.differences(Task(*chunk, mb), found, self.forwards, self.foreign, self.places)
                 linked[mb] = list(of_task)
                 after = chunk.stage + 1

@@ -159,6 +159,8 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._flow.buffers.operator(func, args, kwargs, self._flow.context)
+        if self._flow.draws is not None:
+            self._flow.draws.operator(func, kwargs)
         output = func(*args, **kwargs)
         for inputs, outputs in applied(func, args, kwargs, output):
             if outputs:

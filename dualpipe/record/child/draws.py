@@ -10,10 +10,11 @@ shows, are kept at the beginning of a call.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,78 +63,106 @@ class Drawn:
         """What one backward draws: that of the first run which drew at all."""
         return next((drawn for _, drawn in sorted(self.runs.items()) if drawn), [])
 
-    def other(self) -> str:
-        """Where a forward that is computed again draws other numbers than before; empty if it does not."""
-        known = {draw.state.numpy().tobytes() for draw in self.forward}
-        again = (draw for drawn in self.runs.values() for draw in drawn if draw.at)
-        return next((draw.at for draw in again if draw.state.numpy().tobytes() not in known), "")
 
-
-class Draws(TorchDispatchMode):
-    """Keeps the states from which operators draw, or sets them; entered for calls and for runs of the engine."""
+class Draws:
+    """Keeps the states from which a program draws, and sets them in a plain run."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self._kept: list[Draw] | None = None
         self._given: Iterator[Draw] | None = None
+        self._elsewhere: set[bytes] = set()  # states from which the program drew outside of calls
         self._again: dict[int, Iterator[Draw]] = {}  # by id of what a call drew
         self._run = 0  # the number of the last run of the engine
-        self._running = self._entered = False
+        self._running = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            generator = kwargs.get("generator") or torch.default_generator
-            if self._kept is not None:
-                again = self._running and torch.is_grad_enabled()  # a backward itself runs without gradients
-                self._kept.append(Draw(generator.get_state(), program_line() if again else ""))
-            elif self._given is not None and (draw := next(self._given, None)) is not None:
+    def operator(self, func: Any, kwargs: Mapping[str, Any]) -> None:
+        """An operator is about to run."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return
+        generator = kwargs.get("generator") or torch.default_generator
+        if self._given is not None:
+            if (draw := next(self._given, None)) is not None:
                 generator.set_state(draw.state)
-        return func(*args, **kwargs)
+        elif self._kept is not None:
+            again = self._running and torch.is_grad_enabled()  # a backward itself runs without gradients
+            self._kept.append(Draw(generator.get_state(), program_line() if again else ""))
+        elif not self._running:
+            self._elsewhere.add(_key(generator.get_state()))
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """See every operator of a block, once; afterwards go on as before."""
-        before, self._entered = (self._kept, self._given, self._running, self._entered), True
+    def kept(self, drawn: list[Draw]) -> Iterator[None]:
+        """Keep what a block draws in a list."""
+        before, self._kept = self._kept, drawn
         try:
-            with nullcontext() if before[-1] else self:
-                yield
+            yield
         finally:
-            self._kept, self._given, self._running, self._entered = before
-
-    @contextmanager
-    def kept(self, states: list[Draw]) -> Iterator[None]:
-        """Add the states from which a block draws to a list."""
-        with self._watching():
-            self._kept = states
-            yield
-
-    @contextmanager
-    def given(self, states: Sequence[Draw]) -> Iterator[None]:
-        """Let a block draw from these states, one after the other."""
-        with self._watching():
-            self._given = iter(states)
-            yield
+            self._kept = before
 
     @contextmanager
     def engine_run(self) -> Iterator[None]:
         """A run of the engine: what it draws belongs to the call whose output it has reached last."""
-        with self._watching():
-            if not self._running:
-                self._run += 1
-            self._running = True
+        before = self._kept, self._running
+        self._run += not self._running
+        self._running = True
+        try:
             yield
+        finally:
+            self._kept, self._running = before
 
     def reached(self, drawn: Drawn) -> None:
-        """The engine has reached an output of a call, in the recorded run."""
+        """The engine has reached an output of a call."""
         if self._running:
             self._kept = drawn.runs.setdefault(self._run, [])
 
-    def reached_again(self, drawn: Drawn) -> None:
-        """The engine has reached an output of a call, in the plain run."""
-        if self._running:
-            self._given = self._again.setdefault(id(drawn), iter(drawn.again()))
+    def other(self, calls: Sequence[Drawn]) -> str:
+        """Where one of the calls, computed again in the backward, draws other numbers than before; empty if none does.
+
+        The calls are those of one forward, which may compute outside of modules between them.
+        """
+        known = self._elsewhere.union(_key(draw.state) for call in calls for draw in call.forward)
+        again = (draw for call in calls for drawn in call.runs.values() for draw in drawn if draw.at)
+        return next((draw.at for draw in again if _key(draw.state) not in known), "")
 
     def forget(self) -> None:
-        """The plain run of another forward begins."""
+        """Forget what was drawn outside of calls: another step begins."""
+        self._elsewhere.clear()
+
+    # the plain run
+
+    @contextmanager
+    def plain_run(self) -> Iterator[None]:
+        """The plain run of one forward, in which no other mode watches the operators."""
         self._again.clear()
+        try:
+            with _Operators(self):
+                yield
+        finally:
+            self._given = None
+
+    @contextmanager
+    def given(self, drawn: Sequence[Draw]) -> Iterator[None]:
+        """Let a block of a plain run draw the same again, in this order."""
+        before, self._given = self._given, iter(drawn)
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def reached_again(self, drawn: Drawn) -> None:
+        """The engine has reached an output of a call in a plain run."""
+        self._given = self._again.setdefault(id(drawn), iter(drawn.again()))
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        self._draws = draws
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._draws.operator(func, kwargs)
+        return func(*args, **kwargs)
+
+
+def _key(state: Tensor) -> bytes:
+    return hashlib.blake2b(state.numpy().tobytes(), digest_size=16).digest()

@@ -26,6 +26,7 @@ from .arrivals import Arrivals
 from .attempts import Attempts
 from .buffers import Buffers
 from .calls import Call
+from .draws import Draws
 from .forwards import Forwards, Trials
 from .gradients import Gradients
 from .log import Sink, call_number, call_path, program_line
@@ -71,6 +72,7 @@ class Flow:
         self.buffers = Buffers(self.write)
         self.caller = ""  # the class of the module that is being called
         self.arrivals = Arrivals(self.write, self.origins)
+        self.draws: Draws | None = None  # to be kept for a plain run
         self.together: frozenset[str] = frozenset()  # names of functions that overlap a forward with a backward
         self._events = self._polled_at = 0
 

@@ -76,16 +76,14 @@ class Plain:
         self._kept = Kept()
         self._edges = Edges(flow)
         self._losses = Losses(flow)
-        self._draws = Draws()
+        self._draws = flow.draws = Draws()
         self._clipped: dict[str, Any] | None = None
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
         self._losses.watch(patches)
-        patches.put(
-            Variable, "_execution_engine", Engine(self._ran_from, self._draws_of_run, Variable._execution_engine)
-        )
+        patches.put(Variable, "_execution_engine", Engine(self._ran_from, self._within, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self._optimize()).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
         patches.wrap(nn.utils.clip_grad_norm_, self._before_clipping)
@@ -130,7 +128,7 @@ class Plain:
                 for forward in made if len(made) == 1 else ():
                     self._edges.run_from(forward, root, gradient, spares, self._calls.get(forward, ()))
 
-    def _draws_of_run(self) -> AbstractContextManager[None]:
+    def _within(self) -> AbstractContextManager[None]:
         """What sees the draws of a run of the engine, as long as calls are kept."""
         return nullcontext() if self._done or not self._is_wanted() else self._draws.engine_run()
 
@@ -184,6 +182,7 @@ class Plain:
         self._kept.forget()
         self._edges.forget()
         self._losses.forget()
+        self._draws.forget()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Call | None:
         leaves, spec = tree_flatten((args, kwargs))

@@ -138,17 +138,17 @@ class Replay:
         """What the plain run of one forward gives, or an ``error``.  Changes the gradients of the parameters."""
         if refused := next((call.refused for call in calls if call.refused), ""):
             return {"error": refused}
+        other = self._draws.other([call.drawn for call in calls])
         try:
-            return self._run([call for call in calls if call.grad] or list(calls))
+            with self._draws.plain_run():
+                return self._run([call for call in calls if call.grad] or list(calls)) | {"drawn": other}
         except Exception as error:  # of a module that cannot be called by itself
             return {"error": f"{type(error).__name__}: {error}"}
 
     def _run(self, calls: Sequence[Call]) -> dict[str, Any]:
         self._forget_gradients()
-        self._draws.forget()
         made = self._call(calls)
-        with self._draws.engine_run():
-            self._outside = run_backward(made.roots)
+        self._outside = run_backward(made.roots)
         weights = {number: copy_of(leaf.grad) for number, leaf in made.weights.items()}
         hidden = [n for n, leaf in made.weights.items() if leaf.requires_grad and leaf.grad is None and made.roots]
         slopes: dict[int, float] = {}
@@ -174,7 +174,6 @@ class Replay:
             "weights": weights,
             "slopes": slopes,
             "wrong": wrong,
-            "drawn": next(filter(None, (call.drawn.other() for call in calls)), ""),
             "changed": sorted({name for call in calls for name in call.changed}),
             "ran": bool(made.roots),
             "needs gradient": any(made.need_gradients),

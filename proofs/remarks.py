@@ -27,6 +27,9 @@ def remarks(schedule: Schedule, finding: Finding) -> Iterator[str]:
     for place in dict.fromkeys(others):
         if at := schedule.observed.place(place):
             yield f"{place.op} in slot {place.slot} of rank {place.rank} is at {at}"
+    if isinstance(finding, Mismatch) and schedule.observed and any(place.op.kind is Kind.US for place in others):
+        # the recorder writes this kind for nothing else
+        yield "the calls differ in their function, or in the type or the number of elements of what they are given"
     if isinstance(finding, Missing) and (before := _before(schedule, finding)) is not None:
         at = schedule.observed.place(before)
         yield f"{before.op} in slot {before.slot} of rank {before.rank}, which comes before it, is at {at}"

@@ -142,17 +142,20 @@ def test_gradients_of_tied_weights_are_no_reduction_of_a_stage():
     }
 
 
-def test_members_that_call_other_functions_do_not_meet():
+def test_members_that_call_other_functions_do_not_meet_and_those_with_other_shapes_do():
     def body(rank):
         one_lane({0: ["reduce"], 1: ["reduce"]})(rank)
+        dist.all_reduce(torch.zeros(() if rank == 0 else (1, 1)))  # both of one element
         dist.barrier() if rank == 0 else dist.all_reduce(torch.zeros(1))
 
     recording = record_ranks(2, body, check=False, stall=2.0)
-    assert isinstance(prove(recording.schedule, smt=False).checks["messages"].verdict, Refuted)
-    note = next(note for note in recording.notes if "disagree on their collective 2" in note)
+    proof = prove(recording.schedule, smt=False)
+    assert isinstance(proof.checks["messages"].verdict, Refuted)
+    note = next(note for note in recording.notes if "disagree on their collective 3" in note)
     assert "rank 0 calls barrier at " in note
     assert "rank 1 calls all_reduce on float32[1] at " in note
-    assert text(recording, 0).endswith("0AR>@0 0AR>@0")
+    assert text(recording, 0).endswith("0AR>@0 0AR>@0 0AR>@0")
+    assert "the calls differ in their function, or in the type" in proof.text()
 
 
 @pytest.mark.parametrize("same", [True, False])

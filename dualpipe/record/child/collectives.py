@@ -30,7 +30,7 @@ _WATCHED = (
 _OUTPUT = frozenset({"output_tensor", "tensor_list", "output", "output_tensor_list", "gather_list", "tensor"})
 """The arguments that a collective may write to."""
 _UNIFORM = frozenset({"all_reduce", "broadcast", "reduce"})
-"""The functions whose tensor has the same shape on every rank."""
+"""The functions whose tensor has the same type and number of elements on every rank, in any shape."""
 
 
 def watch(flow: Flow, patches: Patches, transport: Transport) -> None:
@@ -116,7 +116,7 @@ class Collectives:
         tensors = [t for key, value in given.items() if key != "group" for t in _tensors(value)]
         parameters = list(dict.fromkeys(p for tensor in tensors for p in flow.parameters.with_gradients_in(tensor)))
         marks = sorted({mark for tensor in tensors for mark in flow.origins.content(tensor)})
-        form = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors] if name in _UNIFORM else []
+        form = [f"{str(t.dtype).removeprefix('torch.')}[{t.numel()}]" for t in tensors] if name in _UNIFORM else []
         flow.write(
             "collective",
             collective=number,

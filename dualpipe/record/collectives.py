@@ -1,8 +1,8 @@
 """The op of every collective that the ranks of a pipeline run among themselves.
 
 On each communicator the k-th collectives of all members are one operation.  If a member calls another function there,
-or passes a tensor of another type or size or the gradient of another parameter, the ops of the members get different kinds or
-stages.  Then ``dualpipe prove`` refutes ``messages``, and a note names both lines of the program.
+or passes a tensor of another type or size or the gradient of another parameter, the ops of the members get different
+kinds or stages.  Then ``dualpipe prove`` refutes ``messages``, and a note names both lines of the program.
 """
 
 from __future__ import annotations

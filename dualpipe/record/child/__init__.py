@@ -11,6 +11,7 @@ graph        the same in the nodes of autograd graphs
 origins      what the marks mean, and which forward takes a tensor
 forwards     the forwards of the rank, and which of them are one
 parameters   the modules and parameters of the rank, and where gradients are kept
+masters      gradients that the program keeps in tensors of its own
 owed         the weight gradients that a backward has left out
 gradients    changes of gradients outside of the engine
 flow         turns module calls, backwards, changes of gradients and messages into events, by the marks

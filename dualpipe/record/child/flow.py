@@ -31,6 +31,7 @@ from .forwards import Forwards, Trials
 from .gradients import Gradients
 from .log import Sink, call_number, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
+from .masters import Masters
 from .origins import Origins, marks
 from .owed import Owed
 from .parameters import Parameters, state_of
@@ -73,6 +74,7 @@ class Flow:
         self.caller = ""  # the class of the module that is being called
         self.arrivals = Arrivals(self.write, self.origins)
         self.draws: Draws | None = None  # to be kept for a plain run
+        self.masters = Masters(self.parameters)
         self.together: frozenset[str] = frozenset()  # names of functions that overlap a forward with a backward
         self._events = self._polled_at = 0
 
@@ -260,6 +262,8 @@ class Flow:
             key = key_of(output)
             if key is None:
                 continue
+            if not self.calling:
+                self.masters.made(kind, output, inputs)
             aliased = memory.get(key[0])
             if aliased is None and self.context is None:
                 self._gradients.read(output, inputs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .masters import Masters
 from .replay import copy_of, gradient_of
 
 
@@ -70,9 +73,19 @@ class Kept:
                 if before is not None and bool(before.any()):
                     self.before[number] = before
 
-    def gradients(self) -> dict[int, Tensor | None]:
-        """A copy of each gradient as it is now."""
-        return {number: copy_of(gradient_of(parameter)) for number, parameter in enumerate(self.parameters)}
+    def gradients(self, masters: Masters) -> dict[str, Any]:
+        """A copy of each gradient as it is now (``final``), by number.
+
+        ``own`` are those that the program keeps in its own tensors; ``elsewhere`` those that no optimizer takes from
+        such a tensor, each with the line that made it.
+        """
+        own, elsewhere = masters.gradients([p for p in self.parameters if not hasattr(p, "main_grad")])
+        final = {n: copy_of(own.get(id(p), gradient_of(p))) for n, p in enumerate(self.parameters)}
+        return {
+            "final": final,
+            "own": [n for n, p in enumerate(self.parameters) if id(p) in own],
+            "elsewhere": {n: elsewhere[id(p)] for n, p in enumerate(self.parameters) if id(p) in elsewhere},
+        }
 
     def step_ends(self) -> None:
         """Keep the weights that the optimizers have changed, the first time that this is called."""

@@ -35,6 +35,7 @@ class Parameters:
         self.replaced: set[int] = set()  # ids of parameters whose main_grad has become another tensor
         self._hooks: dict[int, Any] = {}  # parameter's id -> the handle of its hook
         self._added: set[int] = set()  # ids of parameters
+        self._received: set[int] = set()  # the same since the beginning
 
     def number(self, module: nn.Module) -> tuple[int, list[int] | None]:
         """The number of a module and, if the module is new, the numbers of the modules in it."""
@@ -116,6 +117,10 @@ class Parameters:
         if made.numel() == sum(tensor.numel() for tensor in inputs):
             self._copies[key] = weak_storage(made), parameters
 
+    def size(self, parameter: int) -> int:
+        """The number of elements of a parameter."""
+        return self._parameters[parameter][0].numel()
+
     def name(self, parameter: int) -> str:
         """The name of a parameter in the largest module that holds it."""
         return self._names[parameter]
@@ -151,10 +156,15 @@ class Parameters:
     def add_to(self, parameter: int) -> None:
         """A gradient of this parameter has been set or added to."""
         self._added.add(parameter)
+        self._received.add(parameter)
 
     def added(self) -> set[int]:
         """The ids of the parameters that got a gradient since ``listen``."""
         return set(self._added)
+
+    def has_received(self, parameter: Tensor) -> bool:
+        """Whether the parameter has ever got a gradient."""
+        return id(parameter) in self._received
 
     def stop_listening(self) -> None:
         while self._hooks:

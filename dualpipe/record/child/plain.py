@@ -83,6 +83,7 @@ class Plain:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
         self._losses.watch(patches)
+        self._flow.masters.watch(patches)
         patches.put(Variable, "_execution_engine", Engine(self._ran_from, self._within, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self._optimize()).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
@@ -265,13 +266,13 @@ class Plain:
                     self._flow.calling = 1  # so that nothing of the plain run is recorded
                     self._transport.alone = True
                     kept = self._kept
-                    final = kept.gradients()
+                    gradients = kept.gradients(self._flow.masters)
                     replay = Replay(kept.parameters, kept.weights, self._draws)
                     self._save(
                         {
                             "forwards": {f: replay.run(each) | self._edges.of(f) for f, each in calls.items()},
                             "names": [name for name, _ in kept.named],
-                            "final": final,
+                            **gradients,
                             "before": kept.before,
                             "step": self._step,
                             "discarded": self._anew,

@@ -42,6 +42,10 @@ class Agreement(NamedTuple):
     copies: frozenset[int] = frozenset()
     squares: float | None = None
 
+    def also(self, how: str) -> Agreement:
+        """This agreement, with more to say of it."""
+        return self._replace(how=", ".join(filter(None, (self.how, how))))
+
 
 @dataclass(frozen=True)
 class Parts:

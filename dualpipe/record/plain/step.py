@@ -100,6 +100,7 @@ class Step:
         notes = self._on_links(every, taken)
         kept = self._gradients(chunk, rank)
         apart += pipelines.updated_apart(self, chunk)
+        apart += self._elsewhere(chunk)
         if not isinstance(kept, Agreement):
             kept = pipelines.of_all(self, chunk) or pipelines.in_shards(self, chunk) or kept
         if isinstance(kept, Agreement):
@@ -124,6 +125,18 @@ class Step:
         else:
             faults.append(kept)
         return ChunkComparison(chunk, rank, count, _shown(faults), _shown(apart), (), taken=taken)
+
+    def _elsewhere(self, chunk: Chunk) -> list[str]:
+        """What to say of gradients that the program has cleared although no optimizer uses them."""
+        found = {n: at for n, at in self.file(chunk)["elsewhere"].items() if n in self.names(chunk)}
+        if not found:
+            return []
+        at = next(filter(None, found.values()), "")
+        made = f" after it made another tensor from it at {at}" if at else ""
+        return [
+            f"{names_of([self.name(chunk, n) for n in found])}: the program has cleared the gradient{made}, and no "
+            "optimizer of torch.optim has the parameter, or that tensor as the gradient of another one"
+        ]
 
     @staticmethod
     def _on_links(linked: Sequence[links.Difference], taken: float | None) -> tuple[str, ...]:
@@ -175,6 +188,8 @@ class Step:
         for number, parts in self.parts(chunk).items():
             name = names[number]
             final = file["final"][number]
+            if number in file["elsewhere"]:
+                continue
             if number in of_several:
                 found = shared.over_stages(self, rank, number)
                 if isinstance(found, Agreement):
@@ -189,6 +204,8 @@ class Step:
                 found = shared.summed_with(self, chunk, number, final) or found
             if isinstance(found, Agreement) and parts.before is not None:
                 found = _with_earlier(found, file["step"])
+            if isinstance(found, Agreement) and number in file["own"]:
+                found = found.also("kept in a tensor of the program's own, which its optimizer uses")
             if isinstance(found, Agreement):
                 agree.append(found)
                 if final is not None and bool(final.any()):
@@ -315,7 +332,7 @@ def _with_earlier(found: Agreement, step: int) -> Agreement | str:
     """The agreement of a gradient that was not zero before the step, or what is wrong with that."""
     if step > 1:
         return "the gradient includes that of an earlier step: is it set to zero or None after the optimizer's step?"
-    return found._replace(how=", ".join(filter(None, (found.how, "added to what was there before the step"))))
+    return found.also("added to what was there before the step")
 
 
 def _shown(found: Sequence[str]) -> tuple[str, ...]:

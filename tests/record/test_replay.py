@@ -9,7 +9,8 @@ from torch.func import functional_call, vjp
 from dualpipe.record.child.ends import run_backward
 from dualpipe.record.child.forwards import Trials
 from dualpipe.record.child.marks import Table
-from dualpipe.record.child.plain import refusal
+from dualpipe.record.child.regions import copied, is_readable
+from dualpipe.record.child.replay import refusal
 from dualpipe.testing import record_ranks
 from tests.record.two_ranks import receive
 
@@ -164,3 +165,36 @@ def test_a_forward_with_an_input_in_the_memory_of_a_freed_one_repeats_none():
         freed = torch.ones(4)
         with torch.enable_grad():
             assert trials.earlier(0, [kept, freed], 2) is None
+
+
+def test_an_output_whose_memory_is_freed_after_its_send_is_compared_by_its_value_at_the_call():
+    """As zero-bubble schedules do, which keep the output only for its graph."""
+
+    def body(rank):
+        torch.manual_seed(rank)
+        stage = nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+        x = torch.randn(2, 4) if rank == 0 else receive(0).requires_grad_()
+        y = stage(x)
+        if rank == 0:
+            dist.send(y.detach(), 1)
+            y.untyped_storage().resize_(0)
+            y.backward(receive(1))
+        else:
+            gradient = 2 * y.detach()
+            y.untyped_storage().resize_(0)
+            y.backward(gradient)
+            dist.send(x.grad, 0)
+        optimizer.step()
+
+    comparison = record_ranks(2, body, compare=True).comparison
+    assert comparison.verdict == "equal", comparison.text()
+
+
+def test_what_has_no_memory_is_not_read():
+    linear = nn.Linear(4, 4)
+    linear.weight.untyped_storage().resize_(0)
+    assert not is_readable(linear.weight)
+    assert copied(linear.weight).numel() == 0
+    assert is_readable(linear.weight[4:])
+    assert refusal(linear) == "the memory of its weights is freed when it is called"

@@ -18,7 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from .log import call_path
 from .marks import Marks
-from .regions import Region, region_of, weak_storage
+from .regions import Region, is_readable, region_of, weak_storage
 
 Write = Callable[..., None]
 Entry = TypeVar("Entry")
@@ -56,7 +56,7 @@ class Buffers:
     def hold(self, send: bool, tensor: Tensor) -> Tensor:
         """The tensor to post in place of the program's."""
         with no_dispatch():
-            return tensor.detach().clone() if send else tensor.detach()
+            return tensor.detach().clone() if send and is_readable(tensor) else tensor.detach()
 
     def posted(self, number: int, send: bool, tensor: Tensor, held: Tensor, by: Marks | None) -> None:
         """A message has been posted.  A receive into memory in use writes to it, a send from it reads it."""

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .flow import Flow
 from .graph import nodes_below
 from .log import program_line
+from .regions import copied, is_readable
 from .replay import Call, Leaf, Total, leaf_of
 
 
@@ -52,7 +53,7 @@ class Edges:
         for leaf in leaves:
             if leaf_of(leaf) not in known:
                 with _disable_current_modes():
-                    begins = known[leaf_of(leaf)] = Beginning(leaf.detach().clone())
+                    begins = known[leaf_of(leaf)] = Beginning(copied(leaf))
                 add = functools.partial(self._add, forward, begins)
                 leaf.register_hook(add)  # type: ignore[no-untyped-call] # torch's own
 
@@ -60,14 +61,16 @@ class Edges:
         # and not for a later one whose graph begins in the same memory
         if gradient is not None and self._flow.runs_for(forward):
             with _disable_current_modes():
-                begins.parts.append((program_line(), gradient.detach().clone()))
+                begins.parts.append((program_line(), copied(gradient)))
 
     def run_from(self, forward: int, root: Tensor, gradient: Tensor, spares: bool, calls: Iterable[Call]) -> None:
         """The engine is about to run from a root of a forward, for the input alone if it ``spares`` the weights."""
         with _disable_current_modes():
-            copy = gradient.detach().clone()
+            copy = copied(gradient)
             roots = self._roots.setdefault(forward, {})
-            roots.setdefault(leaf_of(root), Root(root.detach().clone(), Total())).total.add(copy, spares)
+            if leaf_of(root) not in roots:
+                roots[leaf_of(root)] = Root(_value_of(root, calls), Total())
+            roots[leaf_of(root)].total.add(copy, spares)
             for call in calls if root.grad_fn is None else ():  # a module's input that it returns has no node to watch
                 for at, known in enumerate(call.returned):
                     if known == leaf_of(root):
@@ -111,6 +114,16 @@ class Engine:
         self._note(tuple(tensors), tuple(grad_tensors or ()), tuple(inputs or ()))
         with self._within():
             return self._engine.run_backward(tensors, grad_tensors, *args, **kwargs)
+
+
+def _value_of(root: Tensor, calls: Iterable[Call]) -> Tensor:
+    """The value of a root, as the call that returned it had it, if the program has freed its memory since."""
+    if not is_readable(root):
+        for call in calls:
+            for at, known in enumerate(call.returned):
+                if known == leaf_of(root):
+                    return call.outputs[at]
+    return copied(root)
 
 
 def leaves_below(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

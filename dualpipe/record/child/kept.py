@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .masters import Masters
+from .regions import copied
 from .replay import copy_of, gradient_of
 
 
@@ -56,7 +57,7 @@ class Kept:
                 self.named.append((name, parameter))
             number = self._numbers[id(parameter)]
             if number not in self._trained:
-                self.weights[number] = parameter.detach().clone()
+                self.weights[number] = copied(parameter)
                 if torch.is_grad_enabled():
                     self._trained.add(number)
             if not torch.equal(self.weights[number], parameter.detach()):
@@ -91,4 +92,4 @@ class Kept:
         """Keep the weights that the optimizers have changed, the first time that this is called."""
         if self.changed is None:
             with _disable_current_modes():
-                self.changed = {n: parameter.detach().clone() for n, parameter in enumerate(self.parameters)}
+                self.changed = {n: copied(parameter) for n, parameter in enumerate(self.parameters)}

@@ -12,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .marks import Key, key_of
-from .regions import weak_storage
+from .regions import is_readable, weak_storage
 
 
 def state_of(module: nn.Module) -> Iterator[Tensor]:
@@ -129,7 +129,7 @@ class Parameters:
         """A digest of a parameter's values, by which tied weights show; none if all elements are equal."""
         with _disable_current_modes():
             value = self._parameters[parameter][0].data
-            if type(value) is not Tensor or value.is_meta:  # a sharded tensor would communicate
+            if type(value) is not Tensor or value.is_meta or not is_readable(value):  # a sharded one would communicate
                 return ""
             flat = value.cpu().reshape(-1)
             if not flat.numel() or bool((flat == flat[0]).all()):

@@ -35,7 +35,8 @@ from .log import program_line
 from .losses import Losses
 from .marks import key_of
 from .patches import Patches
-from .replay import Call, Replay, leaf_of
+from .regions import copied
+from .replay import Call, Replay, leaf_of, refusal
 from .transport import Transport
 
 _AUTOCAST = ("cpu", "cuda")
@@ -199,13 +200,13 @@ class Plain:
             changed = self._kept.module_runs(module)
             return Call(
                 module,
-                [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+                [copied(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
                 spec,
                 [leaf_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
                 [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves],
                 [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and self._has_arrived(leaf)],
-                [(sub, name, t.detach().clone()) for sub, name, t in _held(module) if self._has_arrived(t)],
-                {name: buffer.detach().clone() for name, buffer in module.named_buffers()},
+                [(sub, name, copied(t)) for sub, name, t in _held(module) if self._has_arrived(t)],
+                {name: copied(buffer) for name, buffer in module.named_buffers()},
                 Generators.now(),
                 torch.is_grad_enabled(),
                 {device: torch.get_autocast_dtype(device) for device in _AUTOCAST if torch.is_autocast_enabled(device)},
@@ -224,7 +225,7 @@ class Plain:
         if len(forwards) != 1:
             return
         with _disable_current_modes():
-            call.outputs = [leaf.detach().clone() for leaf in leaves]
+            call.outputs = [copied(leaf) for leaf in leaves]
             call.returned = [leaf_of(leaf) for leaf in leaves]
         for at, leaf in enumerate(leaves if not call.refused else ()):
             node: Any = leaf.grad_fn
@@ -240,7 +241,7 @@ class Plain:
             return
         with _disable_current_modes():
             self._kept.engine_runs(call.module)
-            call.reached(at, gradient.detach().clone(), self._flow.spares_weights())
+            call.reached(at, copied(gradient), self._flow.spares_weights())
         self._draws.reached(call.drawn)
 
     def end_step(self, by_optimizer: bool) -> None:
@@ -316,15 +317,6 @@ class Plain:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.save(content, path + ".part")
         os.replace(path + ".part", path)
-
-
-def refusal(module: nn.Module) -> str:
-    """Why a module cannot be run plainly with its own weights; empty if it can be."""
-    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
-        return "its weights are sharded over ranks (DTensor, as with fully_shard)"
-    if not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters()):
-        return "it is called with other weights than its own (torch.func.functional_call)"
-    return ""
 
 
 def _held(module: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:

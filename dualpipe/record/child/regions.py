@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -13,6 +14,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 def weak_storage(tensor: Tensor) -> Any:
     """A weak reference to a tensor's storage.  While it exists, no other storage gets the same number."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call] # torch's own
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is there; a program may have freed it by ``resize_(0)`` of the storage."""
+    region = region_of(tensor)
+    return region is None or region.start == region.end or region.end <= tensor.untyped_storage().nbytes()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy without a graph; an empty tensor if the memory is freed."""
+    return tensor.detach().clone() if is_readable(tensor) else torch.empty(0, dtype=tensor.dtype)
 
 
 class Region(NamedTuple):

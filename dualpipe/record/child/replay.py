@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from .draws import Drawn, Draws, Generators
 from .ends import run_backward
 from .marks import Key, key_of
-from .regions import weak_storage
+from .regions import copied, is_readable, weak_storage
 
 _STEP = 1e-5
 """How far the weights are moved for a slope, relative to their size."""
@@ -266,6 +266,17 @@ class Replay:
         return _Made(returned, inputs, weights, roots, [leaf.requires_grad for leaf in results.values()])
 
 
+def refusal(module: nn.Module) -> str:
+    """Why a module cannot be run plainly with its own weights; empty if it can be."""
+    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+        return "its weights are sharded over ranks (DTensor, as with fully_shard)"
+    if not all(is_readable(parameter) for parameter in module.parameters()):
+        return "the memory of its weights is freed when it is called"
+    if not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters()):
+        return "it is called with other weights than its own (torch.func.functional_call)"
+    return ""
+
+
 def direction(number: int, like: Tensor) -> Tensor:
     """The direction in which the weights of a parameter are moved, in double precision."""
     generator = torch.Generator().manual_seed(number)
@@ -292,7 +303,7 @@ def copy_of(tensor: Tensor | None) -> Tensor | None:
     """A copy, which is dense."""
     if tensor is None:
         return None
-    return tensor.detach().clone() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    return copied(tensor) if tensor.layout is torch.strided else tensor.detach().to_dense()
 
 
 def _arrivals(call: Call) -> list[Tensor]:

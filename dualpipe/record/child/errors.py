@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from .log import callers, line_of
+from .log import callers, lines_of
 
 _DURING = "_dualpipe_during"  # the attribute of an error in which ``note`` keeps this
 
@@ -31,9 +31,9 @@ def describe(error: BaseException) -> dict[str, Any]:
     if isinstance(error, SystemExit):  # as torch.multiprocessing ends a process after an error
         error = next((other for other in chain[1:] if isinstance(other, Exception)), error)
     during = next((found for other in chain if (found := getattr(other, _DURING, None)) is not None), None)
-    at = line_of(error)
+    at, *passed = lines_of(error)
     what, numbers, lines, freed = during or (None, (), (), "")
-    if outer := [line for line in lines if line != at]:
+    if outer := [line for line in lines or passed if line != at]:
         at = f"{at} (called at {', '.join(outer)})"
     running = None if what is None else (what, numbers)
     found = {"error": type(error).__name__, "text": str(error), "during": running, "time": time.time(), "place": at}

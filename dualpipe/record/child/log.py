@@ -7,7 +7,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
 from traceback import walk_stack, walk_tb
 from types import FrameType
@@ -77,10 +77,16 @@ def call_number(names: Collection[str]) -> int | None:
     return None
 
 
-def line_of(error: BaseException) -> str:
-    """The innermost line of the program that an error has passed."""
+def lines_of(error: BaseException) -> list[str]:
+    """The innermost line of the program that an error has passed, and the lines from which its function was called.
+
+    From a line of an installed package these begin with the one that called the package.
+    """
     passed = [*walk_tb(error.__traceback__)][::-1]
-    return next(_program_lines(passed), "") or _innermost(passed)
+    line, *outer = [*_program_lines(passed)] or [_innermost(passed)]
+    if "site-packages" in line:
+        outer = [*dropwhile(lambda other: "site-packages" in other, outer)] or outer
+    return [line, *outer[:_CALLERS]]
 
 
 def callers() -> list[str]:

@@ -65,6 +65,19 @@ def test_megatrons_interleaved_schedule_is_recorded_in_the_order_of_its_table(ra
     assert recording.comparison.verdict == "equal", recording.comparison.text()
 
 
+def test_tensor_and_sequence_parallel_stages_are_recorded_as_pipelines_side_by_side():
+    """Under the recorder the norms still get the mark for the reduction of sequence parallelism."""
+
+    def body(rank):
+        with expected_warnings():
+            train(2, tensor=2)
+
+    recording = record_ranks(4, body, timeout=100, stall=20, pipeline_ranks=(1, 3), cuda_on_cpu=True)
+    assert recording.schedule.only(frozenset({F, B})).programs == one_f_one_b(2, 4).only(frozenset({F, B})).programs
+    assert prove(recording.schedule, smt=False).verdict == "proved"
+    assert recording.caveats == ()
+
+
 @pytest.mark.long
 def test_the_interleaved_schedule_on_two_ranks_with_batches_is_refuted():
     """Issue 1450 of Megatron-LM, in Megatron-core as it is: the previous and the next rank are one, so messages mix.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from argparse import Namespace
 
 import pytest
 import torch
@@ -13,9 +12,6 @@ import torch
 import reference.megatron  # noqa: F401 # imports megatron-core, quietly
 from dualpipe.megatron.on_cpu import core as standins
 from dualpipe.megatron.on_cpu import install_loop_standins
-from dualpipe.megatron.on_cpu.loop import with_cpu_arguments
-from dualpipe.record.child import cuda
-from dualpipe.record.child.patches import Patches
 from reference.megatron.importing import expected_warnings
 
 
@@ -57,25 +53,6 @@ def test_with_a_gpu_nothing_is_replaced(monkeypatch):
     before = names()
     standins.install_cpu_standins()
     assert names() == before
-
-
-def test_under_the_recorder_only_what_megatron_lacks_is_replaced():
-    """The recorder answers the calls for a GPU, and tells those of torch apart; nothing else may answer them."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    owners = (torch, torch.cuda, torch.cuda.nvtx, torch.Tensor, torch.nn.Module, torch.distributed)
-    patches = Patches()
-    with cuda.answer(patches, 2):
-        before, own, norm = [dict(vars(owner)) for owner in owners], names(), WrappedTorchNorm.__new__
-        install_loop_standins()
-        try:
-            assert [dict(vars(owner)) for owner in owners] == before
-            assert {name for name, now in names().items() if now is not own[name]} == {"norm"}
-            assert with_cpu_arguments(Namespace(distributed_backend="nccl")).distributed_backend == "nccl"
-        finally:
-            standins.remove_cpu_standins()
-            patches.undo()
-    assert WrappedTorchNorm.__new__ is norm
 
 
 @pytest.mark.usefixtures("installed")

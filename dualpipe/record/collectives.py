@@ -26,7 +26,8 @@ _REDUCES = frozenset(
 class Collectives:
     """The ops of the collectives of one training step, the members of each group, and notes.
 
-    A reduction of gradients with ranks outside of the pipeline has no group; other such collectives are left out.
+    A group has those of its members that are ranks of the pipeline.  If only one is, a reduction of gradients has no
+    group, and other collectives are left out.
     """
 
     ops: Mapping[CollectiveId, Op]
@@ -49,8 +50,9 @@ def name_collectives(logs: Sequence[RankLog], lineage: Lineage, step: int) -> Co
     chunks = _chunks(logs, lineage)
     for log in logs:
         for each in log.collectives.values():
-            if len(each.group) > 1 and all(0 <= rank < len(logs) for rank in each.group):
-                rows.setdefault((each.group_name, each.group), {}).setdefault(log.rank, []).append(each)
+            members = tuple(rank for rank in each.group if 0 <= rank < len(logs))
+            if len(members) > 1:
+                rows.setdefault((each.group_name, members), {}).setdefault(log.rank, []).append(each)
             elif each.step == step and each.within:
                 chunk = chunks.get((log.rank, min(each.modules, default=-1)))
                 if chunk is not None and each.name in _REDUCES:
@@ -60,7 +62,7 @@ def name_collectives(logs: Sequence[RankLog], lineage: Lineage, step: int) -> Co
     groups: list[tuple[int, ...]] = []
     notes = []
     if left:
-        outside = "with ranks outside of this pipeline"
+        outside = "only with ranks outside of this pipeline"
         count = counted(len(left), f"collective {outside} is", f"collectives {outside} are")
         notes.append(f"{count} left out, as at {left[0].at}")
     for (_, members), by_rank in rows.items():

@@ -14,9 +14,11 @@ from dualpipe.record.events import Event, Message, RankLog, RecordError, read
 from dualpipe.record.failures import Codes, fails
 from dualpipe.record.lanes import Lanes
 from dualpipe.record.lineage import match
+from dualpipe.record.lockstep import apart, shared
 from dualpipe.record.naming import uses
 from dualpipe.record.phrases import counted
 from dualpipe.record.recording import Recording, assemble
+from dualpipe.record.steps import choose_step, select_step
 from dualpipe.schedule import Failure, Schedule, printable
 
 Ranks = tuple[int, ...]
@@ -57,6 +59,10 @@ def assemble_all(
     if len(found) < 2 and ranks is None:
         return [assemble(logs, name, step, lanes, codes)]
     recordings = [_assemble(logs, own, name, step, lanes, codes) for own in found]
+    failed = any(fails(log, codes) for log in logs)
+    if not failed:
+        every = found if ranks is None else pipelines(logs)
+        recordings = [_with_others(each, logs, every, step) for each in recordings]
     if len(recordings) > 1:
         clash = clashes(logs, found)
         recordings = [_with_clashes(recording, clash) for recording in recordings]
@@ -65,6 +71,24 @@ def assemble_all(
         return recordings
     caveat = f"ranks {' '.join(map(str, sorted(outside)))} of the job failed before they were part of a pipeline"
     return [replace(recording, caveats=(*recording.caveats, caveat)) for recording in recordings]
+
+
+def _with_others(recording: Recording, logs: Sequence[RankLog], every: Sequence[Ranks], step: int | None) -> Recording:
+    """The recording with what a proof of it says about the collectives that it shares with other pipelines."""
+    own = tuple(sorted(recording.pipeline_ranks))
+    steps, chosen = choose_step(select(logs, own), step, failed=False)
+    number = steps[chosen - 1]
+    if not any(shared(logs[rank], own, number) for rank in own):
+        return recording
+    reason = apart(select_step(logs, number), every if own in every else [own], own, number)
+    if reason:
+        caveat = f"the order of the collectives that it shares with other pipelines is not proved: {reason}"
+        return replace(recording, caveats=(*recording.caveats, caveat))
+    note = (
+        "the pipelines that share collectives with this one post and wait for the same messages and collectives in the "
+        "same order, so a proof covers these collectives"
+    )
+    return replace(recording, notes=(*recording.notes, note))
 
 
 def _with_clashes(recording: Recording, clash: Mapping[int, str]) -> Recording:

@@ -21,7 +21,7 @@ from dualpipe.record.observed import observe
 from dualpipe.record.phrases import counted
 from dualpipe.record.routes import complete, is_whole
 from dualpipe.record.slots import programs
-from dualpipe.record.steps import check_within_step, computing_steps, select_step
+from dualpipe.record.steps import check_within_step, choose_step, select_step
 from dualpipe.schedule import MESSAGES, Lane, Op, Program, Schedule, ScheduleError, Task, check_slot
 from dualpipe.schedule.observed_text import lines_of
 from dualpipe.schedule.text import dumps
@@ -129,19 +129,8 @@ def assemble(
     if lanes is not None:
         check_ranks(lanes, len(logs))
     failed = any(fails(log, codes) for log in logs)
-    try:
-        steps = computing_steps(logs)
-    except RecordError:
-        if not failed:
-            raise
-        steps = [0]
-    thrown_away = {number: at for log in logs for number, at in log.discarded.items()}
-    if step is None:
-        step = next((count for count, number in enumerate(steps, start=1) if number not in thrown_away), 1)
-    if not 1 <= step <= len(steps):
-        got = f"got {step}, and there were {len(steps)}"
-        raise RecordError("--step is the number of a training step, from 1", got, "use one of them")
-    run = _Run(logs, name, steps, step, lanes, codes)
+    steps, chosen = choose_step(logs, step, failed)
+    run = _Run(logs, name, steps, chosen, lanes, codes)
     try:
         return run.recording()
     except RecordError as error:

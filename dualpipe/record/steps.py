@@ -28,6 +28,28 @@ def computing_steps(logs: Sequence[RankLog]) -> list[int]:
     return sorted(steps) or [0]
 
 
+def choose_step(logs: Sequence[RankLog], step: int | None, failed: bool) -> tuple[list[int], int]:
+    """The numbers of the steps in which a forward ran, and which of them is chosen, from 1.
+
+    ``step`` is the choice; the default is the first step whose gradients an optimizer uses.
+
+    Raises ``RecordError`` if there is no such step, or for ranks with different numbers of steps unless one ``failed``.
+    """
+    try:
+        steps = computing_steps(logs)
+    except RecordError:
+        if not failed:
+            raise
+        steps = [0]
+    thrown_away = {number: at for log in logs for number, at in log.discarded.items()}
+    if step is None:
+        step = next((count for count, number in enumerate(steps, start=1) if number not in thrown_away), 1)
+    if not 1 <= step <= len(steps):
+        got = f"got {step}, and there were {len(steps)}"
+        raise RecordError("--step is the number of a training step, from 1", got, "use one of them")
+    return steps, step
+
+
 def _training(log: RankLog) -> list[Forward]:
     """The forwards with gradients, or all if there are none."""
     every = [*log.forwards.values()]

@@ -22,16 +22,19 @@ __all__ = ["flat", "get_schedule_table", "order", "p2p_communication", "train"]
 VOCABULARY, LENGTH = 64, 8
 
 
-def train(ranks, chunks=1, microbatches=4, batched=False, overlapped=False, freed=False, reduced_early=False) -> None:
-    """Train one step on ``ranks`` ranks with ``chunks`` model chunks on each, wrapped in Megatron's DDP.
+def train(
+    ranks, chunks=1, microbatches=4, batched=False, overlapped=False, freed=False, reduced_early=False, tensor=1
+) -> None:
+    """Train one step on ``ranks`` pipeline ranks with ``chunks`` model chunks on each, wrapped in Megatron's DDP.
 
     ``batched`` and ``overlapped`` say how Megatron posts messages, ``freed`` that it frees outputs it has sent, and
-    ``reduced_early`` that gradients are reduced while the engine runs.
+    ``reduced_early`` that gradients are reduced while the engine runs.  With ``tensor`` ranks for each stage, these
+    are tensor and sequence parallel.
     """
     install_cpu_standins()
     virtual = chunks if chunks > 1 else None
     parallel_state.initialize_model_parallel(
-        1, ranks, virtual_pipeline_model_parallel_size=virtual, create_gloo_process_groups=False
+        tensor, ranks, virtual_pipeline_model_parallel_size=virtual, create_gloo_process_groups=False
     )
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
@@ -41,6 +44,8 @@ def train(ranks, chunks=1, microbatches=4, batched=False, overlapped=False, free
         ffn_hidden_size=32,
         num_attention_heads=2,
         pipeline_model_parallel_size=ranks,
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=tensor > 1,
         virtual_pipeline_model_parallel_size=virtual,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import Variable
 
 from dualpipe.record.child import cuda, torch_cuda
 from dualpipe.record.child.patches import Patches
@@ -45,7 +46,37 @@ def saved(tmp_path, **where) -> torch.Tensor:
     return torch.load(tmp_path / "x.pt", **where)
 
 
+class Doubled(torch.autograd.Function):
+    """A function of the program whose backward names a GPU, as those of tensor parallelism do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        factor = torch.full((2,), 2.0, device=torch.cuda.current_device())
+        assert factor.type() == "torch.cuda.FloatTensor"
+        return gradient * factor
+
+
+def through(run) -> list[float]:
+    x = torch.ones(2, requires_grad=True)
+    run(Doubled.apply(x).sum(), x)
+    return x.grad.tolist()
+
+
+def engine(y) -> None:
+    """Megatron's way to run a backward of an output whose memory is freed."""
+    options = {"create_graph": False, "keep_graph": False, "allow_unreachable": True, "accumulate_grad": True}
+    Variable._execution_engine.run_backward((y,), (torch.ones_like(y),), **options, inputs=())
+
+
 CALLS = {
+    "backward": lambda tmp_path: through(lambda y, x: torch.autograd.backward(y)) == [2, 2],
+    "backward of a tensor": lambda tmp_path: through(lambda y, x: y.backward()) == [2, 2],
+    "engine": lambda tmp_path: through(lambda y, x: engine(y)) == [2, 2],
+    "gradient": lambda tmp_path: through(lambda y, x: setattr(x, "grad", torch.autograd.grad(y, x)[0])) == [2, 2],
     "device by number": lambda tmp_path: chosen(1) == [1, 0],
     "device by name": lambda tmp_path: chosen("cuda:1") == [1, 0],
     "device itself": lambda tmp_path: chosen(0) == [0, 0],

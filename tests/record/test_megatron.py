@@ -3,12 +3,17 @@
 import importlib.util
 import os
 import shlex
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
-from dualpipe.megatron.on_cpu import install_cpu_standins
+from dualpipe.megatron.on_cpu import core, install_cpu_standins, install_loop_standins, remove_cpu_standins
+from dualpipe.megatron.on_cpu.loop import with_cpu_arguments
+from dualpipe.record.child import cuda
+from dualpipe.record.child.patches import Patches
 from dualpipe.schedule import MESSAGES, B, F
 from dualpipe.schedule.generate import dualpipe, dualpipev, one_f_one_b
 from dualpipe.testing import record_ranks
@@ -63,6 +68,43 @@ def test_megatrons_interleaved_schedule_is_recorded_in_the_order_of_its_table(ra
     assert prove(recording.schedule, smt=False).verdict == "proved"
     assert recording.caveats == ()
     assert recording.comparison.verdict == "equal", recording.comparison.text()
+
+
+def test_under_the_recorder_only_what_megatron_lacks_is_replaced():
+    """The recorder answers the calls for a GPU, and tells those of torch apart; nothing else may answer them."""
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    modules = [importlib.import_module(name) for name in core._LITERAL_CUDA]
+    owners = (torch, torch.cuda, torch.cuda.nvtx, torch.Tensor, torch.nn.Module, torch.distributed, random)
+    owners = (*owners, random.CudaRNGStatesTracker)
+    patches, norm = Patches(), WrappedTorchNorm.__new__
+    with cuda.answer(patches, 2):
+        before = [dict(vars(owner)) for owner in owners]
+        install_loop_standins()
+        try:
+            assert [dict(vars(owner)) for owner in owners] == before
+            assert all(module.torch is torch for module in modules)
+            assert WrappedTorchNorm.__new__ is not norm
+            assert with_cpu_arguments(Namespace(distributed_backend="nccl")).distributed_backend == "nccl"
+        finally:
+            remove_cpu_standins()
+            patches.undo()
+    assert WrappedTorchNorm.__new__ is norm
+
+
+def test_tensor_and_sequence_parallel_stages_are_recorded_as_pipelines_side_by_side():
+    """Under the recorder the norms still get the mark for the reduction of sequence parallelism."""
+
+    def body(rank):
+        with expected_warnings():
+            train(2, tensor=2)
+
+    recording = record_ranks(4, body, timeout=100, stall=20, pipeline_ranks=(1, 3), cuda_on_cpu=True)
+    assert recording.schedule.only(frozenset({F, B})).programs == one_f_one_b(2, 4).only(frozenset({F, B})).programs
+    assert prove(recording.schedule, smt=False).verdict == "proved"
+    assert recording.caveats == ()
+    assert recording.notes[-1].endswith("in the same order, so a proof covers these collectives")
 
 
 @pytest.mark.long

@@ -199,3 +199,66 @@ def test_the_command_records_and_checks_every_pipeline(tmp_path):
     assert [each["pipeline_ranks"] for each in shown["pipelines"]] == [[0, 2], [1, 3]]
     assert [each["proof"]["verdict"] for each in shown["pipelines"]] == ["proved", "refuted"]
     assert shown["proof"] == shown["pipelines"][0]["proof"]
+
+
+def tensor_parallel(*orders: str) -> list[Rank]:
+    """Two pipelines of two ranks; before the forward of its last stage rank 2 or 3 receives (r) and reduces (a)."""
+    logs = [Rank(rank, 4) for rank in range(4)]
+    for first, last, order in zip((0, 1), (2, 3), orders, strict=True):
+        one, two = logs[first], logs[last]
+        f, got = one.forward(module=0), []
+        one.send(last, "F", f)
+        early = two.receive(first)
+        for what in order:
+            if what == "r":
+                got.append(two.receive(first))
+            else:
+                two.reduce(0, "", [2, 3])
+        one.send(last, "F", f)
+        g = two.forward(early, *got, module=1)
+        two.backward(g)
+        two.send(first, "B", g)
+        one.backward(f, one.receive(last))
+    return logs
+
+
+@pytest.mark.parametrize(("orders", "alike"), [(("ar", "ar"), True), (("ar", "ra"), False)])
+def test_a_proof_covers_shared_collectives_only_if_the_pipelines_run_in_step(orders, alike):
+    for recording, (rank, what), (other, its) in zip(
+        assembled(tensor_parallel(*orders)),
+        [(2, "calls all_reduce"), (3, "posts a receive")],
+        [(3, "posts a receive"), (2, "calls all_reduce")],
+        strict=True,
+    ):
+        assert not recording.schedule.failures
+        assert prove(recording.schedule, smt=False).verdict == "proved"
+        if alike:
+            assert recording.caveats == ()
+            assert recording.notes[-1].endswith("in the same order, so a proof covers these collectives")
+        else:
+            (caveat,) = recording.caveats
+            assert caveat.startswith("the order of the collectives that it shares with other pipelines is not proved: ")
+            here, there = f"{what} at rank{rank}.py:2", f"{its} at rank{other}.py:2"
+            assert caveat.endswith(f": rank {rank} of the job {here}, where rank {other} of the job {there}")
+
+
+@pytest.mark.parametrize(("early", "verdict"), [(False, "proved"), (True, "refuted")])
+def test_a_collective_of_several_pipelines_joins_the_ranks_of_each(early, verdict):
+    """As the norm of all gradients with tensor parallelism: in each pipeline its ranks wait for each other."""
+    logs = [Rank(rank, 4) for rank in range(4)]
+    for one, two, last in zip(logs[:2], logs[2:], (2, 3), strict=True):
+        f = one.forward(module=0)
+        if early:
+            one.reduce(0, "", [0, 1, 2, 3])
+        one.send(last, "F", f)
+        g = two.forward(two.receive(last - 2), module=1)
+        two.backward(g)
+        two.send(last - 2, "B", g)
+        one.backward(f, one.receive(last))
+        for each in (two,) if early else (one, two):
+            each.reduce(0, "", [0, 1, 2, 3])
+    for recording in assembled(logs):
+        assert recording.schedule.groups == ((0, 1),)
+        assert recording.caveats == ()
+        deadlock = prove(recording.schedule, smt=False).checks["deadlock"].verdict
+        assert isinstance(deadlock, Refuted) == (verdict == "refuted")

@@ -3,6 +3,8 @@
 Megatron names the GPU in code that does not depend on it.  ``install_cpu_standins`` replaces exactly that code, and
 nothing if there is a GPU.  Written for megatron-core 0.16.1; of what later versions lack, nothing is replaced.
 
+Two things are missing on a CPU.  torch lacks the GPU itself:
+
 =========================================  ==================================================================
 in Megatron                                stand-in
 =========================================  ==================================================================
@@ -10,14 +12,22 @@ in Megatron                                stand-in
 literal ``device="cuda"``, pinned memory   these modules see a ``torch`` whose constructors use the CPU's plain memory
 state of the GPU's random generator        the CPU generator's, kept apart in the tracker as on a GPU
 ``Tensor.type()`` compared with a string   a CPU tensor's type reads ``torch.cuda...``
+``Tensor.cuda()`` when saving              returns the tensor
+``torch.cuda.synchronize()`` when saving   does nothing: there is no GPU to wait for
+streams, events and ranges of a profiler   there is one stream, on which everything runs in order
+=========================================  ==================================================================
+
+``dualpipe record`` answers all of these calls itself, so under it none of them is replaced.  And Megatron lacks what
+it builds for a GPU, under the recorder too:
+
+=========================================  ==================================================================
+in Megatron                                stand-in
+=========================================  ==================================================================
 ``moe_utils.te_general_gemm``              ``None``, which Megatron tests for but never sets
 layer norms under sequence parallelism     PyTorch's, marked for the all-reduce as Apex's are
 absent classes of layers in attention      a class without instances, as latent attention asks for their type
 small functions under ``torch.compile``    run uncompiled, which saves a compiler and seconds in each rank
-``Tensor.cuda()`` when saving              returns the tensor
-``torch.cuda.synchronize()`` when saving   does nothing: there is no GPU to wait for
-streams, events and ranges of a profiler   there is one stream, on which everything runs in order
-splits of the all-to-all of tokens         moved "to the CPU", as numpy arrays
+splits of the all-to-all of tokens         moved "to the CPU", as numpy arrays: no tensor says that it is on a GPU
 a manager process for the results          a queue; a killed rank would leave the process behind
 =========================================  ==================================================================
 """
@@ -55,27 +65,33 @@ _ABSENT = object()
 
 def install_cpu_standins() -> None:
     """Let megatron-core run on the CPU.  Does nothing if there is a GPU or on a second call."""
-    if _installed or torch.cuda.is_available():
+    if _installed or (torch.cuda.is_available() and not answered()):
         return
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    if not answered():
+        _answer_cuda()
+    _replace_what_is_built_for_gpus()
+    torch.compiler.set_stance("force_eager")
+
+
+def answered() -> bool:
+    """Whether calls for a GPU are answered on the CPU already, as by ``dualpipe record``, whose GPUs are CPUs."""
+    return torch.device("cuda").type == "cpu"
+
+
+def _answer_cuda() -> None:
+    """Replace what names a GPU."""
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     for name in _LITERAL_CUDA:
         replace(importlib.import_module(name), "torch", _TorchOnCpu())
     replace(torch.cuda, "current_device", lambda: "cpu")
     replace(torch.Tensor, "cuda", lambda self, *args, **options: self)
     replace(torch.cuda, "synchronize", lambda device=None: None)
-    if hasattr(filesystem_async, "_get_write_results_queue"):
-        replace(filesystem_async, "_get_write_results_queue", queue.Queue)
     replace(torch.Tensor, "type", _type_as_on_gpu(torch.Tensor.type))
     replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
     replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))
     replace(random.CudaRNGStatesTracker, "add", _add_state)
     replace(random.CudaRNGStatesTracker, "fork", _fork_state)
-    replace(moe_utils, "te_general_gemm", None)
     replace(torch.cuda, "Stream", _Stream)
     for name in ("current_stream", "default_stream"):
         replace(torch.cuda, name, lambda device=None: _Stream())
@@ -84,12 +100,23 @@ def install_cpu_standins() -> None:
     replace(torch.Tensor, "record_stream", lambda self, stream: None)
     for name in ("range_push", "range_pop"):
         replace(torch.cuda.nvtx, name, lambda *message: 0)
+
+
+def _replace_what_is_built_for_gpus() -> None:
+    """Replace what Megatron takes from libraries and kernels that a CPU does not have."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    if hasattr(filesystem_async, "_get_write_results_queue"):
+        replace(filesystem_async, "_get_write_results_queue", queue.Queue)
+    replace(moe_utils, "te_general_gemm", None)
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu)
     for name in _ABSENT_LAYERS:
         if not isinstance(getattr(multi_latent_attention, name), type):
             replace(multi_latent_attention, name, type(name, (), {}))
     replace(WrappedTorchNorm, "__new__", _norm_for_sequence_parallel(WrappedTorchNorm.__new__))
-    torch.compiler.set_stance("force_eager")
 
 
 def remove_cpu_standins() -> None:

@@ -11,14 +11,22 @@ device "cuda" of constructors and ``to``    the CPU
 properties of the GPU                       those of an imaginary one for each rank, without memory
 statistics of memory                        0
 state of the GPU's random generator         the CPU generator's
-seed that a data loader draws               drawn apart: on a GPU it takes nothing from dropout's generator
 events and ranges of profilers              do nothing
 backend "nccl"                              gloo, without a device
+==========================================  =================================================================
+
+``dualpipe record`` answers all of these itself, so under it none of them is replaced, and the backend stays "nccl".
+These are replaced under it, too:
+
+==========================================  =================================================================
+in the loop                                 stand-in
+==========================================  =================================================================
+seed that a data loader draws               drawn apart: on a GPU it takes nothing from dropout's generator
 test whether there is a GPU                 left out (``allow_no_cuda`` of ``initialize_megatron``)
 fused kernels, and warming them up          left out
 ==========================================  =================================================================
 
-``CPU_ARGUMENTS`` are the options that a CPU needs; ``dualpipe.megatron.launch`` sets them after parsing.
+``CPU_ARGUMENTS`` are the options without kernels for GPUs; ``dualpipe.megatron.launch`` sets them after parsing.
 """
 
 from __future__ import annotations
@@ -35,11 +43,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import dataloader
 
-from dualpipe.megatron.on_cpu.core import install_cpu_standins, on_cpu, replace
+from dualpipe.megatron.on_cpu.core import answered, install_cpu_standins, on_cpu, replace
 
 CPU_ARGUMENTS: Mapping[str, Any] = MappingProxyType(
     {
-        "distributed_backend": "gloo",
         "use_cpu_initialization": True,
         "transformer_impl": "local",
         "gradient_accumulation_fusion": False,
@@ -85,6 +92,13 @@ def install_loop_standins() -> None:
     Includes ``install_cpu_standins``; ``remove_cpu_standins`` undoes both.
     """
     install_cpu_standins()
+    if not answered():
+        _answer_cuda()
+    replace(dataloader._BaseDataLoaderIter, "__init__", _drawing_apart(dataloader._BaseDataLoaderIter.__init__))
+
+
+def _answer_cuda() -> None:
+    """Replace what names a GPU."""
     cuda = torch.cuda
     for name in _CONSTRUCTORS:
         replace(torch, name, on_cpu(getattr(torch, name)))
@@ -102,7 +116,6 @@ def install_loop_standins() -> None:
     replace(cuda, "get_rng_state", lambda *args: torch.get_rng_state())
     replace(cuda, "set_rng_state", lambda state, *args: torch.set_rng_state(state))
     replace(cuda, "manual_seed", _nothing)
-    replace(dataloader._BaseDataLoaderIter, "__init__", _drawing_apart(dataloader._BaseDataLoaderIter.__init__))
     replace(cuda, "Event", _Event)
     for name in ("range_push", "range_pop"):
         replace(cuda.nvtx, name, _nothing)
@@ -127,8 +140,12 @@ def adapt_loop(initialize: ModuleType, replace_everywhere: Callable[[list[tuple[
 
 
 def with_cpu_arguments(args: Any) -> Any:
-    """Set ``CPU_ARGUMENTS`` in Megatron-LM's parsed arguments, and print what that changes on the first rank."""
-    changed = {name: value for name, value in CPU_ARGUMENTS.items() if getattr(args, name, value) != value}
+    """Set ``CPU_ARGUMENTS`` in Megatron-LM's parsed arguments, and print what that changes on the first rank.
+
+    The backend is gloo, unless ``dualpipe record`` puts gloo in the place of the one that the arguments name.
+    """
+    wanted = CPU_ARGUMENTS if answered() else {"distributed_backend": "gloo", **CPU_ARGUMENTS}
+    changed = {name: value for name, value in wanted.items() if getattr(args, name, value) != value}
     vars(args).update(changed)
     if changed and getattr(args, "rank", 0) == 0:
         settings = ", ".join(f"{name}={value}" for name, value in changed.items())

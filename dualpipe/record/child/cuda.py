@@ -7,10 +7,11 @@ are ranks.  Calls by torch itself to ``torch.cuda`` get the true answer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import nccl, streams, torch_cuda
 from .patches import Patches
@@ -32,7 +33,9 @@ def answer(patches: Patches, devices: int) -> TorchFunctionMode:
     patches.put(torch.random, "fork_rng", _fork_rng(torch.random.fork_rng))
     patches.put(torch.nn.Module, "cuda", lambda self, device=None: self)
     patches.put(torch.Tensor, "record_stream", lambda self, stream: None)
-    return _OnCpu()
+    mode = _OnCpu()
+    patches.put(torch.autograd.Variable, "_execution_engine", _Engine(torch.autograd.Variable._execution_engine, mode))
+    return mode
 
 
 def _device_module(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,6 +130,24 @@ class _OnCpu(TorchFunctionMode):
             kwargs = {**kwargs, "pin_memory": False}
         result = func(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
         return _pin(result) if pinned else result
+
+
+class _Engine:
+    """The autograd engine: what the program runs in a backward is moved, too.
+
+    torch leaves the mode while it runs a call that the mode has seen, as of ``torch.autograd.backward``.
+    """
+
+    def __init__(self, engine: Any, mode: TorchFunctionMode) -> None:
+        self._engine, self._mode = engine, mode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        active: Any = _get_current_function_mode_stack()  # type: ignore[no-untyped-call] # torch's own
+        with nullcontext() if self._mode in active else self._mode:
+            return self._engine.run_backward(*args, **kwargs)
 
 
 _PINNED = "_dualpipe_recorder_pinned"

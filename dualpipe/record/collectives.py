@@ -62,7 +62,7 @@ def name_collectives(logs: Sequence[RankLog], lineage: Lineage, step: int) -> Co
     groups: list[tuple[int, ...]] = []
     notes = []
     if left:
-        outside = "only with ranks outside of this pipeline"
+        outside = "whose other members are outside of this pipeline"
         count = counted(len(left), f"collective {outside} is", f"collectives {outside} are")
         notes.append(f"{count} left out, as at {left[0].at}")
     for (_, members), by_rank in rows.items():

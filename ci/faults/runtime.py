@@ -300,7 +300,7 @@ FAULTS = (
         0,
         "the recorder does not hold the memory of a send in flight",
         BUFFERS,
-        "            return tensor.detach().clone() if send else tensor.detach()",
+        "            return tensor.detach().clone() if send and is_readable(tensor) else tensor.detach()",
         "            return tensor",
         check="tests",
         rule="test",

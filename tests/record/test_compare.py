@@ -47,7 +47,10 @@ class Stage(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x):
-        return self.dropout(torch.tanh(Split.apply(x, self.weight) + self.bias))
+        y = torch.tanh(Split.apply(x, self.weight) + self.bias)
+        if torch.all(y == y).item() and y.mean().item() < 2:  # a module that reads its tensors reads no loss
+            y = self.dropout(y)
+        return y
 
 
 def gpipe(faults):

@@ -50,6 +50,8 @@ FILE = {
     "seen": [0],
     "collected": [],
     "by_optimizer": True,
+    "own": [],
+    "elsewhere": {},
 }
 
 

@@ -8,11 +8,13 @@ from torch.func import functional_call, vjp
 
 from dualpipe.record.child.ends import run_backward
 from dualpipe.record.child.forwards import Trials
+from dualpipe.record.child.kept import Kept
 from dualpipe.record.child.marks import Table
 from dualpipe.record.child.regions import copied, is_readable
 from dualpipe.record.child.replay import refusal
 from dualpipe.testing import record_ranks
 from tests.record.two_ranks import receive
+from tests.record.two_ranks import train as train_two
 
 
 class Stage(nn.Module):
@@ -198,3 +200,41 @@ def test_what_has_no_memory_is_not_read():
     assert copied(linear.weight).numel() == 0
     assert is_readable(linear.weight[4:])
     assert refusal(linear) == "the memory of its weights is freed when it is called"
+
+
+class Fused(torch.autograd.Function):
+    """A product whose backward adds the weight gradient to ``main_grad``, as Megatron's fused accumulation does."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        weight.main_grad.add_(gradient.t() @ x)
+        return gradient @ weight, None
+
+
+def test_a_backward_that_adds_to_main_grad_by_itself_is_run_plainly():
+    def body(rank):
+        torch.manual_seed(rank)
+        stage = nn.Linear(4, 4, bias=False)
+        stage.weight.main_grad = torch.zeros(4, 4)
+        stage.forward = lambda x: torch.tanh(Fused.apply(x, stage.weight))
+        optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+        train_two(rank, stage)
+        stage.weight.grad = stage.weight.main_grad
+        optimizer.step()
+
+    comparison = record_ranks(2, body, compare=True).comparison
+    assert comparison.verdict == "equal", comparison.text()
+
+
+def test_a_parameter_that_takes_the_place_of_another_one_before_the_backward_is_not_kept():
+    kept, linear = Kept(), nn.Linear(2, 2)
+    kept.module_runs(linear)
+    linear.weight = nn.Parameter(torch.ones(2, 2))  # as ``fully_shard`` does for the time of a call
+    kept.engine_runs(linear)
+    assert [name for name, _ in kept.named] == ["weight", "bias"]

@@ -67,8 +67,8 @@ class Kept:
     def engine_runs(self, module: nn.Module) -> None:
         """The engine runs for a module: keep its gradients of before that.  A program may reset them late."""
         for parameter in module.parameters():
-            number = self._numbers[id(parameter)]
-            if number not in self._reached:
+            number = self._numbers.get(id(parameter))  # none of what has taken a parameter's place, as in fully_shard
+            if number is not None and number not in self._reached:
                 self._reached.add(number)
                 before = copy_of(gradient_of(parameter))
                 if before is not None and bool(before.any()):

@@ -10,7 +10,7 @@ import gc
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Losses:
         self._flow = flow
         self.scalars: list[float] = []
         self._read: set[int] = set()
+        self._inside: list[tuple[int, Any]] = []  # forwards and values that a module or a backward has read of them
         self._values: dict[int, set[float]] = {}  # forward -> values of its loss that the program read or kept
         self._roots: dict[int, float] = {}  # forward -> the value of the scalar from which its backward began
         self._weights: dict[int, list[Weight]] = {}  # forward -> the weight of each loss in the gradient
@@ -67,7 +68,9 @@ class Losses:
         """The step ends: what the file of the rank has of its losses; ``calls`` counts the forwards."""
         find = self._flow.find
         self._done = True
+        gc.collect()  # what only a cycle of garbage holds, the program does not
         seen = self._read | self._held(max(2, calls))
+        seen |= {forward for forward, value in self._inside if self._roots.get(find(forward), None) == value}
         return {
             "seen": sorted(map(find, seen)),
             "scalars": self.scalars,
@@ -79,7 +82,16 @@ class Losses:
 
     def forget(self) -> None:
         """Forget the losses so far, which belong to a step that the program threw away."""
-        for kept in (self._read, self._values, self._roots, self._weights, self._begun, self._collected, self.scalars):
+        for kept in (
+            self._read,
+            self._inside,
+            self._values,
+            self._roots,
+            self._weights,
+            self._begun,
+            self._collected,
+            self.scalars,
+        ):
             kept.clear()
         self._done = False
 
@@ -102,8 +114,11 @@ class Losses:
             if self._looking:
                 return original(tensor, *args)
             found = self._flow.origins.forwards_of(tensor)
-            self._read |= found
             value = original(tensor, *args)
+            if self._flow.calling or self._flow.running:
+                self._inside += [(forward, value) for forward in found]
+            elif tensor.is_floating_point():
+                self._read |= found
             if not self._done and isinstance(value, float):
                 self.scalars.append(value)
                 self._note(found, value)
@@ -129,7 +144,7 @@ class Losses:
         """The results that the program holds, of at most one dimension and ``most`` elements, with their forwards."""
         found = []
         for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor) and thing.dim() <= 1 and 0 < thing.numel() <= most:
+            if _is_small(thing, most) and thing.is_floating_point():
                 forwards = self._flow.origins.forwards_of(thing)
                 found += [(thing, forwards)] if forwards else []
         return found
@@ -139,7 +154,7 @@ class Losses:
         held: set[int] = set()
         for thing, forwards in self._results(most):
             held |= forwards
-            if thing.numel() == 1 and thing.is_floating_point():
+            if thing.numel() == 1:
                 self._note(forwards, self.value(thing))
         return held
 
@@ -177,6 +192,10 @@ def _is_in_list(thing: object, own: Sequence[object], depth: int = _DEPTH) -> bo
         if depth and nested and not isinstance(holder, type) and _is_in_list(holder, [*own, holders], depth - 1):
             return True
     return False
+
+
+def _is_small(thing: object, most: int) -> TypeGuard[Tensor]:
+    return issubclass(type(thing), Tensor) and thing.dim() <= 1 and 0 < thing.numel() <= most  # type: ignore[attr-defined]
 
 
 def _is_large(thing: object) -> bool:

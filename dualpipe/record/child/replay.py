@@ -228,6 +228,7 @@ class Replay:
                     if moved is not None and moved[0] == number:
                         weight = weight + moved[1] * direction(number, weight)
                     weights[number] = weight.requires_grad_(parameter.requires_grad and with_grad)
+                    vars(weight).update(vars(parameter))  # as ``main_grad``, to which a backward may add by itself
                 names[name] = weights[number]
             leaves = [kept(leaf) if isinstance(leaf, Tensor) and not with_grad else leaf for leaf in call.leaves]
             for at, known in enumerate(call.known):

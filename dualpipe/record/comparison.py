@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,17 +164,41 @@ class LossWeights:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        if self.expected is None or {self.reduction, self.expected} != {*REDUCTIONS} or self._one:
+        if self.expected in (None, self.reduction) or not self.reduction or self._one:
             return ()
         why = "is each loss divided by their number" if self.expected == "mean" else "are they divided by their number"
+        if self.reduction == "other" and not (why := self._uneven() or self._by_another_number()):
+            return ()
         return (f"{self._line()}, and not the {self.expected}: {why}?",)
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        if self.expected is None or self.reduction in REDUCTIONS:
+        if self.expected is None and self.reduction == "other" and (uneven := self._uneven()):
+            return (f"{self._line()}: {uneven}?",)
+        if self.expected is None or self.reduction in REDUCTIONS or self.faults:
             return ()
         known = self._line() or "with which weight a loss enters the gradient could not be determined"
         return (f"{known}; so it is not known whether the gradient is the {self.expected} over the microbatches",)
+
+    def _uneven(self) -> str:
+        """A question about the microbatches whose weight is not the one that most have; empty if there are none."""
+        every = [(lane, mb, weight) for lane, each in self.weights.items() for mb, weight in enumerate(each)]
+        usual, count = Counter(f"{weight:.4g}" for _, _, weight in every).most_common(1)[0]
+        unusual = [each for each in every if f"{each[2]:.4g}" != usual]
+        if not unusual or 2 * count <= len(every):
+            return ""
+        shown = " and ".join(f"{weight:.4g} for microbatch {mb} of lane {lane}" for lane, mb, weight in unusual[:3])
+        return f"the weight is {shown}, and {usual} for most others: is each loss divided alike"
+
+    def _by_another_number(self) -> str:
+        """A question about the small number by which all losses are divided; empty if there is none."""
+        every = [weight for each in self.weights.values() for weight in each]
+        number = round(1 / every[0]) if every[0] > 0 else 0
+        if not 1 < number <= 2 * len(every) or any(abs(weight * number - 1) > 1e-3 for weight in every):
+            return ""
+        if all(len(each) == number for each in self.weights.values()):
+            return "is each loss divided by the microbatches of its own lane, and not of both"
+        return f"is each loss divided by {number}"
 
     @property
     def _one(self) -> bool:

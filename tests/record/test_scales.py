@@ -9,7 +9,7 @@ from dualpipe.errors import RuleError
 from dualpipe.record.child.weights import Weight
 from dualpipe.record.comparison import ChunkComparison, LossWeights, check_expected
 from dualpipe.record.plain.factors import Lasts, _reduction, factors, uneven, weights_of
-from dualpipe.schedule import UP, Chunk
+from dualpipe.schedule import DOWN, UP, Chunk
 from dualpipe.testing import record_ranks
 from tests.record.gpipe_ranks import GPipe
 
@@ -57,6 +57,29 @@ LOSSES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("weights", "verdicts", "question"),
+    [
+        ({UP: (0.2,) * 5, DOWN: (0.2,) * 5}, ("different", ""), "the microbatches of its own lane, and not of both?"),
+        ({UP: (1 / 11,) * 5, DOWN: (1 / 11,) * 5}, ("different", ""), "is each loss divided by 11?"),
+        (
+            {UP: (0.25, 1.0, 0.25, 0.25)},
+            ("different", "unknown"),
+            "1 for microbatch 1 of lane >, and 0.25 for most others",
+        ),
+        ({UP: (0.7,) * 4}, ("unknown", ""), "so it is not known whether the gradient is the mean"),
+        ({UP: (0.2, 0.3, 0.4, 0.5)}, ("unknown", ""), "so it is not known whether the gradient is the mean"),
+    ],
+)
+def test_weights_that_are_neither_a_mean_nor_a_sum(weights, verdicts, question):
+    """As of losses of which each has the number of its own tokens."""
+    expected = LossWeights(weights, "other", "mean", True)
+    found = LossWeights(weights, "other", None, True)
+    for each, verdict in ((expected, verdicts[0]), (found, verdicts[1])):
+        assert (bool(each.faults), bool(each.unknown)) == (verdict == "different", verdict == "unknown")
+        assert question in each.text() or not verdict
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_graph_shows_the_weight_of_its_loss_or_leaves_it_open(loss):
     loss_of, expected = LOSSES[loss]
@@ -90,7 +113,7 @@ def test_a_seed_is_part_of_the_weight_and_a_second_run_leaves_it_open():
     ],
 )
 def test_what_is_expected_of_the_weights_and_not_the_case_is_a_fault_or_unknown(reduction, expected, fault, unknown):
-    weights = LossWeights({UP: (0.5,) * 4}, reduction, expected)
+    weights = LossWeights({UP: (0.7,) * 4}, reduction, expected)
     assert (bool(weights.faults), bool(weights.unknown)) == (fault, unknown)
     assert LossWeights({UP: (1.0,)}, reduction, expected).faults == (), "the mean of one is its sum"
 

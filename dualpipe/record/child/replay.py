@@ -9,6 +9,7 @@ alone is left to compare with.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -165,6 +166,7 @@ class Replay:
                     wrong[number] = own, slope
         gradients = [[self._outer(call.gradients.get(at)) for at in range(len(call.outputs))] for call in calls]
         return {
+            "data": _data(calls[0]),
             "took": [copy for call in calls for copy in _arrivals(call)],
             "returned": [leaf for call in calls for leaf in call.outputs],
             "plainly": made.returned,
@@ -310,6 +312,16 @@ def copy_of(tensor: Tensor | None) -> Tensor | None:
 def _arrivals(call: Call) -> list[Tensor]:
     """What a call took from another stage, among its arguments or in an attribute."""
     return [call.leaves[at] for at in call.arrived if call.known[at] is not None] + [t for _, _, t in call.held]
+
+
+def _data(call: Call) -> str:
+    """A digest of what a call took from no other stage, as the tokens of its microbatch; empty if there is none."""
+    own = [leaf for at, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor) and at not in call.arrived]
+    digest = hashlib.sha256()
+    for leaf in own:
+        digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
+        digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if any(leaf.numel() > 1 for leaf in own) else ""
 
 
 def _put(module: nn.Module, name: str, leaf: Tensor) -> None:

@@ -25,6 +25,7 @@ import torch
 from dualpipe.record.comparison import ChunkComparison, Clipping, Comparison, LossWeights
 from dualpipe.record.events import ForwardId, RankLog
 from dualpipe.record.plain.clipping import judge
+from dualpipe.record.plain.data import are_those_of_the_other_lane, note
 from dualpipe.record.plain.factors import Lasts, factors, uneven, weights_of
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.losses import losses_of
@@ -102,6 +103,7 @@ def compare(
         replace(each, summed=step.is_summed(each.chunk)) if each.summed is None and each.faults else each
         for each in chunks
     )
+    chunks = tuple(_with_note(each, "" if each.chunk.stage else note(forwards, each.chunk.lane)) for each in chunks)
     tied = [*perhaps_tied(step, chunks)]
     chunks = tuple(
         replace(each, notes=(*each.notes, *(note for chunk, note in tied if chunk == each.chunk))) for each in chunks
@@ -111,10 +113,16 @@ def compare(
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     clipping = _clipping(chunks, files, forwards, clip_norm, others, weights)
     replicas = tuple(differences(chunks, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
+    if are_those_of_the_other_lane(forwards):
+        replicas, clipping = (), Clipping(unknown=(SAME_DATA,))
     found = Comparison(chunks, losses, replicas, clipping, weights)
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
     return replace(found, changes=tuple(_changes(logs, steps))) if scaled or found.verdict != "equal" else found
+
+
+def _with_note(each: ChunkComparison, text: str) -> ChunkComparison:
+    return replace(each, notes=(*each.notes, text)) if text else each
 
 
 def _without_scale(each: ChunkComparison) -> ChunkComparison:
@@ -178,6 +186,10 @@ def _step(
     return Step(files, forwards, routes, counts, others, places or {}, tuple(replicas))
 
 
+SAME_DATA = (
+    "each microbatch of lane < begins with the same data as that of lane >, so the sum over both lanes cannot be told "
+    "from twice that of one: does each lane get its own half of the data?"
+)
 _TWICE = (
     "some ranks threw away their gradients during the step and computed again, and others did not: run the program "
     "without that, or give every rank an optimizer"

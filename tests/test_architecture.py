@@ -10,6 +10,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 STANDARD = sys.stdlib_module_names
 
 
-def imports(path: Path, lazily: bool = True) -> set[str]:
+@cache
+def imports(path: Path, lazily: bool = True) -> frozenset[str]:
     """The modules that a file names in its imports, in full; without ``lazily`` only those at its top level."""
     tree = ast.parse(path.read_text())
     nodes = ast.walk(tree) if lazily else tree.body
@@ -29,7 +31,7 @@ def imports(path: Path, lazily: bool = True) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 or "child" in path.parts, f"{path} imports relatively"
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def packages(path: Path, lazily: bool = True) -> set[str]:

@@ -9,6 +9,7 @@ import tempfile
 from multiprocessing import get_context
 
 import torch
+import torch._dynamo  # once here and not in each rank: it takes seconds
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import P2POp, batch_isend_irecv, irecv, isend

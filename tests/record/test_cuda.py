@@ -1,18 +1,23 @@
 """CUDA calls are answered on the CPU."""
 
+import inspect
 import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FunctionType
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
+from torch.distributed import distributed_c10d as c10d
 
 from dualpipe.record.child import cuda, torch_cuda
 from dualpipe.record.child.patches import Patches
 from dualpipe.testing import record_ranks
+from dualpipe.testing.launch import launch
 from tests.record.two_ranks import train
 
 
@@ -234,11 +239,87 @@ def test_a_batch_has_one_work_if_the_program_requested_nccl():
     assert recording.caveats == ("12 message ends are left out as control data",)
 
 
-def test_undo_restores_torch():
-    before = torch.Generator, torch.load, torch.cuda.device, torch.accelerator.synchronize
+class Asked(NamedTuple):
+    """What a program is told about a process group."""
+
+    backend: str
+    config: str
+    name: str
+
+
+def asked(group=None) -> Asked:
+    return Asked(dist.get_backend(group), dist.get_backend_config(group), (group or dist.group.WORLD).name())
+
+
+def asked_by_torch(group=None) -> Asked:
+    names = {"__name__": "torch.somewhere", "dist": dist, "Asked": Asked}
+    exec(inspect.getsource(asked).replace(" -> Asked", ""), names)
+    return names["asked"](group)
+
+
+OF_GLOO = Asked("gloo", "cpu:gloo,cuda:gloo", "gloo")
+OF_NCCL = Asked("nccl", "cpu:nccl,cuda:nccl", "nccl")
+OF_BOTH = Asked("cpu:gloo,cuda:nccl", "cpu:gloo,cuda:nccl", "nccl")
+
+
+def test_a_group_for_nccl_answers_as_one_of_nccl_except_to_torch():
+    requests = {"nccl": OF_NCCL, "NCCL": OF_NCCL, "cpu:gloo,cuda:nccl": OF_BOTH, "gloo": OF_GLOO}
+
+    def body(context):
+        answers = []
+        with answered():
+            for default in requests:
+                dist.init_process_group(default, rank=0, world_size=1, store=dist.HashStore())
+                groups = [None, dist.new_group(), *(dist.new_group([0], backend=backend) for backend in requests)]
+                groups += [dist.init_device_mesh("cuda", (1, 1)).get_group(1)]
+                named, _ = c10d._new_process_group_helper(
+                    1, 0, [0], dist.Backend("nccl"), c10d._get_default_store(), "named", timeout=timedelta(seconds=60)
+                )
+                c10d._world.pg_group_ranks[named] = {0: 0}
+                groups.append(named)
+                answers.append((list(map(asked, groups)), set(map(asked_by_torch, groups))))
+                dist.destroy_process_group()
+        return answers
+
+    (answers,) = launch(1, body, backend=None).values()
+    for default, (told, told_torch) in zip(requests.values(), answers, strict=True):
+        assert told == [default, default, *requests.values(), default, OF_NCCL]
+        assert told_torch == {OF_GLOO}
+
+
+def nccl_questions() -> tuple[bool, bool, bool, bool]:
+    available = dist.is_backend_available
+    return dist.is_nccl_available(), available("nccl"), available("cpu:gloo,cuda:nccl"), available("hccl")
+
+
+def test_nccl_is_available_except_to_torch():
+    names = {"__name__": "torch.somewhere", "dist": dist}
+    exec(inspect.getsource(nccl_questions), names)
+    true = nccl_questions()
     with answered():
-        assert torch.Generator is not before[0]
-    assert (torch.Generator, torch.load, torch.cuda.device, torch.accelerator.synchronize) == before
+        assert nccl_questions() == (True, True, True, False)
+        assert names["nccl_questions"]() == true
+        assert torch.cuda.nccl.version() >= (2, 10)
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.min_ctas = 1
+    assert nccl_questions() == true
+
+
+def test_undo_restores_torch():
+    def changed():
+        functions = (
+            torch.Generator,
+            torch.load,
+            torch.cuda.device,
+            torch.accelerator.synchronize,
+            torch.cuda.nccl.version,
+        )
+        return *functions, vars(dist.ProcessGroup)["name"], dist.get_backend.__code__
+
+    before = changed()
+    with answered():
+        assert all(new is not old for new, old in zip(changed(), before, strict=True))
+    assert changed() == before
 
 
 def test_every_answer_is_a_separate_function():

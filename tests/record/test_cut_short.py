@@ -1,6 +1,7 @@
 """Programs that hang or fail: every unmatched message is in the file, however early it was posted."""
 
 import re
+from threading import Thread
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dualpipe.record import RecordError
+from dualpipe.record.child.log import call_path
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from tests.record.two_ranks import PLAIN, SHAPE, receive, text, train
@@ -34,19 +36,41 @@ def test_an_extra_receive_at_the_end_is_in_the_file():
 
 
 def test_the_place_of_a_message_includes_the_callers_of_the_helpers_that_post_it():
-    def fetch():
-        return receive(0)
+    def passing_on(function):
+        def wrapper(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def fetch(*sources, **options):
+        return [passing_on(passing_on(receive))(source, **options) for source in sources]
 
     def body(rank):
         train(rank, nn.Linear(4, 4), microbatches=1)
         if rank == 1:
-            fetch()
+            passing_on(passing_on(fetch))(0)
 
     (note,) = record_ranks(2, body, check=False).notes
     lines = {f.__name__: f.__code__.co_firstlineno for f in (receive, fetch, body)}
     helper, here = "two_ranks.py", "test_cut_short.py"
     path = f"{helper}:{lines['receive'] + 2} (called at {here}:{lines['fetch'] + 1}, {here}:{lines['body'] + 3})"
     assert path in re.sub(r"/\S*/", "", note)
+
+
+def test_a_wrapper_is_named_if_it_is_the_only_caller():
+    places = []
+
+    def post():
+        places.append(call_path())
+
+    def wrapper(*args, **kwargs):
+        post(*args, **kwargs)
+
+    thread = Thread(target=wrapper)
+    thread.start()
+    thread.join(10)
+    lines = [f.__code__.co_firstlineno + 1 for f in (post, wrapper)]
+    assert re.sub(r"/\S*/", "", places[0]) == "test_cut_short.py:{} (called at test_cut_short.py:{})".format(*lines)
 
 
 def test_a_send_that_no_rank_receives_is_in_the_file():

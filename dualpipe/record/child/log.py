@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import json
 import os
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import dropwhile, islice
+from itertools import dropwhile
 from pathlib import Path
 from traceback import walk_stack, walk_tb
 from types import FrameType
@@ -21,6 +23,8 @@ _OURS = str(Path(__file__).parent)
 _CALLERS = 3  # lines, besides that of the call itself
 _PACKAGES = ("torch", "typing_extensions")  # torch wraps functions of its own in ``typing_extensions.deprecated``
 _LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
+_ANY_ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+_CALL_WITH_THEM = dis.opmap["CALL_FUNCTION_EX"]
 
 
 def to_file(path: str) -> Sink:
@@ -41,17 +45,18 @@ def to_file(path: str) -> Sink:
 def program_line() -> str:
     """The current line of the program: the innermost frame outside of torch, the standard library and this package."""
     frame = sys._getframe(1)
-    return next(_program_lines(walk_stack(frame)), "") or _innermost(walk_stack(frame))
+    return next((line for line, _ in _program_lines(walk_stack(frame))), "") or _innermost(walk_stack(frame))
 
 
 def call_path() -> str:
     """The current line of the program, and the lines from which it called its function: ``a.py:7 (called at b.py:3)``.
 
-    A message is often posted by a helper, whose line is the same for all messages.
+    A message is often posted by a helper, whose line is the same for all messages.  So is that of a wrapper which only
+    passes its arguments on, such as a decorator's: it is left out, unless there are no other callers.
     """
     frame = sys._getframe(1)
-    line, *callers = [*islice(_program_lines(walk_stack(frame)), 1 + _CALLERS)] or [_innermost(walk_stack(frame))]
-    return f"{line} (called at {', '.join(callers)})" if callers else line
+    line, *callers = _with_callers(walk_stack(frame)) or [_innermost(walk_stack(frame))]
+    return f"{line} (called at {', '.join(callers[:_CALLERS])})" if callers else line
 
 
 class _Number:
@@ -83,7 +88,7 @@ def lines_of(error: BaseException) -> list[str]:
     From a line of an installed package these begin with the one that called the package.
     """
     passed = [*walk_tb(error.__traceback__)][::-1]
-    line, *outer = [*_program_lines(passed)] or [_innermost(passed)]
+    line, *outer = _with_callers(passed) or [_innermost(passed)]
     if "site-packages" in line:
         outer = [*dropwhile(lambda other: "site-packages" in other, outer)] or outer
     return [line, *outer[:_CALLERS]]
@@ -91,11 +96,30 @@ def lines_of(error: BaseException) -> list[str]:
 
 def callers() -> list[str]:
     """The lines of the program that are in progress, from the innermost one outwards, as in ``call_path``."""
-    return [*islice(_program_lines(walk_stack(sys._getframe(1))), 1 + _CALLERS)]
+    return _with_callers(walk_stack(sys._getframe(1)))[: 1 + _CALLERS]
 
 
-def _program_lines(frames: Iterable[_Step]) -> Iterator[str]:
-    """The lines of the program in frames from the innermost one outwards; one that repeats the last is left out."""
+def _with_callers(frames: Iterable[_Step]) -> list[str]:
+    """The innermost line of the program, and those of its callers that do more than pass their arguments on.
+
+    If none of them does more, these are all callers.
+    """
+    lines = [*_program_lines(frames)]
+    kept = [line for line, passes_on in lines[1:] if not passes_on]
+    return [line for line, _ in lines[:1]] + (kept or [line for line, _ in lines[1:]])
+
+
+def _passes_on(frame: FrameType) -> bool:
+    """Whether a frame is in a call with the arguments of its own, whatever these are: ``f(*args, **kwargs)``."""
+    code, at = frame.f_code, frame.f_lasti
+    return code.co_flags & _ANY_ARGUMENTS == _ANY_ARGUMENTS and at >= 0 and code.co_code[at] == _CALL_WITH_THEM
+
+
+def _program_lines(frames: Iterable[_Step]) -> Iterator[tuple[str, bool]]:
+    """The lines of the program in frames from the innermost one outwards, and whether each only passes arguments on.
+
+    A line that repeats the last is left out.
+    """
     last = ""
     for frame, number in frames:
         file, module = frame.f_code.co_filename, str(frame.f_globals.get("__name__", ""))
@@ -106,7 +130,7 @@ def _program_lines(frames: Iterable[_Step]) -> Iterator[str]:
         )
         line = f"{file}:{number}"
         if line != last and not of_library and not file.startswith((_OURS, "<")):
-            yield line
+            yield line, _passes_on(frame)
             last = line
 
 

@@ -58,7 +58,7 @@ def install(folder: str, settings: dict[str, Any]) -> None:
     """Answer CUDA calls, and watch the process once it joins a process group; torch has been imported."""
     import torch.distributed as dist
 
-    from . import cuda
+    from . import cuda, nccl
     from .patches import Patches
 
     if not dist.is_available():
@@ -79,7 +79,8 @@ def install(folder: str, settings: dict[str, Any]) -> None:
             result = begin(backend, **_with_file_store(kwargs, f"{settings['store']}-{sessions[0]}"))
         else:
             result = begin(backend, init_method, *args, **kwargs)
-        if "gloo" in dist.get_backend():  # it connects all ranks at once, so none may end while another is connecting
+        if nccl.stands_for_nccl(None) or "gloo" in dist.get_backend():
+            # gloo connects all ranks at once, so none may end while another is connecting
             dist.barrier()
         _record(folder, settings, sessions[0])
         return result

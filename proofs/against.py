@@ -87,7 +87,7 @@ class Comparison:
     """A schedule compared with another one.
 
     ``misplaced`` are the stages on different ranks; if there are any, nothing else was compared.  ``departures`` are
-    ordered by rank and aspect.
+    ordered by rank and aspect, with those that do not count after all others.
     """
 
     here: Schedule
@@ -167,8 +167,9 @@ def compare(here: Schedule, there: Schedule, name: str = "") -> Comparison:
             "name one with as many ranks",
         )
     misplaced = tuple(_misplaced(here, there))
-    departures = () if misplaced else tuple(each for rank in range(here.ranks) for each in _of_rank(here, there, rank))
-    return Comparison(here, there, name, misplaced, departures)
+    found = [] if misplaced else [each for rank in range(here.ranks) for each in _of_rank(here, there, rank)]
+    departures = sorted(found, key=lambda each: not each.counts)
+    return Comparison(here, there, name, misplaced, tuple(departures))
 
 
 def _misplaced(here: Schedule, there: Schedule) -> Iterator[Misplaced]:

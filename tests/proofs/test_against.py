@@ -114,6 +114,13 @@ def test_ops_issued_together_have_no_order_so_that_an_overlapped_pair_may_run_on
     assert compare(dualpipe(4, 8), apart).verdict == "same but for slots"
 
 
+def test_departures_come_before_differences_in_slots_of_any_rank():
+    there = dualpipe(4, 8).only(COMPUTE)
+    here = with_program(there, 0, [part for slot in there.programs[0] for part in _forward_apart(slot)])
+    found = compare(swap(here, 3, 0), there).departures
+    assert [(each.rank, each.aspect) for each in found] == [(3, Aspect.ORDER), (0, Aspect.SLOTS)]
+
+
 def _forward_apart(slot):
     forwards = tuple(op for op in slot if op.kind is F)
     return [part for part in (tuple(op for op in slot if op not in forwards), forwards) if part]

@@ -76,6 +76,12 @@ def test_a_gradient_agrees_up_to_rounding_with_its_own_lane_or_with_both(final, 
     assert found == expected
 
 
+def test_a_gradient_of_zero_does_not_show_whether_it_is_summed_over_both_lanes():
+    """As that of a layer before an output layer that starts at zero."""
+    zero = {mb: torch.zeros(4, 4) for mb in range(3)}
+    assert agreement(torch.zeros(4, 4), Parts(0, UP, zero, zero, None, {}, {}), (3,)) == Agreement("")
+
+
 def test_a_gradient_of_one_lane_and_half_of_the_other_is_told_with_the_lane():
     found = agreement(weighted(1, 1, 1, far=(1, 0, 1)), Parts(0, UP, OWN, FAR, None, {}, {}), (3,))
     assert found.startswith("the gradient lacks microbatch 1 of lane <: is it reduced over the lanes before")

@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what is imported by now, half a million objects, out of every garbage collection, in forked ranks too."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # tests keep many objects too, and leave little garbage
     gc.enable()
 
 

@@ -1,4 +1,4 @@
-"""Runs the command line as a process, on a terminal or piped, and interrupts it."""
+"""Runs the command line as a process, on a terminal, piped or forked from this one, and interrupts it."""
 
 import os
 import pty
@@ -6,9 +6,15 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NoReturn
+
+from dualpipe.cli import main
 
 COMMAND = [sys.executable, "-m", "dualpipe"]
 WAIT = 60.0
@@ -75,17 +81,51 @@ def interrupted(*arguments: object, when, group: bool = True, by: signal.Signals
         start_new_session=True,
     )
     try:
-        begun = time.monotonic()
-        while not when(child.pid):
-            assert child.poll() is None, f"it ended before it could be interrupted: {child.communicate()[0]}"
-            assert time.monotonic() - begun < WAIT, "the condition did not become true"
-            time.sleep(0.02)
+        _wait(lambda: when(child.pid), lambda: child.poll() is None)
         begun = time.monotonic()
         (os.killpg if group else os.kill)(child.pid, by)
         out = child.communicate(timeout=WAIT)[0]
         return Ended(child.returncode, out, time.monotonic() - begun)
     finally:
         end(child)
+
+
+def terminated(*arguments: object, when, output: Path, **more: str) -> Ended:
+    """Run in a process forked from this one, which has imported torch, and send it SIGTERM once ``when(pid)`` is true.
+
+    It prints to the file ``output``; ``more`` is added to the environment.
+    """
+    child = get_context("fork").Process(target=_run, args=(list(map(str, arguments)), output, more))
+    child.start()
+    try:
+        _wait(lambda: when(child.pid), child.is_alive)
+        begun = time.monotonic()
+        child.terminate()
+        child.join(WAIT)
+        return Ended(child.exitcode, output.read_text(), time.monotonic() - begun)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+
+
+def _run(arguments: list[str], output: Path, more: dict[str, str]) -> NoReturn:
+    os.setsid()
+    sys.stdout = sys.stderr = output.open("w")
+    for number in (1, 2):
+        os.dup2(sys.stdout.fileno(), number)
+    os.environ |= more
+    tempfile.tempdir = None  # it is read from the environment again
+    sys.argv = ["dualpipe", *arguments]
+    main()
+
+
+def _wait(holds, runs) -> None:
+    begun = time.monotonic()
+    while not holds():
+        assert runs(), "it ended before it could be interrupted"
+        assert time.monotonic() - begun < WAIT, "the condition did not become true"
+        time.sleep(0.02)
 
 
 def members(session: int) -> list[int]:

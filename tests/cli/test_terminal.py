@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import pytest
 
 from dualpipe.testing.launch import launch
-from tests.cli.terminal import COMMAND, cpu_seconds, interrupted, members, on_a_terminal, quiet
+from tests.cli.terminal import COMMAND, cpu_seconds, interrupted, members, on_a_terminal, quiet, terminated
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="reads /proc; would show that no process outlives Ctrl-C"
@@ -111,18 +111,19 @@ def test_ctrl_c_during_a_verification_ends_every_process_with_130_and_without_a_
 
 
 def test_sigterm_ends_every_process_with_143_and_leaves_no_file(tmp_path):
-    sessions = []
+    sessions, folder = [], tmp_path / "temporary"
+    folder.mkdir()
 
     def all_run(pid):
         sessions[:] = [pid]
-        return len(members(pid)) >= 5 and any(tmp_path.glob("dualpipe-*"))
+        return len(members(pid)) >= 5 and any(folder.glob("dualpipe-*"))
 
-    ended = interrupted(
-        "verify", "-P", 4, "-M", 8, "--steps", 1, when=all_run, group=False, by=signal.SIGTERM, TMPDIR=str(tmp_path)
+    ended = terminated(
+        *("verify", "-P", 4, "-M", 8, "--steps", 1), when=all_run, output=tmp_path / "output", TMPDIR=str(folder)
     )
     assert (ended.code, ended.out) == (143, "")
     assert members(sessions[0]) == []
-    assert list(tmp_path.glob("dualpipe-*")) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_sigterm_in_a_users_function_is_not_an_error_of_that_function(tmp_path):

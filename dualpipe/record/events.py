@@ -46,7 +46,7 @@ def read(rank: int, events: Sequence[Event]) -> RankLog:
     begun = False  # whether the training step has
     for event in log.events:
         begun = begun or event["event"] in _BEGINS
-        if event["event"] != "poll" and log.polling:
+        if event["event"] not in ("poll", "stopped") and log.polling:
             log.waiting, log.polling = [], False
         match event["event"]:
             case "module":

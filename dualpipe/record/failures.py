@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 
-from dualpipe.record.events import Message, MessageId, RankLog
+from dualpipe.record.events import Event, Message, MessageId, RankLog
 from dualpipe.record.lineage import Lineage, match
 from dualpipe.schedule import MESSAGES, RF, B, F, Failure, Op, Program, printable
 from dualpipe.schedule.failure import LATER
@@ -136,8 +136,13 @@ def _describe(
         awaited = " and ".join(str(ops[id]) if id in ops else _unnamed(messages[id]) for id in waiting)
         place = f"posted at {messages[waiting[0]].at}" + (f" {LATER}" if is_later else "")
         return (3, 0.0), f"waited for {awaited}, {place}, until it was stopped"
-    last = f", last seen at {log.events[-1]['at']}" if log.events else ""
+    last = f", {_last(log.events[-1])}" if log.events else ""
     return (2, 0.0), f"did not finish; it was stopped {where}{last}"
+
+
+def _last(event: Event) -> str:
+    """Where a rank was at its last event: the recorder adds one if the rank left its stack."""
+    return f"{'at' if event['event'] == 'stopped' else 'last seen at'} {event['at']}"
 
 
 def _unnamed(message: Message) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualpipe.errors import RuleError
+from dualpipe.record import stacks
 from dualpipe.record.processes import MARK, Watchdog, kill_marked
 
 CHILD = Path(__file__).parent / "child"
@@ -121,7 +122,9 @@ def run(launch: Launch, folder: Path, output: int) -> End:
                 ) from error
             processes.append(process)
         reason = _wait(codes, launch, folder, started)
-        return End(tuple(codes()), time.monotonic() - started, reason)
+        end = End(tuple(codes()), time.monotonic() - started, reason)
+        if reason:
+            stacks.ask(folder)
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -129,6 +132,8 @@ def run(launch: Launch, folder: Path, output: int) -> End:
         kill_marked(str(folder))
         for process in processes:
             process.wait()
+    stacks.note(folder)
+    return end
 
 
 def _forked(launch: Launch, folder: Path) -> tuple[str, ...] | None:

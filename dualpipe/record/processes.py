@@ -54,7 +54,7 @@ def kill_marked(value: str) -> None:
     import psutil  # only a command is recorded with it; dualpipe.testing works where it is not installed
 
     deadline = time.monotonic() + _PATIENCE
-    while found := list(_marked(value)):
+    while found := list(marked(value)):
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -63,7 +63,8 @@ def kill_marked(value: str) -> None:
         time.sleep(0.01)
 
 
-def _marked(value: str) -> Iterator[psutil.Process]:
+def marked(value: str) -> Iterator[psutil.Process]:
+    """The running processes whose environment has ``MARK`` with this value."""
     import psutil
 
     for process in psutil.process_iter():

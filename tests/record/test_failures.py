@@ -336,7 +336,7 @@ def test_the_command_records_an_error_before_a_rank_joined_the_process_group(tmp
     written = (tmp_path / "recorded.txt").read_text()
     recorded = loads(written)
     assert str(recorded.failures[0]) == f"rank 1 raised KeyError at {tmp_path}/early.py:4 before its first op: 'option'"
-    assert str(recorded.failures[1]).startswith("rank 0 did not finish; it was stopped before its first op")
+    assert str(recorded.failures[1]).endswith(f"it was stopped before its first op, at {tmp_path}/early.py:5")
     assert recorded.routes == {UP: (1, 0)}
     assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in written
 

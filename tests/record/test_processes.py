@@ -12,7 +12,7 @@ import psutil
 import pytest
 from torch import nn
 
-from dualpipe.record import Launch, run
+from dualpipe.record import Launch, assemble, read_folder, run
 from dualpipe.record.processes import MARK
 from dualpipe.testing import record_ranks
 from tests.record.run import ROOT, command, python
@@ -81,6 +81,45 @@ def test_a_signal_to_the_recorder_ends_all_processes_and_leaves_no_folder(tmp_pa
         assert process.wait(20) == code
     assert marked() == []
     assert list(tmp_path.iterdir()) == []
+
+
+STUCK = """
+import ctypes, os, pathlib, signal, sys, time
+def sleeps():
+    time.sleep(60)
+def keeps_the_lock_of_python():
+    while True:
+        ctypes.PyDLL(None).sleep(60)
+def blocks_signals():
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    time.sleep(60)
+def fails():
+    while len(list(pathlib.Path().glob("ready*"))) < 3:
+        time.sleep(0.02)
+    sys.exit(7)
+rank = int(os.environ["RANK"])
+pathlib.Path(f"ready{rank}").touch()
+(sleeps, keeps_the_lock_of_python, blocks_signals, fails)[rank]()
+"""
+
+
+def test_a_rank_that_is_stopped_says_where_it_was_even_in_c_code(tmp_path, known, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stuck.py").write_text(STUCK)
+    launch = Launch(("env", sys.executable, "stuck.py"), ranks=4, timeout=60, grace=0.3)
+    end = run(launch, _empty(tmp_path / "events"), subprocess.DEVNULL)
+    assert (end.codes, end.reason) == ((None, None, None, 7), "another rank had failed")
+    assert marked() == []
+    logs, _ = read_folder(tmp_path / "events", 4, 1, succeeded=False)
+    failures = {failure.rank: failure.what for failure in assemble(logs, codes=end.codes).schedule.failures}
+    stopped = "did not finish; it was stopped before its first op"
+    file = tmp_path / "stuck.py"
+    assert failures == {
+        0: f"{stopped}, at {file}:4 (called at {file}:17)",
+        1: f"{stopped}, at {file}:7 (called at {file}:17)",
+        2: stopped,
+        3: "ended with exit code 7 before its first op",
+    }
 
 
 SLOW_TO_JOIN = """

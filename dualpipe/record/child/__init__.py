@@ -23,6 +23,7 @@ singles      the collectives of groups with one member, in a plain run
 transport    calls torch's own functions
 arrivals     tensors that leave torch's operators and come back
 errors       errors of the program
+stacks       where the program is when the recorder stops it
 plain        runs the modules of a step once more, plainly, to compare with
 replay       the plain run of one forward
 draws        the random numbers that modules draw, for the plain run

@@ -19,10 +19,10 @@ Event = dict[str, Any]
 Sink = Callable[[Event], None]
 _Step = tuple[FrameType, int]  # a frame and the line that it is at
 
-_OURS = str(Path(__file__).parent)
-_CALLERS = 3  # lines, besides that of the call itself
-_PACKAGES = ("torch", "typing_extensions")  # torch wraps functions of its own in ``typing_extensions.deprecated``
-_LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
+OURS = str(Path(__file__).parent)
+CALLERS = 3  # lines, besides that of the call itself
+PACKAGES = ("torch", "typing_extensions")  # torch wraps functions of its own in ``typing_extensions.deprecated``
+LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 _ANY_ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 _CALL_WITH_THEM = dis.opmap["CALL_FUNCTION_EX"]
 
@@ -56,7 +56,7 @@ def call_path() -> str:
     """
     frame = sys._getframe(1)
     line, *callers = _with_callers(walk_stack(frame)) or [_innermost(walk_stack(frame))]
-    return f"{line} (called at {', '.join(callers[:_CALLERS])})" if callers else line
+    return f"{line} (called at {', '.join(callers[:CALLERS])})" if callers else line
 
 
 class _Number:
@@ -91,12 +91,12 @@ def lines_of(error: BaseException) -> list[str]:
     line, *outer = _with_callers(passed) or [_innermost(passed)]
     if "site-packages" in line:
         outer = [*dropwhile(lambda other: "site-packages" in other, outer)] or outer
-    return [line, *outer[:_CALLERS]]
+    return [line, *outer[:CALLERS]]
 
 
 def callers() -> list[str]:
     """The lines of the program that are in progress, from the innermost one outwards, as in ``call_path``."""
-    return _with_callers(walk_stack(sys._getframe(1)))[: 1 + _CALLERS]
+    return _with_callers(walk_stack(sys._getframe(1)))[: 1 + CALLERS]
 
 
 def _with_callers(frames: Iterable[_Step]) -> list[str]:
@@ -125,11 +125,11 @@ def _program_lines(frames: Iterable[_Step]) -> Iterator[tuple[str, bool]]:
         file, module = frame.f_code.co_filename, str(frame.f_globals.get("__name__", ""))
         if _is_launcher(module):
             return
-        of_library = module.partition(".")[0] in _PACKAGES or (
-            file.startswith(_LIBRARIES) and "site-packages" not in file
+        of_library = module.partition(".")[0] in PACKAGES or (
+            file.startswith(LIBRARIES) and "site-packages" not in file
         )
         line = f"{file}:{number}"
-        if line != last and not of_library and not file.startswith((_OURS, "<")):
+        if line != last and not of_library and not file.startswith((OURS, "<")):
             yield line, _passes_on(frame)
             last = line
 
@@ -142,4 +142,4 @@ def _is_launcher(module: str) -> bool:
 def _innermost(frames: Iterable[_Step]) -> str:
     """The innermost line in a file outside of this package, or an empty text."""
     found = ((frame.f_code.co_filename, number) for frame, number in frames)
-    return next((f"{file}:{number}" for file, number in found if not file.startswith((_OURS, "<"))), "")
+    return next((f"{file}:{number}" for file, number in found if not file.startswith((OURS, "<"))), "")

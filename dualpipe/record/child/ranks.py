@@ -39,9 +39,10 @@ def main() -> None:
     sys.stderr.flush()
     running: dict[int, int] = {}
     for rank in range(int(ranks)):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         process = os.fork()
         if process == 0:
-            _rank(rank, words)
+            _rank(words)
         running[process] = rank
     while running:
         process, status = os.wait()
@@ -51,9 +52,8 @@ def main() -> None:
         kept.with_suffix(".part").rename(kept)
 
 
-def _rank(rank: int, words: list[str]) -> NoReturn:
+def _rank(words: list[str]) -> NoReturn:
     die_with_parent()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     code = 1
     try:
         if words[0] == "-m":

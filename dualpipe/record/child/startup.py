@@ -19,6 +19,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+from . import stacks
 from .ranks import die_with_parent
 
 
@@ -27,6 +28,7 @@ def start(folder: str) -> None:
     settings = json.loads((Path(folder) / "settings.json").read_text())
     if os.getppid() == settings["launcher"]:
         die_with_parent()
+    stacks.answer(folder)
     sys.meta_path.insert(0, _Finder(functools.partial(install, folder, settings)))
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from dualpipe.errors import RuleError
 from dualpipe.schedule import COLLECTIVES, B, F, Kind, Lane, Op, Placed, Schedule, W
+from proofs.buffers_search import in_shared_memory
 from proofs.channels import apart
 from proofs.verdict import ExitCode
 
@@ -109,6 +110,11 @@ class Comparison:
         return one, other
 
     @property
+    def unsure(self) -> int:
+        """How many names of receives were not compared, since they are uncertain: they shared memory with others."""
+        return sum(len(in_shared_memory(self.here, rank)) for rank in range(self.here.ranks))
+
+    @property
     def departs(self) -> bool:
         return bool(self.misplaced) or any(departure.counts for departure in self.departures)
 
@@ -131,6 +137,7 @@ class Comparison:
             "name": self.name,
             "verdict": self.verdict,
             "collectives_compared": all(self.has_collectives),
+            "names_not_compared": self.unsure,
             "misplaced": [
                 {"lane": str(each.lane), "stage": each.stage, "here": each.here, "there": each.there}
                 for each in self.misplaced
@@ -319,9 +326,10 @@ def _in_slots(here: Schedule, there: Schedule, rank: int) -> Departure | None:
         [(number, slot) for number, slot in enumerate(schedule.programs[rank]) if slot[0].kind not in ignored]
         for schedule in (here, there)
     )
+    guesses = {*here.observed.guesses, *in_shared_memory(here, rank)}
     for (here_number, one), (there_number, other) in zip(*rows, strict=False):
         ours, theirs = {op.bare for op in one}, {op.bare for op in other}
-        unsure = {placed.op.bare for placed in here.observed.guesses if placed[:2] == (rank, here_number)}
+        unsure = {placed.op.bare for placed in guesses if placed[:2] == (rank, here_number)}
         if ours != theirs and (ours - unsure - theirs or len(one) != len(other)):
             alone = next((at for at, op in enumerate(one) if op.bare not in {o.bare for o in other}), 0)
             missing = next((at for at, op in enumerate(other) if op.bare not in {o.bare for o in one}), 0)

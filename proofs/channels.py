@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from dualpipe.schedule import MESSAGES, RB, RF, SENDS, SF, B, F, Op, Placed, Schedule
+from proofs.buffers_search import in_shared_memory
 
 Peer = tuple[int | None, bool]
 """The rank at the other end, and whether the messages are sends."""
@@ -44,10 +45,11 @@ def apart(here: Schedule, there: Schedule, rank: int, computes: int, is_cut_shor
     """The first difference of every channel of a rank.
 
     The F and B of the rank agree up to the number ``computes``; ``is_cut_short`` is whether its program ends there
-    although the other one goes on.  A name that is a guess agrees with every other.
+    although the other one goes on.  A name that is a guess, or that of a
+    receive into memory that another one uses at that time, agrees with every other.
     """
     one, other = channels(here, rank), channels(there, rank)
-    guesses = {**here.observed.guesses, **there.observed.guesses}
+    guesses = {*here.observed.guesses, *there.observed.guesses, *in_shared_memory(here, rank)}
     for key in one.keys() | other.keys():
         ours, theirs = one.get(key, []), other.get(key, [])
         first = _first_apart(ours, theirs, guesses)

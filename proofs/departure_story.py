@@ -20,6 +20,12 @@ def text(comparison: Comparison) -> str:
     has = comparison.has_collectives
     if any(has) and not all(has):
         lines.append(f"      collectives were not compared, since {'the schedule' if has[1] else name} has none")
+    if unsure := comparison.unsure:
+        names = "the name of 1 receive was" if unsure == 1 else f"the names of {unsure} receives were"
+        lines.append(
+            f"      {names} not compared, since another receive was in flight into the same memory, which makes names "
+            "uncertain"
+        )
     for departure in comparison.departures:
         lines.append(f"      {departure.aspect}: {tell(departure, comparison)}")
         where = place(departure, comparison)

@@ -56,7 +56,10 @@ class Departure:
         Where this schedule has the op of ``there`` on this rank; ``None`` if it never has.
     surplus:
         In ``messages``, how many messages the rank has more than in the other schedule, of which ``here`` is the first;
-        0 if none, or if that does not show.
+        0 if none, or if that does not show.  If it is negative, ``there`` is the first of those that it lacks, and
+        ``here`` the op with which the slots between the same F and B begin.
+    is_open:
+        Whether these messages may also be posted only earlier or later: the program ended before that could show.
     """
 
     aspect: Aspect
@@ -66,6 +69,7 @@ class Departure:
     later: Placed | None
     found: Placed | None
     surplus: int = 0
+    is_open: bool = False
 
     @property
     def counts(self) -> bool:
@@ -310,7 +314,7 @@ def _in_messages(here: Schedule, there: Schedule, rank: int, order: Departure | 
     for each in apart(here, there, rank, computes, is_cut_short):
         departure = _departure(Aspect.MESSAGES, here, there, rank, each.here, each.there)
         if departure is not None:
-            found.append(replace(departure, surplus=each.surplus))
+            found.append(replace(departure, surplus=each.surplus, is_open=each.is_open))
     return min(found, key=lambda each: _position(each, len(here.programs[rank])), default=None)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import assert_never
 
-from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, Schedule, W, show_slot
+from dualpipe.schedule import COLLECTIVES, MESSAGES, RECEIVES, SENDS, B, F, Lane, Op, Placed, Schedule, W, show_slot
 from proofs.against import Aspect, Comparison, Departure, Misplaced
 
 
@@ -60,7 +61,7 @@ def tell(departure: Departure, comparison: Comparison) -> str:
         return f"rank {rank} {_lacks(departure, name)}"
     does = f"rank {rank} {_verb(here.op)} {here.op} in slot {here.slot}"
     if departure.surplus:
-        return _has_more(departure, here, comparison)
+        return _has_more(departure, here, comparison) if departure.surplus > 0 else _has_fewer(departure, comparison)
     if _is_repeated(departure, comparison):
         return f"{does} once more than {name}"
     if departure.later is not None and departure.aspect is Aspect.MESSAGES:
@@ -80,16 +81,49 @@ def tell(departure: Departure, comparison: Comparison) -> str:
 
 def _has_more(departure: Departure, here: Placed, comparison: Comparison) -> str:
     """The words for messages too many: all later ones of the channel are shifted, and so are their names."""
-    count, sends = departure.surplus, here.op.kind in SENDS
-    noun = f"{'one' if count == 1 else count} {'send' if sends else 'receive'}{'s' * (count > 1)}"
-    towards = f"{'to' if sends else 'from'} rank {comparison.here.peer(here.op)}"
-    which = "the first is " if count > 1 else ""
-    before = [op for slot in comparison.here.programs[here.rank][: here.slot] for op in slot if op.kind in (F, B)]
+    posts = _posts(departure.rank, departure.surplus, here.op, comparison.here)
+    which = "the first is " if departure.surplus > 1 else ""
+    before, _ = _computes_around(here, comparison.here)
     after = f"after {before[-1]}" if before else "before its first forward"
-    return (
-        f"rank {here.rank} posts {noun} {towards} more than {comparison.name}: {which}{here.op} in slot {here.slot}, "
-        f"{after}"
+    named = ", which is named by what was sent" if here in comparison.here.observed.guesses else ""
+    return f"{posts} more than {comparison.name}: {which}{here.op} in slot {here.slot}, {after}{named}"
+
+
+def _has_fewer(departure: Departure, comparison: Comparison) -> str:
+    """The words for messages too few."""
+    here, there, name = departure.here, departure.there, comparison.name
+    if here is None or there is None:
+        raise AssertionError("messages are too few between two computes")
+    posts = _posts(departure.rank, -departure.surplus, there.op, comparison.there)
+    before, later = _computes_around(here, comparison.here)
+    own = [placed.op for placed in _posted_with(here, comparison.here)]
+    key = comparison.there.peer(there.op), there.op.kind in SENDS
+    count = sum((comparison.here.peer(op), op.kind in SENDS) == key for op in own)
+    gap = f"between {before[-1]} and {later[0]}" if before else f"before {later[0]}"
+    return f"{posts} fewer than {name}: {count or 'none'} {gap}, where {name} has {there.op} in its slot {there.slot}"
+
+
+def _posts(rank: int, count: int, op: Op, schedule: Schedule) -> str:
+    """That a rank posts so many messages like this one."""
+    sends = op.kind in SENDS
+    noun = f"{_number(count)} {'send' if sends else 'receive'}{'s' * (count > 1)}"
+    return f"rank {rank} posts {noun} {'to' if sends else 'from'} rank {schedule.peer(op)}"
+
+
+def _computes_around(placed: Placed, schedule: Schedule) -> tuple[list[Op], list[Op]]:
+    """The F and B of the rank in the slots before this one, and those from it on."""
+    program = schedule.programs[placed.rank]
+    before, later = (
+        [op for slot in part for op in slot if op.kind in (F, B)]
+        for part in (program[: placed.slot], program[placed.slot :])
     )
+    return before, later
+
+
+def _posted_with(placed: Placed, schedule: Schedule) -> list[Placed]:
+    """The messages of the rank from this op to its next F or B."""
+    later = (each for each in schedule if each.rank == placed.rank and each.slot >= placed.slot)
+    return [each for each in takewhile(lambda each: each.op.kind not in (F, B), later) if each.op.kind in MESSAGES]
 
 
 def _lacks(departure: Departure, name: str) -> str:
@@ -135,6 +169,10 @@ def place(departure: Departure, comparison: Comparison) -> str:
     here, observed = departure.here, comparison.here.observed
     if here is None:
         return ""
+    if departure.surplus < 0:
+        own = [(each.op, observed.place(each)) for each in _posted_with(here, comparison.here)]
+        lines = [f"{op} at {at}" for op, at in own if at]
+        return f"what it posts there: {', '.join(lines)}" if lines else ""
     before = [placed for placed in comparison.here if placed.rank == here.rank and placed[:3] <= here[:3]]
     for placed in reversed(before):
         if at := observed.place(placed):
@@ -219,11 +257,7 @@ def _is_at_once(weight: Placed, schedule: Schedule) -> bool:
 def _of_messages(departure: Departure, comparison: Comparison) -> str:
     here, there, later = departure.here, departure.there, departure.later
     if departure.surplus:
-        which = "it" if departure.surplus == 1 else "each of them"
-        return (
-            f"is {which} posted once too often? Then all later messages in that direction between the two ranks meet "
-            "the wrong partners."
-        )
+        return _of_counts(departure, comparison)
     if here is None:
         return "is a send or a receive left out, or did the rank stop before it?"
     if _is_repeated(departure, comparison) or (there is None and later is None):
@@ -233,6 +267,23 @@ def _of_messages(departure: Departure, comparison: Comparison) -> str:
     if there is not None and departure.found is None:
         return f"is {there.op} left out?"
     return "are the messages added to their batch in another order? They carry no tag, so both sides must use the same."
+
+
+def _of_counts(departure: Departure, comparison: Comparison) -> str:
+    """What causes messages too many or too few, and what follows from it."""
+    too_many, count = departure.surplus > 0, abs(departure.surplus)
+    also = f", or only posted {'earlier' if too_many else 'later'} than in {comparison.name}"
+    follows = "all later messages in that direction between the two ranks meet the wrong partners"
+    if comparison.here.observed:
+        follows += f", and the names of the messages that follow on this channel are shifted by {_number(count)}"
+    return (
+        f"is {'it' if count == 1 else 'each of them'} {'posted once too often' if too_many else 'left out'}"
+        f"{also if departure.is_open else ''}? {'In the first case' if departure.is_open else 'Then'} {follows}."
+    )
+
+
+def _number(count: int) -> str:
+    return "one" if count == 1 else str(count)
 
 
 def _of_collectives(departure: Departure) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
+from collections import Counter
 from typing import assert_never
 
 from dualpipe.schedule import COLLECTIVES, MESSAGES, RECEIVES, SENDS, B, F, Lane, Op, Placed, Schedule, W, show_slot
@@ -96,7 +96,7 @@ def _has_fewer(departure: Departure, comparison: Comparison) -> str:
         raise AssertionError("messages are too few between two computes")
     posts = _posts(departure.rank, -departure.surplus, there.op, comparison.there)
     before, later = _computes_around(here, comparison.here)
-    own = [placed.op for placed in _posted_with(here, comparison.here)]
+    own = [placed.op for placed in _between(comparison.here, here.rank, len(before))]
     key = comparison.there.peer(there.op), there.op.kind in SENDS
     count = sum((comparison.here.peer(op), op.kind in SENDS) == key for op in own)
     gap = f"between {before[-1]} and {later[0]}" if before else f"before {later[0]}"
@@ -120,10 +120,14 @@ def _computes_around(placed: Placed, schedule: Schedule) -> tuple[list[Op], list
     return before, later
 
 
-def _posted_with(placed: Placed, schedule: Schedule) -> list[Placed]:
-    """The messages of the rank from this op to its next F or B."""
-    later = (each for each in schedule if each.rank == placed.rank and each.slot >= placed.slot)
-    return [each for each in takewhile(lambda each: each.op.kind not in (F, B), later) if each.op.kind in MESSAGES]
+def _between(schedule: Schedule, rank: int, computes: int) -> list[Placed]:
+    """The messages of a rank after so many of its F and B, up to the next one."""
+    found, seen = [], 0
+    for number, slot in enumerate(schedule.programs[rank]):
+        if seen == computes:
+            found += [Placed(rank, number, at, op) for at, op in enumerate(slot) if op.kind in MESSAGES]
+        seen += sum(op.kind in (F, B) for op in slot)
+    return found
 
 
 def _lacks(departure: Departure, name: str) -> str:
@@ -170,7 +174,8 @@ def place(departure: Departure, comparison: Comparison) -> str:
     if here is None:
         return ""
     if departure.surplus < 0:
-        own = [(each.op, observed.place(each)) for each in _posted_with(here, comparison.here)]
+        before, _ = _computes_around(here, comparison.here)
+        own = [(each.op, observed.place(each)) for each in _between(comparison.here, here.rank, len(before))]
         lines = [f"{op} at {at}" for op, at in own if at]
         return f"what it posts there: {', '.join(lines)}" if lines else ""
     before = [placed for placed in comparison.here if placed.rank == here.rank and placed[:3] <= here[:3]]
@@ -272,6 +277,13 @@ def _of_messages(departure: Departure, comparison: Comparison) -> str:
 def _of_counts(departure: Departure, comparison: Comparison) -> str:
     """What causes messages too many or too few, and what follows from it."""
     too_many, count = departure.surplus > 0, abs(departure.surplus)
+    if (other := _of_another_peer(departure, comparison)) is not None:
+        having, lacking = (comparison.name, "this rank") if too_many else ("this rank", comparison.name)
+        peer = (comparison.there if too_many else comparison.here).peer(other)
+        which = "it" if too_many else "another message"
+        return (
+            f"does {which} name the wrong peer? There {having} has {other.bare} for rank {peer}, which {lacking} lacks."
+        )
     also = f", or only posted {'earlier' if too_many else 'later'} than in {comparison.name}"
     follows = "all later messages in that direction between the two ranks meet the wrong partners"
     if comparison.here.observed:
@@ -280,6 +292,22 @@ def _of_counts(departure: Departure, comparison: Comparison) -> str:
         f"is {'it' if count == 1 else 'each of them'} {'posted once too often' if too_many else 'left out'}"
         f"{also if departure.is_open else ''}? {'In the first case' if departure.is_open else 'Then'} {follows}."
     )
+
+
+def _of_another_peer(departure: Departure, comparison: Comparison) -> Op | None:
+    """A message that would make up for one too many or too few at its place, if it had another peer."""
+    here, like = departure.here, departure.there if departure.surplus < 0 else departure.here
+    if here is None or like is None:
+        raise AssertionError("messages too many or too few have a place")
+    computes = len(_computes_around(here, comparison.here)[0])
+    own, others = (
+        [(schedule.peer(op), op) for *_, op in _between(schedule, here.rank, computes) if op.kind is like.op.kind]
+        for schedule in (comparison.here, comparison.there)
+    )
+    more, fewer = (others, own) if departure.surplus > 0 else (own, others)
+    counts = Counter(peer for peer, _ in fewer)
+    counts.subtract(peer for peer, _ in more)
+    return next((op for peer, op in more if counts[peer] < 0), None)
 
 
 def _number(count: int) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualpipe.schedule import MESSAGES, RF, SF, UP, Failure, Op, Placed, Schedule
+from dualpipe.schedule import MESSAGES, RB, RF, SF, UP, Failure, Op, Placed, Schedule, W
 from dualpipe.schedule.generate import dualpipe, one_f_one_b
 from dualpipe.schedule.observed import Event, Guess, Observed, What
 from dualpipe.schedule.text import loads
@@ -102,6 +102,16 @@ def test_a_receive_too_few_is_told_by_its_place_where_a_program_ended():
     assert "what it posts there: 1SF1> at p2p.py:9 (called at comm.py:70, train.py:36), 2RF1< at p2p.py:9" in text(
         found
     )
+
+
+def test_a_receive_from_the_wrong_peer_is_not_one_too_many():
+    program = list(dualpipe(4, 10).programs[1][:11])
+    send, _ = program[9]
+    program[9:] = [(send, Op(RB, UP, 1, 0)), (Op(W, UP, 1, 0),)]
+    here, there = ended(program, lambda _: 70)
+    story, question = stories(here, there, Aspect.MESSAGES)[1]
+    assert story.startswith("rank 1 posts one receive from rank 2 more than dualpipe: 1RB0> in slot 9, after 1F2>")
+    assert question == "does it name the wrong peer? There dualpipe has 2RB0< for rank 0, which this rank lacks."
 
 
 def test_receives_that_are_posted_earlier_are_not_too_many():

@@ -27,6 +27,7 @@ from typing import Any
 
 from dualpipe.errors import RuleError
 from dualpipe.schedule import COLLECTIVES, B, F, Kind, Lane, Op, Placed, Schedule, W
+from proofs.buffers_search import in_shared_memory
 from proofs.channels import apart
 from proofs.verdict import ExitCode
 
@@ -55,7 +56,10 @@ class Departure:
         Where this schedule has the op of ``there`` on this rank; ``None`` if it never has.
     surplus:
         In ``messages``, how many messages the rank has more than in the other schedule, of which ``here`` is the first;
-        0 if none, or if that does not show.
+        0 if none, or if that does not show.  If it is negative, ``there`` is the first of those that it lacks, and
+        ``here`` the op with which the slots between the same F and B begin.
+    is_open:
+        Whether these messages may also be posted only earlier or later: the program ended before that could show.
     """
 
     aspect: Aspect
@@ -65,6 +69,7 @@ class Departure:
     later: Placed | None
     found: Placed | None
     surplus: int = 0
+    is_open: bool = False
 
     @property
     def counts(self) -> bool:
@@ -109,6 +114,11 @@ class Comparison:
         return one, other
 
     @property
+    def unsure(self) -> int:
+        """How many names of receives were not compared, since they are uncertain: they shared memory with others."""
+        return sum(len(in_shared_memory(self.here, rank)) for rank in range(self.here.ranks))
+
+    @property
     def departs(self) -> bool:
         return bool(self.misplaced) or any(departure.counts for departure in self.departures)
 
@@ -131,6 +141,7 @@ class Comparison:
             "name": self.name,
             "verdict": self.verdict,
             "collectives_compared": all(self.has_collectives),
+            "names_not_compared": self.unsure,
             "misplaced": [
                 {"lane": str(each.lane), "stage": each.stage, "here": each.here, "there": each.there}
                 for each in self.misplaced
@@ -303,7 +314,7 @@ def _in_messages(here: Schedule, there: Schedule, rank: int, order: Departure | 
     for each in apart(here, there, rank, computes, is_cut_short):
         departure = _departure(Aspect.MESSAGES, here, there, rank, each.here, each.there)
         if departure is not None:
-            found.append(replace(departure, surplus=each.surplus))
+            found.append(replace(departure, surplus=each.surplus, is_open=each.is_open))
     return min(found, key=lambda each: _position(each, len(here.programs[rank])), default=None)
 
 
@@ -319,9 +330,10 @@ def _in_slots(here: Schedule, there: Schedule, rank: int) -> Departure | None:
         [(number, slot) for number, slot in enumerate(schedule.programs[rank]) if slot[0].kind not in ignored]
         for schedule in (here, there)
     )
+    guesses = {*here.observed.guesses, *in_shared_memory(here, rank)}
     for (here_number, one), (there_number, other) in zip(*rows, strict=False):
         ours, theirs = {op.bare for op in one}, {op.bare for op in other}
-        unsure = {placed.op.bare for placed in here.observed.guesses if placed[:2] == (rank, here_number)}
+        unsure = {placed.op.bare for placed in guesses if placed[:2] == (rank, here_number)}
         if ours != theirs and (ours - unsure - theirs or len(one) != len(other)):
             alone = next((at for at, op in enumerate(one) if op.bare not in {o.bare for o in other}), 0)
             missing = next((at for at, op in enumerate(other) if op.bare not in {o.bare for o in one}), 0)

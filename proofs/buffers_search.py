@@ -20,12 +20,25 @@ TOUCHES = frozenset({What.READ, What.WRITE, What.FREE})
 def buffers(schedule: Schedule) -> Verdict:
     """No rank touches the memory of a message in flight, or writes to memory that a graph still needs."""
     found = [fault for own in schedule.observed.events for fault in faults(own)]
-    return Refuted(min(found, key=_slot)) if found else Proved()
+    return Refuted(min(found, key=_weight)) if found else Proved()
 
 
-def _slot(fault: TouchedInFlight | Overwritten) -> tuple[int, int]:
+def _weight(fault: TouchedInFlight | Overwritten) -> tuple[bool, int, int]:
+    """The earliest fault is told, but memory that two receives share before all others: it makes names uncertain."""
     placed = fault.places()[0]
-    return placed.slot, placed.rank
+    return not (isinstance(fault, TouchedInFlight) and fault.is_shared), placed.slot, placed.rank
+
+
+def in_shared_memory(schedule: Schedule, rank: int) -> frozenset[Placed]:
+    """The receives of a rank that were in flight into the same memory as another one.
+
+    The names of received messages are found from the use of their memory, so these names may be exchanged.
+    """
+    events = schedule.observed.events[rank] if schedule.observed else ()
+    pairs = [fault for fault in faults(events) if isinstance(fault, TouchedInFlight) and fault.is_shared]
+    names = {fault.by for fault in pairs}
+    posted = {event.message for event in events if event.what is What.POST and event.message.op in names}
+    return frozenset({fault.message for fault in pairs} | posted)
 
 
 def faults(events: Sequence[Event]) -> Iterator[TouchedInFlight | Overwritten]:

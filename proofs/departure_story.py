@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import assert_never
 
-from dualpipe.schedule import COLLECTIVES, RECEIVES, SENDS, B, F, Lane, Op, Placed, Schedule, W, show_slot
+from dualpipe.schedule import COLLECTIVES, MESSAGES, RECEIVES, SENDS, B, F, Lane, Op, Placed, Schedule, W, show_slot
 from proofs.against import Aspect, Comparison, Departure, Misplaced
 
 
@@ -20,6 +21,12 @@ def text(comparison: Comparison) -> str:
     has = comparison.has_collectives
     if any(has) and not all(has):
         lines.append(f"      collectives were not compared, since {'the schedule' if has[1] else name} has none")
+    if unsure := comparison.unsure:
+        names = "the name of 1 receive was" if unsure == 1 else f"the names of {unsure} receives were"
+        lines.append(
+            f"      {names} not compared, since another receive was in flight into the same memory, which makes names "
+            "uncertain"
+        )
     for departure in comparison.departures:
         lines.append(f"      {departure.aspect}: {tell(departure, comparison)}")
         where = place(departure, comparison)
@@ -54,7 +61,7 @@ def tell(departure: Departure, comparison: Comparison) -> str:
         return f"rank {rank} {_lacks(departure, name)}"
     does = f"rank {rank} {_verb(here.op)} {here.op} in slot {here.slot}"
     if departure.surplus:
-        return _has_more(departure, here, comparison)
+        return _has_more(departure, here, comparison) if departure.surplus > 0 else _has_fewer(departure, comparison)
     if _is_repeated(departure, comparison):
         return f"{does} once more than {name}"
     if departure.later is not None and departure.aspect is Aspect.MESSAGES:
@@ -74,16 +81,53 @@ def tell(departure: Departure, comparison: Comparison) -> str:
 
 def _has_more(departure: Departure, here: Placed, comparison: Comparison) -> str:
     """The words for messages too many: all later ones of the channel are shifted, and so are their names."""
-    count, sends = departure.surplus, here.op.kind in SENDS
-    noun = f"{'one' if count == 1 else count} {'send' if sends else 'receive'}{'s' * (count > 1)}"
-    towards = f"{'to' if sends else 'from'} rank {comparison.here.peer(here.op)}"
-    which = "the first is " if count > 1 else ""
-    before = [op for slot in comparison.here.programs[here.rank][: here.slot] for op in slot if op.kind in (F, B)]
+    posts = _posts(departure.rank, departure.surplus, here.op, comparison.here)
+    which = "the first is " if departure.surplus > 1 else ""
+    before, _ = _computes_around(here, comparison.here)
     after = f"after {before[-1]}" if before else "before its first forward"
-    return (
-        f"rank {here.rank} posts {noun} {towards} more than {comparison.name}: {which}{here.op} in slot {here.slot}, "
-        f"{after}"
+    named = ", which is named by what was sent" if here in comparison.here.observed.guesses else ""
+    return f"{posts} more than {comparison.name}: {which}{here.op} in slot {here.slot}, {after}{named}"
+
+
+def _has_fewer(departure: Departure, comparison: Comparison) -> str:
+    """The words for messages too few."""
+    here, there, name = departure.here, departure.there, comparison.name
+    if here is None or there is None:
+        raise AssertionError("messages are too few between two computes")
+    posts = _posts(departure.rank, -departure.surplus, there.op, comparison.there)
+    before, later = _computes_around(here, comparison.here)
+    own = [placed.op for placed in _between(comparison.here, here.rank, len(before))]
+    key = comparison.there.peer(there.op), there.op.kind in SENDS
+    count = sum((comparison.here.peer(op), op.kind in SENDS) == key for op in own)
+    gap = f"between {before[-1]} and {later[0]}" if before else f"before {later[0]}"
+    return f"{posts} fewer than {name}: {count or 'none'} {gap}, where {name} has {there.op} in its slot {there.slot}"
+
+
+def _posts(rank: int, count: int, op: Op, schedule: Schedule) -> str:
+    """That a rank posts so many messages like this one."""
+    sends = op.kind in SENDS
+    noun = f"{_number(count)} {'send' if sends else 'receive'}{'s' * (count > 1)}"
+    return f"rank {rank} posts {noun} {'to' if sends else 'from'} rank {schedule.peer(op)}"
+
+
+def _computes_around(placed: Placed, schedule: Schedule) -> tuple[list[Op], list[Op]]:
+    """The F and B of the rank in the slots before this one, and those from it on."""
+    program = schedule.programs[placed.rank]
+    before, later = (
+        [op for slot in part for op in slot if op.kind in (F, B)]
+        for part in (program[: placed.slot], program[placed.slot :])
     )
+    return before, later
+
+
+def _between(schedule: Schedule, rank: int, computes: int) -> list[Placed]:
+    """The messages of a rank after so many of its F and B, up to the next one."""
+    found, seen = [], 0
+    for number, slot in enumerate(schedule.programs[rank]):
+        if seen == computes:
+            found += [Placed(rank, number, at, op) for at, op in enumerate(slot) if op.kind in MESSAGES]
+        seen += sum(op.kind in (F, B) for op in slot)
+    return found
 
 
 def _lacks(departure: Departure, name: str) -> str:
@@ -129,6 +173,11 @@ def place(departure: Departure, comparison: Comparison) -> str:
     here, observed = departure.here, comparison.here.observed
     if here is None:
         return ""
+    if departure.surplus < 0:
+        before, _ = _computes_around(here, comparison.here)
+        own = [(each.op, observed.place(each)) for each in _between(comparison.here, here.rank, len(before))]
+        lines = [f"{op} at {at}" for op, at in own if at]
+        return f"what it posts there: {', '.join(lines)}" if lines else ""
     before = [placed for placed in comparison.here if placed.rank == here.rank and placed[:3] <= here[:3]]
     for placed in reversed(before):
         if at := observed.place(placed):
@@ -213,11 +262,7 @@ def _is_at_once(weight: Placed, schedule: Schedule) -> bool:
 def _of_messages(departure: Departure, comparison: Comparison) -> str:
     here, there, later = departure.here, departure.there, departure.later
     if departure.surplus:
-        which = "it" if departure.surplus == 1 else "each of them"
-        return (
-            f"is {which} posted once too often? Then all later messages in that direction between the two ranks meet "
-            "the wrong partners."
-        )
+        return _of_counts(departure, comparison)
     if here is None:
         return "is a send or a receive left out, or did the rank stop before it?"
     if _is_repeated(departure, comparison) or (there is None and later is None):
@@ -227,6 +272,46 @@ def _of_messages(departure: Departure, comparison: Comparison) -> str:
     if there is not None and departure.found is None:
         return f"is {there.op} left out?"
     return "are the messages added to their batch in another order? They carry no tag, so both sides must use the same."
+
+
+def _of_counts(departure: Departure, comparison: Comparison) -> str:
+    """What causes messages too many or too few, and what follows from it."""
+    too_many, count = departure.surplus > 0, abs(departure.surplus)
+    if (other := _of_another_peer(departure, comparison)) is not None:
+        having, lacking = (comparison.name, "this rank") if too_many else ("this rank", comparison.name)
+        peer = (comparison.there if too_many else comparison.here).peer(other)
+        which = "it" if too_many else "another message"
+        return (
+            f"does {which} name the wrong peer? There {having} has {other.bare} for rank {peer}, which {lacking} lacks."
+        )
+    also = f", or only posted {'earlier' if too_many else 'later'} than in {comparison.name}"
+    follows = "all later messages in that direction between the two ranks meet the wrong partners"
+    if comparison.here.observed:
+        follows += f", and the names of the messages that follow on this channel are shifted by {_number(count)}"
+    return (
+        f"is {'it' if count == 1 else 'each of them'} {'posted once too often' if too_many else 'left out'}"
+        f"{also if departure.is_open else ''}? {'In the first case' if departure.is_open else 'Then'} {follows}."
+    )
+
+
+def _of_another_peer(departure: Departure, comparison: Comparison) -> Op | None:
+    """A message that would make up for one too many or too few at its place, if it had another peer."""
+    here, like = departure.here, departure.there if departure.surplus < 0 else departure.here
+    if here is None or like is None:
+        raise AssertionError("messages too many or too few have a place")
+    computes = len(_computes_around(here, comparison.here)[0])
+    own, others = (
+        [(schedule.peer(op), op) for *_, op in _between(schedule, here.rank, computes) if op.kind is like.op.kind]
+        for schedule in (comparison.here, comparison.there)
+    )
+    more, fewer = (others, own) if departure.surplus > 0 else (own, others)
+    counts = Counter(peer for peer, _ in fewer)
+    counts.subtract(peer for peer, _ in more)
+    return next((op for peer, op in more if counts[peer] < 0), None)
+
+
+def _number(count: int) -> str:
+    return "one" if count == 1 else str(count)
 
 
 def _of_collectives(departure: Departure) -> str:

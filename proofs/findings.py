@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dualpipe.schedule import Kind, Op, Placed
+from dualpipe.schedule import RECEIVES, Kind, Op, Placed
 from dualpipe.schedule.observed import What
 from proofs.fault import Absence, Fault, OfEither, Pair, Place, place_of
 from proofs.models import Model
@@ -274,6 +274,16 @@ class TouchedInFlight(Absence):
     posted: str
     touched: str
     waited: str | None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether two receives are in flight into the same memory."""
+        return (
+            self.what is What.WRITE
+            and self.message.op.kind in RECEIVES
+            and self.by is not None
+            and self.by.kind in RECEIVES
+        )
 
     def places(self) -> tuple[Place, ...]:
         return (place_of(self.message),)

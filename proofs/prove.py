@@ -21,6 +21,7 @@ from proofs import buffers_search, buffers_smt, deadlock_search, deadlock_smt
 from proofs import search as by_search
 from proofs import smt as by_smt
 from proofs.difference import Problem, smtlib_of
+from proofs.doubts import doubts
 from proofs.findings import Finding, LeftOver, Missing, Unmatched
 from proofs.memory import bound_of, peak_activations, peak_bytes, within
 from proofs.models import MODELS, Model
@@ -139,7 +140,8 @@ def prove(
     peaks = peak_activations(schedule)
     begin(total, total, "")
     name = schedule.name if label is None else label
-    return Report(name, schedule.ranks, checks, peaks, peaks_in_bytes, schedule.failures)
+    doubtful = tuple(doubts(schedule, {check: result.finding for check, result in checks.items()}))
+    return Report(name, schedule.ranks, checks, peaks, peaks_in_bytes, schedule.failures, doubtful)
 
 
 def after_failures(result: Result, failures: Sequence[Failure]) -> Result:

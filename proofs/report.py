@@ -76,7 +76,8 @@ class Report:
     """The results of all checks of a schedule.
 
     ``label`` names it; ``peaks_in_bytes`` is empty without sizes.  With ``failures``, those of a recorded program, the
-    schedule is refuted whatever the checks find, since the program did not run through.
+    schedule is refuted whatever the checks find, since the program did not run through.  ``doubts`` say which names of
+    messages may be wrong, so that stories that rest on them mislead.
     """
 
     label: str
@@ -85,6 +86,7 @@ class Report:
     peak_activations: tuple[int, ...]
     peaks_in_bytes: tuple[PeakBytes, ...] = ()
     failures: tuple[Failure, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
@@ -110,6 +112,8 @@ class Report:
         }
         if self.failures:
             shown["failures"] = [failure._asdict() for failure in self.failures]
+        if self.doubts:
+            shown["doubts"] = list(self.doubts)
         shown["checks"] = {name: result.as_json() for name, result in self.checks.items()}
         shown["peak_activations"] = list(self.peak_activations)
         if self.waived:
@@ -119,13 +123,14 @@ class Report:
         return shown
 
     def text(self) -> str:
-        """The report for a terminal: the failures, a line for each check with its story below, then the peaks."""
+        """The report for a terminal: failures, doubts, a line for each check with its story below, then the peaks."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         names = " and ".join(self.waived)
         but = f" but for {names} (waived)" if self.exit_code is ExitCode.PROVED else f", with {names} waived"
         lines = [
             *map(str, self.failures),
             f"{self.label or 'schedule'} on {ranks}: {self.verdict}{but if names else ''}",
+            *(f"  {line}" for doubt in self.doubts for line in doubt.split("\n")),
         ]
         for name, result in self.checks.items():
             spent = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in result.seconds.items())

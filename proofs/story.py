@@ -213,7 +213,11 @@ def _touched(finding: TouchedInFlight) -> str:
     else:
         doer = "" if by is None else f" in {by}"
     waited = f"waited for at {finding.waited}" if finding.waited is not None else "never waited for"
-    if sends:
+    done = _DONE[finding.what]
+    if finding.is_shared:
+        done = f"the other, {by}, posted"
+        effect = "the one that arrives last is in that memory in the end, so one may be used as the other"
+    elif sends:
         effect = "what is sent may be what is in that memory later"
     elif finding.what is What.READ:
         effect = "the message may not have arrived, so it may compute with what was in the memory before"
@@ -221,7 +225,7 @@ def _touched(finding: TouchedInFlight) -> str:
         effect = "the message may arrive in that memory later"
     return (
         f"rank {message.rank} {verb} the tensor of {content(message.op)}{doer} while the message {in_slot(message)} "
-        f"is in flight\nposted at {finding.posted}\n{_DONE[finding.what]} at {finding.touched}\n{waited}\n{effect}"
+        f"is in flight\nposted at {finding.posted}\n{done} at {finding.touched}\n{waited}\n{effect}"
     )
 
 

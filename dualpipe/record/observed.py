@@ -29,6 +29,7 @@ def observe(
 def _events(log: RankLog, placed: Mapping[MessageId, Placed], lineage: Lineage) -> Iterator[Event]:
     dropped = _last_backward(log)
     keeps: dict[int, list[Placed]] = {}  # forward -> the messages whose memory its graph needs
+    posts: dict[int, str] = {}  # message -> the line that made its post, also if a batch was posted later
 
     def place(message: int) -> Placed | None:
         return placed.get(MessageId(log.rank, message))
@@ -37,14 +38,16 @@ def _events(log: RankLog, placed: Mapping[MessageId, Placed], lineage: Lineage) 
         match event["event"]:
             case "post":
                 for posted in event["messages"]:
+                    posts[posted["message"]] = posted.get("at") or event["at"]
                     if (at := place(posted["message"])) is not None:
-                        yield Event(What.POST, at, None, posted.get("at") or event["at"])
+                        yield Event(What.POST, at, None, posts[posted["message"]])
             case "completed":
                 for message in event["messages"]:
                     if (at := place(message)) is not None:
                         yield Event(What.WAIT, at, None, event["at"])
             case "access" if (at := place(event["message"])) is not None:
-                yield Event(What(event["what"]), at, _by(log, event, placed, lineage), event["at"])
+                line = posts[event["posted"]] if event["posted"] in posts else event["at"]
+                yield Event(What(event["what"]), at, _by(log, event, placed, lineage), line)
             case "keep" if (at := place(event["message"])) is not None:
                 forward = log.find(event["forward"])
                 keeps.setdefault(forward, []).append(at)

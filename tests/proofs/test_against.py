@@ -3,13 +3,13 @@
 import pytest
 
 from dualpipe.errors import RuleError
-from dualpipe.schedule import COMPUTE, MESSAGES, RB, RECEIVES, RF, UP, B, F, Op, Placed, Schedule, W
+from dualpipe.schedule import COMPUTE, MESSAGES, RB, RECEIVES, UP, B, F, Op, Placed, Schedule, W
 from dualpipe.schedule.generate import PLANS, dualpipe, dualpipev, generate, one_f_one_b, zb1p
 from dualpipe.schedule.observed import Guess, Observed
 from dualpipe.schedule.text import loads
 from proofs.against import Aspect, compare
 from proofs.departure_story import meaning, place, tell, text
-from tests.mutations import drop, duplicate, insert, move, redirect, reorder, split_all, swap, with_program
+from tests.mutations import drop, duplicate, insert, redirect, reorder, split_all, swap, with_program
 
 GPIPE = """\
 lane > 0 1
@@ -296,45 +296,6 @@ def test_with_a_schedule_that_has_none_collectives_are_not_compared_and_the_repo
     assert (found.verdict, found.as_json()["collectives_compared"]) == ("same", False)
     assert "collectives were not compared, since theirs has none" in text(found)
     assert "since the schedule has none" in text(compare(ours.only(COMPUTE | MESSAGES), ours, "theirs"))
-
-
-def shifted(schedule, rank, slot, lane, cut=None):
-    """One more receive of an activation in front of a slot; each is used for the microbatch before.
-
-    With ``cut`` the rank's program ends after so many slots.
-    """
-    program = schedule.programs[rank]
-    taken = [op for each in program for op in each if op.kind is RF and op.lane is lane]
-    number = sum(op in taken for each in program[:slot] for op in each)
-    later = [tuple(op._replace(mb=op.mb + (op in taken)) for op in each) for each in program[slot:]]
-    return with_program(schedule, rank, [*program[:slot], (taken[0]._replace(mb=number),), *later][:cut])
-
-
-@pytest.mark.parametrize("cut", [None, 20])
-def test_a_receive_too_many_is_named_where_it_is_posted_though_the_names_of_all_later_ones_shift(cut):
-    """A middle rank of DualPipe posts a receive before a forward that has its input already."""
-    there = dualpipe(4, 10)
-    found = stories(shifted(there, 1, 8, UP, cut), there, Aspect.MESSAGES)
-    assert found == {
-        1: (
-            "rank 1 posts one receive from rank 0 more than dualpipe: 1RF3> in slot 8, after 2F1<",
-            "is it posted once too often? Then all later messages in that direction between the two ranks meet the "
-            "wrong partners.",
-        )
-    }
-
-
-@pytest.mark.parametrize(("there", "slot"), [(one_f_one_b(2, 4), 4), (loads(GPIPE), 3)])
-def test_a_receive_too_many_is_named_where_it_is_posted_though_all_names_of_the_direction_are_alike(there, slot):
-    (story, _) = stories(shifted(there, 1, slot, UP), there, Aspect.MESSAGES)[1]
-    assert story.startswith("rank 1 posts one receive from rank 0 more than ")
-    assert f"in slot {slot}, after 1" in story
-
-
-def test_receives_that_are_posted_earlier_are_not_too_many():
-    there = dualpipe(4, 10)
-    swapped = reorder(move(there, 1, 13, 12), 1, 12, 1, 0, 2, 3)
-    assert "posts" not in stories(swapped, there, Aspect.MESSAGES)[1][0]
 
 
 def test_a_receive_whose_name_is_a_guess_does_not_depart():

@@ -9,6 +9,8 @@ from dualpipe.schedule import Op, Placed, Schedule
 from dualpipe.schedule.observed import Event, Observed, What
 from dualpipe.schedule.text import loads
 from proofs import buffers_search, buffers_smt
+from proofs.against import compare
+from proofs.departure_story import text
 from proofs.findings import Overwritten, TouchedInFlight
 from proofs.models import BLOCKING
 from proofs.prove import CHECKS, problems, prove, run_check
@@ -50,7 +52,9 @@ FAULTS = {
     ),
     "two receives in flight into one buffer": (
         "events 1: post:1RF0>:1 post:1RF1>:2 write:1RF0>:1RF1>:2 wait:1RF0>:3 wait:1RF1>:3",
-        "rank 1 receives 1RF1> into the tensor of the activation of microbatch 0",
+        "rank 1 receives 1RF1> into the tensor of the activation of microbatch 0 of lane > (stage 0 to stage 1) while "
+        "the message in slot 0 (1RF0>) is in flight\nposted at comm.py:1 (called at train.py:1)\nthe other, 1RF1>, "
+        "posted at train.py:2\nwaited for at train.py:3\nthe one that arrives last is in that memory in the end",
     ),
     "a send of what is being received": (
         "events 1: post:1RF0>:1 post:1SB0>:2 read:1RF0>:1SB0>:2 wait:1RF0>:3 wait:1SB0>:3",
@@ -77,6 +81,38 @@ def test_both_methods_refute_the_fault_and_the_story_has_its_lines(fault):
     assert isinstance(checked.verdict, Refuted)
     assert checked.verdict.core
     assert story in checked.as_json()["story"]
+
+
+SHARED = (
+    "events 1: post:1RF0>:1 wait:1RF0>:1 keep:1RF0>:1F0>:2 post:1RF1>:1 write:1RF0>:1RF1>:1 post:1RF2>:2 "
+    "write:1RF1>:1RF2>:2 wait:1RF1>:3 wait:1RF2>:3 drop:1RF0>:1F0>:3"
+)
+"""1RF0> is overwritten by a receive that shares the memory with a third one."""
+
+
+def test_memory_that_two_receives_share_is_told_before_all_else_since_names_may_be_wrong_because_of_it():
+    shared = loads(GPIPE.replace("1RF1>", "1RF2>+1RF1>").replace("0SF1>", "0SF1>+0SF2>") + SHARED)
+    report = prove(shared, smt=False)
+    assert report.as_json()["checks"]["buffers"]["story"].startswith("rank 1 receives 1RF2> into the tensor of")
+    first, second = report.text().splitlines()[:2]
+    assert first.endswith(": refuted")
+    assert second.startswith("  names of messages may be wrong, and with them what the other checks say: a receive is ")
+    assert "and rank 1 had two receives in flight into the same memory at a time (see buffers)" in second
+    assert report.as_json()["doubts"] == [second.strip()]
+    overwritten = prove(
+        loads(GPIPE + FAULTS["a received tensor that is overwritten before its backward"][0]), smt=False
+    )
+    assert (overwritten.verdict, overwritten.doubts) == ("refuted", ())
+
+
+def test_names_of_receives_that_share_memory_do_not_depart_from_another_schedule():
+    ordered = GPIPE.replace(" 1F0> 1RF1>", "+1RF1> 1F0>").split("place")[0]
+    exchanged = ordered.replace("1RF0>+1RF1>", "1RF1>+1RF0>") + GPIPE[GPIPE.index("place") :]
+    apart = "events 1: post:1RF1>:1 post:1RF0>:2 wait:1RF1>:3 wait:1RF0>:3"
+    assert compare(loads(exchanged + apart), loads(ordered)).verdict == "departs"
+    found = compare(loads(exchanged + apart.replace(" wait:1RF1>", " write:1RF1>:1RF0>:2 wait:1RF1>")), loads(ordered))
+    assert found.verdict == "same"
+    assert "the names of 2 receives were not compared, since another receive was in flight into the same" in text(found)
 
 
 def test_a_wait_in_time_and_a_buffer_used_again_after_the_backward_are_proved():

@@ -12,6 +12,7 @@ from dualpipe.testing import record_ranks
 from proofs.buffers_search import buffers, faults
 from proofs.story import tell
 from proofs.verdict import Proved, Refuted
+from tests.record.logs import Rank, recorded
 from tests.record.two_ranks import SHAPE, assert_plain, receive, text
 
 
@@ -194,6 +195,30 @@ def test_a_message_may_arrive_in_another_thread_while_memory_is_received_into():
     held._kept |= {1}
     held.posted(2, False, tensor, tensor, None)
     assert held._received == {}
+
+
+@pytest.mark.parametrize("send", [False, True])
+def test_a_receive_into_the_memory_of_a_message_in_flight_is_written_down_after_a_write_of_the_program(send):
+    written = []
+    held, tensor = Buffers(lambda _, **fields: written.append((fields["what"], fields["posted"]))), torch.zeros(4)
+    held.posted(0, send, tensor, tensor.clone(), None)
+    held.operator(torch.ops.aten.fill_.Scalar, (tensor, 0.0), {}, None)
+    held.posted(1, False, tensor[2:], tensor[2:], None)
+    assert written == [("write", None), ("write", 1)]
+
+
+def test_both_receives_that_share_memory_have_the_lines_that_made_them_and_not_that_of_their_batch():
+    one, two = Rank(0), Rank(1)
+    one.post(*(("send", 1, "F", one.forward()) for _ in range(2)))
+    first, second = two.post(("receive", 0, "", None), ("receive", 0, "", None), wait=False)
+    for line, message in enumerate(two.events[-1]["messages"], start=7):
+        message["at"] = f"p2p.py:{line}"
+    two._write("access", what="write", message=first, posted=second, by=[])
+    two._write("wait", messages=[first, second], own=True)
+    for message in (first, second):
+        two.backward(two.forward(message))
+    story = stories(recorded(one, two), 1)[0].splitlines()
+    assert story[1:3] == ["posted at p2p.py:7", "the other, 1RF1>@0, posted at p2p.py:8"]
 
 
 PARTS = {

@@ -27,13 +27,16 @@ _WALKED = "dualpipe.record.walked"  # in a graph node's metadata: its saved tens
 
 
 class Flight(NamedTuple):
-    """A message in flight: its tensor, what is held for it, and the kinds of access that were written down."""
+    """A message in flight: its tensor, what is held for it, and the accesses that were written down.
+
+    ``noted`` has their kinds, and whether each was another message's.
+    """
 
     send: bool
     region: Region
     tensor: Tensor
     held: Tensor
-    noted: set[str]
+    noted: set[tuple[str, bool]]
 
 
 class Buffers:
@@ -131,8 +134,9 @@ class Buffers:
                 self._note(number, flight, what, posted, by)
 
     def _note(self, number: int, flight: Flight, what: str, posted: int | None, by: Marks | None) -> None:
-        if what not in flight.noted:  # one of each kind is enough to refute, and a forward has many operators
-            flight.noted.add(what)
+        kind = what, posted is not None
+        if kind not in flight.noted:  # one of each kind is enough to refute, and a forward has many operators
+            flight.noted.add(kind)
             self._write("access", what=what, message=number, posted=posted, by=sorted(by or ()), at=call_path())
 
     # graphs

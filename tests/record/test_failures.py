@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from dualpipe.record import RecordError, assemble
-from dualpipe.record.child.errors import describe
 from dualpipe.record.events import read
 from dualpipe.record.lanes import parse
 from dualpipe.schedule import DOWN, UP
@@ -339,18 +338,3 @@ def test_the_command_records_an_error_before_a_rank_joined_the_process_group(tmp
     assert str(recorded.failures[1]).endswith(f"it was stopped before its first op, at {tmp_path}/early.py:5")
     assert recorded.routes == {UP: (1, 0)}
     assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in written
-
-
-def test_an_error_outside_of_modules_names_the_lines_that_called_the_package_in_which_it_was_raised():
-    names = {"__name__": "other"}
-    for file, source in (
-        ("/env/site-packages/a.py", "def inner(): raise ValueError\ndef outer(): inner()"),
-        ("/home/schedules.py", "def backward(): outer()"),
-        ("/home/train.py", "def train(): backward()"),
-    ):
-        exec(compile(source, file, "exec"), names)
-    try:
-        names["train"]()
-    except ValueError as error:
-        place = describe(error)["place"]
-    assert place.startswith("/env/site-packages/a.py:1 (called at /home/schedules.py:1, /home/train.py:1, ")

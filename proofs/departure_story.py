@@ -174,8 +174,8 @@ def place(departure: Departure, comparison: Comparison) -> str:
     if here is None:
         return ""
     if departure.surplus < 0:
-        before, _ = _computes_around(here, comparison.here)
-        own = [(each.op, observed.place(each)) for each in _between(comparison.here, here.rank, len(before))]
+        computes = len(_computes_around(here, comparison.here)[0])
+        own = [(each.op, observed.place(each)) for each in _between(comparison.here, here.rank, computes)]
         lines = [f"{op} at {at}" for op, at in own if at]
         return f"what it posts there: {', '.join(lines)}" if lines else ""
     before = [placed for placed in comparison.here if placed.rank == here.rank and placed[:3] <= here[:3]]

@@ -181,25 +181,30 @@ def _form(op: Op) -> tuple[object, ...]:
     return op.kind, op.chunk
 
 
-def shifted_by(schedule: Schedule, extra: Placed) -> Placed | None:
-    """The receive too many because of which nothing uses what the later receive ``extra`` of the same channel gets.
+def surplus_receive(schedule: Schedule, rank: int, peer: int | None) -> Placed | None:
+    """The receive of a rank from a peer that is one too many and shifts all later ones of the channel, if there is one.
 
     It is the first one that does not fit the send that it meets, if without it all later receives fit the sends of the
-    peer by kind and chunk; ``None`` if there is none before ``extra``.
+    peer by kind and chunk.
     """
-    peer = schedule.peer(extra.op)
     if peer is None or not 0 <= peer < schedule.ranks:
         return None
-    received = channels(schedule, extra.rank).get((peer, False), [])
-    sent = channels(schedule, peer).get((extra.rank, True), [])
+    received = channels(schedule, rank).get((peer, False), [])
+    sent = channels(schedule, peer).get((rank, True), [])
     guesses = schedule.observed.guesses
     wanted = [_received(each.op) for each in sent]
     first = next((at for at, (one, op) in enumerate(zip(received, wanted, strict=False)) if one.op.bare != op), None)
-    if first is None or not received[first][:3] < extra[:3]:
+    if first is None:
         return None
     later = zip(received[first + 1 :], wanted[first:], strict=False)
     fits = [one in guesses or _form(one.op) == _form(op) for one, op in later]
     return received[first] if fits and all(fits) else None
+
+
+def shifted_by(schedule: Schedule, extra: Placed) -> Placed | None:
+    """The receive too many because of which nothing uses what the later receive ``extra`` of the same channel gets."""
+    found = surplus_receive(schedule, extra.rank, schedule.peer(extra.op))
+    return found if found is not None and found[:3] < extra[:3] else None
 
 
 def _received(op: Op) -> Op:

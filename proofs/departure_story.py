@@ -287,7 +287,7 @@ def _of_counts(departure: Departure, comparison: Comparison) -> str:
     also = f", or only posted {'earlier' if too_many else 'later'} than in {comparison.name}"
     follows = "all later messages in that direction between the two ranks meet the wrong partners"
     if comparison.here.observed:
-        follows += f", and the names of the messages that follow on this channel are shifted by {_number(count)}"
+        follows += f", and the names of the messages that follow on this channel may be shifted by {_number(count)}"
     return (
         f"is {'it' if count == 1 else 'each of them'} {'posted once too often' if too_many else 'left out'}"
         f"{also if departure.is_open else ''}? {'In the first case' if departure.is_open else 'Then'} {follows}."

@@ -47,9 +47,13 @@ def test_the_story_names_a_receive_too_many_because_of_which_nothing_uses_a_late
         if number == 0:
             one.send(1, "F", one.forward(module=0))
     two.forward(surplus, module=0)
-    checks = prove(recorded(one, two, end=False).schedule, parse_models("eager:3"), smt=False).as_json()["checks"]
+    report = prove(recorded(one, two, end=False).schedule, parse_models("eager:3"), smt=False)
+    checks = report.as_json()["checks"]
     assert "but the next message from rank 0 is the gradient" in checks["messages"]["story"]
     assert "1RF1>@0 in slot 8 of rank 1 was posted at " in checks["messages"]["story"]
     story = checks["deadlock"]["story"]
     assert "rank 1 posts one receive from rank 0 too many, probably 1RF1>@0 in slot 8: without it, its later" in story
     assert "and now nothing uses what it receives in slot 11 (0RB1<@0)" in story
+    (doubt,) = report.doubts
+    assert doubt.startswith("rank 1 posts one receive from rank 0 too many, probably 1RF1>@0 in slot 8, at rank1.py:")
+    assert "the names of the messages that follow on this channel may be shifted by one" in doubt

@@ -275,6 +275,7 @@ ROWS: dict[str, Row] = {
         (), ("tests/production/test_weightgrad.py", "tests/production/test_unsplit.py")
     ),
     "tests/proofs/": Row((), ("tests/proofs",), ("tests/page", "tests/docs/test_museum.py")),
+    "tests/proofs/test_against.py": Row((), ("tests/proofs/test_against.py", "tests/proofs/test_channels.py")),
     "tests/record/": Row((), ("tests/record",)),
     "tests/record/megatron.py": Row((), ("tests/record",), ("tests/megatron/test_megatron_lm.py",)),
     "tests/record/test_limits.py": Row((), ("tests/record",)),

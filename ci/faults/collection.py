@@ -1,6 +1,6 @@
 """All planted faults, in the order in which they are shown, and the harmless changes."""
 
-from ci.faults import megatron, megatron_step, runtime, schedules, weights
+from ci.faults import megatron, megatron_step, recorder, runtime, schedules, weights
 from ci.faults.fault import Edit, SourceFault, harmless
 
 FAULTS: tuple[SourceFault, ...] = (
@@ -9,6 +9,7 @@ FAULTS: tuple[SourceFault, ...] = (
     *weights.FAULTS,
     *megatron.FAULTS,
     *megatron_step.FAULTS,
+    *recorder.FAULTS,
 )
 
 HARMLESS: tuple[SourceFault, ...] = (

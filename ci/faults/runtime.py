@@ -7,7 +7,6 @@ EXECUTE, PROGRAM, LIVE, MODULES, REPLICAS, TRANSPORT = (
 )
 PIPELINE = "dualpipe/pipeline.py"
 WIRE, OUTSTANDING = "dualpipe/runtime/wire.py", "dualpipe/runtime/outstanding.py"
-BUFFERS = "dualpipe/record/child/buffers.py"
 
 FAULTS = (
     fault(
@@ -295,15 +294,5 @@ FAULTS = (
         check="tests",
         rule="test",
         says="test_gradients_are_those_of_a_plain_loop",
-    ),
-    fault(
-        0,
-        "the recorder does not hold the memory of a send in flight",
-        BUFFERS,
-        "            return tensor.detach().clone() if send and is_readable(tensor) else tensor.detach()",
-        "            return tensor",
-        check="tests",
-        rule="test",
-        says="test_a_sent_tensor_may_be_read_but_not_changed_before_its_wait",
     ),
 )

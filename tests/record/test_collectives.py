@@ -151,7 +151,8 @@ def test_members_that_call_other_functions_do_not_meet_and_those_with_other_shap
     recording = record_ranks(2, body, check=False, stall=2.0)
     proof = prove(recording.schedule, smt=False)
     assert isinstance(proof.checks["messages"].verdict, Refuted)
-    note = next(note for note in recording.notes if "disagree on their collective 3" in note)
+    (note,) = (note for note in recording.notes if "disagree on their collective" in note)
+    assert "disagree on their collective 3" in note
     assert "rank 0 calls barrier at " in note
     assert "rank 1 calls all_reduce on float32[1] at " in note
     assert text(recording, 0).endswith("0AR>@0 0AR>@0 0AR>@0")

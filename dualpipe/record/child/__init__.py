@@ -15,6 +15,7 @@ masters      gradients that the program keeps in tensors of its own
 owed         the weight gradients that a backward has left out
 gradients    changes of gradients outside of the engine
 flow         turns module calls, backwards, changes of gradients and messages into events, by the marks
+engine       the autograd engine, to be wrapped
 compute      watches torch: module calls, the autograd engine, every operator, ``.grad``
 messages     watches torch.distributed's point-to-point calls
 pending      a message in flight, as its work that the program waits for

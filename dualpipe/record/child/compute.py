@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .applied import applied, kind_of
+from .engine import Engine
 from .flow import Flow
 from .patches import Patches
 
@@ -21,7 +22,7 @@ from .patches import Patches
 def watch(flow: Flow, patches: Patches, together: Collection[str], containers: Collection[str]) -> TorchDispatchMode:
     """Watch calls, the engine, ``.grad`` and optimizers until ``patches.undo()``; enter the mode to watch operators."""
     patches.put(nn.Module, "__call__", _call(flow, nn.Module.__call__, frozenset(containers)))
-    patches.put(Variable, "_execution_engine", _Engine(flow, Variable._execution_engine))
+    patches.put(Variable, "_execution_engine", _Watched(flow, Variable._execution_engine))
     patches.wrap(torch.autograd.backward, lambda original: _backward(flow, original))
     patches.put(torch.Tensor, "grad", _gradient(flow))
     patches.put(torch.Tensor, "data", _data(flow))
@@ -62,14 +63,12 @@ def _without_data(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-class _Engine:
-    """Wraps the autograd engine, which runs every backward."""
+class _Watched(Engine):
+    """Notes every run, and the marks of what runs in it."""
 
     def __init__(self, flow: Flow, engine: Any) -> None:
-        self._flow, self._engine = flow, engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        super().__init__(engine)
+        self._flow = flow
 
     def run_backward(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
         flow = self._flow

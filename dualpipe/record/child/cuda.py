@@ -11,9 +11,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import nccl, streams, torch_cuda
+from .engine import Engine
 from .patches import Patches
 
 _Device, _Generator = torch.device, torch.Generator
@@ -34,7 +36,7 @@ def answer(patches: Patches, devices: int) -> TorchFunctionMode:
     patches.put(torch.nn.Module, "cuda", lambda self, device=None: self)
     patches.put(torch.Tensor, "record_stream", lambda self, stream: None)
     mode = _OnCpu()
-    patches.put(torch.autograd.Variable, "_execution_engine", _Engine(torch.autograd.Variable._execution_engine, mode))
+    patches.put(Variable, "_execution_engine", _OnCpuToo(Variable._execution_engine, mode))
     return mode
 
 
@@ -132,17 +134,15 @@ class _OnCpu(TorchFunctionMode):
         return _pin(result) if pinned else result
 
 
-class _Engine:
-    """The autograd engine: what the program runs in a backward is moved, too.
+class _OnCpuToo(Engine):
+    """What the program runs in a backward is moved, too.
 
     torch leaves the mode while it runs a call that the mode has seen, as of ``torch.autograd.backward``.
     """
 
     def __init__(self, engine: Any, mode: TorchFunctionMode) -> None:
-        self._engine, self._mode = engine, mode
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        super().__init__(engine)
+        self._mode = mode
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
         active: Any = _get_current_function_mode_stack()  # type: ignore[no-untyped-call] # torch's own

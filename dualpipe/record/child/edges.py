@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .engine import Engine
 from .flow import Flow
 from .graph import nodes_below
 from .log import program_line
@@ -92,8 +93,8 @@ class Edges:
         }
 
 
-class Engine:
-    """Wraps the autograd engine: notes the tensors from which it runs, their gradients, and for which inputs.
+class Observed(Engine):
+    """Notes the tensors from which the engine runs, their gradients, and for which inputs.
 
     ``within`` gives the context of each run.
     """
@@ -104,10 +105,8 @@ class Engine:
         within: Callable[[], AbstractContextManager[None]],
         engine: Any,
     ) -> None:
-        self._note, self._within, self._engine = note, within, engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        super().__init__(engine)
+        self._note, self._within = note, within
 
     def run_backward(self, tensors: Any, grad_tensors: Any = (), *args: Any, **kwargs: Any) -> Any:
         inputs = args[2] if len(args) > 2 else kwargs.get("inputs", ())

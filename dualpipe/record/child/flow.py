@@ -74,7 +74,7 @@ class Flow:
         self.caller = ""  # the class of the module that is being called
         self.arrivals = Arrivals(self.write, self.origins)
         self.draws: Draws | None = None  # to be kept for a plain run
-        self.masters = Masters(self.parameters)
+        self.masters: Masters | None = None  # the same
         self.together: frozenset[str] = frozenset()  # names of functions that overlap a forward with a backward
         self._events = self._polled_at = 0
 
@@ -262,7 +262,7 @@ class Flow:
             key = key_of(output)
             if key is None:
                 continue
-            if not self.calling:
+            if self.masters is not None and not self.calling:
                 self.masters.made(kind, output, inputs)
             aliased = memory.get(key[0])
             if aliased is None and self.context is None:

@@ -80,7 +80,7 @@ class Kept:
         ``own`` are those that the program keeps in its own tensors; ``elsewhere`` those that no optimizer takes from
         such a tensor, each with the line that made it.
         """
-        own, elsewhere = masters.gradients([p for p in self.parameters if not hasattr(p, "main_grad")])
+        own, elsewhere = masters.gradients([p for p in self.parameters if getattr(p, "main_grad", None) is None])
         final = {n: copy_of(own.get(id(p), gradient_of(p))) for n, p in enumerate(self.parameters)}
         return {
             "final": final,

@@ -27,13 +27,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .draws import Draws, Generators
-from .edges import Edges, Engine, leaves_below
+from .edges import Edges, Observed, leaves_below
 from .flow import Flow
 from .graph import marked_below
 from .kept import Kept
 from .log import program_line
 from .losses import Losses
 from .marks import key_of
+from .masters import Masters
 from .patches import Patches
 from .regions import copied
 from .replay import Call, Replay, leaf_of, refusal
@@ -78,14 +79,15 @@ class Plain:
         self._edges = Edges(flow)
         self._losses = Losses(flow)
         self._draws = flow.draws = Draws()
+        self._masters = flow.masters = Masters(flow.parameters)
         self._clipped: dict[str, Any] | None = None
 
     def watch(self, patches: Patches) -> None:
         """Watch module calls, optimizers and what the program reads, until ``patches.undo()``."""
         patches.put(nn.Module, "__call__", self._watched(nn.Module.__call__))
         self._losses.watch(patches)
-        self._flow.masters.watch(patches)
-        patches.put(Variable, "_execution_engine", Engine(self._ran_from, self._within, Variable._execution_engine))
+        self._masters.watch(patches)
+        patches.put(Variable, "_execution_engine", Observed(self._ran_from, self._within, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self._optimize()).remove)
         patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
         patches.wrap(nn.utils.clip_grad_norm_, self._before_clipping)
@@ -267,7 +269,7 @@ class Plain:
                     self._flow.calling = 1  # so that nothing of the plain run is recorded
                     self._transport.alone = True
                     kept = self._kept
-                    gradients = kept.gradients(self._flow.masters)
+                    gradients = kept.gradients(self._masters)
                     replay = Replay(kept.parameters, kept.weights, self._draws)
                     self._save(
                         {

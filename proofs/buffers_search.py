@@ -24,7 +24,7 @@ def buffers(schedule: Schedule) -> Verdict:
 
 
 def _weight(fault: TouchedInFlight | Overwritten) -> tuple[bool, int, int]:
-    """The earliest fault is told, but memory that two receives share before all others: it makes names uncertain."""
+    """Sorts faults by time; memory that two receives share comes first, as it makes names of messages uncertain."""
     placed = fault.places()[0]
     return not (isinstance(fault, TouchedInFlight) and fault.is_shared), placed.slot, placed.rank
 

@@ -90,7 +90,7 @@ SHARED = (
 """1RF0> is overwritten by a receive that shares the memory with a third one."""
 
 
-def test_memory_that_two_receives_share_is_told_before_all_else_since_names_may_be_wrong_because_of_it():
+def test_memory_that_two_receives_share_is_reported_first_since_it_may_make_names_wrong():
     shared = loads(GPIPE.replace("1RF1>", "1RF2>+1RF1>").replace("0SF1>", "0SF1>+0SF2>") + SHARED)
     report = prove(shared, smt=False)
     assert report.as_json()["checks"]["buffers"]["story"].startswith("rank 1 receives 1RF2> into the tensor of")

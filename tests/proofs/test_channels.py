@@ -69,7 +69,7 @@ def ended(program, of_kind):
     return Schedule(there.routes, programs, failures=failures, observed=observed), there
 
 
-def test_a_receive_too_many_is_told_by_its_line_where_a_program_ended_and_no_name_differs():
+def test_a_receive_too_many_is_named_by_its_line_where_a_program_ended_and_no_name_differs():
     """The function for activations posts a receive before that for the gradient, which gets the next activation."""
     program = list(dualpipe(4, 10).programs[1][:11])
     send, gradient = program[9]
@@ -87,7 +87,7 @@ def test_a_receive_too_many_is_told_by_its_line_where_a_program_ended_and_no_nam
     assert "at p2p.py:9 (called at comm.py:70, train.py:39)\n" in text(found)
 
 
-def test_a_receive_too_few_is_told_by_its_place_where_a_program_ended():
+def test_a_missing_receive_is_named_by_its_place_where_a_program_ended():
     program = list(dualpipe(4, 10).programs[1][:8])
     program[6] = tuple(op for op in program[6] if op.task != (UP, 1, 2))
     here, there = ended(program, lambda _: 70)

@@ -240,7 +240,7 @@ def test_a_batch_has_one_work_if_the_program_requested_nccl():
 
 
 class Asked(NamedTuple):
-    """What a program is told about a process group."""
+    """The answers that a program gets about a process group."""
 
     backend: str
     config: str
@@ -282,9 +282,9 @@ def test_a_group_for_nccl_answers_as_one_of_nccl_except_to_torch():
         return answers
 
     (answers,) = launch(1, body, backend=None).values()
-    for default, (told, told_torch) in zip(requests.values(), answers, strict=True):
-        assert told == [default, default, *requests.values(), default, OF_NCCL]
-        assert told_torch == {OF_GLOO}
+    for default, (found, found_by_torch) in zip(requests.values(), answers, strict=True):
+        assert found == [default, default, *requests.values(), default, OF_NCCL]
+        assert found_by_torch == {OF_GLOO}
 
 
 def nccl_questions() -> tuple[bool, bool, bool, bool]:

@@ -8,7 +8,7 @@ from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain import compare
 from dualpipe.record.plain.shared import perhaps_tied
 from dualpipe.record.plain.step import Step
-from dualpipe.schedule import UP, Chunk, Task
+from dualpipe.schedule import DOWN, UP, Chunk, Task
 
 
 def shared_by_two_stages(folder, final):
@@ -203,3 +203,18 @@ def test_gradients_may_be_summed_over_all_recorded_pipelines(tmp_path, finals, v
     comparison = compared_pipelines(tmp_path)
     assert comparison.verdict == verdict
     assert says in comparison.text()
+
+
+@pytest.mark.parametrize(
+    ("data", "numbers", "verdict"), [("ab", (1, 1), "equal"), ("aa", (1, 1), "unknown"), ("aa", (1, 4), "different")]
+)
+def test_the_same_data_on_both_lanes_leaves_their_sum_open_and_hides_nothing_else(data, numbers, verdict, tmp_path):
+    for rank in range(2):
+        numbered = {"layers": {0: {"layer_number": numbers[rank]}}}
+        ran = RAN | {"data": data[rank]}
+        content = FILE | numbered | {"forwards": {0: ran}, "final": {0: torch.full((2,), 6.0)}}
+        torch.save(content, tmp_path / f"{rank}.pt")
+    tasks = {ForwardId(rank, 0): Task(lane, 0, 0) for rank, lane in enumerate((UP, DOWN))}
+    found = compare(tmp_path, [read(rank, BEGUN) for rank in range(2)], tasks, {UP: (0,), DOWN: (1,)})
+    assert found.verdict == verdict, found.text()
+    assert ("twice the gradient of one lane looks the same" in found.text()) == (data == "aa")

@@ -111,10 +111,12 @@ def compare(
     unclipped = [each if clip_norm is None else _without_scale(each) for each in chunks]
     weights = weights_of(Lasts.of(files, logs, tasks, routes), of_others, unclipped, not others, reduction)
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
-    clipping = _clipping(chunks, files, forwards, clip_norm, others, weights)
-    replicas = tuple(differences(chunks, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
-    if are_those_of_the_other_lane(forwards):
-        replicas, clipping = (), Clipping(unknown=(SAME_DATA,))
+    same = are_those_of_the_other_lane(forwards)
+    clipping = (
+        Clipping(unknown=(SAME_DATA,)) if same else _clipping(chunks, files, forwards, clip_norm, others, weights)
+    )
+    sums = [replace(each, summed=None) for each in chunks] if same else chunks
+    replicas = tuple(differences(sums, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
     found = Comparison(chunks, losses, replicas, clipping, weights)
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
@@ -187,8 +189,8 @@ def _step(
 
 
 SAME_DATA = (
-    "each microbatch of lane < begins with the same data as that of lane >, so the sum over both lanes cannot be told "
-    "from twice that of one: does each lane get its own half of the data?"
+    "each microbatch of lane < begins with the same data as that of lane >, so twice the gradient of one lane looks "
+    "the same as the sum over both: does each lane get its own half of the data?"
 )
 _TWICE = (
     "some ranks threw away their gradients during the step and computed again, and others did not: run the program "

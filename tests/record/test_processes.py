@@ -15,7 +15,7 @@ from torch import nn
 from dualpipe.record import Launch, assemble, read_folder, run
 from dualpipe.record.processes import MARK
 from dualpipe.testing import record_ranks
-from tests.record.run import ROOT, command, python
+from tests.record.run import PROGRAMS, ROOT, command, python
 from tests.record.two_ranks import assert_plain, train
 
 ESCAPE = """
@@ -184,5 +184,8 @@ def test_a_program_that_failed_is_refuted_whatever_its_schedule():
     result = command("--prove", *python("forks.py", "error"))
     assert result.returncode == 1, result.stderr
     assert "raised LookupError at " in (first := result.stdout.splitlines()[0])
-    assert first.endswith(("forks.py:52 after 0AR>@0: at the end", "forks.py:52 after 1AR>@0: at the end"))  # a barrier
+    lines = (PROGRAMS / "forks.py").read_text().splitlines()
+    number = 1 + lines.index('        raise LookupError("at the end")')
+    assert f"forks.py:{number} after " in first
+    assert first.endswith(("after 0AR>@0: at the end", "after 1AR>@0: at the end"))  # a barrier
     assert "\nrecorded on 2 ranks: refuted\n  complete      proved" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,11 @@ from dualpipe.schedule.failure import LATER
 _COMPUTE = {"F": F, "B": B}
 _TRANSPORT_ERRORS = frozenset({"RuntimeError", "DistBackendError", "DistNetworkError"})
 """The errors that a transport raises if the peer or the network fails; for wrong arguments it raises others."""
+_SOURCE = re.compile(r"\[\S+\.cc:\d+\] ")
+"""The line of gloo's own sources, with which its errors begin."""
+
+_LONGEST = 4000
+"""Of the text of a failure, in characters.  Its last part, the text of the error, is cut to 500."""
 
 Codes = Sequence[int | None]
 """The exit code of every rank, ``None`` for a rank that was stopped while it ran; empty if no rank's code is known."""
@@ -64,7 +70,7 @@ def failures(
             order, what = _describe(log, codes[log.rank] if codes else None, where, ops, messages, is_later)
             if _raised_by_transport(log) and order[0] == 0:
                 order = (2, order[1])
-        found.append((order, Failure(log.rank, printable(what))))
+        found.append((order, Failure(log.rank, printable(what, limit=_LONGEST))))
     found.sort(key=lambda each: each[0])
     return tuple(failure for _, failure in found), tuple(ended)
 
@@ -116,7 +122,8 @@ def _describe(
     """The key by which failures are sorted, and what happened in words."""
     raised = log.raised
     if raised is not None and raised.error != "SystemExit":
-        text = f": {raised.text}" if raised.text.strip() else ""
+        said = printable(_first_sentence(raised.text) if _raised_by_transport(log) else raised.text)
+        text = f": {said}" if said else ""
         freed = f", whose output was freed (its .data replaced) at {raised.freed}" if raised.freed else ""
         at = f" at {raised.at}" if raised.at else ""
         return (0, raised.time), f"raised {raised.error}{at} {where}{freed}{text}"
@@ -138,6 +145,11 @@ def _describe(
         return (3, 0.0), f"waited for {awaited}, {place}, until it was stopped"
     last = f", {_last(log.events[-1])}" if log.events else ""
     return (2, 0.0), f"did not finish; it was stopped {where}{last}"
+
+
+def _first_sentence(text: str) -> str:
+    """What an error of the transport says, without the line of its sources and its advice."""
+    return _SOURCE.sub("", text, count=1).split(". ")[0]
 
 
 def _last(event: Event) -> str:

@@ -227,12 +227,30 @@ def test_a_rank_that_still_ran_had_not_failed_before_another_one(code, says):
     one.receive(1)
     two.forward(two.receive(0))
     two.receive(0)
-    raised = {"error": "RuntimeError", "text": "", "during": ["M", [1]], "time": 5.0, "place": "a.py:1", "at": "a.py:1"}
-    one.events.append({"event": "raised", **raised})
+    text = "[/src/gloo/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:902. This is typically caused by it."
+    raised = {"error": "RuntimeError", "text": text, "during": ["M", [1]], "time": 5.0, "place": "a.py:1"}
+    one.events.append({"event": "raised", "at": "a.py:1", **raised})
     assembled = assemble([read(number, rank.events) for number, rank in enumerate((one, two))], codes=(1, code))
     failures = sorted(assembled.schedule.failures)
     assert [failure.rank for failure in assembled.schedule.failures] == ([0, 1] if code is None else [1, 0])
+    says += ": Connection closed by peer [127.0.0.1]:902"
     assert str(failures[0]) == f"rank 0 raised RuntimeError at a.py:1 during 0RB0>@1{says}"
+
+
+def test_only_the_text_of_a_long_error_is_cut():
+    one, place = Rank(0), f"{'a' * 600}.py:1"
+    raised = {
+        "error": "ValueError",
+        "text": "shapes " + "b" * 600,
+        "during": None,
+        "time": 5.0,
+        "place": place,
+        "at": place,
+    }
+    one.events.append({"event": "raised", "at": place, **raised})
+    (failure,) = assemble([read(0, one.events)], codes=(1,)).schedule.failures
+    cut = f"shapes {'b' * 492}…"
+    assert str(failure) == f"rank 0 raised ValueError at {place} before its first op: {cut}"
 
 
 def two_steps() -> tuple[Rank, Rank]:

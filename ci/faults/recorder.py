@@ -45,6 +45,16 @@ FAULTS = (
     ),
     fault(
         0,
+        "a division of the gradients counts as clipping",
+        "dualpipe/record/plain/clipping.py",
+        "(shown,), scale * by if by else None)",
+        "(shown,), scale)",
+        check="tests",
+        rule="test",
+        says="test_a_norm_or_its_square_that_every_rank_computes_needs_no_limit",
+    ),
+    fault(
+        0,
         "a module whose weights are freed is run plainly",
         "dualpipe/record/child/replay.py",
         "if not all(is_readable(parameter) for parameter in module.parameters()):",

@@ -154,13 +154,16 @@ class LossWeights:
 
     ``reduction`` is ``mean`` if the weights add up to 1, ``sum`` if each is 1, ``other`` if neither is the case, and
     empty if that could not be determined.  With ``summed`` the gradient is that of both lanes together.  ``expected``
-    is the reduction that the user expects, if any.
+    is the reduction that the user expects, if any.  With ``clipped``, clipping has hidden the weights.
+    ``scaled`` is the part of each weight by which the gradients were scaled after the backwards, without the clipping.
     """
 
     weights: Mapping[Lane, tuple[float, ...]] = field(default_factory=dict)
     reduction: str = ""
     expected: str | None = None
     summed: bool = False
+    clipped: bool = False
+    scaled: float = 1.0
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -178,7 +181,11 @@ class LossWeights:
         if self.expected is None or self.reduction in REDUCTIONS or self.faults:
             return ()
         known = self._line() or "with which weight a loss enters the gradient could not be determined"
-        return (f"{known}; so it is not known whether the gradient is the {self.expected} over the microbatches",)
+        so = f"so it is not known whether the gradient is the {self.expected} over the microbatches"
+        if self.clipped:
+            known += ", since the gradients are clipped by a norm that was not found among the values of every rank"
+            so += ": record a step that is not clipped, with a higher limit"
+        return (f"{known}; {so}",)
 
     def _uneven(self) -> str:
         """A question about the microbatches whose weight is not the one that most have; empty if there are none."""
@@ -198,6 +205,9 @@ class LossWeights:
             return ""
         if all(len(each) == number for each in self.weights.values()):
             return "is each loss divided by the microbatches of its own lane, and not of both"
+        after = round(1 / self.scaled)
+        if after > 1 and number % after == 0 and abs(self.scaled * after - 1) <= 1e-3:
+            return f"is each loss divided by {number // after}, and the gradient by {after} once more"
         return f"is each loss divided by {number}"
 
     @property
@@ -237,11 +247,16 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Clipping:
-    """What is wrong with the norm by which gradients were clipped, what could not be determined, and notes."""
+    """What is wrong with the norm by which gradients were clipped, what could not be determined, and notes.
+
+    ``scale`` is the factor of the clipping alone, 1 if nothing shows that there was any, and ``None`` if it cannot be
+    told from that of a division before it.
+    """
 
     faults: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    scale: float | None = 1.0
 
     def as_json(self) -> dict[str, Any]:
         return {"faults": list(self.faults), "unknown": list(self.unknown), "notes": list(self.notes)}

@@ -130,7 +130,7 @@ def test_gradients_scaled_alike_are_clipped_by_the_norm_of_the_whole_model():
     [
         (25.0, "scaled by 0.2 on every rank; their norm over all stages, each parameter once, was 5, as every rank"),
         (2.5, "divided by 2 and scaled by 0.4 on every rank; their norm over all stages, each parameter once, was 2.5"),
-        (50.0, "scaled by 0.2 on every rank; their norm over all stages, each parameter once, was 5 and is 1: if"),
+        (50.0, "scaled by 0.2 on every rank; their norm over all stages, each parameter once, was 5 and is 1"),
     ],
 )
 def test_a_norm_or_its_square_that_every_rank_computes_needs_no_limit(value, says):
@@ -138,8 +138,13 @@ def test_a_norm_or_its_square_that_every_rank_computes_needs_no_limit(value, say
     every = [each._replace(mb=mb) for each in forwards for mb in range(2)]
     for file in files.values():
         file["scalars"] = [0.1, value]
-    found = judge(chunks(0.2, 0.2, microbatches=2), files, {task: {"weights": {0: None}} for task in every})
+    both = chunks(0.2, 0.2, microbatches=2)
+    found = judge(both, files, {task: {"weights": {0: None}} for task in every})
     assert says in "".join(found.unknown if value == 50.0 else found.notes)
+    given = judge(both, files, {task: {"weights": {0: None}} for task in every}, limit=1.0)
+    assert says in given.notes[0]
+    assert not given.unknown
+    assert found.scale == given.scale == {25.0: 0.2, 2.5: 0.4, 50.0: None}[value]
     files[1]["scalars"].clear()
     assert judge(chunks(0.2, 0.2), files, forwards).unknown
 

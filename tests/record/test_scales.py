@@ -1,5 +1,7 @@
 """With which weight each loss enters the gradient: its mean over the microbatches, their sum, or neither."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -160,6 +162,17 @@ def test_gradients_that_may_be_clipped_leave_the_weight_open():
     one = {"whole": 1 / 2, "mean": 1 / 2, "certain": 1.0}
     scaled = [ChunkComparison(Chunk(UP, 0), 0, 2, (), (), (), scale=0.3, factor=0.3)]
     assert weights_of(Lasts({UP: (one, one)}), [], scaled, reduced=True) == LossWeights({}, "", None)
+
+
+def test_a_division_that_clipping_hides_is_part_of_the_weight_if_the_norm_shows_it():
+    losses = Lasts({UP: ({"whole": 1 / 2, "mean": 1 / 2, "certain": 1.0},) * 2})
+    scaled = [ChunkComparison(Chunk(UP, 0), 0, 2, (), (), (), scale=0.2, factor=0.2)]
+    weigh = partial(weights_of, losses, [], scaled, True, "mean")
+    assert (weigh(0.2).reduction, weigh(0.2).faults) == ("mean", ())
+    (fault,) = weigh(0.4).faults  # by 1/2, and then clipped
+    assert fault.endswith("and not the mean: is each loss divided by 2, and the gradient by 2 once more?")
+    (unknown,) = weigh(None).unknown
+    assert "was not found among the values of every rank; so it is not known whether" in unknown
 
 
 def stages(*pairs):

@@ -1,5 +1,7 @@
 """Right programs of many kinds, which a comparison must not call different, beside wrong ones that look alike."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,9 +110,10 @@ def test_a_gradient_scaler_undoes_its_scale(scale):
     assert comparison.weights.reduction == "mean"
 
 
-def clip_together(stage, optimizer):
+def clip_together(stage, optimizer, divided_by=1):
     """Clips all gradients together to a norm of 0.01, without torch's function."""
     gradients = [parameter.grad for parameter in stage.parameters()]
+    torch._foreach_div_(gradients, divided_by)
     squares = sum(norm.square() for norm in torch._foreach_norm(gradients))
     torch.distributed.all_reduce(squares)
     torch._foreach_mul_(gradients, 0.01 / squares.sqrt().item())
@@ -123,6 +126,14 @@ def test_a_limit_of_the_norm_may_be_given_for_a_program_that_clips_itself():
     assert recording.comparison.verdict == "equal", recording.comparison.text()
     assert recording.schedule.name == "clipped"
     assert recording.comparison.weights.reduction == "mean", "the clipping does not count"
+
+
+@pytest.mark.long
+def test_a_division_before_the_clipping_is_no_part_of_it():
+    halved = GPipe(finish=partial(clip_together, divided_by=2))
+    comparison = record_ranks(2, halved, compare=True, clip_norm=0.01, reduction="mean").comparison
+    assert comparison.verdict == "different"
+    assert "is each loss divided by 3, and the gradient by 2 once more?" in comparison.text()
 
 
 class OwnInputGradient(torch.autograd.Function):

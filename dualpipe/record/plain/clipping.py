@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,9 @@ def judge(
     ``limit`` is the norm to which the user says that the program clips.  With ``others`` there are ranks outside
     of the pipeline.  Unless all gradients are summed over their pipelines, they may hold parts of the model or of the
     gradients, and nothing is concluded.
+
+    A factor of all gradients alike may be that of the clipping, or have in it a number by which they were divided
+    before.  Only the norm that the program computes in between can tell: it is searched for among its values.
     """
     if others and any(each.pipelines == 1 for each in chunks):
         return Clipping()
@@ -52,7 +56,7 @@ def judge(
     norm = math.sqrt(sum(filter(None, shards))) if None not in shards else _norm(each_once)
     replicas = len(chunks) // len(by_stage)
     whole = max(each.microbatches for each in chunks)
-    counts = {a * b * c for a in (1, replicas) for b in (1, whole) for c in (1, chunks[0].pipelines)}
+    counts = {a * b * c for a in (1, 2) for b in (1, whole) for c in (1, chunks[0].pipelines)}
     shrinking = [by for by in sorted(counts) if scale * by < 1 + _NEAR]
     by = next((by for by in shrinking if _all_computed(norm / scale / by, files, scales)), 0)
     scaled = f"divided by {by} and scaled by {scale * by:.4g}" if by > 1 else f"scaled by {scale:.4g}"
@@ -61,13 +65,14 @@ def judge(
         f"the gradients are {scaled} on every rank; their norm over all stages, each parameter once, was {was} and is "
         f"{norm:.4g}"
     )
-    if limit is None and by:
-        return Clipping(tuple(faults), (), (shown,))
+    clipped = Clipping(tuple(faults), (), (shown,), scale * by if by else None)
     if limit is None:
-        return Clipping(tuple(faults), (f"{shown}: if they are clipped, give the limit with --clip-norm",))
+        asks = f"{shown}: if they are clipped, give the limit with --clip-norm"
+        return clipped if by else replace(clipped, unknown=(asks,), notes=())
     if abs(norm - limit) <= _NEAR * limit:
-        return Clipping(tuple(faults), (), (shown,))
-    return Clipping((*faults, f"{shown}, and not {limit:g}{_reason(limit / norm, replicas)}"))
+        return clipped
+    wrong = f"{shown}, and not {limit:g}{_reason(limit / norm, replicas)}"
+    return replace(clipped, faults=(*faults, wrong), notes=())
 
 
 def _of_calls(

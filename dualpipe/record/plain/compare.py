@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,13 @@ def compare(
     chunks = tuple(
         replace(each, notes=(*each.notes, *(note for chunk, note in tied if chunk == each.chunk))) for each in chunks
     )
-    unclipped = [each if clip_norm is None else _without_scale(each) for each in chunks]
-    weights = weights_of(Lasts.of(files, logs, tasks, routes), of_others, unclipped, not others, reduction)
-    losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
+    weigh = partial(weights_of, Lasts.of(files, logs, tasks, routes), of_others, chunks, not others, reduction)
     same = are_those_of_the_other_lane(forwards)
     clipping = (
-        Clipping(unknown=(SAME_DATA,)) if same else _clipping(chunks, files, forwards, clip_norm, others, weights)
+        Clipping(unknown=(SAME_DATA,)) if same else _clipping(chunks, files, forwards, clip_norm, others, weigh())
     )
+    weights = weigh(clipping.scale)
+    losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     sums = [replace(each, summed=None) for each in chunks] if same else chunks
     replicas = tuple(differences(sums, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
     found = Comparison(chunks, losses, replicas, clipping, weights)
@@ -125,10 +126,6 @@ def compare(
 
 def _with_note(each: ChunkComparison, text: str) -> ChunkComparison:
     return replace(each, notes=(*each.notes, text)) if text else each
-
-
-def _without_scale(each: ChunkComparison) -> ChunkComparison:
-    return replace(each, scale=1.0, factor=None if each.factor is None else each.factor / each.scale)
 
 
 def _clipping(

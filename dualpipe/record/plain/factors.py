@@ -71,15 +71,23 @@ class Lasts:
 
 
 def weights_of(
-    own: Lasts, others: Sequence[Lasts], chunks: Sequence[ChunkComparison], reduced: bool, expected: str | None = None
+    own: Lasts,
+    others: Sequence[Lasts],
+    chunks: Sequence[ChunkComparison],
+    reduced: bool,
+    expected: str | None = None,
+    clipping: float | None = 1.0,
 ) -> LossWeights:
     """The weights with which the losses enter the gradient.
 
     ``own`` are the losses of the pipeline and ``others`` those of the other ones; the gradients may be summed over all
     of them.  ``reduced`` is whether they are not reduced any further, over ranks outside of the pipeline.  ``expected``
-    is ``mean`` or ``sum`` if the user says that the gradient is that of the microbatches.
+    is ``mean`` or ``sum`` if the user says that the gradient is that of the microbatches.  ``clipping`` is the factor
+    of the clipping alone, ``None`` if it is not known.
     """
-    values = list(factors(chunks).values())
+    if clipping is None:
+        return LossWeights({}, "", expected, clipped=True)
+    values = [factor / clipping for factor in factors(chunks).values()]
     over = {each.pipelines for each in chunks}
     every = [own, *others] if over == {1 + len(others)} else [own]
     entries = [one for each in every for lane in each.by_lane.values() for one in lane]
@@ -91,12 +99,13 @@ def weights_of(
     lanes = [[one for each in every for one in each.by_lane[lane] if one is not None] for lane in own.by_lane]
     groups = [known] if summed else lanes
     reductions = {_reduction(group, values[0]) for group in groups}
-    if "other" in reductions and any(not alike([1.0, each.scale]) for each in chunks):
+    if "other" in reductions and any(not alike([clipping, each.scale]) for each in chunks) and clipping == 1.0:
         return LossWeights({}, "", expected)  # they may be clipped
     shown = {
         lane: tuple(_shown(one) * values[0] for one in group) for lane, group in zip(own.by_lane, lanes, strict=True)
     }
-    return LossWeights(shown, reductions.pop() if len(reductions) == 1 else "", expected, summed)
+    reduction = reductions.pop() if len(reductions) == 1 else ""
+    return LossWeights(shown, reduction, expected, summed, scaled=values[0])
 
 
 def _one(found: Sequence[Mapping[str, float] | None]) -> Mapping[str, float] | None:

@@ -15,6 +15,16 @@ FAULTS = (
     ),
     fault(
         0,
+        "what a freed tensor held is forgotten when it is sent",
+        "dualpipe/record/child/posts.py",
+        "self._origins.content(tensor, self._freed.held(tensor))",
+        "self._origins.content(tensor)",
+        check="tests",
+        rule="test",
+        says="test_a_sent_tensor_may_be_read_but_not_changed_before_its_wait",
+    ),
+    fault(
+        0,
         "a plain run draws other random numbers than the program",
         "dualpipe/record/child/draws.py",
         "                generator.set_state(draw.state)",

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dualpipe.record.child.buffers import Buffers
+from dualpipe.record.child.freed import Freed
 from dualpipe.record.child.marks import NONE, Table
 from dualpipe.record.child.regions import region_of
 from dualpipe.testing import record_ranks
@@ -25,6 +26,7 @@ def stories(recording, rank: int) -> dict[int, str]:
     return found
 
 
+EARLY = "freed before the post"
 SENDS = {
     "replaced": (lambda y: setattr(y, "data", torch.empty(1)), "frees or resizes"),
     "resized": (lambda y: y.untyped_storage().resize_(0), "frees or resizes"),
@@ -33,6 +35,7 @@ SENDS = {
     "written through a view": (lambda y: torch.mul(y[0], 7, out=y[1]), "writes to"),
     "read": (lambda y: float(y.sum()), "proved"),
     "viewed": (lambda y: y.detach().view(-1), "proved"),
+    EARLY: (lambda y: setattr(y, "data", torch.empty(1)), "frees or resizes"),
 }
 """What is done to the tensor in flight; what arrives is what was sent."""
 
@@ -42,18 +45,23 @@ def test_a_sent_tensor_may_be_read_but_not_changed_before_its_wait():
 
     def body(rank):
         stage = nn.Linear(4, 4)
-        for touch, _ in SENDS.values():
+        for how, (touch, _) in SENDS.items():
             if rank == 0:
                 y = stage(torch.randn(SHAPE))
                 sent = y.detach().clone()
-                work = dist.isend(sent, 1)
-                touch(sent)
+                operation = dist.P2POp(dist.isend, sent, 1)
+                if how == EARLY:
+                    touch(sent)
+                (work,) = dist.batch_isend_irecv([operation])
+                if how != EARLY:
+                    touch(sent)
                 dist.barrier()
                 work.wait()
                 y.backward(receive(1))
             else:
                 dist.barrier()
                 x = receive(0)
+                x = torch.ones(SHAPE) if how == EARLY else x  # one element has arrived
                 assert bool((x != 7).all() and x.isfinite().all() and x.count_nonzero()), x
                 stage(x.requires_grad_()).square().sum().backward()
                 dist.send(x.grad, 0)
@@ -179,7 +187,7 @@ def test_messages_may_complete_in_another_thread_while_a_touch_is_looked_for(tou
         written.append((event, fields["what"], fields["message"]))
         held.completed([0, 1])
 
-    held, tensor = Buffers(write), torch.zeros(4)
+    held, tensor = Buffers(write, Freed(Table())), torch.zeros(4)
     for number in (0, 1):
         held.posted(number, True, tensor, tensor.clone(), None)
     touch(held, tensor)
@@ -188,7 +196,7 @@ def test_messages_may_complete_in_another_thread_while_a_touch_is_looked_for(tou
 
 def test_a_message_may_arrive_in_another_thread_while_memory_is_received_into():
     """As above; the other thread finds that an earlier message's memory is gone."""
-    held, tensor = Buffers(lambda *_, **__: held._received.clear()), torch.zeros(4)
+    held, tensor = Buffers(lambda *_, **__: held._received.clear(), Freed(Table())), torch.zeros(4)
     for number in (0, 1):
         held.posted(number, False, tensor, tensor, None)
         held.completed([number])
@@ -200,7 +208,8 @@ def test_a_message_may_arrive_in_another_thread_while_memory_is_received_into():
 @pytest.mark.parametrize("send", [False, True])
 def test_a_receive_into_the_memory_of_a_message_in_flight_is_written_down_after_a_write_of_the_program(send):
     written = []
-    held, tensor = Buffers(lambda _, **fields: written.append((fields["what"], fields["posted"]))), torch.zeros(4)
+    held = Buffers(lambda _, **fields: written.append((fields["what"], fields["posted"])), Freed(Table()))
+    tensor = torch.zeros(4)
     held.posted(0, send, tensor, tensor.clone(), None)
     held.operator(torch.ops.aten.fill_.Scalar, (tensor, 0.0), {}, None)
     held.posted(1, False, tensor[2:], tensor[2:], None)

@@ -8,7 +8,6 @@ receive keeps its memory until the wait, so the run does not depend on the time 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
+from .freed import Freed
 from .log import call_path
 from .marks import Marks
 from .regions import Region, is_readable, region_of, weak_storage
@@ -46,12 +46,11 @@ class Buffers:
     over a copy of the entries (``_now``), and an entry may be gone by the time it is removed.
     """
 
-    def __init__(self, write: Write) -> None:
-        self._write = write
+    def __init__(self, write: Write, freed: Freed) -> None:
+        self._write, self._freed = write, freed
         self._flights: dict[int, Flight] = {}
         self._received: dict[int, tuple[Any, Region]] = {}  # message -> its storage (weak), and its memory
         self._kept: set[int] = set()  # messages whose memory a graph needs, or needed
-        self._shrunk: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # id of a tensor that has lost elements -> where
         self._hooked: set[int] = set()  # messages that were read while saved tensors were packed by hooks
 
     # messages
@@ -74,7 +73,9 @@ class Buffers:
                 if other in self._kept:
                     self._write("access", what="write", message=other, posted=number, by=[], at=call_path())
                 self._received.pop(other, None)
-        self._flights[number] = Flight(send, region, tensor, held, set())
+        self._flights[number] = flight = Flight(send, region, tensor, held, set())
+        if send and self._freed.held(tensor):  # since the program has put it into a batch
+            self._note(number, flight, "free", None, by, self._freed.at([tensor]))
 
     def completed(self, numbers: Iterable[int]) -> None:
         """The program has waited for these messages."""
@@ -104,22 +105,12 @@ class Buffers:
             elif reads:
                 self._touch(region, "read", None, by)
 
-    def replaced(self, tensor: Tensor, value: Tensor, by: Marks | None) -> None:
+    def replaced(self, tensor: Tensor, value: Any, by: Marks | None) -> None:
         """The program is about to give a tensor the storage of another one, which frees its own."""
-        if isinstance(value, Tensor) and value.numel() < tensor.numel():
-            self._shrunk = {number: each for number, each in self._shrunk.items() if each[0]() is not None}
-            self._shrunk[id(tensor)] = weakref.ref(tensor), call_path()
+        self._freed.replaced(tensor, value)
         for number, flight in _now(self._flights):
             if flight.tensor is tensor:
                 self._note(number, flight, "free", None, by)
-
-    def shrunk_at(self, tensors: Iterable[Any]) -> str:
-        """Where the program has given one of the tensors a smaller storage; empty if it has not."""
-        for tensor in tensors:
-            kept, place = self._shrunk.get(id(tensor), (None, ""))
-            if kept is not None and kept() is tensor:
-                return place
-        return ""
 
     def resized(self, storage: int, by: Marks | None) -> bool:
         """The program is about to resize a storage; returns whether a message in flight uses it."""
@@ -133,11 +124,11 @@ class Buffers:
             if flight.region.overlaps(region) and not (flight.send and what == "read"):
                 self._note(number, flight, what, posted, by)
 
-    def _note(self, number: int, flight: Flight, what: str, posted: int | None, by: Marks | None) -> None:
+    def _note(self, number: int, flight: Flight, what: str, posted: int | None, by: Marks | None, at: str = "") -> None:
         kind = what, posted is not None
         if kind not in flight.noted:  # one of each kind is enough to refute, and a forward has many operators
             flight.noted.add(kind)
-            self._write("access", what=what, message=number, posted=posted, by=sorted(by or ()), at=call_path())
+            self._write("access", what=what, message=number, posted=posted, by=sorted(by or ()), at=at or call_path())
 
     # graphs
 

@@ -101,7 +101,7 @@ def _backward(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:
             return original(tensors, *args, **kwargs)
         except BaseException as error:
             roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-            flow.note_error(error, "B", flow.makers(roots), flow.buffers.shrunk_at(roots))
+            flow.note_error(error, "B", flow.makers(roots), flow.freed.at(roots))
             raise
 
     return backward

@@ -28,6 +28,7 @@ from .buffers import Buffers
 from .calls import Call
 from .draws import Draws
 from .forwards import Forwards, Trials
+from .freed import Freed
 from .gradients import Gradients
 from .log import Sink, call_number, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
@@ -64,13 +65,14 @@ class Flow:
         self.origins = Origins(self.write, self._table, self._forwards, self.parameters, self._engine_runs)
         self.attempts = Attempts(self.write, self._forwards)
         self._gradients = Gradients(self.write, self._table, self.parameters, self.origins, self._owed, self.attempts)
-        self._posts = Posts(self._table, self.origins, self.parameters)
+        self.freed = Freed(self._table)
+        self._posts = Posts(self._table, self.origins, self.parameters, self.freed)
         self.context: Marks | None = None  # the marks of the module call or the run of the engine in progress
         self.calling = 0  # depth of module calls
         self._begun_with_grad = False  # whether the outermost one began with gradients enabled
         self.running = 0  # depth of runs of the engine
         self._thread = threading.get_ident()
-        self.buffers = Buffers(self.write)
+        self.buffers = Buffers(self.write, self.freed)
         self.caller = ""  # the class of the module that is being called
         self.arrivals = Arrivals(self.write, self.origins)
         self.draws: Draws | None = None  # to be kept for a plain run

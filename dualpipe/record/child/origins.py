@@ -99,9 +99,9 @@ class Origins:
             self._forwards.takes(forward, self._post_of[message])
         return fresh, after
 
-    def content(self, tensor: Tensor) -> Sequence[Mark]:
-        """What a sent tensor holds.  A tensor computed from a leaf belongs to the forward that took the leaf."""
-        return sorted(set(map(self._content, self._table.get(tensor))))
+    def content(self, tensor: Tensor, lost: Marks = NONE) -> Sequence[Mark]:
+        """What a sent tensor holds, or has ``lost``.  One computed from a leaf belongs to the forward that took it."""
+        return sorted(set(map(self._content, self._table.get(tensor) or lost)))
 
     def _content(self, mark: Mark) -> Mark:
         letter, number = mark

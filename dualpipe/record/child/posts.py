@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from .freed import Freed
 from .marks import Table, key_of
 from .origins import Origins
 from .parameters import Parameters
@@ -22,8 +23,8 @@ An empty line is that of the post.
 class Posts:
     """Numbers the messages of one rank, and marks the tensors that it receives."""
 
-    def __init__(self, table: Table, origins: Origins, parameters: Parameters) -> None:
-        self._table, self._origins, self._parameters = table, origins, parameters
+    def __init__(self, table: Table, origins: Origins, parameters: Parameters, freed: Freed) -> None:
+        self._table, self._origins, self._parameters, self._freed = table, origins, parameters, freed
         self._messages = self._posts = 0
 
     def add(self, messages: Sequence[Posted]) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ class Posts:
             "group": c10d.get_process_group_ranks(group),
             "group_name": group.group_name,
             "tag": tag,
-            "marks": self._origins.content(tensor) if sends else [],
+            "marks": self._origins.content(tensor, self._freed.held(tensor)) if sends else [],
             "weights": [self._parameters.name(parameter) for parameter in weights],
             "memory": key_of(tensor),
             "form": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",

@@ -9,11 +9,11 @@ from dualpipe.record.child.transport import Transport
 from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison, LossWeights
 from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain.clipping import judge
-from dualpipe.record.plain.gradients import Agreement, Parts, agreement
+from dualpipe.record.plain.gradients import Agreement, Line, Parts, agreement
 from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.replicas import differences
 from dualpipe.record.plain.sums import factor_of_shards
-from dualpipe.schedule import DOWN, UP, Chunk, Task
+from dualpipe.schedule import DOWN, UP, Chunk, Op, Task, W
 
 MICROBATCHES = 3
 OWN = dict(enumerate(torch.randn(MICROBATCHES, 4, 4, generator=torch.Generator().manual_seed(1)).double()))
@@ -36,20 +36,24 @@ def weighted(*factors, far=()):
         ),
         (
             weighted(1, 1, 0),
-            "the gradient lacks microbatch 2: is it finalized or used before the last weight gradients",
+            "lacks microbatch 2: is it used before that weight gradient runs, or is that added to another tensor",
         ),
         (
             weighted(1, 0, 1),
-            "the gradient lacks microbatch 1: is it without a weight gradient that is stored and never",
+            "lacks microbatch 1: is it used before that weight gradient runs, or is that added to another tensor",
         ),
         (weighted(1, 2, 1), "microbatch 1 twice: is a weight gradient run twice, or added by the backward as well?"),
-        (weighted(1 / 4, 1 / 2, 1), "is the sum so far rescaled whenever a gradient is added? W is at here.py:1"),
+        (weighted(1 / 4, 1 / 2, 1), "is the sum so far rescaled whenever a gradient is added? 0W1> is at here.py:1"),
+        (
+            weighted(0.0004, 0.02, 1),
+            "has nearly nothing of microbatch 0, and has microbatch 1 0.02 times and microbatch 2 once: is the sum so",
+        ),
         (
             weighted(0, 1 / 5, 2 / 5),
             "lacks microbatch 0, and has microbatch 1 once and microbatch 2 twice: is it set to",
         ),
         (weighted(0, 1, 2), "in the middle of the step? Is a weight gradient run twice, or added by the backward as"),
-        (weighted(0, 1, 2), "W is at here.py:2"),
+        (weighted(0, 1, 2), "0W2> is at here.py:2"),
         (torch.zeros(4, 4), "the gradient is zero, but not in the plain run"),
         (torch.ones(4, 4), "the gradient differs by up to "),
         (None, "no gradient, but the plain run has one: are weight gradients put into the store, and run from it?"),
@@ -57,9 +61,20 @@ def weighted(*factors, far=()):
 )
 def test_a_gradient_that_differs_is_told_in_terms_of_its_microbatches(final, says):
     parts = Parts(0, UP, OWN, None, None, {}, {})
-    found = agreement(final, parts, (3,), place=lambda mb: f"W is at here.py:{mb}")
+    found = agreement(final, parts, (3,), line=lambda mb: Line(Op(W, UP, 0, mb), f"here.py:{mb}"))
     assert isinstance(found, str)
     assert says in found
+
+
+@pytest.mark.parametrize(
+    ("final", "says"),
+    [
+        (weighted(1, 1, 0), "is it finalized or used before the last weight gradients, or are these never run?"),
+        (weighted(1, 0, 1), "is it without a weight gradient that is stored and never run?"),
+    ],
+)
+def test_a_weight_gradient_that_was_not_seen_may_never_run(final, says):
+    assert str(agreement(final, Parts(0, UP, OWN, None, None, {}, {}), (3,))).endswith(says)
 
 
 @pytest.mark.parametrize(

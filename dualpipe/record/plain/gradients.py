@@ -13,13 +13,20 @@ from dualpipe.record.child.replay import along
 from dualpipe.record.plain.changes import describe
 from dualpipe.record.plain.proportions import NEAR, are_one, story, usual_of
 from dualpipe.record.plain.stretches import stretch_of
-from dualpipe.schedule import Lane
+from dualpipe.schedule import Lane, Op, W
 
 _MOST = 256
 """The most microbatches for which factors are determined."""
 
 Name = tuple[Lane, int]
 """A microbatch: its lane, and its number there."""
+
+
+class Line(NamedTuple):
+    """An op, and the line of the program that runs it."""
+
+    op: Op
+    place: str
 
 
 class Agreement(NamedTuple):
@@ -109,14 +116,14 @@ def agreement(
     counts: Sequence[int],
     scales: Sequence[float] = (),
     patterns: Sequence[Mapping[Name, float]] = (),
-    place: Callable[[int], str] = lambda mb: "",
+    line: Callable[[int], Line | None] = lambda mb: None,
     limits: Callable[[], Sequence[float]] = tuple,
 ) -> Agreement | str:
     """How a gradient agrees with its microbatches' own, or what differs.
 
     ``counts`` are numbers by which a program may divide gradients, ``scales`` are factors that it has applied to other
     gradients.  ``patterns`` are the factors of the microbatches in other gradients: those of a small parameter cannot
-    be determined.  ``place`` gives the line of the program that runs a microbatch's W.  ``limits`` returns those
+    be determined.  ``line`` gives the line of the program that runs a microbatch's W.  ``limits`` returns those
     to which values of other gradients are clipped.
     """
     if parts.slopes:
@@ -155,7 +162,7 @@ def agreement(
         if changed := describe(final, total, parts.weight, limits()):
             lanes = "summed over both lanes, " * over_both + f"divided by {count}, " * (count > 1)
             return Agreement(f"{lanes}{changed}", None if both is None else over_both, 1.0, count)
-    return _by_factors(final, parts, both is not None, counts, patterns, place) or _size_of(final, own, both)
+    return _by_factors(final, parts, both is not None, counts, patterns, line) or _size_of(final, own, both)
 
 
 def _is_near(one: Tensor, other: Tensor) -> bool:
@@ -176,7 +183,7 @@ def _by_factors(
     two_lanes: bool,
     counts: Sequence[int],
     patterns: Sequence[Mapping[Name, float]],
-    place: Callable[[int], str],
+    line: Callable[[int], Line | None],
 ) -> Agreement | str:
     """Describe a gradient as a sum of factors times the microbatches' gradients; empty if it is not such a sum."""
     columns = parts.columns()
@@ -195,8 +202,10 @@ def _by_factors(
     if far and are_one([*own.values()]) and not any(far.values()):
         return _scaled(own, "", False, counts)
     unusual = [mb for mb, factor in own.items() if abs(factor - usual_of([*factors.values()])) > NEAR * abs(factor)]
-    at = place(unusual[-1]) if unusual else ""
-    return story(parts.lane, own, far) + (f" {at}" if at else "")
+    at = line(unusual[-1]) if unusual else None
+    return story(parts.lane, own, far, at is not None and at.op.kind is W) + (
+        f" {at.op} is at {at.place}" if at else ""
+    )
 
 
 def _of_stretch(final: Tensor, columns: Sequence[tuple[Name, Tensor]], parts: Parts) -> dict[Name, float] | None:

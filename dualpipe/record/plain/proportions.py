@@ -22,8 +22,11 @@ def alike(factors: Sequence[float]) -> bool:
     return all(abs(factor - factors[0]) <= NEAR * abs(factors[0]) and factor for factor in factors)
 
 
-def story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> str:
-    """The factors in words, with what usually causes them."""
+def story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float], ran: bool = False) -> str:
+    """The factors in words, with what usually causes them.
+
+    ``ran`` is whether the weight gradient was run that has an unusual factor.
+    """
     other = next(each for each in Lane if each is not lane)
     most = max([*own.values(), *far.values()], key=abs)
     usual = usual_of([*own.values(), *far.values()])
@@ -44,10 +47,13 @@ def story(lane: Lane, own: Mapping[int, float], far: Mapping[int, float]) -> str
         words.append(f"microbatch{'es' * (len(lacking_far) > 1)} {_numbers(lacking_far)} of lane {other}")
     lacks = f"lacks {' and '.join(words)}" if words else ""
     if lacks and all(abs(factor - usual) <= NEAR * abs(usual) for factor in (*own.values(), *far.values()) if factor):
-        return f"the gradient {lacks}{rest}{_asked(_cause(own, lacking))}"
+        return f"the gradient {lacks}{rest}{_asked(_cause(own, lacking, ran))}"
     there, there_far = ({mb: factor for mb, factor in each.items() if factor} for each in (own, far))
     has = "has " + _listed(there, usual) + (f", and of lane {other} {_listed(there_far, usual)}" if there_far else "")
-    causes = [*([_cause(own, lacking)] if lacks else []), _cause_of_factors(own)]
+    if lacks and _is_rescaled(own) and _is_rescaled(far or own):
+        lacks, causes = lacks.replace("lacks", "has nearly nothing of", 1), [_RESCALED]
+    else:
+        causes = [*([_cause(own, lacking, ran)] if lacks else []), _cause_of_factors(own)]
     return f"the gradient {f'{lacks}, and ' if lacks else ''}{has}{rest}{_asked(*causes)}"
 
 
@@ -82,25 +88,45 @@ def _numbers(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-def _cause(own: Mapping[int, float], lacking: Sequence[int]) -> str:
+def _cause(own: Mapping[int, float], lacking: Sequence[int], ran: bool) -> str:
     order = sorted(own)
     if not lacking:
         return "is it reduced over the lanes before the other rank's last weight gradient?"
     first = next((at for at, mb in enumerate(order) if mb not in lacking), len(order))
     rest = [mb for mb in lacking if mb not in order[:first]]
     causes = ["set to zero or None, or replaced, in the middle of the step"] * bool(first)
-    if rest and rest == order[-len(rest) :]:
+    if rest and ran:
+        causes.append(
+            "used before that weight gradient runs, or is that added to another tensor than the one that is used, as "
+            "to .grad beside main_grad"
+        )
+    elif rest and rest == order[-len(rest) :]:
         causes.append("finalized or used before the last weight gradients, or are these never run")
     elif rest:
         causes.append("without a weight gradient that is stored and never run")
     return f"is it {', or '.join(causes)}?"
 
 
-def _cause_of_factors(own: Mapping[int, float]) -> str:
+_RESCALED = "is the sum so far rescaled whenever a gradient is added?"
+
+
+def _is_rescaled(own: Mapping[int, float]) -> bool:
+    """Whether each factor is the same multiple of the next one.
+
+    The first ones may be too small to be seen.
+    """
     values = [own[mb] for mb in sorted(own)]
-    steps = [one / two for one, two in pairwise(values) if two]
-    if len(steps) == len(values) - 1 and are_one([abs(step) for step in steps]) and abs(steps[0] - 1) > NEAR:
-        return "is the sum so far rescaled whenever a gradient is added?"
+    seen = next((at for at, value in enumerate(values) if value), len(values))
+    steps = [one / two for one, two in pairwise(values[seen:]) if two]
+    if not steps or len(steps) < len(values) - seen - 1 or not are_one(steps) or abs(steps[0] - 1) <= NEAR:
+        return False
+    return not seen or steps[0] * values[seen] <= 2 * NEAR * max(values)
+
+
+def _cause_of_factors(own: Mapping[int, float]) -> str:
+    if _is_rescaled(own):
+        return _RESCALED
+    values = own.values()
     if any(factor > 1.5 * min(filter(None, values), default=factor) for factor in values):
         return "is a weight gradient run twice, or added by the backward as well?"
     return ""

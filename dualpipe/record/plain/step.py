@@ -17,6 +17,7 @@ from dualpipe.record.plain.changes import limit_of
 from dualpipe.record.plain.crossed import crossed, left_out
 from dualpipe.record.plain.gradients import (
     Agreement,
+    Line,
     Parts,
     agreement,
     factors_of,
@@ -198,7 +199,7 @@ class Step:
                     wrong.setdefault(found, []).append(name)
                 continue
             found = self._wrong(chunk, number) or agreement(
-                final, parts, self.counts(), self.scales, patterns, partial(self._place, chunk), lambda: self._limits
+                final, parts, self.counts(), self.scales, patterns, partial(self._line, chunk), lambda: self._limits
             )
             if not isinstance(found, Agreement):
                 found = shared.summed_with(self, chunk, number, final) or found
@@ -261,12 +262,10 @@ class Step:
         far = [factor for each in found if each for (lane, _), factor in each.items() if lane is not chunk.lane]
         return any(far) if far else None
 
-    def _place(self, chunk: Chunk, mb: int) -> str:
+    def _line(self, chunk: Chunk, mb: int) -> Line | None:
         """The line of the program for the W of a microbatch, or else for its B."""
-        for kind in (W, B):
-            if at := self.places.get(Op(kind, *chunk, mb)):
-                return f"{Op(kind, *chunk, mb)} is at {at}"
-        return ""
+        ops = (Op(kind, *chunk, mb) for kind in (W, B))
+        return next((Line(op, self.places[op]) for op in ops if self.places.get(op)), None)
 
     def _wrong(self, chunk: Chunk, number: int) -> str:
         """Where the program's own computation of a weight gradient is no derivative of its module."""

@@ -9,7 +9,7 @@ from dualpipe.record.child.transport import Transport
 from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison, LossWeights
 from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain.clipping import judge
-from dualpipe.record.plain.gradients import Agreement, Line, Parts, agreement
+from dualpipe.record.plain.gradients import Agreement, Line, Parts, agreement, scale_of, with_earlier
 from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.replicas import differences
 from dualpipe.record.plain.sums import factor_of_shards
@@ -100,6 +100,22 @@ def test_a_gradient_of_zero_does_not_show_whether_it_is_summed_over_both_lanes()
 def test_a_gradient_of_one_lane_and_half_of_the_other_is_told_with_the_lane():
     found = agreement(weighted(1, 1, 1, far=(1, 0, 1)), Parts(0, UP, OWN, FAR, None, {}, {}), (3,))
     assert found.startswith("the gradient lacks microbatch 1 of lane <: is it reduced over the lanes before")
+
+
+@pytest.mark.parametrize(("own", "far", "lanes"), [(0, 0, None), (0, 1, "lane <"), (1, 0, "lane >")])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_gradient_of_an_earlier_step_is_found_in_either_replica_however_it_is_scaled(own, far, lanes, scale):
+    kept = [torch.randn(4, 4).double() if each else None for each in (own, far)]
+    parts = Parts(0, UP, OWN, FAR, kept[0], {}, {}, other_before=kept[1])
+    final = scale * torch.stack([weighted(1, 1, 1, far=(1, 1, 1)), *filter(lambda each: each is not None, kept)]).sum(0)
+    known = scale_of(final, parts)
+    assert known == pytest.approx(scale)
+    found = agreement(final, parts, (3,), scales=[known])
+    assert isinstance(found, Agreement)
+    assert found.summed
+    later = with_earlier(found, parts, 2)
+    assert later == found if lanes is None else later.startswith(f"the gradient includes that of {lanes} of an earlier")
+    assert bool(with_earlier(found, parts, 1).how.endswith("added to what was there before the step")) == bool(lanes)
 
 
 @pytest.mark.parametrize(("far", "rest"), [((0, 1, 1), " and microbatch 0 of lane <"), ((0, 0, 0), "")])

@@ -58,9 +58,9 @@ class Agreement(NamedTuple):
 class Parts:
     """The gradients of a parameter by microbatch: those of its own lane, and those of its replica on the other lane.
 
-    ``before`` is the gradient before the step, if there was one, and ``weight`` the value of the parameter.  If the
-    plain run did not compute gradients, ``slopes`` has derivatives instead, along a direction that the parameter's
-    ``number`` determines.
+    ``before`` is the gradient before the step, if there was one, ``other_before`` that of the replica, and ``weight``
+    the value of the parameter.  If the plain run did not compute gradients, ``slopes`` has derivatives instead, along a
+    direction that the parameter's ``number`` determines.
     """
 
     number: int
@@ -71,14 +71,19 @@ class Parts:
     slopes: Mapping[int, float]
     other_slopes: Mapping[int, float]
     weight: Tensor | None = None
+    other_before: Tensor | None = None
 
     def total(self, final: Tensor | None, of_other: bool = False) -> Tensor | None:
         """The sum in microbatch order, in the dtype that the program keeps."""
-        total = None if of_other else self.before
+        total = self.other_before if of_other else self.before
         for _, gradient in sorted(((self.other or {}) if of_other else self.own).items()):
             if gradient is not None:
                 total = added(total, gradient if final is None else gradient.to(final.dtype))
         return total
+
+    def earlier(self) -> list[Tensor]:
+        """The gradients before the step."""
+        return [each for each in (self.before, self.other_before) if each is not None]
 
     def columns(self) -> list[tuple[Name, Tensor]]:
         """Every gradient with its microbatch."""
@@ -89,15 +94,15 @@ class Parts:
 
 def factors_of(final: Tensor | None, parts: Parts) -> dict[Name, float] | None:
     """Factors with which the gradients of the microbatches add up to ``final``, if they can be determined."""
-    if final is None or parts.before is not None:
-        return None
-    return _factors(final, parts.columns())
+    return None if final is None or parts.earlier() else _factors(final, parts.columns())
 
 
 def scale_of(final: Tensor | None, parts: Parts) -> float | None:
     """The factor that most microbatches have in ``final``, if it can be determined."""
-    factors = factors_of(final, parts)
-    return None if not factors or not any(factors.values()) else usual_of([*factors.values()])
+    earlier = [((parts.lane, -1 - number), each) for number, each in enumerate(parts.earlier())]
+    factors = None if final is None else _factors(final, [*parts.columns(), *earlier])
+    known = [factor for (_, mb), factor in (factors or {}).items() if mb >= 0]
+    return usual_of(known) if any(known) else None
 
 
 def totals_of(final: Tensor | None, parts: Parts, counts: Sequence[int]) -> Iterator[tuple[Tensor, bool, int]]:
@@ -188,7 +193,7 @@ def _by_factors(
     """Describe a gradient as a sum of factors times the microbatches' gradients; empty if it is not such a sum."""
     columns = parts.columns()
     factors = factors_of(final, parts) or next(
-        (dict(pattern) for pattern in patterns if parts.before is None and _fits(final, columns, pattern)), None
+        (dict(pattern) for pattern in patterns if not parts.earlier() and _fits(final, columns, pattern)), None
     )
     if factors is None:
         factors = _of_stretch(final, columns, parts)
@@ -210,7 +215,7 @@ def _by_factors(
 
 def _of_stretch(final: Tensor, columns: Sequence[tuple[Name, Tensor]], parts: Parts) -> dict[Name, float] | None:
     """The factors of a gradient of few elements that is the sum over consecutive microbatches."""
-    if parts.before is not None or len(columns) > _MOST or any(g.shape != final.shape for _, g in columns):
+    if parts.earlier() or len(columns) > _MOST or any(g.shape != final.shape for _, g in columns):
         return None
     names = [[name for name, _ in columns if (name[0] is parts.lane) == is_own] for is_own in (True, False)]
     given = dict(columns)
@@ -258,6 +263,18 @@ def _factors(final: Tensor, columns: Sequence[tuple[Name, Tensor]]) -> dict[Name
 
 def _rounded(factor: float, largest: float) -> float:
     return 0.0 if abs(factor) < NEAR * largest else factor
+
+
+def with_earlier(found: Agreement, parts: Parts, step: int) -> Agreement | str:
+    """The agreement of a gradient that may have been something else than zero before the step, or what is wrong."""
+    far = next(lane for lane in Lane if lane is not parts.lane)
+    lanes = [parts.lane] * (parts.before is not None) + [far] * (parts.other_before is not None and bool(found.summed))
+    if not lanes:
+        return found
+    if step == 1:
+        return found.also("added to what was there before the step")
+    of = f"of lane {' and of lane '.join(lanes)} " if found.summed else ""
+    return f"the gradient includes that {of}of an earlier step: is it set to zero or None after the optimizer's step?"
 
 
 # a gradient of which only the slope is known

@@ -29,7 +29,7 @@ def of_all(step: Step, chunk: Chunk) -> Agreement | None:
     for number, parts in step.parts(chunk).items():
         matching = [named.get(names[number]) for named in of_others]
         final = file["final"][number]
-        if final is None or parts.slopes or parts.before is not None or not all(matching):
+        if final is None or parts.slopes or parts.earlier() or not all(matching):
             return None
         every = [parts, *filter(None, matching)]
         parameters.append(Summed(number, final, every, partial(partners, step, chunk, number)))

@@ -23,6 +23,7 @@ from dualpipe.record.plain.gradients import (
     factors_of,
     scale_of,
     totals_of,
+    with_earlier,
 )
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.names import unique
@@ -203,8 +204,8 @@ class Step:
             )
             if not isinstance(found, Agreement):
                 found = shared.summed_with(self, chunk, number, final) or found
-            if isinstance(found, Agreement) and parts.before is not None:
-                found = _with_earlier(found, file["step"])
+            if isinstance(found, Agreement):
+                found = with_earlier(found, parts, file["step"])
             if isinstance(found, Agreement) and number in file["own"]:
                 found = found.also("kept in a tensor of the program's own, which its optimizer uses")
             if isinstance(found, Agreement):
@@ -290,12 +291,14 @@ class Step:
         own, slopes = self._by_microbatch(chunk)
         lane = next((lane for lane in self.routes if lane != chunk.lane), None)
         far: dict[str, dict[int, Tensor | None]] = {}
+        far_before: dict[str, Tensor] = {}
         far_slopes: dict[str, dict[int, float]] = {}
         if lane is not None:
             replica = Chunk(lane, chunk.stage)
             of_replica = self.names(replica)
             of_lane, slopes_of_lane = self._by_microbatch(replica)
             far = {of_replica[number]: each for number, each in of_lane.items()}
+            far_before = {of_replica[n]: each for n, each in self.file(replica)["before"].items() if n in of_replica}
             far_slopes = {of_replica[number]: each for number, each in slopes_of_lane.items()}
         return {
             number: Parts(
@@ -307,6 +310,7 @@ class Step:
                 slopes.get(number, {}),
                 far_slopes.get(names[number], {}),
                 file.get("weights", {}).get(number),
+                far_before.get(names[number]),
             )
             for number, each in own.items()
         }
@@ -325,13 +329,6 @@ class Step:
 
     def name(self, chunk: Chunk, number: int) -> str:
         return self.names(chunk)[number]
-
-
-def _with_earlier(found: Agreement, step: int) -> Agreement | str:
-    """The agreement of a gradient that was not zero before the step, or what is wrong with that."""
-    if step > 1:
-        return "the gradient includes that of an earlier step: is it set to zero or None after the optimizer's step?"
-    return found.also("added to what was there before the step")
 
 
 def _shown(found: Sequence[str]) -> tuple[str, ...]:

@@ -266,8 +266,9 @@ class Clipping:
 class Comparison:
     """A recorded step and its plain run.
 
-    ``replicas`` says what is wrong with the replicas of stages on two lanes, ``changes`` where the program changes
-    gradients in place other than by adding to them, if they are not equal.
+    ``replicas`` says what is wrong with the replicas of stages on two lanes before the optimizer's step, ``updates``
+    what is different after it, and ``changes`` where the program changes gradients in place other than by adding to
+    them, if they are not equal.
     """
 
     chunks: tuple[ChunkComparison, ...]
@@ -276,12 +277,13 @@ class Comparison:
     clipping: Clipping = Clipping()
     weights: LossWeights = LossWeights()
     changes: tuple[str, ...] = ()
+    updates: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """``equal``, ``different`` or ``unknown``."""
         faults = [*(each.faults for each in self.chunks), *(each.faults for each in self.losses), self.clipping.faults]
-        if self.replicas or self.weights.faults or any(faults):
+        if self.replicas or self.updates or self.weights.faults or any(faults):
             return "different"
         unknown = (self.clipping.unknown, self.weights.unknown, *(each.unknown for each in self.chunks))
         return "unknown" if any(unknown) else "equal"
@@ -290,7 +292,7 @@ class Comparison:
         """What differs, and the lines of the program that change gradients; then what was not compared or is equal."""
         faults = [each.text() for each in self.chunks if each.faults]
         faults += [each.text() for each in self.losses if each.faults]
-        faults += [*self.weights.faults, *self.replicas, *self.clipping.faults]
+        faults += [*self.weights.faults, *self.replicas, *self.clipping.faults, *self.updates]
         others = _grouped([each for each in self.chunks if not each.faults])
         others += [each.text() for each in self.losses if not each.faults]
         others += [] if self.weights.faults else filter(None, [self.weights.text()])
@@ -304,7 +306,7 @@ class Comparison:
             "verdict": self.verdict,
             "chunks": [each.as_json() for each in self.chunks],
             "losses": [each.as_json() for each in self.losses],
-            "replicas": list(self.replicas),
+            "replicas": [*self.replicas, *self.updates],
             "clipping": self.clipping.as_json(),
             "loss_weights": self.weights.as_json(),
             "changes": list(self.changes),

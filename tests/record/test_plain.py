@@ -11,7 +11,7 @@ from dualpipe.record.events import ForwardId, read
 from dualpipe.record.plain.clipping import judge
 from dualpipe.record.plain.gradients import Agreement, Line, Parts, agreement, scale_of, with_earlier
 from dualpipe.record.plain.losses import losses_of
-from dualpipe.record.plain.replicas import differences
+from dualpipe.record.plain.replicas import differences, updates
 from dualpipe.record.plain.sums import factor_of_shards
 from dualpipe.schedule import DOWN, UP, Chunk, Op, Task, W
 
@@ -185,6 +185,16 @@ def test_a_norm_or_its_square_that_every_rank_computes_needs_no_limit(value, say
     [
         ((0.2, 0.1), None, "is the norm of each rank's own gradients used in place of that of the whole model?"),
         ((0.2, 0.2), 2.0, "and is 1, and not 2: the norm that is used is 2 times that"),
+        (
+            (0.2, 0.2),
+            1.16619,
+            "and is 1, and not 1.16619: the norm that is used is 1.166 times that: does it count stage 0 twice?",
+        ),
+        (
+            (0.2, 0.2),
+            0.6,
+            "and is 1, and not 0.6: the norm that is used is 0.6 times that: is it that of stage 0 alone?",
+        ),
     ],
 )
 def test_gradients_clipped_by_another_norm_are_a_fault(scales, limit, says):
@@ -220,7 +230,7 @@ def replicas(one, other, **more):
         Task(lane, 0, 0): {"weights": {0: None}, "layers": files[rank].get("layers", {})}
         for rank, lane in enumerate((UP, DOWN))
     }
-    return list(differences(found, files, forwards))
+    return [*differences(found, files, forwards), *updates(found, files, forwards)]
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,13 @@ def stages(*pairs):
     return [ChunkComparison(Chunk(UP, n), n, 4, (), (), (), factor=f, taken=t) for n, (f, t) in enumerate(pairs)]
 
 
+def test_a_scale_of_one_lane_is_that_of_one_chunk_of_each_rank():
+    found = {Chunk(lane, stage): factor for lane, factor in ((UP, 0.2), (DOWN, 1.0)) for stage in range(2)}
+    assert uneven(found).endswith(
+        ": by 1 in lane < and by 0.2 in lane >. Is only one chunk of each rank scaled or clipped?"
+    )
+
+
 def test_a_scale_of_a_message_counts_for_all_stages_before_it():
     assert factors(stages((1.0, 0.25), (0.25, 1.0))) == {Chunk(UP, 0): 0.25, Chunk(UP, 1): 0.25}
     assert not uneven(factors(stages((1.0, 0.25), (0.25, 1.0))))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison, Clipping
+from dualpipe.record.plain.names import unique
 from dualpipe.schedule import Task
 
 _NEAR = 1e-3
@@ -71,7 +72,8 @@ def judge(
         return clipped if by else replace(clipped, unknown=(asks,), notes=())
     if abs(norm - limit) <= _NEAR * limit:
         return clipped
-    wrong = f"{shown}, and not {limit:g}{_reason(limit / norm, replicas)}"
+    reason = _reason(limit / norm, norm, [] if in_shards else [*by_stage.values()], replicas, files, forwards)
+    wrong = f"{shown}, and not {limit:g}: {reason}"
     return replace(clipped, faults=(*faults, wrong), notes=())
 
 
@@ -118,9 +120,13 @@ def _finals(
     each: ChunkComparison, files: Mapping[int, Mapping[str, Any]], forwards: Mapping[Task, Mapping[str, Any]]
 ) -> list[Tensor]:
     """The gradients of a chunk's parameters."""
-    numbers = {n for task, found in forwards.items() if task.chunk == each.chunk for n in found.get("weights", {})}
-    final = files[each.rank]["final"]
+    final, numbers = files[each.rank]["final"], _numbers(each, forwards)
     return [final[number] for number in sorted(numbers - each.copies) if final[number] is not None]
+
+
+def _numbers(each: ChunkComparison, forwards: Mapping[Task, Mapping[str, Any]]) -> set[int]:
+    """The numbers of a chunk's parameters."""
+    return {n for task, found in forwards.items() if task.chunk == each.chunk for n in found.get("weights", {})}
 
 
 def _norm(gradients: Iterable[Iterable[Tensor]], kind: float = 2.0) -> float:
@@ -128,8 +134,33 @@ def _norm(gradients: Iterable[Iterable[Tensor]], kind: float = 2.0) -> float:
     return max(values, default=0.0) if math.isinf(kind) else sum(value**kind for value in values) ** (1 / kind)
 
 
-def _reason(ratio: float, replicas: float) -> str:
-    """Why a norm is ``ratio`` times what it should be."""
+def _reason(
+    ratio: float,
+    norm: float,
+    stages: Sequence[ChunkComparison],
+    replicas: int,
+    files: Mapping[int, Mapping[str, Any]],
+    forwards: Mapping[Task, Mapping[str, Any]],
+) -> str:
+    """Why the norm that is used is ``ratio`` times that of all gradients, ``norm``.
+
+    ``stages`` has each stage once, unless its gradients are in shards.
+    """
     if replicas > 1 and abs(ratio - math.sqrt(replicas)) <= _NEAR * ratio:
-        return ": the norm counts every parameter twice, once for each replica of its stage"
-    return f": the norm that is used is {ratio:.4g} times that"
+        return "the norm counts every parameter twice, once for each replica of its stage"
+    wanted = (ratio * norm) ** 2
+    terms: dict[str, float] = {}
+    for each in stages:
+        own = f"stage {each.chunk.stage}"
+        terms[own] = _norm([_finals(each, files, forwards)]) ** 2
+        for number, name in unique(_numbers(each, forwards), files[each.rank]["names"]).items():
+            if (final := files[each.rank]["final"][number]) is not None:
+                terms[f"{name} of {own}"] = _norm([[final]]) ** 2
+    sums = {f"is it that of {name} alone": term for name, term in terms.items()}
+    sums |= {f"does it leave out {name}": norm**2 - term for name, term in terms.items()}
+    sums |= {f"does it count {name} twice": norm**2 + term for name, term in terms.items()}
+    used = f"the norm that is used is {ratio:.4g} times that"
+    if not sums:
+        return used
+    best = min(sums, key=lambda each: round(abs(sums[each] - wanted) / wanted, 6))
+    return f"{used}: {best}?" if abs(sums[best] - wanted) <= _SAME * wanted else used

@@ -31,7 +31,7 @@ from dualpipe.record.plain.factors import Lasts, factors, uneven, weights_of
 from dualpipe.record.plain.links import Plainly
 from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.proportions import alike
-from dualpipe.record.plain.replicas import differences
+from dualpipe.record.plain.replicas import differences, updates
 from dualpipe.record.plain.shared import perhaps_tied
 from dualpipe.record.plain.step import Step
 from dualpipe.record.recording import Recording
@@ -118,7 +118,7 @@ def compare(
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     sums = [replace(each, summed=None) for each in chunks] if same else chunks
     replicas = tuple(differences(sums, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
-    found = Comparison(chunks, losses, replicas, clipping, weights)
+    found = Comparison(chunks, losses, replicas, clipping, weights, updates=tuple(updates(sums, files, forwards)))
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
     return replace(found, changes=tuple(_changes(logs, steps))) if scaled or found.verdict != "equal" else found

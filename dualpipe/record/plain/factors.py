@@ -37,14 +37,17 @@ def uneven(found: Mapping[Chunk, float]) -> str:
         groups.setdefault(known, []).append(chunk)
     if len(groups) < 2:
         return ""
-    shown = " and ".join(
-        f"by {factor:.4g} at stage{'s' * (len(each) > 1)} {' '.join(dict.fromkeys(str(c.stage) for c in each))}"
-        for factor, each in groups.items()
-    )
-    return (
-        f"with respect to the losses the gradients are scaled differently: {shown}. Are they divided on some ranks "
-        "only, or is a gradient scaled before it is sent?"
-    )
+    lanes = [list(dict.fromkeys(chunk.lane for chunk in each)) for each in groups.values()]
+    if len(groups) == len(Lane) and all(len(each) == 1 for each in lanes) and lanes[0] != lanes[1]:
+        shown = " and ".join(f"by {factor:.4g} in lane {lane}" for factor, (lane,) in zip(groups, lanes, strict=True))
+        why = "Is only one chunk of each rank scaled or clipped?"
+    else:
+        shown = " and ".join(
+            f"by {factor:.4g} at stage{'s' * (len(each) > 1)} {' '.join(dict.fromkeys(str(c.stage) for c in each))}"
+            for factor, each in groups.items()
+        )
+        why = "Are they divided on some ranks only, or is a gradient scaled before it is sent?"
+    return f"with respect to the losses the gradients are scaled differently: {shown}. {why}"
 
 
 @dataclass(frozen=True)

@@ -20,24 +20,16 @@ def differences(
     forwards: Mapping[Task, Mapping[str, Any]],
     reduced: Callable[[ChunkComparison], str] = lambda each: "",
 ) -> Iterator[str]:
-    """What is wrong with the replicas of each stage, one sentence each.
+    """What is wrong with the replicas of each stage before the optimizer's step, one sentence each.
 
     ``reduced`` gives the collective that sums the gradients of a chunk, and its line, if there is one.
     """
     yield from _unsummed(chunks, files, reduced)
-    by_stage: dict[int, list[ChunkComparison]] = {}
-    for each in chunks:
-        by_stage.setdefault(each.chunk.stage, []).append(each)
     numbered: dict[int, str] = {}
-    for stage, both in by_stage.items():
-        if len(both) < len(Lane) or any("error" in files[each.rank] for each in both):
-            continue
+    for stage, both in _pairs(chunks, files):
         yield from _unlike(stage, both, files, forwards)
         if found := _numbered_apart(both, files, forwards):
             numbered[stage] = found
-        updated = all(files[each.rank].get("by_optimizer") for each in both)
-        if updated and not any(each.summed is False for each in both):
-            yield from _updated_apart(stage, both, files, forwards)
     if numbered:
         first = min(numbered)
         what = f"at stage {first}, {numbered[first]}" if len(numbered) > 1 else numbered[first]
@@ -45,6 +37,29 @@ def differences(
             f"the replicas of {_stages(sorted(numbered))} number their layers differently: {what}. "
             "Is the mirror chunk numbered as if it were a stage of the rank's own number?"
         )
+
+
+def updates(
+    chunks: Sequence[ChunkComparison],
+    files: Mapping[int, Mapping[str, Any]],
+    forwards: Mapping[Task, Mapping[str, Any]],
+) -> Iterator[str]:
+    """What the optimizer's step has made different between replicas whose gradients were summed."""
+    for stage, both in _pairs(chunks, files):
+        if all(files[each.rank].get("by_optimizer") and each.summed is not False for each in both):
+            yield from _updated_apart(stage, both, files, forwards)
+
+
+def _pairs(
+    chunks: Sequence[ChunkComparison], files: Mapping[int, Mapping[str, Any]]
+) -> Iterator[tuple[int, list[ChunkComparison]]]:
+    """The stages with their replicas on both lanes, if these have made their plain runs."""
+    by_stage: dict[int, list[ChunkComparison]] = {}
+    for each in chunks:
+        by_stage.setdefault(each.chunk.stage, []).append(each)
+    for stage, both in by_stage.items():
+        if len(both) == len(Lane) and not any("error" in files[each.rank] for each in both):
+            yield stage, both
 
 
 def _unsummed(

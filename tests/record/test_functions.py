@@ -7,7 +7,7 @@ from torch import nn
 
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
-from tests.record.two_ranks import SHAPE, text
+from tests.record.two_ranks import SHAPE, assert_plain, receive, text, train
 
 
 class Send(torch.autograd.Function):
@@ -97,6 +97,44 @@ def test_two_stages_of_one_rank_in_one_run_of_the_engine():
         "0F0> 0SF0>@1 2RF0>@1 2F0> 2B0>+2W0> 2SB0>@1 0RB0>@1 0B0>+0W0> 0F1> 0SF1>@1 2RF1>@1 2F1>"
     )
     assert prove(recording.schedule, smt=False).verdict == "proved"
+
+
+class Queue(nn.Module):
+    """A stage that puts its output into a queue and returns none; its root is a constant without a forward's marks."""
+
+    class Put(torch.autograd.Function):
+        @staticmethod
+        def forward(context, y, due):
+            due.append(y)
+            return torch.tensor(1.0, requires_grad=True)
+
+        @staticmethod
+        def backward(context, nothing):
+            return receive(1), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.due, self.roots = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), [], []
+
+    def forward(self, x):
+        self.roots.append(self.Put.apply(self.layers(x), self.due))
+
+
+def test_a_backward_is_known_by_what_was_sent_if_the_module_returned_nothing():
+    def body(rank):
+        if rank:
+            train(rank, nn.Linear(4, 4))
+            return
+        stage = Queue()
+        for _ in range(2):
+            stage(torch.randn(SHAPE))
+            dist.send(stage.due.pop(), 1)
+            sum(stage.roots[-1:]).backward()
+
+    recording = record_ranks(2, body, compare=True)
+    assert_plain(recording)
+    assert recording.comparison.verdict == "unknown"
+    assert "microbatch 0 cannot be run plainly: its module takes or returns no tensor" in recording.comparison.text()
 
 
 class Announce(torch.autograd.Function):

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from . import errors, graph
+from . import errors
 from .applied import Kind
 from .arrivals import Arrivals
 from .attempts import Attempts
@@ -34,6 +33,7 @@ from .log import Sink, call_number, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
 from .masters import Masters
 from .origins import Origins, marks
+from .outputs import Outputs
 from .owed import Owed
 from .parameters import Parameters, state_of
 from .posts import Posted, Posts
@@ -65,6 +65,7 @@ class Flow:
         self.origins = Origins(self.write, self._table, self._forwards, self.parameters, self._engine_runs)
         self.attempts = Attempts(self.write, self._forwards)
         self._gradients = Gradients(self.write, self._table, self.parameters, self.origins, self._owed, self.attempts)
+        self._outputs = Outputs(self._forwards, self._reach)
         self.freed = Freed(self._table)
         self._posts = Posts(self._table, self.origins, self.parameters, self.freed)
         self.context: Marks | None = None  # the marks of the module call or the run of the engine in progress
@@ -209,13 +210,8 @@ class Flow:
         """The outermost module call has returned."""
         if len(made) == 1:
             ((_, forward),) = made
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                    graph.mark(leaf.grad_fn, forward)
-                    leaf.grad_fn.register_prehook(partial(self._reach, forward))
-                    self._forwards.put_in_graph(self._forwards.find(forward))
-            roots = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            self.buffers.called(roots, self._forwards.find(forward))
+            nodes = self._outputs.returned(forward, output)
+            self.buffers.called(nodes, self._forwards.find(forward))
 
     # runs of the autograd engine
 
@@ -334,6 +330,8 @@ class Flow:
     def post(self, messages: Sequence[Posted]) -> list[int]:
         """Messages are about to be posted together; returns their numbers."""
         posted = self._posts.add(messages)
+        for (_, tensor, *_), message in zip(messages, posted, strict=True):
+            self._outputs.sent(tensor, message["marks"])
         numbers = [message["message"] for message in posted]
         self._forwards.interrupt()
         self.posted = numbers

@@ -181,6 +181,8 @@ def _step(
         if parts:  # several if the program computes a forward again, by hand: the one that its backward ran from counts
             number = max(parts, key=lambda n: bool(parts[n].get("ran")))
             forwards[task] = parts[number] | {"layers": file.get("layers", {}).get(number, {})}
+        elif "error" not in file:
+            forwards[task] = {"error": _NOT_KEPT}
     counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
     return Step(files, forwards, routes, counts, others, places or {}, tuple(replicas))
 
@@ -188,6 +190,9 @@ def _step(
 SAME_DATA = (
     "each microbatch of lane < begins with the same data as that of lane >, so twice the gradient of one lane looks "
     "the same as the sum over both: does each lane get its own half of the data?"
+)
+_NOT_KEPT = (
+    "its module takes or returns no tensor, as one that puts its output into a queue: let it return what it computes"
 )
 _TWICE = (
     "some ranks threw away their gradients during the step and computed again, and others did not: run the program "

@@ -7,12 +7,12 @@ those of the receive that is too many.  What does not shift is its place among t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import takewhile, zip_longest
 from typing import NamedTuple
 
 from dualpipe.schedule import MESSAGES, RB, RF, SENDS, SF, B, F, Op, Placed, Schedule
+from dualpipe.schedule.observed import frames_of
 from proofs.buffers_search import in_shared_memory
 
 Peer = tuple[int | None, bool]
@@ -56,7 +56,7 @@ def apart(here: Schedule, there: Schedule, rank: int, computes: int, is_cut_shor
     one, other = channels(here, rank), channels(there, rank)
     guesses = {*here.observed.guesses, *there.observed.guesses, *in_shared_memory(here, rank)}
     own = [message for messages in one.values() for message in messages]
-    lines = {message: lines_of(here.observed.place(message)) for message in own}
+    lines = {message: frames_of(here.observed.place(message)) for message in own}
     for key in one.keys() | other.keys():
         ours, theirs = one.get(key, []), other.get(key, [])
         first = _first_apart(ours, theirs, guesses)
@@ -69,11 +69,6 @@ def apart(here: Schedule, there: Schedule, rank: int, computes: int, is_cut_shor
             found = None if found is None else found._replace(is_open=not is_certain)
         if (which := found or first) is not None:
             yield which
-
-
-def lines_of(place: str) -> list[str]:
-    """The lines of a place: the one itself, the line that called its function, and so on."""
-    return re.split(r" \(called at |, ", place.removesuffix(")")) if place else []
 
 
 def _first_apart(ours: Sequence[Placed], theirs: Sequence[Placed], guesses: Container[Placed]) -> Apart | None:

@@ -85,8 +85,8 @@ def _has_more(departure: Departure, here: Placed, comparison: Comparison) -> str
     which = "the first is " if departure.surplus > 1 else ""
     before, _ = _computes_around(here, comparison.here)
     after = f"after {before[-1]}" if before else "before its first forward"
-    named = ", which is named by what was sent" if here in comparison.here.observed.guesses else ""
-    return f"{posts} more than {comparison.name}: {which}{here.op} in slot {here.slot}, {after}{named}"
+    named = f"{here.op} (a guess)" if here in comparison.here.observed.guesses else f"{here.op}"
+    return f"{posts} more than {comparison.name}: {which}{named} in slot {here.slot}, {after}"
 
 
 def _has_fewer(departure: Departure, comparison: Comparison) -> str:

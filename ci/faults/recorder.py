@@ -45,6 +45,16 @@ FAULTS = (
     ),
     fault(
         0,
+        "the line that posts a message says nothing of its kind",
+        "dualpipe/record/naming.py",
+        "unusual = usual != {op.kind}",
+        "unusual = False",
+        check="tests",
+        rule="test",
+        says="test_the_line_that_posts_activations_names_an_unmatched_receive",
+    ),
+    fault(
+        0,
         "a plain run draws other random numbers than the program",
         "dualpipe/record/child/draws.py",
         "                generator.set_state(draw.state)",

@@ -16,6 +16,7 @@ from dualpipe.record.events import ForwardId, Message, MessageId, RankLog, Recor
 from dualpipe.record.lineage import Lineage
 from dualpipe.record.phrases import counted
 from dualpipe.schedule import RB, RF, SB, SENDS, SF, B, Chunk, F, Kind, Op
+from dualpipe.schedule.observed import frames_of
 
 _SERVES = {SF: F, RF: F, SB: B, RB: B}  # the compute on its own rank that a message end comes from or goes to
 _OTHER_END = {SF: RF, RF: SF, SB: RB, RB: SB}
@@ -71,10 +72,11 @@ def name_messages(
                     (unknown if message.send else unused).append(message)
     guesses: dict[MessageId, tuple[Op, ...]] = {message.id: () for message in (*unknown, *unused)}
     forms = _forms(ops, messages)
+    kinds = _kinds_by_line(ops, messages)
     next_computes = {log.rank: _next_computes(log, lineage) for log in logs}
     for id, message in messages.items():
         if id not in ops and id not in partner:
-            ops[id], guesses[id] = _expected(message, ops, lineage, forms, next_computes[id.rank].get(id))
+            ops[id], guesses[id] = _expected(message, ops, lineage, forms, kinds, next_computes[id.rank].get(id))
             notes.append(_note_on_unmatched(message, ops[id], guesses[id]))
     left = [message for id, message in messages.items() if id not in ops]
     notes += [*_notes_on_unknown(unknown), *_notes_on_unused(unused, ops), *_notes_on_control(left)]
@@ -161,6 +163,17 @@ def _forms(
     return forms
 
 
+def _kinds_by_line(
+    ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]
+) -> dict[tuple[bool, str], set[Kind]]:
+    """For sends and receives, and every line that posted some or called what did, their kinds."""
+    kinds: dict[tuple[bool, str], set[Kind]] = {}
+    for id, op in ops.items():
+        for line in frames_of(messages[id].at):
+            kinds.setdefault((messages[id].send, line), set()).add(op.kind)
+    return kinds
+
+
 def _next_computes(log: RankLog, lineage: Lineage) -> dict[MessageId, Op]:
     """For every message of a rank the forward or backward that began next after its post."""
     found: dict[MessageId, Op] = {}
@@ -184,14 +197,16 @@ def _expected(
     ops: Mapping[MessageId, Op],
     lineage: Lineage,
     forms: Mapping[tuple[int, Kind, Chunk], set[str]],
+    kinds: Mapping[tuple[bool, str], set[Kind]],
     next_compute: Op | None,
 ) -> tuple[Op, tuple[Op, ...]]:
     """The name of an unmatched end, and the others that it could have.
 
     For each stage boundary between the two ranks there are two candidates: the earliest op that the rank still lacks,
     and one for a microbatch beyond those that it has.  The candidates are compared by these preferences, in this order:
-    the type and shape of the message; an op of the program rather than one beyond; an op that the next forward or
-    backward of the rank needs or made; a gradient for a forward that ran; the earliest microbatch.
+    the type and shape of the message; the kind of the messages that the same line posts; an op of the program rather
+    than one beyond; an op that the next forward or backward of the rank needs or made; a gradient for a forward that
+    ran; the earliest microbatch.
 
     Raises ``RecordError`` if the two ranks do not hold neighbouring stages.
     """
@@ -207,14 +222,19 @@ def _expected(
             "correct the peer, or let the other rank post its end",
         )
 
+    by_line = [found for line in frames_of(message.at) if (found := kinds.get((message.send, line)))]
+    usual = {kind for found in by_line if len(found) == 1 for kind in found}
+
     def rank(op: Op) -> tuple[bool | int | str, ...]:
         known = forms.get((message.id.rank, op.kind, op.chunk), {message.form})
         wanted = next_compute is not None and next_compute == Op(_SERVES[op.kind], *op.task)
         is_due = op.mb < _microbatches(op, lineage)
-        return message.form not in known, not is_due, not wanted, not (op.kind is RB and op.task in ran), op.mb, op.kind
+        is_backward_due = op.kind is RB and op.task in ran
+        unusual = usual != {op.kind}
+        return message.form not in known, unusual, not is_due, not wanted, not is_backward_due, op.mb, op.kind
 
     best, *others = sorted(candidates, key=rank)
-    possible = [op for op in others if rank(op)[:2] == rank(best)[:2]]
+    possible = [op for op in others if rank(op)[:3] == rank(best)[:3]]
     return best._replace(peer=message.peer), tuple(op._replace(peer=message.peer) for op in possible)
 
 

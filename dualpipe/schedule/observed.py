@@ -6,6 +6,7 @@ A schedule that ``dualpipe record`` wrote has these events.  They take no part i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import NamedTuple
@@ -88,6 +89,11 @@ class Observed:
     def place(self, placed: Placed) -> str:
         """The line that posted a message or ran another op, or an empty text."""
         return self._places.get(placed) or self.lines.get(placed, "")
+
+
+def frames_of(place: str) -> list[str]:
+    """The lines of a place: the one itself, the line that called its function, and so on."""
+    return re.split(r" \(called at |, ", place.removesuffix(")")) if place else []
 
 
 NOTHING = Observed()

@@ -78,8 +78,7 @@ def test_a_receive_too_many_is_named_by_its_line_where_a_program_ended_and_no_na
     found = compare(here, there, "dualpipe")
     assert [each.aspect for each in found.departures if each.rank == 1] == [Aspect.ORDER, Aspect.MESSAGES]
     assert stories(here, there, Aspect.MESSAGES)[1] == (
-        "rank 1 posts one receive from rank 0 more than dualpipe: 2RB0< in slot 9, after 1F2>, which is named by what "
-        "was sent",
+        "rank 1 posts one receive from rank 0 more than dualpipe: 2RB0< (a guess) in slot 9, after 1F2>",
         "is it posted once too often, or only posted earlier than in dualpipe? In the first case all later messages in "
         "that direction between the two ranks meet the wrong partners, and the names of the messages that follow on "
         "this channel may be shifted by one.",
@@ -110,7 +109,8 @@ def test_a_receive_from_the_wrong_peer_is_not_one_too_many():
     program[9:] = [(send, Op(RB, UP, 1, 0)), (Op(W, UP, 1, 0),)]
     here, there = ended(program, lambda _: 70)
     story, question = stories(here, there, Aspect.MESSAGES)[1]
-    assert story.startswith("rank 1 posts one receive from rank 2 more than dualpipe: 1RB0> in slot 9, after 1F2>")
+    first = "rank 1 posts one receive from rank 2 more than dualpipe: 1RB0> (a guess) in slot 9, after 1F2>"
+    assert story.startswith(first)
     assert question == "does it name the wrong peer? There dualpipe has 2RB0< for rank 0, which this rank lacks."
 
 

@@ -280,6 +280,18 @@ def test_a_guessed_name_is_in_the_file_with_what_else_it_could_be():
     assert recorded(one, two, end=False).notes[-1].endswith("; this is a guess, and it could be 1RF1<@1")
 
 
+def test_the_line_that_posts_activations_names_an_unmatched_receive():
+    one, two = crossing(down=1)
+    two.forward(module=0)
+    one.receive(1)
+    received = [e for e in one.events if e["event"] == "post" and e["messages"][0]["kind"] == "receive"]
+    for event, line in zip(received, (70, 90, 90), strict=True):
+        event["at"] = f"p2p.py:1 (called at schedule.py:{line})"
+    assert guessed(one, two) == {"1RF1<@1": []}
+    received[-1]["at"] = "p2p.py:1 (called at schedule.py:70)"
+    assert guessed(one, two) == {"0RB1>@1": []}
+
+
 def test_what_the_rank_computes_next_names_an_unmatched_receive():
     one, two = crossing(down=1)
     two.forward(module=0)

@@ -87,8 +87,9 @@ class LossComparison:
     ``seen`` is ``None`` for a program without an optimizer, as its variables are gone when it ends.  ``collected`` is
     whether the program held losses whose backward had run, as a list of them does; a program that never did may have no
     use for its losses.  ``read`` is how many of them the program had read when it ended, ``None`` if that is unknown.
-    ``divided_twice`` is the number by which both the losses and the gradients were divided, if there is one.  ``sent``
-    is how and where the program gives them to other ranks, in a collective or a message; empty if it does not.
+    ``divided_twice`` is the number by which both the losses and the gradients were divided, if there is one.
+    ``dropped`` is where the program has dropped a loss that it had collected, if that is known.  ``sent`` is how and
+    where the program gives them to other ranks, in a collective or a message; empty if it does not.
     """
 
     lane: Lane
@@ -100,6 +101,7 @@ class LossComparison:
     read: int | None = None
     divided_twice: int | None = None
     sent: str = ""
+    dropped: str = ""
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -108,8 +110,9 @@ class LossComparison:
             found.append(f"only {self.computed} of {self.microbatches} backwards began from a loss")
         if self.seen is not None and self.seen < self.computed and self.collected:
             kept = "none is" if self.seen == 0 else f"only {self.seen} are"
+            at = f", one is dropped at {self.dropped}" if self.dropped else ""
             found.append(
-                f"{self.computed} were computed and collected, and {kept} kept or read by the end of the step: is "
+                f"{self.computed} were computed and collected, and {kept} kept or read by the end of the step{at}: is "
                 "their list cleared before it is returned, read on another rank, or thrown away?"
             )
         if self.divided_twice is not None:
@@ -155,7 +158,8 @@ class LossWeights:
     ``reduction`` is ``mean`` if the weights add up to 1, ``sum`` if each is 1, ``other`` if neither is the case, and
     empty if that could not be determined.  With ``summed`` the gradient is that of both lanes together.  ``expected``
     is the reduction that the user expects, if any.  With ``clipped``, clipping has hidden the weights.
-    ``scaled`` is the part of each weight by which the gradients were scaled after the backwards, without the clipping.
+    ``scaled`` is the part of each weight by which the gradients were scaled after the backwards, without the clipping,
+    and ``at`` the line that multiplies or divides a loss before its backward, if there is one.
     """
 
     weights: Mapping[Lane, tuple[float, ...]] = field(default_factory=dict)
@@ -164,6 +168,7 @@ class LossWeights:
     summed: bool = False
     clipped: bool = False
     scaled: float = 1.0
+    at: str = ""
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -172,7 +177,9 @@ class LossWeights:
         why = "is each loss divided by their number" if self.expected == "mean" else "are they divided by their number"
         if self.reduction == "other" and not (why := self._uneven() or self._by_another_number()):
             return ()
-        return (f"{self._line()}, and not the {self.expected}: {why}?",)
+        at = f" One is scaled at {self.at}" if self.at else ""
+        rest = "" if self.reduction == "other" else f", and not the {self.expected}"
+        return (f"{self._line()}{rest}: {why}?{at}",)
 
     @property
     def unknown(self) -> tuple[str, ...]:

@@ -170,7 +170,7 @@ def test_a_division_that_clipping_hides_is_part_of_the_weight_if_the_norm_shows_
     weigh = partial(weights_of, losses, [], scaled, True, "mean")
     assert (weigh(0.2).reduction, weigh(0.2).faults) == ("mean", ())
     (fault,) = weigh(0.4).faults  # by 1/2, and then clipped
-    assert fault.endswith("and not the mean: is each loss divided by 2, and the gradient by 2 once more?")
+    assert fault.endswith("over 2 microbatches: is each loss divided by 2, and the gradient by 2 once more?")
     (unknown,) = weigh(None).unknown
     assert "was not found among the values of every rank; so it is not known whether" in unknown
 

@@ -7,7 +7,7 @@ Those on lists apply one operation to the first tensors of all lists, to the sec
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -25,6 +25,10 @@ class Kind(NamedTuple):
     adds: bool
     replaces: bool
     zeroes: bool
+
+
+Made = Callable[[Kind, Tensor, Sequence[Tensor]], None]
+"""Called with an operator, a tensor that it has made or written to, and its inputs."""
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import errors
-from .applied import Kind
+from .applied import Kind, Made
 from .arrivals import Arrivals
 from .attempts import Attempts
 from .buffers import Buffers
@@ -31,7 +31,6 @@ from .freed import Freed
 from .gradients import Gradients
 from .log import Sink, call_number, call_path, program_line
 from .marks import NONE, Key, Marks, Table, key_of
-from .masters import Masters
 from .origins import Origins, marks
 from .outputs import Outputs
 from .owed import Owed
@@ -77,7 +76,7 @@ class Flow:
         self.caller = ""  # the class of the module that is being called
         self.arrivals = Arrivals(self.write, self.origins)
         self.draws: Draws | None = None  # to be kept for a plain run
-        self.masters: Masters | None = None  # the same
+        self.made: Sequence[Made] = ()  # what a plain run does after every operator outside of modules
         self.together: frozenset[str] = frozenset()  # names of functions that overlap a forward with a backward
         self._events = self._polled_at = 0
 
@@ -260,8 +259,8 @@ class Flow:
             key = key_of(output)
             if key is None:
                 continue
-            if self.masters is not None and not self.calling:
-                self.masters.made(kind, output, inputs)
+            for made in () if self.calling else self.made:
+                made(kind, output, inputs)
             aliased = memory.get(key[0])
             if aliased is None and self.context is None:
                 self._gradients.read(output, inputs)

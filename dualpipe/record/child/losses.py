@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .flow import Flow
 from .graph import marks_below
+from .loss_places import LossPlaces
 from .patches import Patches
 from .weights import Weight
 
@@ -35,6 +36,8 @@ class Losses:
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
         self.scalars: list[float] = []
+        self.places = LossPlaces()
+        self._scaled: dict[int, str] = {}  # forward -> the line that scales its loss
         self._read: set[int] = set()
         self._inside: list[tuple[int, Any]] = []  # forwards and values that a module or a backward has read of them
         self._values: dict[int, set[float]] = {}  # forward -> values of its loss that the program read or kept
@@ -50,6 +53,7 @@ class Losses:
         for name in ("item", "tolist", "__float__"):
             patches.put(torch.Tensor, name, self._reading(getattr(torch.Tensor, name)))
         patches.wrap(c10d.all_reduce, self._reducing)
+        self.places.watch(patches.later)
 
     def begin(self, losses: Sequence[Tensor], partial: bool) -> None:
         """The engine is about to run from these scalars; ``partial`` is whether it runs for some inputs only."""
@@ -59,6 +63,7 @@ class Losses:
         for loss, begun in zip(losses, now, strict=True):
             self._begun |= begun
             self._roots.update(dict.fromkeys(begun, self.value(loss)))
+            self._scaled.update(dict.fromkeys(begun, self.places.scaled_at(loss)))
             weight = Weight.of(loss, partial)
             if weight is not None:
                 for forward in begun:
@@ -75,6 +80,8 @@ class Losses:
             "seen": sorted(map(find, seen)),
             "scalars": self.scalars,
             "collected": sorted(map(find, self._collected)),
+            "dropped": self.places.dropped,
+            "scaled": {find(forward): at for forward, at in self._scaled.items()},
             "roots": {find(forward): value for forward, value in self._roots.items()},
             "losses": {find(forward): sorted(values) for forward, values in self._values.items()},
             "loss weights": {find(f): [weight.found() for weight in each] for f, each in self._weights.items()},
@@ -90,7 +97,9 @@ class Losses:
             self._weights,
             self._begun,
             self._collected,
+            self._scaled,
             self.scalars,
+            self.places,
         ):
             kept.clear()
         self._done = False
@@ -166,6 +175,7 @@ class Losses:
         while results:
             thing, own = results.pop()
             if _is_in_list(thing, [results]):
+                self.places.follow(thing)
                 return own
         return set()
 

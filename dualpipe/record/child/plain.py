@@ -79,7 +79,8 @@ class Plain:
         self._edges = Edges(flow)
         self._losses = Losses(flow)
         self._draws = flow.draws = Draws()
-        self._masters = flow.masters = Masters(flow.parameters)
+        self._masters = Masters(flow.parameters)
+        flow.made = (self._masters.made, self._losses.places.made)
         self._clipped: dict[str, Any] | None = None
 
     def watch(self, patches: Patches) -> None:

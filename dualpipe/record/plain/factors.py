@@ -55,6 +55,8 @@ class Lasts:
     """The losses of one pipeline: for each lane, the weights of those of its microbatches, where they are known."""
 
     by_lane: Mapping[Lane, tuple[Mapping[str, float] | None, ...]]
+    at: str = ""
+    """The line that scales one of them, if there is one."""
 
     @classmethod
     def of(
@@ -70,7 +72,8 @@ class Lasts:
             last = sorted((task.mb, id) for id, task in tasks.items() if task.chunk == Chunk(lane, len(route) - 1))
             kept = files[route[-1]].get("loss weights", {})
             found[lane] = tuple(_one(kept.get(logs[id.rank].find(id.number), ())) for _, id in last)
-        return cls(found)
+        scaled = (at for route in routes.values() for at in files[route[-1]].get("scaled", {}).values())
+        return cls(found, next(filter(None, scaled), ""))
 
 
 def weights_of(
@@ -108,7 +111,7 @@ def weights_of(
         lane: tuple(_shown(one) * values[0] for one in group) for lane, group in zip(own.by_lane, lanes, strict=True)
     }
     reduction = reductions.pop() if len(reductions) == 1 else ""
-    return LossWeights(shown, reduction, expected, summed, scaled=values[0])
+    return LossWeights(shown, reduction, expected, summed, scaled=values[0], at=own.at)
 
 
 def _one(found: Sequence[Mapping[str, float] | None]) -> Mapping[str, float] | None:

@@ -40,7 +40,16 @@ def losses_of(
         again = again or (len(last) == divided and weights.is_divided_twice(lane))
         twice = divided if divided > 1 and again and weights.reduction != "mean" else None
         yield LossComparison(
-            lane, route[-1], len(last), len(computed), count, collected, read, twice, sent=_sent(log, numbers)
+            lane,
+            route[-1],
+            len(last),
+            len(computed),
+            count,
+            collected,
+            read,
+            twice,
+            sent=_sent(log, numbers),
+            dropped=file.get("dropped", ""),
         )
 
 

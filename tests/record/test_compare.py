@@ -130,6 +130,7 @@ CLEARED = 1 + Path(__file__).read_text().splitlines().index("            losses.
 FAULTS = {
     ("never run", "cleared"): (
         "stage 0 of lane > on rank 0: weight: the gradient lacks microbatch 1: is it without",
+        f", and Split.backward at {__file__}:{Split.backward.__code__.co_firstlineno}",
         "3 were computed and collected, and none is kept or read by the end of the step, one is dropped at ",
         f"test_compare.py:{CLEARED}: is their list cleared before",
     ),

@@ -9,6 +9,7 @@ from dualpipe.record.plain import compare
 from dualpipe.record.plain.shared import perhaps_tied
 from dualpipe.record.plain.step import Step
 from dualpipe.schedule import DOWN, UP, Chunk, Task
+from tests.record.logs import Rank
 
 
 def shared_by_two_stages(folder, final):
@@ -151,6 +152,21 @@ def test_a_weight_that_has_the_value_of_another_stage_before_the_step_alone_may_
     chunks = [ChunkComparison(Chunk(UP, stage), stage, 1, (), (), ()) for stage in files]
     says = "embed has the values of head of stage 1 before the step and not after it: if they are tied, is the gradient"
     assert [(chunk.stage, note.startswith(says)) for chunk, note in perhaps_tied(step, chunks)] == [(0, True)] * asks
+
+
+def test_a_parameter_of_another_scale_is_named_with_the_collective_of_its_own(tmp_path):
+    rank = Rank(0)
+    rank.backward(rank.forward())
+    rank.reduce(0, "a", [0])
+    rank.reduce(1, "b", [0])
+    at = [event["at"] for event in rank.events if event["event"] == "collective"]
+    weights = {number: torch.full((2,), 3.0) for number in range(2)}
+    final = {0: torch.full((2,), 1.5), 1: torch.full((2,), 3.0)}
+    file = {"names": ["a", "b"], "forwards": {0: RAN | {"weights": weights}}, "final": final}
+    torch.save(FILE | file, tmp_path / "0.pt")
+    text = compare(tmp_path, [read(0, rank.events)], {ForwardId(0, 0): Task(UP, 0, 0)}, {UP: (0,)}).text()
+    assert "scaled by different factors: a by 0.5 and b by 1" in text
+    assert f"; a is also in the all_reduce at {at[0]}; b is also in the all_reduce at {at[1]}" in text
 
 
 def test_gradients_that_other_pipelines_may_have_added_to_are_unknown(tmp_path):

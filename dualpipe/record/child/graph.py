@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,22 @@ def nodes_below(node: Any) -> Iterator[Any]:
             seen.add(node)
             yield node
             nodes.extend(following for following, _ in node.next_functions)
+
+
+def functions_of(outputs: Iterable[Tensor], leaves: Mapping[int, Tensor]) -> dict[int, str]:
+    """The functions of the program whose backward gives a leaf its gradient: ``Linear.backward at layers.py:36``."""
+    numbers = {id(leaf): number for number, leaf in leaves.items()}
+    found: dict[int, str] = {}
+    for node in {node for output in outputs for node in nodes_below(output.grad_fn)}:
+        backward: Any = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if not hasattr(backward, "__code__"):
+            continue
+        place = f"{backward.__code__.co_filename}:{backward.__code__.co_firstlineno}"
+        for after, _ in node.next_functions:
+            number = numbers.get(id(getattr(after, "variable", None)))
+            if number is not None:
+                found[number] = f"{backward.__qualname__} at {place}"
+    return found
 
 
 def has_run(roots: Sequence[Any]) -> bool:

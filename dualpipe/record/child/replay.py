@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from .draws import Drawn, Draws, Generators
 from .ends import run_backward
+from .graph import functions_of
 from .marks import Key, key_of
 from .regions import copied, is_readable, weak_storage
 
@@ -114,6 +115,8 @@ class _Made:
     """The outputs that the recorded backward began from, with the gradients that it got for them."""
     need_gradients: list[bool]
     """Whether each of the outputs in ``returned`` does."""
+    functions: dict[int, str]
+    """By number of a weight the function of the program that computes its gradient, with its line, if one does."""
 
 
 class Replay:
@@ -176,6 +179,7 @@ class Replay:
             "weights": weights,
             "slopes": slopes,
             "wrong": wrong,
+            "functions": made.functions,
             "changed": sorted({name for call in calls for name in call.changed}),
             "ran": bool(made.roots),
             "needs gradient": any(made.need_gradients),
@@ -266,7 +270,8 @@ class Replay:
             for (number, at), leaf in results.items()
             if (number, at) in ends and at in calls[number].gradients and (leaf.requires_grad or not with_grad)
         ]
-        return _Made(returned, inputs, weights, roots, [leaf.requires_grad for leaf in results.values()])
+        functions = functions_of(results.values(), weights) if with_grad else {}
+        return _Made(returned, inputs, weights, roots, [leaf.requires_grad for leaf in results.values()], functions)
 
 
 def refusal(module: nn.Module) -> str:

@@ -99,7 +99,7 @@ def compare(
     step = replace(_step(folder, logs, tasks, routes, ranks, others, places or {}, replicas_of), foreign=foreign or {})
     files, forwards = step.files, step.forwards
     logs = [logs[rank] for rank in ranks or range(len(logs))]
-    chunks = tuple(step.chunk(Chunk(lane, stage)) for lane in routes for stage in range(len(routes[lane])))
+    chunks = tuple(step.chunk(chunk) for chunk, _ in _holders(routes))
     chunks = tuple(
         replace(each, summed=step.is_summed(each.chunk)) if each.summed is None and each.faults else each
         for each in chunks
@@ -117,7 +117,7 @@ def compare(
     weights = weigh(clipping.scale)
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     sums = [replace(each, summed=None) for each in chunks] if same else chunks
-    replicas = tuple(differences(sums, files, forwards, lambda each: _reduced(each, logs[each.rank], tasks)))
+    replicas = tuple(differences(sums, files, forwards, lambda each: next(iter(step.reductions(each.chunk)), "")))
     found = Comparison(chunks, losses, replicas, clipping, weights, updates=tuple(updates(sums, files, forwards)))
     scaled = any(each.scale != 1 or each.divided_by != 1 for each in chunks)
     steps = {logs[id.rank].forwards[logs[id.rank].find(id.number)].step for id in tasks if id.rank < len(logs)}
@@ -150,12 +150,24 @@ def _clipping(
     return replace(clipping, faults=(text,), unknown=())
 
 
-def _reduced(each: ChunkComparison, log: RankLog, tasks: Mapping[ForwardId, Task]) -> str:
-    """The collective of a rank on gradients of a chunk's parameters, with its line."""
-    called = {log.forwards[log.find(id.number)].module for id, task in tasks.items() if task.chunk == each.chunk}
+def _holders(routes: Mapping[Lane, tuple[int, ...]]) -> list[tuple[Chunk, int]]:
+    """Every stage of every lane, with its rank."""
+    return [(Chunk(lane, stage), rank) for lane, route in routes.items() for stage, rank in enumerate(route)]
+
+
+def _reductions(
+    logs: Mapping[Chunk, RankLog], tasks: Mapping[ForwardId, Task], chunk: Chunk
+) -> dict[str, frozenset[str]]:
+    """The collectives of a rank on gradients of a chunk's parameters, each with its line, and the names of these."""
+    log = logs[chunk]
+    called = {log.forwards[log.find(id.number)].module for id, task in tasks.items() if task.chunk == chunk}
     modules = called.union(*(log.modules[module][1] for module in called))
-    own = (found for found in log.collectives.values() if not modules.isdisjoint(found.modules))
-    return next((f"{found.name} at {found.at}" for found in own), "")
+    found: dict[str, frozenset[str]] = {}
+    for each in log.collectives.values():
+        if not modules.isdisjoint(each.modules):
+            what = f"{each.name} at {each.at}"
+            found[what] = found.get(what, frozenset()).union(each.names)
+    return found
 
 
 def _step(
@@ -184,7 +196,9 @@ def _step(
         elif "error" not in file:
             forwards[task] = {"error": _NOT_KEPT}
     counts = {lane: 1 + max((t.mb for t in tasks.values() if t.lane == lane), default=-1) for lane in routes}
-    return Step(files, forwards, routes, counts, others, places or {}, tuple(replicas))
+    of_chunk = {chunk: logs[rank] for chunk, rank in _holders(routes)}
+    reductions = partial(_reductions, of_chunk, tasks)
+    return Step(files, forwards, routes, counts, others, places or {}, tuple(replicas), reductions=reductions)
 
 
 SAME_DATA = (

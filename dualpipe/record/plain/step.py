@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -48,6 +48,8 @@ class Step:
     """The other pipelines of the job, if all are recorded."""
     foreign: Mapping[Op, bool] = field(default_factory=dict)
     """The sends of what no stage made, and whether that is certainly something else."""
+    reductions: Callable[[Chunk], Mapping[str, frozenset[str]]] = lambda chunk: {}
+    """Gives the collectives on gradients of a chunk's parameters, each with its line, and the names of these."""
 
     def chunk(self, chunk: Chunk) -> ChunkComparison:
         rank, count = self.routes[chunk.lane][chunk.stage], self.microbatches[chunk.lane]
@@ -199,8 +201,9 @@ class Step:
                 else:
                     wrong.setdefault(found, []).append(name)
                 continue
+            line = partial(self._line, chunk, number)
             found = self._wrong(chunk, number) or agreement(
-                final, parts, self.counts(), self.scales, patterns, partial(self._line, chunk), lambda: self._limits
+                final, parts, self.counts(), self.scales, patterns, line, lambda: self._limits
             )
             if not isinstance(found, Agreement):
                 found = shared.summed_with(self, chunk, number, final) or found
@@ -219,7 +222,8 @@ class Step:
         if factors and not alike([*factors.values()]):
             least, most = (of(factors, key=factors.__getitem__) for of in (min, max))
             shown = " and ".join(f"{name} by {factors[name]:.4g}" for name in (least, most))
-            return f"the gradients of its parameters are scaled by different factors: {shown}"
+            alone = self._reduced_alone(chunk, least, most)
+            return f"the gradients of its parameters are scaled by different factors: {shown}{alone}"
         summed = {each.summed for each in agree if each.summed is not None}
         notes = {each.how for each in agree if each.how}
         scale = next((each.scale for each in agree if each.scale != 1), 1.0)
@@ -229,6 +233,12 @@ class Step:
         of_both = summed.pop() if len(summed) == 1 else None
         copies = frozenset(number for each in agree for number in each.copies)
         return Agreement(", ".join(sorted(notes)), of_both, scale, by, factor, copies=copies)
+
+    def _reduced_alone(self, chunk: Chunk, *names: str) -> str:
+        """Which of two parameters takes part in a collective of its own."""
+        found = [{each for each, held in self.reductions(chunk).items() if name in held} for name in names]
+        alone = [(name, sorted(own - other)) for name, own, other in zip(names, found, found[::-1], strict=True)]
+        return "".join(f"; {name} is also in the {own[0]}" for name, own in alone if own)
 
     @cached_property
     def _limits(self) -> tuple[float, ...]:
@@ -263,10 +273,12 @@ class Step:
         far = [factor for each in found if each for (lane, _), factor in each.items() if lane is not chunk.lane]
         return any(far) if far else None
 
-    def _line(self, chunk: Chunk, mb: int) -> Line | None:
-        """The line of the program for the W of a microbatch, or else for its B."""
+    def _line(self, chunk: Chunk, number: int, mb: int) -> Line | None:
+        """The line of the program for the W of a microbatch, or else for its B; and what computes the gradient."""
+        made_by = self.forwards.get(Task(*chunk, mb), {}).get("functions", {}).get(number)
         ops = (Op(kind, *chunk, mb) for kind in (W, B))
-        return next((Line(op, self.places[op]) for op in ops if self.places.get(op)), None)
+        rest = f", and {made_by}" if made_by else ""
+        return next((Line(op, self.places[op] + rest) for op in ops if self.places.get(op)), None)
 
     def _wrong(self, chunk: Chunk, number: int) -> str:
         """Where the program's own computation of a weight gradient is no derivative of its module."""

@@ -72,6 +72,10 @@ def tell(departure: Departure, comparison: Comparison) -> str:
     if there is not None and departure.aspect is Aspect.WEIGHTS and here.op.kind is not there.op.kind:
         return does + _deferred(departure, here, there, name)
     verb = _verb(here.op)
+    if there is not None and departure.later is not None and departure.found is not None:
+        slots = here.slot, departure.found.slot, departure.later.slot, there.slot
+        if slots[0] == slots[1] and slots[2] == slots[3]:
+            return f"{does} before {there.op}, and {name} after it"
     also = f"never {verb} on this rank" if departure.later is None else f"{verb} in its slot {departure.later.slot}"
     if there is None:
         return f"{does}, which {name} {also}"

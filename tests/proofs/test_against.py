@@ -201,7 +201,7 @@ PLANTED = {
     ),
     "two sends of a batch swapped": (
         lambda: (reorder(dualpipe(4, 8), 0, 13, 1, 0), dualpipe(4, 8)),
-        (0, "rank 0 sends 3SB1< in slot 13, which dualpipe sends in its slot 13; there dualpipe sends 0SF3>"),
+        (0, "rank 0 sends 3SB1< in slot 13 before 0SF3>, and dualpipe after it"),
         "in another order",
     ),
 }

@@ -154,10 +154,13 @@ def _find_data(
 def _notes_on_data(
     data: Collection[MessageId], messages: Mapping[MessageId, Message], partner: Mapping[MessageId, MessageId]
 ) -> list[str]:
-    places = sorted({(partner[id].rank, messages[partner[id]].at, id.rank) for id in data})
+    sent = [(messages[partner[id]], id.rank) for id in data]
+    places = sorted({(send.id.rank, send.at, other, bool(send.passed_on)) for send, other in sent})
     return [
-        f"no module call made what rank {one} sends at {at} to a forward of rank {other}; it is taken for data"
-        for one, at, other in places
+        f"rank {one} passes on to a forward of rank {other}, at {at}, what it received; it is taken for data"
+        if passed_on
+        else f"no module call made what rank {one} sends at {at} to a forward of rank {other}; it is taken for data"
+        for one, at, other, passed_on in places
     ]
 
 

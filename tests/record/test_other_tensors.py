@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
+from tests.record.logs import Rank, recorded
 from tests.record.two_ranks import PLAIN, SHAPE, assert_plain, receive, text, train
 
 
@@ -317,3 +318,16 @@ def test_weight_gradients_that_are_moved_while_the_engine_runs_are_w(how):
     recording = record_ranks(2, body)
     assert_plain(recording)
     assert (recording.notes, recording.caveats) == ((), ())
+
+
+def test_what_a_rank_passes_on_is_not_called_the_result_of_no_module():
+    one, two, three = (Rank(number, 3) for number in range(3))
+    one.send(1, "F", one.forward())
+    one.send(1)
+    x, mask = two.receive(0), two.receive(0)
+    two.send(2, "F", two.forward(x, mask))
+    two.send(2, "M", mask)
+    three.forward(three.receive(1), three.receive(1))
+    notes = recorded(one, two, three, end=False).notes
+    assert notes[0].startswith("no module call made what rank 0 sends at rank0.py:")
+    assert notes[1].startswith("rank 1 passes on to a forward of rank 2, at rank1.py:")

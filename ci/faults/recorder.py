@@ -55,6 +55,16 @@ FAULTS = (
     ),
     fault(
         0,
+        "a received tensor that a stage returns as it is is not its output",
+        "dualpipe/record/child/origins.py",
+        'if letter == "M" and number in self._returned_by:',
+        "if False:",
+        check="tests",
+        rule="test",
+        says="test_a_received_tensor_that_a_stage_returns_as_it_is_is_its_output",
+    ),
+    fault(
+        0,
         "a plain run draws other random numbers than the program",
         "dualpipe/record/child/draws.py",
         "                generator.set_state(draw.state)",

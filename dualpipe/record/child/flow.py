@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import errors
 from .applied import Kind, Made
@@ -209,6 +210,7 @@ class Flow:
         """The outermost module call has returned."""
         if len(made) == 1:
             ((_, forward),) = made
+            self.origins.returned(forward, (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)))
             nodes = self._outputs.returned(forward, output)
             self.buffers.called(nodes, self._forwards.find(forward))
 

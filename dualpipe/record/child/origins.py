@@ -37,6 +37,7 @@ class Origins:
         self._table, self._forwards, self._parameters, self._runs = table, forwards, parameters, runs
         self.input_of: dict[int, int] = {}  # message -> the forward that takes its tensor
         self.following: dict[int, int] = {}  # forward -> the one on this rank that takes its detached output
+        self._returned_by: dict[int, int] = {}  # message -> the last forward that has returned its tensor as it is
         self._post_of: dict[int, int] = {}  # message -> the number of its post, in which others may have been
 
     def posted(self, messages: Iterable[int], post: int) -> None:
@@ -105,11 +106,20 @@ class Origins:
 
     def _content(self, mark: Mark) -> Mark:
         letter, number = mark
+        if letter == "M" and number in self._runs.gradient_of:  # an input that was returned as it is passes it on
+            return "B", self._forwards.find(self._runs.gradient_of[number])
+        if letter == "M" and number in self._returned_by:
+            return "F", self._forwards.find(self._returned_by[number])
         if letter in "MU":
             return mark
         if letter == "C":
             letter, number = "F", self.following.get(number, number)
         return letter, self._forwards.find(number)
+
+    def returned(self, forward: int, tensors: Iterable[Tensor]) -> None:
+        """A forward returns these tensors.  One that it has received, and returns as it is, is its output too."""
+        for tensor in tensors:
+            self._returned_by |= {number: forward for letter, number in self._table.get(tensor) if letter == "M"}
 
     def owners(self, found: Marks, holders: set[int] | None) -> set[int]:
         """The forwards of the marks among those of ``holders``: by gradients if possible, else by activations.

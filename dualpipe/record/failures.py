@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from dualpipe.record.events import Event, Message, MessageId, RankLog
 from dualpipe.record.lineage import Lineage, match
+from dualpipe.record.log import Raised
 from dualpipe.schedule import MESSAGES, RF, B, F, Failure, Op, Program, printable
 from dualpipe.schedule.failure import LATER
 
@@ -39,11 +40,13 @@ def failures(
     lineage: Lineage,
     programs: Sequence[Program],
     step: int,
+    guesses: Collection[MessageId] = (),
 ) -> tuple[tuple[Failure, ...], tuple[Program, ...]]:
     """The failures of all ranks, the likely causes first, and the programs, which end with the ops that failed.
 
     Errors raised by the program come first, in the order of time; then other exits, errors of the transport, and hangs.
-    ``logs`` and ``messages`` cover all training steps, ``ops`` and ``programs`` only the one with the number ``step``.
+    ``logs`` and ``messages`` cover all training steps, ``ops`` and ``programs`` only the one with the number ``step``;
+    ``guesses`` are the messages whose ops are guesses.
 
     If a rank failed during a compute that its log does not have, the compute is appended to its program.  A failure
     between the receive of a tensor and the computation on it counts as a failure during that computation.
@@ -58,7 +61,8 @@ def failures(
         op = None if is_later else _op_that_failed(log, ops, messages, lineage)
         if op is not None and op.kind in (F, B) and all(op not in slot for slot in ended[log.rank]):
             ended[log.rank] = (*ended[log.rank], (op,))
-        where = LATER if is_later else f"during {op}" if op is not None else _after(log, ended[log.rank])
+        guessed = " (a guess)" if op is not None and any(ops.get(id) == op for id in guesses) else ""
+        where = LATER if is_later else f"during {op}{guessed}" if op is not None else _after(log, ended[log.rank])
         if op is not None and op.kind in MESSAGES and (first := _first_to_fail(logs, codes)) != log.rank:
             where += f", after rank {first} had failed"
         unmatched = _unmatched_at_failure(log, messages)
@@ -124,9 +128,9 @@ def _describe(
     if raised is not None and raised.error != "SystemExit":
         said = printable(_first_sentence(raised.text) if _raised_by_transport(log) else raised.text)
         text = f": {said}" if said else ""
-        freed = f", whose output was freed (its .data replaced) at {raised.freed}" if raised.freed else ""
+        of = _freed(raised) + _received(log, ops, messages)
         at = f" at {raised.at}" if raised.at else ""
-        return (0, raised.time), f"raised {raised.error}{at} {where}{freed}{text}"
+        return (0, raised.time), f"raised {raised.error}{at} {where}{of}{text}"
     if code is not None and code < 0:
         return (1, 0.0), f"was killed by signal {-code} ({signal.Signals(-code).name}) {where}"
     if code is not None:
@@ -145,6 +149,23 @@ def _describe(
         return (3, 0.0), f"waited for {awaited}, {place}, until it was stopped"
     last = f", {_last(log.events[-1])}" if log.events else ""
     return (2, 0.0), f"did not finish; it was stopped {where}{last}"
+
+
+def _freed(raised: Raised) -> str:
+    """Where an output was freed from which autograd was to run."""
+    if not raised.freed:
+        return ""
+    asks = "does the backward allow for that, as Megatron's does with deallocate_pipeline_outputs?"
+    return f", whose output was freed (its .data replaced) at {raised.freed} ({asks})"
+
+
+def _received(log: RankLog, ops: Mapping[MessageId, Op], messages: Mapping[MessageId, Message]) -> str:
+    """Which received tensor lacks the gradient that was asked for."""
+    if log.raised is None or log.raised.during is None or log.raised.during[0] != "R":
+        return ""
+    id = MessageId(log.rank, log.raised.during[1][0])
+    name = str(ops[id]) if id in ops else "a message"
+    return f", of what it received as {name}, posted at {messages[id].at}, without requires_grad_()"
 
 
 def _first_sentence(text: str) -> str:
@@ -186,7 +207,7 @@ def _op_that_failed(
     """The op in which the error was raised; outside of all ops, the compute whose received tensor is still unused."""
     if log.raised is not None and log.raised.during is not None:
         what, numbers = log.raised.during
-        if what == "C":
+        if what in ("C", "R"):
             return None
         if what == "M":
             return next((op for n in numbers if (op := ops.get(MessageId(log.rank, n))) is not None), None)

@@ -198,8 +198,8 @@ class Raised(NamedTuple):
     """The error that ended a rank.
 
     ``at`` is the line of the program and ``time`` in seconds since the epoch.  ``during`` is what the error left: a
-    forward (F), a backward (B) or a wait for messages (M), and its numbers.  ``freed`` is where the program had freed
-    the output of that backward, or empty.
+    forward (F), a backward (B) or a wait for messages (M), and its numbers; or else the messages (R) of a tensor that
+    requires no gradient.  ``freed`` is where the program had freed the output of that backward, or empty.
     """
 
     error: str

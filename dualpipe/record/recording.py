@@ -183,7 +183,9 @@ class _Run:
                 "file a message is where it was posted, and the blocking model waits for it there, though the program "
                 "does not"
             )
-        failures, ranks = conclude_failures(self.logs, self.codes, named.ops, everything, lineage, made.of_rank, number)
+        failures, ranks = conclude_failures(
+            self.logs, self.codes, named.ops, everything, lineage, made.of_rank, number, named.guesses
+        )
         elsewhere = sum(id not in partner and id not in messages for id in everything)
         doubts += caveats(logs, lineage, named, elsewhere)
         if lost:

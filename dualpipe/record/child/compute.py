@@ -26,6 +26,7 @@ def watch(flow: Flow, patches: Patches, together: Collection[str], containers: C
     patches.wrap(torch.autograd.backward, lambda original: _backward(flow, original))
     patches.put(torch.Tensor, "grad", _gradient(flow))
     patches.put(torch.Tensor, "data", _data(flow))
+    patches.put(torch.Tensor, "retain_grad", _retaining(flow, torch.Tensor.retain_grad))
     patches.put(nn.Parameter, "__setattr__", _attribute(flow))
     patches.put(torch.UntypedStorage, "resize_", _resize(flow, torch.UntypedStorage.resize_))
     flow.arrivals.watch(patches)
@@ -125,6 +126,21 @@ def _data(flow: Flow) -> property:
         original.__set__(self, value)
 
     return property(original.__get__, put, original.__delete__)
+
+
+def _retaining(flow: Flow, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Note that what a rank has received does not require a gradient, as its backward wants."""
+
+    @functools.wraps(original)
+    def retain_grad(self: Tensor) -> None:
+        try:
+            original(self)
+        except RuntimeError as error:
+            if received := flow.origins.received(self):
+                flow.note_error(error, "R", received)
+            raise
+
+    return retain_grad
 
 
 def _attribute(flow: Flow) -> Callable[..., None]:

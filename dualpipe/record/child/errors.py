@@ -15,8 +15,8 @@ _DURING = "_dualpipe_during"  # the attribute of an error in which ``note`` keep
 def note(error: BaseException, what: str, numbers: Iterable[int], freed: str = "") -> None:
     """Note in an error what was running when it was raised, unless an inner call has noted that already.
 
-    ``what`` is F, B, M (a message) or C (a collective), and ``numbers`` the numbers of these in the log; ``freed`` is
-    where the output of a backward had been freed, if it had.
+    ``what`` is F, B, M (a message), C (a collective) or R (what was received), and ``numbers`` the numbers of these in
+    the log; ``freed`` is where the output of a backward had been freed, if it had.
     """
     if not hasattr(error, _DURING):
         with suppress(AttributeError, TypeError):  # raised for a class whose instances take no attributes

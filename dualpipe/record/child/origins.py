@@ -116,10 +116,14 @@ class Origins:
             letter, number = "F", self.following.get(number, number)
         return letter, self._forwards.find(number)
 
+    def received(self, tensor: Tensor) -> list[int]:
+        """The messages that a tensor was received by."""
+        return sorted(number for letter, number in self._table.get(tensor) if letter == "M")
+
     def returned(self, forward: int, tensors: Iterable[Tensor]) -> None:
         """A forward returns these tensors.  One that it has received, and returns as it is, is its output too."""
         for tensor in tensors:
-            self._returned_by |= {number: forward for letter, number in self._table.get(tensor) if letter == "M"}
+            self._returned_by |= dict.fromkeys(self.received(tensor), forward)
 
     def owners(self, found: Marks, holders: set[int] | None) -> set[int]:
         """The forwards of the marks among those of ``holders``: by gradients if possible, else by activations.

@@ -308,7 +308,7 @@ def _chains(
         raise RecordError(
             "every stage is reached from data",
             f"{_where(forwards, module_of, lost[0])} is in a cycle of stages",
-            "record a program in which a microbatch passes each stage once",
+            "name its class with --container if it is one module for several stages, so that its parts are the stages",
         )
     if len(chains) > len(Lane):
         starts = ", ".join(_where(forwards, module_of, chain[0]) for chain in chains)

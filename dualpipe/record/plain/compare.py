@@ -206,7 +206,8 @@ SAME_DATA = (
     "the same as the sum over both: does each lane get its own half of the data?"
 )
 _NOT_KEPT = (
-    "its module takes or returns no tensor, as one that puts its output into a queue: let it return what it computes"
+    "its module takes or returns no tensor, as one that puts its output into a queue: let it return what it computes, "
+    "or name it with --container"
 )
 _TWICE = (
     "some ranks threw away their gradients during the step and computed again, and others did not: run the program "

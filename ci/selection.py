@@ -83,6 +83,7 @@ _PROVED = (
     "tests/record/test_megatron.py",
     "tests/record/test_merges.py",
     "tests/record/test_other_tensors.py",
+    "tests/record/test_passed_on.py",
     "tests/record/test_pipelines.py",
     "tests/record/test_surplus.py",
     "tests/record/test_weights.py",

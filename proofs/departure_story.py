@@ -23,10 +23,8 @@ def text(comparison: Comparison) -> str:
         lines.append(f"      collectives were not compared, since {'the schedule' if has[1] else name} has none")
     if unsure := comparison.unsure:
         names = "the name of 1 receive was" if unsure == 1 else f"the names of {unsure} receives were"
-        lines.append(
-            f"      {names} not compared, since another receive was in flight into the same memory, which makes names "
-            "uncertain"
-        )
+        why = "another receive was in flight into the same memory, which makes names uncertain"
+        lines.append(f"      {names} not compared, since {why}")
     for departure in comparison.departures:
         lines.append(f"      {departure.aspect}: {tell(departure, comparison)}")
         where = place(departure, comparison)

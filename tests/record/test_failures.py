@@ -17,7 +17,6 @@ from dualpipe.schedule.text import dumps, loads
 from dualpipe.testing import record_ranks
 from proofs.prove import prove
 from tests.record.logs import Rank, lines
-from tests.record.run import command
 from tests.record.two_ranks import SHAPE, receive, text, train
 
 STALL = 0.3
@@ -252,22 +251,6 @@ def test_a_rank_that_still_ran_had_not_failed_before_another_one(code, says):
     assert str(failures[0]) == f"rank 0 raised RuntimeError at a.py:1 during 0RB0>@1 (a guess){says}"
 
 
-def test_only_the_text_of_a_long_error_is_cut():
-    one, place = Rank(0), f"{'a' * 600}.py:1"
-    raised = {
-        "error": "ValueError",
-        "text": "shapes " + "b" * 600,
-        "during": None,
-        "time": 5.0,
-        "place": place,
-        "at": place,
-    }
-    one.events.append({"event": "raised", "at": place, **raised})
-    (failure,) = assemble([read(0, one.events)], codes=(1,)).schedule.failures
-    cut = f"shapes {'b' * 492}…"
-    assert str(failure) == f"rank 0 raised ValueError at {place} before its first op: {cut}"
-
-
 def two_steps() -> tuple[Rank, Rank]:
     """A step that ends well, and the beginning of another one, in which rank 0 waits for a gradient."""
     one, two = Rank(0), Rank(1)
@@ -348,26 +331,3 @@ def test_a_rank_that_ends_without_a_word_is_recorded():
 
     recording = record_ranks(2, body, check=False)
     assert first_failure(recording).startswith("rank 1 did not finish; it was stopped after 1AR>@0, last seen at ")
-
-
-EARLY = """
-import os, torch, torch.distributed as dist
-if os.environ["RANK"] == "1":
-    raise KeyError("option")
-dist.init_process_group("gloo")
-"""
-
-
-@pytest.mark.long
-def test_the_command_records_an_error_before_a_rank_joined_the_process_group(tmp_path):
-    (tmp_path / "early.py").write_text(EARLY)
-    words = ["-P", 2, "--timeout", 30, "--prove", "-o", tmp_path / "recorded.txt", "--lanes", "1 0"]
-    result = command(*words, "--", sys.executable, tmp_path / "early.py")
-    assert result.returncode == 1, result.stderr
-    assert (result.stdout + result.stderr).count("rank 1 raised KeyError at ") == 1
-    written = (tmp_path / "recorded.txt").read_text()
-    recorded = loads(written)
-    assert str(recorded.failures[0]) == f"rank 1 raised KeyError at {tmp_path}/early.py:4 before its first op: 'option'"
-    assert str(recorded.failures[1]).endswith(f"it was stopped before its first op, at {tmp_path}/early.py:5")
-    assert recorded.routes == {UP: (1, 0)}
-    assert "# a proof of this file does not cover everything: ranks 0 1 did not finish" in written

@@ -8,7 +8,6 @@ import torch
 from dualpipe.record.child.transport import Transport
 from dualpipe.record.comparison import ChunkComparison, Comparison, LossComparison, LossWeights
 from dualpipe.record.events import ForwardId, read
-from dualpipe.record.plain.clipping import judge
 from dualpipe.record.plain.gradients import Agreement, Line, Parts, agreement, scale_of, with_earlier
 from dualpipe.record.plain.losses import losses_of
 from dualpipe.record.plain.replicas import differences, updates
@@ -127,100 +126,6 @@ def test_a_gradient_of_few_elements_is_told_in_terms_of_consecutive_microbatches
     assert unlike.startswith("the gradient differs by up to ")
 
 
-def chunks(*scales, lanes=(UP,), microbatches=1):
-    """The comparison of a stage on each rank, whose gradients are scaled; with two lanes each stage is on two ranks."""
-    return [
-        ChunkComparison(
-            Chunk(lane, rank if lane is UP else len(scales) - 1 - rank), rank, microbatches, (), (), (), scale=scale
-        )
-        for lane in lanes
-        for rank, scale in enumerate(scales)
-    ]
-
-
-def clipped(scale, count=2, **call):
-    """The files of the ranks and their forwards; each parameter has a gradient of norm 3 or 4 times ``scale``."""
-    files = {
-        rank: {"final": {0: torch.tensor([3.0 + rank]) * scale}, "clipped": call or None, "names": ["w"]}
-        for rank in range(count)
-    }
-    return files, {Task(UP, rank, 0): {"weights": {0: None}} for rank in range(count)}
-
-
-def test_gradients_scaled_alike_are_clipped_by_the_norm_of_the_whole_model():
-    files, forwards = clipped(0.2)
-    (note,) = judge(chunks(0.2, 0.2), files, forwards, 1.0).notes
-    assert note.endswith("their norm over all stages, each parameter once, was 5 and is 1")
-    assert not judge(chunks(0.2, 0.2), files, forwards, 1.0).faults
-    (unknown,) = judge(chunks(0.2, 0.2), files, forwards).unknown
-    assert unknown.endswith("if they are clipped, give the limit with --clip-norm")
-
-
-@pytest.mark.parametrize(
-    ("value", "says"),
-    [
-        (25.0, "scaled by 0.2 on every rank; their norm over all stages, each parameter once, was 5, as every rank"),
-        (2.5, "divided by 2 and scaled by 0.4 on every rank; their norm over all stages, each parameter once, was 2.5"),
-        (50.0, "scaled by 0.2 on every rank; their norm over all stages, each parameter once, was 5 and is 1"),
-    ],
-)
-def test_a_norm_or_its_square_that_every_rank_computes_needs_no_limit(value, says):
-    files, forwards = clipped(0.2)
-    every = [each._replace(mb=mb) for each in forwards for mb in range(2)]
-    for file in files.values():
-        file["scalars"] = [0.1, value]
-    both = chunks(0.2, 0.2, microbatches=2)
-    found = judge(both, files, {task: {"weights": {0: None}} for task in every})
-    assert says in "".join(found.unknown if value == 50.0 else found.notes)
-    given = judge(both, files, {task: {"weights": {0: None}} for task in every}, limit=1.0)
-    assert says in given.notes[0]
-    assert not given.unknown
-    assert found.scale == given.scale == {25.0: 0.2, 2.5: 0.4, 50.0: None}[value]
-    files[1]["scalars"].clear()
-    assert judge(chunks(0.2, 0.2), files, forwards).unknown
-
-
-@pytest.mark.parametrize(
-    ("scales", "limit", "says"),
-    [
-        ((0.2, 0.1), None, "is the norm of each rank's own gradients used in place of that of the whole model?"),
-        ((0.2, 0.2), 2.0, "and is 1, and not 2: the norm that is used is 2 times that"),
-        (
-            (0.2, 0.2),
-            1.16619,
-            "and is 1, and not 1.16619: the norm that is used is 1.166 times that: does it count stage 0 twice?",
-        ),
-        (
-            (0.2, 0.2),
-            0.6,
-            "and is 1, and not 0.6: the norm that is used is 0.6 times that: is it that of stage 0 alone?",
-        ),
-    ],
-)
-def test_gradients_clipped_by_another_norm_are_a_fault(scales, limit, says):
-    (fault,) = judge(chunks(*scales), *clipped(0.2), limit).faults
-    assert fault.endswith(says) or says in fault
-
-
-def test_a_norm_that_counts_both_replicas_is_named():
-    files, forwards = clipped(0.2)
-    forwards |= {Task(DOWN, 1 - rank, 0): {"weights": {0: None}} for rank in range(2)}
-    for file in files.values():
-        file["final"][0] = torch.tensor([1.0])
-    both = chunks(0.2, 0.2, lanes=(UP, DOWN))
-    (fault,) = judge(both, files, forwards, 2.0).faults  # each of the two stages has a gradient of norm 1
-    assert fault.endswith(": the norm counts every parameter twice, once for each replica of its stage")
-
-
-def test_a_call_of_clip_grad_norm_by_a_ranks_own_norm_is_named():
-    files, forwards = clipped(1.0, limit=1.0, norm=3.0, type=2.0, at="train.py:9")
-    faults = judge(chunks(1.0, 1.0), files, forwards).faults
-    assert faults[0] == (
-        "rank 0 clips at train.py:9 by a norm of 3, which is that of the rank's own gradients; over all stages, each "
-        "parameter once, it is 5"
-    )
-
-
 def replicas(one, other, **more):
     """What is wrong with the replicas of stage 0 on ranks 0 and 1, whose files are given."""
     found = [ChunkComparison(Chunk(lane, 0), rank, 1, (), (), (), **more) for rank, lane in enumerate((UP, DOWN))]
@@ -327,7 +232,8 @@ def test_losses_that_only_other_ranks_read_go_there_in_a_collective():
 
 def test_the_reason_is_directly_below_the_verdict_and_stages_of_which_the_same_is_said_share_a_line():
     divided = [LossComparison(lane, rank, 5, 5, 5, True, 5, 5) for lane, rank in ((UP, 1), (DOWN, 0))]
-    every = chunks(1.0, 1.0, lanes=(UP, DOWN))
+    held = [(UP, 0, 0), (UP, 1, 1), (DOWN, 1, 0), (DOWN, 0, 1)]
+    every = [ChunkComparison(Chunk(lane, stage), rank, 1, (), (), ()) for lane, stage, rank in held]
     shown = Comparison(tuple(every), tuple(divided), (), changes=("rank 0 changes gradients in place: div_ at x.py:3",))
     lines = shown.text().splitlines()
     assert lines[0].endswith(": different")

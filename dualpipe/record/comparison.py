@@ -151,6 +151,9 @@ class LossComparison:
         }
 
 
+_SHOWS_NOTHING = "does not show it: record one that is not, with a higher limit"
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """With which weights the losses of the microbatches enter the gradient.
@@ -159,7 +162,8 @@ class LossWeights:
     empty if that could not be determined.  With ``summed`` the gradient is that of both lanes together.  ``expected``
     is the reduction that the user expects, if any.  With ``clipped``, clipping has hidden the weights.
     ``scaled`` is the part of each weight by which the gradients were scaled after the backwards, without the clipping,
-    and ``at`` the line that multiplies or divides a loss before its backward, if there is one.
+    and ``at`` the line that multiplies or divides a loss before its backward, if there is one.  ``scale`` is the factor
+    of the clipping: a gradient that is clipped is the same whether it was the mean or the sum before.
     """
 
     weights: Mapping[Lane, tuple[float, ...]] = field(default_factory=dict)
@@ -169,9 +173,14 @@ class LossWeights:
     clipped: bool = False
     scaled: float = 1.0
     at: str = ""
+    scale: float = 1.0
 
     @property
     def faults(self) -> tuple[str, ...]:
+        return () if self.scale != 1.0 else self._mismatch()
+
+    def _mismatch(self) -> tuple[str, ...]:
+        """What differs from what is expected, with a question."""
         if self.expected in (None, self.reduction) or not self.reduction or self._one:
             return ()
         why = "is each loss divided by their number" if self.expected == "mean" else "are they divided by their number"
@@ -185,13 +194,15 @@ class LossWeights:
     def unknown(self) -> tuple[str, ...]:
         if self.expected is None and self.reduction == "other" and (uneven := self._uneven()):
             return (f"{self._line()}: {uneven}?",)
+        if self.scale != 1.0 and (found := self._mismatch()):
+            return (f"{found[0]}; but the gradients are clipped, so this step {_SHOWS_NOTHING}",)
         if self.expected is None or self.reduction in REDUCTIONS or self.faults:
             return ()
         known = self._line() or "with which weight a loss enters the gradient could not be determined"
         so = f"so it is not known whether the gradient is the {self.expected} over the microbatches"
         if self.clipped:
             known += ", since the gradients are clipped by a norm that was not found among the values of every rank"
-            so += ": record a step that is not clipped, with a higher limit"
+            so += f": this step {_SHOWS_NOTHING}"
         return (f"{known}; {so}",)
 
     def _uneven(self) -> str:

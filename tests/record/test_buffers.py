@@ -36,6 +36,7 @@ SENDS = {
     "read": (lambda y: float(y.sum()), "proved"),
     "viewed": (lambda y: y.detach().view(-1), "proved"),
     EARLY: (lambda y: setattr(y, "data", torch.empty(1)), "frees or resizes"),
+    f"{EARLY}, which is detached": (lambda y: setattr(y, "data", torch.empty(1)), "frees or resizes"),
 }
 """What is done to the tensor in flight; what arrives is what was sent."""
 
@@ -49,11 +50,14 @@ def test_a_sent_tensor_may_be_read_but_not_changed_before_its_wait():
             if rank == 0:
                 y = stage(torch.randn(SHAPE))
                 sent = y.detach().clone()
+                if how.endswith("detached"):
+                    touch(sent)
+                    sent = sent.detach()
                 operation = dist.P2POp(dist.isend, sent, 1)
                 if how == EARLY:
                     touch(sent)
                 (work,) = dist.batch_isend_irecv([operation])
-                if how != EARLY:
+                if not how.startswith(EARLY):
                     touch(sent)
                 dist.barrier()
                 work.wait()
@@ -61,7 +65,7 @@ def test_a_sent_tensor_may_be_read_but_not_changed_before_its_wait():
             else:
                 dist.barrier()
                 x = receive(0)
-                x = torch.ones(SHAPE) if how == EARLY else x  # one element has arrived
+                x = torch.ones(SHAPE) if how.startswith(EARLY) else x  # one element has arrived
                 assert bool((x != 7).all() and x.isfinite().all() and x.count_nonzero()), x
                 stage(x.requires_grad_()).square().sum().backward()
                 dist.send(x.grad, 0)

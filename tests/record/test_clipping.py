@@ -64,6 +64,7 @@ def test_a_norm_or_its_square_that_every_rank_computes_needs_no_limit(value, say
 @pytest.mark.parametrize(
     ("scales", "limit", "says"),
     [
+        ((-1.0, -1.0), None, "the gradients are scaled by -1 on every rank"),
         ((0.2, 0.1), None, "is the norm of each rank's own gradients used in place of that of the whole model?"),
         ((0.2, 0.2), 2.0, "and is 1, and not 2: the norm that is used is 2 times that"),
         (
@@ -81,6 +82,15 @@ def test_a_norm_or_its_square_that_every_rank_computes_needs_no_limit(value, say
 def test_gradients_clipped_by_another_norm_are_a_fault(scales, limit, says):
     (fault,) = judge(chunks(*scales), *clipped(0.2), limit).faults
     assert fault.endswith(says) or says in fault
+
+
+def test_a_norm_that_is_no_round_number_afterwards_may_be_no_limit():
+    """As that of gradients that are all halved after their norm has been logged."""
+    files, forwards = clipped(0.1234)
+    for file in files.values():
+        file["scalars"] = [5.0]
+    assert judge(chunks(0.1234, 0.1234), files, forwards).unknown
+    assert not judge(chunks(0.1234, 0.1234), files, forwards, limit=0.617).unknown
 
 
 def test_a_norm_that_counts_both_replicas_is_named():

@@ -44,6 +44,15 @@ def test_only_the_text_of_a_long_error_is_cut():
     assert str(failure) == f"rank 0 raised ValueError at {place} before its first op: {cut}"
 
 
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise LookupError
+
+
+def test_an_error_whose_text_raises_another_one_is_described():
+    assert describe(UnspeakableError())["text"] == "its __str__ raises LookupError"
+
+
 EARLY = """
 import os, torch, torch.distributed as dist
 if os.environ["RANK"] == "1":

@@ -182,7 +182,9 @@ def test_pipelines_whose_weights_are_the_same_only_before_the_step_are_unknown(t
     weights = torch.tensor([1.0, 2.0])
     for rank, after in enumerate((0.5, changed)):
         torch.save(FILE | {"final": {0: torch.full((2,), 3.0)}, "weights": {0: weights}}, tmp_path / f"{rank}.pt")
-        torch.save({"weights": {0: weights - after}, "clipped": None, "read": []}, tmp_path / f"{rank}.pt.after")
+        torch.save(
+            {"weights": {0: weights - after}, "clipped": None, "read": [], "later": []}, tmp_path / f"{rank}.pt.after"
+        )
     comparison = compared_pipelines(tmp_path)
     assert comparison.verdict == verdict
     assert ("w. Are the gradients summed over the pipelines?" in comparison.text()) == (verdict == "unknown")

@@ -84,7 +84,8 @@ def clip_or_decay(stage, optimizer):
 @pytest.mark.long
 def test_gradients_clipped_by_value_or_with_a_weight_decay_are_explained():
     comparison = compared(GPipe(finish=clip_or_decay))
-    assert comparison.verdict == "equal", comparison.text()
+    assert comparison.verdict == "unknown", comparison.text()
+    assert "that of weight of stage 1 on rank 1 is not: are all?" in comparison.text()
     assert "clipped to values up to 0.01" in comparison.text()
     assert "with a weight decay of 0.1, up to rounding" in comparison.text()
 
@@ -132,8 +133,43 @@ def test_a_limit_of_the_norm_may_be_given_for_a_program_that_clips_itself():
 def test_a_division_before_the_clipping_is_no_part_of_it():
     halved = GPipe(finish=partial(clip_together, divided_by=2))
     comparison = record_ranks(2, halved, compare=True, clip_norm=0.01, reduction="mean").comparison
-    assert comparison.verdict == "different"
+    assert comparison.verdict == "unknown", "the sum and the mean are clipped to the same gradient"
     assert "is each loss divided by 3, and the gradient by 2 once more? One is scaled at " in comparison.text()
+
+
+def finish_by(change):
+    def finish(stage, optimizer):
+        change(stage)
+        optimizer.step()
+
+    return GPipe(finish=finish)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "says"),
+    [
+        (lambda stage: nn.utils.clip_grad_value_(stage.parameters(), 0.01), "equal", "clipped to values up to 0.01"),
+        (
+            lambda stage: nn.utils.clip_grad_value_(stage.parameters(), 0.01) if dist.get_rank() else None,
+            "unknown",
+            "gradients are clipped to values up to 0.01, and that of weight of stage 0 on rank 0 is not: are all?",
+        ),
+        (
+            lambda stage: (nn.utils.clip_grad_norm_(stage.parameters(), 1e3), stage.bias.grad.zero_()),
+            "unknown",
+            "bias: the program changes the gradient between clip_grad_norm_ at ",
+        ),
+        (
+            lambda stage: (nn.utils.clip_grad_norm_(stage.parameters(), float("inf")), stage.bias.grad.zero_()),
+            "different",
+            "bias: the gradient is zero, but not in the plain run",
+        ),
+    ],
+)
+def test_what_the_program_does_to_gradients_beside_clipping_is_seen(change, verdict, says):
+    comparison = record_ranks(2, finish_by(change), compare=True).comparison
+    assert comparison.verdict == verdict, comparison.text()
+    assert says in comparison.text()
 
 
 class OwnInputGradient(torch.autograd.Function):

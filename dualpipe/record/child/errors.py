@@ -36,5 +36,13 @@ def describe(error: BaseException) -> dict[str, Any]:
     if outer := [line for line in lines or passed if line != at]:
         at = f"{at} (called at {', '.join(outer)})"
     running = None if what is None else (what, numbers)
-    found = {"error": type(error).__name__, "text": str(error), "during": running, "time": time.time(), "place": at}
+    found = {"error": type(error).__name__, "text": _text(error), "during": running, "time": time.time(), "place": at}
     return found | {"freed": freed}
+
+
+def _text(error: BaseException) -> str:
+    """The text of an error; that of its class may raise another one."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"its __str__ raises {type(other).__name__}"

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .log import call_path
-from .marks import NONE, Marks, Table
+from .marks import NONE, Key, Marks, Table, key_of
+from .regions import weak_storage
 
 
 class _Loss(NamedTuple):
@@ -24,12 +25,16 @@ class Freed:
     def __init__(self, table: Table) -> None:
         self._table = table
         self._losses: dict[int, _Loss] = {}  # by the id of the tensor
+        self._memory: dict[Key, tuple[Any, _Loss]] = {}  # by the memory that it has now, with its storage (weak)
 
     def replaced(self, tensor: Tensor, value: Any) -> None:
         """The program is about to give a tensor the storage of another one."""
         if isinstance(value, Tensor) and value.numel() < tensor.numel():
             self._losses = {number: each for number, each in self._losses.items() if each.tensor() is not None}
-            self._losses[id(tensor)] = _Loss(weakref.ref(tensor), call_path(), self._table.get(tensor))
+            self._losses[id(tensor)] = loss = _Loss(weakref.ref(tensor), call_path(), self._table.get(tensor))
+            if (key := key_of(value)) is not None:
+                self._memory = {at: each for at, each in self._memory.items() if not each[0].expired()}
+                self._memory[key] = weak_storage(value), loss
 
     def at(self, tensors: Iterable[Any]) -> str:
         """Where the first of the tensors that has lost its storage has lost it; empty if none has."""
@@ -42,4 +47,8 @@ class Freed:
 
     def _find(self, tensor: Any) -> _Loss | None:
         found = self._losses.get(id(tensor))
-        return found if found is not None and found.tensor() is tensor else None
+        if found is not None and found.tensor() is tensor:
+            return found
+        key = key_of(tensor) if isinstance(tensor, Tensor) else None  # as that of ``tensor.detach()``
+        storage, loss = self._memory.get(key, (None, None)) if key is not None else (None, None)
+        return loss if storage is not None and not storage.expired() else None

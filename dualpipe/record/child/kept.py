@@ -26,6 +26,8 @@ class Kept:
         By number, the gradient before the step, where there was one.
     changed:
         By number, the value after the step; ``None`` until ``step_ends``.
+    later:
+        The numbers of the parameters whose gradients the program has changed after it had clipped them.
     """
 
     def __init__(self) -> None:
@@ -37,6 +39,8 @@ class Kept:
         self.weights: dict[int, Tensor] = {}
         self.before: dict[int, Tensor] = {}
         self.changed: dict[int, Tensor] | None = None
+        self.later: list[int] = []
+        self._clipped: dict[int, Tensor | None] = {}  # the gradients after the last clipping
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         self._trained: set[int] = set()  # the parameters with which a module has computed with gradients
         self._reached: set[int] = set()  # the parameters of modules for which the engine has run
@@ -88,8 +92,23 @@ class Kept:
             "elsewhere": {n: elsewhere[id(p)] for n, p in enumerate(self.parameters) if id(p) in elsewhere},
         }
 
+    def clipped(self, masters: Masters) -> None:
+        """The program has clipped gradients: keep them."""
+        self._clipped = self.gradients(masters)["final"]
+
+    def steps(self, masters: Masters) -> None:
+        """An optimizer is about to make a step: note which gradients have changed since they were clipped."""
+        if self._clipped and self.changed is None:
+            now = self.gradients(masters)["final"]
+            self.later = [number for number, kept in self._clipped.items() if not _same(kept, now[number])]
+            self._clipped = {}
+
     def step_ends(self) -> None:
         """Keep the weights that the optimizers have changed, the first time that this is called."""
         if self.changed is None:
             with _disable_current_modes():
                 self.changed = {n: copied(parameter) for n, parameter in enumerate(self.parameters)}
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))

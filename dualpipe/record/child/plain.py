@@ -12,6 +12,7 @@ is not affected: stores, hooks and random streams of the forked process are copi
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 import time
@@ -90,23 +91,27 @@ class Plain:
         self._masters.watch(patches)
         patches.put(Variable, "_execution_engine", Observed(self._ran_from, self._within, Variable._execution_engine))
         patches.later(register_optimizer_step_pre_hook(lambda *args: self._optimize()).remove)
-        patches.wrap(nn.utils.clip_grad_value_, self._before_clipping)
         patches.wrap(nn.utils.clip_grad_norm_, self._before_clipping)
 
     def _optimize(self) -> None:
         self._optimized = True
+        if self._done:
+            with _disable_current_modes():
+                self._kept.steps(self._masters)
         self.end_step(True)
 
     def _before_clipping(self, original: Any) -> Any:
         def clip(parameters: Any, limit: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Any:
             parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            if math.isinf(limit):  # it only computes the norm
+                return original(parameters, limit, norm_type, *args, **kwargs)
             self.end_step(True)
-            more = {} if original.__name__ == "clip_grad_value_" else {"norm_type": norm_type}
-            norm = original(parameters, limit, *args, **more, **kwargs)
-            if isinstance(norm, Tensor) and self._done and self._kept.changed is None and self._clipped is None:
+            norm = original(parameters, limit, norm_type, *args, **kwargs)
+            if self._done and self._kept.changed is None:
                 with _disable_current_modes():
+                    self._kept.clipped(self._masters)
                     found = {"limit": float(limit), "norm": self._losses.value(norm), "type": float(norm_type)}
-                    self._clipped = found | {"at": program_line()}
+                    self._clipped = self._clipped or found | {"at": program_line()}
             return norm
 
         return clip
@@ -299,8 +304,8 @@ class Plain:
         if self._done:
             with _disable_current_modes():
                 self._kept.step_ends()
-                content = {"weights": self._kept.changed, "clipped": self._clipped, "read": self._losses.read()}
-                self._save(content, ".after")
+                after = {"clipped": self._clipped, "read": self._losses.read(), "later": self._kept.later}
+                self._save({"weights": self._kept.changed, **after}, ".after")
 
     def _layers(self) -> dict[int, dict[str, int]]:
         """By forward, the numbers of layers that its modules have as attributes, such as ``layer_number``."""

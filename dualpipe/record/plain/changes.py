@@ -19,7 +19,8 @@ def limit_of(final: Tensor, total: Tensor) -> float | None:
         return None
     limit = final.abs().max()
     clipped, zero = total.abs() > limit, final == 0
-    shows = int(clipped.sum()) >= _LEAST and int((~clipped & ~zero).sum()) >= _LEAST
+    varied = len(set(total[clipped].abs().tolist())) >= _LEAST  # a factor does not make different values equal
+    shows = int(clipped.sum()) >= _LEAST and (varied or int((~clipped & ~zero).sum()) >= _LEAST)
     return float(limit) if shows and torch.equal(final, total.clamp(-limit, limit)) else None
 
 

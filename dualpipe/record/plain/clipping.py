@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from dualpipe.record.comparison import ChunkComparison, Clipping
+from dualpipe.record.phrases import names_of
 from dualpipe.record.plain.names import unique
-from dualpipe.schedule import Task
+from dualpipe.schedule import Chunk, Task
+
+if TYPE_CHECKING:
+    from dualpipe.record.plain.step import Step
 
 _NEAR = 1e-3
 """Up to this relative difference two norms are the same: sums of squares are rounded."""
@@ -46,7 +50,7 @@ def judge(
     scales = {each.rank: each.scale for each in chunks}
     if all(abs(scale - 1) <= _NEAR for scale in scales.values()):
         return Clipping(tuple(faults))
-    if max(scales.values()) - min(scales.values()) > _NEAR * max(scales.values()):
+    if max(scales.values()) - min(scales.values()) > _NEAR * max(map(abs, scales.values())):
         shown = ", ".join(f"by {scale:.4g} on rank {rank}" for rank, scale in sorted(scales.items()))
         faults.append(
             f"the gradients are scaled by different factors ({shown}): is the norm of each rank's own gradients used "
@@ -54,6 +58,8 @@ def judge(
         )
         return Clipping(tuple(faults))
     scale, shards = next(iter(scales.values())), [each.squares for each in by_stage.values()]
+    if scale <= 0:
+        return Clipping((*faults, f"the gradients are scaled by {scale:.4g} on every rank"), scale=None)
     norm = math.sqrt(sum(filter(None, shards))) if None not in shards else _norm(each_once)
     replicas = len(chunks) // len(by_stage)
     whole = max(each.microbatches for each in chunks)
@@ -69,12 +75,33 @@ def judge(
     clipped = Clipping(tuple(faults), (), (shown,), scale * by if by else None)
     if limit is None:
         asks = f"{shown}: if they are clipped, give the limit with --clip-norm"
-        return clipped if by else replace(clipped, unknown=(asks,), notes=())
+        return clipped if by and _is_round(norm) else replace(clipped, unknown=(asks,), notes=())
     if abs(norm - limit) <= _NEAR * limit:
         return clipped
     reason = _reason(limit / norm, norm, [] if in_shards else [*by_stage.values()], replicas, files, forwards)
     wrong = f"{shown}, and not {limit:g}: {reason}"
     return replace(clipped, faults=(*faults, wrong), notes=())
+
+
+def changed_later(step: Step, chunk: Chunk) -> list[str]:
+    """What to say of gradients that the program has changed after a call of ``clip_grad_norm_``."""
+    file, names = step.file(chunk), step.names(chunk)
+    found = [names[number] for number in file.get("later", ()) if number in names]
+    at = (file.get("clipped") or {}).get("at", "")
+    say = f"the program changes the gradient between clip_grad_norm_ at {at} and the optimizer's step"
+    return [f"{names_of(found)}: {say}, which is not compared"] if found else []
+
+
+def beyond_limits(step: Step, chunks: Iterable[ChunkComparison]) -> tuple[str, ...]:
+    """What to ask if some gradients are clipped by value, and others are larger than the limit."""
+    limit = max(step.limits, default=math.inf)
+    for each in chunks:
+        final = step.file(each.chunk).get("final", {}) if step.has(each.chunk) else {}
+        for number, name in step.names(each.chunk).items() if final else ():
+            if final[number] is not None and float(final[number].abs().max()) > limit * (1 + _SAME):
+                where = f"{name} of stage {each.chunk.stage} on rank {each.rank}"
+                return (f"gradients are clipped to values up to {limit:.4g}, and that of {where} is not: are all?",)
+    return ()
 
 
 def _of_calls(
@@ -110,6 +137,11 @@ def _all_computed(norm: float, files: Mapping[int, Mapping[str, Any]], ranks: It
         )
         for rank in ranks
     )
+
+
+def _is_round(norm: float) -> bool:
+    """Whether a norm is near a number of two digits, as a limit is."""
+    return norm > 0 and abs(float(f"{norm:.2g}") - norm) <= _SAME * norm
 
 
 def _factor(norm: float, limit: float) -> float:

@@ -25,7 +25,7 @@ import torch
 
 from dualpipe.record.comparison import ChunkComparison, Clipping, Comparison, LossWeights
 from dualpipe.record.events import ForwardId, RankLog
-from dualpipe.record.plain.clipping import judge
+from dualpipe.record.plain.clipping import beyond_limits, judge
 from dualpipe.record.plain.data import are_those_of_the_other_lane, note
 from dualpipe.record.plain.factors import Lasts, factors, uneven, weights_of
 from dualpipe.record.plain.links import Plainly
@@ -114,6 +114,7 @@ def compare(
     clipping = (
         Clipping(unknown=(SAME_DATA,)) if same else _clipping(chunks, files, forwards, clip_norm, others, weigh())
     )
+    clipping = replace(clipping, unknown=(*clipping.unknown, *beyond_limits(step, chunks)))
     weights = weigh(clipping.scale)
     losses = tuple(losses_of(files, logs, tasks, routes, chunks, weights))
     sums = [replace(each, summed=None) for each in chunks] if same else chunks
@@ -231,5 +232,5 @@ def _load(path: Path) -> dict[str, Any]:
     after = path.with_name(f"{path.name}.after")
     if after.exists():
         later = torch.load(after, weights_only=True)
-        content |= {"changed": later["weights"], "clipped": later["clipped"], "read": later["read"]}
+        content |= {"changed": later["weights"]} | {name: later[name] for name in ("clipped", "read", "later")}
     return content

@@ -111,7 +111,7 @@ def weights_of(
         lane: tuple(_shown(one) * values[0] for one in group) for lane, group in zip(own.by_lane, lanes, strict=True)
     }
     reduction = reductions.pop() if len(reductions) == 1 else ""
-    return LossWeights(shown, reduction, expected, summed, scaled=values[0], at=own.at)
+    return LossWeights(shown, reduction, expected, summed, scaled=values[0], at=own.at, scale=clipping)
 
 
 def _one(found: Sequence[Mapping[str, float] | None]) -> Mapping[str, float] | None:

@@ -14,6 +14,7 @@ from dualpipe.record.comparison import ChunkComparison
 from dualpipe.record.phrases import counted, names_of
 from dualpipe.record.plain import links, pipelines, shared
 from dualpipe.record.plain.changes import limit_of
+from dualpipe.record.plain.clipping import changed_later
 from dualpipe.record.plain.crossed import crossed, left_out
 from dualpipe.record.plain.gradients import (
     Agreement,
@@ -104,7 +105,7 @@ class Step:
         notes = self._on_links(every, taken)
         kept = self._gradients(chunk, rank)
         apart += pipelines.updated_apart(self, chunk)
-        apart += self._elsewhere(chunk)
+        apart += [*self._elsewhere(chunk), *changed_later(self, chunk)]
         if not isinstance(kept, Agreement):
             kept = pipelines.of_all(self, chunk) or pipelines.in_shards(self, chunk) or kept
         if isinstance(kept, Agreement):
@@ -203,7 +204,7 @@ class Step:
                 continue
             line = partial(self._line, chunk, number)
             found = self._wrong(chunk, number) or agreement(
-                final, parts, self.counts(), self.scales, patterns, line, lambda: self._limits
+                final, parts, self.counts(), self.scales, patterns, line, lambda: self.limits
             )
             if not isinstance(found, Agreement):
                 found = shared.summed_with(self, chunk, number, final) or found
@@ -241,7 +242,7 @@ class Step:
         return "".join(f"; {name} is also in the {own[0]}" for name, own in alone if own)
 
     @cached_property
-    def _limits(self) -> tuple[float, ...]:
+    def limits(self) -> tuple[float, ...]:
         """The values to which the program clips gradients, where they show it."""
         found: set[float] = set()
         for lane, route in self.routes.items():

@@ -55,7 +55,11 @@ def test_an_attempt_that_is_clipped_before_it_is_thrown_away_is_not_the_one_that
     retried.clip = True
     recording = record_ranks(2, retried, compare=True)
     assert recording.notes[0] == "step 2 of 2"
-    assert not any(each.faults or each.unknown for each in recording.comparison.chunks), recording.comparison.text()
+    for each in recording.comparison.chunks:
+        assert not each.faults
+        assert [text.partition(" between ")[0] for text in each.unknown] == [
+            "weight, bias: the program changes the gradient"  # it undoes the scale after the clipping
+        ]
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ from dualpipe.record.phrases import counted
 from dualpipe.schedule import Chunk, Lane
 
 REDUCTIONS = ("mean", "sum")
+_SHOWS_NOTHING = "does not show it: record one that is not, with a higher limit"
 
 
 def check_expected(compare: bool, clip_norm: float | None, reduction: str | None) -> None:
@@ -151,9 +152,6 @@ class LossComparison:
         }
 
 
-_SHOWS_NOTHING = "does not show it: record one that is not, with a higher limit"
-
-
 @dataclass(frozen=True)
 class LossWeights:
     """With which weights the losses of the microbatches enter the gradient.
@@ -180,7 +178,6 @@ class LossWeights:
         return () if self.scale != 1.0 else self._mismatch()
 
     def _mismatch(self) -> tuple[str, ...]:
-        """What differs from what is expected, with a question."""
         if self.expected in (None, self.reduction) or not self.reduction or self._one:
             return ()
         why = "is each loss divided by their number" if self.expected == "mean" else "are they divided by their number"
@@ -285,8 +282,7 @@ class Comparison:
     """A recorded step and its plain run.
 
     ``replicas`` says what is wrong with the replicas of stages on two lanes before the optimizer's step, ``updates``
-    what is different after it, and ``changes`` where the program changes gradients in place other than by adding to
-    them, if they are not equal.
+    after it, and ``changes`` where the program changes gradients in place, if they are not equal.
     """
 
     chunks: tuple[ChunkComparison, ...]

@@ -134,9 +134,10 @@ def _describe(
     if code is not None and code < 0:
         return (1, 0.0), f"was killed by signal {-code} ({signal.Signals(-code).name}) {where}"
     if code is not None:
-        return (1, 0.0), f"ended with exit code {code} {where}"
+        return (1, 0.0), f"ended with exit code {code} {where}{_message(raised)}"
     if raised is not None:
-        return (1, raised.time), f"ended with exit code {raised.text} {where}"
+        shown = 1 if _message(raised) else raised.text
+        return (1, raised.time), f"ended with exit code {shown} {where}{_message(raised)}"
     if log.collecting is not None:
         each = log.collectives[log.collecting]
         members = " ".join(map(str, each.group))
@@ -149,6 +150,12 @@ def _describe(
         return (3, 0.0), f"waited for {awaited}, {place}, until it was stopped"
     last = f", {_last(log.events[-1])}" if log.events else ""
     return (2, 0.0), f"did not finish; it was stopped {where}{last}"
+
+
+def _message(raised: Raised | None) -> str:
+    """What ``sys.exit`` was given, if that is no number; the exit code is 1 then."""
+    given = "" if raised is None or raised.error != "SystemExit" else printable(raised.text)
+    return f": {given}" if given and not given.lstrip("-").isdigit() else ""
 
 
 def _freed(raised: Raised) -> str:

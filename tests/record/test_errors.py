@@ -44,6 +44,15 @@ def test_only_the_text_of_a_long_error_is_cut():
     assert str(failure) == f"rank 0 raised ValueError at {place} before its first op: {cut}"
 
 
+@pytest.mark.parametrize("codes", [(), (1,)])
+def test_the_message_of_sys_exit_is_no_exit_code(codes):
+    one = Rank(0)
+    raised = {"error": "SystemExit", "text": "no such mode", "during": None, "time": 5.0, "place": "a.py:1"}
+    one.events.append({"event": "raised", "at": "a.py:1", **raised})
+    (failure,) = assemble([read(0, one.events)], codes=codes).schedule.failures
+    assert str(failure) == "rank 0 ended with exit code 1 before its first op: no such mode"
+
+
 class UnspeakableError(Exception):
     def __str__(self) -> str:
         raise LookupError

@@ -196,3 +196,16 @@ def test_a_main_grad_that_is_replaced_is_noted_where_it_is_set(by_setter):
     set_at = next(n for n, line in enumerate(source, 1) if line.strip() == "layer.weight.main_grad = new")
     assert changed["at"].startswith(f"{__file__}:{set_at}") == by_setter
     assert "__setattr__" not in vars(nn.Parameter)
+
+
+def test_a_main_grad_that_has_a_weight_gradient_already_is_a_w():
+    """As if a program keeps late weight gradients in a tensor of its own, which becomes ``main_grad`` in the end."""
+    events, patches, layer = [], Patches(), nn.Linear(4, 4, bias=False)
+    with compute.watch(Flow(events.append), patches, (), ()):
+        try:
+            x = torch.randn(SHAPE)
+            layer.weight.main_grad = layer(x).detach().t() @ x
+            layer.weight.grad = layer.weight.main_grad
+        finally:
+            patches.undo()
+    assert [event["forwards"] for event in events if event["event"] == "weights"] == [[0]]

@@ -305,9 +305,7 @@ class Flow:
     def set_main_grad(self, parameter: Tensor) -> None:
         """The program has set ``parameter.main_grad``."""
         if parameter in self.parameters:
-            self._gradients.note_replaced("found replaced")
-            self.parameters.note_gradient(parameter)
-            self._gradients.note_replaced("replaced")
+            self._gradients.set_main_grad(parameter)
 
     def stop(self) -> None:
         """Take back what was changed in the program's objects."""

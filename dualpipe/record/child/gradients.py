@@ -9,7 +9,7 @@ from torch import Tensor
 from .applied import Kind
 from .attempts import Attempts
 from .log import call_path
-from .marks import Marks, Table, key_of
+from .marks import NONE, Marks, Table, key_of
 from .origins import Origins
 from .owed import Owed
 from .parameters import Parameters
@@ -58,6 +58,16 @@ class Gradients:
         if running:
             self._parameters.add_to(id(parameter))
         else:
+            self.add([id(parameter)], found)
+
+    def set_main_grad(self, parameter: Tensor) -> None:
+        """The program has set ``parameter.main_grad``, perhaps to a tensor in which it has a gradient already."""
+        kept: Tensor | None = getattr(parameter, "main_grad", None)
+        found = NONE if kept is None or self._parameters.with_gradient_at(key_of(kept)) else self._table.get(kept)
+        self.note_replaced("found replaced")
+        self._parameters.note_gradient(parameter)
+        self.note_replaced("replaced")
+        if found:
             self.add([id(parameter)], found)
 
     def add(self, parameters: Collection[int], found: Marks) -> None:

@@ -14,7 +14,7 @@ from proofs.buffers_search import buffers, faults
 from proofs.story import tell
 from proofs.verdict import Proved, Refuted
 from tests.record.logs import Rank, recorded
-from tests.record.two_ranks import SHAPE, assert_plain, receive, text
+from tests.record.two_ranks import SHAPE, assert_plain, receive, text, train
 
 
 def stories(recording, rank: int) -> dict[int, str]:
@@ -289,3 +289,25 @@ def test_a_part_of_a_buffer_that_nothing_was_received_into_is_no_activation():
     assert text(recording, 1).startswith("1RF0>@0 1F0> 1RF1>@0 1F1> 1B0>+1W0> 1SB0>@0 1B1>")
     assert any("does not take the activation of stage 0; it is named 1F1> by its order" in n for n in recording.notes)
     assert "1 receive has a tensor that no observed forward or backward uses" in recording.caveats
+
+
+def test_a_receive_whose_tensor_gets_another_storage_before_the_wait_is_still_the_input():
+    """Nothing that arrives is used, and yet the stage is that of the other one."""
+
+    def body(rank):
+        stage = nn.Linear(4, 4)
+        if rank == 0:
+            train(rank, stage)
+            return
+        for _ in range(2):
+            x = torch.zeros(SHAPE)
+            work = dist.irecv(x, 0)
+            x.data = torch.zeros(SHAPE)
+            work.wait()
+            stage(x.requires_grad_()).square().sum().backward()
+            dist.send(x.grad, 0)
+
+    recording = record_ranks(2, body)
+    assert recording.schedule.routes == {">": (0, 1)}
+    first = "rank 1 frees or resizes the tensor of the activation of microbatch 0 of lane > (stage 0 to stage 1) while"
+    assert stories(recording, 1)[0].startswith(first)

@@ -111,6 +111,8 @@ class Buffers:
         for number, flight in _now(self._flights):
             if flight.tensor is tensor:
                 self._note(number, flight, "free", None, by)
+                if not flight.send:
+                    self._freed.passes_on(tensor, value)
 
     def resized(self, storage: int, by: Marks | None) -> bool:
         """The program is about to resize a storage; returns whether a message in flight uses it."""

@@ -36,6 +36,11 @@ class Freed:
                 self._memory = {at: each for at, each in self._memory.items() if not each[0].expired()}
                 self._memory[key] = weak_storage(value), loss
 
+    def passes_on(self, tensor: Tensor, value: Any) -> None:
+        """The program uses a tensor as what it has received, although it gives it another storage before that."""
+        if isinstance(value, Tensor):
+            self._table.put(value, self._table.get(value) | self._table.get(tensor))
+
     def at(self, tensors: Iterable[Any]) -> str:
         """Where the first of the tensors that has lost its storage has lost it; empty if none has."""
         return next((found.place for tensor in tensors if (found := self._find(tensor)) is not None), "")

@@ -14,15 +14,15 @@ def receive(peer: int) -> torch.Tensor:
     return buffer
 
 
-def train(rank: int, stage, microbatches: int = 2, send=dist.send) -> None:
-    """GPipe on two ranks, microbatch by microbatch; ``stage`` is called like a module."""
+def train(rank: int, stage, microbatches: int = 2, send=dist.send, take=receive) -> None:
+    """GPipe on two ranks, microbatch by microbatch; ``stage`` is called like a module, ``take`` receives its input."""
     for _ in range(microbatches):
         if rank == 0:
             y = stage(torch.randn(SHAPE))
             send(y.detach(), 1)
             y.backward(receive(1))
         else:
-            x = receive(0).requires_grad_()
+            x = take(0).requires_grad_()
             stage(x).square().sum().backward()
             send(x.grad, 0)
 

@@ -265,7 +265,7 @@ class Clipping:
     """What is wrong with the norm by which gradients were clipped, what could not be determined, and notes.
 
     ``scale`` is the factor of the clipping alone, 1 if nothing shows that there was any, and ``None`` if it cannot be
-    told from that of a division before it.
+    separated from that of a division before it.
     """
 
     faults: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from torch import Tensor
 from .applied import Kind
 from .log import call_path
 from .marks import Key, key_of
+from .regions import weak_storage
 
 _SCALES = frozenset({"mul", "mul_", "div", "div_"})
 
@@ -25,7 +26,7 @@ class LossPlaces:
 
     def __init__(self) -> None:
         self.dropped = ""
-        self._scaled: dict[Key, str] = {}  # by the memory of the result
+        self._scaled: dict[Key, tuple[Any, str]] = {}  # by the memory of the result, with its storage (weak)
         self._followed: weakref.ref[Tensor] | None = None
         self._collecting = False
 
@@ -37,12 +38,13 @@ class LossPlaces:
     def made(self, kind: Kind, output: Tensor, _: Sequence[Tensor]) -> None:
         """An operator outside of all modules has made a tensor, or written to one."""
         if output.numel() == 1 and kind.name in _SCALES and (key := key_of(output)) is not None:
-            self._scaled[key] = call_path()
+            self._scaled[key] = weak_storage(output), call_path()
 
     def scaled_at(self, loss: Tensor) -> str:
         """Where the program has multiplied or divided a scalar last, to make this one; empty if that is not known."""
         key = key_of(loss)
-        return "" if key is None else self._scaled.get(key, "")
+        storage, place = self._scaled.get(key, (None, "")) if key is not None else (None, "")
+        return "" if storage is None or storage.expired() else place  # another tensor may have that memory now
 
     def follow(self, loss: Tensor) -> None:
         """The program has this loss in a list."""
